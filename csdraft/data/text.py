@@ -1,0 +1,104 @@
+"""Plain text as training data: documents from a corpus, parted in two by name, packed into blocks of tokens."""
+
+import contextlib
+import hashlib
+import lzma
+import random
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.utils.data import Dataset
+
+__all__ = ["END", "Blocks", "Document", "read_corpus", "split"]
+
+END = "<|endoftext|>"
+TEXT_SUFFIXES = {".py", ".md", ".txt"}
+HELD_OUT_PERCENT = 4
+
+# Of the standard library: not code people wrote to be read, or not the same on every machine.
+LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
+LEFT_OUT_PREFIXES = ("_sysconfigdata", "config-")
+
+
+class Document(NamedTuple):
+    name: str
+    text: str
+
+    @property
+    def held_out(self) -> bool:
+        """By a hash of the name, so that adding or removing other documents never moves this one."""
+        return int(hashlib.sha256(self.name.encode()).hexdigest(), 16) % 100 < HELD_OUT_PERCENT
+
+
+def read_corpus(corpus: str) -> list[Document]:
+    """`stdlib`, a folder of .py, .md and .txt files, or one .txt or .txt.xz file parted by `<|endoftext|>`."""
+    path = Path(corpus)
+    if corpus == "stdlib":
+        documents = list(_read_stdlib())
+    elif path.is_dir():
+        documents = list(_read_folder(path, (file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES)))
+    elif path.is_file():
+        documents = list(_read_file(path))
+    else:
+        raise ValueError(f"corpus {corpus!r} is neither 'stdlib' nor a file or folder; give an existing path")
+    if not documents:
+        raise ValueError(f"corpus {corpus!r} holds no text; give a folder of .py, .md or .txt files, or a .txt file")
+    return documents
+
+
+def _read_stdlib() -> Iterator[Document]:
+    """The running Python's own library, without its tests and tables."""
+    root = Path(sysconfig.get_path("stdlib"))
+    return _read_folder(root, (path for path in root.rglob("*.py") if not _left_out(path.relative_to(root))))
+
+
+def _left_out(name: Path) -> bool:
+    return bool(LEFT_OUT.intersection(name.parts[:-1])) or any(part.startswith(LEFT_OUT_PREFIXES) for part in name.parts)
+
+
+def _read_folder(root: Path, paths: Iterable[Path]) -> Iterator[Document]:
+    """In the order of the names; the few files that are deliberately not utf-8 are passed over."""
+    for path in sorted(paths):
+        with contextlib.suppress(UnicodeDecodeError):
+            yield Document(path.relative_to(root).as_posix(), path.read_text(encoding="utf-8"))
+
+
+def _read_file(path: Path) -> Iterator[Document]:
+    read = lzma.open if path.suffix == ".xz" else open
+    with read(path, "rt", encoding="utf-8") as file:
+        parts = file.read().split(END)
+    return (Document(f"{path.name}#{i}", part.lstrip("\n")) for i, part in enumerate(parts) if part.strip())
+
+
+def split(documents: Iterable[Document]) -> tuple[list[Document], list[Document]]:
+    """Documents to train on, and documents held out."""
+    train, held_out = [], []
+    for document in documents:
+        (held_out if document.held_out else train).append(document)
+    return train, held_out
+
+
+class Blocks(Dataset):
+    """Documents in a fixed shuffled order, each opened by `<|endoftext|>`, cut into blocks of equal length."""
+
+    def __init__(self, documents: list[Document], tokenizer, block_size: int):
+        shuffled = random.Random(0).sample(documents, len(documents))
+        ids = tokenizer([END + document.text for document in shuffled])["input_ids"] if shuffled else []
+        tokens = torch.tensor([token for document in ids for token in document], dtype=torch.int32)
+        count = len(tokens) // block_size
+        if not count:
+            raise ValueError(
+                f"{len(tokens)} tokens in {len(documents)} documents do not fill one block of {block_size}; "
+                "use a larger corpus or a smaller block_size"
+            )
+        self.blocks = tokens[: count * block_size].view(count, block_size)    # [blocks, block_size]
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        block = self.blocks[index].long()
+        return {"input_ids": block, "labels": block}

@@ -1,0 +1,79 @@
+"""One `generate` call: its target, its randomness, its rows, and one session a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+from torch import nn
+
+from csdraft.decoding.runner import Sources
+from csdraft.decoding.sampling import Sampler
+from csdraft.decoding.scores import Head
+from csdraft.decoding.session import Session
+from csdraft.decoding.text import Text
+
+__all__ = ["Call"]
+
+
+class Call:
+    """What all parts of one call share; it dies with the call.
+
+    Args:
+        target: the model whose output is reproduced.
+        head: the target's processors and stopping criteria.
+        texts: one a row.
+        capacity: slots that a session reserves a row.
+        sources: the encoder's inputs as the target reads them, if it is an encoder-decoder.
+    """
+
+    def __init__(self, target: nn.Module, head: Head, texts: Sequence[Text], capacity: int, sources: Sources | None):
+        self.target, self.head, self.texts, self.capacity, self.sources = target, head, texts, capacity, sources
+        self.rows = len(texts)
+        self.vocab = head.sampler.vocab
+        self._inner = Head(head.processing.for_drafters(), head.stopping.for_drafters(), head.sampler)
+        self._sessions: dict[int, Session] = {}
+        self._memos: dict[Hashable, Any] = {}
+        self._levels: dict[Hashable, int] = {"target": 0}
+
+    @property
+    def sampler(self) -> Sampler:
+        return self.head.sampler
+
+    def session(self, model: nn.Module) -> Session:
+        """The model's session; the same model anywhere in a cascade is one session."""
+        if id(model) not in self._sessions:
+            is_target = model is self.target
+            sources = self.sources
+            if sources is not None and not is_target:
+                sources = Sources(sources.input_ids, sources.attention_mask)
+            session = Session(
+                model, self.head if is_target else self._inner, self.rows, self.capacity, sources, self.vocab
+            )
+            session.runner.encode()
+            self._sessions[id(model)] = session
+        return self._sessions[id(model)]
+
+    @property
+    def sessions(self) -> list[Session]:
+        return list(self._sessions.values())
+
+    def memo(self, owner: Hashable, make: Callable[[], Any]) -> Any:
+        """Per-call state of `owner` (an n-gram index, say), made at its first use."""
+        if owner not in self._memos:
+            self._memos[owner] = make()
+        return self._memos[owner]
+
+    def level(self, owner: Hashable) -> int:
+        """The number by which reports and drafts name whose choice a token was; the target is 0."""
+        return self._levels.setdefault(owner, len(self._levels))
+
+    @property
+    def level_owners(self) -> list[Hashable]:
+        """What stands behind each level number."""
+        return list(self._levels)
+
+    def retire(self, live: Sequence[int]) -> None:
+        """Tells every session which rows go on."""
+        for session in self._sessions.values():
+            session.retire(live)

@@ -1,0 +1,167 @@
+"""The draft: a tree of tokens proposed to follow a text. An immutable value that every part hands to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+from torch import Tensor
+
+__all__ = ["ROOT", "Draft", "Law"]
+
+ROOT = -1
+"""The node that stands for the text itself."""
+
+NAN = float("nan")
+
+
+@dataclass(frozen=True, eq=False)
+class Law:
+    """What each token of a draft was really drawn from, which is what makes `draft_probs` usable.
+
+    Attributes:
+        kind: how siblings were drawn: independently, without replacement, or as a coupled pair.
+        rows: one (vocab,) tensor of probabilities a node, on the model's device; siblings share one tensor.
+            None marks a point mass: the token was chosen, not drawn.
+    """
+
+    kind: Literal["iid", "without_replacement", "pair"]
+    rows: tuple[Tensor | None, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Draft:
+    """A tree of tokens proposed to follow the text; a chain is a tree with one branch.
+
+    Nodes are numbered in topological order: `parents[i] < i`, `ROOT` for the children of the text. Tokens live on the
+    host, since they are compared one by one.
+
+    Attributes:
+        tokens: (nodes,) vocabulary ids.
+        parents: (nodes,) index of each node's parent.
+        levels: (nodes,) level of the cascade whose choice the token was (see `Call.level`).
+        confidence: (nodes,) softmax probability under the model that chose it; nan for a point mass or when unknown.
+        law: what the tokens were drawn from; None means that all are point masses, which is always safe.
+    """
+
+    tokens: tuple[int, ...] = ()
+    parents: tuple[int, ...] = ()
+    levels: tuple[int, ...] = ()
+    confidence: tuple[float, ...] = field(default=(), repr=False)
+    law: Law | None = field(default=None, repr=False)
+
+    @classmethod
+    def chain(cls, tokens: Sequence[int], level: int = 0) -> Draft:
+        """A chain of point masses, all of one level."""
+        return cls().extend(tokens, level)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @cached_property
+    def is_chain(self) -> bool:
+        return all(parent == node - 1 for node, parent in enumerate(self.parents))
+
+    @cached_property
+    def _children(self) -> dict[int, list[int]]:
+        children: dict[int, list[int]] = {}
+        for node, parent in enumerate(self.parents):
+            children.setdefault(parent, []).append(node)
+        return children
+
+    def children(self, node: int) -> Sequence[int]:
+        """The children of `node` (or of `ROOT`) in the order they were proposed."""
+        if self.is_chain:
+            return (node + 1,) if node + 1 < len(self.tokens) else ()
+        return self._children.get(node, ())
+
+    def child(self, node: int, token: int) -> int | None:
+        """The first child of `node` that carries `token`."""
+        for child in self.children(node):
+            if self.tokens[child] == token:
+                return child
+        return None
+
+    def path(self, node: int) -> list[int]:
+        """The nodes from the root's child down to `node`; empty for `ROOT`."""
+        if self.is_chain:
+            return list(range(node + 1))
+        path = []
+        while node != ROOT:
+            path.append(node)
+            node = self.parents[node]
+        return path[::-1]
+
+    def ancestors(self, node: int) -> Iterator[int]:
+        """The nodes above `node`, nearest first, `ROOT` not included."""
+        while (node := self.parents[node]) != ROOT:
+            yield node
+
+    @cached_property
+    def depths(self) -> tuple[int, ...]:
+        """(nodes,) 0 for the root's children."""
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(0 if parent == ROOT else depths[parent] + 1)
+        return tuple(depths)
+
+    def depth(self, node: int) -> int:
+        """Number of draft tokens on the path to `node`: 0 for `ROOT`."""
+        return 0 if node == ROOT else self.depths[node] + 1
+
+    @property
+    def tip(self) -> int:
+        """The last node, from which a chain goes on; `ROOT` if the draft is empty."""
+        return len(self.tokens) - 1
+
+    def only(self, nodes: Sequence[int]) -> Draft:
+        """The chain made of `nodes`, a path from the root."""
+        if self.is_chain and len(nodes) == len(self.tokens):
+            return self
+        pick = lambda values: tuple(values[node] for node in nodes)  # noqa: E731 - three uses on three lines
+        law = self.law and Law(self.law.kind, pick(self.law.rows))
+        parents = tuple(range(ROOT, len(nodes) - 1))
+        return Draft(pick(self.tokens), parents, pick(self.levels), pick(self.confidence), law)
+
+    def extend(
+        self,
+        tokens: Sequence[int],
+        level: int,
+        confidence: Sequence[float] | None = None,
+        laws: Sequence[Tensor | None] | None = None,
+    ) -> Draft:
+        """This draft with a chain of `tokens` appended below its last node.
+
+        Args:
+            tokens: (new,) vocabulary ids.
+            level: whose choice they are.
+            confidence: (new,) softmax probabilities; nan when not given.
+            laws: (new,) tensors (vocab,) they were drawn from; point masses when not given.
+        """
+        if not tokens:
+            return self
+        old, new = len(self.tokens), len(tokens)
+        law = None
+        if self.law is not None or laws is not None:
+            rows = self.law.rows if self.law else (None,) * old
+            law = Law("iid", rows + (tuple(laws) if laws is not None else (None,) * new))
+        return Draft(
+            self.tokens + tuple(tokens),
+            self.parents + tuple(range(old - 1, old + new - 1)),
+            self.levels + (level,) * new,
+            self.confidence + (tuple(confidence) if confidence is not None else (NAN,) * new),
+            law,
+        )
+
+    def relabelled(
+        self, start: int, laws: Sequence[Tensor | None] | None = None, confidence: Sequence[float] | None = None
+    ) -> Draft:
+        """This chain with what a reviewer found out about its nodes from `start` on: laws, confidence, or both."""
+        law = self.law
+        if laws is not None:
+            before = law.rows[:start] if law is not None else (None,) * start
+            law = Law("iid", before + tuple(laws))
+        sure = self.confidence if confidence is None else self.confidence[:start] + tuple(confidence)
+        return Draft(self.tokens, self.parents, self.levels, sure, law)

@@ -1,0 +1,234 @@
+"""The five nouns as interfaces: what a drafter, a verifier and a schedule are asked, and the values between them.
+
+Drafters, verifiers and schedules are frozen dataclasses: their fields are their options (and weights), nothing else.
+State of one `generate` call lives in the `Call`; what outlives a call lives in a locked table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+
+from torch import Tensor
+
+from csdraft.decoding.draft import ROOT, Draft
+from csdraft.decoding.text import Text
+
+if TYPE_CHECKING:
+    from csdraft.decoding.call import Call
+    from csdraft.decoding.sampling import Sampler
+
+__all__ = ["Budget", "Context", "Drafter", "Request", "Round", "Schedule", "ScoresView", "Verdict", "Verifier"]
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """Where a drafter stands: a row's text, a draft that already follows it, and the node to go on from."""
+
+    row: int
+    text: Text
+    call: Call
+    draft: Draft = Draft()
+    tip: int = ROOT
+
+    def after(self, draft: Draft) -> Context:
+        """The same row, going on from the end of `draft`."""
+        return Context(self.row, self.text, self.call, draft, draft.tip)
+
+    @property
+    def path(self) -> list[int]:
+        """Token ids between the text and the place to go on from."""
+        return [self.draft.tokens[node] for node in self.draft.path(self.tip)]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much to draft for one row, in tokens beyond the context's tip.
+
+    Attributes:
+        depth: tokens wanted; 0 asks for nothing, and the round is a plain decoding step.
+        room: the most that may be handed up (>= depth).
+        confidence: whether somebody above will read `Draft.confidence` (it costs a softmax a token).
+        stop: called with each model-drafted token's confidence after the token was kept; True ends the draft.
+            It must not make a drafter discard a token: selection by identity would bias sampling.
+    """
+
+    depth: int
+    room: int
+    confidence: bool = False
+    stop: Callable[[float], bool] | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a verifier decided.
+
+    Attributes:
+        accepted: nodes kept, root outwards.
+        next_token: correction or bonus token; None if the text ended on an accepted node.
+        ended: whether the text ends with the last of these.
+        laws: under independent draws, one (vocab,) tensor an emitted token: the law it really has, None for a point
+            mass; None as a whole under coupled or greedy draws, where nobody needs it.
+    """
+
+    accepted: list[int]
+    next_token: int | None
+    ended: bool = False
+    laws: Sequence[Tensor | None] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """Ask a session for the logits after some nodes of a draft.
+
+    `after` is in draft order and ends with the draft's last node; None means the text itself and every node.
+    """
+
+    row: int
+    text: Text
+    draft: Draft
+    after: Sequence[int] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Round:
+    """One finished round of one row.
+
+    Attributes:
+        context: where it started.
+        draft: what was put under review (the context's own nodes first).
+        verdict: what was decided.
+        level: the reviewer's level.
+        scores: the reviewer's view; valid until its session's next forward.
+        confidence: (emitted,) confidence of each emitted token, if somebody asked.
+    """
+
+    context: Context
+    draft: Draft
+    verdict: Verdict
+    level: int
+    scores: ScoresView = field(repr=False)
+    confidence: Sequence[float] | None = None
+
+    @property
+    def accepted(self) -> int:
+        """Draft tokens kept, the reviewer's own token not counted."""
+        return len(self.verdict.accepted)
+
+    @property
+    def drafted(self) -> int:
+        """Draft tokens that were put under review."""
+        return len(self.draft) - len(self.context.draft)
+
+    @cached_property
+    def tokens(self) -> list[int]:
+        """The emitted tokens: the accepted ones, then the correction or bonus."""
+        tokens = [self.draft.tokens[node] for node in self.verdict.accepted]
+        return tokens if self.verdict.next_token is None else [*tokens, self.verdict.next_token]
+
+    @cached_property
+    def levels(self) -> list[int]:
+        """(emitted,) the level that each emitted token came from."""
+        levels = [self.draft.levels[node] for node in self.verdict.accepted]
+        return levels if self.verdict.next_token is None else [*levels, self.level]
+
+    @cached_property
+    def extended(self) -> Draft:
+        """The context's path followed by the emitted tokens: what an inner level hands up."""
+        verdict, tip = self.verdict, self.context.tip
+        if verdict.accepted:
+            tip = verdict.accepted[-1]
+        start = len(self.draft.path(self.context.tip))
+        chain = self.draft.only(self.draft.path(tip))
+        if verdict.next_token is not None:
+            chain = chain.extend((verdict.next_token,), self.level)
+        if verdict.laws is None and self.confidence is None:
+            return chain
+        return chain.relabelled(start, verdict.laws, self.confidence)
+
+
+class ScoresView(Protocol):
+    """One row's view of one forward of a reviewer; valid until that session's next score."""
+
+    row: int
+
+    def choice(self, node: int) -> int:
+        """The reviewer's token after `node`: the argmax, or the argmax with the position's noise."""
+        ...
+
+    def probs(self, node: int) -> Tensor:
+        """(vocab,) float32 law of the reviewer's token after `node`, all processors applied; one-hot when greedy."""
+        ...
+
+    def soft(self, node: int, token: int) -> float:
+        """The reviewer's softmax probability of `token` after `node` at the call's temperature (1 when greedy)."""
+        ...
+
+    def position(self, node: int) -> int:
+        """Absolute position, padding not counted, of the token that follows `node`."""
+        ...
+
+    def ends(self, node: int, token: int) -> bool:
+        """Whether the text ends with `token` after `node`."""
+        ...
+
+
+class Drafter:
+    """Anything that proposes drafts.
+
+    Attributes:
+        depth: the number of tokens it likes to draft when nobody says otherwise.
+    """
+
+    depth: int = 5
+
+    def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
+        """One draft a context: the context's own nodes first, unchanged, then at most `budget.room` new ones."""
+        raise NotImplementedError
+
+    def observe(self, rounds: Sequence[Round]) -> None:
+        """Learns from finished rounds of the target; does nothing by default."""
+
+    def models(self) -> list[object]:
+        """The models it runs, largest first (for reports, checks and cost tables)."""
+        return []
+
+    def check(self, call: Call) -> None:
+        """Raises ValueError if it cannot draft for this call; runs before any model does."""
+
+
+class Verifier:
+    """An acceptance rule. It sees a draft and numbers, never a model.
+
+    Attributes:
+        lossless: whether the output law equals the reviewer's for any draft it accepts to judge.
+        draws: "coupled" if all levels share one noise vector a position, "independent" otherwise.
+        kinds: the kinds of `Law` it can treat exactly; an empty set: it needs none, and drafters compute none.
+        chains_only: whether a tree must be refused.
+    """
+
+    lossless: bool = False
+    draws: ClassVar[Literal["coupled", "independent"]] = "coupled"
+    kinds: ClassVar[frozenset[str]] = frozenset()
+    chains_only: ClassVar[bool] = False
+
+    def verify(self, draft: Draft, scores: ScoresView, sampler: Sampler, root: int = ROOT) -> Verdict:
+        """Decides which nodes below `root` are kept, and the token that follows."""
+        raise NotImplementedError
+
+
+class Schedule:
+    """Who decides how much to draft now. One per call: `start` makes its working copy."""
+
+    def start(self, call: Call, drafter: Drafter) -> Schedule:
+        """The object that serves one call; a stateless schedule returns itself."""
+        return self
+
+    def budgets(self, contexts: Sequence[Context], rooms: Sequence[int], drafter: Drafter) -> list[Budget]:
+        """One budget a row; `rooms` is the most each row can still take in (remaining tokens less the bonus)."""
+        raise NotImplementedError
+
+    def observe(self, rounds: Sequence[Round], draft_seconds: float, score_seconds: float) -> None:
+        """Called after every round with what came of it and what it cost."""

@@ -1,0 +1,119 @@
+"""The decoding loop, written once: `decode` is what `generate` runs when an assistant is given."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from csdraft.decoding.call import Call
+from csdraft.decoding.guard import Guarded
+from csdraft.decoding.interfaces import Context, Drafter, Round, Schedule, Verifier
+from csdraft.decoding.output import Output
+from csdraft.decoding.report import Report
+from csdraft.decoding.rounds import run_round
+from csdraft.decoding.runner import Sources
+from csdraft.decoding.sampling import Processing, Sampler
+from csdraft.decoding.scores import Head
+from csdraft.decoding.stopping import Stopping
+from csdraft.decoding.text import Text
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+    from transformers.generation.streamers import BaseStreamer
+
+__all__ = ["open_call", "run"]
+
+CAPACITY_AHEAD = 8192
+BUCKET = 64
+
+
+def run(
+    call: Call,
+    drafter: Drafter | None,
+    verifier: Verifier,
+    schedule: Schedule,
+    output: Output,
+    strict: bool = False,
+) -> Report:
+    """Writes all rows of a call to their ends and reports how that went.
+
+    Every round is the same: the schedule says how much to draft, the drafter drafts it, the target scores it in one
+    forward, the verifier decides, and what it emits is committed. With nothing drafted a round is plain decoding.
+
+    Args:
+        call: target, texts and randomness.
+        drafter: the source of drafts; None decodes plainly.
+        verifier: the acceptance rule at the target.
+        schedule: how much to draft each round.
+        output: takes the emitted tokens (streamer, scores).
+        strict: raise when a drafter fails instead of going on without it.
+    """
+    target = call.session(call.target)
+    guarded = Guarded(drafter, call.vocab, strict)
+    report = Report.begin(call, drafter)
+    live = [row for row in range(call.rows) if call.head.stopping.remaining(call.texts[row]) > 0]
+    started = time.perf_counter()
+    while live:
+        contexts = [Context(row, call.texts[row], call) for row in live]
+        rooms = [call.head.stopping.remaining(context.text) - 1 for context in contexts]
+        budgets = schedule.budgets(contexts, rooms, guarded)
+        drafting, scoring = guarded.seconds, target.runner.seconds
+        rounds = run_round(contexts, target, 0, guarded, verifier, budgets)
+        output.take(rounds)
+        for context, finished in zip(contexts, rounds, strict=True):
+            context.text.append(finished.tokens)
+            call.sampler.forget(context.row, len(context.text))
+        report.add(rounds)
+        schedule.observe(rounds, guarded.seconds - drafting, target.runner.seconds - scoring)
+        guarded.observe(rounds)
+        ended = {r.context.row for r in rounds if r.verdict.ended}
+        if ended:
+            live = [row for row in live if row not in ended]
+            call.retire(live) if live else None
+    report.finish(call, time.perf_counter() - started, guarded.failure)
+    return report
+
+
+def open_call(
+    model: nn.Module,
+    input_ids: Tensor,
+    processors: Sequence,
+    criteria: Sequence,
+    config: GenerationConfig,
+    verifier: Verifier,
+    row_seeds: Sequence[int] | None,
+    sources: Sources | None,
+    mask: Tensor | None,
+    past: Any,
+) -> Call:
+    """The call that `generate` has prepared: texts without padding, the target's head, its cache if the user gave one.
+
+    Args:
+        input_ids: (rows, length) prompts, or decoder starts.
+        mask: (rows, length) 1 where a token counts; None if all do.
+        past: the user's own filled cache, or None.
+    """
+    rows = input_ids.shape[0]
+    texts = [Text(ids, None if mask is None else mask[row]) for row, ids in enumerate(input_ids)]
+    vocab = model.config.get_text_config(decoder=True).vocab_size  # type: ignore[union-attr,operator]
+    sampler = Sampler(not config.do_sample, row_seeds or _row_seeds(rows, config), vocab, verifier.draws)
+    stopping = Stopping(criteria, rows)
+    longest = max(len(text) for text in texts)
+    ahead = min(max(stopping.remaining(text) for text in texts), CAPACITY_AHEAD)
+    capacity = -(-(longest + ahead + BUCKET) // BUCKET) * BUCKET
+    call = Call(model, Head(Processing(processors, rows), stopping, sampler), texts, capacity, sources)
+    if past is not None:
+        kept = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
+        call.session(model).preload(past, texts, kept[:, : past.get_seq_length()])
+    return call
+
+
+def _row_seeds(rows: int, config: GenerationConfig) -> list[int]:
+    """From torch's global CPU generator, so that `torch.manual_seed` governs sampling; greedy draws nothing."""
+    if not config.do_sample:
+        return [0] * rows
+    return torch.randint(0, 2**62, (rows,)).tolist()

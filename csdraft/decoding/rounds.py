@@ -1,0 +1,62 @@
+"""The round: draft, score, verify, extend. The target and every inner reviewer of a cascade run this one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from csdraft.decoding.draft import Draft
+from csdraft.decoding.interfaces import Budget, Context, Drafter, Request, Round, ScoresView, Verdict, Verifier
+from csdraft.decoding.session import Session
+
+__all__ = ["review", "run_round"]
+
+
+def run_round(
+    contexts: Sequence[Context],
+    reviewer: Session,
+    level: int,
+    drafter: Drafter,
+    verifier: Verifier,
+    budgets: Sequence[Budget],
+    confidence: bool = False,
+) -> list[Round]:
+    """One round of every row: `drafter` proposes, `reviewer` scores, `verifier` decides."""
+    drafts = drafter.propose(contexts, budgets)
+    return review(contexts, drafts, reviewer, level, verifier, confidence)
+
+
+def review(
+    contexts: Sequence[Context],
+    drafts: Sequence[Draft],
+    reviewer: Session,
+    level: int,
+    verifier: Verifier,
+    confidence: bool = False,
+) -> list[Round]:
+    """Scores one draft a row in one forward; each row keeps what the verifier keeps, and adds the reviewer's token.
+
+    Args:
+        level: the reviewer's level number.
+        confidence: whether the emitted tokens' confidence will be read by somebody above.
+    """
+    requests = [
+        Request(c.row, c.text, d, (c.tip, *range(len(c.draft), len(d)))) for c, d in zip(contexts, drafts, strict=True)
+    ]
+    rounds = []
+    for context, draft, scores in zip(contexts, drafts, reviewer.score(requests), strict=True):
+        verdict = verifier.verify(draft, scores, reviewer.head.sampler, context.tip)
+        sure = _confidence(context, draft, scores, verdict) if confidence else None
+        rounds.append(Round(context, draft, verdict, level, scores, sure))
+    return rounds
+
+
+def _confidence(context: Context, draft: Draft, scores: ScoresView, verdict: Verdict) -> list[float]:
+    """Each emitted token's probability under the model whose choice it was: the reviewer's, unless it was lenient."""
+    sure, node = [], context.tip
+    for kept in verdict.accepted:
+        token = draft.tokens[kept]
+        sure.append(scores.soft(node, token) if scores.choice(node) == token else draft.confidence[kept])
+        node = kept
+    if verdict.next_token is not None:
+        sure.append(scores.soft(node, verdict.next_token))
+    return sure

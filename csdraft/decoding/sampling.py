@@ -1,0 +1,209 @@
+"""Randomness and the way from logits to tokens. All randomness of csdraft enters through the `Sampler`."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.generation import logits_process as hf
+
+__all__ = ["Processing", "Sampler"]
+
+MASK64 = (1 << 64) - 1
+
+
+def mix64(x: int) -> int:
+    """SplitMix64's finaliser: a well-mixed 64-bit integer from any integer."""
+    x = (x + 0x9E3779B97F4A7C15) & MASK64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK64
+    return x ^ (x >> 31)
+
+
+def signed32(x: int) -> int:
+    x &= 0xFFFFFFFF
+    return x - (1 << 32) if x >> 31 else x
+
+
+def shifted(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int32."""
+    return (x >> bits).bitwise_and_((1 << (32 - bits)) - 1)
+
+
+class Sampler:
+    """Draws tokens for all rows of one call.
+
+    Coupled draws: one noise vector a row and position, shared by every level of a cascade, so that a drafter tends to
+    draw what the reviewer will draw (Daliri, Musco, Suresh, arXiv 2408.07978). Independent draws: fresh randomness
+    each time; what rules with `draft_probs` need, for which reusing the coupled noise would be biased.
+
+    Args:
+        greedy: choose the argmax; nothing is random then.
+        row_seeds: one integer a row. Equal seeds give equal noise on every device and for every vocabulary width.
+        vocab: the target's number of logits.
+        draws: how the levels' draws relate.
+    """
+
+    def __init__(
+        self, greedy: bool, row_seeds: Sequence[int], vocab: int, draws: Literal["coupled", "independent"] = "coupled"
+    ):
+        self.greedy, self.vocab, self.draws = greedy, vocab, draws
+        self.row_seeds = [mix64(int(seed)) for seed in row_seeds]
+        self._drawn = [0] * len(self.row_seeds)
+        self._noise: dict[tuple[int, int], Tensor] = {}
+        self._tokens: dict[torch.device, Tensor] = {}
+
+    @property
+    def coupled(self) -> bool:
+        return self.draws == "coupled"
+
+    def log_exponential(self, row: int, position: int, device: torch.device) -> Tensor:
+        """(vocab,) log E for the token at `position`, E exponential: `argmax(log probs - log E)` is a draw from probs.
+
+        E = -log1p(-v), v = (hash32(row seed, position, token) + 1/2) / 2^32, finite for every hash.
+        """
+        if (noise := self._noise.get((row, position))) is None:
+            noise = self._noise[row, position] = self._fresh_noise(row, position, device)
+        return noise if noise.device == device else noise.to(device)
+
+    def _fresh_noise(self, row: int, position: int, device: torch.device) -> Tensor:
+        if device not in self._tokens:
+            ids = torch.arange(self.vocab, dtype=torch.int32, device=device)
+            self._tokens[device] = ids.mul_(signed32(0x9E3779B1))
+        key = mix64(self.row_seeds[row] ^ mix64(position))
+        x = self._tokens[device] + signed32(key)
+        x ^= shifted(x, 16)
+        x *= signed32(0x7FEB352D)
+        x += signed32(key >> 32)
+        x ^= shifted(x, 15)
+        x *= signed32(0x846CA68B)
+        x ^= shifted(x, 16)
+        v = x.to(torch.int64).bitwise_and_(0xFFFFFFFF).to(torch.float32)
+        v.add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
+        return v.neg_().log1p_().neg_().log_()
+
+    def forget(self, row: int, before: int) -> None:
+        """Frees the noise of a row's committed positions."""
+        for key in [key for key in self._noise if key[0] == row and key[1] < before]:
+            del self._noise[key]
+
+    def uniform(self, row: int) -> float:
+        """A fresh uniform number in [0, 1), a function of the row's seed and of how many it drew before."""
+        self._drawn[row] += 1
+        return (mix64(self.row_seeds[row] + 0xD1B54A32D192ED03 * self._drawn[row]) >> 11) * 2.0**-53
+
+    def level_uniform(self, row: int, position: int, level: int) -> float:
+        """The uniform number that a lenient reviewer uses at a position; 1 when greedy."""
+        if self.greedy:
+            return 1.0
+        return (mix64(self.row_seeds[row] ^ mix64(position) ^ mix64(~level & MASK64)) >> 11) * 2.0**-53
+
+    def draw(self, row: int, probs: Tensor) -> int:
+        """A fresh draw from (vocab,) probabilities, by inversion in double precision."""
+        cumulative = probs.double().cumsum(0)
+        total = float(cumulative[-1])
+        if not total > 0:
+            raise ValueError(f"cannot draw from probabilities that sum to {total}; are the logits nan?")
+        index = int(torch.searchsorted(cumulative, self.uniform(row) * total, right=True))
+        return min(index, int(probs.nonzero()[-1]))
+
+
+TEXT_BLIND = (
+    hf.TemperatureLogitsWarper,
+    hf.TopKLogitsWarper,
+    hf.TopPLogitsWarper,
+    hf.TopHLogitsWarper,
+    hf.MinPLogitsWarper,
+    hf.TypicalLogitsWarper,
+    hf.EpsilonLogitsWarper,
+    hf.EtaLogitsWarper,
+    hf.InfNanRemoveLogitsProcessor,
+    hf.LogitNormalization,
+    hf.SuppressTokensLogitsProcessor,
+)
+"""Processors that never look at the text: they may see many positions at once."""
+
+STATELESS = (
+    hf.RepetitionPenaltyLogitsProcessor,
+    hf.EncoderRepetitionPenaltyLogitsProcessor,
+    hf.NoRepeatNGramLogitsProcessor,
+    hf.EncoderNoRepeatNGramLogitsProcessor,
+    hf.NoBadWordsLogitsProcessor,
+    hf.SequenceBiasLogitsProcessor,
+    hf.MinLengthLogitsProcessor,
+    hf.MinNewTokensLengthLogitsProcessor,
+    hf.PrefixConstrainedLogitsProcessor,
+    hf.SuppressTokensAtBeginLogitsProcessor,
+    hf.ForcedBOSTokenLogitsProcessor,
+    hf.ForcedEOSTokenLogitsProcessor,
+    hf.ExponentialDecayLengthPenalty,
+)
+"""Processors that read the text but keep no state: a drafter may call them as often as it likes."""
+
+BATCH_INDEXED = (
+    hf.RepetitionPenaltyLogitsProcessor,
+    hf.EncoderRepetitionPenaltyLogitsProcessor,
+    hf.EncoderNoRepeatNGramLogitsProcessor,
+    hf.PrefixConstrainedLogitsProcessor,
+)
+"""Processors that know which row of the batch they are given."""
+
+
+class Processing:
+    """The logits processors of one level: the whole list, in its order, for every row of a batch.
+
+    Args:
+        processors: what `generate` prepared, warpers included.
+        rows: batch size.
+    """
+
+    def __init__(self, processors: Sequence, rows: int):
+        self.rows = rows
+        self.processors = list(processors)
+        self.text_blind = all(type(p) in TEXT_BLIND for p in self.processors)
+        self.temperature = math.prod(
+            p.temperature for p in self.processors if type(p) is hf.TemperatureLogitsWarper
+        )
+        self._per_row = [self._for_row(row) for row in range(rows)] if rows > 1 and not self.text_blind else []
+
+    def for_drafters(self) -> Processing:
+        """The part that drafters may apply: the text-blind and the stateless ones of transformers."""
+        return Processing([p for p in self.processors if type(p) in TEXT_BLIND + STATELESS], self.rows)
+
+    def _for_row(self, row: int) -> list:
+        """This row's own processors: a copy of everything that might keep state."""
+        del row
+        own = []
+        for processor in self.processors:
+            if type(processor) not in TEXT_BLIND + STATELESS:
+                models = {id(v): v for v in vars(processor).values() if isinstance(v, nn.Module)}
+                processor = copy.deepcopy(processor, models)
+            own.append(processor)
+        return own
+
+    def all_at_once(self, logits: Tensor) -> Tensor:
+        """(n, vocab) raw logits of any rows and positions -> processed; only when `text_blind`."""
+        if not self.processors:
+            return logits
+        scores = logits.float()
+        if scores is logits:
+            scores = logits.clone()
+        ids = torch.empty(scores.shape[0], 0, dtype=torch.long, device=scores.device)
+        for processor in self.processors:
+            scores = processor(ids, scores)
+        return scores
+
+    def one(self, row: int, ids: Tensor, logits: Tensor) -> Tensor:
+        """(vocab,) raw logits after the text `ids` (1, length) of `row` -> processed."""
+        scores = logits.to(torch.float32, copy=True)[None]
+        for processor in self._per_row[row] if self._per_row else self.processors:
+            if self.rows > 1 and type(processor) in BATCH_INDEXED:
+                wide = processor(ids.expand(self.rows, -1), scores.repeat(self.rows, 1))
+                scores = wide[row : row + 1]
+            else:
+                scores = processor(ids, scores)
+        return scores[0]

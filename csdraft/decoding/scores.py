@@ -1,0 +1,137 @@
+"""From the logits of one forward to the choices, laws and ends that a verifier asks about."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from csdraft.decoding.draft import Draft
+from csdraft.decoding.sampling import Processing, Sampler
+from csdraft.decoding.stopping import Stopping
+from csdraft.decoding.text import Text
+
+__all__ = ["Head", "Scores", "argmax"]
+
+
+def argmax(logits: Tensor) -> list[int]:
+    """(n, vocab) -> n indices of the first maximum, in one copy to the host; on a CPU by NumPy, which is faster.
+
+    Raises:
+        FloatingPointError: a row holds nan.
+    """
+    values = logits.float() if logits.dtype not in (torch.float32, torch.float64) else logits
+    if values.device.type == "cpu":
+        table = values.numpy()
+        indices = table.argmax(-1).tolist()
+        best = [table[row, index] for row, index in enumerate(indices)]
+    else:
+        top = values.max(-1)
+        pair = torch.stack([top.indices.double(), top.values.double()]).tolist()
+        indices, best = [int(index) for index in pair[0]], pair[1]
+    if any(value != value for value in best):
+        raise FloatingPointError("the model's logits are nan; check its dtype (fp16 overflows where bf16 does not)")
+    return indices
+
+
+class Head:
+    """How one level of a cascade turns logits into tokens: processors, noise, and where its texts end.
+
+    Args:
+        processing: the level's logits processors.
+        stopping: the level's stopping rules.
+        sampler: the call's randomness.
+    """
+
+    def __init__(self, processing: Processing, stopping: Stopping, sampler: Sampler):
+        self.processing, self.stopping, self.sampler = processing, stopping, sampler
+        self.batched = processing.text_blind and (sampler.greedy or not sampler.coupled)
+
+    def processed(self, row: int, text: Text, path: Sequence[int], logits: Tensor) -> Tensor:
+        """(vocab,) raw logits after `text` and `path` -> processed scores, float32."""
+        if self.processing.text_blind:
+            return self.processing.all_at_once(logits[None])[0]
+        return self.processing.one(row, text.padded(path), logits)
+
+    def choose(self, row: int, position: int, scores: Tensor) -> int:
+        """The token at `position` from (vocab,) processed scores: the argmax, or the argmax with the position's noise."""
+        if self.sampler.greedy:
+            return argmax(scores[None])[0]
+        return argmax((scores.float() - self.sampler.log_exponential(row, position, scores.device))[None])[0]
+
+
+class Scores:
+    """One row's view of one forward; valid until its session's next one.
+
+    Args:
+        head: the level's way to choose.
+        row, text, draft: what was scored.
+        after: the nodes whose logits were asked for.
+        logits: (len(after), vocab) raw logits after those nodes.
+        choices: the token after each, when the whole batch could be chosen at once.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        row: int,
+        text: Text,
+        draft: Draft,
+        after: Sequence[int],
+        logits: Tensor,
+        choices: Sequence[int] | None = None,
+    ):
+        self.head, self.row, self.text, self.draft, self.logits, self.choices = head, row, text, draft, logits, choices
+        first = after[0]
+        contiguous = all(node == first + i for i, node in enumerate(after))
+        self._row_of = None if contiguous else {node: i for i, node in enumerate(after)}
+        self._first = first
+        self._processed: dict[int, Tensor] = {}
+        self._chosen: dict[int, int] = {}
+
+    def _index(self, node: int) -> int:
+        return node - self._first if self._row_of is None else self._row_of[node]
+
+    def raw(self, node: int) -> Tensor:
+        """(vocab,) raw logits after `node`, in the model's dtype."""
+        return self.logits[self._index(node)]
+
+    def path(self, node: int) -> list[int]:
+        """Token ids from the text's end to `node`."""
+        return [self.draft.tokens[i] for i in self.draft.path(node)]
+
+    def position(self, node: int) -> int:
+        return len(self.text) + self.draft.depth(node)
+
+    def processed(self, node: int) -> Tensor:
+        """(vocab,) scores after `node` with the level's processors applied, once."""
+        if node not in self._processed:
+            path = () if self.head.processing.text_blind else self.path(node)
+            self._processed[node] = self.head.processed(self.row, self.text, path, self.raw(node))
+        return self._processed[node]
+
+    def choice(self, node: int) -> int:
+        if self.choices is not None:
+            return self.choices[self._index(node)]
+        if node not in self._chosen:
+            self._chosen[node] = self.head.choose(self.row, self.position(node), self.processed(node))
+        return self._chosen[node]
+
+    def probs(self, node: int) -> Tensor:
+        if self.head.sampler.greedy:
+            one_hot = torch.zeros(self.logits.shape[-1], device=self.logits.device)
+            one_hot[self.choice(node)] = 1.0
+            return one_hot
+        return self.processed(node).float().softmax(-1)
+
+    def soft(self, node: int, token: int) -> float:
+        temperature = 1.0 if self.head.sampler.greedy else self.head.processing.temperature
+        log_probs = (self.raw(node).float() / temperature).log_softmax(-1)
+        return float(log_probs[token].exp())
+
+    def ends(self, node: int, token: int) -> bool:
+        stopping = self.head.stopping
+        if not stopping.others and stopping.max_length is None:
+            return token in stopping.eos
+        return stopping.ends(self.row, self.text, self.path(node), token)

@@ -1,0 +1,347 @@
+"""A model reading a batch of texts. Its KV cache keeps itself in step with what it is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from csdraft.decoding.cache import cross_attention_cache, import_cache
+from csdraft.decoding.draft import ROOT, Draft
+from csdraft.decoding.interfaces import Context, Request
+from csdraft.decoding.runner import Feed, Runner, Sources
+from csdraft.decoding.scores import Head, Scores, argmax
+from csdraft.decoding.text import Text
+
+__all__ = ["Rolled", "Session"]
+
+
+@dataclass
+class Reading:
+    """What the cache holds of one row: the first `read` tokens of its text, then the nodes of a draft."""
+
+    text: Text | None = None
+    read: int = 0
+    draft: Draft = Draft()
+    slots: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Rolled:
+    """What a roll drew for one row: tokens, and on demand their confidence and the laws they were drawn from."""
+
+    tokens: list[int]
+    confidence: list[float] | None
+    laws: list[Tensor] | None
+
+
+class Session:
+    """One model reading a batch of texts, in step with whatever text and draft it is asked about.
+
+    The caller states the truth (these texts, these drafts); the session compares it with what its cache holds, moves
+    the few slots of an accepted branch, feeds the rest in one forward and returns the rows. Dropping the cache between
+    any two calls changes speed only.
+
+    Args:
+        model: a causal LM or T5-like model.
+        head: how its logits become tokens.
+        rows: batch size.
+        capacity: slots to reserve a row.
+        sources: the encoder's inputs of an encoder-decoder model.
+        vocab: width that logits are cut or padded (with -inf) to; the target's.
+    """
+
+    def __init__(self, model: nn.Module, head: Head, rows: int, capacity: int, sources: Sources | None, vocab: int):
+        self.model, self.head, self.vocab = model, head, vocab
+        self.runner = Runner(model, rows, capacity, sources)
+        self._batch = list(range(rows))  # which row each batch index of the cache holds
+        self._readings = {row: Reading() for row in range(rows)}
+        self.rolled_back = self.imported = 0
+
+    @property
+    def kept(self) -> int:
+        """Tokens that the cache holds now."""
+        return sum(reading.read + len(reading.draft) for reading in self._readings.values())
+
+    def preload(self, cache: object, texts: Sequence[Text], kept: Tensor) -> None:
+        """Takes over the user's own cache, which holds all of each text but its last tokens.
+
+        Args:
+            kept: (rows, length) bool, which entries of the cache are tokens rather than padding.
+        """
+        import_cache(cache, self.runner.cache, kept)  # type: ignore[arg-type]
+        if self.runner.encoder_decoder and self.runner.sources is not None:
+            self.runner.sources.cross_cache = cross_attention_cache(cache)  # type: ignore[arg-type]
+        for row, text in enumerate(texts):
+            reading = self._readings[row]
+            reading.text, reading.read = text, min(int(kept[row].sum()), len(text) - 1)
+            self.imported += reading.read
+
+    def unread(self, row: int, text: Text) -> int:
+        """Tokens of `text` that the model has not read yet: the price of asking it anything."""
+        reading = self._readings[row]
+        return len(text) - (reading.read if reading.text is text else 0)
+
+    def forget(self) -> None:
+        """Drops everything the cache holds (speed, never output)."""
+        for reading in self._readings.values():
+            self.rolled_back += reading.read + len(reading.draft)
+            reading.text, reading.read, reading.draft, reading.slots = None, 0, Draft(), []
+
+    def retire(self, live: Sequence[int]) -> None:
+        """Repacks the batch once at most half of its rows are still wanted."""
+        if 2 * len(live) > len(self._batch):
+            return
+        places = [self._batch.index(row) for row in live]
+        self.runner.keep_rows(places)
+        self._batch = list(live)
+
+    def score(self, requests: Sequence[Request]) -> list[Scores]:
+        """The logits after the wanted nodes of each request, from one forward of the whole batch."""
+        plans = {request.row: self._plan(request) for request in requests}
+        wanted = [self._wanted(request) for request in requests]
+        keep = max(len(plans[r.row].tokens) - self._first_kept(plans[r.row], len(w)) for r, w in zip(requests, wanted))
+        logits = self._forward(plans, keep)
+        views = []
+        for request, after in zip(requests, wanted, strict=True):
+            rows = logits[self._batch.index(request.row), keep - len(after) :]
+            views.append(rows)
+        choices = self._choose(views)
+        return [
+            Scores(self.head, request.row, request.text, request.draft, after, rows, chosen)
+            for request, after, rows, chosen in zip(requests, wanted, views, choices, strict=True)
+        ]
+
+    @staticmethod
+    def _wanted(request: Request) -> Sequence[int]:
+        return range(ROOT, len(request.draft)) if request.after is None else request.after
+
+    @staticmethod
+    def _first_kept(plan: Feed, wanted: int) -> int:
+        """Wanted nodes are the last that are fed."""
+        return len(plan.tokens) - wanted
+
+    def _choose(self, views: Sequence[Tensor]) -> list[list[int] | None]:
+        """All choices of the batch in one copy to the host, where that is the cheaper way."""
+        head = self.head
+        if not (head.processing.text_blind and head.sampler.greedy):
+            return [None] * len(views)
+        flat = views[0] if len(views) == 1 else torch.cat(list(views))
+        chosen = argmax(head.processing.all_at_once(flat))
+        parts, at = [], 0
+        for view in views:
+            parts.append(chosen[at : at + len(view)])
+            at += len(view)
+        return parts  # type: ignore[return-value]
+
+    # From here on: comparing what is asked with what is cached.
+
+    def _plan(self, request: Request) -> Feed:
+        """What must be fed so that the cache holds the request's text and draft; updates the row's reading."""
+        reading, text, draft = self._readings[request.row], request.text, request.draft
+        if reading.text is not text:
+            self._restart(reading, text)
+        cached, root = self._advance(request.row, reading)
+        length = len(text)
+        wanted = set(self._wanted(request))
+        feed = Feed([], [], [], [])
+        first = min(reading.read, length - 1) if ROOT in wanted else reading.read
+        self.rolled_back += reading.read - first
+        for position in range(first, length):
+            feed.tokens.append(text.tokens[position])
+        feed.slots.extend(range(first, length))
+        feed.positions.extend(range(first, length))
+        feed.sees.extend(range(first + 1, length + 1))
+        reading.read = length
+        self._plan_draft(reading, draft, wanted, cached, root, feed)
+        return feed
+
+    def _plan_draft(
+        self, reading: Reading, draft: Draft, wanted: set[int], cached: dict[int, int], root: int, feed: Feed
+    ) -> None:
+        """Adds the nodes that are not cached, or are wanted again, below the text."""
+        length = reading.read
+        old = reading.draft
+        slots: list[int] = []
+        reused: dict[int, int] = {}  # node of the new draft -> node of the old one
+        if cached:
+            for node, (token, parent) in enumerate(zip(draft.tokens, draft.parents, strict=True)):
+                above = root if parent == ROOT else reused.get(parent)
+                if above is not None and (twin := old.child(above, token)) in cached:
+                    reused[node] = twin  # type: ignore[assignment]
+            self.rolled_back += len(cached) - len(set(reused.values()))
+        free = max([length, *(cached[twin] + 1 for twin in reused.values())])
+        straight = True  # every node sees just the slots before its own
+        texts = len(feed.tokens)
+        for node, token in enumerate(draft.tokens):
+            twin = reused.get(node)
+            if twin is None:
+                slot, free = free, free + 1
+            else:
+                slot = cached[twin]
+            slots.append(slot)
+            straight &= slot == length + node
+            if twin is not None and node not in wanted:
+                continue
+            self.rolled_back += twin is not None
+            feed.tokens.append(token)
+            feed.slots.append(slot)
+            feed.positions.append(length + draft.depth(node) - 1)
+            feed.sees.append(slot + 1)
+        if not (straight and draft.is_chain):
+            nodes = [node for node in range(len(draft)) if reused.get(node) is None or node in wanted]
+            feed.extra = [()] * texts + [(slots[n], *(slots[a] for a in draft.ancestors(n))) for n in nodes]
+            feed.sees[texts:] = [length] * len(nodes)
+            feed.elsewhere = [(slot, length + draft.depth(node) - 1) for node, slot in enumerate(slots)]
+        elif feed.slots and feed.slots != list(range(feed.slots[0], feed.slots[0] + len(feed.slots))):
+            feed.extra = [()] * len(feed.tokens)  # a gap: slots are not one range
+        reading.draft, reading.slots = draft, slots
+
+    def _restart(self, reading: Reading, text: Text) -> None:
+        """Another text in this row: keep what both have in common."""
+        common = 0
+        if reading.text is not None:
+            old = reading.text.tokens
+            while common < min(reading.read, len(text)) and old[common] == text.tokens[common]:
+                common += 1
+        self.rolled_back += reading.read - common + len(reading.draft)
+        reading.text, reading.read, reading.draft, reading.slots = text, common, Draft(), []
+
+    def _advance(self, row: int, reading: Reading) -> tuple[dict[int, int], int]:
+        """Turns cached nodes that have become text into text.
+
+        Returns: the nodes still cached below the text with their slots, and the node that the text now ends on.
+        """
+        tokens, draft = reading.text.tokens, reading.draft  # type: ignore[union-attr]
+        if not len(draft):
+            return {}, ROOT
+        tip, path = ROOT, []
+        while reading.read + len(path) < len(tokens):
+            node = draft.child(tip, tokens[reading.read + len(path)])
+            if node is None:
+                break
+            path.append(node)
+            tip = node
+        moves = [(reading.slots[node], reading.read + i) for i, node in enumerate(path)]
+        moves = [(source, target) for source, target in moves if source != target]
+        if moves:
+            place = [self._batch.index(row)] * len(moves)
+            self.runner.cache.move(place, [source for source, _ in moves], [target for _, target in moves])
+        reading.read += len(path)
+        if reading.read < len(tokens):  # the text left the draft: nothing below it holds
+            self.rolled_back += len(draft) - len(path)
+            reading.draft, reading.slots = Draft(), []
+            return {}, ROOT
+        kept = set(path)
+        below: dict[int, int] = {}
+        for node, parent in enumerate(draft.parents):
+            if node not in kept and (parent == tip or parent in below):
+                below[node] = reading.slots[node]
+        self.rolled_back += len(draft) - len(path) - len(below)
+        return below, tip
+
+    def _forward(self, plans: dict[int, Feed], keep: int, ids: Tensor | None = None) -> Tensor:
+        feeds = []
+        for row in self._batch:
+            plan = plans.get(row)
+            if plan is None:  # a row nobody asked about: one masked token in a slot of no use
+                reading = self._readings[row]
+                free = max([reading.read, *(slot + 1 for slot in reading.slots)])
+                feeds.append(Feed([0], [free], [0], [0], extra=[(free,)]))
+            else:
+                self.runner.fed += len(plan.tokens)
+                feeds.append(plan)
+        logits = self.runner.forward(feeds, keep, ids)
+        if logits.shape[-1] > self.vocab:
+            logits = logits[..., : self.vocab]
+        elif logits.shape[-1] < self.vocab:
+            logits = torch.nn.functional.pad(logits, (0, self.vocab - logits.shape[-1]), value=float("-inf"))
+        return logits
+
+    # Autoregressive drafting.
+
+    def roll(
+        self,
+        contexts: Sequence[Context],
+        steps: Sequence[int],
+        confidence: bool = False,
+        stop: Sequence[Callable[[float], bool] | None] | None = None,
+    ) -> list[Rolled]:
+        """Draws `steps[i]` tokens after each context: equal, token for token, to so many calls of score and choice.
+
+        Args:
+            contexts: where to go on from.
+            steps: (rows,) tokens wanted; a row also ends on an end-of-text token, or when its `stop` says so.
+            confidence: whether to compute each token's softmax probability.
+            stop: per row, called with the confidence of each token kept.
+        """
+        sampler, laws = self.head.sampler, []
+        stops = stop or [None] * len(contexts)
+        drawn: list[list[int]] = [[] for _ in contexts]
+        sure: list[list[float]] = [[] for _ in contexts]
+        laws = [[] for _ in contexts]
+        live = [i for i, wanted in enumerate(steps) if wanted > 0]
+        plans = {}
+        for i in live:
+            context = contexts[i]
+            chain = context.draft.only(context.draft.path(context.tip))
+            plans[context.row] = self._plan(Request(context.row, context.text, chain, (chain.tip,)))
+        while live:
+            logits = self._forward(plans, 1)
+            plans, going = {}, []
+            tokens = self._draw([contexts[i] for i in live], [drawn[i] for i in live], logits, laws, live)
+            for i, token in zip(live, tokens, strict=True):
+                drawn[i].append(token)
+                if confidence or stops[i] is not None:
+                    sure[i].append(self._confidence(logits[self._batch.index(contexts[i].row), -1], token))
+                ended = token in self.head.stopping.eos or len(drawn[i]) >= steps[i]
+                if not ended and (stops[i] is None or not stops[i](sure[i][-1])):  # type: ignore[misc]
+                    going.append(i)
+                    plans[contexts[i].row] = self._next(contexts[i].row, token)
+            live = going
+        tracked = not sampler.greedy and not sampler.coupled
+        return [
+            Rolled(t, c if confidence else None, w if tracked else None)
+            for t, c, w in zip(drawn, sure, laws, strict=True)
+        ]
+
+    def _draw(
+        self, contexts: Sequence[Context], drawn: Sequence[list[int]], logits: Tensor, laws: list, live: Sequence[int]
+    ) -> list[int]:
+        """The next token of every live row."""
+        head, rows = self.head, [self._batch.index(context.row) for context in contexts]
+        if head.sampler.greedy and head.processing.text_blind:
+            last = logits[:, -1] if len(rows) == len(logits) else logits[rows, -1]
+            return argmax(head.processing.all_at_once(last))
+        tokens = []
+        for i, context, new, row in zip(live, contexts, drawn, rows, strict=True):
+            path = [*context.path, *new]
+            scores = head.processed(context.row, context.text, path, logits[row, -1])
+            if head.sampler.greedy or head.sampler.coupled:
+                tokens.append(head.choose(context.row, len(context.text) + len(path), scores))
+            else:
+                probs = scores.softmax(-1)
+                laws[i].append(probs)
+                tokens.append(head.sampler.draw(context.row, probs))
+        return tokens
+
+    def _confidence(self, logits: Tensor, token: int) -> float:
+        temperature = 1.0 if self.head.sampler.greedy else self.head.processing.temperature
+        return float((logits.float() / temperature).softmax(-1)[token])
+
+    def _next(self, row: int, token: int) -> Feed:
+        """Feeds one drawn token below everything the row's cache holds."""
+        reading = self._readings[row]
+        slot = reading.slots[-1] + 1 if reading.slots else reading.read
+        position = reading.read + len(reading.draft)
+        extra = None
+        if slot != position:  # the chain stands behind a gap
+            extra = [(*reading.slots, slot)]
+        feed = Feed([token], [slot], [position], [reading.read if extra else slot + 1], extra)
+        if extra:
+            feed.elsewhere = [(s, reading.read + i) for i, s in enumerate([*reading.slots, slot])]
+        reading.draft = reading.draft.extend((token,), 0)
+        reading.slots.append(slot)
+        return feed

@@ -1,0 +1,80 @@
+"""Horizontal cascade: the nearest tokens by the best drafter, later ones by cheaper drafters.
+
+Cascade Speculative Drafting (arXiv 2312.11462, section 3.2): a draft's first tokens are the likeliest to be kept, so
+they deserve the dearest drafter; its tail is nearly free when a statistical drafter writes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+from csdraft.decoding.call import Call
+from csdraft.decoding.draft import Draft
+from csdraft.decoding.interfaces import Budget, Context, Drafter, Round
+
+__all__ = ["Horizontal"]
+
+
+@dataclass(frozen=True)
+class Horizontal(Drafter):
+    """Lets each drafter in turn lengthen the draft up to its limit.
+
+    A drafter may hand up more than it was asked for (a reviewer's surplus): it is kept and counts for later stages,
+    which also make up a shortfall.
+
+    Args:
+        drafters: best first.
+        lengths: tokens each is asked to add; the limits of the stages are their running sums.
+    """
+
+    drafters: tuple[Drafter, ...]
+    lengths: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "drafters", tuple(self.drafters))
+        object.__setattr__(self, "lengths", tuple(self.lengths))
+        if len(self.drafters) != len(self.lengths) or min(self.lengths, default=0) < 0:
+            raise ValueError(
+                f"lengths={list(self.lengths)} for {len(self.drafters)} drafters; give each drafter one number >= 0"
+            )
+
+    @property
+    def depth(self) -> int:  # type: ignore[override]
+        return sum(self.lengths)
+
+    def models(self) -> list[object]:
+        return [model for drafter in self.drafters for model in drafter.models()]
+
+    def check(self, call: Call) -> None:
+        for drafter in self.drafters:
+            drafter.check(call)
+
+    def observe(self, rounds: Sequence[Round]) -> None:
+        for drafter in self.drafters:
+            drafter.observe(rounds)
+
+    def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
+        drafts = [context.draft for context in contexts]
+        limits = [[min(limit, b.depth) for limit in accumulate(self.lengths)] for b in budgets]
+        for stage, drafter in enumerate(self.drafters):
+            if self.lengths[stage] == 0:
+                continue
+            asked = {}
+            for i, (context, draft, budget) in enumerate(zip(contexts, drafts, budgets, strict=True)):
+                grown = len(draft) - len(context.draft)
+                wanted, room = limits[i][stage] - grown, budget.room - grown
+                if wanted > 0 and room > 0 and not _ended(draft, context):
+                    going_on = context if not grown else context.after(draft)
+                    asked[i] = (going_on, replace(budget, depth=min(wanted, room), room=room))
+            if asked:
+                stage_contexts, stage_budgets = zip(*asked.values(), strict=True)
+                for i, draft in zip(asked, drafter.propose(stage_contexts, stage_budgets), strict=True):
+                    drafts[i] = draft
+        return drafts
+
+
+def _ended(draft: Draft, context: Context) -> bool:
+    """Whether the draft already ends the text: nothing can follow."""
+    return len(draft) > len(context.draft) and draft.tokens[-1] in context.call.head.stopping.eos

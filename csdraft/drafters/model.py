@@ -1,0 +1,117 @@
+"""A small language model as drafter: any causal LM or T5-like model that shares the target's vocabulary.
+
+Speculative decoding as in Leviathan et al. (arXiv 2211.17192) and Chen et al. (arXiv 2302.01318): the drafter writes a
+few tokens one by one, KV-cached and batched, and the target checks them all in one forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from csdraft.decoding.call import Call
+from csdraft.decoding.draft import Draft
+from csdraft.decoding.interfaces import Budget, Context, Drafter
+from csdraft.decoding.runner import refusal
+
+__all__ = ["ModelDrafter"]
+
+MOST_VOCABULARY_PADDING = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class ModelDrafter(Drafter):
+    """Drafts token by token with a model of its own.
+
+    Args:
+        model: a causal LM or T5-like model, or a path or Hub id to load one from.
+        depth: tokens a round unless a schedule or a cascade says otherwise.
+        name: how reports call it; the model's own name if empty.
+    """
+
+    model: nn.Module | str
+    depth: int = 5  # type: ignore[assignment]
+    name: str = field(default="", kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.depth < 1:
+            raise ValueError(f"depth={self.depth} of a ModelDrafter must be at least 1; use no drafter to draft nothing")
+        if isinstance(self.model, str):
+            object.__setattr__(self, "model", load_model(self.model))
+        object.__setattr__(self, "model", base_model(self.model))  # type: ignore[arg-type]
+
+    @property
+    def network(self) -> nn.Module:
+        """The loaded model."""
+        return self.model  # type: ignore[return-value]
+
+    def models(self) -> list[object]:
+        return [self.model]
+
+    def check(self, call: Call) -> None:
+        check_reviewer(self.network, call)
+
+    def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
+        call = contexts[0].call
+        limit = context_length(self.network)
+        steps = [
+            min(b.depth, b.room, limit - len(c.text) - len(c.path)) for c, b in zip(contexts, budgets, strict=True)
+        ]
+        if all(wanted <= 0 for wanted in steps):
+            return [c.draft for c in contexts]
+        confidence = any(b.confidence for b in budgets)
+        rolled = call.session(self.network).roll(contexts, steps, confidence, [b.stop for b in budgets])
+        level = call.level(self.network)
+        return [
+            c.draft.extend(r.tokens, level, r.confidence, r.laws) for c, r in zip(contexts, rolled, strict=True)
+        ]
+
+
+def load_model(path: str) -> nn.Module:
+    """Loads a model folder or Hub id with the auto class its config asks for."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    encoder_decoder = AutoConfig.from_pretrained(path).is_encoder_decoder
+    auto = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
+    return auto.from_pretrained(path).eval()
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT wrapper (its adapters stay active); any other model unchanged."""
+    inner = getattr(model, "get_base_model", None)
+    return inner() if inner is not None else model
+
+
+def context_length(model: nn.Module) -> int:
+    """Positions the model can stand on; past them it stops drafting and decoding goes on."""
+    config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr]
+    rotary = getattr(config, "rope_parameters", None) is not None
+    limit = None if rotary else getattr(config, "max_position_embeddings", None)
+    return limit or 1 << 30
+
+
+def check_reviewer(model: nn.Module, call: Call) -> None:
+    """Raises ValueError if `model` cannot draft or review for this call's target."""
+    if reason := refusal(model):
+        raise ValueError(reason)
+    target = call.target
+    own, wanted = (m.config.get_text_config(decoder=True).vocab_size for m in (model, target))  # type: ignore[union-attr]
+    if abs(own - wanted) > MOST_VOCABULARY_PADDING:
+        raise ValueError(
+            f"drafter {name_of(model)} has {own} tokens, target {name_of(target)} has {wanted}; "
+            "a drafter must share the target's tokenizer (a few padding rows may differ): train one with it"
+        )
+    if model.config.is_encoder_decoder != target.config.is_encoder_decoder:  # type: ignore[union-attr]
+        kinds = ["decoder-only", "encoder-decoder"]
+        raise ValueError(
+            f"drafter {name_of(model)} is {kinds[model.config.is_encoder_decoder]}, "  # type: ignore
+            f"target {name_of(target)} is {kinds[target.config.is_encoder_decoder]}; both must be alike"  # type: ignore
+        )
+
+
+def name_of(model: nn.Module) -> str:
+    """A short name for messages and reports."""
+    path = getattr(model.config, "_name_or_path", "")  # type: ignore[union-attr]
+    return str(path).rstrip("/").rsplit("/", 1)[-1] or type(model).__name__

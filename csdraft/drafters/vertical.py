@@ -1,0 +1,95 @@
+"""Vertical cascade: a model drafts by reviewing what a cheaper drafter proposes, instead of writing token by token.
+
+Cascade Speculative Drafting (arXiv 2312.11462, section 3.1): drafting is itself generation, so it can be sped up by
+speculative decoding too, down to a statistical drafter that costs nothing. Pays if the inner draft multiplies the
+tokens of a reviewer's forward by more than 1 + its own cost relative to that forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from csdraft.decoding.call import Call
+from csdraft.decoding.draft import Draft
+from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Verifier
+from csdraft.decoding.rounds import run_round
+from csdraft.drafters.model import base_model, check_reviewer, context_length, load_model
+from csdraft.verifiers.lenient import Lenient
+from csdraft.verifiers.rejection import Rejection
+
+__all__ = ["Vertical"]
+
+
+@dataclass(frozen=True, eq=False)
+class Vertical(Drafter):
+    """Runs rounds of `drafter` under `reviewer` until the draft is long enough.
+
+    Args:
+        reviewer: the model that checks, and whose tokens are handed up; a path or Hub id is loaded.
+        drafter: what it reviews.
+        lenience: >= 1; how far below its own choice the reviewer lets a drafted token pass (1: not at all). The
+            target still checks everything, so this trades acceptance for cheaper drafting, never exactness.
+        inner_length: tokens a round of the inner drafter; None leaves it to the drafter.
+        depth: tokens wanted when nobody says otherwise.
+    """
+
+    reviewer: nn.Module | str
+    drafter: Drafter
+    lenience: float = 1.0
+    inner_length: int | None = None
+    depth: int = 8  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if not self.lenience >= 1:
+            raise ValueError(f"lenience={self.lenience} must be 1 (strict) or more; the papers' l = 1/lenience")
+        if isinstance(self.reviewer, str):
+            object.__setattr__(self, "reviewer", load_model(self.reviewer))
+        object.__setattr__(self, "reviewer", base_model(self.reviewer))  # type: ignore[arg-type]
+
+    def models(self) -> list[object]:
+        return [self.reviewer, *self.drafter.models()]
+
+    def check(self, call: Call) -> None:
+        check_reviewer(self.reviewer, call)  # type: ignore[arg-type]
+        self.drafter.check(call)
+
+    def observe(self, rounds: Sequence[Round]) -> None:
+        self.drafter.observe(rounds)
+
+    def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
+        call = contexts[0].call
+        session, level = call.session(self.reviewer), call.level(self.reviewer)  # type: ignore[arg-type]
+        verifier = self._verifier(call, level)
+        confidence = any(budget.confidence for budget in budgets)
+        drafts = [context.draft for context in contexts]
+        live = [i for i, b in enumerate(budgets) if b.depth > 0 and b.room > 0 and self._fits(contexts[i])]
+        while live:
+            inner = [contexts[i] if drafts[i] is contexts[i].draft else contexts[i].after(drafts[i]) for i in live]
+            rooms = [budgets[i].room - (len(drafts[i]) - len(contexts[i].draft)) for i in live]
+            # One less than the room: the reviewer adds a token itself.
+            asked = [self._inner_budget(room - 1) for room in rooms]
+            rounds = run_round(inner, session, level, self.drafter, verifier, asked, confidence)
+            going = []
+            for i, finished in zip(live, rounds, strict=True):
+                drafts[i] = finished.extended
+                grown = len(drafts[i]) - len(contexts[i].draft)
+                if grown < min(budgets[i].depth, budgets[i].room) and not finished.verdict.ended:
+                    going.append(i)
+            live = going
+        return drafts
+
+    def _verifier(self, call: Call, level: int) -> Verifier:
+        """The inner levels draw as the outermost verifier does."""
+        if call.sampler.coupled or call.sampler.greedy:
+            return Lenient(self.lenience, level)
+        return Rejection(self.lenience)
+
+    def _inner_budget(self, room: int) -> Budget:
+        length = self.drafter.depth if self.inner_length is None else self.inner_length
+        return Budget(min(length, room), room, confidence=self.lenience > 1)
+
+    def _fits(self, context: Context) -> bool:
+        return len(context.text) + len(context.path) + 1 < context_length(self.reviewer)  # type: ignore[arg-type]

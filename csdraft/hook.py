@@ -1,0 +1,158 @@
+"""`model.generate(..., assistant=...)`: the only file that touches transformers' GenerationMixin."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.generation import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.stopping_criteria import StopStringCriteria
+
+from csdraft.checks import check_request
+from csdraft.decoding.cache import cross_attention_cache, export_cache
+from csdraft.decoding.interfaces import Drafter, Schedule, Verifier
+from csdraft.decoding.loop import open_call, run
+from csdraft.decoding.output import Output
+from csdraft.decoding.runner import Sources
+
+__all__ = ["decode", "enable", "install"]
+
+OPTIONS = ("verifier", "schedule", "row_seeds", "strict")
+"""Keywords of `generate` that csdraft adds beside `assistant`."""
+
+
+@torch.no_grad()
+def decode(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: Any,
+    assistant: Any = None,
+    verifier: Verifier | str | None = None,
+    schedule: Schedule | str | None = None,
+    row_seeds: Sequence[int] | None = None,
+    strict: bool = False,
+    encoder_input_ids: Tensor | None = None,
+    streamer: Any = None,
+    synced_gpus: bool = False,
+    **model_kwargs: Any,
+) -> Any:
+    """Decodes with drafts; pass it as `model.generate(..., custom_generate=csdraft.decode, assistant=...)`.
+
+    `generate` has prepared everything else. After `import csdraft` the plain spelling
+    `model.generate(..., assistant=...)` does the same and also supports `streamer` and `stop_strings`, which
+    transformers does not hand to callables.
+
+    Args:
+        assistant: a `csdraft.Drafter`, a model, or the path or Hub id of a saved cascade; None decodes plainly with
+            csdraft's own loop.
+        verifier: acceptance rule at the target, by name or as an object; "match" unless the assistant has its own.
+        schedule: how much to draft, by name or as an object; "cost_model" unless the assistant has its own.
+        row_seeds: one seed a row for sampling; drawn from torch's global CPU generator if None.
+        strict: raise when a drafter fails instead of going on without it.
+        encoder_input_ids: (rows, source) the encoder's input, which an encoder-decoder's drafters read too; the
+            patched spelling fills it in.
+    """
+    from csdraft.cascade import as_drafter, choose_schedule, choose_verifier
+
+    drafter = as_drafter(assistant, model)
+    rule = choose_verifier(verifier, drafter)
+    policy = choose_schedule(schedule, drafter)
+    check_request(model, input_ids, generation_config, model_kwargs, streamer, synced_gpus, row_seeds, rule)
+    encoder_decoder = model.config.is_encoder_decoder
+    mask = model_kwargs.get("decoder_attention_mask" if encoder_decoder else "attention_mask")
+    cache = model_kwargs.get("past_key_values")
+    past = cache if cache is not None and cache.get_seq_length() > 0 else None
+    sources = None
+    if encoder_decoder:
+        rows = input_ids.shape[0]
+        if encoder_input_ids is not None and encoder_input_ids.shape[0] != rows:
+            encoder_input_ids = encoder_input_ids.repeat_interleave(rows // encoder_input_ids.shape[0], 0)
+        sources = Sources(
+            encoder_input_ids,
+            model_kwargs.get("attention_mask"),
+            model_kwargs["encoder_outputs"],
+            cross_attention_cache(cache),
+        )
+    if mask is not None and bool(mask.all()):
+        mask = None
+    call = open_call(
+        model, input_ids, logits_processor, stopping_criteria, generation_config, rule, row_seeds, sources, mask, past
+    )
+    if drafter is not None:
+        drafter.check(call)
+    output = Output(generation_config, call.rows, streamer)
+    working = policy.start(call, drafter) if drafter is not None else policy
+    report = run(call, drafter, rule, working, output, strict)
+    keep = getattr(drafter, "keep_report", None)
+    if keep is not None:
+        keep(report)
+    sequences = output.sequences(input_ids, call.texts)
+    returned = None
+    if past is not None or generation_config.return_dict_in_generate:
+        kept = torch.ones_like(sequences, dtype=torch.bool) if mask is None else _kept(mask, sequences, call)
+        own = call.session(model).runner.cache
+        returned = export_cache(own, kept[:, :-1], past, cross_attention_cache(cache))
+    return output.pack(sequences, report, returned, model_kwargs.get("encoder_outputs"))
+
+
+def _kept(mask: Tensor, sequences: Tensor, call: Any) -> Tensor:
+    """(rows, length) bool, which entries of the returned sequences are a row's own tokens."""
+    kept = torch.ones_like(sequences, dtype=torch.bool)
+    kept[:, : mask.shape[1]] = mask.bool()
+    return kept
+
+
+_stock_generate = GenerationMixin.generate
+
+
+@functools.wraps(_stock_generate)
+def _generate(self: Any, *args: Any, assistant: Any = None, **kwargs: Any) -> Any:
+    if assistant is None:
+        return _stock_generate(self, *args, **kwargs)
+    bound = inspect.signature(_stock_generate).bind_partial(self, *args, **kwargs).arguments
+    options = {key: kwargs.pop(key) for key in OPTIONS if key in kwargs}
+    if bound.get("custom_generate") is not None:  # a saved cascade's own shim, which calls back with `assistant`
+        return _stock_generate(self, *args, assistant=assistant, **options, **kwargs)
+    extra = bound.get("kwargs", {})
+    config = bound.get("generation_config") or self.generation_config
+    strings = extra.get("stop_strings", config.stop_strings)
+    tokenizer = extra.get("tokenizer")
+    if strings and tokenizer is not None:  # transformers drops the tokenizer for callables
+        criteria = StoppingCriteriaList(bound.get("stopping_criteria") or [])
+        criteria.append(StopStringCriteria(tokenizer, strings))
+        kwargs["stopping_criteria"] = criteria
+        kwargs.pop("stop_strings", None)
+        if getattr(config, "stop_strings", None):
+            kwargs["stop_strings"] = None
+    kwargs.pop("tokenizer", None)
+    encoder_ids = None
+    if self.config.is_encoder_decoder:
+        encoder_ids = bound.get("inputs", extra.get("input_ids"))
+    bound_decode = functools.partial(
+        decode,
+        assistant=assistant,
+        streamer=bound.get("streamer"),
+        synced_gpus=bool(bound.get("synced_gpus")),
+        encoder_input_ids=encoder_ids,
+        **options,
+    )
+    return _stock_generate(self, *args, custom_generate=bound_decode, **kwargs)
+
+
+def install() -> None:
+    """Teaches every model's `generate` the keyword `assistant`; without it nothing changes. Idempotent."""
+    if GenerationMixin.generate is _stock_generate:
+        GenerationMixin.generate = _generate  # type: ignore[method-assign]
+
+
+def enable(model: nn.Module) -> nn.Module:
+    """Teaches one model only (for processes that set CSDRAFT_NO_PATCH=1)."""
+    model.generate = functools.partial(_generate, model)  # type: ignore[assignment]
+    return model

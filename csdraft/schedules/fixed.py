@@ -1,0 +1,29 @@
+"""Fixed: the same number of draft tokens every round, the `gamma` or `K` of the papers (arXiv 2211.17192)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from csdraft.decoding.interfaces import Budget, Context, Drafter, Schedule
+
+__all__ = ["Fixed"]
+
+
+@dataclass(frozen=True)
+class Fixed(Schedule):
+    """Asks for `depth` tokens a round.
+
+    Args:
+        depth: draft tokens a round; None asks for what the drafter likes (`Drafter.depth`).
+    """
+
+    depth: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.depth is not None and self.depth < 0:
+            raise ValueError(f"depth={self.depth} must be 0 (plain decoding) or more")
+
+    def budgets(self, contexts: Sequence[Context], rooms: Sequence[int], drafter: Drafter) -> list[Budget]:
+        depth = drafter.depth if self.depth is None else self.depth
+        return [Budget(min(depth, room), min(depth, room)) for room in rooms]

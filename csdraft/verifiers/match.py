@@ -1,0 +1,41 @@
+"""Match: step into the child that carries the reviewer's own token, while there is one.
+
+The reviewer's token at a node is its argmax, or under sampling its argmax with the position's noise (Gumbel-max), the
+same noise with which every drafter draws (drafter-invariant coupling: Daliri, Musco, Suresh, arXiv 2408.07978). The
+text therefore never depends on the drafter: lossless for any draft, tree, stop rule or lenience below, and no draft
+probabilities are needed. Use it unless you want a rule from the literature to compare with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from csdraft.decoding.draft import ROOT, Draft
+from csdraft.decoding.interfaces import ScoresView, Verdict, Verifier
+from csdraft.decoding.sampling import Sampler
+
+__all__ = ["Match"]
+
+
+@dataclass(frozen=True)
+class Match(Verifier):
+    """Accepts a node if it carries the reviewer's token (see the module)."""
+
+    lossless = True  # type: ignore[assignment]
+
+    def verify(self, draft: Draft, scores: ScoresView, sampler: Sampler, root: int = ROOT) -> Verdict:
+        accepted, node = [], root
+        while True:
+            kept = self.keeps(draft, node, scores, sampler)
+            if kept is None:
+                token = scores.choice(node)
+                return Verdict(accepted, token, scores.ends(node, token))
+            accepted.append(kept)
+            if scores.ends(node, draft.tokens[kept]):
+                return Verdict(accepted, None, True)
+            node = kept
+
+    def keeps(self, draft: Draft, node: int, scores: ScoresView, sampler: Sampler) -> int | None:
+        """The child of `node` to step into; None if the reviewer's token is none of them."""
+        del sampler
+        return draft.child(node, scores.choice(node))
