@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from torch import nn
 
+from csdraft.decoding.names import distinct, name_of
 from csdraft.decoding.runner import Sources
 from csdraft.decoding.sampling import Sampler
 from csdraft.decoding.scores import Head
 from csdraft.decoding.session import Session
+from csdraft.decoding.tally import Tally
 from csdraft.decoding.text import Text
 
 __all__ = ["Call"]
@@ -35,6 +38,10 @@ class Call:
         self._sessions: dict[int, Session] = {}
         self._memos: dict[Hashable, Any] = {}
         self._levels: dict[Hashable, int] = {"target": 0}
+        self._names: dict[Hashable, str] = {}
+        self.tallies: defaultdict[int, Tally] = defaultdict(Tally)  # what each reviewer decided, by its level
+        self.cut = 0  # draft tokens that a K matrix asks for and nobody had room for
+        self.charges: dict[int, tuple[float, float]] = {}
 
     @property
     def sampler(self) -> Sampler:
@@ -64,14 +71,31 @@ class Call:
             self._memos[owner] = make()
         return self._memos[owner]
 
-    def level(self, owner: Hashable) -> int:
-        """The number by which reports and drafts name whose choice a token was; the target is 0."""
+    def charge(self, drafter: object, seconds: float, tokens: float) -> None:
+        """Adds to what a stage of a cascade has cost, and drafted a row, so far."""
+        spent, drafted = self.charges.get(id(drafter), (0.0, 0))
+        self.charges[id(drafter)] = (spent + seconds, drafted + tokens)
+
+    def level(self, owner: Hashable, name: str = "") -> int:
+        """The number by which reports and drafts name whose choice a token was; the target is 0.
+
+        Args:
+            owner: a model, or a drafter that has none.
+            name: how reports call it; its own name if empty.
+        """
+        if name:
+            self._names[owner] = name
         return self._levels.setdefault(owner, len(self._levels))
 
     @property
     def level_owners(self) -> list[Hashable]:
         """What stands behind each level number."""
         return list(self._levels)
+
+    @property
+    def level_names(self) -> list[str]:
+        """A distinct name for each level number, in order."""
+        return distinct(self._names.get(owner) or name_of(owner) for owner in self._levels)
 
     def retire(self, live: Sequence[int]) -> None:
         """Tells every session which rows go on."""

@@ -6,12 +6,12 @@ State of one `generate` call lives in the `Call`; what outlives a call lives in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.text import Text
@@ -50,6 +50,7 @@ class Budget:
     Attributes:
         depth: tokens wanted; 0 asks for nothing, and the round is a plain decoding step.
         room: the most that may be handed up (>= depth).
+        skip: leading stages that a horizontal cascade leaves out; other drafters have one stage and ignore it.
         confidence: whether somebody above will read `Draft.confidence` (it costs a softmax a token).
         stop: called with each model-drafted token's confidence after the token was kept; True ends the draft.
             It must not make a drafter discard a token: selection by identity would bias sampling.
@@ -57,6 +58,7 @@ class Budget:
 
     depth: int
     room: int
+    skip: int = 0
     confidence: bool = False
     stop: Callable[[float], bool] | None = None
 
@@ -195,8 +197,24 @@ class Drafter:
         """The models it runs, largest first (for reports, checks and cost tables)."""
         return []
 
+    def stages(self) -> list[tuple[Drafter, int]]:
+        """Who writes the draft, in order, each with the depth up to which it does: one stage but for cascades."""
+        return [(self, self.depth)]
+
+    def signature(self) -> Hashable:
+        """Equal for drafters that draft alike: type and options, models by identity."""
+        return (type(self).__name__, *(_signature(getattr(self, f.name)) for f in fields(self)))  # type: ignore[arg-type]
+
     def check(self, call: Call) -> None:
         """Raises ValueError if it cannot draft for this call; runs before any model does."""
+
+
+def _signature(option: object) -> Hashable:
+    if isinstance(option, Drafter):
+        return option.signature()
+    if isinstance(option, nn.Module):
+        return id(option)
+    return tuple(map(_signature, option)) if isinstance(option, tuple) else repr(option)
 
 
 class Verifier:
@@ -232,3 +250,6 @@ class Schedule:
 
     def observe(self, rounds: Sequence[Round], draft_seconds: float, score_seconds: float) -> None:
         """Called after every round with what came of it and what it cost."""
+
+    def finish(self) -> None:
+        """Called once, after the last round."""

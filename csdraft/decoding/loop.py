@@ -60,7 +60,7 @@ def run(
     while live:
         contexts = [Context(row, call.texts[row], call) for row in live]
         rooms = [call.head.stopping.remaining(context.text) - 1 for context in contexts]
-        budgets = schedule.budgets(contexts, rooms, guarded)
+        budgets = schedule.budgets(contexts, rooms, guarded if drafter is None else drafter)
         drafting, scoring = guarded.seconds, target.runner.seconds
         rounds = run_round(contexts, target, 0, guarded, verifier, budgets)
         output.take(rounds)
@@ -74,6 +74,7 @@ def run(
         if ended:
             live = [row for row in live if row not in ended]
             call.retire(live) if live else None
+    schedule.finish()
     report.finish(call, time.perf_counter() - started, guarded.failure)
     return report
 

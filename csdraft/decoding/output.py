@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
 from csdraft.decoding.draft import ROOT
@@ -16,11 +17,18 @@ from csdraft.decoding.text import Text
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
-    from transformers.generation.streamers import BaseStreamer
 
     from csdraft.decoding.report import Report
 
-__all__ = ["DraftedDecoderOnlyOutput", "DraftedEncoderDecoderOutput", "Output"]
+__all__ = ["DraftedDecoderOnlyOutput", "DraftedEncoderDecoderOutput", "Output", "RoundStreamer"]
+
+
+class RoundStreamer(BaseStreamer):
+    """A streamer that is told where tokens come from: each round in place of one `put` a token."""
+
+    def put_round(self, finished: Round) -> None:
+        """Takes a round: its `tokens`, their `levels`, and from `context.call` the names of the levels."""
+        raise NotImplementedError
 
 
 @dataclass
@@ -43,7 +51,7 @@ class Output:
     Args:
         config: says what to return.
         rows: batch size.
-        streamer: gets every token of a single row as it is emitted.
+        streamer: gets every token of a single row as it is emitted, or every round if it is a `RoundStreamer`.
     """
 
     def __init__(self, config: GenerationConfig, rows: int, streamer: BaseStreamer | None = None):
@@ -63,7 +71,9 @@ class Output:
                     self.scores[row] += [view.processed(node).float().clone() for node in nodes]
                 if self.logits is not None:
                     self.logits[row] += [view.raw(node).to(torch.float32, copy=True) for node in nodes]
-            if self.streamer is not None:
+            if isinstance(self.streamer, RoundStreamer):
+                self.streamer.put_round(finished)
+            elif self.streamer is not None:
                 for token in finished.tokens:
                     self.streamer.put(torch.tensor([token]))
 

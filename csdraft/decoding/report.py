@@ -2,58 +2,271 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from csdraft.decoding.call import Call
 from csdraft.decoding.interfaces import Drafter, Round
+from csdraft.decoding.names import name_of
+from csdraft.decoding.tally import Tally
 
-__all__ = ["Report"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["ModelUse", "Report"]
+
+FORMAT = 1
+MOST_FAILURES = 16
+"""Different messages that an accumulated report keeps."""
+
+
+@dataclass
+class ModelUse:
+    """What one model did.
+
+    Attributes:
+        name: the model's own name.
+        forwards: times it ran, whatever the batch.
+        fed: tokens it read, and `rolled_back` those of them that it had to forget.
+        seconds: spent in its forwards by the host's clock (an accelerator may still be at work when one returns).
+        cache_bytes: the most that its keys and values took.
+    """
+
+    name: str = ""
+    forwards: int = 0
+    fed: int = 0
+    rolled_back: int = 0
+    seconds: float = 0.0
+    cache_bytes: int = 0
+
+    def merged(self, other: ModelUse) -> ModelUse:
+        """Both together; of the memory the larger."""
+        return ModelUse(
+            self.name if self.name == other.name else "several",
+            self.forwards + other.forwards,
+            self.fed + other.fed,
+            self.rolled_back + other.rolled_back,
+            self.seconds + other.seconds,
+            max(self.cache_bytes, other.cache_bytes),
+        )
 
 
 @dataclass
 class Report:
-    """Counts of one call, or of several merged."""
+    """Counts of one call, or of several merged; the text itself is that of the last call.
+
+    Attributes:
+        calls: calls to `generate`.
+        target_calls: forwards of the target, whatever the batch.
+        cut: draft tokens that a K matrix asks for and that the budget, or the room in the text, did not allow.
+        seconds: in the decoding loop, from the first round to the last.
+        reviews: what each reviewer decided, by its name; "target" is the target.
+        models: what each model did, by its name; "target" is the target.
+        failures: how often a drafter failed and was left out, by message.
+        tokens: of the last call, per row, the emitted tokens.
+        levels: per row, the level of each emitted token, an index into `level_names`.
+        lengths: per row, the tokens that each round emitted.
+        level_names: "target", then the drafters.
+    """
 
     calls: int = 1
-    rounds: int = 0
     target_calls: int = 0
-    emitted: int = 0
-    drafted: Counter = field(default_factory=Counter)  # by level name
-    accepted: Counter = field(default_factory=Counter)
-    tried_at: Counter = field(default_factory=Counter)  # by depth, 1 = first draft token
-    accepted_at: Counter = field(default_factory=Counter)
+    cut: int = 0
     seconds: float = 0.0
-    failures: list[str] = field(default_factory=list)
-    tokens: list[list[int]] = field(default_factory=list)
-    levels: list[list[int]] = field(default_factory=list)
-    models: list[dict[str, Any]] = field(default_factory=list)
+    reviews: dict[str, Tally] = field(default_factory=dict)
+    models: dict[str, ModelUse] = field(default_factory=dict)
+    failures: Counter[str] = field(default_factory=Counter)
+    tokens: list[list[int]] = field(default_factory=list, repr=False)
+    levels: list[list[int]] = field(default_factory=list, repr=False)
+    lengths: list[list[int]] = field(default_factory=list, repr=False)
+    level_names: list[str] = field(default_factory=list, repr=False)
+    _call: Call | None = field(default=None, repr=False, compare=False)
+
+    # Recording.
 
     @classmethod
     def begin(cls, call: Call, drafter: Drafter | None) -> Report:
-        return cls(tokens=[[] for _ in range(call.rows)], levels=[[] for _ in range(call.rows)])
+        """An empty report of a call that is about to start."""
+        del drafter
+        rows = range(call.rows)
+        return cls(tokens=[[] for _ in rows], levels=[[] for _ in rows], lengths=[[] for _ in rows], _call=call)
 
     def add(self, rounds: Sequence[Round]) -> None:
+        """Counts one forward of the target and what it led to."""
         self.target_calls += 1
-        for r in rounds:
-            self.rounds += 1
-            self.emitted += len(r.tokens)
-            self.drafted.update(r.draft.levels)
-            self.accepted.update(r.draft.levels[n] for n in r.verdict.accepted)
-            self.tokens[r.context.row] += r.tokens
-            self.levels[r.context.row] += r.levels
+        assert self._call is not None
+        self._call.tallies[0].add(rounds)
+        ended = False
+        for finished in rounds:
+            row, tokens = finished.context.row, finished.tokens
+            self.tokens[row] += tokens
+            self.levels[row] += finished.levels
+            self.lengths[row].append(len(tokens))
+            ended |= finished.verdict.ended
+        if ended:  # the last moment before the caches may shrink
+            self._note_memory(self._call)
 
     def finish(self, call: Call, seconds: float, failure: str | None) -> None:
-        self.seconds = seconds
+        """Takes in what the call's models have counted."""
+        self._note_memory(call)
+        self._call = None
+        self.seconds, self.cut, self.level_names = seconds, call.cut, call.level_names
         if failure:
-            self.failures.append(failure)
-        for s in call.sessions:
-            self.models.append(
-                {"forwards": s.runner.forwards, "fed": s.runner.fed, "rolled_back": s.rolled_back, "seconds": s.runner.seconds}
-            )
+            self.failures[failure] += 1
+        self.reviews = {self.level_names[i]: call.tallies[i].named(self.level_names) for i in sorted(call.tallies)}
+        for session in call.sessions:
+            runner, use = session.runner, self.models[_session_name(call, session.model)]
+            use.forwards, use.fed, use.seconds = runner.forwards, runner.fed, runner.seconds
+            use.rolled_back = session.rolled_back
+
+    def _note_memory(self, call: Call) -> None:
+        for session in call.sessions:
+            name = _session_name(call, session.model)
+            use = self.models.setdefault(name, ModelUse(name_of(session.model)))
+            use.cache_bytes = max(use.cache_bytes, session.runner.cache.bytes)
+
+    # Reading.
+
+    @property
+    def target(self) -> Tally:
+        """What the target decided."""
+        return self.reviews.get("target", Tally())
+
+    @property
+    def rounds(self) -> int:
+        """Rounds, counted per row: how often the target was called for some row's text."""
+        return self.target.rounds
+
+    @property
+    def plain_rounds(self) -> int:
+        """Rounds for which nothing was drafted."""
+        return self.target.plain
+
+    @property
+    def emitted(self) -> int:
+        """Tokens generated."""
+        return self.target.emitted
 
     @property
     def block_efficiency(self) -> float:
-        return self.emitted / max(self.rounds, 1)
+        """Emitted tokens a round: what one target call yields for a row; plain decoding has 1.
+
+        Nothing is left out: a row's first round reads the prompt and reviews a draft in one forward, so it counts as
+        a call like any other, and what it emits counts too.
+        """
+        return self.emitted / self.rounds if self.rounds else 0.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted / tried draft tokens under the target."""
+        tried = self.target.tried.total()
+        return self.target.accepted.total() / tried if tried else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Emitted tokens of all rows / seconds in the loop."""
+        return self.emitted / self.seconds if self.seconds else 0.0
+
+    @property
+    def loop_seconds(self) -> float:
+        """Seconds outside the models' forwards: comparing, choosing, bookkeeping, and drafters without a model."""
+        return max(self.seconds - sum(use.seconds for use in self.models.values()), 0.0)
+
+    # Accumulating.
+
+    def merged(self, other: Report) -> Report:
+        """The counts of both; the text of `other`, or this one's if that has none."""
+        last = other if other.calls else self
+        failures = self.failures + other.failures
+        return Report(
+            self.calls + other.calls,
+            self.target_calls + other.target_calls,
+            self.cut + other.cut,
+            self.seconds + other.seconds,
+            _merged(self.reviews, other.reviews),
+            _merged(self.models, other.models),
+            Counter(dict(failures.most_common(MOST_FAILURES))),
+            last.tokens,
+            last.levels,
+            last.lengths,
+            last.level_names,
+        )
+
+    __add__ = merged
+
+    # Saving.
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as numbers, strings, lists and dictionaries; `summary` is for readers, `from_dict` skips it."""
+        derived = ("rounds", "emitted", "block_efficiency", "acceptance_rate", "tokens_per_second", "loop_seconds")
+        plain = ("calls", "target_calls", "cut", "seconds", "tokens", "levels", "lengths", "level_names")
+        return {
+            "csdraft_report": FORMAT,
+            "summary": {**{name: getattr(self, name) for name in derived}, "by_depth": self.target.by_depth},
+            **{name: getattr(self, name) for name in plain},
+            "reviews": {name: tally.to_dict() for name, tally in self.reviews.items()},
+            "models": {name: asdict(use) for name, use in self.models.items()},
+            "failures": dict(self.failures),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """The inverse of `to_dict`; ValueError for anything else."""
+        found = data.get("csdraft_report") if isinstance(data, Mapping) else None
+        if found != FORMAT:
+            raise ValueError(f"csdraft_report={found!r}, expected {FORMAT}; is this a report that csdraft saved?")
+        values = {key: value for key, value in data.items() if key not in ("csdraft_report", "summary")}
+        values["reviews"] = {name: Tally.from_dict(tally) for name, tally in data["reviews"].items()}
+        values["models"] = {name: ModelUse(**use) for name, use in data["models"].items()}
+        return cls(**{**values, "failures": Counter(data["failures"])})
+
+    def save(self, path: str | Path) -> None:
+        """Writes the report as JSON, which `load` and `csdraft report` read."""
+        Path(path).write_text(json.dumps(self.to_dict()) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Report:
+        """A report from the JSON that `save` wrote."""
+        return cls.from_dict(json.loads(Path(path).read_text()))
+
+    # Showing.
+
+    def __str__(self) -> str:
+        from csdraft.decoding.report_view import terminal
+
+        return terminal(self)
+
+    def _repr_html_(self) -> str:
+        from csdraft.decoding.report_view import fragment
+
+        return fragment(self)
+
+    def to_html(self, path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        """Writes a page of its own: the text of the last call coloured by drafting level, and the tables.
+
+        Args:
+            tokenizer: turns tokens into text; None shows their ids.
+        """
+        from csdraft.decoding.report_view import page
+
+        Path(path).write_text(page(self, tokenizer), encoding="utf-8")
+
+
+def _session_name(call: Call, model: Any) -> str:
+    """The name by which a report lists a session's model: that of its level."""
+    owners = call.level_owners
+    if model is call.target or model not in owners:
+        return "target" if model is call.target else name_of(model)
+    return call.level_names[owners.index(model)]
+
+
+def _merged(own: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Key by key."""
+    merged = dict(own)
+    for name, value in other.items():
+        merged[name] = merged[name].merged(value) if name in merged else value
+    return merged

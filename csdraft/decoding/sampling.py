@@ -96,6 +96,10 @@ class Sampler:
         self._drawn[row] += 1
         return (mix64(self.row_seeds[row] + 0xD1B54A32D192ED03 * self._drawn[row]) >> 11) * 2.0**-53
 
+    def accepts(self, row: int, probability: float) -> bool:
+        """True with `probability` (above 1: always), by a fresh uniform number."""
+        return self.uniform(row) < probability
+
     def level_uniform(self, row: int, position: int, level: int) -> float:
         """The uniform number that a lenient reviewer uses at a position; 1 when greedy."""
         if self.greedy:

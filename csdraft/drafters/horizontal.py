@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from time import perf_counter
 
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import Draft
@@ -44,6 +45,9 @@ class Horizontal(Drafter):
     def depth(self) -> int:  # type: ignore[override]
         return sum(self.lengths)
 
+    def stages(self) -> list[tuple[Drafter, int]]:
+        return list(zip(self.drafters, accumulate(self.lengths), strict=True))
+
     def models(self) -> list[object]:
         return [model for drafter in self.drafters for model in drafter.models()]
 
@@ -57,9 +61,10 @@ class Horizontal(Drafter):
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
         drafts = [context.draft for context in contexts]
+        contexts[0].call.cut += sum(max(self.depth - budget.depth, 0) for budget in budgets)
         limits = [[min(limit, b.depth) for limit in accumulate(self.lengths)] for b in budgets]
         for stage, drafter in enumerate(self.drafters):
-            if self.lengths[stage] == 0:
+            if self.lengths[stage] == 0 or stage < budgets[0].skip:
                 continue
             asked = {}
             for i, (context, draft, budget) in enumerate(zip(contexts, drafts, budgets, strict=True)):
@@ -67,11 +72,14 @@ class Horizontal(Drafter):
                 wanted, room = limits[i][stage] - grown, budget.room - grown
                 if wanted > 0 and room > 0 and not _ended(draft, context):
                     going_on = context if not grown else context.after(draft)
-                    asked[i] = (going_on, replace(budget, depth=min(wanted, room), room=room))
+                    asked[i] = (going_on, replace(budget, depth=min(wanted, room), room=room, skip=0))
             if asked:
+                started, before = perf_counter(), sum(map(len, drafts))
                 stage_contexts, stage_budgets = zip(*asked.values(), strict=True)
                 for i, draft in zip(asked, drafter.propose(stage_contexts, stage_budgets), strict=True):
                     drafts[i] = draft
+                grown = max(sum(map(len, drafts)) - before, 0) / len(asked)
+                contexts[0].call.charge(drafter, perf_counter() - started, grown)
         return drafts
 
 

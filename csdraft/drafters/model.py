@@ -14,6 +14,7 @@ from torch import nn
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter
+from csdraft.decoding.names import name_of
 from csdraft.decoding.runner import refusal
 
 __all__ = ["ModelDrafter"]
@@ -52,6 +53,7 @@ class ModelDrafter(Drafter):
 
     def check(self, call: Call) -> None:
         check_reviewer(self.network, call)
+        call.level(self.network, self.name)
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
         call = contexts[0].call
@@ -109,9 +111,3 @@ def check_reviewer(model: nn.Module, call: Call) -> None:
             f"drafter {name_of(model)} is {kinds[model.config.is_encoder_decoder]}, "  # type: ignore
             f"target {name_of(target)} is {kinds[target.config.is_encoder_decoder]}; both must be alike"  # type: ignore
         )
-
-
-def name_of(model: nn.Module) -> str:
-    """A short name for messages and reports."""
-    path = getattr(model.config, "_name_or_path", "")  # type: ignore[union-attr]
-    return str(path).rstrip("/").rsplit("/", 1)[-1] or type(model).__name__

@@ -72,6 +72,7 @@ class Vertical(Drafter):
             # One less than the room: the reviewer adds a token itself.
             asked = [self._inner_budget(room - 1) for room in rooms]
             rounds = run_round(inner, session, level, self.drafter, verifier, asked, confidence)
+            call.tallies[level].add(rounds)
             going = []
             for i, finished in zip(live, rounds, strict=True):
                 drafts[i] = finished.extended

@@ -1,5 +1,6 @@
 """Causal language modelling from scratch: how the project's own tiny target and drafter are made."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -94,6 +95,14 @@ def make_model(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase) -> P
 
 
 def last_checkpoint(output_dir: str) -> str | None:
-    """The newest whole checkpoint; the trainer writes its state last, so one without it was cut short."""
-    states = Path(output_dir).glob("checkpoint-*/trainer_state.json")
-    return max((str(state.parent) for state in states), key=lambda path: int(path.rpartition("-")[2]), default=None)
+    """The newest whole checkpoint: the trainer writes its state last, so a killed one has none, or half of it."""
+    whole = [path.parent for path in Path(output_dir).glob("checkpoint-*/trainer_state.json") if _is_json(path)]
+    return max(map(str, whole), key=lambda folder: int(folder.rpartition("-")[2]), default=None)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text())
+    except json.JSONDecodeError:
+        return False
+    return True

@@ -1,0 +1,25 @@
+"""Short names for what takes part in a call, for reports and messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+__all__ = ["distinct", "name_of"]
+
+
+def name_of(owner: object) -> str:
+    """The last part of a model's path (its class if it has none), a drafter's class, a word as it is."""
+    if isinstance(owner, str):
+        return owner
+    path = getattr(getattr(owner, "config", None), "_name_or_path", "")
+    return str(path).rstrip("/").rsplit("/", 1)[-1] or type(owner).__name__
+
+
+def distinct(names: Iterable[str]) -> list[str]:
+    """The same names, the second of its kind numbered 2, and so on."""
+    seen: dict[str, int] = {}
+    result = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        result.append(name if seen[name] == 1 else f"{name} {seen[name]}")
+    return result

@@ -1,0 +1,278 @@
+"""A report to look at: tables for a terminal and a notebook, and a page with the text coloured by drafting level."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING
+
+from csdraft.decoding.pieces import Pieces
+from csdraft.decoding.report import Report
+from csdraft.decoding.tally import Tally
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["fragment", "page", "terminal"]
+
+WIDTH = 100
+NAME_WIDTH = 24
+BAR_WIDTH = 24
+DEPTHS_SHOWN = 16
+EIGHTHS = " ▏▎▍▌▋▊▉"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A cell that draws a share between 0 and 1."""
+
+    share: float
+
+    def __str__(self) -> str:
+        eighths = round(self.share * BAR_WIDTH * 8)
+        return ("█" * (eighths // 8) + EIGHTHS[eighths % 8]).rstrip()
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled table; the first column and bars stand left, numbers right."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: list[tuple[str | Bar, ...]]
+
+
+# What there is to say, once for all ways to show it.
+
+
+def headlines(report: Report) -> list[str]:
+    """The report in a few sentences."""
+    if not report.rounds:
+        return [f"csdraft report: nothing generated in {count(report.calls, 'call')}"]
+    lines = [
+        f"csdraft report: {count(report.emitted, 'token')} in {count(report.calls, 'call')}, {report.seconds:.2f} s, "
+        f"{report.tokens_per_second:,.1f} tokens/s",
+        f"block efficiency {report.block_efficiency:.2f} (mean acceptance length): {count(report.emitted, 'token')} / "
+        f"{count(report.rounds, 'round')}, prefill rounds included",
+        f"acceptance rate {percent(report.acceptance_rate)} of the tokens tried; "
+        f"{count(report.target_calls, 'target forward')}; {count(report.plain_rounds, 'round')} without a draft",
+    ]
+    if report.cut:
+        lines.append(f"{count(report.cut, 'draft token')} of the K matrix cut: no budget or no room for them")
+    lines += [f"a drafter failed and was left out ({times}x): {message}" for message, times in report.failures.items()]
+    return lines
+
+
+def tables(report: Report) -> list[Table]:
+    """All tables that have something in them."""
+    inner = [review(name, tally) for name, tally in report.reviews.items() if name != "target"]
+    found = [review("target", report.target), depths(report.target), *inner, models(report)]
+    return [table for table in found if table.rows]
+
+
+def review(reviewer: str, tally: Tally) -> Table:
+    """Acceptance by the level that drafted, under one reviewer."""
+    head = (
+        "level",
+        "drafted",
+        "tried",
+        "accepted",
+        "acceptance",
+        "of the text" if reviewer == "target" else "handed up",
+    )
+    rows: list[tuple[str | Bar, ...]] = []
+    for name, drafted in tally.drafted.items():
+        tried, accepted = tally.tried[name], tally.accepted[name]
+        numbers = (f"{drafted:,}", f"{tried:,}", f"{accepted:,}", percent(ratio(accepted, tried)))
+        rows.append((name, *numbers, percent(ratio(accepted, tally.emitted))))
+    own = (f"{reviewer} itself", "", "", f"{tally.own:,}", "", percent(ratio(tally.own, tally.emitted)))
+    length = f"{ratio(tally.emitted, tally.rounds):.2f} tokens a round"
+    return Table(f"reviewed by {reviewer} ({count(tally.rounds, 'round')}, {length})", head, [*rows, own])
+
+
+def depths(tally: Tally) -> Table:
+    """Acceptance by depth; depths beyond a screenful share a row."""
+    rows: list[tuple[str | Bar, ...]] = []
+    table = tally.by_depth
+    groups = [(str(depth + 1), [pair]) for depth, pair in enumerate(table[:DEPTHS_SHOWN])]
+    if len(table) > DEPTHS_SHOWN:
+        groups.append((f"{DEPTHS_SHOWN + 1}-{len(table)}", table[DEPTHS_SHOWN:]))
+    for name, pairs in groups:
+        tried, accepted = (sum(values) for values in zip(*pairs, strict=True))
+        share = ratio(accepted, tried)
+        rows.append((name, f"{tried:,}", f"{accepted:,}", percent(share), Bar(share)))
+    return Table(
+        "by depth in the draft (tried: all before it were kept)", ("depth", "tried", "accepted", "rate", ""), rows
+    )
+
+
+def models(report: Report) -> Table:
+    """What each model did, and what the rest of the loop took."""
+    rows: list[tuple[str | Bar, ...]] = []
+    for name, use in report.models.items():
+        label = name if use.name in (name, "") else f"{name} ({use.name})"
+        numbers = (f"{use.forwards:,}", f"{use.fed:,}", f"{use.rolled_back:,}", f"{use.seconds:.2f}")
+        each = f"{1000 * ratio(use.seconds, use.forwards):.2f}"
+        rows.append((label, *numbers, percent(ratio(use.seconds, report.seconds)), each, size(use.cache_bytes)))
+    if rows:
+        share = percent(ratio(report.loop_seconds, report.seconds))
+        rows.append(("everything else", "", "", "", f"{report.loop_seconds:.2f}", share, "", ""))
+    head = ("model", "forwards", "fed", "rolled back", "seconds", "of all", "ms each", "cache")
+    return Table("models (tokens fed and rolled back; host clock)", head, rows)
+
+
+def ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}%"
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def size(number: int) -> str:
+    """Bytes in a unit that leaves few digits."""
+    value, unit = float(number), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+# The terminal.
+
+
+def terminal(report: Report) -> str:
+    """Headlines and tables of at most 100 columns."""
+    lines = [clipped(line, WIDTH) for line in headlines(report)]
+    for table in tables(report) if report.rounds else ():
+        lines += ["", clipped(table.title, WIDTH), *_aligned(table)]
+    return "\n".join(lines)
+
+
+def _aligned(table: Table) -> Iterable[str]:
+    cells = [table.head, *([clipped(str(row[0]), NAME_WIDTH), *map(str, row[1:])] for row in table.rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(table.head))]
+    bars = {column for column, cell in enumerate(table.rows[0]) if isinstance(cell, Bar)}
+    for row in cells:
+        padded = [
+            cell.ljust(width) if column == 0 or column in bars else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield ("  " + "  ".join(padded)).rstrip()
+
+
+def clipped(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+# HTML.
+
+PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
+LINES = ("solid", "dashed", "dotted", "double")
+"""Okabe and Ito's colours, which colour-blind readers can tell apart; the kind of underline repeats the level."""
+
+STYLE = """
+.csdraft { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; }
+.csdraft table { border-collapse: collapse; margin: .3rem 0 1.2rem; font-variant-numeric: tabular-nums; }
+.csdraft caption { text-align: left; font-weight: 600; padding: .3rem 0; }
+.csdraft th, .csdraft td { text-align: right; padding: .15rem .7rem; font-weight: 400;
+  border-bottom: 1px solid #8886; }
+.csdraft th { font-weight: 600; }
+.csdraft th:first-child, .csdraft td:first-child, .csdraft td.bar { text-align: left; }
+.csdraft .bar i { display: block; height: .7em; background: #0072b2; min-width: 1px; }
+.csdraft .bar { width: 12rem; }
+.csdraft pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 14px/1.9 ui-monospace, monospace; padding: 1rem;
+  border: 1px solid #8886; border-radius: 6px; }
+.csdraft .legend span { margin-right: .8rem; padding: .05rem .4rem; }
+"""
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>csdraft report</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ margin: 2rem auto; max-width: 60rem; padding: 0 1rem; background: Canvas; color: CanvasText; }}
+</style></head><body>
+{body}
+</body></html>
+"""
+
+
+def fragment(report: Report) -> str:
+    """Headlines and tables for a notebook."""
+    return f'<div class="csdraft"><style>{STYLE}</style>{_summary(report)}</div>'
+
+
+def page(report: Report, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
+    """A page that needs nothing else: the tables, and the last call's text with each token in its level's colour."""
+    body = [f'<div class="csdraft"><style>{STYLE}{_level_style(report)}</style>', _summary(report)]
+    if any(report.tokens):
+        body += ["<h2>The text by drafting level</h2>", _legend(report)]
+        body += [_coloured(report, row, tokenizer) for row in range(len(report.tokens))]
+    return PAGE.format(body="\n".join([*body, "</div>"]))
+
+
+def _summary(report: Report) -> str:
+    lines = "".join(f"<p>{escape(line)}</p>" for line in headlines(report))
+    return lines + "".join(map(_html_table, tables(report) if report.rounds else ()))
+
+
+def _html_table(table: Table) -> str:
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.head)
+    rows = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in table.rows)
+    return f"<table><caption>{escape(table.title)}</caption><tr>{head}</tr>{rows}</table>"
+
+
+def _cell(cell: str | Bar) -> str:
+    if isinstance(cell, Bar):
+        return f'<td class="bar"><i style="width:{100 * cell.share:.1f}%"></i></td>'
+    return f"<td>{escape(cell)}</td>"
+
+
+def _level_style(report: Report) -> str:
+    rules = []
+    for level in range(1, len(report.level_names)):
+        colour, line = PALETTE[(level - 1) % len(PALETTE)], LINES[(level - 1) % len(LINES)]
+        tint = f"background: color-mix(in srgb, {colour} 28%, transparent)"
+        rules.append(f".csdraft .l{level} {{ {tint}; border-bottom: 3px {line} {colour}; }}")
+    return "\n".join(rules)
+
+
+def _legend(report: Report) -> str:
+    used = {level for row in report.levels for level in row}
+    spans = [
+        f'<span class="l{level}">{escape(name)}{" (no colour)" if level == 0 else ""}</span>'
+        for level, name in enumerate(report.level_names)
+        if level in used
+    ]
+    return f'<p class="legend">{"".join(spans)}Point at a token to see its level and its depth in the draft.</p>'
+
+
+def _coloured(report: Report, row: int, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """One row's text as one span a token."""
+    tokens = report.tokens[row]
+    depths = [(place, length) for length in report.lengths[row] for place in range(1, length + 1)]
+    spans = []
+    for token, text, level, (depth, length) in zip(
+        tokens, _texts(tokens, tokenizer), report.levels[row], depths, strict=True
+    ):
+        title = f"{report.level_names[level]}, depth {depth} of {length} emitted in its round, token {token}"
+        spans.append(f'<span class="l{level}" title="{escape(title, quote=True)}">{escape(text)}</span>')
+    name = f"<h3>Row {row}</h3>" if len(report.tokens) > 1 else ""
+    return f"{name}<pre>{''.join(spans)}</pre>"
+
+
+def _texts(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
+    if tokenizer is None:
+        return [f"{token} " for token in tokens]
+    pieces = Pieces(tokenizer, special=True)
+    texts = [pieces.push(token) for token in tokens]
+    if texts:
+        texts[-1] += pieces.flush()
+    return texts

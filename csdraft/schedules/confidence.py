@@ -1,0 +1,40 @@
+"""Confidence: a model drafter goes on while it is sure of itself.
+
+The dynamic stop of transformers' assisted generation (`assistant_confidence_threshold`) and of many papers: a token
+drafted with a probability below the threshold is the last of its draft. The token itself is kept, so that stopping
+never selects by identity and sampling stays exact. Costs a softmax a drafted token; statistical drafters ignore it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from csdraft.decoding.interfaces import Budget, Context, Drafter, Schedule
+
+__all__ = ["Confidence"]
+
+
+@dataclass(frozen=True)
+class Confidence(Schedule):
+    """Drafts up to `depth` tokens, ending after the first whose confidence is below `threshold`.
+
+    Args:
+        threshold: softmax probability in [0, 1]; 0 never stops early.
+        depth: the most draft tokens a round.
+    """
+
+    threshold: float = 0.4
+    depth: int = 20
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"threshold={self.threshold} must be a probability between 0 and 1")
+        if self.depth < 1:
+            raise ValueError(f"depth={self.depth} must be at least 1")
+
+    def _unsure(self, confidence: float) -> bool:
+        return confidence < self.threshold
+
+    def budgets(self, contexts: Sequence[Context], rooms: Sequence[int], drafter: Drafter) -> list[Budget]:
+        return [Budget(min(self.depth, room), min(self.depth, room), stop=self._unsure) for room in rooms]

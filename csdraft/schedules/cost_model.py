@@ -1,0 +1,317 @@
+"""Cost model: draft as much as pays, by measured seconds and measured acceptance; fall back to plain decoding.
+
+Leviathan et al. (arXiv 2211.17192, section 3.3) choose the draft length from one acceptance rate and one cost ratio;
+this schedule measures both while it decodes. Of the leading stages of a cascade to leave out (a dear drafter may not
+pay where the statistical one below it does) and of the depths, it takes the pair with the most tokens a second,
+
+    (1 + sum over i <= depth of survival[i]) / (target seconds at width depth + 1 + drafting seconds),
+
+where nothing drafted is always a candidate. What does not pay is tried again ever more rarely. Costs and survival are
+kept for the next call with the same models. It is the default; use `fixed` to compare methods at equal length.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Hashable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+from csdraft.decoding.call import Call
+from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Schedule
+
+__all__ = ["CostModel"]
+
+FADE = 0.97
+"""Weight that a round's counts keep after each later one: a memory of about 33 rounds."""
+PRIOR, PRIOR_WEIGHT = 0.7, 2.0
+"""Survival of one more token before anything is known: hopeful, so that every stage gets its chance."""
+MODEL_COST = 0.15
+"""A drafter token's cost before it is measured, in target steps."""
+READING_COST = 0.05
+"""Reading a token of text costs a model this share of drafting one."""
+MARGIN = 1.01
+"""What drafting must promise over plain decoding: timing noise decides below that."""
+FIRST_DEPTH, TRIAL_PAUSE = 2, 8.0
+"""Depth of a first or repeated trial; the pause after it, in units of what it costs, doubled after each loss."""
+MOST_DOUBLINGS = 6
+"""The pause between trials stops growing after so many losses."""
+CARRIED = 0.3
+"""Share of a call's survival counts that the next call starts from: costs last, texts change."""
+UNREAD = 16
+"""With more text to read than this, a drafter's time says nothing about its cost a token."""
+LEARNING, SETTLED_FOR = 16, 4
+"""After so many rounds, a choice stands for so many."""
+
+
+def _bucket(width: int) -> int:
+    """Prompt lengths, coarsely, so that a table of them stays small."""
+    return 1 << max(width - 1, 1).bit_length()
+
+
+@dataclass
+class Widths:
+    """Seconds of a forward by width: medians where measured, a line through them elsewhere."""
+
+    samples: dict[int, deque] = field(default_factory=dict)
+    _medians: dict[int, float] = field(default_factory=dict)
+
+    def add(self, width: int, seconds: float) -> None:
+        kept = self.samples.setdefault(width, deque(maxlen=9))
+        kept.append(seconds)
+        self._medians[width] = sorted(kept)[(len(kept) - 1) // 2]
+
+    def known(self, width: int) -> bool:
+        return width in self._medians
+
+    def seconds(self, width: int) -> float:
+        """Measured, interpolated, or extrapolated from the nearest measured width; never decreasing outwards."""
+        known = self._medians
+        if width in known:
+            return known[width]
+        below = max((w for w in known if w < width), default=None)
+        above = min((w for w in known if w > width), default=None)
+        if below is not None and above is not None:
+            share = (width - below) / (above - below)
+            return known[below] + share * (known[above] - known[below])
+        if below is not None:  # to the right of everything: the slope from the narrowest on
+            first = min(known)
+            slope = (known[below] - known[first]) / (below - first) if below > first else 0.02 * known[below]
+            return known[below] + max(slope, 0.0) * (width - below)
+        return known[above] if above is not None else 0.0
+
+
+@dataclass
+class Stages:
+    """What drafting from one stage on has shown: which tokens were offered, and how many survived, by position."""
+
+    tried: list[float] = field(default_factory=list)  # rounds that kept the first i tokens and asked for one more
+    kept: list[float] = field(default_factory=list)  # of these, how many kept that one too
+    asked: list[float] = field(default_factory=list)  # rounds that asked for token i
+    offered: list[float] = field(default_factory=list)  # of these, how many got it
+    losses: int = 0  # trials in a row that did not make it the best choice
+    wait: float = 0.0  # seconds until the next trial
+
+    def add(self, asked: int, offered: int, accepted: int) -> None:
+        """One row's round."""
+        for column in (self.tried, self.kept, self.asked, self.offered):
+            column[:] = [FADE * count for count in column] + [0.0] * (asked - len(column))
+        for i in range(asked):
+            self.asked[i] += 1
+            self.offered[i] += i < offered
+            if i <= accepted:
+                self.tried[i] += 1
+                self.kept[i] += i < accepted
+
+    def carry_over(self) -> None:
+        """Makes room for a new text."""
+        for column in (self.tried, self.kept, self.asked, self.offered):
+            column[:] = [CARRIED * count for count in column]
+        self.losses, self.wait = min(self.losses, 1), 0.0
+
+    def hazards(self, depth: int) -> list[float]:
+        """The chance of each of `depth` tokens to survive, given that those before it did."""
+        pooled = (sum(self.kept) + PRIOR_WEIGHT * PRIOR) / (sum(self.tried) + PRIOR_WEIGHT)
+        known = [
+            (kept + PRIOR_WEIGHT * pooled) / (tried + PRIOR_WEIGHT)
+            for kept, tried in zip(self.kept[:depth], self.tried, strict=False)
+        ]
+        return known + [pooled] * (depth - len(known))
+
+    def shares_offered(self, depth: int) -> list[float]:
+        """How often each of `depth` tokens was drafted when asked for."""
+        known = [
+            (offered + 1) / (asked + 1) for offered, asked in zip(self.offered[:depth], self.asked, strict=False)
+        ]
+        return known + [known[-1] if known else 1.0] * (depth - len(known))
+
+
+@dataclass
+class Ledger:
+    """All that one call has learned, and what the next one starts from."""
+
+    target: Widths = field(default_factory=Widths)
+    from_stage: list[Stages] = field(default_factory=list)  # by number of leading stages left out
+    token_seconds: dict[int, float] = field(default_factory=dict)  # by stage: seconds a drafted token
+
+
+class Memory:
+    """Ledgers of earlier calls, by target and drafter; forgets models that are gone. Locked."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._ledgers: weakref.WeakKeyDictionary[Any, dict[Hashable, tuple[list, Ledger]]] = weakref.WeakKeyDictionary()
+
+    def load(self, target: Any, models: Sequence[Any], key: Hashable) -> Ledger:
+        with self._lock:
+            refs, ledger = self._ledgers.get(target, {}).get(key, ([], None))
+            if ledger is None or [ref() for ref in refs] != list(models):
+                return Ledger()
+            return deepcopy(ledger)
+
+    def save(self, target: Any, models: Sequence[Any], key: Hashable, ledger: Ledger) -> None:
+        with self._lock:
+            kept = self._ledgers.setdefault(target, {})
+            for old in [k for k, (refs, _) in kept.items() if any(ref() is None for ref in refs)]:
+                del kept[old]
+            kept[key] = ([weakref.ref(model) for model in models], ledger)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._ledgers.clear()
+
+
+MEMORY = Memory()
+
+
+def clear_memory() -> None:
+    """Forgets what earlier calls have learned."""
+    MEMORY.clear()
+
+
+@dataclass(frozen=True)
+class CostModel(Schedule):
+    """Chooses stages and depth each round by expected tokens a second (see the module).
+
+    Args:
+        most: the largest depth; None leaves it to the drafter (`Drafter.depth`, doubled for a single drafter).
+        remember: whether calls learn from earlier calls with the same models.
+    """
+
+    most: int | None = None
+    remember: bool = True
+
+    def start(self, call: Call, drafter: Drafter) -> Schedule:
+        return Working(self, call, drafter)
+
+
+class Working(Schedule):
+    """One call's cost model."""
+
+    def __init__(self, options: CostModel, call: Call, drafter: Drafter):
+        self.options, self.call, self.drafter = options, call, drafter
+        self.stages = drafter.stages()
+        self.limits = [limit for _, limit in self.stages]
+        self.key = (call.rows, call.sampler.greedy, call.head.processing.temperature, drafter.signature())
+        self.ledger = MEMORY.load(call.target, drafter.models(), self.key) if options.remember else Ledger()
+        if not self.ledger.from_stage:
+            self.ledger.from_stage = [Stages() for _ in self.stages]
+        for stages in self.ledger.from_stage:
+            stages.carry_over()
+        self.most = options.most or (self.limits[-1] if len(self.stages) > 1 else 2 * self.limits[-1])
+        self.rounds = self.skip = self.depth = self._keep_for = 0
+        self._asked: list[int] = []
+        self._reads = self._trial = False
+        self._charged = [(0.0, 0.0)] * len(self.stages)
+
+    # What to draft.
+
+    def budgets(self, contexts: Sequence[Context], rooms: Sequence[int], drafter: Drafter) -> list[Budget]:
+        if self._keep_for <= 0:
+            self.skip, self.depth = self._choose(contexts, max(rooms) + 1)
+            self._keep_for = SETTLED_FOR if self.rounds > LEARNING else 1
+        self._keep_for -= 1
+        self._reads = self.depth > 0 and self._unread(self.skip, contexts) > UNREAD
+        self._asked = [min(self.depth, room) for room in rooms]
+        return [Budget(depth, depth, skip=self.skip) for depth in self._asked]
+
+    def _choose(self, contexts: Sequence[Context], remaining: int) -> tuple[int, int]:
+        """Leading stages to leave out, and depth, for the next rounds."""
+        ledger, target = self.ledger, self.ledger.target
+        self._trial = False
+        if not target.known(1):  # two short drafts from the cheapest stage, then a plain step: what drafting must beat
+            return (0, 0) if self.rounds >= 2 else (len(self.stages) - 1, min(FIRST_DEPTH, self.most))
+        plain = target.seconds(1)
+        best = (MARGIN / plain, -1, 0)
+        for skip, stages in enumerate(ledger.from_stage):
+            rate, depth = self._best_depth(skip, stages, contexts, remaining)
+            best = max(best, (rate, skip, depth))
+        for skip, stages in enumerate(ledger.from_stage):
+            reading = self._reading_seconds(skip, contexts)
+            if skip == best[1]:
+                stages.losses, stages.wait = 0, 0.0
+            elif stages.wait + TRIAL_PAUSE * reading <= 0 and remaining * plain > 2 * TRIAL_PAUSE * reading:
+                depth = min(FIRST_DEPTH, self.most)
+                price = reading + depth * self._token_seconds(skip) + target.seconds(1 + depth) - plain
+                stages.losses = min(stages.losses + 1, MOST_DOUBLINGS)
+                stages.wait = TRIAL_PAUSE * 2.0 ** (stages.losses - 1) * max(price, 0.1 * plain)
+                self._trial = True
+                return skip, depth
+        return max(best[1], 0), best[2]
+
+    def _best_depth(
+        self, skip: int, stages: Stages, contexts: Sequence[Context], remaining: int
+    ) -> tuple[float, int]:
+        """Tokens a second, and the depth that gives the most, when the first `skip` stages are left out."""
+        target = self.ledger.target
+        most = min(self.most, 2 * len(stages.asked) + 2, remaining - 1)
+        reading = self._reading_seconds(skip, contexts)
+        seconds, tokens, survival = target.seconds(1), 1.0, 1.0
+        best = (0.0, 0)
+        hazards, shares = stages.hazards(most), stages.shares_offered(most)
+        for i in range(most):
+            survival *= hazards[i]
+            tokens += survival
+            wider = max(target.seconds(i + 2) - target.seconds(i + 1), 0.0)
+            seconds += shares[i] * (wider + self._token_seconds(self._stage_at(skip, i)))
+            rate = 1 / (seconds / tokens + reading / remaining)
+            best = max(best, (rate, i + 1))
+        return best
+
+    def _stage_at(self, skip: int, i: int) -> int:
+        """The stage that writes draft token `i`."""
+        return next((s for s in range(skip, len(self.limits)) if i < self.limits[s]), len(self.limits) - 1)
+
+    def _token_seconds(self, stage: int) -> float:
+        known = self.ledger.token_seconds.get(stage)
+        if known is None:
+            return MODEL_COST * self.ledger.target.seconds(1) if self.stages[stage][0].models() else 0.0
+        return known
+
+    def _reading_seconds(self, skip: int, contexts: Sequence[Context]) -> float:
+        """What the drafter models must read first, once."""
+        dearest = max((self._token_seconds(stage) for stage in range(skip, len(self.stages))), default=0.0)
+        return READING_COST * max(self._unread(skip, contexts) - 2, 0) * dearest
+
+    def _unread(self, skip: int, contexts: Sequence[Context]) -> int:
+        """Tokens of text that the drafter models have not seen yet."""
+        models = [model for stage, _ in self.stages[skip:] for model in stage.models()[:1]]
+        sessions = [self.call.session(model) for model in models]  # type: ignore[arg-type]
+        return max((session.unread(c.row, c.text) for session in sessions for c in contexts), default=0)
+
+    # What came of it.
+
+    def observe(self, rounds: Sequence[Round], draft_seconds: float, score_seconds: float) -> None:
+        ledger, drafted = self.ledger, max(r.drafted for r in rounds)
+        self.rounds += 1
+        fed = self.call.session(self.call.target).runner.fed
+        # The first round also reads the prompt: a far point, without which wide drafts look dearer than they are.
+        ledger.target.add(1 + drafted if self.rounds > 1 else _bucket(fed // len(rounds)), score_seconds)
+        for stages in ledger.from_stage:
+            stages.wait -= draft_seconds + score_seconds
+        if self.depth == 0:
+            return
+        if self._trial and sum(r.accepted for r in rounds) == sum(self._asked):
+            ledger.from_stage[self.skip].wait = 0.0  # promising: try again at once
+        for r, asked in zip(rounds, self._asked, strict=True):
+            ledger.from_stage[self.skip].add(asked, r.drafted, r.accepted)
+        self._learn_costs(drafted, draft_seconds)
+
+    def _learn_costs(self, drafted: int, draft_seconds: float) -> None:
+        """Seconds a token of every stage that drafted: as its cascade charged them, or all of it for a lone drafter."""
+        charged = [(draft_seconds, drafted)]
+        if len(self.stages) > 1:
+            now = [self.call.charges.get(id(drafter), (0.0, 0)) for drafter, _ in self.stages]
+            charged = [(a - c, b - d) for (a, b), (c, d) in zip(now, self._charged, strict=True)]
+            self._charged = now
+        for stage, (seconds, tokens) in enumerate(charged):
+            if tokens and not self._reads:
+                old = self.ledger.token_seconds.get(stage, seconds / tokens)
+                self.ledger.token_seconds[stage] = 0.8 * old + 0.2 * seconds / tokens
+
+    def finish(self) -> None:
+        if self.options.remember:
+            MEMORY.save(self.call.target, self.drafter.models(), self.key, self.ledger)

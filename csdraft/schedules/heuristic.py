@@ -1,0 +1,47 @@
+"""Heuristic: two more draft tokens after a round that kept all, one fewer after any other.
+
+The rule of transformers' assisted generation (`num_assistant_tokens_schedule="heuristic"`). Simple, and slow to learn
+that drafting does not pay: it never goes below one token. Use it to compare; `cost_model` is the default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from csdraft.decoding.call import Call
+from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Schedule
+
+__all__ = ["Heuristic"]
+
+
+@dataclass(frozen=True)
+class Heuristic(Schedule):
+    """One depth a row, moved by +2 or -1 after every round.
+
+    Args:
+        depth: draft tokens of the first round; None asks for what the drafter likes.
+        most: the largest depth.
+    """
+
+    depth: int | None = None
+    most: int = 64
+    _depths: dict[int, float] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.depth is not None and not 1 <= self.depth <= self.most:
+            raise ValueError(f"depth={self.depth} must lie between 1 and most={self.most}")
+
+    def start(self, call: Call, drafter: Drafter) -> Schedule:
+        return Heuristic(self.depth, self.most)
+
+    def budgets(self, contexts: Sequence[Context], rooms: Sequence[int], drafter: Drafter) -> list[Budget]:
+        first = drafter.depth if self.depth is None else self.depth
+        wanted = [min(int(self._depths.setdefault(c.row, first)), room) for c, room in zip(contexts, rooms, strict=True)]
+        return [Budget(depth, depth) for depth in wanted]
+
+    def observe(self, rounds: Sequence[Round], draft_seconds: float, score_seconds: float) -> None:
+        for r in rounds:
+            depth = self._depths[r.context.row]
+            kept_all = r.drafted > 0 and r.accepted == r.drafted
+            self._depths[r.context.row] = min(depth + 2, self.most) if kept_all else max(depth - 1, 1)

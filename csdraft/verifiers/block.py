@@ -1,0 +1,61 @@
+"""Block verification (Sun et al., arXiv 2403.10444): accept or refuse a drafted block jointly, not token by token.
+
+Lossless, and keeps at least as many tokens on average as `Rejection`; the paper reports 5 to 8 percent wall time. For
+chains drawn from a model, at the target only. Point masses are allowed, but gain nothing over `Rejection`.
+
+A failed token does not end the walk: a success further down accepts the whole prefix. This is by design.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from csdraft.decoding.draft import ROOT, Draft
+from csdraft.decoding.interfaces import ScoresView, Verdict, Verifier
+from csdraft.decoding.sampling import Sampler
+from csdraft.verifiers.rejection import check_draft, ratio, residual, unexplained
+
+__all__ = ["Block"]
+
+
+@dataclass(frozen=True)
+class Block(Verifier):
+    """Accepts the longest prefix whose joint test succeeds (see the module). Reports no laws: not for inner levels."""
+
+    lossless = True  # type: ignore[assignment]
+    draws: ClassVar = "independent"
+    kinds: ClassVar = frozenset({"iid"})
+    chains_only: ClassVar = True
+
+    def verify(self, draft: Draft, scores: ScoresView, sampler: Sampler, root: int = ROOT) -> Verdict:
+        check_draft(self, draft)
+        nodes = range(root + 1, len(draft))
+        target_probs = [scores.probs(node) for node in (root, *nodes)]
+        # weights[i] is the clipped running ratio target / draft of the first i tokens (p_i of the paper).
+        weights = [1.0]
+        for i, node in enumerate(nodes):
+            weights.append(min(1.0, weights[i] * ratio(target_probs[i], draft, node)))
+        chances = weights[1:]  # of keeping the first 1, 2, ... tokens; the last one's is its weight
+        for i, node in enumerate(nodes[1:], start=1):
+            if weights[i] < 1:
+                left = float(unexplained(weights[i] * target_probs[i], draft, node).sum())
+                chances[i - 1] = left / (left + 1 - weights[i])
+
+        kept = self.longest(chances, scores.row, sampler)
+        for node in nodes[:kept]:
+            if scores.ends(node - 1, draft.tokens[node]):
+                return Verdict(list(range(root + 1, node + 1)), None, True)
+        left = target_probs[kept]
+        if kept < len(nodes):
+            left = residual(weights[kept] * left, draft, nodes[kept])
+        token = sampler.draw(scores.row, left)
+        return Verdict(list(nodes[:kept]), token, scores.ends(root + kept, token))
+
+    def longest(self, chances: Sequence[float], row: int, sampler: Sampler) -> int:
+        """The number of tokens kept: independent trials, deepest first, since the deepest success decides."""
+        for length in range(len(chances), 0, -1):
+            if sampler.accepts(row, chances[length - 1]):
+                return length
+        return 0

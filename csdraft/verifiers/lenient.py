@@ -1,0 +1,54 @@
+"""Lenient acceptance: a reviewing drafter keeps what it finds plausible enough.
+
+Cascade Speculative Drafting (arXiv 2312.11462, section 3). For inner levels under coupled or greedy draws, where a
+target still checks the result: more of a cheap draft passes for one forward, and all that it can cost is acceptance at
+the target. Not lossless above 1; at 1 it is `Match`.
+Leviathan et al. (arXiv 2211.17192) write the same idea as a factor l <= 1 on the draft probability; lenience = 1 / l.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from csdraft.decoding.draft import Draft
+from csdraft.decoding.interfaces import ScoresView
+from csdraft.decoding.sampling import Sampler
+from csdraft.verifiers.match import Match
+
+__all__ = ["Lenient"]
+
+
+@dataclass(frozen=True)
+class Lenient(Match):
+    """Accepts a node that carries the reviewer's token, else the first sibling it finds plausible (see the module).
+
+    Args:
+        lenience: >= 1; how far below the drafter's confidence the reviewer's own may lie. 1: not lenient at all.
+        level: the reviewer's level, whose uniform number a position decides with.
+    """
+
+    lenience: float = 1.0
+    level: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.lenience >= 1:
+            raise ValueError(f"lenience={self.lenience} must be 1 (strict) or more; the papers' l <= 1 is 1/lenience")
+
+    @property
+    def lossless(self) -> bool:  # type: ignore[override]
+        return self.lenience == 1
+
+    def keeps(self, draft: Draft, node: int, scores: ScoresView, sampler: Sampler) -> int | None:
+        """The child with the reviewer's token, else the first with u * confidence <= lenience * reviewer's own."""
+        chosen = super().keeps(draft, node, scores, sampler)
+        if chosen is not None or self.lenience == 1:
+            return chosen
+        uniform = sampler.level_uniform(scores.row, scores.position(node), self.level)
+        for child in draft.children(node):
+            confidence = draft.confidence[child]
+            if math.isnan(confidence):  # a point mass: nobody vouches for it
+                continue
+            if uniform * confidence <= self.lenience * scores.soft(node, draft.tokens[child]):
+                return child
+        return None
