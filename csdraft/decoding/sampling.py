@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.generation import logits_process as hf
+
+from csdraft.decoding.copies import row_copy
 
 __all__ = ["Processing", "Sampler"]
 
@@ -152,7 +153,6 @@ BATCH_INDEXED = (
     hf.RepetitionPenaltyLogitsProcessor,
     hf.EncoderRepetitionPenaltyLogitsProcessor,
     hf.EncoderNoRepeatNGramLogitsProcessor,
-    hf.PrefixConstrainedLogitsProcessor,
 )
 """Processors that know which row of the batch they are given."""
 
@@ -180,12 +180,16 @@ class Processing:
 
     def _for_row(self, row: int) -> list:
         """This row's own processors: a copy of everything that might keep state."""
-        del row
         own = []
         for processor in self.processors:
-            if type(processor) not in TEXT_BLIND + STATELESS:
-                models = {id(v): v for v in vars(processor).values() if isinstance(v, nn.Module)}
-                processor = copy.deepcopy(processor, models)
+            if type(processor) is hf.PrefixConstrainedLogitsProcessor:
+                processor = _constrained_row(processor, row)
+            elif type(processor) not in TEXT_BLIND + STATELESS:
+                processor = row_copy(processor)
+            if type(processor) is hf.UnbatchedClassifierFreeGuidanceLogitsProcessor:
+                context = processor.unconditional_context
+                for key in ("input_ids", "attention_mask"):
+                    context[key] = None if context[key] is None else context[key][row : row + 1]
             own.append(processor)
         return own
 
@@ -211,3 +215,9 @@ class Processing:
             else:
                 scores = processor(ids, scores)
         return scores[0]
+
+
+def _constrained_row(processor: hf.PrefixConstrainedLogitsProcessor, row: int) -> hf.PrefixConstrainedLogitsProcessor:
+    """The same constraint for one row: the user's function is told the row's own number."""
+    allowed = processor._prefix_allowed_tokens_fn
+    return hf.PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), num_beams=1)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,6 +41,8 @@ MOST_DOUBLINGS = 6
 """The pause between trials stops growing after so many losses."""
 CARRIED = 0.3
 """Share of a call's survival counts that the next call starts from: costs last, texts change."""
+BLURRED = 0.7
+"""Share of its counts that stages left out keep from one pause to the next: texts change."""
 UNREAD = 16
 """With more text to read than this, a drafter's time says nothing about its cost a token."""
 LEARNING, SETTLED_FOR = 16, 4
@@ -97,8 +99,9 @@ class Stages:
 
     def add(self, asked: int, offered: int, accepted: int) -> None:
         """One row's round."""
+        self.fade(FADE)
         for column in (self.tried, self.kept, self.asked, self.offered):
-            column[:] = [FADE * count for count in column] + [0.0] * (asked - len(column))
+            column += [0.0] * (asked - len(column))
         for i in range(asked):
             self.asked[i] += 1
             self.offered[i] += i < offered
@@ -106,11 +109,16 @@ class Stages:
                 self.tried[i] += 1
                 self.kept[i] += i < accepted
 
-    def carry_over(self) -> None:
-        """Makes room for a new text."""
+    def fade(self, share: float) -> None:
+        """Lets what was seen so far count less."""
         for column in (self.tried, self.kept, self.asked, self.offered):
-            column[:] = [CARRIED * count for count in column]
-        self.losses, self.wait = min(self.losses, 1), 0.0
+            column[:] = [share * count for count in column]
+
+    def hopes(self, depth: int) -> list[float]:
+        """The hazards if all that is not known yet turned out well."""
+        known = [(k + PRIOR_WEIGHT) / (t + PRIOR_WEIGHT) for k, t in zip(self.kept[:depth], self.tried, strict=False)]
+        pooled = (sum(self.kept) + PRIOR_WEIGHT) / (sum(self.tried) + PRIOR_WEIGHT)
+        return known + [pooled] * (depth - len(known))
 
     def hazards(self, depth: int) -> list[float]:
         """The chance of each of `depth` tokens to survive, given that those before it did."""
@@ -127,6 +135,9 @@ class Stages:
             (offered + 1) / (asked + 1) for offered, asked in zip(self.offered[:depth], self.asked, strict=False)
         ]
         return known + [known[-1] if known else 1.0] * (depth - len(known))
+
+
+Hazards = Callable[[int], list[float]]
 
 
 @dataclass
@@ -200,7 +211,8 @@ class Working(Schedule):
         if not self.ledger.from_stage:
             self.ledger.from_stage = [Stages() for _ in self.stages]
         for stages in self.ledger.from_stage:
-            stages.carry_over()
+            stages.fade(CARRIED)
+            stages.losses, stages.wait = min(stages.losses, 1), 0.0
         self.most = options.most or (self.limits[-1] if len(self.stages) > 1 else 2 * self.limits[-1])
         self.rounds = self.skip = self.depth = self._keep_for = 0
         self._asked: list[int] = []
@@ -212,7 +224,7 @@ class Working(Schedule):
     def budgets(self, contexts: Sequence[Context], rooms: Sequence[int], drafter: Drafter) -> list[Budget]:
         if self._keep_for <= 0:
             self.skip, self.depth = self._choose(contexts, max(rooms) + 1)
-            self._keep_for = SETTLED_FOR if self.rounds > LEARNING else 1
+            self._keep_for = SETTLED_FOR if self.rounds > LEARNING and not self._trial else 1
         self._keep_for -= 1
         self._reads = self.depth > 0 and self._unread(self.skip, contexts) > UNREAD
         self._asked = [min(self.depth, room) for room in rooms]
@@ -230,20 +242,28 @@ class Working(Schedule):
             rate, depth = self._best_depth(skip, stages, contexts, remaining)
             best = max(best, (rate, skip, depth))
         for skip, stages in enumerate(ledger.from_stage):
-            reading = self._reading_seconds(skip, contexts)
             if skip == best[1]:
                 stages.losses, stages.wait = 0, 0.0
-            elif stages.wait + TRIAL_PAUSE * reading <= 0 and remaining * plain > 2 * TRIAL_PAUSE * reading:
-                depth = min(FIRST_DEPTH, self.most)
-                price = reading + depth * self._token_seconds(skip) + target.seconds(1 + depth) - plain
-                stages.losses = min(stages.losses + 1, MOST_DOUBLINGS)
-                stages.wait = TRIAL_PAUSE * 2.0 ** (stages.losses - 1) * max(price, 0.1 * plain)
+            elif stages.wait <= 0 and self._worth_a_trial(skip, stages, best[0], contexts, remaining):
                 self._trial = True
-                return skip, depth
+                return skip, min(FIRST_DEPTH, self.most)
         return max(best[1], 0), best[2]
 
+    def _worth_a_trial(
+        self, skip: int, stages: Stages, rate: float, contexts: Sequence[Context], remaining: int
+    ) -> bool:
+        """Whether stages that are not the best choice could be: a trial costs, so each loss doubles the pause."""
+        plain, depth = self.ledger.target.seconds(1), min(FIRST_DEPTH, self.most)
+        reading = self._reading_seconds(skip, contexts)
+        price = reading + depth * self._token_seconds(skip) + self.ledger.target.seconds(1 + depth) - plain
+        stages.losses = min(stages.losses + 1, MOST_DOUBLINGS)
+        stages.wait = TRIAL_PAUSE * 2.0 ** (stages.losses - 1) * max(price, 0.1 * plain)
+        hopeful, _ = self._best_depth(skip, stages, contexts, remaining, stages.hopes)
+        stages.fade(BLURRED)
+        return hopeful > rate and remaining * plain > 2 * TRIAL_PAUSE * reading
+
     def _best_depth(
-        self, skip: int, stages: Stages, contexts: Sequence[Context], remaining: int
+        self, skip: int, stages: Stages, contexts: Sequence[Context], remaining: int, hazards: Hazards | None = None
     ) -> tuple[float, int]:
         """Tokens a second, and the depth that gives the most, when the first `skip` stages are left out."""
         target = self.ledger.target
@@ -251,11 +271,11 @@ class Working(Schedule):
         reading = self._reading_seconds(skip, contexts)
         seconds, tokens, survival = target.seconds(1), 1.0, 1.0
         best = (0.0, 0)
-        hazards, shares = stages.hazards(most), stages.shares_offered(most)
+        chances, shares = (hazards or stages.hazards)(most), stages.shares_offered(most)
         for i in range(most):
-            survival *= hazards[i]
+            survival *= chances[i]
             tokens += survival
-            wider = max(target.seconds(i + 2) - target.seconds(i + 1), 0.0)
+            wider = target.seconds(i + 2) - target.seconds(i + 1)
             seconds += shares[i] * (wider + self._token_seconds(self._stage_at(skip, i)))
             rate = 1 / (seconds / tokens + reading / remaining)
             best = max(best, (rate, i + 1))

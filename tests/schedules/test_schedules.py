@@ -1,0 +1,111 @@
+"""Every schedule keeps to its rooms; the cost model finds what pays and drops what does not."""
+
+import importlib
+import pkgutil
+
+import pytest
+from world import Stages, World, Writer, plain_seconds
+
+import csdraft.schedules
+from csdraft.schedules.cost_model import CostModel, Widths
+from csdraft.schedules.fixed import Fixed
+from csdraft.schedules.heuristic import Heuristic
+
+
+def every_schedule():
+    names = [module.name for module in pkgutil.iter_modules(csdraft.schedules.__path__)]
+    found = [importlib.import_module(f"csdraft.schedules.{name}") for name in names]
+    return [pytest.param(getattr(m, m.__all__[0]), id=name) for m, name in zip(found, names, strict=True)]
+
+
+def speedup(drafter, schedule, tokens=256, seeds=6, calls=1, **laws):
+    """Plain seconds over drafted seconds, summed over seeds (of the last of `calls` calls)."""
+    drafted = plain = 0.0
+    for seed in range(seeds):
+        for _ in range(calls):
+            world = World(drafter, seed=seed, **laws)
+            seconds = world.decode(schedule, tokens)
+        drafted += seconds
+        plain += plain_seconds(world, tokens)
+    return plain / drafted
+
+
+def max_gram(accepted, offers):
+    return Writer(0.002, accepted, offers=offers, depth=10, neural=False)
+
+
+@pytest.mark.parametrize("schedule", every_schedule())
+@pytest.mark.parametrize("accepted", [0.0, 0.5, 1.0])
+def test_budgets_stay_within_rooms_and_the_text_ends_on_time(schedule, accepted):
+    world = World(Writer(0.1, accepted), seed=1)
+    world.decode(schedule(), 60)  # asserts 0 <= depth <= room every round
+    assert len(world.text) == world.prompt + 60
+
+
+@pytest.mark.parametrize("schedule", every_schedule())
+def test_one_token_left_leaves_no_room(schedule):
+    world = World(Writer(0.1, 0.9), seed=1)
+    world.decode(schedule(), 1)
+    assert world.depths == [0]
+
+
+def test_heuristic_moves_as_transformers_does():
+    world = World(Writer(0.1, 1.0), seed=0)
+    world.decode(Heuristic(depth=5), 60)
+    assert world.depths[:4] == [5, 7, 9, 11]
+    world = World(Writer(0.1, 0.0), seed=0)
+    world.decode(Heuristic(depth=3), 20)
+    assert world.depths[:5] == [3, 2, 1, 1, 1]
+
+
+@pytest.mark.parametrize("accepted", [0.4, 0.6, 0.8, 0.9])
+@pytest.mark.parametrize("cost", [0.05, 0.15, 0.4])
+def test_cost_model_comes_close_to_the_best_fixed_depth(accepted, cost):
+    drafter = Writer(cost, accepted)
+    best = max(speedup(drafter, Fixed(depth)) for depth in (0, 1, 2, 3, 5, 8))
+    assert speedup(drafter, CostModel(remember=False), jitter=0.1) > 0.93 * best
+
+
+@pytest.mark.parametrize("cost", [0.05, 0.15])
+def test_a_drafter_that_is_never_right_costs_little(cost):
+    drafter = Writer(cost, 0.0)
+    assert speedup(drafter, CostModel(remember=False), jitter=0.1) > 0.96
+    # What would fail: a schedule that goes on drafting.
+    assert speedup(drafter, Fixed(2)) < 0.9
+
+
+def test_later_calls_know_better():
+    drafter = Writer(0.4, 0.0)
+    first = World(drafter)
+    before = first.decode(CostModel(), 256)
+    later = World(drafter, seed=2)
+    later.call.target = first.call.target  # what is remembered is remembered of this target
+    assert later.decode(CostModel(), 256) < before
+
+
+@pytest.mark.parametrize(
+    ("cost", "accepted", "offers", "copied"), [(0.45, 0.47, 0.6, 0.85), (0.15, 0.0, 0.5, 0.8), (0.15, 0.7, 0.5, 0.8)]
+)
+def test_a_dear_stage_is_left_out_of_a_cascade(cost, accepted, offers, copied):
+    neural, statistical = Writer(cost, accepted), max_gram(copied, offers)
+    cascade = Stages((neural, statistical), (5, 15))
+    alone = speedup(statistical, CostModel(remember=False), jitter=0.1)
+    assert speedup(cascade, CostModel(remember=False), jitter=0.1) > 0.85 * alone
+
+
+def test_a_useless_tail_does_not_hide_a_good_drafter():
+    neural, useless = Writer(0.15, 0.7), max_gram(0.0, 0.5)
+    cascade = Stages((neural, useless), (5, 15))
+    alone = max(speedup(neural, Fixed(depth)) for depth in (1, 2, 3, 4, 5))
+    assert speedup(cascade, CostModel(remember=False), jitter=0.1) > 0.9 * alone
+
+
+def test_widths_interpolate_and_extrapolate():
+    widths = Widths()
+    for _ in range(3):
+        widths.add(1, 1.0)
+        widths.add(5, 1.4)
+    widths.add(5, 9.0)  # an outlier: medians ignore it
+    assert widths.seconds(1) == 1.0
+    assert widths.seconds(3) == pytest.approx(1.2)
+    assert widths.seconds(9) == pytest.approx(1.8)
