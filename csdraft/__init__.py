@@ -1,14 +1,31 @@
-"""csdraft: exact, batched speculative decoding with cascades of drafters. Importing it teaches generate `assistant=`."""
+"""Exact, batched speculative decoding with cascades of drafters; importing it teaches `generate` `assistant=`."""
 
 import os
 
 from csdraft.cascade import CascadeDrafter
 from csdraft.decoding.interfaces import Drafter
+from csdraft.decoding.report import Report
+from csdraft.drafters.horizontal import Horizontal
+from csdraft.drafters.max_gram import MaxGram
 from csdraft.drafters.model import ModelDrafter
+from csdraft.drafters.prompt_lookup import PromptLookup
+from csdraft.drafters.vertical import Vertical
 from csdraft.hook import decode, enable, install
 
 __version__ = "0.1.0"
-__all__ = ["CascadeDrafter", "Drafter", "ModelDrafter", "decode", "enable", "install"]
+__all__ = [
+    "CascadeDrafter",
+    "Drafter",
+    "Horizontal",
+    "MaxGram",
+    "ModelDrafter",
+    "PromptLookup",
+    "Report",
+    "Vertical",
+    "decode",
+    "enable",
+    "install",
+]
 
 if os.environ.get("CSDRAFT_NO_PATCH", "") in ("", "0"):
     install()

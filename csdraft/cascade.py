@@ -1,25 +1,53 @@
-"""CascadeDrafter: a K matrix and a lenience turned into nested vertical and horizontal drafters."""
+"""CascadeDrafter: a K matrix and a lenience turned into nested drafters, with its choices, reports and saved form."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+import os
+import threading
+import warnings
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from csdraft import hub, spec
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Schedule, Verifier
+from csdraft.decoding.names import name_of
 from csdraft.decoding.report import Report
 from csdraft.drafters.horizontal import Horizontal
-from csdraft.drafters.model import ModelDrafter
-from csdraft.drafters.vertical import Vertical
+from csdraft.drafters.model import ModelDrafter, load_model
+from csdraft.kmatrix import build, check_k_matrix, spread_lenience
+from csdraft.schedules.cost_model import CostModel
 from csdraft.schedules.fixed import Fixed
 from csdraft.verifiers.match import Match
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 __all__ = ["CascadeDrafter", "as_drafter", "choose_schedule", "choose_verifier"]
 
+_LOCK = threading.Lock()
 
+
+@dataclass
+class Reports:
+    """What the calls so far came to, and the last of them. Calls may end in several threads at once."""
+
+    total: Report = field(default_factory=lambda: Report(calls=0))
+    last: Report | None = None
+    target: hub.Target | None = None
+
+    def add(self, report: Report) -> None:
+        with _LOCK:
+            self.total, self.last = self.total.merged(report), report
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class CascadeDrafter(Drafter):
     """Cascade Speculative Drafting (arXiv 2312.11462) as one drafter.
 
@@ -28,114 +56,209 @@ class CascadeDrafter(Drafter):
         k_matrix: (n, n) upper triangular increments. Row i is the cascade that reviewer i reviews (0: the target,
             i: `drafters[i-1]`), entry j how many tokens stage j (`drafters[j]`) adds to it. A list is row 0 alone
             (all models draft token by token); a number is that many tokens for every drafter of row 0.
-        lenience: >= 1, for inner reviewers only; one number, or one for each drafter model, largest first.
+        lenience: >= 1, for inner reviewers only; one number, or one for each drafter that reviews, largest first.
         verifier: the acceptance rule at the target, by name or as an object.
         schedule: how much of the cascade to use each round, by name or as an object.
     """
 
-    def __init__(
-        self,
-        drafters: Sequence[Any],
-        k_matrix: Sequence[Sequence[int]] | Sequence[int] | int = 5,
-        lenience: float | Sequence[float] = 1.0,
-        verifier: Verifier | str = "match",
-        schedule: Schedule | str = "cost_model",
-    ):
-        self.drafters = tuple(as_drafter(drafter) for drafter in drafters)
-        self.k_matrix = check_k_matrix(k_matrix, len(self.drafters))
-        self.lenience = lenience
-        self.verifier, self.schedule = verifier, schedule
-        self.root = build(self.drafters, self.k_matrix, spread_lenience(lenience, self.drafters))
-        self.report = Report(calls=0)
+    drafters: Sequence[Any]
+    k_matrix: Sequence[Sequence[int]] | Sequence[int] | int = 5
+    lenience: float | Sequence[float] = 1.0
+    verifier: Verifier | str | Mapping[str, Any] = "match"
+    schedule: Schedule | str | Mapping[str, Any] = "cost_model"
+    root: Horizontal = field(init=False)
+    _reports: Reports = field(init=False, default_factory=Reports)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.drafters, str | Path | nn.Module | Drafter):
+            raise ValueError(f"drafters={_short(self.drafters)} is one drafter; give a list, largest first: [...]")
+        verifier, schedule = spec.resolve("verifiers", self.verifier), spec.resolve("schedules", self.schedule)
+        drafters = tuple(_unwrapped(as_drafter(drafter)) for drafter in self.drafters)
+        k_matrix = check_k_matrix(self.k_matrix, drafters)
+        root = build(drafters, k_matrix, spread_lenience(self.lenience, drafters, k_matrix))
+        lenience = float(self.lenience) if isinstance(self.lenience, int | float) else tuple(map(float, self.lenience))
+        values = {"drafters": drafters, "k_matrix": k_matrix, "lenience": lenience, "verifier": verifier}
+        for name, value in (values | {"schedule": schedule, "root": root}).items():
+            object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        drafters = ", ".join(map(_short, self.drafters))
+        rows = [list(row) for row in self.k_matrix]  # type: ignore[union-attr, arg-type]
+        return f"CascadeDrafter([{drafters}], {rows}, {self.lenience}, {self.verifier!r}, {self.schedule!r})"
+
+    # Drafting.
 
     @property
     def depth(self) -> int:  # type: ignore[override]
         return self.root.depth
 
+    def stages(self) -> list[tuple[Drafter, int]]:
+        return self.root.stages()
+
+    def signature(self) -> Hashable:
+        return self.root.signature()
+
     def models(self) -> list[object]:
-        return self.root.models()
+        return list(dict.fromkeys(self.root.models()))
 
     def check(self, call: Call) -> None:
         for drafter in self.drafters:  # level numbers in the user's order, largest first
-            call.level(drafter.models()[0] if drafter.models() else drafter)
+            if isinstance(drafter, ModelDrafter):
+                call.level(drafter.network, drafter.name)
+            else:
+                call.level(drafter)
         self.root.check(call)
+        self._reports.target = hub.Target.of(call.target)
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
         return self.root.propose(contexts, budgets)
 
     def observe(self, rounds: Sequence[Round]) -> None:
-        self.root.observe(rounds)
+        for drafter in {id(d): d for d in self.drafters}.values():  # once each, however often they draft
+            drafter.observe(rounds)
+
+    # Reports.
+
+    @property
+    def report(self) -> Report:
+        """What all calls so far came to."""
+        return self._reports.total
+
+    @property
+    def last_report(self) -> Report | None:
+        """The last call's report; None before the first call."""
+        return self._reports.last
 
     def keep_report(self, report: Report) -> None:
-        self.report = report
+        """Takes in a finished call's report."""
+        self._reports.add(report)
+
+    # Saving.
+
+    def save_pretrained(
+        self,
+        path: str | os.PathLike[str],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        target: nn.Module | None = None,
+        copy_models: bool = True,
+    ) -> None:
+        """Writes cascade.json, the models and tables, a model card, and the shim for `custom_generate`.
+
+        Args:
+            path: a new folder, or one that holds a saved cascade, which is replaced.
+            tokenizer: its fingerprint is written down, and compared when the cascade is loaded.
+            target: what the cascade drafts for; the target of the last call if None. Its weights are never saved.
+            copy_models: False writes models from the Hub down by id, and the revision in this machine's cache.
+        """
+        hub.save(self, Path(path), tokenizer, hub.Target.of(target) if target else self._reports.target, copy_models)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        target: nn.Module | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **options: Any,
+    ) -> CascadeDrafter:
+        """Loads what `save_pretrained` wrote.
+
+        Args:
+            path: folder or Hub id.
+            target: what the cascade is to draft for: its vocabulary is compared, and models go to its device.
+            tokenizer: the target's, compared with the one that the cascade was saved with.
+            options: of transformers' `from_pretrained`: dtype, device_map, ...; revision is that of the cascade.
+        """
+        folder = hub.find_cascade(os.fspath(path), **{k: v for k, v in options.items() if k in hub.HUB_OPTIONS})
+        if folder is None:
+            raise ValueError(
+                f"{os.fspath(path)!r} holds no {hub.DOCUMENT}: give a folder that save_pretrained wrote or the Hub id "
+                "of one; a model's folder goes into CascadeDrafter([...]) or ModelDrafter(...)"
+            )
+        return cls(**hub.load(folder, target, tokenizer, **options))
 
 
-def check_k_matrix(k_matrix: Any, n: int) -> tuple[tuple[int, ...], ...]:
-    """The full (n, n) matrix; ValueError unless it is upper triangular with whole numbers >= 0."""
-    if n == 0:
-        raise ValueError("a cascade needs at least one drafter; leave assistant= out to decode without")
-    if isinstance(k_matrix, int):
-        k_matrix = [k_matrix] * n
-    rows = [list(row) if isinstance(row, Sequence) else row for row in k_matrix]
-    if all(isinstance(row, int) for row in rows):
-        rows = [rows] + [[0] * n for _ in range(n - 1)]
-    if len(rows) != n or any(not isinstance(row, list) or len(row) != n for row in rows):
-        raise ValueError(f"k_matrix={k_matrix} does not fit {n} drafters; give {n} rows of {n} numbers, or one row")
-    for i, row in enumerate(rows):
-        for j, k in enumerate(row):
-            if not isinstance(k, int) or k < 0 or (j < i and k != 0):
-                raise ValueError(
-                    f"k_matrix[{i}][{j}]={k!r}: entries are whole numbers >= 0, and 0 below the diagonal "
-                    "(row i is what reviewer i reviews: drafters i and later)"
-                )
-    return tuple(tuple(row) for row in rows)
+def _unwrapped(drafter: Drafter) -> Drafter:
+    """A cascade inside a cascade is its nest of drafters: the outer one has the verifier, schedule and report."""
+    return drafter.root if isinstance(drafter, CascadeDrafter) else drafter
 
 
-def spread_lenience(lenience: float | Sequence[float], drafters: Sequence[Drafter]) -> list[float]:
-    """One number a drafter: the given ones for models, largest first, 1 for statistical drafters."""
-    models = [i for i, drafter in enumerate(drafters) if isinstance(drafter, ModelDrafter)]
-    given = [float(lenience)] * len(models) if isinstance(lenience, (int, float)) else [float(x) for x in lenience]
-    if len(given) != len(models):
-        raise ValueError(f"lenience={lenience} has {len(given)} numbers for {len(models)} drafter models; give one each")
-    if any(not x >= 1 for x in given):
-        raise ValueError(f"lenience={lenience} must be 1 (strict) or more; the papers' l <= 1 is 1/lenience")
-    spread = [1.0] * len(drafters)
-    for i, value in zip(models, given, strict=True):
-        spread[i] = value
-    return spread
-
-
-def build(
-    drafters: Sequence[Drafter], k_matrix: Sequence[Sequence[int]], lenience: Sequence[float], row: int = 0
-) -> Horizontal:
-    """Row `row` of the matrix as a horizontal cascade, whose models review their own rows."""
-    stages: list[Drafter] = []
-    for j in range(row, len(drafters)):
-        drafter = drafters[j]
-        below = k_matrix[j + 1] if j + 1 < len(drafters) else ()
-        if isinstance(drafter, ModelDrafter) and any(below):
-            drafter = Vertical(drafter.network, build(drafters, k_matrix, lenience, j + 1), lenience[j])
-        stages.append(drafter)
-    return Horizontal(tuple(stages), tuple(k_matrix[row][row:]))
+def _short(drafter: Any) -> str:
+    if isinstance(drafter, ModelDrafter):
+        return drafter.name or name_of(drafter.network)
+    return name_of(drafter) if isinstance(drafter, nn.Module | str) else f"{type(drafter).__name__}()"
 
 
 def as_drafter(assistant: Any, target: nn.Module | None = None) -> Any:
-    """A drafter from whatever a user may pass: a drafter, a model, a path or Hub id."""
+    """A drafter from whatever a user may pass: a drafter, a model, or where a cascade or a model is stored.
+
+    Args:
+        assistant: None is handed back.
+        target: what a stored one is compared with, and whose device it goes to.
+    """
     if assistant is None or isinstance(assistant, Drafter):
         return assistant
-    if isinstance(assistant, nn.Module | str):
+    if isinstance(assistant, nn.Module):
         return ModelDrafter(assistant)
+    if isinstance(assistant, str | os.PathLike):
+        return _stored(os.fspath(assistant), target)
     raise ValueError(
         f"assistant={assistant!r} is a {type(assistant).__name__}; pass a csdraft.Drafter, a model, or the path or "
         "Hub id of a saved cascade or model"
     )
 
 
-def choose_verifier(verifier: Verifier | str | None, drafter: Drafter | None) -> Verifier:
-    """The user's verifier, the cascade's own, or match."""
-    return Match()
+_LAST: list[tuple[Hashable, Drafter]] = []
+"""The drafter that was loaded for a call last: `generate(assistant="path")` in a loop must not load it each time."""
 
 
-def choose_schedule(schedule: Schedule | str | None, drafter: Drafter | None) -> Schedule:
-    """The user's schedule, the cascade's own, or the cost model."""
-    return schedule if isinstance(schedule, Schedule) else Fixed()
+def _stored(path: str, target: nn.Module | None) -> Drafter:
+    """A drafter from a folder or Hub id; the last one is kept, unless its files have changed or it holds a target."""
+    if target is None:
+        return _load(path, None)
+    files = [Path(path, name) for name in (hub.DOCUMENT, "config.json", "adapter_config.json")]
+    key = (path, *(file.stat().st_mtime_ns for file in files if file.is_file()), hub.Target.of(target), target.device)
+    with _LOCK:
+        kept = dict(_LAST).get(key)
+    if kept is None:
+        kept = _load(path, target)
+        if target not in kept.models():
+            with _LOCK:
+                _LAST[:] = [(key, kept)]
+    return kept
+
+
+def _load(path: str, target: nn.Module | None) -> Drafter:
+    if (folder := hub.find_cascade(path)) is not None:
+        return CascadeDrafter(**hub.load(folder, target, None))
+    model = load_model(path)
+    return ModelDrafter(model if target is None else model.to(target.device))  # type: ignore[arg-type]
+
+
+def choose_verifier(verifier: Verifier | str | Mapping[str, Any] | None, drafter: Drafter | None) -> Verifier:
+    """The user's verifier, the cascade's own, or match; a warning, once, if the text will not be the target's."""
+    if verifier is not None:
+        rule = spec.resolve("verifiers", verifier)
+    else:
+        rule: Any = drafter.verifier if isinstance(drafter, CascadeDrafter) else Match()
+    if not rule.lossless:
+        _warn_of_loss(repr(rule))
+    return rule
+
+
+@functools.cache
+def _warn_of_loss(rule: str) -> None:
+    warnings.warn(
+        f"verifier {rule} is not lossless: the text may differ from what the target alone would write; "
+        "use 'match' for the target's own text",
+        UserWarning,
+        stacklevel=4,
+    )
+
+
+def choose_schedule(schedule: Schedule | str | Mapping[str, Any] | None, drafter: Drafter | None) -> Schedule:
+    """The user's schedule, the cascade's own, or the cost model; with no drafter, nothing is drafted."""
+    if schedule is not None:
+        schedule = spec.resolve("schedules", schedule)
+    elif isinstance(drafter, CascadeDrafter):
+        schedule = drafter.schedule
+    return Fixed(0) if drafter is None else schedule or CostModel()  # type: ignore[return-value]

@@ -15,10 +15,11 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 
 from csdraft.checks import check_request
 from csdraft.decoding.cache import cross_attention_cache, export_cache
-from csdraft.decoding.interfaces import Drafter, Schedule, Verifier
+from csdraft.decoding.interfaces import Schedule, Verifier
 from csdraft.decoding.loop import open_call, run
 from csdraft.decoding.output import Output
 from csdraft.decoding.runner import Sources
+from csdraft.decoding.text import Text
 
 __all__ = ["decode", "enable", "install"]
 
@@ -64,7 +65,10 @@ def decode(
     drafter = as_drafter(assistant, model)
     rule = choose_verifier(verifier, drafter)
     policy = choose_schedule(schedule, drafter)
-    check_request(model, input_ids, generation_config, model_kwargs, streamer, synced_gpus, row_seeds, rule)
+    row_seeds = None if row_seeds is None else [int(seed) for seed in row_seeds]
+    check_request(
+        model, input_ids, generation_config, model_kwargs, stopping_criteria, streamer, synced_gpus, row_seeds
+    )
     encoder_decoder = model.config.is_encoder_decoder
     mask = model_kwargs.get("decoder_attention_mask" if encoder_decoder else "attention_mask")
     cache = model_kwargs.get("past_key_values")
@@ -72,6 +76,11 @@ def decode(
     sources = None
     if encoder_decoder:
         rows = input_ids.shape[0]
+        if encoder_input_ids is None and drafter is not None and drafter.models():
+            raise ValueError(
+                "the drafter's models read the encoder's input too, but only encoder_outputs is known: "
+                "pass encoder_input_ids=, the (rows, source) ids that encoder_outputs was made from"
+            )
         if encoder_input_ids is not None and encoder_input_ids.shape[0] != rows:
             encoder_input_ids = encoder_input_ids.repeat_interleave(rows // encoder_input_ids.shape[0], 0)
         sources = Sources(
@@ -88,24 +97,29 @@ def decode(
     if drafter is not None:
         drafter.check(call)
     output = Output(generation_config, call.rows, streamer)
+    call.head.stopping.kept = output.scores
+    hands_cache_out = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
+    call.session(model).pinned = hands_cache_out
     working = policy.start(call, drafter) if drafter is not None else policy
     report = run(call, drafter, rule, working, output, strict)
     keep = getattr(drafter, "keep_report", None)
     if keep is not None:
         keep(report)
     sequences = output.sequences(input_ids, call.texts)
-    returned = None
-    if past is not None or generation_config.return_dict_in_generate:
-        kept = torch.ones_like(sequences, dtype=torch.bool) if mask is None else _kept(mask, sequences, call)
-        own = call.session(model).runner.cache
-        returned = export_cache(own, kept[:, :-1], past, cross_attention_cache(cache))
-    return output.pack(sequences, report, returned, model_kwargs.get("encoder_outputs"))
+    if hands_cache_out:
+        session = call.session(model)
+        session.settle(call.texts, sequences.shape[1] - 1)
+        export_cache(session.runner.cache, _kept(mask, sequences, call.texts)[:, :-1], cache)
+    return output.pack(sequences, report, cache, model_kwargs.get("encoder_outputs"))
 
 
-def _kept(mask: Tensor, sequences: Tensor, call: Any) -> Tensor:
+def _kept(mask: Tensor | None, sequences: Tensor, texts: Sequence[Text]) -> Tensor:
     """(rows, length) bool, which entries of the returned sequences are a row's own tokens."""
     kept = torch.ones_like(sequences, dtype=torch.bool)
-    kept[:, : mask.shape[1]] = mask.bool()
+    if mask is not None:
+        kept[:, : mask.shape[1]] = mask.bool()
+    for row, text in enumerate(texts):
+        kept[row, text.padding + len(text) :] = False
     return kept
 
 
@@ -116,25 +130,24 @@ _stock_generate = GenerationMixin.generate
 def _generate(self: Any, *args: Any, assistant: Any = None, **kwargs: Any) -> Any:
     if assistant is None:
         return _stock_generate(self, *args, **kwargs)
+    if kwargs.get("custom_generate") is decode:  # the unpatched spelling, which may as well have everything
+        del kwargs["custom_generate"]
     bound = inspect.signature(_stock_generate).bind_partial(self, *args, **kwargs).arguments
     options = {key: kwargs.pop(key) for key in OPTIONS if key in kwargs}
     if bound.get("custom_generate") is not None:  # a saved cascade's own shim, which calls back with `assistant`
         return _stock_generate(self, *args, assistant=assistant, **options, **kwargs)
     extra = bound.get("kwargs", {})
     config = bound.get("generation_config") or self.generation_config
-    strings = extra.get("stop_strings", config.stop_strings)
+    strings = extra.get("stop_strings") or config.stop_strings or self.generation_config.stop_strings
     tokenizer = extra.get("tokenizer")
     if strings and tokenizer is not None:  # transformers drops the tokenizer for callables
         criteria = StoppingCriteriaList(bound.get("stopping_criteria") or [])
         criteria.append(StopStringCriteria(tokenizer, strings))
         kwargs["stopping_criteria"] = criteria
-        kwargs.pop("stop_strings", None)
-        if getattr(config, "stop_strings", None):
-            kwargs["stop_strings"] = None
-    kwargs.pop("tokenizer", None)
-    encoder_ids = None
-    if self.config.is_encoder_decoder:
-        encoder_ids = bound.get("inputs", extra.get("input_ids"))
+        kwargs["stop_strings"] = None  # also those of the model's own generation_config
+    encoder_ids = kwargs.pop("encoder_input_ids", None)
+    if self.config.is_encoder_decoder and encoder_ids is None:
+        encoder_ids = extra.get("input_ids") if bound.get("inputs") is None else bound["inputs"]
     bound_decode = functools.partial(
         decode,
         assistant=assistant,

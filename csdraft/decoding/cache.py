@@ -1,4 +1,4 @@
-"""A preallocated KV cache whose slots are written by index: rollback is free. The only file that touches transformers' caches."""
+"""A preallocated KV cache whose slots are written by index (rollback is free); all about transformers' caches."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+)
 
-__all__ = ["SlotCache", "cross_attention_cache", "encoder_decoder_cache", "export_cache", "import_cache"]
+__all__ = ["SlotCache", "cross_attention_cache", "encoder_decoder_cache", "export_cache", "holds", "import_cache"]
 
 Slots = slice | Tensor
 """Where a forward writes: one range for all rows, or (rows, queries) slot indices."""
@@ -132,6 +138,14 @@ def cross_attention_cache(cache: Cache | None) -> Cache | None:
     return cache.cross_attention_cache if isinstance(cache, EncoderDecoderCache) else None
 
 
+def holds(cache: Cache) -> bool:
+    """Whether `import_cache` and `export_cache` know this kind of cache."""
+    cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    return isinstance(cache, DynamicCache) and all(
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
+    )
+
+
 def import_cache(cache: Cache, own: SlotCache, kept: Tensor) -> None:
     """Fills `own` with what the user's cache holds.
 
@@ -155,17 +169,17 @@ def import_cache(cache: Cache, own: SlotCache, kept: Tensor) -> None:
             new.value_buffer[row, :, count - size : count] = old.values[row][:, seen]  # type: ignore[index,union-attr]
 
 
-def export_cache(own: SlotCache, kept: Tensor, into: Cache | None, cross: Cache | None) -> Cache:
-    """The inverse of `import_cache`: an ordinary cache that plain `generate` can go on from.
+def export_cache(own: SlotCache, kept: Tensor, into: Cache) -> None:
+    """The inverse of `import_cache`: fills a cache so that plain `generate` can go on from it.
 
     Args:
         kept: (rows, length) bool, False where the output has padding, zeros in the cache.
-        into: the user's own cache, refilled in place; None makes a new one.
-        cross: the cross-attention cache of an encoder-decoder model.
+        into: the user's cache or the one that `generate` prepared; what it held is replaced.
     """
-    target = into.self_attention_cache if isinstance(into, EncoderDecoderCache) else into
-    if target is None:
-        target = DynamicCache()
+    target = into
+    if isinstance(into, EncoderDecoderCache):
+        target, cross = into.self_attention_cache, into.cross_attention_cache
+        into.is_updated.update({index: cross.get_seq_length(index) > 0 for index in range(len(cross))})
     target.reset()
     for index, layer in enumerate(own.layers):
         if not layer.is_initialized:
@@ -177,6 +191,3 @@ def export_cache(own: SlotCache, kept: Tensor, into: Cache | None, cross: Cache 
                 half[row][:, seen] = buffer[row, :, : int(seen.sum())]
             halves.append(half)
         target.update(*halves, index)
-    if isinstance(into, EncoderDecoderCache) or cross is None:
-        return into if into is not None else target
-    return EncoderDecoderCache(target, cross)

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 __all__ = ["fragment", "page", "terminal"]
 
 WIDTH = 100
-NAME_WIDTH = 24
 BAR_WIDTH = 24
 DEPTHS_SHOWN = 16
 EIGHTHS = " ▏▎▍▌▋▊▉"
@@ -59,7 +58,7 @@ def headlines(report: Report) -> list[str]:
         f"{count(report.target_calls, 'target forward')}; {count(report.plain_rounds, 'round')} without a draft",
     ]
     if report.cut:
-        lines.append(f"{count(report.cut, 'draft token')} of the K matrix cut: no budget or no room for them")
+        lines.append(f"{count(report.cut, 'draft token')} of the K matrix cut by the schedule or for want of room")
     lines += [f"a drafter failed and was left out ({times}x): {message}" for message, times in report.failures.items()]
     return lines
 
@@ -156,12 +155,13 @@ def terminal(report: Report) -> str:
 
 
 def _aligned(table: Table) -> Iterable[str]:
-    cells = [table.head, *([clipped(str(row[0]), NAME_WIDTH), *map(str, row[1:])] for row in table.rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(table.head))]
+    cells = [table.head, *(tuple(map(str, row)) for row in table.rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    widths[0] = min(widths[0], WIDTH - sum(2 + width for width in widths[1:]) - 2)
     bars = {column for column, cell in enumerate(table.rows[0]) if isinstance(cell, Bar)}
     for row in cells:
         padded = [
-            cell.ljust(width) if column == 0 or column in bars else cell.rjust(width)
+            clipped(cell, width).ljust(width) if column == 0 or column in bars else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         yield ("  " + "  ".join(padded)).rstrip()

@@ -35,6 +35,7 @@ class Feed:
     Attributes:
         tokens, slots, positions: (queries,) what is fed, where it is written, where it stands.
         sees: (queries,) number of leading slots a query sees.
+        end: one past the last slot in use, fed or cached.
         extra: per query, further slots it sees (its ancestors in a tree, itself); None if `sees` says all.
         elsewhere: (slot, position) pairs of cached nodes whose slot is not their position.
     """
@@ -43,13 +44,9 @@ class Feed:
     slots: list[int]
     positions: list[int]
     sees: list[int]
+    end: int
     extra: list[tuple[int, ...]] | None = None
     elsewhere: list[tuple[int, int]] = field(default_factory=list)
-
-    @property
-    def end(self) -> int:
-        """One past the last slot in use."""
-        return max(self.slots[-1], max(self.slots)) + 1
 
 
 def refusal(model: nn.Module) -> str | None:
@@ -87,7 +84,7 @@ class Runner:
     Args:
         model: a causal LM or a T5-like encoder-decoder.
         rows: batch size.
-        layers_capacity: slots to reserve a row.
+        capacity: slots to reserve a row.
         sources: the encoder's inputs, for encoder-decoders.
     """
 
@@ -96,6 +93,8 @@ class Runner:
         text = config.get_text_config(decoder=True)
         self.model, self.rows, self.sources = model, rows, sources
         self.device, self.dtype = _home(model)
+        if sources is not None and sources.attention_mask is not None:
+            sources.attention_mask = sources.attention_mask.to(self.device)
         self.vocab = text.vocab_size
         self.eager = text._attn_implementation == "eager"
         self.window = getattr(text, "sliding_window", None)
@@ -221,7 +220,7 @@ class Runner:
         return torch.zeros(allowed.shape, dtype=self.dtype, device=allowed.device).masked_fill_(~allowed, low)
 
     def _position_bias(self, positions: Tensor, standing: Tensor) -> Tensor:
-        """(rows, heads, queries, slots) correction for T5, whose relative bias goes by slot: bias(positions) - bias(slots)."""
+        """(rows, heads, queries, slots) bias(positions) - bias(slots), for T5, which computes its bias from slots."""
         attention = self.model.get_decoder().block[0].layer[0].SelfAttention  # type: ignore[operator,union-attr]
         buckets = attention._relative_position_bucket(  # type: ignore[union-attr,operator]
             standing[:, None, :] - positions[..., None],

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from csdraft.decoding.draft import Draft
+from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.sampling import Processing, Sampler
 from csdraft.decoding.stopping import Stopping
 from csdraft.decoding.text import Text
@@ -55,7 +55,7 @@ class Head:
         return self.processing.one(row, text.padded(path), logits)
 
     def choose(self, row: int, position: int, scores: Tensor) -> int:
-        """The token at `position` from (vocab,) processed scores: the argmax, or the argmax with the position's noise."""
+        """The token at `position` from (vocab,) processed scores: their argmax, with the position's noise if any."""
         if self.sampler.greedy:
             return argmax(scores[None])[0]
         return argmax((scores.float() - self.sampler.log_exponential(row, position, scores.device))[None])[0]
@@ -134,4 +134,5 @@ class Scores:
         stopping = self.head.stopping
         if not stopping.others and stopping.max_length is None:
             return token in stopping.eos
-        return stopping.ends(self.row, self.text, self.path(node), token)
+        chosen_from = lambda: [self.processed(above) for above in (ROOT, *self.draft.path(node))]  # noqa: E731
+        return stopping.ends(self.row, self.text, self.path(node), token, chosen_from)

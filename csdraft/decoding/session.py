@@ -58,6 +58,7 @@ class Session:
         self.runner = Runner(model, rows, capacity, sources)
         self._batch = list(range(rows))  # which row each batch index of the cache holds
         self._readings = {row: Reading() for row in range(rows)}
+        self.pinned = False  # whether ended rows must stay, since the cache will be handed out
         self.rolled_back = self.imported = 0
 
     @property
@@ -90,9 +91,25 @@ class Session:
             self.rolled_back += reading.read + len(reading.draft)
             reading.text, reading.read, reading.draft, reading.slots = None, 0, Draft(), []
 
+    def settle(self, texts: Sequence[Text], length: int) -> None:
+        """Makes the cache ready to be handed out: it then holds each text, or what fits in `length` with its padding.
+
+        Plain `generate` never reads a text's last token; a row that ends before the others has had it read.
+        """
+        missing = []
+        for row, text in enumerate(texts):
+            reading = self._readings[row]
+            if reading.text is not text:
+                self._restart(reading, text)
+            self._advance(row, reading)
+            if reading.read < min(len(text), length - text.padding):
+                missing.append(Request(row, text, Draft(), (ROOT,)))
+        if missing:
+            self.score(missing)
+
     def retire(self, live: Sequence[int]) -> None:
         """Repacks the batch once at most half of its rows are still wanted."""
-        if 2 * len(live) > len(self._batch):
+        if self.pinned or 2 * len(live) > len(self._batch):
             return
         places = [self._batch.index(row) for row in live]
         self.runner.keep_rows(places)
@@ -100,14 +117,17 @@ class Session:
 
     def score(self, requests: Sequence[Request]) -> list[Scores]:
         """The logits after the wanted nodes of each request, from one forward of the whole batch."""
-        plans = {request.row: self._plan(request) for request in requests}
-        wanted = [self._wanted(request) for request in requests]
-        keep = max(len(plans[r.row].tokens) - self._first_kept(plans[r.row], len(w)) for r, w in zip(requests, wanted))
+        plans, queries = {}, {}
+        for request in requests:
+            plans[request.row], queries[request.row] = self._plan(request)
+        keep = max(len(plans[row].tokens) - min(at) for row, at in queries.items())
         logits = self._forward(plans, keep)
+        wanted = [self._wanted(request) for request in requests]
         views = []
-        for request, after in zip(requests, wanted, strict=True):
-            rows = logits[self._batch.index(request.row), keep - len(after) :]
-            views.append(rows)
+        for request in requests:
+            rows, before = logits[self._batch.index(request.row)], len(plans[request.row].tokens) - keep
+            at = [query - before for query in queries[request.row]]  # a batch is aligned at the end
+            views.append(rows[at[0] : at[-1] + 1] if at == list(range(at[0], at[-1] + 1)) else rows[at])
         choices = self._choose(views)
         return [
             Scores(self.head, request.row, request.text, request.draft, after, rows, chosen)
@@ -117,11 +137,6 @@ class Session:
     @staticmethod
     def _wanted(request: Request) -> Sequence[int]:
         return range(ROOT, len(request.draft)) if request.after is None else request.after
-
-    @staticmethod
-    def _first_kept(plan: Feed, wanted: int) -> int:
-        """Wanted nodes are the last that are fed."""
-        return len(plan.tokens) - wanted
 
     def _choose(self, views: Sequence[Tensor]) -> list[list[int] | None]:
         """All choices of the batch in one copy to the host, where that is the cheaper way."""
@@ -138,15 +153,18 @@ class Session:
 
     # From here on: comparing what is asked with what is cached.
 
-    def _plan(self, request: Request) -> Feed:
-        """What must be fed so that the cache holds the request's text and draft; updates the row's reading."""
+    def _plan(self, request: Request) -> tuple[Feed, list[int]]:
+        """What must be fed so that the cache holds the request's text and draft; updates the row's reading.
+
+        Returns: the feed, and which of its queries the wanted nodes are.
+        """
         reading, text, draft = self._readings[request.row], request.text, request.draft
         if reading.text is not text:
             self._restart(reading, text)
         cached, root = self._advance(request.row, reading)
         length = len(text)
         wanted = set(self._wanted(request))
-        feed = Feed([], [], [], [])
+        feed = Feed([], [], [], [], length)
         first = min(reading.read, length - 1) if ROOT in wanted else reading.read
         self.rolled_back += reading.read - first
         for position in range(first, length):
@@ -155,23 +173,28 @@ class Session:
         feed.positions.extend(range(first, length))
         feed.sees.extend(range(first + 1, length + 1))
         reading.read = length
-        self._plan_draft(reading, draft, wanted, cached, root, feed)
-        return feed
+        query_of = self._plan_draft(reading, draft, wanted, cached, root, feed)
+        query_of[ROOT] = length - first - 1
+        return feed, [query_of[node] for node in self._wanted(request)]
 
     def _plan_draft(
         self, reading: Reading, draft: Draft, wanted: set[int], cached: dict[int, int], root: int, feed: Feed
-    ) -> None:
-        """Adds the nodes that are not cached, or are wanted again, below the text."""
+    ) -> dict[int, int]:
+        """Adds the nodes that are not cached, or are wanted again, below the text; which query each of them is."""
         length = reading.read
         old = reading.draft
         slots: list[int] = []
         reused: dict[int, int] = {}  # node of the new draft -> node of the old one
+        query_of: dict[int, int] = {}
         if cached:
+            taken = set()  # siblings may carry the same token: only one of them can have its twin's slot
             for node, (token, parent) in enumerate(zip(draft.tokens, draft.parents, strict=True)):
                 above = root if parent == ROOT else reused.get(parent)
-                if above is not None and (twin := old.child(above, token)) in cached:
-                    reused[node] = twin  # type: ignore[assignment]
-            self.rolled_back += len(cached) - len(set(reused.values()))
+                if above is None or (twin := old.child(above, token)) not in cached or twin in taken:
+                    continue
+                reused[node] = twin  # type: ignore[assignment]
+                taken.add(twin)
+            self.rolled_back += len(cached) - len(reused)
         free = max([length, *(cached[twin] + 1 for twin in reused.values())])
         straight = True  # every node sees just the slots before its own
         texts = len(feed.tokens)
@@ -186,6 +209,7 @@ class Session:
             if twin is not None and node not in wanted:
                 continue
             self.rolled_back += twin is not None
+            query_of[node] = len(feed.tokens)
             feed.tokens.append(token)
             feed.slots.append(slot)
             feed.positions.append(length + draft.depth(node) - 1)
@@ -197,7 +221,9 @@ class Session:
             feed.elsewhere = [(slot, length + draft.depth(node) - 1) for node, slot in enumerate(slots)]
         elif feed.slots and feed.slots != list(range(feed.slots[0], feed.slots[0] + len(feed.slots))):
             feed.extra = [()] * len(feed.tokens)  # a gap: slots are not one range
+        feed.end = max([length, *(slot + 1 for slot in slots)])
         reading.draft, reading.slots = draft, slots
+        return query_of
 
     def _restart(self, reading: Reading, text: Text) -> None:
         """Another text in this row: keep what both have in common."""
@@ -249,9 +275,11 @@ class Session:
             if plan is None:  # a row nobody asked about: one masked token in a slot of no use
                 reading = self._readings[row]
                 free = max([reading.read, *(slot + 1 for slot in reading.slots)])
-                feeds.append(Feed([0], [free], [0], [0], extra=[(free,)]))
+                feeds.append(Feed([0], [free], [0], [0], free + 1, extra=[(free,)]))
             else:
                 self.runner.fed += len(plan.tokens)
+                if self.runner.vocab < self.vocab:  # padding rows that only the target's vocabulary has
+                    plan.tokens = [min(token, self.runner.vocab - 1) for token in plan.tokens]
                 feeds.append(plan)
         logits = self.runner.forward(feeds, keep, ids)
         if logits.shape[-1] > self.vocab:
@@ -287,7 +315,7 @@ class Session:
         for i in live:
             context = contexts[i]
             chain = context.draft.only(context.draft.path(context.tip))
-            plans[context.row] = self._plan(Request(context.row, context.text, chain, (chain.tip,)))
+            plans[context.row], _ = self._plan(Request(context.row, context.text, chain, (chain.tip,)))
         while live:
             logits = self._forward(plans, 1)
             plans, going = {}, []
@@ -322,7 +350,7 @@ class Session:
             if head.sampler.greedy or head.sampler.coupled:
                 tokens.append(head.choose(context.row, len(context.text) + len(path), scores))
             else:
-                probs = scores.softmax(-1)
+                probs = scores.float().softmax(-1)
                 laws[i].append(probs)
                 tokens.append(head.sampler.draw(context.row, probs))
         return tokens
@@ -339,7 +367,7 @@ class Session:
         extra = None
         if slot != position:  # the chain stands behind a gap
             extra = [(*reading.slots, slot)]
-        feed = Feed([token], [slot], [position], [reading.read if extra else slot + 1], extra)
+        feed = Feed([token], [slot], [position], [reading.read if extra else slot + 1], slot + 1, extra)
         if extra:
             feed.elsewhere = [(s, reading.read + i) for i, s in enumerate([*reading.slots, slot])]
         reading.draft = reading.draft.extend((token,), 0)

@@ -38,24 +38,26 @@ class Tally:
         """Counts finished rounds; a few microseconds each."""
         for finished in rounds:
             draft, verdict, context = finished.draft, finished.verdict, finished.context
-            kept, levels, tried = verdict.accepted, draft.levels, verdict.accepted
+            kept = verdict.accepted
             self.rounds += 1
-            self.emitted += len(kept) + (verdict.next_token is not None)
-            new = levels[len(context.draft) :]
+            self.emitted += len(finished.levels)
+            new = draft.levels[len(context.draft) :]
             if not new:
                 self.plain += 1
                 continue
+            accepted = tried = finished.levels[: len(kept)]
             if verdict.next_token is not None and (refused := draft.children(kept[-1] if kept else context.tip)):
-                tried = [*kept, refused[0]]
-            self.drafted.update(new)
-            self.tried.update([levels[node] for node in tried])
-            self.accepted.update([levels[node] for node in kept])
-            self.outcomes[len(kept), len(tried)] += 1
+                tried = [*accepted, draft.levels[refused[0]]]
+            for level in set(new):  # `count` and few levels: a fifth of the time of Counter.update
+                self.drafted[level] += new.count(level)
+                self.tried[level] += tried.count(level)
+                self.accepted[level] += accepted.count(level)
+            self.outcomes[len(accepted), len(tried)] += 1
 
     def named(self, names: Sequence[str]) -> Tally:
         """The same counts, by the levels' names."""
         counts = [
-            Counter({names[level]: n for level, n in counter.items()})
+            Counter({names[level]: n for level, n in sorted(counter.items())})
             for counter in (self.drafted, self.tried, self.accepted)
         ]
         return Tally(self.rounds, self.plain, self.emitted, *counts, Counter(self.outcomes))

@@ -69,7 +69,7 @@ class Horizontal(Drafter):
             asked = {}
             for i, (context, draft, budget) in enumerate(zip(contexts, drafts, budgets, strict=True)):
                 grown = len(draft) - len(context.draft)
-                wanted, room = limits[i][stage] - grown, budget.room - grown
+                wanted, room = limits[i][stage] - grown, min(budget.room, self.depth) - grown
                 if wanted > 0 and room > 0 and not _ended(draft, context):
                     going_on = context if not grown else context.after(draft)
                     asked[i] = (going_on, replace(budget, depth=min(wanted, room), room=room, skip=0))

@@ -6,8 +6,11 @@ few tokens one by one, KV-cached and batched, and the target checks them all in 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -20,6 +23,7 @@ from csdraft.decoding.runner import refusal
 __all__ = ["ModelDrafter"]
 
 MOST_VOCABULARY_PADDING = 1024
+HUB_OPTIONS = {"revision", "token", "cache_dir", "local_files_only", "force_download"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +42,7 @@ class ModelDrafter(Drafter):
 
     def __post_init__(self) -> None:
         if self.depth < 1:
-            raise ValueError(f"depth={self.depth} of a ModelDrafter must be at least 1; use no drafter to draft nothing")
+            raise ValueError(f"depth={self.depth} of a ModelDrafter must be at least 1; to draft nothing use none")
         if isinstance(self.model, str):
             object.__setattr__(self, "model", load_model(self.model))
         object.__setattr__(self, "model", base_model(self.model))  # type: ignore[arg-type]
@@ -71,13 +75,25 @@ class ModelDrafter(Drafter):
         ]
 
 
-def load_model(path: str) -> nn.Module:
-    """Loads a model folder or Hub id with the auto class its config asks for."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+def load_model(path: str, **options: Any) -> nn.Module:
+    """Loads a model folder, a PEFT folder on top of its base, or a Hub id, with the auto class its config asks for.
 
-    encoder_decoder = AutoConfig.from_pretrained(path).is_encoder_decoder
-    auto = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
-    return auto.from_pretrained(path).eval()
+    Args:
+        path: folder or Hub id.
+        options: of `from_pretrained`: dtype, device_map, revision, ...
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers.utils import find_adapter_config_file
+
+    hub = {key: value for key, value in options.items() if key in HUB_OPTIONS}
+    adapter = find_adapter_config_file(path, **hub)
+    if adapter is None:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=options.get("trust_remote_code"), **hub)
+    else:
+        base = json.loads(Path(adapter).read_text())["base_model_name_or_path"]
+        config = AutoConfig.from_pretrained(base, **{**hub, "revision": None})
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return auto.from_pretrained(path, **options).eval()
 
 
 def base_model(model: nn.Module) -> nn.Module:

@@ -40,5 +40,7 @@ def train_tokenizer(args: TokenizerArguments) -> PreTrainedTokenizerFast:
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str) -> None:
     """As `save_pretrained`, but tokenizer.json on one line: less than half the bytes in git."""
+    for key in ("is_local", "local_files_only"):  # how it was loaded; transformers would write them down
+        tokenizer.init_kwargs.pop(key, None)
     tokenizer.save_pretrained(folder)
     tokenizer.backend_tokenizer.save(f"{folder}/tokenizer.json", pretty=False)

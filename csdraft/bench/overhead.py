@@ -1,0 +1,174 @@
+"""What csdraft itself costs: the time of a round outside model forwards, for models that cost next to nothing."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from csdraft.bench.claims import Claim
+from csdraft.bench.measure import Forwards
+from csdraft.decoding.interfaces import Drafter, Round
+from csdraft.decoding.output import RoundStreamer
+from csdraft.drafters.max_gram import MaxGram
+from csdraft.drafters.model import ModelDrafter
+from csdraft.schedules.fixed import Fixed
+
+__all__ = ["Overhead", "cycle_model", "measure_overhead", "overhead_claims", "overhead_table"]
+
+VOCABULARY, PERIOD, HIDDEN, SHARPNESS = 32_000, 16, 32, 12.0
+CHAIN, ROUNDS = 8, 60
+LENGTHS = (256, 8192)
+GREEDY_BASE_MS, MODEL_STEP_MS, SAMPLING_POSITION_MS = 0.4, 0.05, 0.6
+GROWTH = 1.25
+"""Of the median from the short to the long text: what counts as not growing, given the noise of a clock."""
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """One case.
+
+    Attributes:
+        milliseconds: of a round outside forwards, median over the rounds after the first.
+        first_round: the same of the first round, which also reads the prompt.
+        drafted: tokens a round, mean; the case is only what it says if it is the chain's length.
+    """
+
+    drafter: str
+    temperature: float
+    length: int
+    milliseconds: float
+    first_round: float
+    drafted: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.drafter}, {'greedy' if self.temperature == 0 else f'T = {self.temperature:g}'}"
+
+
+def cycle_model(vocab: int = VOCABULARY) -> LlamaForCausalLM:
+    """One layer that adds nothing to the residual: token t is followed by t + 1 modulo the period, nearly always."""
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=HIDDEN,
+        intermediate_size=HIDDEN,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=2 * max(LENGTHS),
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        layer = model.model.layers[0]
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+        tokens = torch.arange(vocab)
+        model.model.embed_tokens.weight.zero_()[tokens, tokens % PERIOD] = 1.0
+        head = model.lm_head.weight.zero_()
+        following = torch.arange(PERIOD)
+        head[following, (following - 1) % PERIOD] = SHARPNESS / HIDDEN**0.5  # the last norm multiplies by it
+    return model
+
+
+class RoundClock(RoundStreamer):
+    """Notes, after every round, the time and what of it was spent in forwards."""
+
+    def __init__(self, forwards: Forwards):
+        self.forwards = forwards
+        self.marks: list[tuple[float, float]] = [(time.perf_counter(), 0.0)]
+        self.drafted: list[int] = []
+
+    def put(self, value: Any) -> None:
+        self.marks[0] = (time.perf_counter(), 0.0)  # the prompt: the loop is about to start
+
+    def put_round(self, finished: Round) -> None:
+        self.marks.append((time.perf_counter(), sum(self.forwards.seconds)))
+        self.drafted.append(finished.drafted)
+
+    def end(self) -> None:
+        pass
+
+    @property
+    def outside(self) -> list[float]:
+        """Milliseconds of each round outside forwards."""
+        pairs = zip(self.marks, self.marks[1:], strict=False)
+        return [1000 * ((now - then) - (spent - before)) for (then, before), (now, spent) in pairs]
+
+
+def measure_overhead(
+    lengths: Sequence[int] = LENGTHS, rounds: int = ROUNDS, vocab: int = VOCABULARY
+) -> list[Overhead]:
+    """All cases: both kinds of drafter, greedy and sampling, at each length of text."""
+    target, small = cycle_model(vocab), cycle_model(vocab)
+    drafters: dict[str, Drafter] = {"MaxGram": MaxGram(), "model drafter": ModelDrafter(small)}
+    cases = []
+    for temperature in (0.0, 1.0):
+        for name, drafter in drafters.items():
+            for length in lengths:
+                one_case(target, small, drafter, temperature, length, 8)  # warm-up
+                clock = one_case(target, small, drafter, temperature, length, rounds)
+                steady, first = clock.outside[1:-1], clock.outside[0]
+                drafted = statistics.mean(clock.drafted[:-1])
+                cases.append(Overhead(name, temperature, length, statistics.median(steady), first, drafted))
+    return cases
+
+
+def one_case(
+    target: LlamaForCausalLM, small: LlamaForCausalLM, drafter: Drafter, temperature: float, length: int, rounds: int
+) -> RoundClock:
+    """One call of about so many rounds."""
+    ids = (torch.arange(length) % PERIOD)[None]
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    torch.manual_seed(0)
+    with Forwards([target, small]) as forwards:
+        clock = RoundClock(forwards)
+        target.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            assistant=drafter,
+            schedule=Fixed(CHAIN),
+            max_new_tokens=rounds * (CHAIN + 1),
+            streamer=clock,
+            **sampling,
+        )
+    return clock
+
+
+def bar(case: Overhead) -> float:
+    """Milliseconds a round that a case may take."""
+    if case.temperature:
+        return SAMPLING_POSITION_MS * CHAIN
+    return GREEDY_BASE_MS + (MODEL_STEP_MS * CHAIN if case.drafter != "MaxGram" else 0.0)
+
+
+def overhead_claims(cases: Sequence[Overhead]) -> list[Claim]:
+    """Each case's limit, and that the long text costs what the short one does."""
+    claims = []
+    for case in cases:
+        words = f"a round outside forwards, {case.name}, {case.length} tokens, at most {bar(case):.2f} ms"
+        claims.append(Claim(words, f"{case.milliseconds:.2f} ms", case.milliseconds, bar(case), most=True))
+    for case in cases:
+        if case.length == min(c.length for c in cases):
+            longest = max((c for c in cases if c.name == case.name), key=lambda c: c.length)
+            growth = longest.milliseconds / case.milliseconds
+            words = f"{case.name}: no growth from {case.length} to {longest.length} tokens (at most {GROWTH:g} x)"
+            claims.append(Claim(words, f"{growth:.2f} x", growth, GROWTH, most=True))
+    return claims
+
+
+def overhead_table(cases: Sequence[Overhead]) -> str:
+    """One line a case."""
+    lines = [f"{'case':26}{'text':>7}{'ms a round':>12}{'limit':>8}{'first round ms':>16}{'drafted a round':>17}"]
+    lines += [
+        f"{c.name:26}{c.length:>7}{c.milliseconds:>12.3f}{bar(c):>8.2f}{c.first_round:>16.2f}{c.drafted:>17.1f}"
+        for c in cases
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,38 @@
+"""Says what a long command is doing, and how long it still takes, on a stream that is not its result."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+__all__ = ["Progress"]
+
+PAUSE = 10.0
+"""Seconds between lines where the stream is a file."""
+
+
+class Progress:
+    """Call it with what is being done and the share that is done: one moving line in a terminal, a few in a file."""
+
+    def __init__(self, stream: TextIO | None = None):
+        self.stream = sys.stderr if stream is None else stream
+        self.moving = self.stream.isatty()
+        self._started = self._last = time.monotonic()
+
+    def __call__(self, what: str, share: float = 0.0) -> None:
+        now = time.monotonic()
+        if not self.moving and share < 1 and now - self._last < PAUSE:
+            return
+        self._last = now
+        left = (now - self._started) * (1 - share) / share if share > 0 else 0.0
+        text = f"{what}: {share:.0%}" + (f", about {left:.0f} s left" if 0 < share < 1 else "")
+        if self.moving:
+            self.stream.write(f"\r\x1b[K{text}" if share < 1 else "\r\x1b[K")
+        else:
+            self.stream.write(text + "\n")
+        self.stream.flush()
+
+    def restart(self) -> None:
+        """Another piece of work begins."""
+        self._started = self._last = time.monotonic()

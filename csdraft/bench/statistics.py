@@ -1,0 +1,45 @@
+"""Medians of paired ratios and how sure they are: a bootstrap over prompts, then over repetitions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+__all__ = ["Interval", "bootstrap_median"]
+
+DRAWS = 4000
+
+
+class Interval(NamedTuple):
+    """A median and its 95 % bootstrap interval."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+def bootstrap_median(values: Sequence[Sequence[float]], draws: int = DRAWS, seed: int = 0) -> Interval:
+    """The median of all values; prompts are drawn with replacement, then repetitions within each.
+
+    Repetitions of one prompt are alike, so to draw single values would make the interval too narrow.
+
+    Args:
+        values: (prompts, repetitions), as many repetitions for each prompt.
+        draws: bootstrap samples.
+        seed: of the draws.
+    """
+    table = np.asarray(values, dtype=float)  # (prompts, repetitions)
+    if table.ndim != 2 or table.size == 0:
+        raise ValueError(f"values has shape {table.shape}; give as many repetitions for each prompt, at least one")
+    prompts, repetitions = table.shape
+    generator = np.random.default_rng(seed)
+    rows = generator.integers(prompts, size=(draws, prompts, 1))
+    columns = generator.integers(repetitions, size=(draws, prompts, repetitions))
+    medians = np.median(table[rows, columns].reshape(draws, -1), axis=1)
+    low, high = np.quantile(medians, (0.025, 0.975))
+    return Interval(float(np.median(table)), float(low), float(high))

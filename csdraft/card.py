@@ -1,0 +1,89 @@
+"""The texts beside a saved cascade: its model card, and the shim that lets plain transformers run it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+__all__ = ["SHIM", "SIGNATURE", "model_card"]
+
+SIGNATURE = "<!-- Written by csdraft. Delete this line to keep your own text when the cascade is saved again. -->"
+
+SHIM = '''"""Runs this cascade: generate(..., custom_generate="here", assistant="here", trust_remote_code=True)."""
+
+try:
+    from csdraft.hub import generate as drafted
+except ImportError as error:
+    raise ImportError("this cascade of drafters runs with csdraft: pip install -U csdraft") from error
+
+
+def generate(inputs=None, *args, model, assistant=None, **kwargs):
+    if assistant is None:
+        raise ValueError("assistant=None; pass this repository, as in custom_generate=, or leave both out")
+    return drafted(model, inputs, *args, assistant=assistant, **kwargs)
+'''
+
+
+def model_card(document: dict[str, Any], provenance: dict[str, Any], name: str, lossless: bool) -> str:
+    """README.md of a saved cascade.
+
+    Args:
+        document: the content of cascade.json.
+        provenance: the content of provenance.json.
+        name: the folder's name.
+        lossless: whether its verifier is.
+    """
+    target = document["target"]["name"]
+    drafters = "\n".join(
+        f"| {i} | {drafter['type']} | {', '.join(f'{k}={v}' for k, v in drafter.items() if k != 'type' and v)} |"
+        for i, drafter in enumerate(document["drafters"])
+    )
+    parts = [
+        _front_matter(target),
+        SIGNATURE,
+        f"# {name}",
+        f"A cascade of drafters for speculative decoding{f' of {target}' if target else ''}, made with csdraft. "
+        + (
+            "It drafts tokens, the target checks them: what `generate` writes stays the target's own."
+            if lossless
+            else "It changes what `generate` writes: its verifier is not lossless."
+        ),
+        _usage(name),
+        f"| | drafter | options |\n|---|---|---|\n{drafters}",
+        f"k_matrix `{json.dumps(document['k_matrix'])}`, lenience `{json.dumps(document['lenience'])}`, "
+        f"verifier `{document['verifier']['type']}`, schedule `{document['schedule']['type']}`. "
+        f"Made with {', '.join(f'{k} {v}' for k, v in provenance['versions'].items())}.",
+        _measured(provenance["measured"]),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _front_matter(target: str | None) -> str:
+    base = f"base_model: {target}\n" if target and "/" in target else ""
+    return f"---\nlibrary_name: csdraft\n{base}tags:\n- csdraft\n- speculative-decoding\n- custom_generate\n---"
+
+
+def _usage(name: str) -> str:
+    return f"""```python
+import csdraft  # pip install csdraft
+
+output = model.generate(**inputs, assistant="{name}")  # this folder's path or Hub id
+```
+
+or, through transformers alone (csdraft must be installed):
+
+```python
+output = model.generate(**inputs, custom_generate="{name}", assistant="{name}", trust_remote_code=True)
+```"""
+
+
+def _measured(figures: dict[str, Any] | None) -> str:
+    """A table of what the cascade did before it was saved; nothing if it did nothing."""
+    if figures is None:
+        return ""
+    return (
+        "Measured in use, before saving:\n\n"
+        "| calls | tokens | block efficiency | acceptance rate |\n|---|---|---|---|\n"
+        f"| {figures['calls']} | {figures['emitted']} | {figures['block_efficiency']:.2f} "
+        f"| {figures['acceptance_rate']:.2f} |\n\nBlock efficiency is tokens a target call (1 without drafts)."
+    )

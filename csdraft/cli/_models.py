@@ -1,0 +1,116 @@
+"""What commands that run models have in common: their arguments, and the models that these name."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from csdraft import spec
+from csdraft.cascade import CascadeDrafter
+from csdraft.decoding.interfaces import Drafter
+from csdraft.drafters.model import ModelDrafter, load_model
+
+__all__ = ["Opened", "add_model_arguments", "encode", "open_models"]
+
+DTYPES = ("auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16")
+SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a command works with."""
+
+    target: Any
+    tokenizer: PreTrainedTokenizerBase
+    assistant: Drafter | None
+    options: dict[str, Any]
+    """Keywords of `generate` beside `assistant`: verifier and schedule, where the user named one."""
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which models, on what, how drafted."""
+    parser.add_argument("--target", required=True, metavar="MODEL", help="path or Hub id of the model to decode with")
+    parser.add_argument("--tokenizer", metavar="PATH", help="path or Hub id; the target's own by default")
+    assistant = parser.add_mutually_exclusive_group()
+    assistant.add_argument("--cascade", metavar="PATH", help="path or Hub id of a saved cascade")
+    assistant.add_argument(
+        "--drafter",
+        action="append",
+        metavar="DRAFTER",
+        help="path or Hub id of a model, or the type of a drafter that needs none, such as max_gram; "
+        "repeat for a cascade, largest first",
+    )
+    parser.add_argument("--k-matrix", type=_json, metavar="JSON", help="e.g. 5, [5, 10] or [[5, 8], [0, 10]]")
+    parser.add_argument("--lenience", type=float, default=1.0, help="of inner reviewers, 1 (strict) or more")
+    parser.add_argument("--verifier", metavar="TYPE", help="acceptance rule at the target, e.g. match or rejection")
+    parser.add_argument("--schedule", metavar="TYPE", help="how much to draft, e.g. fixed or cost_model")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of all models; their own by default")
+    parser.add_argument("--device", default="cpu", help="of all models: cpu, cuda, cuda:1, mps, ...")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of torch")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from error
+
+
+def open_models(args: argparse.Namespace) -> Opened:
+    """Loads what the arguments name."""
+    transformers.utils.logging.disable_progress_bar()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    dtype = SHORT.get(args.dtype, args.dtype)
+    target = load_model(args.target, dtype=dtype).to(args.device)
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.target)
+    chosen = {"verifier": args.verifier, "schedule": args.schedule}
+    options = {name: value for name, value in chosen.items() if value is not None}
+    return Opened(target, tokenizer, _assistant(args, target, dtype), options)
+
+
+def _assistant(args: argparse.Namespace, target: nn.Module, dtype: str) -> Drafter | None:
+    if args.cascade:
+        return CascadeDrafter.from_pretrained(args.cascade, target=target, dtype=dtype)
+    if not args.drafter:
+        if args.k_matrix is not None:
+            raise ValueError(f"--k-matrix {args.k_matrix} says how long drafters draft; name them with --drafter")
+        return None
+    drafters = [_drafter(name, dtype, args.device) for name in args.drafter]
+    if len(drafters) == 1 and args.k_matrix is None:
+        return drafters[0]
+    matrix = {} if args.k_matrix is None else {"k_matrix": args.k_matrix}
+    return CascadeDrafter(drafters, lenience=args.lenience, **matrix)
+
+
+def _drafter(name: str, dtype: str, device: str) -> Drafter:
+    """A drafter by its type, unless there is a folder of that name; else a model."""
+    if name in spec.types("drafters") and not Path(name).exists():
+        return spec.resolve("drafters", name)
+    return ModelDrafter(load_model(name, dtype=dtype).to(device))
+
+
+def encode(opened: Opened, prompt: str, chat: bool = False) -> dict[str, torch.Tensor]:
+    """A prompt as `generate` takes it, on the target's device."""
+    tokenizer = opened.tokenizer
+    if chat:
+        messages = [{"role": "user", "content": prompt}]
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+    else:
+        encoded = tokenizer(prompt, return_tensors="pt")
+    if not encoded["input_ids"].numel():
+        raise ValueError("the prompt is empty; give --prompt, --file, or text on the standard input")
+    wanted = ("input_ids", "attention_mask")
+    return {name: encoded[name].to(opened.target.device) for name in wanted if name in encoded}

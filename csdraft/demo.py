@@ -1,0 +1,173 @@
+"""The demo: a real model completes real prompts in several ways, side by side, and writes the same text each time."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from csdraft.bench.figures import Figures, figures
+from csdraft.bench.measure import Cell, Prompt, Run, generate, measure
+from csdraft.bench.methods import K_MATRIX, Setup, build, configured
+from csdraft.bench.progress import Progress
+from csdraft.benchmark import DRAFTER, PROMPTS, TARGET, load_model, load_tokenizer, read_prompts, tokenized
+from csdraft.decoding.pieces import Pieces
+from csdraft.decoding.report import Report
+
+__all__ = ["main"]
+
+LABELS = {
+    "plain": "generate()",
+    "hf_assisted_default": "generate(assistant_model=drafter)",
+    "hf_prompt_lookup": "generate(prompt_lookup_num_tokens=10)",
+    "drafter": "generate(assistant=drafter)",
+    "max_gram": "generate(assistant=MaxGram())",
+    "cascade": "generate(assistant=CascadeDrafter)",
+}
+OWN = ("drafter", "max_gram", "cascade")
+LOOKUP_LENGTH = 10
+SECONDS, MOST_PROMPTS, REPETITIONS = 150.0, 6, 2
+"""About what the measurement may take: it sets how many prompts are used."""
+COLOURS = ("", "30;46", "30;43", "30;45", "30;42")
+"""ANSI codes by level: the target's own tokens have no colour."""
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__)
+    made.add_argument("--target", default=TARGET, help="path or Hub id (default: %(default)s)")
+    made.add_argument("--drafter", default=DRAFTER, help="path or Hub id (default: %(default)s)")
+    made.add_argument("--prompts", default=PROMPTS, help='FILE.jsonl of {"id", "prompt"} (default: %(default)s)')
+    made.add_argument("--max-new-tokens", type=int, default=96)
+    made.add_argument("--count", type=int, help=f"prompts to complete (default: what fits, {MOST_PROMPTS} at most)")
+    made.add_argument("--threads", type=int, help="of torch (default: all cores)")
+    made.add_argument("--color", choices=("auto", "always", "never"), default="auto")
+    made.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for report.html")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the demo; the exit status is 0 if every text was the same."""
+    options = parser().parse_args(argv)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(options.threads or os.cpu_count() or 1)
+    progress = Progress()
+    progress("loading the models", 0.0)
+    setup, tokenizer = load(options)
+    prompts = tokenized(tokenizer, read_prompts(options.prompts))
+    cells = [Cell(method) for method in build(list(LABELS), setup)]
+    count = options.count or affordable(setup, cells, prompts)
+    chosen = prompts[:: max(len(prompts) // count, 1)][:count]
+    introduce(setup, options, len(chosen))
+    run = measure(setup, cells, chosen, REPETITIONS, progress)
+
+    found = [figures(run, cell.name, "plain", "plain") for cell in cells]
+    report = last_report(run, "cascade", 0)
+    show_text(tokenizer, chosen[0], report, options.color == "always" or colours_by_default(options.color))
+    show_table(found)
+    options.out.mkdir(parents=True, exist_ok=True)
+    report.to_html(options.out / "report.html", tokenizer)
+    same = all(not f.different for f in found)
+    say_verdict(found, same, options.out / "report.html")
+    return 0 if same else 1
+
+
+def load(options: argparse.Namespace) -> tuple[Setup, PreTrainedTokenizerBase]:
+    tokenizer = load_tokenizer(options.target)
+    target, drafter = (
+        load_model(path, torch.device("cpu"), torch.float32) for path in (options.target, options.drafter)
+    )
+    if target.generation_config.pad_token_id is None:
+        target = configured(target, pad_token_id=tokenizer.eos_token_id)
+    generating = {"max_new_tokens": options.max_new_tokens, "do_sample": False}
+    return Setup(target, drafter, LOOKUP_LENGTH, K_MATRIX, generating), tokenizer
+
+
+def affordable(setup: Setup, cells: Sequence[Cell], prompts: Sequence[Prompt]) -> int:
+    """How many prompts this machine can do in about the time that the demo may take."""
+    generate(setup, cells[0], prompts[:1])
+    started = time.perf_counter()
+    generate(setup, cells[0], prompts[:1])
+    each = (REPETITIONS + 1) * len(cells) * (time.perf_counter() - started)
+    return max(1, min(MOST_PROMPTS, int(SECONDS / each)))
+
+
+def introduce(setup: Setup, options: argparse.Namespace, count: int) -> None:
+    print(f"target  {options.target}: {size(setup.target)}")
+    print(f"drafter {options.drafter}: {size(setup.drafter)}")
+    print(
+        f"Completing {count} prompts in {len(LABELS)} ways, {REPETITIONS + 1} times each, in turns, greedily, "
+        f"{options.max_new_tokens} tokens, {torch.get_num_threads()} threads ...",
+        flush=True,
+    )
+
+
+def size(model: PreTrainedModel) -> str:
+    return f"{model.num_parameters() / 1e6:.1f} M parameters, {model.config.num_hidden_layers} layers"
+
+
+def last_report(run: Run, cell: str, group: int) -> Report:
+    """csdraft's own report of one instrumented call."""
+    return next(look.report for look in run.looks if (look.cell, look.group) == (cell, group) and look.report)
+
+
+def colours_by_default(choice: str) -> bool:
+    return choice == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+
+def show_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, report: Report, colour: bool) -> None:
+    """The end of a prompt, and its completion with each token in the colour of who drafted it."""
+    before = tokenizer.decode(prompt).splitlines()[-6:]
+    print("\n--- the first prompt (its end) and what the cascade made of it " + "-" * 37)
+    print(painted("\n".join(before), "2" if colour else ""), end="")
+    pieces = Pieces(tokenizer, after=prompt)
+    for token, level in zip(report.tokens[0], report.levels[0], strict=True):
+        print(painted(pieces.push(token), COLOURS[level % len(COLOURS)] if colour else ""), end="")
+    print(pieces.flush() + "\n" + "-" * 100)
+    counts = [report.levels[0].count(level) for level in range(len(report.level_names))]
+    words = [
+        painted(f" {name} {counts[level]} ", COLOURS[level % len(COLOURS)] if colour else "")
+        for level, name in enumerate(report.level_names)
+    ]
+    print(f"tokens of this text by who drafted them: {' '.join(words)}")
+
+
+def painted(text: str, code: str) -> str:
+    """Text in an ANSI colour; line by line, so that a colour never fills the rest of a line."""
+    return "\n".join(f"\x1b[{code}m{line}\x1b[0m" if code and line else line for line in text.split("\n"))
+
+
+def show_table(found: Sequence[Figures]) -> None:
+    """One line a way."""
+    print(f"\n{'':38}{'tokens/s':>9}{'speed-up':>10}{'tokens/round':>14}  {'text':12}drafted tokens kept")
+    for f in found:
+        kept = ", ".join(f"{name} {share:.0%}" for name, share in (f.acceptance or {}).items())
+        text = "the same" if not f.different else "DIFFERENT"
+        numbers = f"{f.tokens_per_second:>9.1f}{f.speedup.median:>9.2f}x{f.block_efficiency or 0:>14.2f}"
+        print(f"{LABELS[f.name]:38}{numbers}  {text:12}{kept}")
+
+
+def say_verdict(found: Sequence[Figures], same: bool, page: Path) -> None:
+    """What it comes to, and what to try next."""
+    best = max((f for f in found if f.name in OWN), key=lambda f: f.speedup.median)
+    stock = max((f for f in found if f.name.startswith("hf_")), key=lambda f: f.speedup.median)
+    if same:
+        print("\nEvery way wrote the same text, token for token, on every prompt: checked, not assumed.")
+    else:
+        print("\nSome texts differ, which in float32 must not happen; please report this.")
+    print(f"Fastest here: {LABELS[best.name]}, {best.speedup.median:.2f}x plain generate; "
+          f"transformers' best {stock.speedup.median:.2f}x.")  # fmt: skip
+    print(f"The coloured text as a page: {page}\n")
+    print("To try next:")
+    print("  csdraft generate --target models/smol-target --drafter models/smol-drafter --drafter max_gram \\")
+    print("      --prompt 'def main(' --color                               your own prompt, drawn as it is drafted")
+    print("  make bench                                                    the same with intervals, JSON and a plot")
+    print("  python scripts/demo.py --target YOUR/MODEL --drafter A/SMALLER-ONE    any pair that shares a tokenizer")
+    print("  docs/quickstart.md                                            the same in your own program")

@@ -1,0 +1,334 @@
+"""A cascade on disk and on the Hub: cascade.json, models, tables, provenance, model card, custom_generate shim."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import tempfile
+import warnings
+import weakref
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from csdraft import spec
+from csdraft.card import SHIM, SIGNATURE, model_card
+from csdraft.decoding.names import name_of
+from csdraft.drafters.model import HUB_OPTIONS, MOST_VOCABULARY_PADDING, base_model, load_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from csdraft.cascade import CascadeDrafter
+
+__all__ = ["DOCUMENT", "HUB_OPTIONS", "Target", "find_cascade", "fingerprint", "generate", "load", "save"]
+
+DOCUMENT, FORMAT = "cascade.json", 1
+OWN_FOLDERS = ("models", "tables", "custom_generate")
+KEYS = ("format", "csdraft", "target", "models", "drafters", "k_matrix", "lenience", "verifier", "schedule")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is written down of the model that a cascade drafts for; its weights never are."""
+
+    name: str
+    vocab_size: int
+    model: weakref.ref[nn.Module] = field(compare=False, repr=False)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Target:
+        model = base_model(model)
+        return cls(public_name(model), vocab_size(model), weakref.ref(model))
+
+
+def vocab_size(model: nn.Module) -> int:
+    """The model's number of tokens, padding rows included."""
+    return model.config.get_text_config(decoder=True).vocab_size  # type: ignore[union-attr,operator]
+
+
+def public_name(model: nn.Module) -> str:
+    """The model's Hub id; of a path only the last part, since it says nothing on another machine."""
+    path = str(getattr(model.config, "_name_or_path", ""))
+    return path if _is_hub_id(path) else name_of(model)
+
+
+def _is_hub_id(path: str) -> bool:
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path) is not None and not os.path.exists(path)
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Equal for tokenizers that give each id the same meaning."""
+    entries = sorted((index, token) for token, index in tokenizer.get_vocab().items())
+    return "sha256:" + hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+
+
+# Writing.
+
+
+def save(
+    cascade: CascadeDrafter,
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    target: Target | None,
+    copy_models: bool,
+) -> None:
+    """Writes a cascade to a folder; what an earlier save left there stays until all of the new one is written."""
+    clash = [name for name in OWN_FOLDERS if (path / name).exists()]
+    if path.is_file() or (clash and not (path / DOCUMENT).exists()):
+        raise ValueError(
+            f"{str(path)!r} is {'a file' if path.is_file() else f'no saved cascade, but has {clash}'}, which saving "
+            "would replace; give a new folder"
+        )
+    models: dict[str, nn.Module] = {}
+    tables: dict[str, Any] = {}
+    document: dict[str, Any] = {"format": FORMAT, "csdraft": _csdraft_version(), "target": {}, "models": {}}
+    document["drafters"] = [spec.to_json(drafter, models, tables) for drafter in cascade.drafters]
+    document |= {"k_matrix": cascade.k_matrix, "lenience": cascade.lenience}
+    document["verifier"] = spec.to_json(cascade.verifier, models)
+    document["schedule"] = spec.to_json(cascade.schedule, models)
+    sizes = [target.vocab_size] if target else [vocab_size(model) for model in models.values()]
+    document["target"] = {
+        "name": target.name if target else None,
+        "vocab_size": max(sizes, default=None),
+        "tokenizer": fingerprint(tokenizer) if tokenizer is not None else None,
+    }
+    path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=path) as name:
+        scratch = Path(name)
+        document["models"] = {
+            name: _write_model(model, f"models/{name}", scratch, target, copy_models) for name, model in models.items()
+        }
+        for name, table in tables.items():
+            (scratch / name).parent.mkdir(exist_ok=True)
+            table.save(scratch / name)
+        (scratch / "custom_generate").mkdir()
+        (scratch / "custom_generate" / "generate.py").write_text(SHIM)
+        provenance = _provenance(models, cascade)
+        _write_json(scratch / "provenance.json", provenance)
+        card = model_card(document, provenance, path.name, cascade.verifier.lossless)  # type: ignore[union-attr]
+        (scratch / "README.md").write_text(card, encoding="utf-8")
+        _write_json(scratch / DOCUMENT, document)
+        _move_in(scratch, path)
+
+
+def _write_model(model: nn.Module, folder: str, scratch: Path, target: Target | None, copy_models: bool) -> dict:
+    """The model's entry in the table; its weights go to `folder` unless they can be found elsewhere."""
+    from transformers import PreTrainedModel
+
+    if target is not None and target.model() is model:
+        return {"target": True}
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"{type(model).__name__} is no transformers model, so its weights cannot be saved")
+    adapters = getattr(model, "peft_config", None)
+    source = public_name(model)
+    if not copy_models and not adapters and (revision := _cached_revision(source)):
+        return {"id": source, "revision": revision}
+    if adapters:
+        _write_adapter(model, adapters, scratch / folder)
+    else:
+        model.save_pretrained(scratch / folder)
+    return {"folder": folder}
+
+
+def _cached_revision(repo: str) -> str | None:
+    """The commit that the Hub cache of this machine holds of a repository's main branch; None if it holds none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    file = try_to_load_from_cache(repo, "config.json") if _is_hub_id(repo) else None
+    return Path(file).parent.name if isinstance(file, str) else None
+
+
+def _write_adapter(model: nn.Module, adapters: dict[str, Any], folder: Path) -> None:
+    """A PEFT folder: the adapter alone, on top of a base that is named."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    if len(adapters) != 1:
+        raise ValueError(
+            f"drafter {name_of(model)} has adapters {sorted(adapters)}, a saved cascade holds one a model: delete the "
+            "others, or merge them (merge_and_unload)"
+        )
+    ((name, options),) = adapters.items()
+    options = copy.deepcopy(options)
+    base = options.base_model_name_or_path or getattr(model.config, "_name_or_path", "")
+    if not base:
+        raise ValueError(
+            f"the base of adapter {name!r} has no path or Hub id, and a PEFT folder does not hold it: save the base "
+            "and load it from there, or merge the adapter (merge_and_unload)"
+        )
+    if os.path.exists(base):
+        warnings.warn(
+            f"adapter {name!r} needs its base {base!r}, which is not saved with the cascade: where that path does not "
+            "exist it cannot be loaded. Merge the adapter (merge_and_unload) to save both.",
+            UserWarning,
+            stacklevel=5,
+        )
+    options.base_model_name_or_path, options.inference_mode = base, True
+    options.save_pretrained(folder)
+    state = get_peft_model_state_dict(model, adapter_name=name)
+    tensors = {f"base_model.model.{key}": value.detach().clone().contiguous() for key, value in state.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _provenance(models: dict[str, nn.Module], cascade: CascadeDrafter) -> dict[str, Any]:
+    """Where and with what the cascade was made. No text, no paths."""
+    report = cascade.report
+    described = {
+        name: {
+            "source": public_name(model),
+            "class": type(model).__name__,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        }
+        for name, model in models.items()
+    }
+    measured = None
+    if report.rounds:
+        figures = ("calls", "emitted", "rounds", "target_calls", "block_efficiency", "acceptance_rate")
+        measured = {figure: getattr(report, figure) for figure in figures}
+    return {
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {"csdraft": _csdraft_version(), "python": platform.python_version()}
+        | {package: version(package) for package in ("torch", "transformers")},
+        "models": described,
+        "measured": measured,
+    }
+
+
+def _csdraft_version() -> str:
+    from csdraft import __version__
+
+    return __version__
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _move_in(scratch: Path, path: Path) -> None:
+    """Replaces what an earlier save wrote, the document last; a model card that was edited by hand stays."""
+    for name in OWN_FOLDERS:
+        shutil.rmtree(path / name, ignore_errors=True)
+    card = path / "README.md"
+    if card.exists() and SIGNATURE not in card.read_text(encoding="utf-8"):
+        (scratch / card.name).unlink()
+    for entry in sorted(scratch.iterdir(), key=lambda entry: entry.name == DOCUMENT):
+        os.replace(entry, path / entry.name)
+
+
+# Reading.
+
+
+def find_cascade(path: str, **options: Any) -> Path | None:
+    """The local folder of a saved cascade, downloaded if `path` is a Hub id; None if it is something else."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    if os.path.exists(path) or not _is_hub_id(path):
+        return Path(path) if Path(path, DOCUMENT).is_file() else None
+    try:
+        hf_hub_download(path, DOCUMENT, **options)
+    except EntryNotFoundError:
+        return None
+    return Path(snapshot_download(path, **options))
+
+
+def load(
+    folder: Path, target: nn.Module | None, tokenizer: PreTrainedTokenizerBase | None, **options: Any
+) -> dict[str, Any]:
+    """The arguments of the CascadeDrafter that `folder` holds.
+
+    Args:
+        options: of transformers' `from_pretrained`; a revision has been used for the folder and is not passed on.
+    """
+    document = read(folder)
+    check_target(document["target"], target, tokenizer)
+    options.pop("revision", None)
+    models = {name: _read_model(name, entry, folder, target, options) for name, entry in document["models"].items()}
+    tables = {f"tables/{file.name}": str(file) for file in sorted(folder.glob("tables/*.safetensors"))}
+    return {
+        "drafters": [spec.from_json("drafters", drafter, models, tables) for drafter in document["drafters"]],
+        "k_matrix": document["k_matrix"],
+        "lenience": document["lenience"],
+        "verifier": spec.from_json("verifiers", document["verifier"], models),
+        "schedule": spec.from_json("schedules", document["schedule"], models),
+    }
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """cascade.json, checked for its format and keys."""
+    document = json.loads((folder / DOCUMENT).read_text(encoding="utf-8"))
+    found = document.get("format")
+    if not isinstance(found, int) or found < 1:
+        raise ValueError(f"{DOCUMENT} has format {found!r}, expected {FORMAT}; did csdraft write it?")
+    if found > FORMAT:
+        raise ValueError(
+            f"{DOCUMENT} has format {found}, written by csdraft {document.get('csdraft')}; csdraft "
+            f"{_csdraft_version()} reads formats up to {FORMAT}: pip install -U csdraft"
+        )
+    spec.check_keys(document, KEYS, DOCUMENT)
+    if missing := [key for key in KEYS if key not in document]:
+        raise ValueError(f"{DOCUMENT} lacks {', '.join(missing)}; save the cascade again")
+    return document
+
+
+def check_target(saved: dict[str, Any], target: nn.Module | None, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Raises ValueError if a cascade was saved for another vocabulary."""
+    spec.check_keys(saved, ("name", "vocab_size", "tokenizer"), f"{DOCUMENT}: target")
+    name, wanted, print_of_saved = saved.get("name") or "its target", saved.get("vocab_size"), saved.get("tokenizer")
+    compared = tokenizer is not None and print_of_saved is not None
+    if compared and (own := fingerprint(tokenizer)) != print_of_saved:  # type: ignore[arg-type]
+        raise ValueError(
+            f"the tokenizer has fingerprint {own}, the cascade was saved for {name} with {print_of_saved}; "
+            "drafts would be other words: use a target with the same tokenizer, or train drafters with this one"
+        )
+    # Models of one tokenizer may differ in padding rows; without tokenizers to compare, only equality is safe.
+    slack = MOST_VOCABULARY_PADDING if compared else 0
+    if target is not None and wanted is not None and abs(vocab_size(target) - wanted) > slack:
+        raise ValueError(
+            f"target {name_of(target)} has {vocab_size(target)} tokens, the cascade was saved for {name} with "
+            f"{wanted}; use a target with the same vocabulary"
+            + ("" if compared else ", or, if only padding differs, save and load with tokenizer=")
+        )
+
+
+def _read_model(name: str, entry: Any, folder: Path, target: nn.Module | None, options: dict[str, Any]) -> nn.Module:
+    """A model of the table, on the target's device unless a device_map says otherwise."""
+    where = f"{DOCUMENT}: model {name!r}"
+    if not isinstance(entry, dict) or sum(key in entry for key in ("folder", "id", "target")) != 1:
+        raise ValueError(f"{where} is {entry!r}; give a folder, an id of the Hub (and revision), or target: true")
+    spec.check_keys(entry, ("folder", "id", "revision", "target"), where)
+    if "target" in entry:
+        if target is None:
+            raise ValueError(f"{where} is the target itself: pass target=, the model that is to be decoded")
+        return target
+    if "id" in entry:
+        model = load_model(entry["id"], **options, revision=entry.get("revision"))
+    else:
+        path = Path(os.path.normpath(folder / entry["folder"]))
+        if not path.is_relative_to(os.path.normpath(folder)):
+            raise ValueError(f"{where} lies in {entry['folder']!r}, outside the cascade; give a folder inside it")
+        model = load_model(str(path), **options)
+    if target is not None and "device_map" not in options:
+        model = model.to(target.device)  # type: ignore[arg-type]
+    return model
+
+
+# Running.
+
+
+def generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """`model.generate(..., assistant=...)`, patched or not: what the shim of a saved cascade calls."""
+    from csdraft.hook import _generate
+
+    return _generate(model, *args, **kwargs)

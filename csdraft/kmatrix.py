@@ -1,0 +1,112 @@
+"""The K matrix of Cascade Speculative Drafting (arXiv 2312.11462): how long each drafter drafts, for each reviewer.
+
+Reviewer 0 is the target, reviewer i is `drafters[i-1]`. Row i is the cascade that reviewer i reviews, wherever it
+appears; entry j of it is how many tokens stage j, which drafts with `drafters[j]`, adds. (The paper's k is cumulative,
+the increments here are those of its code.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from csdraft.decoding.interfaces import Drafter
+from csdraft.drafters.horizontal import Horizontal
+from csdraft.drafters.model import ModelDrafter
+from csdraft.drafters.vertical import Vertical
+
+__all__ = ["build", "check_k_matrix", "spread_lenience"]
+
+KMatrix = tuple[tuple[int, ...], ...]
+
+
+def check_k_matrix(k_matrix: Any, drafters: Sequence[Drafter]) -> KMatrix:
+    """The full (n, n) matrix; ValueError unless it is upper triangular, in whole numbers >= 0, and drafts something.
+
+    Args:
+        k_matrix: all rows; or row 0 alone (all models draft token by token); or one number for all of row 0.
+        drafters: largest first.
+    """
+    n = len(drafters)
+    if n == 0:
+        raise ValueError("a cascade needs at least one drafter; leave assistant= out to decode without")
+    rows = _rows(k_matrix, n)
+    for i, row in enumerate(rows):
+        for j, k in enumerate(row):
+            if not _whole(k) or k < 0 or (j < i and k != 0):
+                raise ValueError(
+                    f"k_matrix[{i}][{j}]={k!r}: entries are whole numbers >= 0, and 0 below the diagonal "
+                    "(row i is what reviewer i reviews: drafters i and later)"
+                )
+    if not any(rows[0]):
+        raise ValueError(f"k_matrix={k_matrix} drafts nothing: give row 0 a number > 0, or leave assistant= out")
+    for j, drafter in enumerate(drafters[:-1]):
+        if any(rows[j + 1]) and not isinstance(drafter, ModelDrafter):
+            raise ValueError(
+                f"k_matrix[{j + 1}]={list(rows[j + 1])} is what drafters[{j}] reviews, but a {type(drafter).__name__} "
+                "reviews nothing: only models do; make the row zeros"
+            )
+    return tuple(tuple(int(k) for k in row) for row in rows)
+
+
+def _rows(k_matrix: Any, n: int) -> list[Sequence[Any]]:
+    if isinstance(k_matrix, str):
+        raise ValueError(
+            f"k_matrix={k_matrix!r}: a planner that would choose it is not there yet; give numbers, such as 5, "
+            f"{[5] * n} (tokens a drafter), or {n} rows of {n}"
+        )
+    rows = k_matrix.tolist() if isinstance(k_matrix, np.ndarray | Tensor) else k_matrix
+    if isinstance(rows, Real):
+        rows = [rows] * n
+    if isinstance(rows, Sequence) and all(isinstance(row, Real) for row in rows):
+        rows = [rows, *([0] * n for _ in range(n - 1))]
+    if not isinstance(rows, Sequence) or len(rows) != n or any(not _is_row(row, n) for row in rows):
+        raise ValueError(
+            f"k_matrix={k_matrix} does not fit {n} drafters: give {n} rows of {n} numbers, one row, or one number"
+        )
+    return list(rows)
+
+
+def _is_row(row: Any, n: int) -> bool:
+    return isinstance(row, Sequence) and not isinstance(row, str) and len(row) == n
+
+
+def _whole(k: Any) -> bool:
+    return isinstance(k, Integral) and not isinstance(k, bool)
+
+
+def spread_lenience(
+    lenience: float | Sequence[float], drafters: Sequence[Drafter], k_matrix: Sequence[Sequence[int]]
+) -> list[float]:
+    """One number a drafter: the given ones for the models that review, largest first, 1 for all others."""
+    reviewing = [j for j in range(len(drafters) - 1) if any(k_matrix[j + 1])]
+    given = [lenience] * len(reviewing) if isinstance(lenience, Real) else list(lenience)  # type: ignore[arg-type]
+    if len(given) != len(reviewing):
+        raise ValueError(
+            f"lenience={lenience} has {len(given)} numbers for the {len(reviewing)} drafters that review (whose row "
+            "of the k_matrix is not zero); give one each, largest first, or one number for all"
+        )
+    if any(not x >= 1 for x in [*given, *([lenience] if isinstance(lenience, Real) else [])]):
+        raise ValueError(f"lenience={lenience} must be 1 (strict) or more; the papers' l <= 1 is 1/lenience")
+    spread = [1.0] * len(drafters)
+    for j, value in zip(reviewing, given, strict=True):
+        spread[j] = float(value)
+    return spread
+
+
+def build(
+    drafters: Sequence[Drafter], k_matrix: Sequence[Sequence[int]], lenience: Sequence[float], row: int = 0
+) -> Horizontal:
+    """Row `row` of the matrix as a horizontal cascade, whose models review their own rows."""
+    stages: list[Drafter] = []
+    for j in range(row, len(drafters)):
+        drafter = drafters[j]
+        below = k_matrix[j + 1] if j + 1 < len(drafters) else ()
+        if isinstance(drafter, ModelDrafter) and any(below):
+            drafter = Vertical(drafter.network, build(drafters, k_matrix, lenience, j + 1), lenience[j])
+        stages.append(drafter)
+    return Horizontal(tuple(stages), tuple(k_matrix[row][row:]))

@@ -1,0 +1,43 @@
+"""Build a bigram table for `MaxGram(bigram=...)` from text of your own.
+
+    python scripts/build_bigrams.py --tokenizer out/smol/tokenizer --text docs README.md --out out/bigrams.safetensors
+
+Each --text is a folder of .py, .md and .txt files, one such file (documents parted by <|endoftext|>), or `stdlib`.
+"""
+
+import argparse
+from collections.abc import Iterator
+
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from csdraft.data.text import read_corpus
+from csdraft.tables.bigram import BigramTable
+
+BATCH = 256
+
+
+def tokenize(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Iterator[list[int]]:
+    """Token ids of each document, without special tokens."""
+    for start in range(0, len(texts), BATCH):
+        for encoding in tokenizer.backend_tokenizer.encode_batch_fast(
+            texts[start : start + BATCH], add_special_tokens=False
+        ):
+            yield encoding.ids
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", required=True, help="a folder or Hub id: the target's own tokenizer")
+    parser.add_argument("--text", required=True, nargs="+", help="folders, files or 'stdlib'")
+    parser.add_argument("--out", required=True, help="the safetensors file to write")
+    options = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+    texts = [document.text for corpus in options.text for document in read_corpus(corpus)]
+    table = BigramTable.build(tokenize(tokenizer, texts), len(tokenizer))
+    table.save(options.out)
+    known = int((table.successor >= 0).sum())
+    print(f"{options.out}: {known} of {len(table)} tokens have a successor, from {len(texts)} documents")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+"""A session answers right whatever it is asked in whatever order, and sees no token twice without saying so."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import tiny
+from tests.decoding.walk import balanced, open_session, walk
+
+CLOSE = 5e-4  # float32; a wrong mask or position is off by 0.05 or more (test_mutants.py)
+CASES = [(family, attention) for family in tiny.FAMILIES for attention in tiny.attentions(family)]
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize(("family", "attention"), CASES)
+def test_a_random_walk(family: str, attention: str, rows: int) -> None:
+    for seed in range(2):
+        session = open_session(tiny.tiny(family, attention), rows)
+        assert walk(session, 12, seed) < CLOSE
+        assert balanced(session)

@@ -1,0 +1,164 @@
+"""The architecture, read off the source: who may import whom, and what a method file looks like."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "csdraft"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+FAMILIES = {"drafters": "drafter", "trees": "tree", "verifiers": "verifier", "schedules": "schedule"}
+"""Folders of methods: one file each, no shared edit."""
+
+MAY_IMPORT = {
+    "decoding": {"decoding"},
+    "drafters": {"drafters", "trees", "decoding", "heads", "tables"},
+    "trees": {"trees", "decoding", "heads"},
+    "verifiers": {"verifiers", "decoding"},
+    "schedules": {"schedules", "decoding", "tables"},
+    "heads": {"heads"},
+    "tables": {"tables"},
+    "losses": {"losses"},
+    "data": {"data"},
+    "metrics": {"metrics"},
+    "trainers": {"trainers", "losses", "heads", "data", "metrics"},
+}
+"""Folder -> folders of csdraft it may import from. A folder that is missing here may import all but `cli`."""
+
+EXCEPTIONS = {
+    "drafters/vertical.py": {"verifiers"},  # a vertical cascade reviews, and a review needs a rule
+}
+
+LONGEST_FUNCTION, LONGEST_FILE = 60, 400
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(path: Path) -> set[str]:
+    """Every dotted name a file imports, wherever in the file; `from a import b` counts as `a.b`."""
+    found = set()
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name_of(path)}:{node.lineno}: relative import; write csdraft.…"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def folders_imported(path: Path) -> set[str]:
+    """The parts of csdraft that a file imports: folder names, or file names of the top level."""
+    return {name.split(".")[1] for name in imports(path) if name.startswith("csdraft.")}
+
+
+def names_used(path: Path) -> set[str]:
+    """Every identifier of a file: names, attributes, imported names. Comments and docstrings do not count."""
+    used = {part for name in imports(path) for part in name.split(".")}
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Name):
+            used.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            used.add(node.attr)
+    return used
+
+
+def method_files() -> list[Path]:
+    return [path for family in FAMILIES for path in sorted((PACKAGE / family).glob("*.py")) if path.stem[0] != "_"]
+
+
+def exported(path: Path) -> list[str] | None:
+    """What `__all__` of a file says; None if it has none."""
+    for node in parsed(path).body:
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets):
+            return ast.literal_eval(node.value)
+    return None
+
+
+def snake_case(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_a_folder_imports_what_it_may(path):
+    folder = name_of(path).split("/")[0]
+    allowed = MAY_IMPORT.get(folder)
+    if allowed is not None:
+        allowed = allowed | EXCEPTIONS.get(name_of(path), set())
+        assert folders_imported(path) <= allowed
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_nobody_imports_scripts_or_cli(path):
+    assert not [name for name in imports(path) if name.split(".")[0] in ("scripts", "tests", "recipes")]
+    if name_of(path).split("/")[0] != "cli":
+        assert "cli" not in folders_imported(path)
+
+
+def test_exceptions_are_still_needed():
+    """An exception nobody uses is a rule nobody checks."""
+    for name, folders in EXCEPTIONS.items():
+        assert folders <= folders_imported(PACKAGE / name)
+
+
+def test_only_the_hook_touches_generation_mixin():
+    assert [name_of(path) for path in FILES if "GenerationMixin" in names_used(path)] == ["hook.py"]
+
+
+def test_only_the_cache_file_touches_the_caches_of_transformers():
+    """No other file names transformers' cache module or one of its classes."""
+
+    def touches(path: Path) -> bool:
+        return any(
+            name.startswith("transformers") and ("cache_utils" in name or name.endswith("Cache"))
+            for name in imports(path)
+        )
+
+    assert [name_of(path) for path in FILES if touches(path)] == ["decoding/cache.py"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_no_hasattr(path):
+    """Asking an object what it is hides which interface was meant."""
+    assert "hasattr" not in names_used(path)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_every_file_says_what_it_is_for(path):
+    assert not path.read_text(encoding="utf-8") or ast.get_docstring(parsed(path))
+
+
+@pytest.mark.parametrize("path", method_files(), ids=name_of)
+def test_a_method_file_exports_one_name_and_is_called_like_it(path):
+    names = exported(path)
+    assert names is not None
+    assert len(names) == 1
+    # The family's name may be added where the bare word would be confusing: model.py holds ModelDrafter.
+    assert snake_case(names[0]) in (path.stem, f"{path.stem}_{FAMILIES[path.parent.name]}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_lists_its_methods_nowhere(family):
+    """The folder is the register: an `__init__.py` with names in it would be a second one."""
+    init = PACKAGE / family / "__init__.py"
+    assert not init.exists() or not parsed(init).body
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_functions_and_files_are_short(path):
+    """Long means two ideas; the docstring is not counted."""
+    tree = parsed(path)
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST_FILE
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = node.end_lineno - node.lineno + 1
+            if ast.get_docstring(node) is not None:
+                lines -= node.body[0].end_lineno - node.body[0].lineno + 1
+            assert lines <= LONGEST_FUNCTION, f"{name_of(path)}:{node.lineno} {node.name} has {lines} lines"

@@ -1,0 +1,270 @@
+"""The command line, on tiny random models saved for it: what it prints, what it writes, and its exit status."""
+
+import argparse
+import io
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import scipy.stats
+import torch
+from tiny import EOS, drafter_of, tiny, tokenizer
+
+import csdraft
+from csdraft.cli import _models, check, commands, main
+from csdraft.decoding.interfaces import Verdict
+from csdraft.decoding.report import Report
+from csdraft.verifiers.match import Match
+
+PROMPT = "thequickbrownfoxjumps"
+SPECIAL = 2
+"""Up to here tokens have no text."""
+ESCAPE = re.compile(r"\x1b\[\d+m")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A target, a drafter and a T5 with their tokenizer."""
+    path = tmp_path_factory.mktemp("models")
+    for name, model in (("target", tiny("llama")), ("small", drafter_of("llama")), ("t5", tiny("t5"))):
+        model.save_pretrained(path / name)
+        tokenizer().save_pretrained(path / name)
+    return path
+
+
+@pytest.fixture(scope="module")
+def models(folder) -> list[str]:
+    return ["--target", str(folder / "target"), "--drafter", str(folder / "small")]
+
+
+def plainly_written() -> str:
+    inputs = tokenizer()(PROMPT, return_tensors="pt")
+    new = tiny("llama").generate(**inputs, do_sample=False, max_new_tokens=30)[0, inputs["input_ids"].shape[1] :]
+    return tokenizer().decode(new, skip_special_tokens=True)
+
+
+# The frame.
+
+
+def test_every_command_explains_itself():
+    assert set(commands()) >= {"bench", "check", "generate", "report"}
+    for name, module in commands().items():
+        assert module.__doc__, name
+        assert hasattr(module, "main") != hasattr(module, "add_arguments") == hasattr(module, "run"), name
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"csdraft {csdraft.__version__}\n"
+
+
+def test_help_lists_the_commands(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert all(f"    {name} " in shown for name in commands())
+
+
+def test_bench_hands_its_arguments_on(monkeypatch):
+    seen = []
+    monkeypatch.setattr("csdraft.benchmark.main", lambda argv: seen.extend(argv) or 3)
+    assert main(["bench", "--depth", "4", "--help", "x"]) == 3
+    assert seen == ["--depth", "4", "--help", "x"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["check"], "--cascade or --drafter"),
+        (["generate", "--prompt", "a", "--report"], "nothing is drafted"),
+        (["generate", "--prompt", "a", "--k-matrix", "[1]"], "--drafter"),
+        (["generate", "--prompt", ""], "prompt is empty"),
+        (["generate", "--file", "no-such-file"], "no-such-file"),
+    ],
+)
+def test_what_makes_no_sense_is_said_without_a_traceback(folder, capsys, arguments, words):
+    assert main([*arguments, "--target", str(folder / "target")]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_k_matrix_is_json(folder, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["generate", "--target", str(folder / "target"), "--k-matrix", "[1,"])
+    assert "is not JSON" in capsys.readouterr().err
+
+
+# generate and report.
+
+
+@pytest.mark.parametrize("extra", [[], ["--drafter", "max_gram", "--k-matrix", "[[2, 3], [0, 2]]"]])
+def test_generate_writes_what_plain_generate_writes(models, capsys, extra):
+    assert main(["generate", *models, *extra, "--prompt", PROMPT, "--max-new-tokens", "30"]) == 0
+    assert capsys.readouterr().out == plainly_written() + "\n"
+
+
+def test_generate_with_a_saved_cascade(folder, capsys, tmp_path):
+    cascade = csdraft.CascadeDrafter([drafter_of("llama")], k_matrix=4)
+    cascade.save_pretrained(tmp_path / "cascade", target=tiny("llama"))
+    arguments = ["--target", str(folder / "target"), "--cascade", str(tmp_path / "cascade"), "--prompt", PROMPT]
+    assert main(["generate", *arguments, "--max-new-tokens", "30", "--report"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == plainly_written() + "\n"
+    assert "block efficiency" in printed.err
+
+
+def test_generate_without_a_drafter(folder, capsys, tmp_path):
+    (tmp_path / "prompt.txt").write_text(PROMPT)
+    arguments = ["--target", str(folder / "target"), "--file", str(tmp_path / "prompt.txt"), "--max-new-tokens", "30"]
+    assert main(["generate", *arguments, "--color"]) == 0
+    assert capsys.readouterr().out == plainly_written() + "\n"
+
+
+def test_generate_with_an_encoder_decoder(folder, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT))
+    model = ["--target", str(folder / "t5"), "--drafter", "max_gram", "--max-new-tokens", "30"]
+    assert main(["generate", *model]) == 0
+    inputs = tokenizer()(PROMPT, return_tensors="pt")
+    ids = tiny("t5").generate(**inputs, do_sample=False, max_new_tokens=30)[0]
+    assert capsys.readouterr().out == tokenizer().decode(ids, skip_special_tokens=True) + "\n"
+
+
+def test_sampling_repeats_with_its_seed(models, capsys):
+    arguments = ["generate", *models, "--prompt", PROMPT, "--max-new-tokens", "20", "--temperature", "1.5"]
+    texts = []
+    for seed in ("1", "1", "2"):
+        assert main([*arguments, "--seed", seed]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_colours_are_levels(models, capsys, tmp_path):
+    """Without its colours the text is the same, and as many tokens are coloured as were drafted."""
+    arguments = ["--prompt", PROMPT, "--max-new-tokens", "30", "--schedule", "fixed"]
+    saved = tmp_path / "report.json"
+    assert main(["generate", *models, *arguments, "--color", "--save-report", str(saved)]) == 0
+    text, legend = capsys.readouterr().out.split("\n\n")
+    assert ESCAPE.sub("", text) == plainly_written()
+    report = Report.load(saved)
+    drafted = [token for token, level in zip(report.tokens[0], report.levels[0], strict=True) if level]
+    assert text.count("\x1b[36m") == sum(token > SPECIAL for token in drafted) > 0  # one character a token
+    assert f"small (cyan) {len(drafted)}" in legend
+
+
+def test_a_report_travels(models, capsys, tmp_path):
+    """Printed at once, saved, printed again, added up, made into a page."""
+    saved, page = str(tmp_path / "report.json"), tmp_path / "page.html"
+    assert main(["generate", *models, "--prompt", PROMPT, "--report", "--save-report", saved]) == 0
+    printed = capsys.readouterr().err.strip()
+    assert main(["report", saved]) == 0
+    assert capsys.readouterr().out.strip() == printed
+    assert main(["report", saved, saved]) == 0
+    assert "in 2 calls" in capsys.readouterr().out
+    assert main(["report", saved, "--html", str(page), "--tokenizer", models[1]]) == 0
+    assert "<!doctype html>" in page.read_text(encoding="utf-8")
+
+
+def test_what_is_no_report_is_refused(capsys, tmp_path):
+    (tmp_path / "other.json").write_text("{}")
+    assert main(["report", str(tmp_path / "other.json")]) == 2
+    assert "csdraft_report" in capsys.readouterr().err
+
+
+# check.
+
+
+@dataclass(frozen=True)
+class Gullible(Match):
+    """Takes whatever is drafted: the fault that `check` is there to find."""
+
+    def verify(self, draft, scores, sampler, root=-1):
+        del root
+        accepted = list(range(len(draft)))
+        return Verdict(accepted, EOS, True) if not accepted else Verdict(accepted, None, draft.tokens[-1] == EOS)
+
+
+@dataclass(frozen=True)
+class Hasty(Match):
+    """Ends the text after its first round."""
+
+    def verify(self, draft, scores, sampler, root=-1):
+        verdict = super().verify(draft, scores, sampler, root)
+        return Verdict(verdict.accepted, verdict.next_token, True)
+
+
+@pytest.fixture
+def opened(models) -> _models.Opened:
+    parser = argparse.ArgumentParser()
+    _models.add_model_arguments(parser)
+    opened = _models.open_models(parser.parse_args([*models, "--schedule", "fixed"]))
+    opened.target.generation_config = check._bare(opened.target.generation_config)
+    return opened
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_check_passes(models, capsys, tmp_path, dtype):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in (PROMPT, "abc", "zyxwvu")))
+    arguments = ["--prompts", str(prompts), "--max-new-tokens", "20", "--samples", "200", "--dtype", dtype]
+    assert main(["check", *models, *arguments, "--schedule", "fixed"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 + 2 * 2 + 1
+    assert all(line.startswith("PASS") for line in lines[:-1])
+
+
+def test_check_passes_an_encoder_decoder(folder, capsys):
+    arguments = ["--target", str(folder / "t5"), "--drafter", "max_gram", "--max-new-tokens", "20", "--samples", "100"]
+    assert main(["check", *arguments]) == 0
+    assert "FAIL" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verifier", [Gullible(), Hasty()])
+def test_check_finds_a_changed_text(opened, verifier):
+    opened.options["verifier"] = verifier
+    inputs = _models.encode(opened, PROMPT)
+    assert not check.greedy(opened, inputs, 20, "greedy").passed
+
+
+def test_check_finds_a_changed_law(opened):
+    opened.options["verifier"] = Gullible()
+    args = argparse.Namespace(samples=400, batch=100, sampled_tokens=3, temperature=1.0)
+    control, sampling = check.law(opened, _models.encode(opened, PROMPT), args, "prompt")
+    assert control.passed
+    assert not sampling.passed
+
+
+def test_a_failed_check_is_the_exit_status(models, capsys, monkeypatch):
+    monkeypatch.setattr(check, "greedy", lambda *args: check.Outcome(False, "greedy", "changed"))
+    assert main(["check", *models, "--samples", "0"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_single_steps_and_one_forward_are_the_same_logits(opened):
+    inputs = _models.encode(opened, PROMPT)
+    tokens = torch.tensor([5, 9, 33, 20])
+    steps, whole = (f(opened.target, inputs, tokens) for f in (check.single_steps, check.one_forward))
+    assert steps.shape == whole.shape == (4, opened.target.config.vocab_size)
+    torch.testing.assert_close(steps, whole, rtol=0, atol=1e-4)
+
+
+def test_chi_square_is_the_textbook_one():
+    first, second = Counter(a=50, b=30, c=20, d=2), Counter(a=35, b=45, c=21, e=3)
+    pooled = [[50, 30, 20, 2], [35, 45, 21, 3]]
+    expected = scipy.stats.chi2_contingency(pooled, correction=False)
+    statistic, freedom, p = check.chi_square(first, second)
+    assert (statistic, freedom, p) == pytest.approx((expected.statistic, expected.dof, expected.pvalue))
+    assert check.chi_square(Counter(a=5), Counter(a=7)) == (0.0, 0, 1.0)
+
+
+def test_real_models(shared_data, capsys, tmp_path):
+    """Trained models on code, as a user would check them."""
+    paths = [shared_data / "models" / name for name in ("code-5M", "code-1M")]
+    if not all(path.is_dir() for path in paths):
+        pytest.skip("the optional data has no code models")
+    (tmp_path / "prompts.txt").write_text("def fibonacci(n):\nclass Stack:\n")
+    arguments = ["--target", str(paths[0]), "--drafter", str(paths[1]), "--prompts", str(tmp_path / "prompts.txt")]
+    assert main(["check", *arguments, "--max-new-tokens", "24", "--samples", "0", "--dtype", "bf16"]) == 0
+    assert capsys.readouterr().out.count("PASS") == 2

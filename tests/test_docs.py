@@ -1,0 +1,156 @@
+"""The pages do what they say: python blocks run, commands exist, links lead somewhere, the table is fresh."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [*map(ROOT.joinpath, ("README.md", "CONTRIBUTING.md")), *sorted(ROOT.glob("docs/*.md"))]
+PAGES += sorted(ROOT.glob("recipes/*/README.md"))
+MODELS = [ROOT / "models" / "smol-target", ROOT / "models" / "smol-drafter"]
+
+BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>.*?) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
+LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page."""
+
+    page: Path
+    line: int
+    language: str
+    code: str
+    reason: str | None  # why it is not run
+
+
+def blocks(page: Path, language: str) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    found = []
+    for match in BLOCK.finditer(text):
+        line = text.count("\n", 0, match.start("code")) + 1
+        found.append(Block(page, line, match["language"], match["code"], match["reason"]))
+    return [block for block in found if block.language == language]
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def having(language: str) -> list:
+    """The pages with such blocks, as parameters."""
+    return [pytest.param(page, id=name_of(page)) for page in PAGES if blocks(page, language)]
+
+
+def offline() -> dict[str, str]:
+    return os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A working directory that looks like the checkout and may be written to."""
+    for name in ("models", "recipes", "scripts"):
+        if (ROOT / name).exists():
+            (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", having("python"))
+def test_python_blocks_run(page, folder):
+    """All of a page's blocks, in order, in one namespace."""
+    wanted = [block for block in blocks(page, "python") if block.reason is None]
+    missing = [model.name for model in MODELS if not model.exists()]
+    if missing and any("models/" in block.code for block in wanted):
+        pytest.skip(f"the bundled models {missing} are not there; train them with recipes/smol")
+    script = "".join("\n" * (block.line - 1) + block.code + "\0" for block in wanted)
+    # A process of its own: a page may import, patch and set what it likes.
+    program = (
+        "import sys\n"
+        "import torch\n"
+        "torch.set_num_threads(1)\n"
+        "space = {'__name__': 'page'}\n"
+        f"for code in sys.stdin.read().split(chr(0)): exec(compile(code, {name_of(page)!r}, 'exec'), space)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], input=script, text=True, capture_output=True, env=offline(), timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_only_the_hub_excuses_a_block_from_running(page):
+    text = page.read_text(encoding="utf-8")
+    reasons = re.findall(r"<!-- not run: (.*?) -->", text)
+    assert all("Hub" in reason for reason in reasons)
+    excused = [match for match in BLOCK.finditer(text) if match["reason"] is not None]
+    assert len(excused) == len(reasons)  # each stands right above its block
+
+
+@pytest.mark.parametrize("page", having("bash"))
+def test_commands_exist(page, folder):
+    """A line of a bash block names a make target, or a program that knows every option it is given.
+
+    Nothing is done: make runs dry, and programs are asked for --help.
+    """
+    for block in blocks(page, "bash"):
+        if block.reason is None:
+            for line in block.code.replace("\\\n", " ").splitlines():
+                check_command(shlex.split(line, comments=True), f"{name_of(page)}:{block.line}")
+
+
+@cache
+def help_of(*program: str) -> str:
+    """What a program says of itself; starting one takes seconds, so each is asked once."""
+    done = subprocess.run([*program, "--help"], text=True, capture_output=True, env=offline(), timeout=120)
+    assert done.returncode == 0, f"{program}\n{done.stderr[-2000:]}"
+    return done.stdout
+
+
+def check_command(words: list[str], where: str) -> None:
+    if not words or words[:2] in (["pip", "install"], ["git", "clone"]) or words[0] == "cd":
+        return
+    if words[0] == "make":
+        # -o: the installation is taken to be up to date, whatever the times of its files.
+        command = ["make", "-n", "-o", ".venv/.installed", "-C", str(ROOT), *words[1:]]
+        assert subprocess.run(command, capture_output=True, timeout=60).returncode == 0, f"{where}: {words}"
+        return
+    if words[0] == "csdraft":
+        arguments = words[1:]
+        program = [sys.executable, "-c", "from csdraft.cli import main; main()", *arguments[:1]]
+    else:
+        assert words[0] in ("python", "accelerate"), f"{where}: this test does not know the command {words[0]!r}"
+        script = next(index for index, word in enumerate(words) if word.endswith(".py"))
+        program, arguments = [sys.executable, str(ROOT / words[script])], words[script + 1 :]
+    text = help_of(*program)
+    for word in arguments:
+        if word.startswith("--"):
+            assert re.search(rf"{re.escape(word.split('=')[0])}\b", text), f"{where}: no option {word}"
+        elif word.startswith(("recipes/", "scripts/")):
+            assert (ROOT / word).exists(), f"{where}: no file {word}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    assert not [link for link in LINK.findall(text) if not (page.parent / link).exists()]
+
+
+def test_the_table_of_methods_is_fresh():
+    command = [sys.executable, str(ROOT / "docs" / "build_tables.py"), "--check"]
+    done = subprocess.run(command, text=True, capture_output=True, env=offline(), timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_public_name_is_in_the_docs():
+    import csdraft
+
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert not [name for name in csdraft.__all__ if not re.search(rf"\b{name}\b", text)]

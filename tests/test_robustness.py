@@ -1,0 +1,145 @@
+"""A drafter's failure costs speed, never text; threads and hundreds of calls do not disturb each other."""
+
+import gc
+import threading
+
+import pytest
+import torch
+from tiny import fresh, tiny
+
+from csdraft import CascadeDrafter, Drafter, MaxGram, ModelDrafter
+from csdraft.decoding.draft import Draft
+from csdraft.schedules.fixed import Fixed
+
+PROMPT = torch.tensor([[3, 14, 15, 9, 26, 5, 3, 14, 15]])
+WANTED = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny("llama")
+
+
+@pytest.fixture(scope="module")
+def plain(target):
+    return target.generate(PROMPT, **WANTED)
+
+
+class Broken(Drafter):
+    """Drafts well for two rounds, then does something wrong."""
+
+    def __init__(self, wrong):
+        self.wrong, self.rounds = wrong, 0
+
+    def propose(self, contexts, budgets):
+        self.rounds += 1
+        if self.rounds > 2:
+            return self.wrong(contexts, budgets)
+        return [c.draft.extend([1, 2], c.call.level(self)) for c in contexts]
+
+    def signature(self):
+        return ("broken",)
+
+
+def raising(contexts, budgets):
+    raise KeyError("lost")
+
+
+def outside(contexts, budgets):
+    return [Draft.chain([10**6]) for _ in contexts]
+
+
+def negative(contexts, budgets):
+    return [Draft.chain([-1]) for _ in contexts]
+
+
+def too_deep(contexts, budgets):
+    return [Draft.chain([1] * (b.room + 1)) for b in budgets]
+
+
+def too_few(contexts, budgets):
+    return []
+
+
+FAILURES = [raising, outside, negative, too_deep, too_few]
+
+
+@pytest.mark.parametrize("wrong", FAILURES)
+def test_a_failing_drafter_is_reported_and_left_out(target, plain, wrong):
+    with pytest.warns(RuntimeWarning, match="left out"):
+        out = target.generate(
+            PROMPT, assistant=Broken(wrong), schedule=Fixed(2), return_dict_in_generate=True, **WANTED
+        )
+    assert torch.equal(out.sequences, plain)
+    assert len(out.report.failures) == 1
+
+
+@pytest.mark.parametrize("wrong", FAILURES)
+def test_strict_raises_instead(target, wrong):
+    with pytest.raises((KeyError, ValueError)):
+        target.generate(PROMPT, assistant=Broken(wrong), schedule=Fixed(2), strict=True, **WANTED)
+
+
+def test_a_drafter_model_with_nan_logits_is_left_out(target, plain):
+    sick = fresh("llama", seed=1)
+    with torch.no_grad():
+        sick.lm_head.weight.fill_(float("nan"))
+    with pytest.warns(RuntimeWarning, match="nan"):
+        out = target.generate(
+            PROMPT, assistant=ModelDrafter(sick), schedule=Fixed(3), return_dict_in_generate=True, **WANTED
+        )
+    assert torch.equal(out.sequences, plain)
+    assert "nan" in out.report.failures[0]
+
+
+def test_a_target_with_nan_logits_is_an_error(target):
+    sick = fresh("llama", seed=1)
+    with torch.no_grad():
+        sick.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="nan"):
+        sick.generate(PROMPT, assistant=MaxGram(), **WANTED)
+
+
+def test_two_threads_with_two_cascades(target, plain):
+    small = fresh("llama", seed=2)
+    texts, errors = {}, []
+
+    def write(name):
+        try:
+            cascade = CascadeDrafter([small, MaxGram()], [[2, 4], [0, 3]])
+            for _ in range(8):
+                texts.setdefault(name, []).append(target.generate(PROMPT, assistant=cascade, **WANTED))
+        except Exception as error:  # a thread's failure must reach the test
+            errors.append(error)
+
+    threads = [threading.Thread(target=write, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert all(torch.equal(text, plain) for name in "ab" for text in texts[name])
+
+
+def test_two_hundred_calls_leave_nothing_behind(target):
+    """Neither Python objects nor tensors pile up, and every call's text is what a fresh cascade would write."""
+    small = fresh("llama", seed=2)
+    cascade = CascadeDrafter([small, MaxGram()], [[2, 4], [0, 3]])
+
+    def live():
+        gc.collect()
+        return sum(1 for thing in gc.get_objects() if isinstance(thing, torch.Tensor)), len(gc.get_objects())
+
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(3, 90, (1, 5 + i % 7), generator=generator) for i in range(10)]
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    wanted = [target.generate(prompt, **settings) for prompt in prompts]
+    for call in range(40):
+        target.generate(prompts[call % 10], assistant=cascade, **settings)
+    tensors, objects = live()
+    for call in range(160):
+        out = target.generate(prompts[call % 10], assistant=cascade, **settings)
+        assert torch.equal(out, wanted[call % 10])
+    after_tensors, after_objects = live()
+    assert after_tensors <= tensors + 5
+    assert after_objects <= objects * 1.02 + 500
