@@ -53,7 +53,7 @@ def test_every_command_explains_itself():
     assert set(commands()) >= {"bench", "check", "generate", "report"}
     for name, module in commands().items():
         assert module.__doc__, name
-        assert hasattr(module, "main") != hasattr(module, "add_arguments") == hasattr(module, "run"), name
+        assert "main" in module.__all__ or {"add_arguments", "run"} <= set(module.__all__), name
 
 
 def test_version(capsys):
@@ -130,6 +130,18 @@ def test_generate_with_an_encoder_decoder(folder, monkeypatch, capsys):
     inputs = tokenizer()(PROMPT, return_tensors="pt")
     ids = tiny("t5").generate(**inputs, do_sample=False, max_new_tokens=30)[0]
     assert capsys.readouterr().out == tokenizer().decode(ids, skip_special_tokens=True) + "\n"
+
+
+def test_a_chat_template_is_applied(folder, models, capsys):
+    template = (
+        "{% for message in messages %}abc{{ message.content }}{% endfor %}{% if add_generation_prompt %}d{% endif %}"
+    )
+    arguments = ["generate", *models, "--max-new-tokens", "20", "--prompt"]
+    assert main([*arguments, "abcxyd"]) == 0
+    wanted = capsys.readouterr().out
+    (folder / "target" / "chat_template.jinja").write_text(template)
+    assert main([*arguments, "xy", "--chat"]) == 0
+    assert capsys.readouterr().out == wanted
 
 
 def test_sampling_repeats_with_its_seed(models, capsys):

@@ -125,6 +125,12 @@ def tiny(family: str, attention: str | None = None) -> nn.Module:
     return fresh(family, attention=attention)
 
 
+@cache
+def narrow(family: str) -> nn.Module:
+    """A model whose window is shorter than the depth of a draft."""
+    return fresh(family, sliding_window=3)
+
+
 def noisy(model: nn.Module, scale: float = 0.1, seed: int = 1) -> nn.Module:
     """A copy with disturbed weights: a drafter that is often right and often wrong."""
     copied = copy.deepcopy(model)
@@ -186,6 +192,7 @@ class Scripted(Drafter):
         depth: tokens a round.
         seed: of the mistakes, which differ from round to round.
         before: called with each call of `propose` first.
+        vocabulary: what mistakes are made of.
     """
 
     texts: Sequence[Sequence[int]]
@@ -194,6 +201,7 @@ class Scripted(Drafter):
     depth: int = 5  # type: ignore[assignment]
     seed: int = 0
     before: Callable[[Sequence[Context]], None] | None = None
+    vocabulary: Sequence[int] = range(3, VOCAB)
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
         if self.before is not None:
@@ -207,10 +215,10 @@ class Scripted(Drafter):
         right = self.texts[context.row]
         frontier = [(context.tip, True)]  # (node, whether its path is right)
         for position in range(start, start + min(budget.depth, budget.room)):
-            coming = right[position] if position < len(right) else rng.randrange(3, VOCAB)
+            coming = right[position] if position < len(right) else rng.choice(self.vocabulary)
             grown = []
             for node, on_the_way in frontier:
-                carried = rng.sample(range(3, VOCAB), self.branches if on_the_way else 1)
+                carried = rng.sample(self.vocabulary, self.branches if on_the_way else 1)
                 if on_the_way and rng.random() >= self.wrong:
                     carried[rng.randrange(len(carried))] = coming
                 for token in dict.fromkeys(carried):

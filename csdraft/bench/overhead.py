@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,6 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from csdraft.bench.claims import Claim
-from csdraft.bench.measure import Forwards
 from csdraft.decoding.interfaces import Drafter, Round
 from csdraft.decoding.output import RoundStreamer
 from csdraft.drafters.max_gram import MaxGram
@@ -35,7 +34,8 @@ class Overhead:
 
     Attributes:
         milliseconds: of a round outside forwards, median over the rounds after the first.
-        first_round: the same of the first round, which also reads the prompt.
+        cpu_milliseconds: the same by the processor time of this thread, which other programs disturb less.
+        first_round: milliseconds of the first round, which also reads the prompt.
         drafted: tokens a round, mean; the case is only what it says if it is the chain's length.
     """
 
@@ -43,6 +43,7 @@ class Overhead:
     temperature: float
     length: int
     milliseconds: float
+    cpu_milliseconds: float
     first_round: float
     drafted: float
 
@@ -51,7 +52,20 @@ class Overhead:
         return f"{self.drafter}, {'greedy' if self.temperature == 0 else f'T = {self.temperature:g}'}"
 
 
-def cycle_model(vocab: int = VOCABULARY) -> LlamaForCausalLM:
+class Stub(LlamaForCausalLM):
+    """Times its own calls; cheaper than hooks, whose microseconds would count as csdraft's."""
+
+    clock = staticmethod(time.perf_counter)
+    seconds = 0.0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        started = self.clock()
+        output = super().__call__(*args, **kwargs)
+        self.seconds += self.clock() - started
+        return output
+
+
+def cycle_model(vocab: int = VOCABULARY) -> Stub:
     """One layer that adds nothing to the residual: token t is followed by t + 1 modulo the period, nearly always."""
     config = LlamaConfig(
         vocab_size=vocab,
@@ -65,7 +79,7 @@ def cycle_model(vocab: int = VOCABULARY) -> LlamaForCausalLM:
         eos_token_id=None,
         pad_token_id=0,
     )
-    model = LlamaForCausalLM(config).eval()
+    model = Stub(config).eval()
     with torch.no_grad():
         layer = model.model.layers[0]
         layer.self_attn.o_proj.weight.zero_()
@@ -81,16 +95,18 @@ def cycle_model(vocab: int = VOCABULARY) -> LlamaForCausalLM:
 class RoundClock(RoundStreamer):
     """Notes, after every round, the time and what of it was spent in forwards."""
 
-    def __init__(self, forwards: Forwards):
-        self.forwards = forwards
-        self.marks: list[tuple[float, float]] = [(time.perf_counter(), 0.0)]
+    def __init__(self, models: Sequence[Stub], clock: Callable[[], float]):
+        self.models, self.clock = models, clock
+        self.marks: list[tuple[float, float]] = []
         self.drafted: list[int] = []
+        for model in models:
+            model.clock, model.seconds = clock, 0.0
 
     def put(self, value: Any) -> None:
-        self.marks[0] = (time.perf_counter(), 0.0)  # the prompt: the loop is about to start
+        self.marks.append((self.clock(), 0.0))  # the prompt: the loop is about to start
 
     def put_round(self, finished: Round) -> None:
-        self.marks.append((time.perf_counter(), sum(self.forwards.seconds)))
+        self.marks.append((self.clock(), sum(model.seconds for model in self.models)))
         self.drafted.append(finished.drafted)
 
     def end(self) -> None:
@@ -107,45 +123,51 @@ def measure_overhead(
     lengths: Sequence[int] = LENGTHS, rounds: int = ROUNDS, vocab: int = VOCABULARY
 ) -> list[Overhead]:
     """All cases: both kinds of drafter, greedy and sampling, at each length of text."""
-    target, small = cycle_model(vocab), cycle_model(vocab)
-    drafters: dict[str, Drafter] = {"MaxGram": MaxGram(), "model drafter": ModelDrafter(small)}
+    models = cycle_model(vocab), cycle_model(vocab)
+    drafters: dict[str, Drafter] = {"MaxGram": MaxGram(), "model drafter": ModelDrafter(models[1])}
     cases = []
     for temperature in (0.0, 1.0):
         for name, drafter in drafters.items():
             for length in lengths:
-                one_case(target, small, drafter, temperature, length, 8)  # warm-up
-                clock = one_case(target, small, drafter, temperature, length, rounds)
-                steady, first = clock.outside[1:-1], clock.outside[0]
-                drafted = statistics.mean(clock.drafted[:-1])
-                cases.append(Overhead(name, temperature, length, statistics.median(steady), first, drafted))
+                one_case(models, drafter, temperature, length, 8)  # warm-up
+                wall = one_case(models, drafter, temperature, length, rounds)
+                cpu = one_case(models, drafter, temperature, length, rounds, time.thread_time)
+                times = [statistics.median(clock.outside[1:-1]) for clock in (wall, cpu)]
+                drafted = statistics.mean(wall.drafted[:-1])
+                cases.append(Overhead(name, temperature, length, *times, wall.outside[0], drafted))
     return cases
 
 
 def one_case(
-    target: LlamaForCausalLM, small: LlamaForCausalLM, drafter: Drafter, temperature: float, length: int, rounds: int
+    models: Sequence[Stub],
+    drafter: Drafter,
+    temperature: float,
+    length: int,
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> RoundClock:
     """One call of about so many rounds."""
+    target = models[0]
     ids = (torch.arange(length) % PERIOD)[None]
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     torch.manual_seed(0)
-    with Forwards([target, small]) as forwards:
-        clock = RoundClock(forwards)
-        target.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            assistant=drafter,
-            schedule=Fixed(CHAIN),
-            max_new_tokens=rounds * (CHAIN + 1),
-            streamer=clock,
-            **sampling,
-        )
-    return clock
+    streamer = RoundClock(models, clock)
+    target.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        assistant=drafter,
+        schedule=Fixed(CHAIN),
+        max_new_tokens=rounds * (CHAIN + 1),
+        streamer=streamer,
+        **sampling,
+    )
+    return streamer
 
 
 def bar(case: Overhead) -> float:
     """Milliseconds a round that a case may take."""
     if case.temperature:
-        return SAMPLING_POSITION_MS * CHAIN
+        return SAMPLING_POSITION_MS * case.drafted
     return GREEDY_BASE_MS + (MODEL_STEP_MS * CHAIN if case.drafter != "MaxGram" else 0.0)
 
 
@@ -166,9 +188,21 @@ def overhead_claims(cases: Sequence[Overhead]) -> list[Claim]:
 
 def overhead_table(cases: Sequence[Overhead]) -> str:
     """One line a case."""
-    lines = [f"{'case':26}{'text':>7}{'ms a round':>12}{'limit':>8}{'first round ms':>16}{'drafted a round':>17}"]
-    lines += [
-        f"{c.name:26}{c.length:>7}{c.milliseconds:>12.3f}{bar(c):>8.2f}{c.first_round:>16.2f}{c.drafted:>17.1f}"
-        for c in cases
+    head = ("case", "text", "ms a round", "limit", "CPU ms", "first round ms", "drafted a round")
+    rows = [head] + [
+        (
+            case.name,
+            str(case.length),
+            f"{case.milliseconds:.3f}",
+            f"{bar(case):.2f}",
+            f"{case.cpu_milliseconds:.3f}",
+            f"{case.first_round:.2f}",
+            f"{case.drafted:.1f}",
+        )
+        for case in cases
     ]
-    return "\n".join(lines)
+    widths = (26, 6, 12, 7, 8, 16, 17)
+    return "\n".join(
+        "".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    )

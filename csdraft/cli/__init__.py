@@ -29,8 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; 0 if all went well, 1 if a check failed, 2 if what was asked makes no sense."""
     argv = sys.argv[1:] if argv is None else list(argv)
     found = commands()
-    if argv and (forward := getattr(found.get(argv[0]), "main", None)):
-        return forward(argv[1:]) or 0
+    forwarding = {name: module.main for name, module in found.items() if "main" in module.__all__}
+    if argv and argv[0] in forwarding:
+        return forwarding[argv[0]](argv[1:]) or 0
     parser = argparse.ArgumentParser("csdraft", description=csdraft.__doc__)
     parser.add_argument("--version", action="version", version=f"csdraft {csdraft.__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         subparser = subparsers.add_parser(
             name, help=text.partition("\n")[0], description=text, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        if not hasattr(module, "main"):
+        if name not in forwarding:
             module.add_arguments(subparser)
     args = parser.parse_args(argv)
     try:

@@ -71,7 +71,7 @@ def open_models(args: argparse.Namespace) -> Opened:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    dtype = SHORT.get(args.dtype, args.dtype)
+    dtype = SHORT.get(args.dtype) or str(args.dtype)
     target = load_model(args.target, dtype=dtype).to(args.device)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.target)
     chosen = {"verifier": args.verifier, "schedule": args.schedule}
@@ -102,14 +102,10 @@ def _drafter(name: str, dtype: str, device: str) -> Drafter:
 
 def encode(opened: Opened, prompt: str, chat: bool = False) -> dict[str, torch.Tensor]:
     """A prompt as `generate` takes it, on the target's device."""
-    tokenizer = opened.tokenizer
-    if chat:
-        messages = [{"role": "user", "content": prompt}]
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        )
-    else:
-        encoded = tokenizer(prompt, return_tensors="pt")
+    tokenizer, messages = opened.tokenizer, [{"role": "user", "content": prompt}]
+    if chat:  # which writes special tokens as text
+        prompt = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
     if not encoded["input_ids"].numel():
         raise ValueError("the prompt is empty; give --prompt, --file, or text on the standard input")
     wanted = ("input_ids", "attention_mask")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from csdraft.decoding.call import Call
 from csdraft.decoding.guard import Guarded
-from csdraft.decoding.interfaces import Context, Drafter, Round, Schedule, Verifier
+from csdraft.decoding.interfaces import Context, Drafter, Schedule, Verifier
 from csdraft.decoding.output import Output
 from csdraft.decoding.report import Report
 from csdraft.decoding.rounds import run_round
@@ -23,7 +23,6 @@ from csdraft.decoding.text import Text
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
-    from transformers.generation.streamers import BaseStreamer
 
 __all__ = ["open_call", "run"]
 
@@ -73,7 +72,8 @@ def run(
         ended = {r.context.row for r in rounds if r.verdict.ended}
         if ended:
             live = [row for row in live if row not in ended]
-            call.retire(live) if live else None
+            if live:
+                call.retire(live)
     schedule.finish()
     report.finish(call, time.perf_counter() - started, guarded.failure)
     return report

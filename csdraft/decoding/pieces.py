@@ -47,5 +47,7 @@ class Pieces:
         before, whole = self._decode(self._ids[: self._shown]), self._decode(self._ids)
         return whole[len(before) :]
 
-    def _decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=not self.special, clean_up_tokenization_spaces=False)
+    def _decode(self, ids: list[int]) -> str:
+        text = self.tokenizer.decode(ids, skip_special_tokens=not self.special, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)  # one text, not a list of them
+        return text

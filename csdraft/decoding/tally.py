@@ -56,11 +56,11 @@ class Tally:
 
     def named(self, names: Sequence[str]) -> Tally:
         """The same counts, by the levels' names."""
-        counts = [
+        drafted, tried, accepted = (
             Counter({names[level]: n for level, n in sorted(counter.items())})
             for counter in (self.drafted, self.tried, self.accepted)
-        ]
-        return Tally(self.rounds, self.plain, self.emitted, *counts, Counter(self.outcomes))
+        )
+        return Tally(self.rounds, self.plain, self.emitted, drafted, tried, accepted, Counter(self.outcomes))
 
     def merged(self, other: Tally) -> Tally:
         """Both together."""
@@ -99,6 +99,6 @@ class Tally:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Tally:
         """The inverse of `to_dict`."""
-        counts = (Counter(data[name]) for name in ("drafted", "tried", "accepted"))
+        drafted, tried, accepted = (Counter(data[name]) for name in ("drafted", "tried", "accepted"))
         outcomes = Counter({(accepted, tried): rounds for accepted, tried, rounds in data["outcomes"]})
-        return cls(data["rounds"], data["plain"], data["emitted"], *counts, outcomes)
+        return cls(data["rounds"], data["plain"], data["emitted"], drafted, tried, accepted, outcomes)

@@ -12,23 +12,15 @@ kept for the next call with the same models. It is the default; use `fixed` to c
 
 from __future__ import annotations
 
-import threading
-import weakref
-from collections import deque
-from collections.abc import Callable, Hashable, Sequence
-from copy import deepcopy
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from csdraft.decoding.call import Call
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Schedule
+from csdraft.tables.costs import Ledger, Memory, Survival
 
 __all__ = ["CostModel"]
 
-FADE = 0.97
-"""Weight that a round's counts keep after each later one: a memory of about 33 rounds."""
-PRIOR, PRIOR_WEIGHT = 0.7, 2.0
-"""Survival of one more token before anything is known: hopeful, so that every stage gets its chance."""
 MODEL_COST = 0.15
 """A drafter token's cost before it is measured, in target steps."""
 READING_COST = 0.05
@@ -54,125 +46,7 @@ def _bucket(width: int) -> int:
     return 1 << max(width - 1, 1).bit_length()
 
 
-@dataclass
-class Widths:
-    """Seconds of a forward by width: medians where measured, a line through them elsewhere."""
-
-    samples: dict[int, deque] = field(default_factory=dict)
-    _medians: dict[int, float] = field(default_factory=dict)
-
-    def add(self, width: int, seconds: float) -> None:
-        kept = self.samples.setdefault(width, deque(maxlen=9))
-        kept.append(seconds)
-        self._medians[width] = sorted(kept)[(len(kept) - 1) // 2]
-
-    def known(self, width: int) -> bool:
-        return width in self._medians
-
-    def seconds(self, width: int) -> float:
-        """Measured, interpolated, or extrapolated from the nearest measured width; never decreasing outwards."""
-        known = self._medians
-        if width in known:
-            return known[width]
-        below = max((w for w in known if w < width), default=None)
-        above = min((w for w in known if w > width), default=None)
-        if below is not None and above is not None:
-            share = (width - below) / (above - below)
-            return known[below] + share * (known[above] - known[below])
-        if below is not None:  # to the right of everything: the slope from the narrowest on
-            first = min(known)
-            slope = (known[below] - known[first]) / (below - first) if below > first else 0.02 * known[below]
-            return known[below] + max(slope, 0.0) * (width - below)
-        return known[above] if above is not None else 0.0
-
-
-@dataclass
-class Stages:
-    """What drafting from one stage on has shown: which tokens were offered, and how many survived, by position."""
-
-    tried: list[float] = field(default_factory=list)  # rounds that kept the first i tokens and asked for one more
-    kept: list[float] = field(default_factory=list)  # of these, how many kept that one too
-    asked: list[float] = field(default_factory=list)  # rounds that asked for token i
-    offered: list[float] = field(default_factory=list)  # of these, how many got it
-    losses: int = 0  # trials in a row that did not make it the best choice
-    wait: float = 0.0  # seconds until the next trial
-
-    def add(self, asked: int, offered: int, accepted: int) -> None:
-        """One row's round."""
-        self.fade(FADE)
-        for column in (self.tried, self.kept, self.asked, self.offered):
-            column += [0.0] * (asked - len(column))
-        for i in range(asked):
-            self.asked[i] += 1
-            self.offered[i] += i < offered
-            if i <= accepted:
-                self.tried[i] += 1
-                self.kept[i] += i < accepted
-
-    def fade(self, share: float) -> None:
-        """Lets what was seen so far count less."""
-        for column in (self.tried, self.kept, self.asked, self.offered):
-            column[:] = [share * count for count in column]
-
-    def hopes(self, depth: int) -> list[float]:
-        """The hazards if all that is not known yet turned out well."""
-        known = [(k + PRIOR_WEIGHT) / (t + PRIOR_WEIGHT) for k, t in zip(self.kept[:depth], self.tried, strict=False)]
-        pooled = (sum(self.kept) + PRIOR_WEIGHT) / (sum(self.tried) + PRIOR_WEIGHT)
-        return known + [pooled] * (depth - len(known))
-
-    def hazards(self, depth: int) -> list[float]:
-        """The chance of each of `depth` tokens to survive, given that those before it did."""
-        pooled = (sum(self.kept) + PRIOR_WEIGHT * PRIOR) / (sum(self.tried) + PRIOR_WEIGHT)
-        known = [
-            (kept + PRIOR_WEIGHT * pooled) / (tried + PRIOR_WEIGHT)
-            for kept, tried in zip(self.kept[:depth], self.tried, strict=False)
-        ]
-        return known + [pooled] * (depth - len(known))
-
-    def shares_offered(self, depth: int) -> list[float]:
-        """How often each of `depth` tokens was drafted when asked for."""
-        known = [
-            (offered + 1) / (asked + 1) for offered, asked in zip(self.offered[:depth], self.asked, strict=False)
-        ]
-        return known + [known[-1] if known else 1.0] * (depth - len(known))
-
-
 Hazards = Callable[[int], list[float]]
-
-
-@dataclass
-class Ledger:
-    """All that one call has learned, and what the next one starts from."""
-
-    target: Widths = field(default_factory=Widths)
-    from_stage: list[Stages] = field(default_factory=list)  # by number of leading stages left out
-    token_seconds: dict[int, float] = field(default_factory=dict)  # by stage: seconds a drafted token
-
-
-class Memory:
-    """Ledgers of earlier calls, by target and drafter; forgets models that are gone. Locked."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._ledgers: weakref.WeakKeyDictionary[Any, dict[Hashable, tuple[list, Ledger]]] = weakref.WeakKeyDictionary()
-
-    def load(self, target: Any, models: Sequence[Any], key: Hashable) -> Ledger:
-        with self._lock:
-            refs, ledger = self._ledgers.get(target, {}).get(key, ([], None))
-            if ledger is None or [ref() for ref in refs] != list(models):
-                return Ledger()
-            return deepcopy(ledger)
-
-    def save(self, target: Any, models: Sequence[Any], key: Hashable, ledger: Ledger) -> None:
-        with self._lock:
-            kept = self._ledgers.setdefault(target, {})
-            for old in [k for k, (refs, _) in kept.items() if any(ref() is None for ref in refs)]:
-                del kept[old]
-            kept[key] = ([weakref.ref(model) for model in models], ledger)
-
-    def clear(self) -> None:
-        with self._lock:
-            self._ledgers.clear()
 
 
 MEMORY = Memory()
@@ -209,7 +83,7 @@ class Working(Schedule):
         self.key = (call.rows, call.sampler.greedy, call.head.processing.temperature, drafter.signature())
         self.ledger = MEMORY.load(call.target, drafter.models(), self.key) if options.remember else Ledger()
         if not self.ledger.from_stage:
-            self.ledger.from_stage = [Stages() for _ in self.stages]
+            self.ledger.from_stage = [Survival() for _ in self.stages]
         for stages in self.ledger.from_stage:
             stages.fade(CARRIED)
             stages.losses, stages.wait = min(stages.losses, 1), 0.0
@@ -250,7 +124,7 @@ class Working(Schedule):
         return max(best[1], 0), best[2]
 
     def _worth_a_trial(
-        self, skip: int, stages: Stages, rate: float, contexts: Sequence[Context], remaining: int
+        self, skip: int, stages: Survival, rate: float, contexts: Sequence[Context], remaining: int
     ) -> bool:
         """Whether stages that are not the best choice could be: a trial costs, so each loss doubles the pause."""
         plain, depth = self.ledger.target.seconds(1), min(FIRST_DEPTH, self.most)
@@ -263,7 +137,7 @@ class Working(Schedule):
         return hopeful > rate and remaining * plain > 2 * TRIAL_PAUSE * reading
 
     def _best_depth(
-        self, skip: int, stages: Stages, contexts: Sequence[Context], remaining: int, hazards: Hazards | None = None
+        self, skip: int, stages: Survival, contexts: Sequence[Context], remaining: int, hazards: Hazards | None = None
     ) -> tuple[float, int]:
         """Tokens a second, and the depth that gives the most, when the first `skip` stages are left out."""
         target = self.ledger.target
@@ -321,7 +195,7 @@ class Working(Schedule):
         self._learn_costs(drafted, draft_seconds)
 
     def _learn_costs(self, drafted: int, draft_seconds: float) -> None:
-        """Seconds a token of every stage that drafted: as its cascade charged them, or all of it for a lone drafter."""
+        """Seconds a token of every stage that drafted: what its cascade charged, or all of it for a lone drafter."""
         charged = [(draft_seconds, drafted)]
         if len(self.stages) > 1:
             now = [self.call.charges.get(id(drafter), (0.0, 0)) for drafter, _ in self.stages]

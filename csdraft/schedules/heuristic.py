@@ -37,8 +37,8 @@ class Heuristic(Schedule):
 
     def budgets(self, contexts: Sequence[Context], rooms: Sequence[int], drafter: Drafter) -> list[Budget]:
         first = drafter.depth if self.depth is None else self.depth
-        wanted = [min(int(self._depths.setdefault(c.row, first)), room) for c, room in zip(contexts, rooms, strict=True)]
-        return [Budget(depth, depth) for depth in wanted]
+        depths = [int(self._depths.setdefault(context.row, first)) for context in contexts]
+        return [Budget(min(depth, room), min(depth, room)) for depth, room in zip(depths, rooms, strict=True)]
 
     def observe(self, rounds: Sequence[Round], draft_seconds: float, score_seconds: float) -> None:
         for r in rounds:

@@ -18,3 +18,11 @@ def test_a_random_walk(family: str, attention: str, rows: int) -> None:
         session = open_session(tiny.tiny(family, attention), rows)
         assert walk(session, 12, seed) < CLOSE
         assert balanced(session)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3"])
+def test_drafts_deeper_than_the_window(family: str) -> None:
+    for rows in (1, 3):
+        session = open_session(tiny.narrow(family), rows)
+        assert walk(session, 12, rows) < CLOSE
+        assert balanced(session)

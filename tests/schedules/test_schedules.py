@@ -7,9 +7,10 @@ import pytest
 from world import Stages, World, Writer, plain_seconds
 
 import csdraft.schedules
-from csdraft.schedules.cost_model import CostModel, Widths
+from csdraft.schedules.cost_model import CostModel
 from csdraft.schedules.fixed import Fixed
 from csdraft.schedules.heuristic import Heuristic
+from csdraft.tables.costs import Widths
 
 
 def every_schedule():
