@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from csdraft.decoding.draft import Draft
+from csdraft.decoding.draft import Draft, Law
 from csdraft.decoding.interfaces import Budget, Context, Drafter
 
 VOCAB, PAD, EOS, BOS = 97, 0, 1, 2
@@ -227,9 +227,10 @@ class Scripted(Drafter):
                     if (on_the_way and token == coming) or rng.random() < 0.6:
                         grown.append((len(tokens) - 1, on_the_way and token == coming))
             frontier = grown
-        level = context.call.level(self)
-        levels = context.draft.levels + (level,) * (len(tokens) - len(context.draft))
-        return Draft(tuple(tokens), tuple(parents), levels, (float("nan"),) * len(tokens))
+        old, new = context.draft, len(tokens) - len(context.draft)
+        law = old.law and Law(old.law.kind, old.law.rows + (None,) * new)
+        levels = old.levels + (context.call.level(self),) * new
+        return Draft(tuple(tokens), tuple(parents), levels, old.confidence + (float("nan"),) * new, law)
 
 
 

@@ -56,7 +56,7 @@ def _read_stdlib() -> Iterator[Document]:
 
 
 def _left_out(name: Path) -> bool:
-    return bool(LEFT_OUT.intersection(name.parts[:-1])) or any(part.startswith(LEFT_OUT_PREFIXES) for part in name.parts)
+    return any(part in LEFT_OUT or part.startswith(LEFT_OUT_PREFIXES) for part in name.parts)
 
 
 def _read_folder(root: Path, paths: Iterable[Path]) -> Iterator[Document]:
