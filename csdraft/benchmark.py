@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ SUITE_DEFAULTS: dict[str | None, dict[str, Any]] = {
     "overhead": {},
     "grid": {},
 }
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 DEFAULTS = {"prompts": PROMPTS, "context": 0, "max_new_tokens": 128}
 
 
@@ -68,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batch-size", type=int, default=1)
     made.add_argument("--repetitions", type=int, default=3)
     made.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    made.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="cpu: for trials on a busy machine")
     made.add_argument("--threads", type=int, help="of torch on the CPU (default: all cores)")
     made.add_argument("--device", default="cpu", help="such as cuda (default: %(default)s)")
     made.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for JSON and SVG")
@@ -119,7 +122,7 @@ def show(options: argparse.Namespace, about: dict[str, Any], outcome: Outcome) -
     where, used = about["machine"], about["settings"]
     title = f"{used['target']} with {used['drafter']}" if options.suite != "overhead" else "csdraft"
     print(f"{title}: {where['cpu'] if where['device'] == 'cpu' else where['device']}, {where['threads']} threads, "
-          f"{where['dtype']}, {options.max_new_tokens} new tokens")  # fmt: skip
+          f"{where['dtype']}, {options.max_new_tokens} new tokens, {options.clock} time")  # fmt: skip
     if (where["load_before"] or 0) > 0.5:
         print(f"NOT A QUIET MACHINE: load {where['load_before']} before this run; trust the ratios only, and little")
     for text in outcome.notes:
@@ -150,7 +153,7 @@ def load(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, device
         "max_new_tokens": options.max_new_tokens,
         **(sampling if options.temperature else {"do_sample": False}),
     }
-    return Setup(target, drafter, options.depth, options.k_matrix or K_MATRIX, generate)
+    return Setup(target, drafter, options.depth, options.k_matrix or K_MATRIX, generate, CLOCKS[options.clock])
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -167,7 +170,7 @@ def load_model(path: str, device: torch.device, dtype: torch.dtype) -> PreTraine
     except OSError as error:
         raise SystemExit(f"no model at {path!r} ({str(error).splitlines()[0]}); name one by path or Hub id") from error
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return auto.from_pretrained(path, dtype=dtype).to(device).eval()
+    return auto.from_pretrained(path, dtype=dtype).to(device).eval()  # type: ignore[arg-type]
 
 
 def read_prompts(source: str, limit: int | None = None) -> list[str]:

@@ -48,6 +48,7 @@ def check_request(
     _check_rows(input_ids.shape[0], config, criteria, streamer, synced_gpus, row_seeds)
     _check_mask(model, input_ids, inputs)
     _check_cache(input_ids, config, inputs.get("past_key_values"))
+    _check_positions(model, input_ids, inputs)
 
 
 def _check_model(model: Any) -> None:
@@ -92,17 +93,20 @@ def _check_inputs(model: Any, input_ids: Tensor, inputs: dict[str, Any]) -> None
         )
     if input_ids.numel() == 0:
         raise ValueError("the prompt is empty: give at least one token, such as the tokenizer's bos_token")
+
+
+def _check_positions(model: Any, input_ids: Tensor, inputs: dict[str, Any]) -> None:
     positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
-    if positions is not None and not model.config.is_encoder_decoder:
-        length = input_ids.shape[1]
-        usual = torch.arange(length, device=positions.device)[None]
-        if mask is not None and mask.shape == input_ids.shape:
-            usual = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0).to(positions.device)
-        if positions.dim() != 2 or not bool((positions[:, -length:] == usual[:, -positions.shape[1] :]).all()):
-            raise ValueError(
-                f"position_ids of shape {tuple(positions.shape)} are not 0, 1, 2, ... along each row's tokens, as "
-                "drafted decoding counts them; drop them, or leave assistant= out"
-            )
+    if positions is None or model.config.is_encoder_decoder:
+        return
+    mask = (torch.ones_like(input_ids) if mask is None else mask).to(positions.device)
+    width = min(positions.shape[-1], mask.shape[1])
+    usual, counts = (mask.long().cumsum(-1) - 1)[:, -width:], mask[:, -width:].bool()
+    if positions.dim() != 2 or bool(((positions[:, -width:] != usual) & counts).any()):
+        raise ValueError(
+            f"position_ids of shape {tuple(positions.shape)} are not 0, 1, 2, ... along each row's tokens, as "
+            "drafted decoding counts them; drop them, or leave assistant= out"
+        )
 
 
 def _check_rows(

@@ -124,7 +124,7 @@ def colours_by_default(choice: str) -> bool:
 
 def show_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, report: Report, colour: bool) -> None:
     """The end of a prompt, and its completion with each token in the colour of who drafted it."""
-    before = tokenizer.decode(prompt).splitlines()[-6:]
+    before = tokenizer.decode(list(prompt)).splitlines()[-6:]
     print("\n--- the first prompt (its end) and what the cascade made of it " + "-" * 37)
     print(painted("\n".join(before), "2" if colour else ""), end="")
     pieces = Pieces(tokenizer, after=prompt)

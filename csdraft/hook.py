@@ -15,7 +15,7 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 
 from csdraft.checks import check_request
 from csdraft.decoding.cache import cross_attention_cache, export_cache
-from csdraft.decoding.interfaces import Schedule, Verifier
+from csdraft.decoding.interfaces import Drafter, Schedule, Verifier
 from csdraft.decoding.loop import open_call, run
 from csdraft.decoding.output import Output
 from csdraft.decoding.runner import Sources
@@ -69,48 +69,47 @@ def decode(
     check_request(
         model, input_ids, generation_config, model_kwargs, stopping_criteria, streamer, synced_gpus, row_seeds
     )
-    encoder_decoder = model.config.is_encoder_decoder
-    mask = model_kwargs.get("decoder_attention_mask" if encoder_decoder else "attention_mask")
+    mask = model_kwargs.get("decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask")
+    mask = None if mask is None or bool(mask.all()) else mask
     cache = model_kwargs.get("past_key_values")
     past = cache if cache is not None and cache.get_seq_length() > 0 else None
-    sources = None
-    if encoder_decoder:
-        rows = input_ids.shape[0]
-        if encoder_input_ids is None and drafter is not None and drafter.models():
-            raise ValueError(
-                "the drafter's models read the encoder's input too, but only encoder_outputs is known: "
-                "pass encoder_input_ids=, the (rows, source) ids that encoder_outputs was made from"
-            )
-        if encoder_input_ids is not None and encoder_input_ids.shape[0] != rows:
-            encoder_input_ids = encoder_input_ids.repeat_interleave(rows // encoder_input_ids.shape[0], 0)
-        sources = Sources(
-            encoder_input_ids,
-            model_kwargs.get("attention_mask"),
-            model_kwargs["encoder_outputs"],
-            cross_attention_cache(cache),
-        )
-    if mask is not None and bool(mask.all()):
-        mask = None
+    sources = _sources(model, input_ids, encoder_input_ids, model_kwargs, drafter)
     call = open_call(
         model, input_ids, logits_processor, stopping_criteria, generation_config, rule, row_seeds, sources, mask, past
     )
     if drafter is not None:
         drafter.check(call)
+        policy = policy.start(call, drafter)
     output = Output(generation_config, call.rows, streamer)
     call.head.stopping.kept = output.scores
-    hands_cache_out = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
-    call.session(model).pinned = hands_cache_out
-    working = policy.start(call, drafter) if drafter is not None else policy
-    report = run(call, drafter, rule, working, output, strict)
-    keep = getattr(drafter, "keep_report", None)
-    if keep is not None:
-        keep(report)
+    target = call.session(model)
+    target.pinned = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
+    report = run(call, drafter, rule, policy, output, strict)
+    if drafter is not None:
+        drafter.keep_report(report)
     sequences = output.sequences(input_ids, call.texts)
-    if hands_cache_out:
-        session = call.session(model)
-        session.settle(call.texts, sequences.shape[1] - 1)
-        export_cache(session.runner.cache, _kept(mask, sequences, call.texts)[:, :-1], cache)
+    if target.pinned and cache is not None:
+        target.settle(call.texts, sequences.shape[1] - 1)
+        export_cache(target.runner.cache, _kept(mask, sequences, call.texts)[:, :-1], cache)
     return output.pack(sequences, report, cache, model_kwargs.get("encoder_outputs"))
+
+
+def _sources(
+    model: PreTrainedModel, input_ids: Tensor, encoder_input_ids: Tensor | None, inputs: dict, drafter: Drafter | None
+) -> Sources | None:
+    """What an encoder-decoder reads besides its own text, one row a batch row; None for a decoder-only model."""
+    if not model.config.is_encoder_decoder:
+        return None
+    if encoder_input_ids is None and drafter is not None and drafter.models():
+        raise ValueError(
+            "the drafter's models read the encoder's input too, but only encoder_outputs is known: "
+            "pass encoder_input_ids=, the (rows, source) ids that encoder_outputs was made from"
+        )
+    rows = input_ids.shape[0]
+    if encoder_input_ids is not None and encoder_input_ids.shape[0] != rows:
+        encoder_input_ids = encoder_input_ids.repeat_interleave(rows // encoder_input_ids.shape[0], 0)
+    cross = cross_attention_cache(inputs.get("past_key_values"))
+    return Sources(encoder_input_ids, inputs.get("attention_mask"), inputs["encoder_outputs"], cross)
 
 
 def _kept(mask: Tensor | None, sequences: Tensor, texts: Sequence[Text]) -> Tensor:

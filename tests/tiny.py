@@ -233,8 +233,6 @@ class Scripted(Drafter):
         return Draft(tuple(tokens), tuple(parents), levels, old.confidence + (float("nan"),) * new, law)
 
 
-
-
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
     """One printable character a token, for the models above."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers

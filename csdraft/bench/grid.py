@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -17,9 +17,11 @@ from csdraft.schedules.fixed import Fixed
 __all__ = ["Choice", "grid_search"]
 
 DRAFTER_LENGTHS = (1, 2, 3, 4, 6, 8)
-MAX_GRAM_LENGTHS = (2, 4, 6, 8, 12)
-STAGE_LENGTHS, TAIL_LENGTHS, INNER_LENGTHS = (1, 2, 4, 6), (0, 4, 8), (0, 2, 4, 8)
-"""Of the cascade: k[0][0], k[0][1] and k[1][1]."""
+MAX_GRAM_LENGTHS = (2, 4, 6, 8, 12, 16)
+STAGE_LENGTHS, TAIL_LENGTHS, INNER_LENGTHS = (1, 2, 3, 4, 6), (4, 8, 12), (2, 4, 8)
+"""Of the cascade: k[0][0], k[0][1] and k[1][1]; with any 0 it would be another method."""
+RETRIED = 4
+"""Matrices that are tried once more, with the default schedule too: one pass is noisy, and its best is lucky."""
 
 
 @dataclass(frozen=True)
@@ -42,31 +44,37 @@ class Choice:
     table: str
 
 
-def grid_search(setup: Setup, prompts: Sequence[Prompt], progress: Callable[..., None]) -> Choice:
-    """Tries every candidate on every prompt once, interleaved, and takes those with the most tokens a second."""
+def grid_search(setup: Setup, prompts: Sequence[Prompt], repetitions: int, progress: Callable[..., None]) -> Choice:
+    """Tries every candidate on every prompt once, interleaved, then the best of them again."""
     drafters = {f"drafter {n}": single(ModelDrafter(setup.drafter), n) for n in DRAFTER_LENGTHS}
     drafters["drafter default"] = {"assistant": ModelDrafter(setup.drafter)}
     max_grams = {f"max_gram {n}": single(MaxGram(), n) for n in MAX_GRAM_LENGTHS}
     max_grams["max_gram default"] = {"assistant": MaxGram()}
-    matrices = [[[a, b], [0, c]] for a, b, c in product(STAGE_LENGTHS, TAIL_LENGTHS, INNER_LENGTHS) if b or c]
-    cascades = {f"cascade {matrix}": cascade(setup, matrix) | {"schedule": Fixed()} for matrix in matrices}
-
-    rates = tokens_per_second(setup, drafters | max_grams | cascades, prompts, progress)
-    best_matrix = matrices[[*cascades].index(best(rates, cascades))]
-    with_default = {f"cascade {best_matrix} default": cascade(setup, best_matrix)}
-    fixed = {name: cascades[name] for name in [f"cascade {best_matrix}"]}
-    again = tokens_per_second(setup, fixed | with_default, prompts, progress)
-    rates |= {name: again[name] for name in with_default}
-    chosen = best(again, again)
-    singles = {
-        name: options
-        for family in (drafters, max_grams)
-        for name, options in family.items()
-        if name in (best(rates, family), [*family][-1])
+    matrices = {
+        f"cascade {m}": m
+        for m in ([[a, b], [0, c]] for a, b, c in product(STAGE_LENGTHS, TAIL_LENGTHS, INNER_LENGTHS))
     }
-    finalists = {"plain": {}} | singles | fixed | with_default
-    methods = [Method(name, options) for name, options in finalists.items()]
-    return Choice(rates, best_matrix, methods, [*singles], chosen, table(rates, chosen))
+    cascades = {name: cascade(setup, matrix) | {"schedule": Fixed()} for name, matrix in matrices.items()}
+    rates = tokens_per_second(setup, drafters | max_grams | cascades, prompts, 1, progress)
+
+    retried = ranked(rates, cascades)[:RETRIED]
+    again = {name: cascades[name] for name in retried}
+    again |= {f"{name} default": cascade(setup, matrices[name]) for name in retried}
+    second = tokens_per_second(setup, again, prompts, repetitions, progress)
+    chosen = ranked(second, again)[0]
+    matrix = matrices[chosen.removesuffix(" default")]
+    singles = {}
+    for family in (drafters, max_grams):
+        for name in (ranked(rates, family)[0], [*family][-1]):
+            singles[name] = family[name]
+    finalists = [
+        Method(name, options) for name, options in ({"plain": {}} | singles | {chosen: again[chosen]}).items()
+    ]
+    text = "\n\n".join([
+        table("grid search on the tuning prompts, tokens/s (K matrix of [drafter, MaxGram])", rates),
+        table(f"the best {len(retried)} matrices again, {repetitions} repetitions", second, chosen),
+    ])  # fmt: skip
+    return Choice({**rates, **second}, matrix, finalists, [*singles], chosen, text)
 
 
 def single(drafter: Any, depth: int) -> dict[str, Any]:
@@ -77,22 +85,26 @@ def cascade(setup: Setup, k_matrix: list[list[int]]) -> dict[str, Any]:
     return {"assistant": CascadeDrafter([setup.drafter, MaxGram()], k_matrix=k_matrix)}
 
 
-def best(rates: dict[str, float], names: dict[str, Any] | dict[str, float]) -> str:
-    return max(names, key=lambda name: rates[name])
+def ranked(rates: dict[str, float], names: Iterable[str]) -> list[str]:
+    """The names, the fastest first."""
+    return sorted(names, key=lambda name: -rates[name])
 
 
 def tokens_per_second(
-    setup: Setup, candidates: dict[str, dict[str, Any]], prompts: Sequence[Prompt], progress: Callable[..., None]
+    setup: Setup,
+    candidates: dict[str, dict[str, Any]],
+    prompts: Sequence[Prompt],
+    repetitions: int,
+    progress: Callable[..., None],
 ) -> dict[str, float]:
     """Of each candidate, over all prompts."""
     cells = [Cell(Method(name, options)) for name, options in candidates.items()]
-    run = measure(setup, cells, prompts, 1, lambda what, share: progress("grid search", share), look=False)
+    run = measure(setup, cells, prompts, repetitions, lambda what, share: progress("grid search", share), look=False)
     tokens = {name: sum(s.tokens for s in run.samples if s.cell == name) for name in candidates}
     return {name: tokens[name] / sum(s.seconds for s in run.samples if s.cell == name) for name in candidates}
 
 
-def table(rates: dict[str, float], chosen: str) -> str:
+def table(title: str, rates: dict[str, float], chosen: str = "") -> str:
     """All candidates, the fastest first."""
-    ranked = sorted(rates, key=lambda name: -rates[name])
-    lines = [f"{rates[name]:10,.1f}  {name}{'  <- chosen' if name == chosen else ''}" for name in ranked]
-    return "\n".join(["grid search on the tuning prompts, tokens/s (K matrix of [drafter, MaxGram]):", *lines])
+    lines = [f"{rates[name]:10,.1f}  {name}{'  <- chosen' if name == chosen else ''}" for name in ranked(rates, rates)]
+    return "\n".join([f"{title}:", *lines])

@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -113,12 +113,12 @@ class Run:
 class Stopwatch(BaseStreamer):
     """Notes when the first new token arrives."""
 
-    def __init__(self) -> None:
-        self.first, self._prompt_seen = 0.0, False
+    def __init__(self, clock: Callable[[], float]):
+        self.clock, self.first, self._prompt_seen = clock, 0.0, False
 
     def put(self, value: torch.Tensor) -> None:
         if self._prompt_seen and not self.first:
-            self.first = time.perf_counter()
+            self.first = self.clock()
         self._prompt_seen = True
 
     def end(self) -> None:
@@ -128,8 +128,8 @@ class Stopwatch(BaseStreamer):
 class Forwards:
     """Counts and times the forwards of some models by hooks, while it is entered."""
 
-    def __init__(self, models: Sequence[PreTrainedModel]):
-        self.models = models
+    def __init__(self, models: Sequence[PreTrainedModel], clock: Callable[[], float] = time.perf_counter):
+        self.models, self.clock = models, clock
         self.counts = [0] * len(models)
         self.seconds = [0.0] * len(models)
 
@@ -140,11 +140,11 @@ class Forwards:
 
             def before(model: Any, inputs: Any, started: list[float] = started) -> None:
                 _synchronize(model.device)
-                started[0] = time.perf_counter()
+                started[0] = self.clock()
 
             def after(model: Any, inputs: Any, out: Any, index: int = index, started: list[float] = started) -> None:
                 _synchronize(model.device)
-                self.seconds[index] += time.perf_counter() - started[0]
+                self.seconds[index] += self.clock() - started[0]
                 self.counts[index] += 1
 
             self._handles += [model.register_forward_pre_hook(before), model.register_forward_hook(after)]
@@ -211,19 +211,19 @@ class Result:
 
 def generate(setup: Setup, cell: Cell, group: Sequence[Prompt]) -> Result:
     """Runs `generate` as often as the group needs at the cell's batch size."""
-    target, method = setup.target, cell.method
+    target, method, clock = cast(Any, setup.target), cell.method, setup.clock
     seconds, firsts, rows = 0.0, [], []
     for i in range(0, len(group), cell.rows):
         inputs = encode(setup, group[i : i + cell.rows])
-        stopwatch = Stopwatch() if cell.rows == 1 else None
+        stopwatch = Stopwatch(clock) if cell.rows == 1 else None
         if method.before is not None:
             method.before()
         torch.manual_seed(0)
         _synchronize(target.device)
-        started = time.perf_counter()
+        started = clock()
         output = target.generate(**inputs, **setup.options, **method.options, streamer=stopwatch)
         _synchronize(target.device)
-        seconds += time.perf_counter() - started
+        seconds += clock() - started
         if stopwatch is not None:
             firsts.append(stopwatch.first - started)
         start = 1 if target.config.is_encoder_decoder else inputs["input_ids"].shape[1]
@@ -252,7 +252,11 @@ def _look(setup: Setup, cell: Cell, group: Sequence[Prompt], index: int, run: Ru
     """One instrumented repetition, a call at a time."""
     models = setup.models
     for i in range(0, len(group), cell.rows):
-        with Forwards(models) as forwards, PeakMemory(setup.target.device) as memory, _reports(cell.method) as reports:
+        with (
+            Forwards(models, setup.clock) as forwards,
+            PeakMemory(setup.target.device) as memory,
+            _reports(cell.method) as reports,
+        ):
             result = generate(setup, cell, group[i : i + cell.rows])
         report = reports[-1] if reports else None
         counts = forwards.counts[0], result.tokens, len(result.text)

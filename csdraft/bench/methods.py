@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -35,6 +36,7 @@ class Setup:
         depth: draft tokens a round for the methods of fixed length.
         k_matrix: of the cascade [drafter, MaxGram].
         options: keywords that every `generate` gets (length, temperature).
+        clock: wall time; or the process's CPU time, which other programs on the machine disturb less.
     """
 
     target: PreTrainedModel
@@ -42,6 +44,7 @@ class Setup:
     depth: int = 5
     k_matrix: Sequence[Sequence[int]] = K_MATRIX
     options: dict[str, Any] = field(default_factory=dict)
+    clock: Callable[[], float] = time.perf_counter
 
     @cached_property
     def random_model(self) -> PreTrainedModel:

@@ -132,9 +132,9 @@ def measure_overhead(
                 one_case(models, drafter, temperature, length, 8)  # warm-up
                 wall = one_case(models, drafter, temperature, length, rounds)
                 cpu = one_case(models, drafter, temperature, length, rounds, time.thread_time)
-                times = [statistics.median(clock.outside[1:-1]) for clock in (wall, cpu)]
-                drafted = statistics.mean(wall.drafted[:-1])
-                cases.append(Overhead(name, temperature, length, *times, wall.outside[0], drafted))
+                milliseconds, cpu_milliseconds = (statistics.median(clock.outside[1:-1]) for clock in (wall, cpu))
+                found = milliseconds, cpu_milliseconds, wall.outside[0], statistics.mean(wall.drafted[:-1])
+                cases.append(Overhead(name, temperature, length, *found))
     return cases
 
 

@@ -109,7 +109,7 @@ def long(work: Work) -> Outcome:
 
 def random(work: Work) -> Outcome:
     """A drafter of random weights, 256 new tokens: what a useless drafter costs."""
-    outcome = methods_suite(replace(work, methods=("random_drafter_first", "random_drafter")))
+    outcome = methods_suite(replace(work, methods=("csdraft_empty", "random_drafter_first", "random_drafter")))
     words = "a drafter that is never accepted, {}, at least {} x of plain generate"
     claimed(outcome, words.format("first call", 0.95), "random_drafter_first", "plain", 0.95)
     claimed(outcome, words.format("later calls", 0.98), "random_drafter", "plain", 0.98)
@@ -148,7 +148,7 @@ def overhead(work: Work) -> Outcome:
 def grid(work: Work) -> Outcome:
     """Searches the cascade's K matrix on the tune prompts; on the others compares it with the best single drafter."""
     assert work.setup is not None
-    choice = grid_search(work.setup, work.tune_prompts, work.progress)
+    choice = grid_search(work.setup, work.tune_prompts, work.repetitions, work.progress)
     cells = [Cell(method) for method in choice.finalists]
     run = work.measured(cells)
     found = [figures(run, cell.name, "plain", equal_to(cell.method, work.greedy, [])) for cell in cells]

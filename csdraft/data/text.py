@@ -94,7 +94,7 @@ class Blocks(Dataset):
                 f"{len(tokens)} tokens in {len(documents)} documents do not fill one block of {block_size}; "
                 "use a larger corpus or a smaller block_size"
             )
-        self.blocks = tokens[: count * block_size].view(count, block_size)    # [blocks, block_size]
+        self.blocks = tokens[: count * block_size].view(count, block_size)  # [blocks, block_size]
 
     def __len__(self) -> int:
         return len(self.blocks)

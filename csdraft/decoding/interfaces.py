@@ -18,6 +18,7 @@ from csdraft.decoding.text import Text
 
 if TYPE_CHECKING:
     from csdraft.decoding.call import Call
+    from csdraft.decoding.report import Report
     from csdraft.decoding.sampling import Sampler
 
 __all__ = ["Budget", "Context", "Drafter", "Request", "Round", "Schedule", "ScoresView", "Verdict", "Verifier"]
@@ -204,6 +205,9 @@ class Drafter:
     def signature(self) -> Hashable:
         """Equal for drafters that draft alike: type and options, models by identity."""
         return (type(self).__name__, *(_signature(getattr(self, f.name)) for f in fields(self)))  # type: ignore[arg-type]
+
+    def keep_report(self, report: Report) -> None:
+        """Takes the report of a finished call; cascades accumulate it."""
 
     def check(self, call: Call) -> None:
         """Raises ValueError if it cannot draft for this call; runs before any model does."""

@@ -169,9 +169,7 @@ class Processing:
         self.rows = rows
         self.processors = list(processors)
         self.text_blind = all(type(p) in TEXT_BLIND for p in self.processors)
-        self.temperature = math.prod(
-            p.temperature for p in self.processors if type(p) is hf.TemperatureLogitsWarper
-        )
+        self.temperature = math.prod(p.temperature for p in self.processors if type(p) is hf.TemperatureLogitsWarper)
         self._per_row = [self._for_row(row) for row in range(rows)] if rows > 1 and not self.text_blind else []
 
     def for_drafters(self) -> Processing:

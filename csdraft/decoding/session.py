@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from csdraft.decoding.cache import cross_attention_cache, import_cache
 from csdraft.decoding.draft import ROOT, Draft
-from csdraft.decoding.interfaces import Context, Request
+from csdraft.decoding.interfaces import Request
 from csdraft.decoding.runner import Feed, Runner, Sources
 from csdraft.decoding.scores import Head, Scores, argmax
 from csdraft.decoding.text import Text
 
-__all__ = ["Rolled", "Session"]
+__all__ = ["Session"]
 
 
 @dataclass
@@ -26,15 +26,6 @@ class Reading:
     read: int = 0
     draft: Draft = Draft()
     slots: list[int] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Rolled:
-    """What a roll drew for one row: tokens, and on demand their confidence and the laws they were drawn from."""
-
-    tokens: list[int]
-    confidence: list[float] | None
-    laws: list[Tensor] | None
 
 
 class Session:
@@ -119,9 +110,9 @@ class Session:
         """The logits after the wanted nodes of each request, from one forward of the whole batch."""
         plans, queries = {}, {}
         for request in requests:
-            plans[request.row], queries[request.row] = self._plan(request)
+            plans[request.row], queries[request.row] = self.plan(request)
         keep = max(len(plans[row].tokens) - min(at) for row, at in queries.items())
-        logits = self._forward(plans, keep)
+        logits = self.forward(plans, keep)
         wanted = [self._wanted(request) for request in requests]
         views = []
         for request in requests:
@@ -153,7 +144,7 @@ class Session:
 
     # From here on: comparing what is asked with what is cached.
 
-    def _plan(self, request: Request) -> tuple[Feed, list[int]]:
+    def plan(self, request: Request) -> tuple[Feed, list[int]]:
         """What must be fed so that the cache holds the request's text and draft; updates the row's reading.
 
         Returns: the feed, and which of its queries the wanted nodes are.
@@ -268,7 +259,7 @@ class Session:
         self.rolled_back += len(draft) - len(path) - len(below)
         return below, tip
 
-    def _forward(self, plans: dict[int, Feed], keep: int, ids: Tensor | None = None) -> Tensor:
+    def forward(self, plans: dict[int, Feed], keep: int, ids: Tensor | None = None) -> Tensor:
         feeds = []
         for row in self._batch:
             plan = plans.get(row)
@@ -288,79 +279,12 @@ class Session:
             logits = torch.nn.functional.pad(logits, (0, self.vocab - logits.shape[-1]), value=float("-inf"))
         return logits
 
-    # Autoregressive drafting.
+    def place(self, row: int) -> int:
+        """Where a row stands in the batch."""
+        return self._batch.index(row)
 
-    def roll(
-        self,
-        contexts: Sequence[Context],
-        steps: Sequence[int],
-        confidence: bool = False,
-        stop: Sequence[Callable[[float], bool] | None] | None = None,
-    ) -> list[Rolled]:
-        """Draws `steps[i]` tokens after each context: equal, token for token, to so many calls of score and choice.
-
-        Args:
-            contexts: where to go on from.
-            steps: (rows,) tokens wanted; a row also ends on an end-of-text token, or when its `stop` says so.
-            confidence: whether to compute each token's softmax probability.
-            stop: per row, called with the confidence of each token kept.
-        """
-        sampler, laws = self.head.sampler, []
-        stops = stop or [None] * len(contexts)
-        drawn: list[list[int]] = [[] for _ in contexts]
-        sure: list[list[float]] = [[] for _ in contexts]
-        laws = [[] for _ in contexts]
-        live = [i for i, wanted in enumerate(steps) if wanted > 0]
-        plans = {}
-        for i in live:
-            context = contexts[i]
-            chain = context.draft.only(context.draft.path(context.tip))
-            plans[context.row], _ = self._plan(Request(context.row, context.text, chain, (chain.tip,)))
-        while live:
-            logits = self._forward(plans, 1)
-            plans, going = {}, []
-            tokens = self._draw([contexts[i] for i in live], [drawn[i] for i in live], logits, laws, live)
-            for i, token in zip(live, tokens, strict=True):
-                drawn[i].append(token)
-                if confidence or stops[i] is not None:
-                    sure[i].append(self._confidence(logits[self._batch.index(contexts[i].row), -1], token))
-                ended = token in self.head.stopping.eos or len(drawn[i]) >= steps[i]
-                if not ended and (stops[i] is None or not stops[i](sure[i][-1])):  # type: ignore[misc]
-                    going.append(i)
-                    plans[contexts[i].row] = self._next(contexts[i].row, token)
-            live = going
-        tracked = not sampler.greedy and not sampler.coupled
-        return [
-            Rolled(t, c if confidence else None, w if tracked else None)
-            for t, c, w in zip(drawn, sure, laws, strict=True)
-        ]
-
-    def _draw(
-        self, contexts: Sequence[Context], drawn: Sequence[list[int]], logits: Tensor, laws: list, live: Sequence[int]
-    ) -> list[int]:
-        """The next token of every live row."""
-        head, rows = self.head, [self._batch.index(context.row) for context in contexts]
-        if head.sampler.greedy and head.processing.text_blind:
-            last = logits[:, -1] if len(rows) == len(logits) else logits[rows, -1]
-            return argmax(head.processing.all_at_once(last))
-        tokens = []
-        for i, context, new, row in zip(live, contexts, drawn, rows, strict=True):
-            path = [*context.path, *new]
-            scores = head.processed(context.row, context.text, path, logits[row, -1])
-            if head.sampler.greedy or head.sampler.coupled:
-                tokens.append(head.choose(context.row, len(context.text) + len(path), scores))
-            else:
-                probs = scores.float().softmax(-1)
-                laws[i].append(probs)
-                tokens.append(head.sampler.draw(context.row, probs))
-        return tokens
-
-    def _confidence(self, logits: Tensor, token: int) -> float:
-        temperature = 1.0 if self.head.sampler.greedy else self.head.processing.temperature
-        return float((logits.float() / temperature).softmax(-1)[token])
-
-    def _next(self, row: int, token: int) -> Feed:
-        """Feeds one drawn token below everything the row's cache holds."""
+    def append(self, row: int, token: int) -> Feed:
+        """Feeds one token below everything the row's cache holds: a step of autoregressive drafting."""
         reading = self._readings[row]
         slot = reading.slots[-1] + 1 if reading.slots else reading.read
         position = reading.read + len(reading.draft)
@@ -373,3 +297,8 @@ class Session:
         reading.draft = reading.draft.extend((token,), 0)
         reading.slots.append(slot)
         return feed
+
+    def rename(self, row: int, tokens: Sequence[int]) -> None:
+        """Says which tokens the last appended ones were, when they were drawn on the device."""
+        reading, kept = self._readings[row], len(self._readings[row].draft) - len(tokens)
+        reading.draft = Draft.chain([*reading.draft.tokens[:kept], *tokens])

@@ -18,6 +18,7 @@ from csdraft.decoding.call import Call
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter
 from csdraft.decoding.names import name_of
+from csdraft.decoding.roll import roll
 from csdraft.decoding.runner import refusal
 
 __all__ = ["ModelDrafter"]
@@ -68,11 +69,9 @@ class ModelDrafter(Drafter):
         if all(wanted <= 0 for wanted in steps):
             return [c.draft for c in contexts]
         confidence = any(b.confidence for b in budgets)
-        rolled = call.session(self.network).roll(contexts, steps, confidence, [b.stop for b in budgets])
+        rolled = roll(call.session(self.network), contexts, steps, confidence, [b.stop for b in budgets])
         level = call.level(self.network)
-        return [
-            c.draft.extend(r.tokens, level, r.confidence, r.laws) for c, r in zip(contexts, rolled, strict=True)
-        ]
+        return [c.draft.extend(r.tokens, level, r.confidence, r.laws) for c, r in zip(contexts, rolled, strict=True)]
 
 
 def load_model(path: str, **options: Any) -> nn.Module:

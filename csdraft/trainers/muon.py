@@ -36,4 +36,4 @@ class MuonAdamW(Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
-        self.param_groups = self._groups()    # loading replaces the groups; the rate schedule must see the new ones
+        self.param_groups = self._groups()  # loading replaces the groups; the rate schedule must see the new ones

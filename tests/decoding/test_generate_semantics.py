@@ -467,4 +467,3 @@ def test_the_returned_cache_holds_what_plain_generates_does(family: str) -> None
                 for half in ("keys", "values"):
                     got, expected = (getattr(x, half)[row][:, columns] for x in (layer, theirs))
                     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
-

@@ -21,6 +21,7 @@ import csdraft.verifiers
 from csdraft import Drafter, Horizontal, ModelDrafter, Vertical
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Request, Verifier
+from csdraft.decoding.roll import roll
 from csdraft.decoding.session import Session
 from csdraft.schedules.fixed import Fixed
 from tests import tiny
@@ -164,9 +165,7 @@ def test_sampled_text_is_the_same_with_any_drafter_and_with_none(family: str) ->
     assert len({tuple(row) for row in alone.tolist()}) == 3
     texts = tiny.continuations(alone, inputs, family)
     for shape, drafter in drafters(family, texts).items():
-        output = model.generate(
-            **inputs, **options, assistant=drafter, return_dict_in_generate=True, **FIXED
-        )
+        output = model.generate(**inputs, **options, assistant=drafter, return_dict_in_generate=True, **FIXED)
         assert output.sequences.tolist() == alone.tolist(), shape
         assert output.report.target.accepted.total() > 0, shape
 
@@ -233,7 +232,7 @@ DRAWN = {"do_sample": True, "temperature": 0.9, "top_k": 0, "max_new_tokens": LE
 def test_the_enumerated_law_is_plain_generates(coin) -> None:
     model, _, ids, law = coin
     assert fits(model.generate(ids, **DRAWN), law) > 1e-3
-    assert fits(model.generate(ids, **DRAWN | {"temperature": 1.1}), law) < 1e-9, "the test has no power"
+    assert fits(model.generate(ids, **DRAWN | {"temperature": 1.1}), law) < 1e-6, "the test has no power"
 
 
 @pytest.mark.parametrize("shape", ["model", "point masses", "tree", "vertical"])
@@ -275,19 +274,19 @@ class Compared(Drafter):
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
         call = contexts[0].call
         steps = [min(b.room, 1 + (c.row + len(c.text)) % 4) for c, b in zip(contexts, budgets, strict=True)]
-        rolled = call.session(self.model).roll(contexts, steps, confidence=True)
-        for context, wanted, roll in zip(contexts, steps, rolled, strict=True):
+        rolled = roll(call.session(self.model), contexts, steps, confidence=True)
+        for context, wanted, drawn in zip(contexts, steps, rolled, strict=True):
             draft = context.draft
             for i in range(wanted):
                 scores = call.session(self.twin).score([Request(context.row, context.text, draft, (draft.tip,))])[0]
                 token = scores.choice(draft.tip)
-                assert roll.tokens[i] == token
-                assert roll.confidence[i] == pytest.approx(scores.soft(draft.tip, token), abs=1e-5)
+                assert drawn.tokens[i] == token
+                assert drawn.confidence[i] == pytest.approx(scores.soft(draft.tip, token), abs=1e-5)
                 draft = draft.extend((token,), 1)
                 if token in call.head.stopping.eos:
                     break
-            assert len(roll.tokens) == len(draft) - len(context.draft)
-            self.rounds.append(len(roll.tokens))
+            assert len(drawn.tokens) == len(draft) - len(context.draft)
+            self.rounds.append(len(drawn.tokens))
         level = call.level(self)
         return [c.draft.extend(r.tokens, level) for c, r in zip(contexts, rolled, strict=True)]
 
@@ -300,3 +299,33 @@ def test_a_roll_is_so_many_steps(family: str, options: dict) -> None:
     options = {"max_new_tokens": 14, **options, "row_seeds": [1, 2, 3], "assistant": compared, **FIXED}
     tiny.tiny(family).generate(**tiny.inputs_of(family, 3), **options)
     assert sum(compared.rounds) > 20
+
+
+@dataclass(frozen=True, eq=False)
+class Unwatched(Drafter):
+    """Drafts as on an accelerator: no token is seen before the last is drawn."""
+
+    model: torch.nn.Module
+
+    def models(self) -> list[object]:
+        return [self.model]
+
+    def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
+        session = contexts[0].call.session(self.model)
+        steps = [min(b.room, 2 + c.row) for c, b in zip(contexts, budgets, strict=True)]
+        rolled = roll(session, contexts, steps, on_device=True)
+        return [c.draft.extend(r.tokens, 1) for c, r in zip(contexts, rolled, strict=True)]
+
+
+@pytest.mark.parametrize("options", [{"do_sample": False}, SAMPLED])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "t5"])
+def test_a_roll_on_the_device_equals_one_on_the_host(family: str, options: dict) -> None:
+    inputs, model = tiny.inputs_of(family, 3), tiny.tiny(family)
+    small = tiny.drafter_of(family)
+    options = {"max_new_tokens": 16, **options, "row_seeds": [1, 2, 3], "return_dict_in_generate": True, **FIXED}
+    seen = model.generate(**inputs, assistant=ModelDrafter(small), **options)
+    unseen = model.generate(**inputs, assistant=Unwatched(small), **options)
+    assert torch.equal(seen.sequences, unseen.sequences)
+    rates = [output.report.acceptance_rate for output in (seen, unseen)]
+    assert rates[1] > 0
+    assert abs(rates[0] - rates[1]) < 0.35  # the same tokens, in drafts of other lengths

@@ -20,7 +20,7 @@ NOTICED = 0.05
 
 def flat_mask(patch: pytest.MonkeyPatch) -> None:
     """A draft's nodes see all earlier ones, other branches too."""
-    plan = Session._plan
+    plan = Session.plan
 
     def flat(self, request):
         feed, queries = plan(self, request)
@@ -28,7 +28,7 @@ def flat_mask(patch: pytest.MonkeyPatch) -> None:
             feed.extra, feed.sees = [()] * len(feed.tokens), [slot + 1 for slot in feed.slots]
         return feed, queries
 
-    patch.setattr(Session, "_plan", flat)
+    patch.setattr(Session, "plan", flat)
 
 
 def no_move(patch: pytest.MonkeyPatch) -> None:
@@ -38,14 +38,14 @@ def no_move(patch: pytest.MonkeyPatch) -> None:
 
 def position_off_by_one(patch: pytest.MonkeyPatch) -> None:
     """A draft stands one position too far on."""
-    plan = Session._plan
+    plan = Session.plan
 
     def shifted(self, request):
         feed, queries = plan(self, request)
         feed.positions = [p + (p >= len(request.text)) for p in feed.positions]
         return feed, queries
 
-    patch.setattr(Session, "_plan", shifted)
+    patch.setattr(Session, "plan", shifted)
 
 
 def no_rollback(patch: pytest.MonkeyPatch) -> None:
@@ -167,14 +167,13 @@ def test_the_accounts_notice_a_draft_that_is_dropped_in_silence(monkeypatch: pyt
 
 
 def test_the_accounts_notice_text_that_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = Session._plan
+    plan = Session.plan
 
     def again(self, request):
         self._readings[request.row].read = 0
         return plan(self, request)
 
-    monkeypatch.setattr(Session, "_plan", again)
+    monkeypatch.setattr(Session, "plan", again)
     session = open_session(tiny.tiny("llama"), 2)
     walk(session, 12, 0)
     assert not balanced(session)
-

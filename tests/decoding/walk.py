@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Context, Request
+from csdraft.decoding.roll import roll
 from csdraft.decoding.runner import Sources
 from csdraft.decoding.sampling import Processing, Sampler
 from csdraft.decoding.scores import Head
@@ -121,7 +122,7 @@ def rolled_error(session: Session, requests: Sequence[Request], rng: random.Rand
         for request, draft in zip(requests, drafts, strict=True)
     ]
     steps, worst = [rng.randrange(5) for _ in requests], 0.0
-    for context, wanted, rolled in zip(contexts, steps, session.roll(contexts, steps), strict=True):
+    for context, wanted, rolled in zip(contexts, steps, roll(session, contexts, steps), strict=True):
         assert len(rolled.tokens) == wanted
         draft = context.draft.extend(rolled.tokens, 0)
         right = truth(session, context.row, context.text, draft)

@@ -1,0 +1,300 @@
+"""Limits are errors, not surprises: each names the value, the expectation and the way out, before any model runs."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from transformers import StaticCache
+from transformers.cache_utils import DynamicCache
+from transformers.generation.streamers import BaseStreamer
+
+from csdraft import CascadeDrafter, Drafter, ModelDrafter
+from csdraft.decoding.draft import Draft
+from csdraft.schedules.fixed import Fixed
+from tests import tiny
+from tests.tiny import Scripted
+
+
+@pytest.fixture
+def forwards():
+    """Counts the forwards of all models that a test uses."""
+
+    class Count:
+        total = 0
+
+        def watch(self, model):
+            hooks.append(model.register_forward_pre_hook(lambda *_: setattr(self, "total", self.total + 1)))
+            return model
+
+    hooks: list = []
+    yield Count()
+    for hook in hooks:
+        hook.remove()
+
+
+def refused(forwards, match: str, family: str = "llama", model=None, inputs=None, **options) -> str:
+    """The message; and no model has run."""
+    model = forwards.watch(model if model is not None else tiny.tiny(family))
+    options = {"max_new_tokens": 5, "do_sample": False, "assistant": Scripted([[]] * 9), **options}
+    with pytest.raises(ValueError, match=match) as caught:
+        model.generate(**(tiny.prompt() if inputs is None else inputs), **options)
+    assert forwards.total == 0
+    return str(caught.value)
+
+
+class Silent(BaseStreamer):
+    def put(self, value) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
+
+# What is asked of generate.
+
+MODES = {
+    "beam search": ({"num_beams": 2}, "beam_search"),
+    "beam sampling": ({"num_beams": 2, "do_sample": True}, "beam_sample"),
+    "contrastive search": ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive_search"),
+    "DoLa": ({"dola_layers": "high"}, "dola_generation"),
+    "constraints": ({"num_beams": 2, "force_words_ids": [[5]]}, "beam"),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_other_generation_modes(forwards, mode: str) -> None:
+    options, name = MODES[mode]
+    message = refused(forwards, name, **options)
+    assert "greedy search and sampling" in message
+    assert "assistant=" in message
+
+
+def test_flags_that_drafted_decoding_has_no_use_for(forwards) -> None:
+    assert "drop the flag" in refused(forwards, "use_cache=False", use_cache=False)
+    assert "drop the flag" in refused(forwards, "cache_implementation='static'", cache_implementation="static")
+    message = refused(forwards, "output_attentions", output_attentions=True, return_dict_in_generate=True)
+    assert "plain generate" in message
+    assert "gather" in refused(forwards, "synced_gpus=True", synced_gpus=True)
+
+
+def test_a_streamer_takes_one_row(forwards) -> None:
+    refused(forwards, "this batch has 4", inputs=tiny.inputs_of("llama", 4), streamer=Silent())
+
+
+def test_row_seeds_are_one_a_row(forwards) -> None:
+    refused(forwards, "2 seeds for 6 rows", row_seeds=[1, 2], num_return_sequences=6, do_sample=True)
+
+
+def test_names_that_do_not_exist(forwards) -> None:
+    assert "match" in refused(forwards, "mach", verifier="mach")
+    assert "fixed" in refused(forwards, "fixt", schedule="fixt")
+    assert "csdraft.Drafter" in refused(forwards, "is a int", assistant=3)
+
+
+# Inputs.
+
+
+def test_empty_prompts(forwards) -> None:
+    ids = torch.zeros(1, 0, dtype=torch.long)
+    refused(forwards, "prompt is empty|must be|empty", inputs={"input_ids": ids, "attention_mask": ids})
+
+
+def test_embeddings_and_token_types(forwards) -> None:
+    embeddings = tiny.tiny("llama").get_input_embeddings()(tiny.prompt()["input_ids"])
+    assert "assistant=" in refused(forwards, "inputs_embeds", inputs={"inputs_embeds": embeddings})
+    inputs = tiny.prompt()
+    refused(forwards, "token_type_ids", "gpt2", inputs={**inputs, "token_type_ids": inputs["attention_mask"] * 0})
+
+
+def test_padding_on_the_right(forwards) -> None:
+    message = refused(forwards, "row 1 is padded on the right", inputs=tiny.ragged_batch((9, 4), side="right"))
+    assert "padding_side" in message
+
+
+def test_masked_tokens_inside_a_row(forwards) -> None:
+    inputs = tiny.prompt()
+    inputs["attention_mask"][0, 7] = 0
+    for family in ("mistral", "gemma3"):
+        assert "left" in refused(forwards, "row 0 has masked tokens between", family, inputs=inputs)
+    model = tiny.tiny("llama")
+    options = {"max_new_tokens": 9, "do_sample": False}
+    ours = model.generate(**inputs, **options, assistant=tiny.drafter_of("llama"), strict=True)
+    assert ours.tolist() == model.generate(**inputs, **options).tolist()  # full attention does not mind
+
+
+def test_positions_of_the_users_own(forwards) -> None:
+    inputs = tiny.prompt()
+    usual = torch.arange(20)[None]
+    refused(forwards, "position_ids", inputs={**inputs, "position_ids": usual + 3})
+    model, options = tiny.tiny("llama"), {"max_new_tokens": 5, "do_sample": False, "assistant": Scripted([[]])}
+    model.generate(**inputs, **options, position_ids=usual, strict=True)
+
+
+def test_rows_that_may_end_apart_without_a_pad_token(forwards) -> None:
+    model = tiny.fresh("llama", pad_token_id=None, eos_token_id=None)
+    model.generation_config.pad_token_id = model.generation_config.eos_token_id = None
+    stop = [lambda ids, scores: torch.zeros(len(ids), dtype=torch.bool)]
+    options = {"inputs": tiny.inputs_of("llama", 2), "model": model, "stopping_criteria": stop}
+    assert "set pad_token_id" in refused(forwards, "pad_token_id is None", **options)
+
+
+# The user's cache.
+
+
+def test_caches_that_cannot_be_taken_over(forwards) -> None:
+    cache = StaticCache(config=tiny.tiny("llama").config, max_cache_len=64)
+    assert "DynamicCache" in refused(forwards, "StaticCache", past_key_values=cache)
+
+
+def test_a_cache_without_its_text(forwards) -> None:
+    model, inputs, cache = tiny.tiny("llama"), tiny.prompt(), DynamicCache()
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache)
+    for new in (1, 20):
+        ids = inputs["input_ids"][:, -new:]
+        message = refused(forwards, "holds 20 tokens", inputs={"input_ids": ids}, past_key_values=cache)
+        assert "whole text" in message
+    longer = torch.ones(1, 23, dtype=torch.long)
+    inputs = {"input_ids": inputs["input_ids"][:, :3], "attention_mask": longer}
+    refused(forwards, "holds 20 tokens", inputs=inputs, past_key_values=cache)
+
+
+# Models.
+
+WHY = {
+    "lfm2": "conv",
+    "mamba": "state",
+    "bloom": "position_ids",
+    "alibi": "ALiBi",
+    "umt5": "encoder-decoder outside",
+    "bart": "encoder-decoder outside",
+}
+
+
+@pytest.mark.parametrize("family", WHY)
+def test_models_that_cannot_be_rolled_back_or_placed(forwards, family: str) -> None:
+    model = tiny.fresh(family)
+    if model.config.is_encoder_decoder:  # generate runs the encoder before it hands over
+        with pytest.raises(ValueError, match=WHY[family]):
+            model.generate(**tiny.prompt(), max_new_tokens=3, assistant=Scripted([[]]))
+    else:
+        assert type(model).__name__ in refused(forwards, WHY[family], model=model)
+    kind = "t5" if model.config.is_encoder_decoder else "llama"
+    with pytest.raises(ValueError, match=WHY[family]):
+        tiny.tiny(kind).generate(**tiny.prompt(), max_new_tokens=3, assistant=model)
+
+
+def test_rotary_positions_in_several_dimensions(forwards) -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    refused(forwards, "M-RoPE", model=tiny.fresh("llama", rope_parameters=rope))
+
+
+def test_attention_that_takes_no_mask(forwards) -> None:
+    model = tiny.fresh("llama")
+    model.config._attn_implementation = "flash_attention_2"
+    assert "set_attn_implementation" in refused(forwards, "flash_attention_2", model=model)
+
+
+def test_prompt_learning_adapters(forwards) -> None:
+    from peft import PromptTuningConfig, TaskType, get_peft_model
+
+    config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3)
+    adapted = get_peft_model(tiny.fresh("llama"), config)
+    assert "LoRA" in refused(forwards, "virtual tokens", model=adapted)
+
+
+# Drafters.
+
+
+def test_a_vocabulary_of_another_size(forwards) -> None:
+    small = forwards.watch(tiny.fresh("llama", vocab_size=1500))
+    message = refused(forwards, "1500", assistant=small)
+    assert "97" in message
+    assert "tokenizer" in message
+
+
+def test_a_few_padding_rows_in_the_vocabulary_are_no_reason() -> None:
+    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+    for own in (tiny.VOCAB + 15, tiny.VOCAB - 15):
+        torch.manual_seed(5)
+        small, model = tiny.fresh("llama", vocab_size=own), tiny.tiny("llama")
+        wanted = model.generate(**tiny.prompt(), **options)
+        assert wanted.max() >= tiny.VOCAB - 15, "the drafter meets no token that it lacks"
+        ours = model.generate(**tiny.prompt(), **options, assistant=small, schedule=Fixed(), strict=True)
+        assert ours.tolist() == wanted.tolist()
+
+
+def test_a_decoder_for_an_encoder_decoder_and_the_other_way_round(forwards) -> None:
+    assert "alike" in refused(forwards, "encoder-decoder", assistant=tiny.fresh("t5"))
+    with pytest.raises(ValueError, match="decoder-only"):
+        tiny.tiny("t5").generate(**tiny.prompt(), max_new_tokens=3, assistant=tiny.tiny("llama"))
+
+
+def test_a_drafter_model_that_cannot_read_the_source() -> None:
+    model, inputs = tiny.tiny("t5"), tiny.inputs_of("t5", 2)
+    encoded = {"encoder_outputs": model.get_encoder()(**inputs), "attention_mask": inputs["attention_mask"]}
+    with pytest.raises(ValueError, match="encoder_input_ids="):
+        model.generate(**encoded, max_new_tokens=3, assistant=tiny.drafter_of("t5"))
+    model.generate(**encoded, max_new_tokens=3, assistant=Scripted([[]] * 2), strict=True)
+
+
+def test_cascades_that_are_none() -> None:
+    model = tiny.tiny("llama")
+    with pytest.raises(ValueError, match=r"k_matrix\[1\]\[0\]=2"):
+        CascadeDrafter([model, model], k_matrix=[[1, 1], [2, 1]])
+    with pytest.raises(ValueError, match=r"lenience=0.5 must be 1"):
+        CascadeDrafter([model], k_matrix=3, lenience=0.5)
+    with pytest.raises(ValueError, match="at least one drafter"):
+        CascadeDrafter([])
+    with pytest.raises(ValueError, match="depth=0"):
+        ModelDrafter(model, depth=0)
+
+
+def test_past_the_drafters_context_decoding_goes_on() -> None:
+    model, small = tiny.tiny("gpt2"), tiny.fresh("gpt2", n_positions=26, max_position_embeddings=26)
+    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+    ours = model.generate(**tiny.prompt(), **options, assistant=small, schedule=Fixed(), strict=True)
+    assert ours.tolist() == model.generate(**tiny.prompt(), **options).tolist()
+
+
+# What goes wrong on the way.
+
+
+class Broken(Drafter):
+    def __init__(self, draft) -> None:
+        self.draft = draft
+
+    def propose(self, contexts, budgets):
+        return [self.draft(context, budget) for context, budget in zip(contexts, budgets, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("draft", "says"),
+    [
+        (lambda c, b: 1 / 0, "ZeroDivisionError"),
+        (lambda c, b: Draft.chain([tiny.VOCAB]), "vocabulary has 97"),
+        (lambda c, b: Draft.chain([-1]), "vocabulary has 97"),
+        (lambda c, b: Draft.chain([5] * (b.room + 1)), "its room was"),
+    ],
+)
+def test_a_drafter_that_fails_costs_speed_only(draft, says: str) -> None:
+    model, options = tiny.tiny("llama"), {"max_new_tokens": 9, "do_sample": False, "schedule": Fixed()}
+    wanted = model.generate(**tiny.prompt(), max_new_tokens=9, do_sample=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ours = model.generate(**tiny.prompt(), **options, assistant=Broken(draft))
+    assert ours.tolist() == wanted.tolist()
+    assert any(says in str(warning.message) and "strict=True" in str(warning.message) for warning in caught)
+    with pytest.raises((ValueError, ZeroDivisionError)):
+        model.generate(**tiny.prompt(), **options, assistant=Broken(draft), strict=True)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_logits_that_are_no_numbers(do_sample: bool) -> None:
+    model = tiny.fresh("llama")
+    with torch.no_grad():
+        model.get_output_embeddings().weight[7] = float("nan")
+    with pytest.raises((ValueError, FloatingPointError), match="nan"):
+        model.generate(**tiny.prompt(), max_new_tokens=5, do_sample=do_sample, assistant=Scripted([[]]))
