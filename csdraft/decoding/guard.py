@@ -32,7 +32,7 @@ class Guarded(Drafter):
         started = time.perf_counter()
         try:
             drafts = self.drafter.propose(contexts, budgets)
-            self._check(drafts, budgets)
+            self._check(drafts, budgets, len(contexts[0].call.level_owners))
         except Exception as error:  # whatever a drafter does wrong must not cost the user the text
             if self.strict:
                 raise
@@ -51,11 +51,13 @@ class Guarded(Drafter):
                 raise
             self._give_up(error)
 
-    def _check(self, drafts: Sequence[Draft], budgets: Sequence[Budget]) -> None:
+    def _check(self, drafts: Sequence[Draft], budgets: Sequence[Budget], levels: int) -> None:
         for draft, budget in zip(drafts, budgets, strict=True):
             if any(not 0 <= token < self.vocab for token in draft.tokens):
                 bad = next(token for token in draft.tokens if not 0 <= token < self.vocab)
                 raise ValueError(f"token {bad} was drafted, but the target's vocabulary has {self.vocab} tokens")
+            if any(not 0 <= level < levels for level in draft.levels):
+                raise ValueError(f"levels {sorted(set(draft.levels))} were drafted; take numbers from Call.level(self)")
             if len(draft) and max(draft.depths) >= budget.room:
                 raise ValueError(f"a draft is {max(draft.depths) + 1} tokens deep, but its room was {budget.room}")
 

@@ -314,7 +314,8 @@ class Unwatched(Drafter):
         session = contexts[0].call.session(self.model)
         steps = [min(b.room, 2 + c.row) for c, b in zip(contexts, budgets, strict=True)]
         rolled = roll(session, contexts, steps, on_device=True)
-        return [c.draft.extend(r.tokens, 1) for c, r in zip(contexts, rolled, strict=True)]
+        level = contexts[0].call.level(self)
+        return [c.draft.extend(r.tokens, level) for c, r in zip(contexts, rolled, strict=True)]
 
 
 @pytest.mark.parametrize("options", [{"do_sample": False}, SAMPLED])
