@@ -92,6 +92,9 @@ class CascadeDrafter(Drafter):
     def depth(self) -> int:  # type: ignore[override]
         return self.root.depth
 
+    def evidence(self, context: Context) -> int:
+        return self.root.evidence(context)
+
     def stages(self) -> list[tuple[Drafter, int]]:
         return self.root.stages()
 

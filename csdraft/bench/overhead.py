@@ -81,7 +81,7 @@ def cycle_model(vocab: int = VOCABULARY) -> Stub:
     )
     model = Stub(config).eval()
     with torch.no_grad():
-        layer = model.model.layers[0]
+        layer: Any = model.model.layers[0]
         layer.self_attn.o_proj.weight.zero_()
         layer.mlp.down_proj.weight.zero_()
         tokens = torch.arange(vocab)

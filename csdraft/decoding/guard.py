@@ -57,7 +57,7 @@ class Guarded(Drafter):
                 bad = next(token for token in draft.tokens if not 0 <= token < self.vocab)
                 raise ValueError(f"token {bad} was drafted, but the target's vocabulary has {self.vocab} tokens")
             if any(not 0 <= level < levels for level in draft.levels):
-                raise ValueError(f"levels {sorted(set(draft.levels))} were drafted; take numbers from Call.level(self)")
+                raise ValueError(f"levels {sorted(set(draft.levels))} are unknown; take numbers from Call.level")
             if len(draft) and max(draft.depths) >= budget.room:
                 raise ValueError(f"a draft is {max(draft.depths) + 1} tokens deep, but its room was {budget.room}")
 

@@ -202,6 +202,13 @@ class Drafter:
         """Who writes the draft, in order, each with the depth up to which it does: one stage but for cascades."""
         return [(self, self.depth)]
 
+    def evidence(self, context: Context) -> int:
+        """A clue, in microseconds and before drafting, to how well a draft here would do: one of a few small numbers.
+
+        Schedules learn apart for each. 0 says nothing; a statistical drafter tells how long a match it has.
+        """
+        return 0
+
     def signature(self) -> Hashable:
         """Equal for drafters that draft alike: type and options, models by identity."""
         return (type(self).__name__, *(_signature(getattr(self, f.name)) for f in fields(self)))  # type: ignore[arg-type]

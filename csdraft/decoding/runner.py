@@ -6,6 +6,7 @@ import inspect
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ class Feed:
 
 def refusal(model: nn.Module) -> str | None:
     """Why a model cannot be decoded with drafts; None if it can."""
-    config = model.config  # type: ignore[attr-defined]
+    config: Any = model.config
     name = f"{type(model).__name__} ({config.model_type})"
     text = config.get_text_config(decoder=True)
     kinds = set(getattr(text, "layer_types", None) or ()) - ATTENTION_KINDS
@@ -89,7 +90,7 @@ class Runner:
     """
 
     def __init__(self, model: nn.Module, rows: int, capacity: int, sources: Sources | None):
-        config = model.config  # type: ignore[attr-defined]
+        config: Any = model.config
         text = config.get_text_config(decoder=True)
         self.model, self.rows, self.sources = model, rows, sources
         self.device, self.dtype = _home(model)

@@ -48,6 +48,9 @@ class Horizontal(Drafter):
     def stages(self) -> list[tuple[Drafter, int]]:
         return list(zip(self.drafters, accumulate(self.lengths), strict=True))
 
+    def evidence(self, context: Context) -> int:
+        return next((drafter.evidence(context) for drafter in self.drafters if not drafter.models()), 0)
+
     def models(self) -> list[object]:
         return [model for drafter in self.drafters for model in drafter.models()]
 

@@ -26,6 +26,8 @@ JUNCTION = -1
 NO_TOKEN = -2
 MOST_LINKS = 32
 NEAR = 16
+LONG_MATCHES = (3, 6)
+"""Matches of at least so many tokens are evidence of their own kinds."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,17 @@ class MaxGram(Drafter):
                 "build it with the target's tokenizer: scripts/build_bigrams.py"
             )
 
+    def evidence(self, context: Context) -> int:
+        matched = self._index(context).matched
+        return 0 if matched < self.min_match else 1 + sum(matched >= length for length in LONG_MATCHES)
+
+    def _index(self, context: Context) -> _Index:
+        """The row's index, up to date; every MaxGram of a cascade reads the same text, so they share it."""
+        call = context.call
+        index: _Index = call.memo((_Index, context.row), lambda: _Index(_source(call, context.row)))
+        index.read(context.text)
+        return index
+
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
         return [self._propose(c, min(b.depth, b.room)) for c, b in zip(contexts, budgets, strict=True)]
 
@@ -67,10 +80,7 @@ class MaxGram(Drafter):
         eos = call.head.stopping.eos
         if depth <= 0 or (path and path[-1] in eos):
             return context.draft
-        # Every MaxGram of a cascade reads the same text, so they share one index a row.
-        index: _Index = call.memo((_Index, context.row), lambda: _Index(_source(call, context.row)))
-        index.read(context.text)
-        tokens = index.propose(path, depth, self.min_match)
+        tokens = self._index(context).propose(path, depth, self.min_match)
         if not tokens and isinstance(self.bigram, BigramTable):
             last = path[-1:] or context.text.tail(1)
             tokens = self.bigram.after(last[0], depth) if last else []

@@ -6,7 +6,9 @@ pay where the statistical one below it does) and of the depths, it takes the pai
 
     (1 + sum over i <= depth of survival[i]) / (target seconds at width depth + 1 + drafting seconds),
 
-where nothing drafted is always a candidate. What does not pay is tried again ever more rarely. Costs and survival are
+where nothing drafted is always a candidate. Survival is learned apart for each kind of evidence that a statistical
+drafter can show before anything is drafted (how long a match it has): where it has much to copy it may be the best on
+its own, and where it has nothing a model is worth its price. What does not pay is tried again ever more rarely. Costs and survival are
 kept for the next call with the same models. It is the default; use `fixed` to compare methods at equal length.
 """
 
@@ -82,40 +84,42 @@ class Working(Schedule):
         self.limits = [limit for _, limit in self.stages]
         self.key = (call.rows, call.sampler.greedy, call.head.processing.temperature, drafter.signature())
         self.ledger = MEMORY.load(call.target, drafter.models(), self.key) if options.remember else Ledger()
-        if not self.ledger.from_stage:
-            self.ledger.from_stage = [Survival() for _ in self.stages]
-        for stages in self.ledger.from_stage:
-            stages.fade(CARRIED)
-            stages.losses, stages.wait = min(stages.losses, 1), 0.0
+        for survival in self.ledger.survivals.values():
+            survival.fade(CARRIED)
+            survival.losses, survival.wait = min(survival.losses, 1), 0.0
         self.most = options.most or (self.limits[-1] if len(self.stages) > 1 else 2 * self.limits[-1])
-        self.rounds = self.skip = self.depth = self._keep_for = 0
+        self.rounds = self.skip = self.depth = self.evidence = 0
         self._asked: list[int] = []
+        self._settled: dict[int, tuple[int, int, int]] = {}  # by evidence: skip, depth, rounds that this stands for
         self._reads = self._trial = False
         self._charged = [(0.0, 0.0)] * len(self.stages)
 
     # What to draft.
 
     def budgets(self, contexts: Sequence[Context], rooms: Sequence[int], drafter: Drafter) -> list[Budget]:
-        if self._keep_for <= 0:
+        self.evidence = self.drafter.evidence(contexts[0]) if len(contexts) == 1 else 0
+        self._trial = False
+        self.skip, self.depth, more = self._settled.get(self.evidence, (0, 0, 0))
+        if more <= 0:
             self.skip, self.depth = self._choose(contexts, max(rooms) + 1)
-            self._keep_for = SETTLED_FOR if self.rounds > LEARNING and not self._trial else 1
-        self._keep_for -= 1
+            more = SETTLED_FOR if self.rounds > LEARNING and not self._trial else 1
+        self._settled[self.evidence] = (self.skip, self.depth, more - 1)
         self._reads = self.depth > 0 and self._unread(self.skip, contexts) > UNREAD
         self._asked = [min(self.depth, room) for room in rooms]
         return [Budget(depth, depth, skip=self.skip) for depth in self._asked]
 
     def _choose(self, contexts: Sequence[Context], remaining: int) -> tuple[int, int]:
         """Leading stages to leave out, and depth, for the next rounds."""
-        ledger, target = self.ledger, self.ledger.target
-        self._trial = False
+        target = self.ledger.target
         if not target.known(1):  # two short drafts from the cheapest stage, then a plain step: what drafting must beat
             return (0, 0) if self.rounds >= 2 else (len(self.stages) - 1, min(FIRST_DEPTH, self.most))
         plain = target.seconds(1)
         best = (MARGIN / plain, -1, 0)
-        for skip, stages in enumerate(ledger.from_stage):
+        survivals = [self.ledger.survival(self.evidence, skip) for skip in range(len(self.stages))]
+        for skip, stages in enumerate(survivals):
             rate, depth = self._best_depth(skip, stages, contexts, remaining)
             best = max(best, (rate, skip, depth))
-        for skip, stages in enumerate(ledger.from_stage):
+        for skip, stages in enumerate(survivals):
             if skip == best[1]:
                 stages.losses, stages.wait = 0, 0.0
             elif stages.wait <= 0 and self._worth_a_trial(skip, stages, best[0], contexts, remaining):
@@ -184,14 +188,15 @@ class Working(Schedule):
         fed = self.call.session(self.call.target).runner.fed
         # The first round also reads the prompt: a far point, without which wide drafts look dearer than they are.
         ledger.target.add(1 + drafted if self.rounds > 1 else _bucket(fed // len(rounds)), score_seconds)
-        for stages in ledger.from_stage:
-            stages.wait -= draft_seconds + score_seconds
+        for survival in ledger.survivals.values():
+            survival.wait -= draft_seconds + score_seconds
         if self.depth == 0:
             return
+        survival = ledger.survival(self.evidence, self.skip)
         if self._trial and sum(r.accepted for r in rounds) == sum(self._asked):
-            ledger.from_stage[self.skip].wait = 0.0  # promising: try again at once
+            survival.wait = 0.0  # promising: try again at once
         for r, asked in zip(rounds, self._asked, strict=True):
-            ledger.from_stage[self.skip].add(asked, r.drafted, r.accepted)
+            survival.add(asked, r.drafted, r.accepted)
         self._learn_costs(drafted, draft_seconds)
 
     def _learn_costs(self, drafted: int, draft_seconds: float) -> None:

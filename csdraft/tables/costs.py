@@ -104,8 +104,12 @@ class Ledger:
     """All that one call has learned, and what the next one starts from."""
 
     target: Widths = field(default_factory=Widths)
-    from_stage: list[Survival] = field(default_factory=list)  # by number of leading stages left out
+    survivals: dict[tuple[int, int], Survival] = field(default_factory=dict)  # by evidence, and leading stages left out
     token_seconds: dict[int, float] = field(default_factory=dict)  # by stage: seconds a drafted token
+
+    def survival(self, evidence: int, skip: int) -> Survival:
+        """What drafting showed with this evidence and without the first `skip` stages."""
+        return self.survivals.setdefault((evidence, skip), Survival())
 
 
 Entries = dict[Hashable, tuple[list, Ledger]]

@@ -369,6 +369,12 @@ try:
     raise SystemExit("assistant= was accepted")
 except ValueError as error:
     assert "assistant" in str(error)
+try:
+    stops = {"stop_strings": ["x"], "tokenizer": tiny.tokenizer()}
+    model.generate(**inputs, custom_generate=csdraft.decode, assistant=small, **stops)
+    raise SystemExit("stop strings were dropped in silence")
+except ValueError as error:
+    assert "stop strings" in str(error)
 options = {"max_new_tokens": 8, "do_sample": False, "assistant": small}
 assert model.generate(**inputs, **options, custom_generate=csdraft.decode).tolist() == wanted
 other = tiny.fresh("llama")
@@ -467,3 +473,36 @@ def test_the_returned_cache_holds_what_plain_generates_does(family: str) -> None
                 for half in ("keys", "values"):
                     got, expected = (getattr(x, half)[row][:, columns] for x in (layer, theirs))
                     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", tiny.ENCODER_DECODERS)
+def test_decoder_prompts_of_different_lengths(family: str) -> None:
+    """Padded on the left, as for decoder-only models; relative positions do not count the padding."""
+    model, inputs, started = tiny.tiny(family), tiny.inputs_of(family, 4), tiny.ragged_batch((6, 1, 4, 3))
+    inputs |= {"decoder_input_ids": started["input_ids"], "decoder_attention_mask": started["attention_mask"]}
+    wanted = model.generate(**inputs, **GREEDY)
+    texts = [row[6 - n :].tolist() for row, n in zip(wanted, (6, 1, 4, 3), strict=True)]
+    for assistant in (tiny.drafter_of(family), Scripted(texts, branches=3)):
+        assert model.generate(**inputs, **GREEDY, assistant=assistant, **FIXED).tolist() == wanted.tolist()
+
+
+def test_several_texts_of_an_encoder_decoder() -> None:
+    model, inputs = tiny.tiny("flan"), tiny.inputs_of("flan", 2)
+    options = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 12, "row_seeds": range(6)}
+    texts = [
+        model.generate(**inputs, **options, assistant=assistant, **FIXED).tolist()
+        for assistant in (tiny.drafter_of("flan"), Scripted([[]] * 6, branches=2))
+    ]
+    assert texts[0] == texts[1]
+    assert len({tuple(text) for text in texts[0]}) == 6
+
+
+def test_sampling_goes_on_alike_from_a_users_cache() -> None:
+    model, inputs, options = tiny.tiny("llama"), tiny.inputs_of("llama", 3), {"do_sample": True, "max_new_tokens": 9}
+    texts = []
+    for cache in (None, DynamicCache()):
+        if cache is not None:
+            model.generate(**{k: v[:, :-2] for k, v in inputs.items()}, max_new_tokens=1, past_key_values=cache)
+        options |= {"row_seeds": [1, 2, 3], "past_key_values": cache, "assistant": tiny.drafter_of("llama")}
+        texts.append(model.generate(**inputs, **options, **FIXED).tolist())
+    assert texts[0] == texts[1]

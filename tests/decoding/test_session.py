@@ -7,7 +7,7 @@ import pytest
 from tests import tiny
 from tests.decoding.walk import balanced, open_session, walk
 
-CLOSE = 5e-4  # float32; a wrong mask or position is off by 0.05 or more (test_mutants.py)
+CLOSE = 5e-4  # float32; a wrong mask or position is off by 0.05 or more (test_session_mutants.py)
 CASES = [(family, attention) for family in tiny.FAMILIES for attention in tiny.attentions(family)]
 
 
