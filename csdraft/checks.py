@@ -11,9 +11,11 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import MaxLengthCriteria, MaxTimeCriteria
 
 from csdraft.decoding.cache import holds
+from csdraft.decoding.interfaces import Verifier
 from csdraft.decoding.runner import refusal
+from csdraft.decoding.sampling import Processing
 
-__all__ = ["check_request"]
+__all__ = ["check_processors", "check_request"]
 
 KNOWN_INPUTS = {
     "attention_mask",
@@ -168,4 +170,14 @@ def _check_cache(input_ids: Tensor, config: Any, cache: Any) -> None:
         raise ValueError(
             f"past_key_values holds {seen} tokens and input_ids has {length}: pass the whole text, the cached part "
             "included, and at least one token more (drafters read it too)"
+        )
+
+
+def check_processors(verifier: Verifier, processing: Processing) -> None:
+    """Raises ValueError if a rule would show a stateful logits processor tokens that are never emitted."""
+    if verifier.looks_ahead and processing.stateful:
+        names = ", ".join(type(processor).__name__ for processor in processing.stateful)
+        raise ValueError(
+            f"verifier {type(verifier).__name__} asks for laws beyond the accepted tokens, but {names} may keep state "
+            "from call to call; use verifier='match' or 'rejection', which call processors once an emitted token"
         )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ OWN = ("drafter", "max_gram", "cascade")
 LOOKUP_LENGTH = 10
 SECONDS, MOST_PROMPTS, REPETITIONS = 150.0, 6, 2
 """About what the measurement may take: it sets how many prompts are used."""
+TRIAL_TOKENS, LEAST_TOKENS = 16, 24
 COLOURS = ("", "30;46", "30;43", "30;45", "30;42")
 """ANSI codes by level: the target's own tokens have no colour."""
 
@@ -46,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--prompts", default=PROMPTS, help='FILE.jsonl of {"id", "prompt"} (default: %(default)s)')
     made.add_argument("--max-new-tokens", type=int, default=96)
     made.add_argument("--count", type=int, help=f"prompts to complete (default: what fits, {MOST_PROMPTS} at most)")
-    made.add_argument("--threads", type=int, help="of torch (default: all cores)")
+    made.add_argument("--threads", type=int, help="of torch (default: one or all cores, whichever is faster)")
     made.add_argument("--color", choices=("auto", "always", "never"), default="auto")
     made.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for report.html")
     return made
@@ -57,20 +59,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    torch.set_num_threads(options.threads or os.cpu_count() or 1)
     progress = Progress()
     progress("loading the models", 0.0)
     setup, tokenizer = load(options)
     prompts = tokenized(tokenizer, read_prompts(options.prompts))
+    setup, count = settle(setup, prompts[0], options.threads, options.count)
     cells = [Cell(method) for method in build(list(LABELS), setup)]
-    count = options.count or affordable(setup, cells, prompts)
     chosen = prompts[:: max(len(prompts) // count, 1)][:count]
     introduce(setup, options, len(chosen))
     run = measure(setup, cells, chosen, REPETITIONS, progress)
 
     found = [figures(run, cell.name, "plain", "plain") for cell in cells]
-    report = last_report(run, "cascade", 0)
-    show_text(tokenizer, chosen[0], report, options.color == "always" or colours_by_default(options.color))
+    shown, report = showpiece(run)
+    show_text(tokenizer, chosen[shown], report, options.color == "always" or colours_by_default(options.color))
     show_table(found)
     options.out.mkdir(parents=True, exist_ok=True)
     report.to_html(options.out / "report.html", tokenizer)
@@ -90,13 +91,26 @@ def load(options: argparse.Namespace) -> tuple[Setup, PreTrainedTokenizerBase]:
     return Setup(target, drafter, LOOKUP_LENGTH, K_MATRIX, generating), tokenizer
 
 
-def affordable(setup: Setup, cells: Sequence[Cell], prompts: Sequence[Prompt]) -> int:
-    """How many prompts this machine can do in about the time that the demo may take."""
-    generate(setup, cells[0], prompts[:1])
-    started = time.perf_counter()
-    generate(setup, cells[0], prompts[:1])
-    each = (REPETITIONS + 1) * len(cells) * (time.perf_counter() - started)
-    return max(1, min(MOST_PROMPTS, int(SECONDS / each)))
+def settle(setup: Setup, prompt: Prompt, threads: int | None, count: int | None) -> tuple[Setup, int]:
+    """Sets the threads, by trying if not told; returns the number of prompts that there is time for, and of tokens."""
+    seconds = {number: trial(setup, prompt, number) for number in ([threads] if threads else {1, os.cpu_count() or 1})}
+    fastest = min(seconds, key=lambda number: seconds[number])
+    torch.set_num_threads(fastest)
+    tokens = setup.options["max_new_tokens"]
+    affordable = SECONDS / len(LABELS) / seconds[fastest]  # calls of plain generate, of so many tokens
+    if affordable < REPETITIONS + 2:  # not even one prompt: shorten it
+        tokens = max(LEAST_TOKENS, int(tokens * affordable / (REPETITIONS + 2)))
+    fitting = max(1, min(MOST_PROMPTS, int((affordable - 1) / (REPETITIONS + 1))))
+    return replace(setup, options={**setup.options, "max_new_tokens": tokens}), count or fitting
+
+
+def trial(setup: Setup, prompt: Prompt, threads: int) -> float:
+    """Seconds that plain generate would take for one completion, going by a short one."""
+    torch.set_num_threads(threads)
+    short = replace(setup, options={**setup.options, "max_new_tokens": TRIAL_TOKENS})
+    plain = Cell(build(["plain"], short)[0])
+    generate(short, plain, [prompt])
+    return generate(short, plain, [prompt]).seconds * setup.options["max_new_tokens"] / TRIAL_TOKENS
 
 
 def introduce(setup: Setup, options: argparse.Namespace, count: int) -> None:
@@ -104,7 +118,7 @@ def introduce(setup: Setup, options: argparse.Namespace, count: int) -> None:
     print(f"drafter {options.drafter}: {size(setup.drafter)}")
     print(
         f"Completing {count} prompts in {len(LABELS)} ways, {REPETITIONS + 1} times each, in turns, greedily, "
-        f"{options.max_new_tokens} tokens, {torch.get_num_threads()} threads ...",
+        f"{setup.options['max_new_tokens']} tokens, {torch.get_num_threads()} threads ...",
         flush=True,
     )
 
@@ -113,9 +127,12 @@ def size(model: PreTrainedModel) -> str:
     return f"{model.num_parameters() / 1e6:.1f} M parameters, {model.config.num_hidden_layers} layers"
 
 
-def last_report(run: Run, cell: str, group: int) -> Report:
-    """csdraft's own report of one instrumented call."""
-    return next(look.report for look in run.looks if (look.cell, look.group) == (cell, group) and look.report)
+def showpiece(run: Run) -> tuple[int, Report]:
+    """The prompt to show, by number, with the cascade's report: the one whose text the levels share most evenly."""
+    reports = {look.group: look.report for look in run.looks if look.cell == "cascade" and look.report is not None}
+    commonest = {group: max(Counter(report.levels[0]).values()) for group, report in reports.items()}
+    shown = min(commonest, key=lambda group: commonest[group] / len(reports[group].levels[0]))
+    return shown, reports[shown]
 
 
 def colours_by_default(choice: str) -> bool:
@@ -125,7 +142,7 @@ def colours_by_default(choice: str) -> bool:
 def show_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, report: Report, colour: bool) -> None:
     """The end of a prompt, and its completion with each token in the colour of who drafted it."""
     before = tokenizer.decode(list(prompt)).splitlines()[-6:]
-    print("\n--- the first prompt (its end) and what the cascade made of it " + "-" * 37)
+    print("\n--- the end of a prompt, and how the cascade went on " + "-" * 47)
     print(painted("\n".join(before), "2" if colour else ""), end="")
     pieces = Pieces(tokenizer, after=prompt)
     for token, level in zip(report.tokens[0], report.levels[0], strict=True):

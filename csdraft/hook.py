@@ -13,7 +13,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.stopping_criteria import StopStringCriteria
 
-from csdraft.checks import check_request
+from csdraft.checks import check_processors, check_request
 from csdraft.decoding.cache import cross_attention_cache, export_cache
 from csdraft.decoding.interfaces import Drafter, Schedule, Verifier
 from csdraft.decoding.loop import open_call, run
@@ -77,6 +77,7 @@ def decode(
     call = open_call(
         model, input_ids, logits_processor, stopping_criteria, generation_config, rule, row_seeds, sources, mask, past
     )
+    check_processors(rule, call.head.processing)
     if drafter is not None:
         drafter.check(call)
         policy = policy.start(call, drafter)

@@ -1,4 +1,4 @@
-"""Let a target write a corpus for its drafter: `python scripts/generate_data.py --target models/smol-target --out FILE`."""
+"""Let a target write a corpus for its drafter: `scripts/generate_data.py --target models/smol-target --out FILE`."""
 
 import argparse
 from pathlib import Path
@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import csdraft  # noqa: F401 - teaches generate the keyword assistant
+from csdraft import MaxGram
 from csdraft.data.generate import write_corpus
 from csdraft.data.text import read_corpus, split
 
@@ -33,7 +33,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     documents, _ = split(read_corpus(args.corpus))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    how = (args.count, args.begin, args.new_tokens, args.rows, args.sampled, args.temperature)
+    how = (args.count, MaxGram(), args.begin, args.new_tokens, args.rows, args.sampled, args.temperature)
     with tqdm(total=args.count, unit=" texts") as bar:
         for done in write_corpus(target, tokenizer, documents, args.out, *how):
             bar.update(done - bar.n)

@@ -10,12 +10,12 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from csdraft.data.text import END, Document
-from csdraft.drafters.max_gram import MaxGram
 
 __all__ = ["beginnings", "write_corpus"]
 
@@ -36,11 +36,12 @@ def beginnings(
 
 @torch.no_grad()
 def write_corpus(
-    target: PreTrainedModel,
+    target: Any,
     tokenizer: PreTrainedTokenizerBase,
     documents: Sequence[Document],
     out: Path,
     count: int,
+    assistant: Any = None,
     begin: int = 128,
     new_tokens: int = 128,
     rows: int = 8,
@@ -54,6 +55,7 @@ def write_corpus(
         documents: where the beginnings come from.
         out: a .txt file of texts parted by `<|endoftext|>`, beginnings included.
         count: texts wanted.
+        assistant: a csdraft drafter; it changes how fast the texts come, not what they say.
         begin, new_tokens: tokens of each beginning and of what follows.
         rows: texts written at once.
     """
@@ -69,8 +71,8 @@ def write_corpus(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=new_tokens,
-            assistant=MaxGram(),
-            row_seeds=range(first, first + rows),
+            assistant=assistant,
+            **({} if assistant is None else {"row_seeds": range(first, first + rows)}),
             pad_token_id=tokenizer.pad_token_id,
             **how,
         )

@@ -26,17 +26,21 @@ __all__ = ["Budget", "Context", "Drafter", "Request", "Round", "Schedule", "Scor
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """Where a drafter stands: a row's text, a draft that already follows it, and the node to go on from."""
+    """Where a drafter stands: a row's text, and a draft that already follows it, whose last node it goes on from."""
 
     row: int
     text: Text
     call: Call
     draft: Draft = Draft()
-    tip: int = ROOT
+
+    @property
+    def tip(self) -> int:
+        """The node to go on from: the draft's last, or `ROOT`."""
+        return self.draft.tip
 
     def after(self, draft: Draft) -> Context:
         """The same row, going on from the end of `draft`."""
-        return Context(self.row, self.text, self.call, draft, draft.tip)
+        return Context(self.row, self.text, self.call, draft)
 
     @property
     def path(self) -> list[int]:
@@ -236,12 +240,14 @@ class Verifier:
         draws: "coupled" if all levels share one noise vector a position, "independent" otherwise.
         kinds: the kinds of `Law` it can treat exactly; an empty set: it needs none, and drafters compute none.
         chains_only: whether a tree must be refused.
+        looks_ahead: whether it asks for laws beyond the accepted path, which stateful processors must not see.
     """
 
     lossless: bool = False
     draws: ClassVar[Literal["coupled", "independent"]] = "coupled"
     kinds: ClassVar[frozenset[str]] = frozenset()
-    chains_only: ClassVar[bool] = False
+    chains_only: bool = False
+    looks_ahead: ClassVar[bool] = False
 
     def verify(self, draft: Draft, scores: ScoresView, sampler: Sampler, root: int = ROOT) -> Verdict:
         """Decides which nodes below `root` are kept, and the token that follows."""

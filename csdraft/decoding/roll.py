@@ -143,9 +143,7 @@ def _unwatched(
     for i, place in places.items():
         tokens = [int(column[place]) for column in drawn[: steps[i]]]
         if any(column[place] != column[place] for column in values[: steps[i]]):
-            raise FloatingPointError(
-                "the drafter's logits are nan; check its dtype (fp16 overflows where bf16 does not)"
-            )
+            raise ValueError("the drafter's logits are nan; check its dtype (fp16 overflows where bf16 does not)")
         if len(tokens) > 1:
             session.rename(contexts[i].row, tokens[:-1])
         ends = [at for at, token in enumerate(tokens) if token in head.stopping.eos]

@@ -39,6 +39,8 @@ def review(
         level: the reviewer's level number.
         confidence: whether the emitted tokens' confidence will be read by somebody above.
     """
+    for context, draft in zip(contexts, drafts, strict=True):
+        _check_continued(context.draft, draft)
     requests = [
         Request(c.row, c.text, d, (c.tip, *range(len(c.draft), len(d)))) for c, d in zip(contexts, drafts, strict=True)
     ]
@@ -60,3 +62,17 @@ def _confidence(context: Context, draft: Draft, scores: ScoresView, verdict: Ver
     if verdict.next_token is not None:
         sure.append(scores.soft(node, verdict.next_token))
     return sure
+
+
+def _check_continued(before: Draft, draft: Draft) -> None:
+    """A drafter must hand back the nodes it was given, with their laws: a lost law would bias sampling in silence."""
+    size = len(before)
+    kept = draft.tokens[:size] == before.tokens and draft.parents[:size] == before.parents
+    if kept and before.law is not None:
+        rows = draft.law.rows[:size] if draft.law is not None else ()
+        kept = len(rows) == size and all(a is b for a, b in zip(rows, before.law.rows, strict=True))
+    if not kept:
+        raise ValueError(
+            f"a drafter was given {size} drafted tokens to go on from and did not hand them back first, unchanged; "
+            "build on context.draft.extend(...)"
+        )

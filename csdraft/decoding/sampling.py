@@ -169,6 +169,7 @@ class Processing:
         self.rows = rows
         self.processors = list(processors)
         self.text_blind = all(type(p) in TEXT_BLIND for p in self.processors)
+        self.stateful = [p for p in self.processors if type(p) not in TEXT_BLIND + STATELESS]
         self.temperature = math.prod(p.temperature for p in self.processors if type(p) is hf.TemperatureLogitsWarper)
         self._per_row = [self._for_row(row) for row in range(rows)] if rows > 1 and not self.text_blind else []
 

@@ -19,7 +19,7 @@ def argmax(logits: Tensor) -> list[int]:
     """(n, vocab) -> n indices of the first maximum, in one copy to the host; on a CPU by NumPy, which is faster.
 
     Raises:
-        FloatingPointError: a row holds nan.
+        ValueError: a row holds nan.
     """
     values = logits.float() if logits.dtype not in (torch.float32, torch.float64) else logits
     if values.device.type == "cpu":
@@ -31,7 +31,7 @@ def argmax(logits: Tensor) -> list[int]:
         pair = torch.stack([top.indices.double(), top.values.double()]).tolist()
         indices, best = [int(index) for index in pair[0]], pair[1]
     if any(value != value for value in best):
-        raise FloatingPointError("the model's logits are nan; check its dtype (fp16 overflows where bf16 does not)")
+        raise ValueError("the model's logits are nan; check its dtype (fp16 overflows where bf16 does not)")
     return indices
 
 

@@ -64,13 +64,14 @@ class Vertical(Drafter):
         session, level = call.session(self.reviewer), call.level(self.reviewer)  # type: ignore[arg-type]
         verifier = self._verifier(call, level)
         confidence = any(budget.confidence for budget in budgets)
+        coupled = call.sampler.coupled or call.sampler.greedy
         drafts = [context.draft for context in contexts]
         live = [i for i, b in enumerate(budgets) if b.depth > 0 and b.room > 0 and self._fits(contexts[i])]
         while live:
             inner = [contexts[i] if drafts[i] is contexts[i].draft else contexts[i].after(drafts[i]) for i in live]
             rooms = [budgets[i].room - (len(drafts[i]) - len(contexts[i].draft)) for i in live]
             # One less than the room: the reviewer adds a token itself.
-            asked = [self._inner_budget(room - 1) for room in rooms]
+            asked = [self._inner_budget(room - 1, coupled) for room in rooms]
             rounds = run_round(inner, session, level, self.drafter, verifier, asked, confidence)
             call.tallies[level].add(rounds)
             going = []
@@ -88,9 +89,9 @@ class Vertical(Drafter):
             return Lenient(self.lenience, level)
         return Rejection(self.lenience)
 
-    def _inner_budget(self, room: int) -> Budget:
+    def _inner_budget(self, room: int, coupled: bool) -> Budget:
         length = self.drafter.depth if self.inner_length is None else self.inner_length
-        return Budget(min(length, room), room, confidence=self.lenience > 1)
+        return Budget(min(length, room), room, confidence=coupled and self.lenience > 1)
 
     def _fits(self, context: Context) -> bool:
         return len(context.text) + len(context.path) + 1 < context_length(self.reviewer)  # type: ignore[arg-type]

@@ -8,8 +8,9 @@ pay where the statistical one below it does) and of the depths, it takes the pai
 
 where nothing drafted is always a candidate. Survival is learned apart for each kind of evidence that a statistical
 drafter can show before anything is drafted (how long a match it has): where it has much to copy it may be the best on
-its own, and where it has nothing a model is worth its price. What does not pay is tried again ever more rarely. Costs and survival are
-kept for the next call with the same models. It is the default; use `fixed` to compare methods at equal length.
+its own, and where it has nothing a model is worth its price. What does not pay is tried again ever more rarely. Costs
+and survival are kept for the next call with the same models. It is the default; use `fixed` to compare methods at
+equal length.
 """
 
 from __future__ import annotations

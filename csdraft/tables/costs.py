@@ -104,7 +104,7 @@ class Ledger:
     """All that one call has learned, and what the next one starts from."""
 
     target: Widths = field(default_factory=Widths)
-    survivals: dict[tuple[int, int], Survival] = field(default_factory=dict)  # by evidence, and leading stages left out
+    survivals: dict[tuple[int, int], Survival] = field(default_factory=dict)  # by evidence and stages left out
     token_seconds: dict[int, float] = field(default_factory=dict)  # by stage: seconds a drafted token
 
     def survival(self, evidence: int, skip: int) -> Survival:

@@ -26,6 +26,7 @@ class Block(Verifier):
 
     lossless = True  # type: ignore[assignment]
     draws: ClassVar = "independent"
+    looks_ahead: ClassVar[bool] = True
     kinds: ClassVar = frozenset({"iid"})
     chains_only: ClassVar = True
 

@@ -118,8 +118,7 @@ def rolled_error(session: Session, requests: Sequence[Request], rng: random.Rand
     tips = [rng.randrange(ROOT, len(request.draft)) for request in requests]
     drafts = [request.draft.only(request.draft.path(tip)) for request, tip in zip(requests, tips, strict=True)]
     contexts = [
-        Context(request.row, request.text, None, draft, draft.tip)
-        for request, draft in zip(requests, drafts, strict=True)
+        Context(request.row, request.text, None, draft) for request, draft in zip(requests, drafts, strict=True)
     ]
     steps, worst = [rng.randrange(5) for _ in requests], 0.0
     for context, wanted, rolled in zip(contexts, steps, roll(session, contexts, steps), strict=True):

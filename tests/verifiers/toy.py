@@ -289,7 +289,7 @@ def reviewed(inner: Verifier, reviewer: Model, below: Propose, rounds: int) -> P
     def propose(place: Place, sampler: Branching) -> Draft:
         draft = place.draft
         for _ in range(rounds):
-            context = Context(0, place.text, None, draft, draft.tip)  # type: ignore[arg-type]
+            context = Context(0, place.text, None, draft)  # type: ignore[arg-type]
             proposed = below(Place(place.text, draft), sampler)
             scores = TableScores(reviewer, place.text, proposed)
             verdict = inner.verify(proposed, scores, sampler, context.tip)  # type: ignore[arg-type]
