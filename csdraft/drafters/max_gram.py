@@ -26,7 +26,7 @@ JUNCTION = -1
 NO_TOKEN = -2
 MOST_LINKS = 32
 NEAR = 16
-LONG_MATCHES = (3, 6)
+LONG_MATCHES = (2, 4, 8)
 """Matches of at least so many tokens are evidence of their own kinds."""
 
 

@@ -34,7 +34,7 @@ FIRST_DEPTH, TRIAL_PAUSE = 2, 8.0
 """Depth of a first or repeated trial; the pause after it, in units of what it costs, doubled after each loss."""
 MOST_DOUBLINGS = 6
 """The pause between trials stops growing after so many losses."""
-CARRIED = 0.3
+CARRIED = 0.8
 """Share of a call's survival counts that the next call starts from: costs last, texts change."""
 BLURRED = 0.7
 """Share of its counts that stages left out keep from one pause to the next: texts change."""
@@ -87,7 +87,6 @@ class Working(Schedule):
         self.ledger = MEMORY.load(call.target, drafter.models(), self.key) if options.remember else Ledger()
         for survival in self.ledger.survivals.values():
             survival.fade(CARRIED)
-            survival.losses, survival.wait = min(survival.losses, 1), 0.0
         self.most = options.most or (self.limits[-1] if len(self.stages) > 1 else 2 * self.limits[-1])
         self.rounds = self.skip = self.depth = self.evidence = 0
         self._asked: list[int] = []
