@@ -76,7 +76,7 @@ def _step_by_step(
     while live:
         logits = session.forward(plans, 1)
         places = [session.place(contexts[i].row) for i in live]
-        tokens = _draw(session, [contexts[i] for i in live], [rolled[i] for i in live], logits[:, -1], places)
+        tokens = _draw(session, [contexts[i] for i in live], [rolled[i] for i in live], logits.select(1, -1), places)
         plans, going = {}, []
         for i, place, token in zip(live, places, tokens, strict=True):
             row, stop = contexts[i].row, stops[i]
@@ -91,6 +91,9 @@ def _step_by_step(
                 going.append(i)
                 plans[row] = session.append(row, token)
         live = going
+    for context, drawn in zip(contexts, rolled, strict=True):
+        if len(drawn.tokens) > 1:
+            session.appended(context.row, drawn.tokens[:-1])  # the last one was never fed
     return rolled
 
 
@@ -144,8 +147,7 @@ def _unwatched(
         tokens = [int(column[place]) for column in drawn[: steps[i]]]
         if any(column[place] != column[place] for column in values[: steps[i]]):
             raise ValueError("the drafter's logits are nan; check its dtype (fp16 overflows where bf16 does not)")
-        if len(tokens) > 1:
-            session.rename(contexts[i].row, tokens[:-1])
+        session.appended(contexts[i].row, tokens[:-1])
         ends = [at for at, token in enumerate(tokens) if token in head.stopping.eos]
         rolled[i].tokens = tokens[: ends[0] + 1] if ends else tokens
     return rolled

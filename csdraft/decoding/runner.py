@@ -17,6 +17,8 @@ __all__ = ["Feed", "Runner", "Sources", "refusal"]
 
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 ENCODER_DECODERS = {"t5", "mt5"}
+SHORT = 64
+"""A chain of so many nodes needs no mask of its own to be computed."""
 
 
 @dataclass
@@ -107,6 +109,9 @@ class Runner:
         self.keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         layers = text.num_decoder_layers if self.encoder_decoder else text.num_hidden_layers
         self.cache = SlotCache(layers, capacity)
+        self._lower = torch.ones(SHORT, SHORT, dtype=torch.bool, device=self.device).tril_()
+        self._single = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        self._plain = self.window is None and not self.eager and not self.kinds  # one bool mask for all layers
         self._past = None
         self._steps = torch.arange(capacity, device=self.device)
         self._seen = torch.ones(1, 1, 1, capacity, dtype=torch.bool, device=self.device)
@@ -128,9 +133,9 @@ class Runner:
             arguments = self._ragged(feeds, ids)
         if self.keeps_logits:
             arguments["logits_to_keep"] = keep
-        logits = self.model(**arguments, use_cache=True, return_dict=True).logits[:, -keep:]
-        if self.encoder_decoder and self.sources is not None and self.sources.encoder_outputs is None:
-            raise RuntimeError("the encoder has not run")  # pragma: no cover - call order is fixed by Session
+        logits = self.model(**arguments, use_cache=True, return_dict=True).logits
+        if logits.shape[1] > keep:
+            logits = logits[:, -keep:]
         self.seconds += time.perf_counter() - started
         return logits
 
@@ -140,15 +145,19 @@ class Runner:
         end = start + queries
         self._reserve(end)
         self.cache.place(slice(start, end), start, end)
-        if ids is None:
-            ids = torch.tensor([feed.tokens], device=self.device)
-        positions = self._steps[None, start:end]
+        positions = self._steps[start:end].unsqueeze(0)
+        if ids is None:  # one token needs no new tensor: every step of a drafter comes by here
+            one = queries == 1
+            ids = self._single.fill_(feed.tokens[0]) if one else torch.tensor([feed.tokens], device=self.device)
         if start == 0:
             return self._arguments(ids, positions, None)  # an ordinary prefill: the model's own causal mask
         if queries == 1:
-            allowed = self._seen[:, :, :, :end]
+            allowed = self._seen.narrow(3, 0, end)
+            if self._plain:
+                return self._arguments(ids, positions, allowed)
         else:
-            allowed = self._steps[:end] <= positions[..., None]
+            allowed = torch.ones(queries, end, dtype=torch.bool, device=self.device)
+            allowed[:, start:] = self._lower[:queries, :queries] if queries <= SHORT else allowed[:, start:].tril()
         windowed = None
         if self.window is not None and end > self.window:
             windowed = allowed & (self._steps[:end] > positions[..., None] - self.window)

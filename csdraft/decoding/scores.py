@@ -15,6 +15,9 @@ from csdraft.decoding.text import Text
 __all__ = ["Head", "Scores", "argmax"]
 
 
+NAN = "the model's logits are nan; check its dtype (fp16 overflows where bf16 does not)"
+
+
 def argmax(logits: Tensor) -> list[int]:
     """(n, vocab) -> n indices of the first maximum, in one copy to the host; on a CPU by NumPy, which is faster.
 
@@ -24,6 +27,11 @@ def argmax(logits: Tensor) -> list[int]:
     values = logits.float() if logits.dtype not in (torch.float32, torch.float64) else logits
     if values.device.type == "cpu":
         table = values.numpy()
+        if len(table) == 1:  # every step of a drafter: worth a short cut
+            index = int(table[0].argmax())
+            if table[0, index] != table[0, index]:
+                raise ValueError(NAN)
+            return [index]
         indices = table.argmax(-1).tolist()
         best = [table[row, index] for row, index in enumerate(indices)]
     else:
@@ -31,7 +39,7 @@ def argmax(logits: Tensor) -> list[int]:
         pair = torch.stack([top.indices.double(), top.values.double()]).tolist()
         indices, best = [int(index) for index in pair[0]], pair[1]
     if any(value != value for value in best):
-        raise ValueError("the model's logits are nan; check its dtype (fp16 overflows where bf16 does not)")
+        raise ValueError(NAN)
     return indices
 
 

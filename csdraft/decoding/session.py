@@ -284,21 +284,21 @@ class Session:
         return self._batch.index(row)
 
     def append(self, row: int, token: int) -> Feed:
-        """Feeds one token below everything the row's cache holds: a step of autoregressive drafting."""
+        """Feeds one token below everything the row's cache holds: a step of autoregressive drafting.
+
+        The session learns what the tokens were by `appended`, once they are all drawn.
+        """
         reading = self._readings[row]
-        slot = reading.slots[-1] + 1 if reading.slots else reading.read
-        position = reading.read + len(reading.draft)
-        extra = None
-        if slot != position:  # the chain stands behind a gap
-            extra = [(*reading.slots, slot)]
-        feed = Feed([token], [slot], [position], [reading.read if extra else slot + 1], slot + 1, extra)
-        if extra:
-            feed.elsewhere = [(s, reading.read + i) for i, s in enumerate([*reading.slots, slot])]
-        reading.draft = reading.draft.extend((token,), 0)
-        reading.slots.append(slot)
+        slots = reading.slots
+        slot, position = slots[-1] + 1 if slots else reading.read, reading.read + len(slots)
+        slots.append(slot)
+        if slot == position:
+            return Feed([token], [slot], [position], [slot + 1], slot + 1)
+        feed = Feed([token], [slot], [position], [reading.read], slot + 1, [tuple(slots)])  # behind a gap
+        feed.elsewhere = [(s, reading.read + i) for i, s in enumerate(slots)]
         return feed
 
-    def rename(self, row: int, tokens: Sequence[int]) -> None:
-        """Says which tokens the last appended ones were, when they were drawn on the device."""
-        reading, kept = self._readings[row], len(self._readings[row].draft) - len(tokens)
-        reading.draft = Draft.chain([*reading.draft.tokens[:kept], *tokens])
+    def appended(self, row: int, tokens: Sequence[int]) -> None:
+        """Says which tokens the last appended ones were."""
+        reading = self._readings[row]
+        reading.draft = reading.draft.extend(tokens, 0)
