@@ -157,6 +157,11 @@ def load(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, device
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a path or Hub id; SystemExit with the way out if there is none."""
+    if path == TARGET and not Path(path).exists():  # or it would be looked up on the Hub
+        raise SystemExit(
+            f"no folder {path!r} here: run from the repository, or name models with --target and --drafter"
+        )
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:

@@ -23,7 +23,7 @@ from csdraft.schedules.fixed import Fixed
 
 __all__ = ["DEFAULT", "K_MATRIX", "METHODS", "Method", "Setup", "build"]
 
-K_MATRIX = ((4, 4), (0, 8))
+K_MATRIX = ((3, 12), (0, 2))
 """Of the cascade [drafter, MaxGram], unless a run says otherwise."""
 
 
