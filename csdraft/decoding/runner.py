@@ -111,7 +111,7 @@ class Runner:
         self.cache = SlotCache(layers, capacity)
         self._lower = torch.ones(SHORT, SHORT, dtype=torch.bool, device=self.device).tril_()
         self._single = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-        self._plain = self.window is None and not self.eager and not self.kinds  # one bool mask for all layers
+        self._plain = self.window is None and not self.eager and not self.kinds  # all layers see alike
         self._past = None
         self._steps = torch.arange(capacity, device=self.device)
         self._seen = torch.ones(1, 1, 1, capacity, dtype=torch.bool, device=self.device)
@@ -149,12 +149,10 @@ class Runner:
         if ids is None:  # one token needs no new tensor: every step of a drafter comes by here
             one = queries == 1
             ids = self._single.fill_(feed.tokens[0]) if one else torch.tensor([feed.tokens], device=self.device)
-        if start == 0:
-            return self._arguments(ids, positions, None)  # an ordinary prefill: the model's own causal mask
+        if start == 0 or (queries == 1 and self._plain):
+            return self._arguments(ids, positions, None)  # an ordinary prefill or step: the model masks it itself
         if queries == 1:
             allowed = self._seen.narrow(3, 0, end)
-            if self._plain:
-                return self._arguments(ids, positions, allowed)
         else:
             allowed = torch.ones(queries, end, dtype=torch.bool, device=self.device)
             allowed[:, start:] = self._lower[:queries, :queries] if queries <= SHORT else allowed[:, start:].tril()
