@@ -73,6 +73,9 @@ class CascadeDrafter(Drafter):
         if isinstance(self.drafters, str | Path | nn.Module | Drafter):
             raise ValueError(f"drafters={_short(self.drafters)} is one drafter; give a list, largest first: [...]")
         verifier, schedule = spec.resolve("verifiers", self.verifier), spec.resolve("schedules", self.schedule)
+        for i, drafter in enumerate(self.drafters):
+            if drafter is None:
+                raise ValueError(f"drafters[{i}] is None; give a model, a path, a Hub id or a csdraft.Drafter")
         drafters = tuple(_unwrapped(as_drafter(drafter)) for drafter in self.drafters)
         k_matrix = check_k_matrix(self.k_matrix, drafters)
         root = build(drafters, k_matrix, spread_lenience(self.lenience, drafters, k_matrix))

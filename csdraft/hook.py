@@ -86,8 +86,6 @@ def decode(
     target = call.session(model)
     target.pinned = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
     report = run(call, drafter, rule, policy, output, strict)
-    if drafter is not None:
-        drafter.keep_report(report)
     sequences = output.sequences(input_ids, call.texts)
     if target.pinned and cache is not None:
         target.settle(call.texts, sequences.shape[1] - 1)

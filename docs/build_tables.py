@@ -14,7 +14,6 @@ PAGE = ROOT / "docs" / "methods.md"
 
 FAMILIES = {
     "drafters": "Where drafts come from. Any of them leaves the output as it is: the verifier decides what is kept.",
-    "trees": "How a drafter grows a tree instead of a chain.",
     "verifiers": "What is kept of a draft. Lossless: the output has exactly the target's distribution.",
     "schedules": "How much to draft in a round.",
 }

@@ -143,3 +143,40 @@ def test_two_hundred_calls_leave_nothing_behind(target):
     after_tensors, after_objects = live()
     assert after_tensors <= tensors + 5
     assert after_objects <= objects * 1.02 + 500
+
+
+MALFORMED = [
+    Draft((1, 2), (-1,), (0, 0), (0.0, 0.0)),
+    Draft((1.5,), (-1,), (0,), (0.0,)),  # type: ignore[arg-type]
+    Draft((1,), (3,), (0,), (0.0,)),
+]
+
+
+@pytest.mark.parametrize("draft", MALFORMED)
+def test_a_malformed_draft_is_left_out(target, plain, draft):
+    with pytest.warns(RuntimeWarning, match="left out"):
+        out = target.generate(PROMPT, assistant=Broken(lambda c, b: [draft]), schedule=Fixed(2), **WANTED)
+    assert torch.equal(out, plain)
+
+
+class Unhelpful(MaxGram):
+    """Fails whenever somebody other than the round asks it something."""
+
+    def evidence(self, context):
+        raise KeyError("no clue")
+
+    def keep_report(self, report):
+        raise KeyError("no report")
+
+
+def test_a_drafter_that_fails_outside_the_round_loses_no_text(target, plain):
+    with pytest.warns(RuntimeWarning, match="left out"):
+        out = target.generate(PROMPT, assistant=Unhelpful(), schedule="cost_model", **WANTED)
+    assert torch.equal(out, plain)
+
+
+def test_a_reviewer_with_learned_positions_stops_at_its_context():
+    model, small = fresh("gpt2"), fresh("gpt2", n_positions=24)
+    cascade = CascadeDrafter([small, MaxGram()], [[8, 4], [0, 8]], schedule="fixed")
+    out = model.generate(PROMPT, assistant=cascade, strict=True, max_new_tokens=40, do_sample=False, pad_token_id=0)
+    assert torch.equal(out, model.generate(PROMPT, max_new_tokens=40, do_sample=False, pad_token_id=0))

@@ -6,8 +6,9 @@ import time
 import warnings
 from collections.abc import Sequence
 
-from csdraft.decoding.draft import Draft
-from csdraft.decoding.interfaces import Budget, Context, Drafter, Round
+from csdraft.decoding.draft import ROOT, Draft
+from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Schedule
+from csdraft.decoding.report import Report
 
 __all__ = ["Guarded"]
 
@@ -26,6 +27,16 @@ class Guarded(Drafter):
         self.failure: str | None = None
         self.seconds = 0.0
 
+    def budgets(self, schedule: Schedule, contexts: Sequence[Context], rooms: Sequence[int]) -> list[Budget]:
+        """What the schedule allows; nothing once the drafter has failed, perhaps while the schedule asked it."""
+        if self.drafter is None or self.failure:
+            return [Budget(0, 0) for _ in rooms]
+        try:
+            return schedule.budgets(contexts, rooms, self.drafter)
+        except Exception as error:  # whatever a drafter does wrong must not cost the user the text
+            self._give_up(error)
+            return [Budget(0, 0) for _ in rooms]
+
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
         if self.drafter is None or self.failure or not any(b.depth > 0 for b in budgets):
             return [c.draft for c in contexts]
@@ -33,35 +44,47 @@ class Guarded(Drafter):
         try:
             drafts = self.drafter.propose(contexts, budgets)
             self._check(drafts, budgets, len(contexts[0].call.level_owners))
-        except Exception as error:  # whatever a drafter does wrong must not cost the user the text
-            if self.strict:
-                raise
+        except Exception as error:  # as above
             self._give_up(error)
             drafts = [c.draft for c in contexts]
         self.seconds += time.perf_counter() - started
         return drafts
 
     def observe(self, rounds: Sequence[Round]) -> None:
-        if self.drafter is None or self.failure:
-            return
-        try:
-            self.drafter.observe(rounds)
-        except Exception as error:  # as above
-            if self.strict:
-                raise
-            self._give_up(error)
+        if self.drafter is not None and not self.failure:
+            try:
+                self.drafter.observe(rounds)
+            except Exception as error:  # as above
+                self._give_up(error)
+
+    def keep_report(self, report: Report) -> None:
+        if self.drafter is not None:
+            try:
+                self.drafter.keep_report(report)
+            except Exception as error:  # as above
+                self._give_up(error)
 
     def _check(self, drafts: Sequence[Draft], budgets: Sequence[Budget], levels: int) -> None:
         for draft, budget in zip(drafts, budgets, strict=True):
-            if any(not 0 <= token < self.vocab for token in draft.tokens):
-                bad = next(token for token in draft.tokens if not 0 <= token < self.vocab)
-                raise ValueError(f"token {bad} was drafted, but the target's vocabulary has {self.vocab} tokens")
+            size = len(draft.tokens)
+            if {len(draft.parents), len(draft.levels), len(draft.confidence)} != {size}:
+                raise ValueError(f"a draft of {size} tokens must have as many parents, levels and confidences")
+            if draft.law is not None and len(draft.law.rows) != size:
+                raise ValueError(f"a draft of {size} tokens has laws for {len(draft.law.rows)}")
+            if any(not isinstance(t, int) or not 0 <= t < self.vocab for t in draft.tokens):
+                bad = next(t for t in draft.tokens if not isinstance(t, int) or not 0 <= t < self.vocab)
+                raise ValueError(f"token {bad!r} was drafted; tokens are whole numbers from 0 to {self.vocab - 1}")
+            if any(not ROOT <= parent < node for node, parent in enumerate(draft.parents)):
+                raise ValueError(f"parents {draft.parents} are out of order: a node's parent comes before it")
             if any(not 0 <= level < levels for level in draft.levels):
                 raise ValueError(f"levels {sorted(set(draft.levels))} are unknown; take numbers from Call.level")
-            if len(draft) and max(draft.depths) >= budget.room:
+            if size and max(draft.depths) >= budget.room:
                 raise ValueError(f"a draft is {max(draft.depths) + 1} tokens deep, but its room was {budget.room}")
 
     def _give_up(self, error: Exception) -> None:
+        """Leaves the drafter out for the rest of the call, or raises when strict."""
+        if self.strict:
+            raise error
         self.failure = f"{type(error).__name__}: {error}"
         warnings.warn(
             f"the drafter {type(self.drafter).__name__} failed and is left out for the rest of this call "

@@ -7,7 +7,7 @@ State of one `generate` call lives in the `Call`; what outlives a call lives in 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
@@ -215,6 +215,8 @@ class Drafter:
 
     def signature(self) -> Hashable:
         """Equal for drafters that draft alike: type and options, models by identity."""
+        if not is_dataclass(self):
+            return (type(self).__name__, id(self))
         return (type(self).__name__, *(_signature(getattr(self, f.name)) for f in fields(self)))  # type: ignore[arg-type]
 
     def keep_report(self, report: Report) -> None:

@@ -59,23 +59,28 @@ def run(
     while live:
         contexts = [Context(row, call.texts[row], call) for row in live]
         rooms = [call.head.stopping.remaining(context.text) - 1 for context in contexts]
-        budgets = schedule.budgets(contexts, rooms, guarded if drafter is None else drafter)
-        drafting, scoring = guarded.seconds, target.runner.seconds
+        budgets = guarded.budgets(schedule, contexts, rooms)
+        began, drafting = time.perf_counter(), guarded.seconds
         rounds = run_round(contexts, target, 0, guarded, verifier, budgets)
+        drafting = guarded.seconds - drafting
+        scoring = time.perf_counter() - began - drafting
         output.take(rounds)
+        report.add(rounds)
+        guarded.observe(rounds)
         for context, finished in zip(contexts, rounds, strict=True):
             context.text.append(finished.tokens)
             call.sampler.forget(context.row, len(context.text))
-        report.add(rounds)
-        schedule.observe(rounds, guarded.seconds - drafting, target.runner.seconds - scoring)
-        guarded.observe(rounds)
+        if guarded.failure is None:
+            schedule.observe(rounds, drafting, scoring)
         ended = {r.context.row for r in rounds if r.verdict.ended}
         if ended:
             live = [row for row in live if row not in ended]
             if live:
                 call.retire(live)
-    schedule.finish()
+    if guarded.failure is None:
+        schedule.finish()
     report.finish(call, time.perf_counter() - started, guarded.failure)
+    guarded.keep_report(report)
     return report
 
 

@@ -7,6 +7,7 @@ few tokens one by one, KV-cached and batched, and the target checks them all in 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,15 +38,15 @@ class ModelDrafter(Drafter):
         name: how reports call it; the model's own name if empty.
     """
 
-    model: nn.Module | str
+    model: nn.Module | str | os.PathLike
     depth: int = 5  # type: ignore[assignment]
     name: str = field(default="", kw_only=True)
 
     def __post_init__(self) -> None:
         if self.depth < 1:
             raise ValueError(f"depth={self.depth} of a ModelDrafter must be at least 1; to draft nothing use none")
-        if isinstance(self.model, str):
-            object.__setattr__(self, "model", load_model(self.model))
+        if isinstance(self.model, str | os.PathLike):
+            object.__setattr__(self, "model", load_model(os.fspath(self.model)))
         object.__setattr__(self, "model", base_model(self.model))  # type: ignore[arg-type]
 
     @property
@@ -102,7 +103,10 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def context_length(model: nn.Module) -> int:
-    """Positions the model can stand on; past them it stops drafting and decoding goes on."""
+    """Positions the model can stand on; past them it stops drafting and decoding goes on.
+
+    Rotary models have no end: past their training length they draft worse, which schedules notice by themselves.
+    """
     config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr]
     rotary = getattr(config, "rope_parameters", None) is not None
     limit = None if rotary else getattr(config, "max_position_embeddings", None)

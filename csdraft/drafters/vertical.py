@@ -7,6 +7,7 @@ tokens of a reviewer's forward by more than 1 + its own cost relative to that fo
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,7 +37,7 @@ class Vertical(Drafter):
         depth: tokens wanted when nobody says otherwise.
     """
 
-    reviewer: nn.Module | str
+    reviewer: nn.Module | str | os.PathLike
     drafter: Drafter
     lenience: float = 1.0
     inner_length: int | None = None
@@ -45,8 +46,8 @@ class Vertical(Drafter):
     def __post_init__(self) -> None:
         if not self.lenience >= 1:
             raise ValueError(f"lenience={self.lenience} must be 1 (strict) or more; the papers' l = 1/lenience")
-        if isinstance(self.reviewer, str):
-            object.__setattr__(self, "reviewer", load_model(self.reviewer))
+        if isinstance(self.reviewer, str | os.PathLike):
+            object.__setattr__(self, "reviewer", load_model(os.fspath(self.reviewer)))
         object.__setattr__(self, "reviewer", base_model(self.reviewer))  # type: ignore[arg-type]
 
     def models(self) -> list[object]:
@@ -66,10 +67,11 @@ class Vertical(Drafter):
         confidence = any(budget.confidence for budget in budgets)
         coupled = call.sampler.coupled or call.sampler.greedy
         drafts = [context.draft for context in contexts]
-        live = [i for i, b in enumerate(budgets) if b.depth > 0 and b.room > 0 and self._fits(contexts[i])]
+        limits = [min(b.room, self._positions_left(c)) for b, c in zip(budgets, contexts, strict=True)]
+        live = [i for i, b in enumerate(budgets) if b.depth > 0 and limits[i] > 0]
         while live:
             inner = [contexts[i] if drafts[i] is contexts[i].draft else contexts[i].after(drafts[i]) for i in live]
-            rooms = [budgets[i].room - (len(drafts[i]) - len(contexts[i].draft)) for i in live]
+            rooms = [limits[i] - (len(drafts[i]) - len(contexts[i].draft)) for i in live]
             # One less than the room: the reviewer adds a token itself.
             asked = [self._inner_budget(room - 1, coupled) for room in rooms]
             rounds = run_round(inner, session, level, self.drafter, verifier, asked, confidence)
@@ -78,7 +80,7 @@ class Vertical(Drafter):
             for i, finished in zip(live, rounds, strict=True):
                 drafts[i] = finished.extended
                 grown = len(drafts[i]) - len(contexts[i].draft)
-                if grown < min(budgets[i].depth, budgets[i].room) and not finished.verdict.ended:
+                if grown < min(budgets[i].depth, limits[i]) and not finished.verdict.ended:
                     going.append(i)
             live = going
         return drafts
@@ -93,5 +95,6 @@ class Vertical(Drafter):
         length = self.drafter.depth if self.inner_length is None else self.inner_length
         return Budget(min(length, room), room, confidence=coupled and self.lenience > 1)
 
-    def _fits(self, context: Context) -> bool:
-        return len(context.text) + len(context.path) + 1 < context_length(self.reviewer)  # type: ignore[arg-type]
+    def _positions_left(self, context: Context) -> int:
+        """Tokens it can still hand up before its context is full: the last one is never fed."""
+        return context_length(self.reviewer) - len(context.text) - len(context.path)  # type: ignore[arg-type]

@@ -72,6 +72,10 @@ class CostModel(Schedule):
     most: int | None = None
     remember: bool = True
 
+    def __post_init__(self) -> None:
+        if self.most is not None and self.most < 1:
+            raise ValueError(f"most={self.most} must be at least 1, or None for what the drafter likes")
+
     def start(self, call: Call, drafter: Drafter) -> Schedule:
         return Working(self, call, drafter)
 

@@ -29,6 +29,8 @@ class Heuristic(Schedule):
     _depths: dict[int, float] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if self.most < 1:
+            raise ValueError(f"most={self.most} must be at least 1")
         if self.depth is not None and not 1 <= self.depth <= self.most:
             raise ValueError(f"depth={self.depth} must lie between 1 and most={self.most}")
 
@@ -43,5 +45,5 @@ class Heuristic(Schedule):
     def observe(self, rounds: Sequence[Round], draft_seconds: float, score_seconds: float) -> None:
         for r in rounds:
             depth = self._depths[r.context.row]
-            kept_all = r.drafted > 0 and r.accepted == r.drafted
+            kept_all = r.drafted >= int(depth) and r.accepted == r.drafted  # no credit for what was not drafted
             self._depths[r.context.row] = min(depth + 2, self.most) if kept_all else max(depth - 1, 1)

@@ -51,7 +51,7 @@ def test_one_token_left_leaves_no_room(schedule):
 
 
 def test_heuristic_moves_as_transformers_does():
-    world = World(Writer(0.1, 1.0), seed=0)
+    world = World(Writer(0.1, 1.0, depth=20), seed=0)
     world.decode(Heuristic(depth=5), 60)
     assert world.depths[:4] == [5, 7, 9, 11]
     world = World(Writer(0.1, 0.0), seed=0)
