@@ -30,7 +30,12 @@ class Claim:
     @classmethod
     def ratio(cls, words: str, interval: Interval, bar: float, surely: bool = False) -> Claim:
         """The ratio's median is at least the bar; `surely`: the lower end of its interval is."""
-        return cls(words, f"{interval} x", interval.low if surely else interval.median, bar)
+        return cls(
+            words,
+            f"{interval.median:.3f} [{interval.low:.3f}, {interval.high:.3f}] x",
+            interval.low if surely else interval.median,
+            bar,
+        )
 
     @property
     def passed(self) -> bool:

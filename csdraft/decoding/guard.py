@@ -73,7 +73,7 @@ class Guarded(Drafter):
                 raise ValueError(f"a draft of {size} tokens has laws for {len(draft.law.rows)}")
             if any(not isinstance(t, int) or not 0 <= t < self.vocab for t in draft.tokens):
                 bad = next(t for t in draft.tokens if not isinstance(t, int) or not 0 <= t < self.vocab)
-                raise ValueError(f"token {bad!r} was drafted; tokens are whole numbers from 0 to {self.vocab - 1}")
+                raise ValueError(f"token {bad!r} was drafted, but the target's vocabulary has {self.vocab} tokens")
             if any(not ROOT <= parent < node for node, parent in enumerate(draft.parents)):
                 raise ValueError(f"parents {draft.parents} are out of order: a node's parent comes before it")
             if any(not 0 <= level < levels for level in draft.levels):
