@@ -18,7 +18,7 @@ __all__ = ["Choice", "grid_search"]
 
 DRAFTER_LENGTHS = (1, 2, 3, 4, 6, 8)
 MAX_GRAM_LENGTHS = (2, 4, 6, 8, 12, 16)
-STAGE_LENGTHS, TAIL_LENGTHS, INNER_LENGTHS = (1, 2, 3, 4, 6), (4, 8, 12), (2, 4, 8)
+STAGE_LENGTHS, TAIL_LENGTHS, INNER_LENGTHS = (1, 2, 3, 4, 6), (8, 16, 24), (2, 4)
 """Of the cascade: k[0][0], k[0][1] and k[1][1]; with any 0 it would be another method."""
 RETRIED = 4
 """Matrices that are tried once more, with the default schedule too: one pass is noisy, and its best is lucky."""

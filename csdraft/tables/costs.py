@@ -63,7 +63,8 @@ class Survival:
 
     def add(self, asked: int, offered: int, accepted: int) -> None:
         """One row's round."""
-        self.fade(FADE)
+        for column in (self.tried, self.kept, self.asked, self.offered):
+            column[:] = [FADE * count for count in column]
         for column in (self.tried, self.kept, self.asked, self.offered):
             column += [0.0] * (asked - len(column))
         for i in range(asked):
@@ -74,15 +75,16 @@ class Survival:
                 self.kept[i] += i < accepted
 
     def fade(self, share: float) -> None:
-        """Lets what was seen so far count less."""
-        for column in (self.tried, self.kept, self.asked, self.offered):
+        """Lets what survived so far count less: texts change. What a stage has to offer does not."""
+        for column in (self.tried, self.kept):
             column[:] = [share * count for count in column]
 
     def hopes(self, depth: int) -> list[float]:
-        """The hazards if all that is not known yet turned out well."""
+        """The hazards if all that is not known yet turned out well; a token that is not offered cannot survive."""
         known = [(k + PRIOR_WEIGHT) / (t + PRIOR_WEIGHT) for k, t in zip(self.kept[:depth], self.tried, strict=False)]
         pooled = (sum(self.kept) + PRIOR_WEIGHT) / (sum(self.tried) + PRIOR_WEIGHT)
-        return known + [pooled] * (depth - len(known))
+        hopes = known + [pooled] * (depth - len(known))
+        return [min(hope, share) for hope, share in zip(hopes, self.shares_offered(depth), strict=True)]
 
     def hazards(self, depth: int) -> list[float]:
         """The chance of each of `depth` tokens to survive, given that those before it did."""
