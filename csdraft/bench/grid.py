@@ -21,7 +21,7 @@ MAX_GRAM_LENGTHS = (2, 4, 6, 8, 12, 16)
 STAGE_LENGTHS, TAIL_LENGTHS, INNER_LENGTHS = (1, 2, 3, 4, 6), (8, 16, 24), (2, 4)
 """Of the cascade: k[0][0], k[0][1] and k[1][1]; with any 0 it would be another method."""
 RETRIED = 4
-"""Matrices that are tried once more, with the default schedule too: one pass is noisy, and its best is lucky."""
+"""Matrices that are tried once more, with their full lengths every round too: one pass is noisy, its best lucky."""
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,15 @@ def grid_search(setup: Setup, prompts: Sequence[Prompt], repetitions: int, progr
         f"cascade {m}": m
         for m in ([[a, b], [0, c]] for a, b, c in product(STAGE_LENGTHS, TAIL_LENGTHS, INNER_LENGTHS))
     }
-    cascades = {name: cascade(setup, matrix) | {"schedule": Fixed()} for name, matrix in matrices.items()}
+    cascades = {name: cascade(setup, matrix) for name, matrix in matrices.items()}
     rates = tokens_per_second(setup, drafters | max_grams | cascades, prompts, 1, progress)
 
     retried = ranked(rates, cascades)[:RETRIED]
     again = {name: cascades[name] for name in retried}
-    again |= {f"{name} default": cascade(setup, matrices[name]) for name in retried}
+    again |= {f"{name} fixed": cascades[name] | {"schedule": Fixed()} for name in retried}
     second = tokens_per_second(setup, again, prompts, repetitions, progress)
     chosen = ranked(second, again)[0]
-    matrix = matrices[chosen.removesuffix(" default")]
+    matrix = matrices[chosen.removesuffix(" fixed")]
     singles = {}
     for family in (drafters, max_grams):
         for name in (ranked(rates, family)[0], [*family][-1]):

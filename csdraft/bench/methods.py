@@ -23,7 +23,7 @@ from csdraft.schedules.fixed import Fixed
 
 __all__ = ["DEFAULT", "K_MATRIX", "METHODS", "Method", "Setup", "build"]
 
-K_MATRIX = ((3, 24), (0, 4))
+K_MATRIX = ((2, 24), (0, 4))
 """Of the cascade [drafter, MaxGram], unless a run says otherwise."""
 
 
