@@ -40,6 +40,8 @@ BLURRED = 0.7
 """Share of its counts that stages left out keep from one pause to the next: texts change."""
 UNREAD = 16
 """With more text to read than this, a drafter's time says nothing about its cost a token."""
+MIXED = -1
+"""Evidence of a batch, whose rows have their own: its trials are counted apart."""
 LEARNING, SETTLED_FOR = 16, 4
 """After so many rounds, a choice stands for so many."""
 
@@ -49,7 +51,7 @@ def _bucket(width: int) -> int:
     return 1 << max(width - 1, 1).bit_length()
 
 
-Hazards = Callable[[int], list[float]]
+Hazards = Callable[[Survival, int], list[float]]
 
 
 MEMORY = Memory()
@@ -92,7 +94,8 @@ class Working(Schedule):
         for survival in self.ledger.survivals.values():
             survival.fade(CARRIED)
         self.most = options.most or (self.limits[-1] if len(self.stages) > 1 else 2 * self.limits[-1])
-        self.rounds = self.skip = self.depth = self.evidence = 0
+        self.rounds = self.skip = self.depth = 0
+        self.evidence: list[int] = []  # by row
         self._asked: list[int] = []
         self._settled: dict[int, tuple[int, int, int]] = {}  # by evidence: skip, depth, rounds that this stands for
         self._reads = self._trial = False
@@ -101,27 +104,29 @@ class Working(Schedule):
     # What to draft.
 
     def budgets(self, contexts: Sequence[Context], rooms: Sequence[int], drafter: Drafter) -> list[Budget]:
-        self.evidence = self.drafter.evidence(contexts[0]) if len(contexts) == 1 else 0
+        self.evidence = [self.drafter.evidence(context) for context in contexts]
         self._trial = False
-        self.skip, self.depth, more = self._settled.get(self.evidence, (0, 0, 0))
+        kind = self.evidence[0] if len(contexts) == 1 else MIXED
+        self.skip, self.depth, more = self._settled.get(kind, (0, 0, 0))
         if more <= 0:
-            self.skip, self.depth = self._choose(contexts, max(rooms) + 1)
-            more = SETTLED_FOR if self.rounds > LEARNING and not self._trial else 1
-        self._settled[self.evidence] = (self.skip, self.depth, more - 1)
+            self.skip, self.depth = self._choose(kind, contexts, max(rooms) + 1)
+            settled = self.rounds > LEARNING and not self._trial and kind != MIXED
+            more = SETTLED_FOR if settled else 1
+        self._settled[kind] = (self.skip, self.depth, more - 1)
         self._reads = self.depth > 0 and self._unread(self.skip, contexts) > UNREAD
         self._asked = [min(self.depth, room) for room in rooms]
         return [Budget(depth, depth, skip=self.skip) for depth in self._asked]
 
-    def _choose(self, contexts: Sequence[Context], remaining: int) -> tuple[int, int]:
+    def _choose(self, kind: int, contexts: Sequence[Context], remaining: int) -> tuple[int, int]:
         """Leading stages to leave out, and depth, for the next rounds."""
         target = self.ledger.target
         if not target.known(1):  # two short drafts from the cheapest stage, then a plain step: what drafting must beat
             return (0, 0) if self.rounds >= 2 else (len(self.stages) - 1, min(FIRST_DEPTH, self.most))
         plain = target.seconds(1)
         best = (MARGIN / plain, -1, 0)
-        survivals = [self.ledger.survival(self.evidence, skip) for skip in range(len(self.stages))]
-        for skip, stages in enumerate(survivals):
-            rate, depth = self._best_depth(skip, stages, contexts, remaining)
+        survivals = [self.ledger.survival(kind, skip) for skip in range(len(self.stages))]  # keep count of trials
+        for skip in range(len(self.stages)):
+            rate, depth = self._best_depth(skip, contexts, remaining)
             best = max(best, (rate, skip, depth))
         for skip, stages in enumerate(survivals):
             if skip == best[1]:
@@ -140,25 +145,30 @@ class Working(Schedule):
         price = reading + depth * self._token_seconds(skip) + self.ledger.target.seconds(1 + depth) - plain
         stages.losses = min(stages.losses + 1, MOST_DOUBLINGS)
         stages.wait = TRIAL_PAUSE * 2.0 ** (stages.losses - 1) * max(price, 0.1 * plain)
-        hopeful, _ = self._best_depth(skip, stages, contexts, remaining, stages.hopes)
-        stages.fade(BLURRED)
+        hopeful, _ = self._best_depth(skip, contexts, remaining, Survival.hopes)
+        for evidence in set(self.evidence):
+            self.ledger.survival(evidence, skip).fade(BLURRED)
         return hopeful > rate and remaining * plain > 2 * TRIAL_PAUSE * reading
 
     def _best_depth(
-        self, skip: int, stages: Survival, contexts: Sequence[Context], remaining: int, hazards: Hazards | None = None
+        self, skip: int, contexts: Sequence[Context], remaining: int, hazards: Hazards = Survival.hazards
     ) -> tuple[float, int]:
-        """Tokens a second, and the depth that gives the most, when the first `skip` stages are left out."""
-        target = self.ledger.target
-        most = min(self.most, 2 * len(stages.asked) + 2, remaining - 1)
+        """Tokens a second and row, and the depth that gives the most, when the first `skip` stages are left out."""
+        target, rows = self.ledger.target, len(contexts)
+        counts = [(self.ledger.survival(e, skip), self.evidence.count(e)) for e in set(self.evidence)]
+        most = min(self.most, 2 * max(len(stages.asked) for stages, _ in counts) + 2, remaining - 1)
         reading = self._reading_seconds(skip, contexts)
-        seconds, tokens, survival = target.seconds(1), 1.0, 1.0
-        best = (0.0, 0)
-        chances, shares = (hazards or stages.hazards)(most), stages.shares_offered(most)
+        seconds, tokens, best = target.seconds(1), 1.0, (0.0, 0)
+        chances = [(hazards(stages, most), stages.shares_offered(most), number) for stages, number in counts]
+        survival = [1.0] * len(counts)
         for i in range(most):
-            survival *= chances[i]
-            tokens += survival
+            short = 1.0  # the chance that no row is offered token i: nothing gets wider
+            for k, (hazard, share, number) in enumerate(chances):
+                survival[k] *= hazard[i]
+                tokens += survival[k] * number / rows
+                short *= (1 - share[i]) ** number
             wider = target.seconds(i + 2) - target.seconds(i + 1)
-            seconds += shares[i] * (wider + self._token_seconds(self._stage_at(skip, i)))
+            seconds += (1 - short) * (wider + self._token_seconds(self._stage_at(skip, i)))
             rate = 1 / (seconds / tokens + reading / remaining)
             best = max(best, (rate, i + 1))
         return best
@@ -196,11 +206,10 @@ class Working(Schedule):
             survival.wait -= draft_seconds + score_seconds
         if self.depth == 0:
             return
-        survival = ledger.survival(self.evidence, self.skip)
-        if self._trial and sum(r.accepted for r in rounds) == sum(self._asked):
-            survival.wait = 0.0  # promising: try again at once
-        for r, asked in zip(rounds, self._asked, strict=True):
-            survival.add(asked, r.drafted, r.accepted)
+        if self._trial and sum(r.accepted for r in rounds) == sum(self._asked):  # promising: try again at once
+            ledger.survival(self.evidence[0] if len(rounds) == 1 else MIXED, self.skip).wait = 0.0
+        for r, asked, evidence in zip(rounds, self._asked, self.evidence, strict=True):
+            ledger.survival(evidence, self.skip).add(asked, r.drafted, r.accepted)
         self._learn_costs(drafted, draft_seconds)
 
     def _learn_costs(self, drafted: int, draft_seconds: float) -> None:
