@@ -20,7 +20,7 @@ from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Schedul
 from csdraft.decoding.names import name_of
 from csdraft.decoding.report import Report
 from csdraft.drafters.horizontal import Horizontal
-from csdraft.drafters.model import ModelDrafter, load_model
+from csdraft.drafters.model import ModelDrafter, bound, load_model
 from csdraft.kmatrix import build, check_k_matrix, spread_lenience
 from csdraft.schedules.cost_model import CostModel
 from csdraft.schedules.fixed import Fixed
@@ -199,8 +199,14 @@ def as_drafter(assistant: Any, target: nn.Module | None = None) -> Any:
 
     Args:
         assistant: None is handed back.
-        target: what a stored one is compared with, and whose device it goes to.
+        target: what a stored one is compared with, whose device it goes to, and whose layers self-drafting adapters
+            are put on; without it they stay unbound.
     """
+    drafter = _as_drafter(assistant, target)
+    return drafter if target is None else bound(drafter, target)
+
+
+def _as_drafter(assistant: Any, target: nn.Module | None) -> Any:
     if assistant is None or isinstance(assistant, Drafter):
         return assistant
     if isinstance(assistant, nn.Module):

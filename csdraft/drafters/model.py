@@ -6,10 +6,11 @@ few tokens one by one, KV-cached and batched, and the target checks them all in 
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from csdraft.decoding.interfaces import Budget, Context, Drafter
 from csdraft.decoding.names import name_of
 from csdraft.decoding.roll import roll
 from csdraft.decoding.runner import refusal
+from csdraft.heads.self_draft import SELF_DRAFT, SelfDraft, read_document
 
 __all__ = ["ModelDrafter"]
 
@@ -33,7 +35,7 @@ class ModelDrafter(Drafter):
     """Drafts token by token with a model of its own.
 
     Args:
-        model: a causal LM or T5-like model, or a path or Hub id to load one from.
+        model: a causal LM or T5-like model, a self-drafting adapter, or a path or Hub id to load one from.
         depth: tokens a round unless a schedule or a cascade says otherwise.
         name: how reports call it; the model's own name if empty.
     """
@@ -78,6 +80,8 @@ class ModelDrafter(Drafter):
 def load_model(path: str, **options: Any) -> nn.Module:
     """Loads a model folder, a PEFT folder on top of its base, or a Hub id, with the auto class its config asks for.
 
+    A self-drafting adapter has no base of its own: it comes as a `SelfDraft`, which waits for a target.
+
     Args:
         path: folder or Hub id.
         options: of `from_pretrained`: dtype, device_map, revision, ...
@@ -90,6 +94,9 @@ def load_model(path: str, **options: Any) -> nn.Module:
     if adapter is None:
         config = AutoConfig.from_pretrained(path, trust_remote_code=options.get("trust_remote_code"), **hub)
     else:
+        document = read_document(path, **hub)
+        if document is not None and document["kind"] == SELF_DRAFT:
+            return SelfDraft.load(path, document, **hub)
         base = json.loads(Path(adapter).read_text())["base_model_name_or_path"]
         config = AutoConfig.from_pretrained(base, **{**hub, "revision": None})
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
@@ -100,6 +107,34 @@ def base_model(model: nn.Module) -> nn.Module:
     """The transformers model inside a PEFT wrapper (its adapters stay active); any other model unchanged."""
     inner = getattr(model, "get_base_model", None)
     return inner() if inner is not None else model
+
+
+def bound(drafter: Any, target: nn.Module, seen: dict[int, Any] | None = None) -> Any:
+    """The same drafter with every self-drafting adapter in it put on the target; itself if it has none.
+
+    Args:
+        drafter: a drafter, or a tuple of them.
+        target: of the call.
+        seen: what has been bound already: a drafter that occurs twice in a nest stays one.
+
+    Raises:
+        ValueError: an adapter was trained on another base.
+    """
+    seen = {} if seen is None else seen
+    if isinstance(drafter, SelfDraft):
+        return drafter.bind(target)
+    if isinstance(drafter, tuple):
+        parts = tuple(bound(part, target, seen) for part in drafter)
+        return drafter if all(a is b for a, b in zip(parts, drafter, strict=True)) else parts
+    if not isinstance(drafter, Drafter) or not is_dataclass(drafter):
+        return drafter
+    if id(drafter) not in seen:
+        options = {f.name: getattr(drafter, f.name) for f in fields(drafter)}
+        changed = {k: new for k, v in options.items() if (new := bound(v, target, seen)) is not v}
+        seen[id(drafter)] = twin = copy.copy(drafter) if changed else drafter
+        for name, value in changed.items():
+            object.__setattr__(twin, name, value)
+    return seen[id(drafter)]
 
 
 def context_length(model: nn.Module) -> int:
@@ -115,6 +150,8 @@ def context_length(model: nn.Module) -> int:
 
 def check_reviewer(model: nn.Module, call: Call) -> None:
     """Raises ValueError if `model` cannot draft or review for this call's target."""
+    if isinstance(model, SelfDraft):
+        model()  # which says that it is not bound
     if reason := refusal(model):
         raise ValueError(reason)
     target = call.target

@@ -15,7 +15,7 @@ class MuonAdamW(Optimizer):
     def __init__(self, model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float]):
         embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
         matrices, others = [], []
-        for parameter in model.parameters():
+        for parameter in filter(lambda p: p.requires_grad, model.parameters()):
             (matrices if parameter.ndim == 2 and id(parameter) not in embeddings else others).append(parameter)
         self.parts = (
             Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),

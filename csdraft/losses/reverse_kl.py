@@ -1,0 +1,31 @@
+"""Reverse KL, sum over tokens of student * log(student / target): the student must not say what the target would not.
+
+Mode-seeking: a small student keeps to what it can imitate (MiniLLM, arXiv 2306.08543). One of DistillSpec's divergences
+(arXiv 2310.08461, section 4).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from csdraft.losses._log_probs import log_probs
+
+__all__ = ["reverse_kl"]
+
+
+def reverse_kl(student_logits: Tensor, target_logits: Tensor, labels: Tensor) -> Tensor:
+    """KL(student || target) of each position, in nats.
+
+    Args:
+        student_logits: (positions, vocab) of any float dtype, computed in float32.
+        target_logits: (positions, vocab) likewise.
+        labels: not used.
+
+    Returns:
+        (positions,) float32, >= 0 and 0 where the two agree. A token that the target rules out with a logit of -inf
+        and the student does not costs 1e4 times its probability, rather than infinity: cut such logits off, or mix the
+        two with `jsd`.
+    """
+    del labels
+    student, target = log_probs(student_logits), log_probs(target_logits)
+    return (student.exp() * (student - target)).sum(-1)

@@ -1,0 +1,27 @@
+"""Total variation, half the sum over tokens of |target - student|: the chance that a drafted token is rejected.
+
+1 less the acceptance rate of rejection sampling (Leviathan et al., arXiv 2211.17192, theorem 3.5), so what DistillSpec
+(arXiv 2310.08461) is after; there seldom the best loss to train with, because its gradient ignores by how much two
+probabilities differ.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+__all__ = ["total_variation"]
+
+
+def total_variation(student_logits: Tensor, target_logits: Tensor, labels: Tensor) -> Tensor:
+    """Total variation of each position.
+
+    Args:
+        student_logits: (positions, vocab) of any float dtype, computed in float32.
+        target_logits: (positions, vocab) likewise.
+        labels: not used.
+
+    Returns:
+        (positions,) float32 from 0, where the two agree, to 1.
+    """
+    del labels
+    return 0.5 * (target_logits.float().softmax(-1) - student_logits.float().softmax(-1)).abs().sum(-1)

@@ -1,0 +1,249 @@
+"""Distils a drafter: a student learns to choose as its target does, and is measured by what it saves the target.
+
+One run: check what can be checked cheaply, load the frozen target, make the student, read the texts, train, save a
+folder that `ModelDrafter` loads. DistillSpec (arXiv 2310.08461) is on-policy data with total variation or KL;
+sequence-level distillation (arXiv 1606.07947) is cross-entropy on the target's own text.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from csdraft.data.packing import IGNORED
+from csdraft.trainers.distillation import Distillation
+from csdraft.trainers.exam import Exam
+from csdraft.trainers.interrupt import Interrupt
+from csdraft.trainers.objective import Objective
+from csdraft.trainers.on_policy import rewritten
+from csdraft.trainers.publish import describe
+from csdraft.trainers.students import load_student_weights, save_student
+
+__all__ = ["DistillArguments", "DrafterTrainer"]
+
+
+@dataclass
+class DistillArguments(TrainingArguments):
+    """`transformers.TrainingArguments`, unchanged, and what distilling a drafter needs besides."""
+
+    target: str = field(default="models/smol-target", metadata={"help": "Folder or Hub id of the model to draft for."})
+    target_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the target."})
+    target_dtype: str = field(default="auto", metadata={"help": "dtype of the frozen target's weights."})
+    target_device_map: str | None = field(
+        default=None, metadata={"help": "Where the target lives, such as 'auto'; None is the student's device."}
+    )
+
+    student: str | None = field(default=None, metadata={"help": "Folder or Hub id of the drafter to start from."})
+    init: dict | None = field(
+        default=None, metadata={"help": "Or a new one: {from_target: {layers: [0, 15]}} or {config: {...}}."}
+    )
+    peft: dict | None = field(
+        default=None, metadata={"help": "LoRA options; with `layers`, on the target's own layers and shared weights."}
+    )
+
+    dataset: str = field(default="stdlib", metadata={"help": "Texts: a Hub id, file, folder, or 'stdlib'."})
+    dataset_limit: int | None = field(default=None, metadata={"help": "Texts used at most."})
+    max_length: int = field(default=512, metadata={"help": "Tokens of a packed block, and of a text at most."})
+    packing: bool = field(default=True, metadata={"help": "Several texts in a block, kept apart by their positions."})
+
+    losses: dict = field(
+        default_factory=lambda: {"forward_kl": 1.0}, metadata={"help": "Weights by name, of csdraft/losses."}
+    )
+    student_temperature: float = field(default=1.0, metadata={"help": "Divides the student's logits in the loss."})
+    target_temperature: float = field(default=1.0, metadata={"help": "Divides the target's logits in the loss."})
+    chunk: int = field(default=1024, metadata={"help": "Positions whose logits are held in memory at once."})
+    on_policy: float = field(default=0.0, metadata={"help": "Share of the texts that the student writes anew."})
+    on_policy_prompt: int = field(default=64, metadata={"help": "Tokens of a text that stay, at least."})
+
+    temperature: float = field(default=1.0, metadata={"help": "At which drafts will be used; for sampling here."})
+    eval_prompts: str | None = field(default=None, metadata={"help": "Held-out prompts; None is no evaluation."})
+    eval_limit: int = field(default=24, metadata={"help": "Held-out prompts used at most."})
+    eval_depth: int = field(default=5, metadata={"help": "Drafted tokens a round when evaluating."})
+    eval_new_tokens: int = field(default=64, metadata={"help": "Tokens of each text when evaluating."})
+
+    muon: bool = field(default=False, metadata={"help": "Muon for the weight matrices instead of `optim`."})
+    threads: int | None = field(default=None, metadata={"help": "torch CPU threads; None leaves torch's default."})
+    use_cache: bool = field(default=True, metadata={"help": "The student decodes while it is trained."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Batches are made for the trainer."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.on_policy <= 1:
+            raise ValueError(f"on_policy={self.on_policy} is a share of the texts: give a number from 0 to 1")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature={self.temperature} must be above 0; greedy drafting is measured anyway")
+        if self.student is not None and self.init is not None:
+            raise ValueError("student and init are both given; start from the one or make the other")
+
+    @property
+    def objective(self) -> Objective:
+        return Objective(self.losses, self.student_temperature, self.target_temperature, self.chunk)
+
+
+class DrafterTrainer(Trainer):
+    """Trains a student on a frozen target's distributions; evaluates by decoding; saves drafters.
+
+    Args:
+        student: trained; anything `csdraft.trainers.students.make_student` makes.
+        target: frozen; left as it is.
+        args: see `DistillArguments`.
+        exam: what `evaluate` runs; None makes `evaluate` an error.
+        options: of `transformers.Trainer`.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        target: nn.Module,
+        args: DistillArguments,
+        exam: Exam | None = None,
+        **options: Any,
+    ):
+        super().__init__(Distillation(student, target, args.objective), args, **options)
+        self.exam = exam
+        self.loss_is_scaled_for_ga = True  # by the number of target tokens of the whole step
+        self.interrupt = Interrupt()
+        self.add_callback(self.interrupt)
+        if not hasattr(target, "hf_device_map") and not getattr(target, "is_quantized", False):
+            target.to(args.device)
+
+    @property
+    def student(self) -> nn.Module:
+        return self.model.student  # type: ignore[union-attr]
+
+    @property
+    def target(self) -> nn.Module:
+        return self.model.target  # type: ignore[union-attr]
+
+    # A step: batches, the number of their target tokens, the loss.
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = [self._prepare_inputs(batch) for batch in batches]
+        if self.args.on_policy > 0:  # type: ignore[union-attr]
+            with self.decoding():
+                batches = [self._rewritten(batch) for batch in batches]
+        count = sum((scored(batch).sum() for batch in batches), torch.zeros((), dtype=torch.long, device=device))
+        return batches, self.accelerator.gather(count.reshape(1)).sum().clamp(min=1)  # type: ignore[union-attr]
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        total = scored(inputs).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        loss = model(**inputs, total=total)
+        if num_items_in_batch is not None:  # processes' gradients are averaged, their sum is wanted
+            loss = loss * self.accelerator.num_processes
+        return (loss, {}) if return_outputs else loss
+
+    def _rewritten(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        args, tokenizer = self.args, self.processing_class
+        end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id  # type: ignore[union-attr]
+        keys = (args.seed, self.state.global_step)
+        return rewritten(
+            batch,
+            self.student,
+            args.on_policy,  # type: ignore[union-attr]
+            keys,
+            args.on_policy_prompt,  # type: ignore[union-attr]
+            args.temperature,  # type: ignore[union-attr]
+            end,
+            end if pad is None else pad,
+        )
+
+    def decoding(self) -> AbstractContextManager:
+        """The student ready to decode: in eval mode, its parameters whole, global random numbers left alone."""
+        return _Decoding(self)
+
+    # Evaluation.
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """Acceptance and block efficiency on the held-out prompts; see `Exam.grade`."""
+        if self.exam is None:
+            raise ValueError("there are no prompts to evaluate on: give eval_prompts=FILE (or exam=)")
+        with self.decoding():
+            sums = self.exam.sit(self.target, self.student, slice(self.args.process_index, None, self.args.world_size))
+        figures = self.exam.grade(self._summed(sums))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _summed(self, sums: dict[str, float]) -> dict[str, float]:
+        """Over the processes; one without prompts has none of the names."""
+        if self.args.world_size == 1:
+            return sums
+        from accelerate.utils import gather_object
+
+        total: dict[str, float] = {}
+        for part in gather_object([sums]):
+            for name, value in part.items():
+                total[name] = total.get(name, 0.0) + value
+        return total
+
+    # Checkpoints hold the student alone, as a folder that loads without this class.
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if state_dict is not None:
+            state_dict = {name.removeprefix("student."): value for name, value in state_dict.items()}
+        if self.args.should_save:
+            save_student(self.student, output_dir or self.args.output_dir, self.processing_class, state_dict)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """README.md with the measured acceptance, and provenance.json, in `output_dir`."""
+        if self.is_world_process_zero():
+            describe(self, Path(self.args.output_dir))  # type: ignore[arg-type]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_student_weights(self.student, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return super()._load_best_model()
+        load_student_weights(self.student, self.state.best_model_checkpoint)
+
+
+class _Decoding(AbstractContextManager):
+    """See `DrafterTrainer.decoding`."""
+
+    def __init__(self, trainer: DrafterTrainer):
+        self.trainer = trainer
+
+    def __enter__(self) -> None:
+        trainer = self.trainer
+        self.was_training = trainer.student.training
+        self.whole = whole_parameters(trainer)
+        self.random = torch.random.fork_rng(enabled=True)
+        self.random.__enter__()
+        self.whole.__enter__()
+        trainer.student.eval()
+
+    def __exit__(self, *error: Any) -> None:
+        self.trainer.student.train(self.was_training)
+        self.whole.__exit__(*error)
+        self.random.__exit__(*error)
+
+
+def whole_parameters(trainer: Trainer) -> AbstractContextManager:
+    """Gathers parameters that ZeRO-3 or FSDP keep in parts; every process must enter."""
+    model = trainer.model_wrapped
+    if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(list(trainer.model.parameters()))  # type: ignore[union-attr]
+    if trainer.is_fsdp_enabled and model is not trainer.model:
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        return FullyShardedDataParallel.summon_full_params(model, writeback=False)
+    return nullcontext()
+
+
+def scored(batch: dict[str, Tensor]) -> Tensor:
+    """Where a batch's labels count: the first token of a decoder-only row is predicted by nobody."""
+    labels = batch["labels"]
+    return (labels if "decoder_input_ids" in batch else labels[:, 1:]) != IGNORED

@@ -1,0 +1,144 @@
+"""What a drafter is worth to its target, on held-out prompts: acceptance and block efficiency, by decoding."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from csdraft.decoding.report import Report
+from csdraft.drafters.model import ModelDrafter
+from csdraft.schedules.fixed import Fixed
+
+__all__ = ["Exam", "left_padded"]
+
+
+@dataclass
+class Exam:
+    """Lets target and drafter decode some prompts together, at temperature 0 and at `temperature`.
+
+    The target's own texts do not depend on the drafter: they are written once, by the first sitting, and later sittings
+    compare the two models' distributions along them.
+
+    Args:
+        prompts: token ids of each.
+        pad: token id for filling up.
+        depth: drafted tokens a round; a fixed number, so that block efficiency depends on acceptance alone.
+        new_tokens: of each text.
+        temperature: of the sampled texts.
+        rows: texts decoded at once.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    pad: int
+    depth: int = 5
+    new_tokens: int = 64
+    temperature: float = 1.0
+    rows: int = 8
+    _written: dict[tuple[bool, int], Tensor] = field(default_factory=dict, repr=False)
+
+    @torch.no_grad()
+    def sit(self, target: Any, student: nn.Module, part: slice = slice(None)) -> dict[str, float]:
+        """Sums over the prompts of `part`, so that the sittings of several processes add up; see `grade`."""
+        sums: dict[str, float] = {}
+        for number, prompts in self._batches(part):
+            for sampled in (False, True):
+                report, texts = self._decode(target, student, prompts, sampled)
+                kind = "sampled" if sampled else "greedy"
+                _add(sums, f"{kind}_emitted", report.emitted)
+                _add(sums, f"{kind}_rounds", report.rounds)
+                for depth, (tried, accepted) in enumerate(report.target.by_depth[: self.depth], 1):
+                    _add(sums, f"{kind}_accepted_{depth}", accepted)
+                    _add(sums, f"{kind}_tried_{depth}", tried)
+                texts = self._written.setdefault((sampled, number), texts)
+                self._compare(sums, target, student, prompts, texts, sampled)
+        return sums
+
+    def _batches(self, part: slice) -> Iterator[tuple[int, Sequence[Sequence[int]]]]:
+        mine = self.prompts[part]
+        for start in range(0, len(mine), self.rows):
+            yield start, mine[start : start + self.rows]
+
+    def _decode(self, target: Any, student: nn.Module, prompts: Any, sampled: bool) -> tuple[Report, Tensor]:
+        """The report of the decoding, and the texts, (rows, prompt + new)."""
+        inputs = left_padded(prompts, self.pad, target.device)
+        how = {"temperature": self.temperature, "top_k": 0, "top_p": 1.0} if sampled else {}
+        output = target.generate(
+            **inputs,
+            assistant=ModelDrafter(student),  # type: ignore[arg-type]
+            schedule=Fixed(self.depth),
+            row_seeds=[seed_of(prompt) for prompt in prompts],
+            do_sample=sampled,
+            max_new_tokens=self.new_tokens,
+            return_dict_in_generate=True,
+            pad_token_id=self.pad,
+            **how,
+        )
+        return output.report, output.sequences
+
+    def _compare(
+        self, sums: dict[str, float], target: Any, student: Any, prompts: Any, texts: Tensor, sampled: bool
+    ) -> None:
+        """Adds what both models say along the target's text: overlap where it was sampled, agreement where greedy."""
+        if target.config.is_encoder_decoder:
+            inputs = left_padded(prompts, self.pad, target.device) | {"decoder_input_ids": texts[:, :-1]}
+            written = texts[:, 1:] != self.pad
+        else:
+            width = texts.shape[1] - self.new_tokens
+            mask = torch.ones_like(texts)
+            mask[:, :width] = left_padded(prompts, self.pad, texts.device)["attention_mask"]
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            inputs = {"input_ids": texts, "attention_mask": mask, "position_ids": positions}
+            written = torch.zeros_like(texts[:, 1:], dtype=torch.bool)
+            written[:, width - 1 :] = True
+        logits = [model(**inputs, use_cache=False).logits[:, : written.shape[1]][written] for model in (target, student)]
+        width = min(part.shape[-1] for part in logits)
+        p, q = ((part[:, :width].float() / self.temperature).softmax(-1) for part in logits)
+        _add(sums, "compared_sampled" if sampled else "compared_greedy", len(p))
+        if sampled:
+            _add(sums, "overlap", torch.minimum(p, q).sum().item())
+        else:
+            _add(sums, "agreed", (p.argmax(-1) == q.argmax(-1)).sum().item())
+
+    def grade(self, sums: dict[str, float]) -> dict[str, float]:
+        """Figures from sums.
+
+        Returns:
+            acceptance: mean of sum(min(p, q)) along sampled texts, the chance of rejection sampling to accept
+                (Leviathan et al., arXiv 2211.17192, section 3.4);
+            agreement: share of equal greedy choices along greedy texts;
+            block_efficiency, block_efficiency_sampled: tokens a call of the target, at temperature 0 and at
+                `temperature`;
+            accepted_<n>: how often the n-th drafted token was kept, given that those before it were, greedy.
+        """
+        figures = {
+            "acceptance": sums["overlap"] / sums["compared_sampled"],
+            "agreement": sums["agreed"] / sums["compared_greedy"],
+            "block_efficiency": sums["greedy_emitted"] / sums["greedy_rounds"],
+            "block_efficiency_sampled": sums["sampled_emitted"] / sums["sampled_rounds"],
+        }
+        for depth in range(1, self.depth + 1):
+            if tried := sums.get(f"greedy_tried_{depth}"):
+                figures[f"accepted_{depth}"] = sums[f"greedy_accepted_{depth}"] / tried
+        return figures
+
+
+def left_padded(texts: Sequence[Sequence[int]], pad: int, device: Any) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask`, (rows, longest)."""
+    width = max(map(len, texts))
+    ids = [[pad] * (width - len(text)) + list(text) for text in texts]
+    mask = [[0] * (width - len(text)) + [1] * len(text) for text in texts]
+    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
+
+
+def seed_of(tokens: Sequence[int], *keys: int) -> int:
+    """A seed that depends on the text and on some numbers, and on nothing else."""
+    return zlib.crc32(repr((list(tokens), keys)).encode())
+
+
+def _add(sums: dict[str, float], name: str, value: float) -> None:
+    sums[name] = sums.get(name, 0.0) + value

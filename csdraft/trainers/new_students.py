@@ -1,0 +1,152 @@
+"""New students: a model with random weights for the target's tokenizer, or one cut out of the target.
+
+Cutting layers out of the target and training on is how DistilBERT (arXiv 1910.01108) and Minitron (arXiv 2407.14679)
+begin.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from csdraft import spec
+from csdraft.heads.layers import layer_stacks, shared_layers
+
+__all__ = ["cut_out", "from_scratch", "narrow_config", "new_config"]
+
+FROM_TARGET = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
+PROBE_TOKENS = 12
+
+# From scratch.
+
+
+def new_config(config: Any, options: Mapping[str, Any]) -> Any:
+    """A config of these options, with the vocabulary and special tokens of another.
+
+    Args:
+        config: the target's.
+        options: `model_type` (the target's if left out), and what a config of that type takes.
+    """
+    from transformers import CONFIG_MAPPING
+
+    options = dict(options)
+    kind = options.pop("model_type", config.model_type)
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f"model_type {kind!r} is unknown to transformers: {spec.nearest(kind, CONFIG_MAPPING)[:400]}")
+    made = CONFIG_MAPPING[kind]
+    own = {field.name for field in fields(made)}
+    spec.check_keys(options, sorted((own | set(made.attribute_map)) - set(FROM_TARGET)), f"init.config ({kind})")
+    text = config.get_text_config(decoder=True)
+    taken = {key: getattr(text, key, None) for key in (*FROM_TARGET, "max_position_embeddings")}
+    given = {key: value for key, value in taken.items() if value is not None and key in {*own, *FROM_TARGET}}
+    try:
+        result = made(**(given | options))
+    except Exception as error:  # huggingface_hub's checks of fields share no base but this
+        raise ValueError(f"init.config: {error}") from error
+    if result.is_encoder_decoder != config.is_encoder_decoder:
+        raise ValueError(
+            f"init.config: {kind!r} is {'an encoder-decoder' if result.is_encoder_decoder else 'decoder-only'}, the "
+            f"target {config.model_type!r} is not; both must be alike"
+        )
+    return result
+
+
+def from_scratch(target: Any, options: Mapping[str, Any]) -> nn.Module:
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    config = new_config(target.config, options)
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    student = auto.from_config(config, dtype=torch.float32)
+    student.generation_config = copy.deepcopy(target.generation_config)
+    return student
+
+
+# Cut out of the target.
+
+
+def narrow_config(config: Any, width: int) -> Any:
+    """A copy of a config with fewer channels; ValueError if its family's heads would become others.
+
+    Keeping the first channels is right where every head keeps its size: where the config states it.
+    """
+    head, key = (config.attribute_map.get(name, name) for name in ("head_dim", "hidden_size"))
+    if head not in {field.name for field in fields(config)}:
+        raise ValueError(
+            f"hidden_size={width}: a {config.model_type!r} model derives the size of its heads from its width, so "
+            "channels cannot be left out; leave hidden_size out, or make a new model: init: {config: {...}}"
+        )
+    if not isinstance(width, int) or not 0 < width <= config.hidden_size:
+        raise ValueError(f"hidden_size={width!r} must be a whole number up to the target's {config.hidden_size}")
+    try:
+        return type(config).from_dict(config.to_dict() | {key: width})
+    except Exception as error:  # as in `new_config`
+        raise ValueError(f"hidden_size={width}: {error}") from error
+
+
+def cut_out(target: Any, layers: Any, encoder_layers: Any = None, hidden_size: int | None = None) -> nn.Module:
+    """A fresh model of the cut config, with copies of the target's tensors."""
+    if getattr(target, "is_quantized", False):
+        raise ValueError("the target is quantised: its weights are no start for a student; load it in a float type")
+    part = shared_layers(target, layers, encoder_layers).eval()
+    plain = type(part.config).from_dict(part.config.to_dict())  # as it will be read from config.json
+    plain = plain if hidden_size is None else narrow_config(plain, hidden_size)
+    plain.name_or_path = ""
+    student = type(part)(plain).to(part.dtype).eval()
+    student.generation_config = copy.deepcopy(target.generation_config)
+    _copy(part, student, part.config.hidden_size)
+    if hidden_size is None:
+        _check_alike(part, student)
+    return student.float()
+
+
+@torch.no_grad()
+def _copy(part: nn.Module, student: nn.Module, width: int) -> None:
+    """Copies tensors by name; of a wider one the first channels."""
+    theirs, own = part.state_dict(), student.state_dict()
+    name = type(part).__name__
+    if theirs.keys() != own.keys():
+        raise ValueError(f"{name} cannot be cut: with these layers it has other weights: {theirs.keys() ^ own.keys()}")
+    for key, tensor in own.items():
+        source = theirs[key]
+        if any(a != b and a != width for a, b in zip(source.shape, tensor.shape, strict=True)):
+            raise ValueError(
+                f"{name} cannot be cut: its {key} has shape {tuple(source.shape)}, the student's {tuple(tensor.shape)}"
+            )
+        tensor.copy_(source[tuple(slice(size) for size in tensor.shape)])
+
+
+@torch.no_grad()
+def _check_alike(part: Any, student: Any) -> None:
+    """Raises ValueError unless the student computes what the target's layers do: the cut config must say it all."""
+    name = f"{type(part).__name__} ({part.config.model_type}) cannot be cut"
+    for mine, theirs in zip(layer_stacks(student), layer_stacks(part), strict=True):
+        for a, b in zip(mine.modules(), theirs.modules(), strict=True):
+            other = [key for key, value in _options(a).items() if _options(b).get(key, value) != value]
+            if other or type(a) is not type(b):
+                raise ValueError(f"{name}: the config does not keep {other or type(b).__name__} of {type(b).__name__}")
+    ids = torch.arange(PROBE_TOKENS)[None] % student.config.get_text_config(decoder=True).vocab_size
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if student.config.is_encoder_decoder else {})
+    logits = [
+        model(**{key: value.to(_device(model)) for key, value in inputs.items()}).logits.float().cpu()
+        for model in (part, student)
+    ]
+    allowed = 1e-3 if part.dtype == torch.float32 else 0.05
+    if not (logits[0] - logits[1]).abs().max() <= allowed * logits[0].abs().max():
+        raise ValueError(f"{name}: a model of its cut config computes something else")
+
+
+def _options(module: nn.Module) -> dict[str, Any]:
+    """A module's plain public attributes."""
+    plain = bool | int | float | str | None
+    return {
+        k: v for k, v in vars(module).items() if isinstance(v, plain) and k != "training" and not k.startswith("_")
+    }
+
+
+def _device(model: Any) -> torch.device:
+    return model.get_input_embeddings().weight.device

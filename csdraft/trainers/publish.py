@@ -1,0 +1,126 @@
+"""What lies beside a trained drafter's weights: a model card with its measured acceptance, and where it came from."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import sys
+from dataclasses import fields
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainingArguments
+
+from csdraft.hub import public_name
+
+if TYPE_CHECKING:
+    from csdraft.trainers.distill import DrafterTrainer
+
+__all__ = ["describe"]
+
+PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "deepspeed")
+FIGURES = {
+    "eval_block_efficiency": "block efficiency, greedy",
+    "eval_block_efficiency_sampled": "block efficiency, sampled",
+    "eval_acceptance": "expected acceptance, sum of min(p, q)",
+    "eval_agreement": "greedy agreement",
+}
+
+
+def describe(trainer: DrafterTrainer, folder: Path) -> None:
+    """Writes README.md and provenance.json into a drafter's folder."""
+    origin = provenance(trainer)
+    (folder / "provenance.json").write_text(json.dumps(origin, indent=2, default=str) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(card(folder.name, origin), encoding="utf-8")
+
+
+def provenance(trainer: DrafterTrainer) -> dict[str, Any]:
+    """Command, arguments, versions, revisions, and the figures before and after. No absolute paths."""
+    args = trainer.args
+    plain = {f.name for f in fields(TrainingArguments)}
+    own = {f.name: getattr(args, f.name) for f in fields(args) if f.name not in plain}
+    chosen = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
+              "learning_rate", "lr_scheduler_type", "weight_decay", "seed")  # fmt: skip
+    target = trainer.target
+    measured = [entry for entry in trainer.state.log_history if "eval_block_efficiency" in entry]
+    return {
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join([Path(sys.argv[0]).name, *map(_named, sys.argv[1:])]),
+        "versions": {"python": platform.python_version()} | _versions(),
+        "target": {"name": public_name(target), "revision": getattr(target.config, "_commit_hash", None)},
+        "arguments": {k: _named(v) for k, v in own.items()} | {k: getattr(args, k) for k in chosen},
+        "processes": args.world_size,
+        "steps": trainer.state.global_step,
+        "before": measured[0] if measured and measured[0].get("step") == 0 else None,
+        "measured": measured[-1] if measured else None,
+    }
+
+
+def card(name: str, origin: dict[str, Any]) -> str:
+    """README.md of a drafter."""
+    target = origin["target"]["name"]
+    base = f"base_model: {target}\n" if "/" in target else ""
+    arguments = origin["arguments"]
+    return f"""---
+library_name: transformers
+{base}tags:
+- csdraft
+- speculative-decoding
+- drafter
+---
+
+# {name}
+
+A drafter for speculative decoding of {target}, trained with csdraft. The target checks what it drafts: `generate`
+writes what it would have written without it, in fewer calls of the target.
+
+```python
+import csdraft  # pip install csdraft
+
+output = model.generate(**inputs, assistant="{name}")  # this folder's path or Hub id; model is {target}
+```
+
+{_table(origin)}
+
+Trained for {origin["steps"]} steps on `{arguments["dataset"]}` with losses `{json.dumps(arguments["losses"])}`, a share of
+{arguments["on_policy"]} of the texts written by the drafter itself, learning rate {arguments["learning_rate"]}. All
+arguments, versions and revisions are in `provenance.json`.
+"""
+
+
+def _table(origin: dict[str, Any]) -> str:
+    before, after = origin["before"], origin["measured"]
+    if after is None:
+        return "No figures: it was trained without evaluation."
+    depth = origin["arguments"]["eval_depth"]
+    head = "| | before | after |\n|---|---|---|" if before else "| | measured |\n|---|---|"
+    lines = [
+        f"| {words} | " + " | ".join(f"{figures[key]:.2f}" for figures in (before, after) if figures) + " |"
+        for key, words in FIGURES.items()
+        if key in after
+    ]
+    note = f"On held-out prompts, chains of {depth}; block efficiency is tokens a call of the target, 1 without drafts."
+    return "\n".join([head, *lines, "", note])
+
+
+def _versions() -> dict[str, str]:
+    found = {"csdraft": _version("csdraft")} | {package: _version(package) for package in PACKAGES}
+    return {package: number for package, number in found.items() if number}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _named(value: Any) -> Any:
+    """Of a path only the last part: the rest says nothing on another machine."""
+    if not isinstance(value, str):
+        return value
+    key, equals, path = value.rpartition("=")
+    return key + equals + (Path(path).name if re.match(r"(/|~|\.\.?/|[A-Za-z]:\\)", path) else path)

@@ -1,0 +1,197 @@
+"""One distillation from its arguments: what can be wrong is found before any weight is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from transformers.integrations import deepspeed
+
+from csdraft.data.packing import Packed, SourceCollator, collate
+from csdraft.data.sources import read_prompts, read_rows
+from csdraft.hub import fingerprint
+from csdraft.trainers.distill import DistillArguments, DrafterTrainer
+from csdraft.trainers.exam import Exam
+from csdraft.trainers.muon import MuonAdamW
+from csdraft.trainers.pretrain import last_checkpoint
+from csdraft.trainers.students import check_student, make_student
+
+__all__ = ["distill"]
+
+
+def distill(args: DistillArguments) -> DrafterTrainer:
+    """Trains a drafter and leaves it in `args.output_dir`; goes on from the newest checkpoint there.
+
+    Returns:
+        The trainer, at the end of training or after a signal (`trainer.interrupt.stopped`).
+
+    Raises:
+        ValueError: for arguments, data or folders that cannot work, before the target is loaded.
+    """
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    config, tokenizer = read_target(args)
+    check(args, config, tokenizer)
+    rows = read_rows(args.dataset, tokenizer, args.max_length, limit=args.dataset_limit)
+    batches = make_batches(args, config, tokenizer, rows)
+    exam = make_exam(args, config, tokenizer)
+    target, student = load_models(args, config)
+    trainer = DrafterTrainer(
+        student,
+        target,
+        args,
+        exam,
+        **batches,
+        eval_dataset=exam and exam.prompts,
+        processing_class=tokenizer,
+        optimizers=(make_muon(args, student), None),
+    )
+    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
+    if trainer.interrupt.stopped:
+        print(f"stopped at step {trainer.state.global_step}; the same command goes on from {args.output_dir}")
+    else:
+        trainer.save_model()
+        trainer.create_model_card()
+    return trainer
+
+
+# Before anything is loaded.
+
+
+def read_target(args: DistillArguments) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """The target's config and tokenizer: a few kilobytes that most checks need."""
+    options = {"revision": args.target_revision} if args.target_revision else {}
+    return (
+        AutoConfig.from_pretrained(args.target, **options),
+        AutoTokenizer.from_pretrained(args.target, **options),
+    )
+
+
+def check(args: DistillArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError for what can be seen without weights and data."""
+    check_extras(args)
+    _ = args.objective  # names of losses
+    check_student(config, args.student, args.init, args.peft)
+    if args.max_length > (context := context_length(config)):
+        raise ValueError(f"max_length={args.max_length} is longer than the target's context of {context} tokens")
+    check_writable(args.output_dir)
+    if args.student is not None:
+        check_tokenizers(args.student, args.target, tokenizer)
+
+
+def check_extras(args: DistillArguments) -> None:
+    """Packages that are asked for and not installed."""
+    reports = args.report_to if isinstance(args.report_to, list) else [args.report_to]
+    wanted = {
+        "peft": ("train", bool(args.peft)),
+        "tensorboard": ("train", "tensorboard" in reports),
+        "datasets": ("train", True),
+    }
+    for package, (extra, asked) in wanted.items():
+        if asked and importlib.util.find_spec(package) is None:
+            raise ValueError(f"{package} is needed and not installed: pip install csdraft[{extra}]")
+
+
+def check_writable(folder: str | None) -> None:
+    try:
+        Path(folder or "").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"output_dir={folder!r} cannot be written ({error}); give a folder of your own") from error
+
+
+def check_tokenizers(student: str, target: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A drafter must write the target's tokens: same ids for the same words."""
+    try:
+        own = AutoTokenizer.from_pretrained(student)
+    except (OSError, ValueError):
+        return  # a folder of weights alone: the sizes are compared when it is loaded
+    if (found := fingerprint(own)) != (wanted := fingerprint(tokenizer)):
+        raise ValueError(
+            f"student {student} has tokenizer {found} ({len(own)} tokens), target {target} has {wanted} "
+            f"({len(tokenizer)} tokens); start from a student of the target's family, or use init="
+        )
+
+
+# Data.
+
+
+def make_exam(args: DistillArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Exam | None:
+    if args.eval_prompts is None:
+        return None
+    context = context_length(config)
+    longest = context - args.eval_new_tokens - args.eval_depth
+    prompts = read_prompts(args.eval_prompts, tokenizer, args.eval_limit, longest)
+    return Exam(
+        prompts, pad_of(tokenizer), args.eval_depth, args.eval_new_tokens, args.temperature, args.eval_batch_size
+    )
+
+
+def make_batches(
+    args: DistillArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, rows: Any
+) -> dict[str, Any]:
+    """The trainer's `train_dataset` and `data_collator`."""
+    pad = pad_of(tokenizer)
+    if config.is_encoder_decoder:
+        return {"train_dataset": rows, "data_collator": SourceCollator(pad, config.decoder_start_token_id)}
+    packed = Packed(rows, args.max_length, pad, args.packing)
+    return {"train_dataset": packed, "data_collator": partial(collate, pad=pad)}
+
+
+def context_length(config: PreTrainedConfig) -> int:
+    return getattr(config, "max_position_embeddings", None) or 1 << 20
+
+
+def pad_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id  # type: ignore
+
+
+# Models.
+
+
+def load_models(args: DistillArguments, config: PreTrainedConfig) -> tuple[nn.Module, nn.Module]:
+    """The frozen target, and the student in float32 (or bf16 weights if `args.bf16_full_eval`)."""
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    options: dict[str, Any] = {"revision": args.target_revision} if args.target_revision else {}
+    if args.target_device_map is not None:
+        options["device_map"] = args.target_device_map
+    with whole_models():
+        target = auto.from_pretrained(args.target, dtype=args.target_dtype, **options)
+        set_seed(args.seed)
+        student = make_student(target, args.student, args.init, args.peft)
+    return target, student
+
+
+@contextmanager
+def whole_models() -> Iterator[None]:
+    """`from_pretrained` as usual: under a ZeRO-3 config it would cut every model into parts, the target too."""
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    config = reference() if reference is not None else None
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            deepspeed.set_hf_deepspeed_config(config)
+
+
+def make_muon(args: DistillArguments, student: nn.Module) -> MuonAdamW | None:
+    betas = (args.adam_beta1, args.adam_beta2)
+    return MuonAdamW(student, args.learning_rate, args.weight_decay, betas) if args.muon else None

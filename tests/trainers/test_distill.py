@@ -1,0 +1,170 @@
+"""The drafter trainer: what it changes, that a step does not depend on how it is cut up, and that it goes on exactly."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from trainers.pair import arguments, make_pair, settings
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from csdraft.trainers import run
+from csdraft.trainers.distill import DrafterTrainer
+from csdraft.trainers.exam import Exam
+from csdraft.trainers.run import distill
+
+ROOT = Path(__file__).parent.parent.parent
+SCRIPT = ROOT / "scripts/distill_drafter.py"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pair(tmp_path_factory.mktemp("distill"))
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict()
+
+
+def largest_difference(one: dict, other: dict) -> float:
+    assert one.keys() == other.keys()
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def losses(trainer: DrafterTrainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_the_student_comes_nearer_to_the_target(folder):
+    trainer = distill(arguments(folder, "nearer", max_steps=40))
+    assert sum(losses(trainer)[-5:]) < 0.7 * sum(losses(trainer)[:5])
+
+
+def test_only_the_student_changes(folder):
+    before = weights(folder / "target")
+    trainer = distill(arguments(folder, "only", max_steps=2))
+    after = trainer.target.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(parameter.requires_grad for parameter in trainer.target.parameters())
+    moved = largest_difference(weights(folder / "student"), weights(folder / "only"))
+    assert moved > 1e-3
+    optimised = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert optimised == {id(p) for p in trainer.student.parameters()}
+
+
+@pytest.mark.parametrize("on_policy", [0.0, 0.7])
+def test_a_step_does_not_depend_on_how_it_is_accumulated(folder, on_policy):
+    """Rows of unequal lengths: a mean of means would weigh them differently."""
+    changes = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 1e9, "on_policy": on_policy}
+    whole, parts = f"whole-{on_policy}", f"parts-{on_policy}"
+    distill(arguments(folder, whole, **changes))
+    distill(
+        arguments(folder, parts, per_device_train_batch_size=1, gradient_accumulation_steps=8, **changes)
+    )
+    moved = largest_difference(weights(folder / "student"), weights(folder / whole))
+    assert largest_difference(weights(folder / whole), weights(folder / parts)) < 1e-4 * moved
+
+
+def test_on_policy_texts_are_the_students(folder):
+    """With a share of 1 the gradient differs from the corpus's, and the same run twice does not."""
+    changes = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 1e9}
+    distill(arguments(folder, "corpus-run", **changes))
+    first = distill(arguments(folder, "policy-1", on_policy=1.0, **changes))
+    second = distill(arguments(folder, "policy-2", on_policy=1.0, **changes))
+    assert losses(first) == losses(second)
+    assert largest_difference(weights(folder / "policy-1"), weights(folder / "policy-2")) == 0
+    assert largest_difference(weights(folder / "policy-1"), weights(folder / "corpus-run")) > 1e-3
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(folder):
+    whole = distill(arguments(folder, "uninterrupted", max_steps=6, on_policy=0.5))
+    distill(arguments(folder, "resumed", max_steps=6, on_policy=0.5, num_train_epochs=1))  # makes checkpoint-2 and -4
+    for name in ("checkpoint-6",):
+        for file in (folder / "resumed" / name).iterdir():
+            file.unlink()
+        (folder / "resumed" / name).rmdir()
+    again = distill(arguments(folder, "resumed", max_steps=6, on_policy=0.5))
+    assert losses(again) == losses(whole)
+    assert largest_difference(weights(folder / "uninterrupted"), weights(folder / "resumed")) == 0
+
+
+def test_a_signal_leaves_a_checkpoint_to_go_on_from(folder):
+    recipe = folder / "signal.yaml"
+    recipe.write_text(yaml.safe_dump(settings(folder, "signal", max_steps=4000, save_steps=10000)))
+    command = [sys.executable, str(SCRIPT), "--config", str(recipe)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, stderr=subprocess.STDOUT)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "'loss'" in line:
+            break
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "the same command goes on" in said
+    (checkpoint,) = (folder / "signal").glob("checkpoint-*")
+    step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+    trainer = distill(arguments(folder, "signal", max_steps=step + 2, save_steps=10000))
+    assert trainer.state.global_step == step + 2 and len(losses(trainer)) == step + 2
+
+
+def test_a_target_that_drafts_for_itself_passes_the_exam_in_full(folder):
+    target = AutoModelForCausalLM.from_pretrained(folder / "target", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "target")
+    target.generation_config.eos_token_id = None
+    prompts = [tokenizer(text)["input_ids"] for text in ("x1 = y", "x2 = y + 3\n", "x")]
+    exam = Exam(prompts, tokenizer.pad_token_id, depth=3, new_tokens=16)
+    figures = exam.grade(exam.sit(target, target))
+    assert figures["agreement"] == 1 and figures["acceptance"] == pytest.approx(1, abs=1e-5)
+    assert figures["block_efficiency"] == 4 and figures["block_efficiency_sampled"] == 4
+    assert [figures[f"accepted_{n}"] for n in (1, 2, 3)] == [1, 1, 1]
+
+
+def test_the_exam_is_the_training_metric(folder):
+    trainer = distill(
+        arguments(
+            folder, "metric", max_steps=4, eval_strategy="steps", eval_steps=2, eval_prompts=f"{folder}/prompts.jsonl",
+            eval_new_tokens=12, metric_for_best_model="block_efficiency", load_best_model_at_end=True,
+        )
+    )  # fmt: skip
+    seen = [entry["eval_block_efficiency"] for entry in trainer.state.log_history if "eval_block_efficiency" in entry]
+    assert len(seen) == 2 and trainer.state.best_metric == max(seen) >= 1
+    found = trainer.evaluate()["eval_block_efficiency"]
+    assert found == max(seen)
+
+
+WRONG = {
+    "an unknown loss": ({"losses": {"foward_kl": 1.0}}, "forward_kl"),
+    "a share above one": ({"on_policy": 1.5}, "from 0 to 1"),
+    "no texts": ({"dataset": "{folder}/nothing.jsonl"}, "nothing.jsonl"),
+    "two starts": ({"init": {"config": {}}}, "both given"),
+    "an unwritable folder": ({"output_dir": "/proc/nowhere"}, "/proc/nowhere"),
+    "a context too long": ({"max_length": 1000}, "1000"),
+    "another tokenizer": ({"student": "{root}/models/smol-drafter"}, "tokenizer"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_mistakes_are_found_before_the_target_is_loaded(folder, what, monkeypatch):
+    monkeypatch.setattr(run, "load_models", lambda *_: pytest.fail("the target was loaded"))
+    changes, words = WRONG[what]
+    changes = {
+        key: value.format(folder=folder, root=ROOT) if isinstance(value, str) else value
+        for key, value in changes.items()
+    }
+    with pytest.raises(ValueError, match=words):
+        distill(arguments(folder, "wrong", **changes))
+
+
+def test_a_checkpoint_of_another_student_is_refused(folder):
+    distill(arguments(folder, "other", max_steps=2))
+    with pytest.raises(ValueError, match="student"):
+        distill(arguments(folder, "other", max_steps=4, student=str(folder / "target")))
