@@ -7,7 +7,7 @@ ARGS ?=
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: setup style check test slow demo bench docs
+.PHONY: setup style check test slow gpu demo bench docs
 
 setup: $(READY)
 
@@ -33,6 +33,9 @@ test: $(READY)
 
 slow: $(READY)
 	$(BIN)/python -m pytest -q -m "slow and not gpu" $(ARGS)
+
+gpu: $(READY)
+	$(BIN)/python -m pytest -q -m gpu tests/gpu $(ARGS)
 
 demo: $(READY)
 	$(BIN)/python scripts/demo.py $(ARGS)

@@ -139,6 +139,18 @@ def test_worked_example(example):
     assert list(done.draft.levels) == kept_of_first + [copier_level] * 6 + [small_level] + [copier_level] * 9
 
 
+def test_only_the_outermost_cascade_charges_its_stages(example):
+    """The copier also works inside medium's and small's rows, whose time is theirs: it is charged for its tail."""
+    cascade, _, call = example
+    call.script(cascade.drafters[0].network, 6)
+    call.script(cascade.drafters[1].network, 3, 6)
+    cascade.propose([Context(0, call.texts[0], call)], [Budget(23, 23)])
+    medium, small, tail = (call.charges[id(drafter)] for drafter, _ in cascade.stages())
+    assert (medium[1], small[1], tail[1]) == (7, 7, 9)
+    assert len(call.charges) == 3
+    assert medium[0] > 0
+
+
 def test_room_of_row_0_with_12_tokens_left(example):
     """The target adds one itself, so that 11 may be drafted; inside, each reviewer's room is one less."""
     cascade, copier, call = example

@@ -81,7 +81,10 @@ def test_bench_hands_its_arguments_on(monkeypatch):
     [
         (["check"], "--cascade or --drafter"),
         (["generate", "--prompt", "a", "--report"], "nothing is drafted"),
-        (["generate", "--prompt", "a", "--k-matrix", "[1]"], "--drafter"),
+        (["generate", "--prompt", "a", "--k-matrix", "[1]"], "--k-matrix [1]: nothing drafts"),
+        (["generate", "--prompt", "a", "--cascade", "x", "--k-matrix", "5"], "--k-matrix 5: a saved cascade has its"),
+        (["check", "--cascade", "x", "--lenience", "1", "--k-matrix", "[1]"], "--k-matrix [1] and --lenience 1.0: a"),
+        (["check", "--drafter", "max_gram", "--lenience", "0.5"], "lenience=0.5 must be 1"),
         (["generate", "--prompt", ""], "prompt is empty"),
         (["generate", "--file", "no-such-file"], "no-such-file"),
     ],

@@ -8,7 +8,7 @@ import torch
 from tiny import fresh, tiny
 
 from csdraft import CascadeDrafter, Drafter, MaxGram, ModelDrafter
-from csdraft.decoding.draft import Draft
+from csdraft.decoding.draft import Draft, Law
 from csdraft.schedules.fixed import Fixed
 
 PROMPT = torch.tensor([[3, 14, 15, 9, 26, 5, 3, 14, 15]])
@@ -157,6 +157,54 @@ def test_a_malformed_draft_is_left_out(target, plain, draft):
     with pytest.warns(RuntimeWarning, match="left out"):
         out = target.generate(PROMPT, assistant=Broken(lambda c, b: [draft]), schedule=Fixed(2), **WANTED)
     assert torch.equal(out, plain)
+
+
+def tree(contexts, budgets):
+    """Two drawn tokens side by side."""
+    law = torch.full((97,), 1 / 97)
+    level = contexts[0].call.level("a tree")
+    return [Draft((1, 2), (-1, -1), (level,) * 2, (0.1,) * 2, Law("iid", (law, law))) for _ in contexts]
+
+
+def drawn(kind, width=97):
+    """A token of an unfamiliar law, or of one that is not the target's size."""
+    law = torch.full((width,), 1 / width)
+
+    def propose(contexts, budgets):
+        return [Draft((1,), (-1,), (c.call.level("drawn"),), (0.1,), Law(kind, (law,))) for c in contexts]
+
+    return propose
+
+
+UNFIT = [
+    ("block", tree, "is a tree, Block judges chains"),
+    ("block", drawn("without_replacement"), "'without_replacement', Block judges"),
+    ("rejection", drawn("pair"), r"'pair', Rejection judges \['iid'\]"),
+    ("rejection", drawn("iid", 96), r"shape \(96,\), the target's laws \(97,\)"),
+]
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize(("verifier", "wrong", "says"), UNFIT)
+def test_a_draft_that_the_verifier_cannot_judge_is_left_out(target, verifier, wrong, says, sampled):
+    """Known before the round, where it would be an exception: the text goes on, and has its full length."""
+    options = WANTED | {"do_sample": sampled, "eos_token_id": None, "verifier": verifier, "schedule": Fixed(2)}
+    with pytest.warns(RuntimeWarning, match=says):
+        out = target.generate(PROMPT, assistant=Broken(wrong), **options, return_dict_in_generate=True)
+    assert out.sequences.shape[1] == PROMPT.shape[1] + WANTED["max_new_tokens"]
+    assert out.report.plain_rounds > 0
+    with pytest.raises(ValueError, match=says):
+        target.generate(PROMPT, assistant=Broken(wrong), **options, strict=True)
+
+
+@pytest.mark.parametrize("wrong", [tree, drawn("pair")])
+def test_match_judges_any_draft(target, plain, wrong):
+    """Coupled draws read no law and know trees."""
+    for sampled in (False, True):
+        options = WANTED | {"do_sample": sampled, "schedule": Fixed(2), "strict": True}
+        seeds = {"row_seeds": [3]} if sampled else {}
+        out = target.generate(PROMPT, assistant=Broken(wrong), **options, **seeds)
+        assert torch.equal(out, target.generate(PROMPT, assistant=MaxGram(), **options, **seeds))
 
 
 class Unhelpful(MaxGram):

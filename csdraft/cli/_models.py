@@ -49,7 +49,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "repeat for a cascade, largest first",
     )
     parser.add_argument("--k-matrix", type=_json, metavar="JSON", help="e.g. 5, [5, 10] or [[5, 8], [0, 10]]")
-    parser.add_argument("--lenience", type=float, default=1.0, help="of inner reviewers, 1 (strict) or more")
+    parser.add_argument("--lenience", type=float, metavar="X", help="of inner reviewers, 1 (strict, default) or more")
     parser.add_argument("--verifier", metavar="TYPE", help="acceptance rule at the target, e.g. match or rejection")
     parser.add_argument("--schedule", metavar="TYPE", help="how much to draft, e.g. fixed or cost_model")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of all models; their own by default")
@@ -67,6 +67,7 @@ def _json(text: str) -> Any:
 
 def open_models(args: argparse.Namespace) -> Opened:
     """Loads what the arguments name."""
+    _shape(args)  # before anything is loaded
     transformers.utils.logging.disable_progress_bar()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -79,18 +80,24 @@ def open_models(args: argparse.Namespace) -> Opened:
     return Opened(target, tokenizer, _assistant(args, target, dtype), options)
 
 
+def _shape(args: argparse.Namespace) -> dict[str, Any]:
+    """Options of the cascade to build, where the user named one; ValueError if there is none to build."""
+    given = {name: getattr(args, name) for name in ("k_matrix", "lenience") if getattr(args, name) is not None}
+    if given and not args.drafter:
+        flags = " and ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
+        why = "a saved cascade has its own: drop --cascade, and" if args.cascade else "nothing drafts:"
+        raise ValueError(f"{flags}: {why} name the drafters with --drafter, largest first")
+    return given
+
+
 def _assistant(args: argparse.Namespace, target: nn.Module, dtype: str) -> Drafter | None:
     if args.cascade:
         return CascadeDrafter.from_pretrained(args.cascade, target=target, dtype=dtype)
     if not args.drafter:
-        if args.k_matrix is not None:
-            raise ValueError(f"--k-matrix {args.k_matrix} says how long drafters draft; name them with --drafter")
         return None
     drafters = [_drafter(name, dtype, args.device) for name in args.drafter]
-    if len(drafters) == 1 and args.k_matrix is None:
-        return drafters[0]
-    matrix = {} if args.k_matrix is None else {"k_matrix": args.k_matrix}
-    return CascadeDrafter(drafters, lenience=args.lenience, **matrix)
+    shape = _shape(args)
+    return CascadeDrafter(drafters, **shape) if shape or len(drafters) > 1 else drafters[0]
 
 
 def _drafter(name: str, dtype: str, device: str) -> Drafter:

@@ -1,82 +1,267 @@
-"""A corpus in the target's own hand: what it writes after real beginnings, to align a drafter with it.
+"""A target's own continuations: what it writes after real prompts and beginnings, to align a drafter with it.
 
-Sequence-level distillation (Kim and Rush, arXiv 1606.07947; DistillSpec, arXiv 2310.08461, finds target-written text
-the safest data for drafters): a drafter trained on this agrees more often with the target than one trained on the text
-that the target was trained on.
+Sequence-level distillation (Kim and Rush, arXiv 1606.07947); DistillSpec (arXiv 2310.08461) finds text written by the
+target the safest data for drafters: one trained on it agrees more often with the target than one trained on the text
+that the target was trained on. Write it at the temperature at which the target will be used.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from tqdm import tqdm
 
-from csdraft.data.text import END, Document
+from csdraft.data.shards import Place, Shard, batches, finished, store, stored, write_whole
+from csdraft.data.sources import open_source, read_prompts
+from csdraft.data.target import TargetArguments
+from csdraft.data.text import END
 
-__all__ = ["beginnings", "write_corpus"]
+__all__ = ["GenerateArguments", "beginnings", "generate"]
+
+FIXED = ("target", "target_revision", "max_new_tokens", "sampled", "temperature", "seed")
+"""What must not change between runs that write one data set. That prompts do not is checked row by row."""
+
+OF_A_RUN = ("rank", "world_size", "threads")
+
+
+@dataclass
+class GenerateArguments(TargetArguments):
+    """What a target writes, and after what."""
+
+    count: int | None = field(default=None, metadata={"help": "Rows to write; None is one an example of the data."})
+    begin: int = field(default=128, metadata={"help": "Tokens of a beginning; prompts are used as they are."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Tokens that the target adds at most."})
+    sampled: float = field(default=0.5, metadata={"help": "Share of the rows written at `temperature`, not greedily."})
+    temperature: float = field(default=1.0, metadata={"help": "At which the target will be used."})
+    seed: int = field(default=0, metadata={"help": "Of the choice of beginnings, and of sampling."})
+    assistant: Any = field(
+        default="max_gram",
+        metadata={"help": "Drafter: a type or {type: ..., options}, or where one is stored; for speed alone."},
+    )
+    text_file: str | None = field(default=None, metadata={"help": "The texts as .txt, too, for pretrain.py."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_at_least(1, "begin", "max_new_tokens", *(["count"] if self.count is not None else []))
+        if not 0 <= self.sampled <= 1:
+            raise ValueError(f"sampled={self.sampled} is a share of the rows: give a number from 0 to 1")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature} must be above 0; sampled=0 is greedy")
+
+
+def generate(args: GenerateArguments, assistant: Any) -> Any:
+    """Lets the target write on; goes on where a killed run stopped.
+
+    Rows go to `output_dir/parts`, a file for each process. When all are there, the process that comes last stores them
+    as a data set in `output_dir`, in the order of their prompts. Row i is sampled with row seed i (if `seed` is 0), so
+    that its text does not depend on the drafter, nor, but for rounding, on batches, processes and interruptions.
+
+    Args:
+        args: see `GenerateArguments`.
+        assistant: for `target.generate`; it changes how fast texts come, not what they say.
+
+    Returns:
+        A `datasets.Dataset` of `input_ids`, `prompt_length` and `index`, which `read_rows` reads; None while other
+        processes have rows to write.
+
+    Raises:
+        ValueError: before the target is loaded, for data that cannot be read, prompts that do not fit, and an
+            `output_dir` that cannot be written or that other prompts or another target filled.
+    """
+    if importlib.util.find_spec("datasets") is None:
+        raise ValueError("storing what a target writes needs datasets: pip install csdraft[train]")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    folder, (config, tokenizer) = args.folder(), args.read_target()
+    prompts = read_starts(args, config, tokenizer)
+    check_same(folder / "arguments.json", args)
+    if stored(folder) != len(prompts):
+        places = find_rows(folder / "parts", prompts)
+        kinds = [is_sampled(row, args.sampled) for row in range(len(prompts))]
+        plan = batches([len(prompt) for prompt in prompts], args.batch_size, kinds)
+        missing = [rows for rows in args.part.of(plan) if not places.keys() >= set(rows)]
+        if missing:
+            write_missing(Writer(args, args.load_target(), tokenizer, assistant, prompts), missing, set(places))
+            places = find_rows(folder / "parts", prompts)
+        if len(places) < len(prompts):
+            print(f"{len(prompts) - len(places):,} rows are still to come from other processes")
+            return None
+        store(folder, [places[row] for row in range(len(prompts))])
+    return load(args, folder, prompts, tokenizer)
+
+
+def read_starts(args: GenerateArguments, config: Any, tokenizer: Any) -> list[list[int]]:
+    """Token ids of what the target writes on from: prompts, or beginnings of texts."""
+    context = getattr(config, "max_position_embeddings", None)
+    longest = None if config.is_encoder_decoder or not context else context - args.max_new_tokens
+    opened = open_source(args.dataset, args.split, args.dataset_limit)
+    if opened.kind == "text":
+        if longest is not None and args.begin > longest:
+            raise ValueError(
+                f"begin={args.begin} and max_new_tokens={args.max_new_tokens} tokens do not fit into the target's "
+                f"context of {context}; lower one of them"
+            )
+        texts = tokenizer([example[opened.column] or "" for example in opened.examples])["input_ids"]
+        starts = beginnings(texts, args.begin, args.seed, tokenizer.bos_token_id)
+        return list(islice(starts, args.count or len(texts)))
+    prompts = read_prompts(args.dataset, tokenizer, args.dataset_limit, longest, args.split)
+    if args.count is not None and args.count > len(prompts):
+        raise ValueError(
+            f"count={args.count}, but {args.dataset!r} has {len(prompts)} prompts; give fewer, or another seed and "
+            "output_dir for other continuations of the same"
+        )
+    return prompts[: args.count]
 
 
 def beginnings(
-    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int, seed: int = 0
+    texts: Sequence[Sequence[int]], length: int, seed: int = 0, bos: int | None = None
 ) -> Iterator[list[int]]:
-    """Endless pieces of `length` tokens from anywhere in the documents; the same for the same seed."""
-    ids = [document for document in tokenizer([d.text for d in documents])["input_ids"] if len(document) > length]
-    if not ids:
-        raise ValueError(f"no document has more than {length} tokens; ask for shorter beginnings")
-    chosen = random.Random(seed)
-    while True:
-        document = chosen.choices(ids, [len(tokens) for tokens in ids])[0]
-        start = chosen.randrange(len(document) - length)
-        yield document[start : start + length]
-
-
-@torch.no_grad()
-def write_corpus(
-    target: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    documents: Sequence[Document],
-    out: Path,
-    count: int,
-    assistant: Any = None,
-    begin: int = 128,
-    new_tokens: int = 128,
-    rows: int = 8,
-    sampled: float = 0.25,
-    temperature: float = 0.8,
-) -> Iterator[int]:
-    """Appends texts to `out` until it holds `count`, and yields how many it holds; goes on where a killed run stopped.
+    """Endless pieces of `length` tokens from anywhere in the texts; the same for the same seed.
 
     Args:
-        target: writes; greedily, or for the share `sampled` of the batches at `temperature`.
-        documents: where the beginnings come from.
-        out: a .txt file of texts parted by `<|endoftext|>`, beginnings included.
-        count: texts wanted.
-        assistant: a csdraft drafter; it changes how fast the texts come, not what they say.
-        begin, new_tokens: tokens of each beginning and of what follows.
-        rows: texts written at once.
+        texts: token ids of each; one that is not longer than `length` is left out.
+        length: tokens of a piece.
+        seed: of the choice.
+        bos: a token that opens every piece, if it opens the texts.
     """
-    done = out.read_text(encoding="utf-8").count(END) // rows * rows if out.exists() else 0
-    starts = beginnings(documents, tokenizer, begin)
-    for _ in range(done):
-        next(starts)
-    for first in range(done, count, rows):
-        ids = torch.tensor([next(starts) for _ in range(rows)], device=target.device)
-        sample = (first // rows) % 100 < 100 * sampled
-        how = {"do_sample": True, "temperature": temperature, "top_k": 0} if sample else {"do_sample": False}
-        texts = target.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new_tokens,
-            assistant=assistant,
-            **({} if assistant is None else {"row_seeds": range(first, first + rows)}),
-            pad_token_id=tokenizer.pad_token_id,
-            **how,
+    texts = [text for text in texts if len(text) > length]
+    if not texts:
+        raise ValueError(f"no text has more than {length} tokens; ask for shorter beginnings")
+    weights = list(accumulate(map(len, texts)))
+    chosen = random.Random(seed)
+    while True:
+        (text,) = chosen.choices(texts, cum_weights=weights)
+        start = chosen.randrange(len(text) - length)
+        piece = text[start : start + length]
+        yield [bos, *piece[1:]] if bos is not None and text[0] == bos else list(piece)
+
+
+def is_sampled(row: int, share: float) -> bool:
+    """Whether a row is sampled rather than greedy: `share` of them are, evenly spread."""
+    return int((row + 1) * share) > int(row * share)
+
+
+def check_same(path: Path, args: GenerateArguments) -> None:
+    """Raises ValueError if what is there was written with other arguments, and notes these."""
+    document = {name: value for name, value in asdict(args).items() if name not in OF_A_RUN}
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else document
+    for name in FIXED:
+        if before[name] != document[name]:
+            raise ValueError(
+                f"{path.parent} holds rows of {name}={before[name]!r}, now it is {document[name]!r}; give another "
+                "output_dir, or remove that folder"
+            )
+    with write_whole(path) as file:
+        file.write(json.dumps(document, indent=2).encode())
+
+
+def find_rows(folder: Path, prompts: Sequence[list[int]]) -> dict[int, Place]:
+    """Where the finished rows of these prompts are."""
+    places: dict[int, Place] = {}
+    for row, place in finished(folder):
+        if row["index"] < len(prompts):
+            check_row(row, prompts, place.path)
+            places.setdefault(row["index"], place)
+    return places
+
+
+def check_row(row: Mapping[str, Any], prompts: Sequence[list[int]], where: Path) -> None:
+    """Raises ValueError if a row does not follow its prompt."""
+    if row["input_ids"][: row["prompt_length"]] != prompts[row["index"]]:
+        raise ValueError(
+            f"row {row['index']} in {where} follows another prompt than that of the data now: the data, or how it is "
+            "read, has changed; give another output_dir, or remove that folder"
         )
-        with out.open("a", encoding="utf-8") as file:
-            for text in tokenizer.batch_decode(texts, skip_special_tokens=True):
-                file.write(f"{text}\n{END}\n")
-        yield first + rows
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A target and what it writes on from."""
+
+    args: GenerateArguments
+    target: Any
+    tokenizer: Any
+    assistant: Any
+    prompts: Sequence[list[int]]
+
+    @torch.no_grad()
+    def write(self, rows: Sequence[int]) -> list[list[int]]:
+        """What follows the prompts of `rows`, all sampled or all greedy; an end-of-text token is part of it."""
+        encoder = self.target.config.is_encoder_decoder
+        pad = next((t for t in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if t is not None), 0)
+        ids, mask = padded([self.prompts[row] for row in rows], pad, left=not encoder)
+        sample = is_sampled(rows[0], self.args.sampled)
+        texts = self.target.generate(
+            ids.to(self.target.device),
+            attention_mask=mask.to(self.target.device),
+            max_new_tokens=self.args.max_new_tokens,
+            assistant=self.assistant,
+            row_seeds=[(self.args.seed << 32) + row for row in rows],
+            do_sample=sample,
+            pad_token_id=pad,
+            use_cache=True,
+            **({"temperature": self.args.temperature, "top_k": 0, "top_p": 1.0} if sample else {}),
+        )
+        end = self.target.generation_config.eos_token_id
+        ends = set(end) if isinstance(end, list) else {end}
+        return [up_to(ends, text) for text in texts[:, 1 if encoder else ids.shape[1] :].tolist()]
+
+
+def padded(texts: Sequence[Sequence[int]], pad: int, left: bool) -> tuple[Tensor, Tensor]:
+    """Token ids, filled up on one side, and which of them are the texts': both (texts, longest) int64."""
+    width = max(map(len, texts))
+    ids = torch.full((len(texts), width), pad)
+    mask = torch.zeros_like(ids)
+    for row, text in enumerate(texts):
+        at = slice(width - len(text), width) if left else slice(len(text))
+        ids[row, at] = torch.tensor(text)
+        mask[row, at] = 1
+    return ids, mask
+
+
+def up_to(ends: set[int], text: list[int]) -> list[int]:
+    """A text without what fills it up after its end."""
+    last = next((i for i, token in enumerate(text) if token in ends), len(text))
+    return text[: last + 1]
+
+
+def write_missing(writer: Writer, missing: Sequence[list[int]], known: set[int]) -> None:
+    """Writes whole batches anew, so that rows come out as they would have, and appends the rows that are not known."""
+    part = writer.args.part
+    wanted = sum(row not in known for rows in missing for row in rows)
+    title = f"part {part.rank + 1} of {part.world_size}"
+    path = Path(writer.args.output_dir, "parts", f"{part.rank:05}.jsonl")
+    with Shard(path) as shard, tqdm(total=wanted, unit=" rows", desc=title, disable=part.local_rank > 0) as bar:
+        for rows in missing:
+            new = [
+                {"index": row, "prompt_length": len(writer.prompts[row]), "input_ids": [*writer.prompts[row], *text]}
+                for row, text in zip(rows, writer.write(rows), strict=True)
+                if row not in known
+            ]
+            shard.append(new)
+            bar.update(len(new))
+
+
+def load(args: GenerateArguments, folder: Path, prompts: Sequence[list[int]], tokenizer: Any) -> Any:
+    """The stored rows, and the same as a text file where one is wanted."""
+    import datasets
+
+    rows: Any = datasets.load_from_disk(folder)
+    for row in rows:
+        check_row(row, prompts, folder)
+    if args.text_file is not None:
+        Path(args.text_file).parent.mkdir(parents=True, exist_ok=True)
+        with write_whole(Path(args.text_file)) as file:
+            for row in rows:
+                text = tokenizer.decode(row["input_ids"], skip_special_tokens=True)
+                file.write(f"{text}\n{END}\n".encode())
+    return rows

@@ -190,6 +190,8 @@ def _dataset(source: str, split: str) -> Any:
         if path.is_file():
             if suffix is None:
                 raise ValueError(f"its name ends in none of {', '.join([*BUILDERS, *sorted(TEXT_SUFFIXES)])}")
+            if not path.stat().st_size:
+                return []
             return datasets.load_dataset(BUILDERS[suffix], data_files={split: source}, split=split)
         if path.is_dir():
             return datasets.load_dataset(source, split=split)

@@ -41,7 +41,7 @@ class Call:
         self._names: dict[Hashable, str] = {}
         self.tallies: defaultdict[int, Tally] = defaultdict(Tally)  # what each reviewer decided, by its level
         self.cut = 0  # draft tokens that a K matrix asks for and nobody had room for
-        self.charges: dict[int, tuple[float, float]] = {}
+        self.charges: dict[int, tuple[float, float]] = {}  # seconds and tokens a row, by the id of a stage's drafter
 
     @property
     def sampler(self) -> Sampler:
@@ -72,8 +72,11 @@ class Call:
         return self._memos[owner]
 
     def charge(self, drafter: object, seconds: float, tokens: float) -> None:
-        """Adds to what a stage of a cascade has cost, and drafted a row, so far."""
-        spent, drafted = self.charges.get(id(drafter), (0.0, 0))
+        """Adds to what a stage of the outermost cascade has cost, and drafted a row, so far.
+
+        Inner ones charge nothing: their time is in the stage above them, and their drafters may be stages there too.
+        """
+        spent, drafted = self.charges.get(id(drafter), (0.0, 0.0))
         self.charges[id(drafter)] = (spent + seconds, drafted + tokens)
 
     def level(self, owner: Hashable, name: str = "") -> int:

@@ -6,8 +6,8 @@ import time
 import warnings
 from collections.abc import Sequence
 
-from csdraft.decoding.draft import ROOT, Draft
-from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Schedule
+from csdraft.decoding.draft import ROOT, Draft, Law
+from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Schedule, Verifier
 from csdraft.decoding.report import Report
 
 __all__ = ["Guarded"]
@@ -18,12 +18,13 @@ class Guarded(Drafter):
 
     Args:
         drafter: what to run; None never drafts, which is plain decoding.
+        verifier: who judges its drafts at the target.
         vocab: the target's number of tokens.
         strict: raise instead of going on.
     """
 
-    def __init__(self, drafter: Drafter | None, vocab: int, strict: bool = False):
-        self.drafter, self.vocab, self.strict = drafter, vocab, strict
+    def __init__(self, drafter: Drafter | None, verifier: Verifier, vocab: int, strict: bool = False):
+        self.drafter, self.verifier, self.vocab, self.strict = drafter, verifier, vocab, strict
         self.failure: str | None = None
         self.seconds = 0.0
 
@@ -65,21 +66,31 @@ class Guarded(Drafter):
                 self._give_up(error)
 
     def _check(self, drafts: Sequence[Draft], budgets: Sequence[Budget], levels: int) -> None:
+        """Raises ValueError for what would be an exception in the round, where it would cost the text."""
         for draft, budget in zip(drafts, budgets, strict=True):
-            size = len(draft.tokens)
-            if {len(draft.parents), len(draft.levels), len(draft.confidence)} != {size}:
-                raise ValueError(f"a draft of {size} tokens must have as many parents, levels and confidences")
-            if draft.law is not None and len(draft.law.rows) != size:
-                raise ValueError(f"a draft of {size} tokens has laws for {len(draft.law.rows)}")
-            if any(not isinstance(t, int) or not 0 <= t < self.vocab for t in draft.tokens):
-                bad = next(t for t in draft.tokens if not isinstance(t, int) or not 0 <= t < self.vocab)
-                raise ValueError(f"token {bad!r} was drafted, but the target's vocabulary has {self.vocab} tokens")
-            if any(not ROOT <= parent < node for node, parent in enumerate(draft.parents)):
-                raise ValueError(f"parents {draft.parents} are out of order: a node's parent comes before it")
-            if any(not 0 <= level < levels for level in draft.levels):
-                raise ValueError(f"levels {sorted(set(draft.levels))} are unknown; take numbers from Call.level")
-            if size and max(draft.depths) >= budget.room:
-                raise ValueError(f"a draft is {max(draft.depths) + 1} tokens deep, but its room was {budget.room}")
+            if flaw := self._flaw(draft, budget.room, levels) or self.verifier.refusal(draft):
+                raise ValueError(flaw)
+
+    def _flaw(self, draft: Draft, room: int, levels: int) -> str | None:
+        size = len(draft.tokens)
+        if {len(draft.parents), len(draft.levels), len(draft.confidence)} != {size}:
+            return f"a draft of {size} tokens must have as many parents, levels and confidences"
+        if any(not isinstance(t, int) or not 0 <= t < self.vocab for t in draft.tokens):
+            bad = next(t for t in draft.tokens if not isinstance(t, int) or not 0 <= t < self.vocab)
+            return f"token {bad!r} was drafted, but the target's vocabulary has {self.vocab} tokens"
+        if any(not ROOT <= parent < node for node, parent in enumerate(draft.parents)):
+            return f"parents {draft.parents} are out of order: a node's parent comes before it"
+        if any(not 0 <= level < levels for level in draft.levels):
+            return f"levels {sorted(set(draft.levels))} are unknown; take numbers from Call.level"
+        if size and max(draft.depths) >= room:
+            return f"a draft is {max(draft.depths) + 1} tokens deep, but its room was {room}"
+        return None if draft.law is None else self._flaw_of_law(draft.law, size)
+
+    def _flaw_of_law(self, law: Law, size: int) -> str | None:
+        if len(law.rows) != size:
+            return f"a draft of {size} tokens has laws for {len(law.rows)}"
+        odd = [tuple(row.shape) for row in law.rows if row is not None and row.shape != (self.vocab,)]
+        return f"a draft's law has shape {odd[0]}, the target's laws ({self.vocab},)" if odd else None
 
     def _give_up(self, error: Exception) -> None:
         """Leaves the drafter out for the rest of the call, or raises when strict."""

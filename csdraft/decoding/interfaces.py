@@ -57,7 +57,7 @@ class Budget:
         room: the most that may be handed up (>= depth).
         skip: leading stages that a horizontal cascade leaves out; other drafters have one stage and ignore it.
         confidence: whether somebody above will read `Draft.confidence` (it costs a softmax a token).
-        stop: called with each model-drafted token's confidence after the token was kept; True ends the draft.
+        stop: called with the confidence of each token that a model kept; True ends what this model drafts.
             It must not make a drafter discard a token: selection by identity would bias sampling.
     """
 
@@ -250,6 +250,18 @@ class Verifier:
     kinds: ClassVar[frozenset[str]] = frozenset()
     chains_only: bool = False
     looks_ahead: ClassVar[bool] = False
+
+    def refusal(self, draft: Draft) -> str | None:
+        """Why it cannot judge `draft` exactly; None if it can. Under coupled draws nobody reads a draft's laws."""
+        if self.chains_only and not draft.is_chain:
+            return f"the draft is a tree, {type(self).__name__} judges chains; draft chains, or use another verifier"
+        if draft.law is not None and draft.law.kind not in self.kinds and self.draws == "independent":
+            return (
+                f"the draft's tokens were drawn as {draft.law.kind!r}, {type(self).__name__} judges "
+                f"{sorted(self.kinds)} and point masses; use another verifier, or declare point masses with "
+                "Draft.law=None"
+            )
+        return None
 
     def verify(self, draft: Draft, scores: ScoresView, sampler: Sampler, root: int = ROOT) -> Verdict:
         """Decides which nodes below `root` are kept, and the token that follows."""

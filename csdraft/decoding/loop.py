@@ -52,8 +52,8 @@ def run(
         strict: raise when a drafter fails instead of going on without it.
     """
     target = call.session(call.target)
-    guarded = Guarded(drafter, call.vocab, strict)
-    report = Report.begin(call, drafter)
+    guarded = Guarded(drafter, verifier, call.vocab, strict)
+    report = Report.begin(call)
     live = [row for row in range(call.rows) if call.head.stopping.remaining(call.texts[row]) > 0]
     started = time.perf_counter()
     while live:

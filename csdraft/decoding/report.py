@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from csdraft.decoding.call import Call
-from csdraft.decoding.interfaces import Drafter, Round
+from csdraft.decoding.interfaces import Round
 from csdraft.decoding.names import name_of
 from csdraft.decoding.tally import Tally
 
@@ -89,9 +89,8 @@ class Report:
     # Recording.
 
     @classmethod
-    def begin(cls, call: Call, drafter: Drafter | None) -> Report:
+    def begin(cls, call: Call) -> Report:
         """An empty report of a call that is about to start."""
-        del drafter
         rows = range(call.rows)
         return cls(tokens=[[] for _ in rows], levels=[[] for _ in rows], lengths=[[] for _ in rows], _call=call)
 

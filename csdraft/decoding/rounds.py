@@ -54,10 +54,11 @@ def review(
 
 def _confidence(context: Context, draft: Draft, scores: ScoresView, verdict: Verdict) -> list[float]:
     """Each emitted token's probability under the model whose choice it was: the reviewer's, unless it was lenient."""
-    sure, node = [], context.tip
+    sure, node, drawn = [], context.tip, verdict.laws is not None  # independent draws have no choice to compare with
     for kept in verdict.accepted:
         token = draft.tokens[kept]
-        sure.append(scores.soft(node, token) if scores.choice(node) == token else draft.confidence[kept])
+        own = drawn or scores.choice(node) == token
+        sure.append(scores.soft(node, token) if own else draft.confidence[kept])
         node = kept
     if verdict.next_token is not None:
         sure.append(scores.soft(node, verdict.next_token))

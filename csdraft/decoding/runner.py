@@ -305,4 +305,8 @@ def _extra(feed: Feed, queries: int) -> list[tuple[int, int]]:
 
 def _home(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Where a model takes its token ids, and the dtype it computes in."""
-    return model.get_input_embeddings().weight.device, model.dtype  # type: ignore
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    device = embeddings.weight.device
+    if device.type == "meta":  # offloaded: accelerate brings the weights there for each forward
+        device = torch.device(embeddings._hf_hook.execution_device)
+    return device, model.dtype  # type: ignore[return-value]

@@ -44,7 +44,8 @@ class Sampler:
 
     Args:
         greedy: choose the argmax; nothing is random then.
-        row_seeds: one integer a row. Equal seeds give equal noise on every device and for every vocabulary width.
+        row_seeds: one integer a row. Equal seeds give equal noise for every vocabulary width and on every device,
+            there up to the last bits of a logarithm.
         vocab: the target's number of logits.
         draws: how the levels' draws relate.
     """
@@ -72,6 +73,10 @@ class Sampler:
         return noise if noise.device == device else noise.to(device)
 
     def _fresh_noise(self, row: int, position: int, device: torch.device) -> Tensor:
+        return self.hashed(row, position, device).neg_().log1p_().neg_().log_()
+
+    def hashed(self, row: int, position: int, device: torch.device) -> Tensor:
+        """(vocab,) v of `log_exponential`: the same bits on every device, which logarithms need not give."""
         if device not in self._tokens:
             ids = torch.arange(self.vocab, dtype=torch.int32, device=device)
             self._tokens[device] = ids.mul_(signed32(0x9E3779B1))
@@ -84,8 +89,7 @@ class Sampler:
         x *= signed32(0x846CA68B)
         x ^= shifted(x, 16)
         v = x.to(torch.int64).bitwise_and_(0xFFFFFFFF).to(torch.float32)
-        v.add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
-        return v.neg_().log1p_().neg_().log_()
+        return v.add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
 
     def forget(self, row: int, before: int) -> None:
         """Frees the noise of a row's committed positions."""

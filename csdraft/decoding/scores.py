@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ __all__ = ["Head", "Scores", "argmax"]
 
 
 NAN = "the model's logits are nan; check its dtype (fp16 overflows where bf16 does not)"
+MAX_SCORE_BYTES = 1 << 28
+"""What the processed scores of one step may take in float32, each processor's copy counted as one."""
 
 
 def argmax(logits: Tensor) -> list[int]:
@@ -54,13 +57,28 @@ class Head:
 
     def __init__(self, processing: Processing, stopping: Stopping, sampler: Sampler):
         self.processing, self.stopping, self.sampler = processing, stopping, sampler
-        self.batched = processing.text_blind and (sampler.greedy or not sampler.coupled)
 
     def processed(self, row: int, text: Text, path: Sequence[int], logits: Tensor) -> Tensor:
         """(vocab,) raw logits after `text` and `path` -> processed scores, float32."""
         if self.processing.text_blind:
             return self.processing.all_at_once(logits[None])[0]
         return self.processing.one(row, text.padded(path), logits)
+
+    def choose_all(self, views: Sequence[Tensor]) -> list[list[int]]:
+        """The choices after every row of some (n, vocab) raw logits; only when greedy and `text_blind`.
+
+        In one copy to the host, unless the scores would take more than MAX_SCORE_BYTES: then so many rows at a time.
+        """
+        at_once = max(MAX_SCORE_BYTES // (4 * views[0].shape[-1]), 1)
+        if sum(map(len, views)) > at_once:
+            return [[token for part in view.split(at_once) for token in self._best(part)] for view in views]
+        if len(views) == 1:
+            return [self._best(views[0])]
+        chosen = iter(self._best(torch.cat(list(views))))
+        return [list(islice(chosen, len(view))) for view in views]
+
+    def _best(self, logits: Tensor) -> list[int]:
+        return argmax(self.processing.all_at_once(logits))
 
     def choose(self, row: int, position: int, scores: Tensor) -> int:
         """The token at `position` from (vocab,) processed scores: their argmax, with the position's noise if any."""

@@ -12,7 +12,7 @@ from csdraft.decoding.cache import cross_attention_cache, import_cache
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Request
 from csdraft.decoding.runner import Feed, Runner, Sources
-from csdraft.decoding.scores import Head, Scores, argmax
+from csdraft.decoding.scores import Head, Scores
 from csdraft.decoding.text import Text
 
 __all__ = ["Session"]
@@ -130,17 +130,11 @@ class Session:
         return range(ROOT, len(request.draft)) if request.after is None else request.after
 
     def _choose(self, views: Sequence[Tensor]) -> list[list[int] | None]:
-        """All choices of the batch in one copy to the host, where that is the cheaper way."""
+        """All choices of the batch at once, where that is the cheaper way."""
         head = self.head
         if not (head.processing.text_blind and head.sampler.greedy):
             return [None] * len(views)
-        flat = views[0] if len(views) == 1 else torch.cat(list(views))
-        chosen = argmax(head.processing.all_at_once(flat))
-        parts, at = [], 0
-        for view in views:
-            parts.append(chosen[at : at + len(view)])
-            at += len(view)
-        return parts  # type: ignore[return-value]
+        return head.choose_all(views)  # type: ignore[return-value]
 
     # From here on: comparing what is asked with what is cached.
 

@@ -63,8 +63,9 @@ class Horizontal(Drafter):
             drafter.observe(rounds)
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
-        drafts = [context.draft for context in contexts]
-        contexts[0].call.cut += sum(max(self.depth - budget.depth, 0) for budget in budgets)
+        call, drafts = contexts[0].call, [context.draft for context in contexts]
+        outermost = call.memo(Horizontal, lambda: self)  # which is asked before those inside it
+        call.cut += sum(max(self.depth - budget.depth, 0) for budget in budgets)
         limits = [[min(limit, b.depth) for limit in accumulate(self.lengths)] for b in budgets]
         for stage, drafter in enumerate(self.drafters):
             if self.lengths[stage] == 0 or stage < budgets[0].skip:
@@ -82,7 +83,8 @@ class Horizontal(Drafter):
                 for i, draft in zip(asked, drafter.propose(stage_contexts, stage_budgets), strict=True):
                     drafts[i] = draft
                 grown = max(sum(map(len, drafts)) - before, 0) / len(asked)
-                contexts[0].call.charge(drafter, perf_counter() - started, grown)
+                if self is outermost:
+                    call.charge(drafter, perf_counter() - started, grown)
         return drafts
 
 

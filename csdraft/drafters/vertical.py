@@ -26,7 +26,7 @@ __all__ = ["Vertical"]
 
 @dataclass(frozen=True, eq=False)
 class Vertical(Drafter):
-    """Runs rounds of `drafter` under `reviewer` until the draft is long enough.
+    """Runs rounds of `drafter` under `reviewer` until the draft is long enough, or has a token to stop at.
 
     Args:
         reviewer: the model that checks, and whose tokens are handed up; a path or Hub id is loaded.
@@ -64,7 +64,7 @@ class Vertical(Drafter):
         call = contexts[0].call
         session, level = call.session(self.reviewer), call.level(self.reviewer)  # type: ignore[arg-type]
         verifier = self._verifier(call, level)
-        confidence = any(budget.confidence for budget in budgets)
+        confidence = any(budget.confidence or budget.stop for budget in budgets)
         coupled = call.sampler.coupled or call.sampler.greedy
         drafts = [context.draft for context in contexts]
         limits = [min(b.room, self._positions_left(c)) for b, c in zip(budgets, contexts, strict=True)]
@@ -80,7 +80,8 @@ class Vertical(Drafter):
             for i, finished in zip(live, rounds, strict=True):
                 drafts[i] = finished.extended
                 grown = len(drafts[i]) - len(contexts[i].draft)
-                if grown < min(budgets[i].depth, limits[i]) and not finished.verdict.ended:
+                ended = finished.verdict.ended or _stops(budgets[i], finished)
+                if grown < min(budgets[i].depth, limits[i]) and not ended:
                     going.append(i)
             live = going
         return drafts
@@ -98,3 +99,8 @@ class Vertical(Drafter):
     def _positions_left(self, context: Context) -> int:
         """Tokens it can still hand up before its context is full: the last one is never fed."""
         return context_length(self.reviewer) - len(context.text) - len(context.path)  # type: ignore[arg-type]
+
+
+def _stops(budget: Budget, finished: Round) -> bool:
+    """Whether the round emitted a token that the draft should end at; what stands behind it is kept too."""
+    return budget.stop is not None and any(budget.stop(sure) for sure in finished.confidence or ())

@@ -84,7 +84,8 @@ def shared_layers(model: Any, layers: Sequence[int], encoder_layers: Sequence[in
     and an overridden `forward` of `model` are left out.
 
     Args:
-        model: a causal LM or a T5-like model whose parameters are whole, on whatever devices.
+        model: a causal LM or a T5-like model whose parameters are whole, on the devices where they will stay: whatever
+            moves or casts one of the two later parts them.
         layers, encoder_layers: see `check_layers`.
     """
     check_layers(model.config, layers, encoder_layers)
@@ -151,11 +152,9 @@ def _clean(shared: nn.Module) -> None:
     for module in shared.modules():
         state = vars(module)
         state.pop("_output_capturing_hooks_installed", None)
-        if (
-            "_hf_hook" not in state
-        ):  # accelerate's device hooks work as copies, anybody else's forward is the original's
+        if "_hf_hook" not in state:  # accelerate's hooks work as copies; any other forward is the original's
             state.pop("forward", None)
-    for name in ("peft_config", "_hf_peft_config_loaded", "generate", "hf_device_map"):
+    for name in ("peft_config", "_hf_peft_config_loaded", "generate"):
         vars(shared).pop(name, None)
 
 

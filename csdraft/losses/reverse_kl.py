@@ -1,7 +1,7 @@
 """Reverse KL, sum over tokens of student * log(student / target): the student must not say what the target would not.
 
-Mode-seeking: a small student keeps to what it can imitate (MiniLLM, arXiv 2306.08543). One of DistillSpec's divergences
-(arXiv 2310.08461, section 4).
+Mode-seeking: a small student keeps to what it can imitate (MiniLLM, arXiv 2306.08543). One of DistillSpec's
+divergences (arXiv 2310.08461, section 4).
 """
 
 from __future__ import annotations

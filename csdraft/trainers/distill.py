@@ -7,13 +7,17 @@ sequence-level distillation (arXiv 1606.07947) is cross-entropy on the target's 
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import copy
+import random
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 
 from csdraft.data.packing import IGNORED
@@ -107,6 +111,7 @@ class DrafterTrainer(Trainer):
     ):
         super().__init__(Distillation(student, target, args.objective), args, **options)
         self.exam = exam
+        self._copy = copy.deepcopy(student).to(args.device) if shards(self) else None
         self.loss_is_scaled_for_ga = True  # by the number of target tokens of the whole step
         self.interrupt = Interrupt()
         self.add_callback(self.interrupt)
@@ -121,14 +126,20 @@ class DrafterTrainer(Trainer):
     def target(self) -> nn.Module:
         return self.model.target  # type: ignore[union-attr]
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        """An order that depends on seed and epoch only, however many processes share it."""
+        data = self.train_dataset if train_dataset is None else train_dataset
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return Shuffled(len(data), seed) if hasattr(data, "__len__") else None  # type: ignore[arg-type]
+
     # A step: batches, the number of their target tokens, the loss.
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         batches = [self._prepare_inputs(batch) for batch in batches]
         if self.args.on_policy > 0:  # type: ignore[union-attr]
-            with self.decoding():
-                batches = [self._rewritten(batch) for batch in batches]
+            with self.decoding() as student:
+                batches = [self._rewritten(batch, student) for batch in batches]
         count = sum((scored(batch).sum() for batch in batches), torch.zeros((), dtype=torch.long, device=device))
         return batches, self.accelerator.gather(count.reshape(1)).sum().clamp(min=1)  # type: ignore[union-attr]
 
@@ -139,13 +150,13 @@ class DrafterTrainer(Trainer):
             loss = loss * self.accelerator.num_processes
         return (loss, {}) if return_outputs else loss
 
-    def _rewritten(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _rewritten(self, batch: dict[str, Tensor], student: nn.Module) -> dict[str, Tensor]:
         args, tokenizer = self.args, self.processing_class
         end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id  # type: ignore[union-attr]
         keys = (args.seed, self.state.global_step)
         return rewritten(
             batch,
-            self.student,
+            student,
             args.on_policy,  # type: ignore[union-attr]
             keys,
             args.on_policy_prompt,  # type: ignore[union-attr]
@@ -154,9 +165,31 @@ class DrafterTrainer(Trainer):
             end if pad is None else pad,
         )
 
-    def decoding(self) -> AbstractContextManager:
-        """The student ready to decode: in eval mode, its parameters whole, global random numbers left alone."""
-        return _Decoding(self)
+    @contextmanager
+    def decoding(self) -> Iterator[nn.Module]:
+        """The student, whole and in eval mode, to decode with; global random numbers are left alone.
+
+        Where an engine keeps parts of it on other processes, it is a copy: every process must enter.
+        """
+        student = self._whole_student()
+        training = student.training
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            student.eval()
+            try:
+                yield student
+            finally:
+                student.train(training)
+
+    def _whole_student(self) -> nn.Module:
+        gathered = gather(self)
+        if gathered is None:
+            return self.student
+        assert self._copy is not None
+        with gathered, torch.no_grad():
+            for own, part in zip(self._copy.parameters(), self.student.parameters(), strict=True):
+                own.copy_(part)
+        return self._copy
 
     # Evaluation.
 
@@ -164,8 +197,8 @@ class DrafterTrainer(Trainer):
         """Acceptance and block efficiency on the held-out prompts; see `Exam.grade`."""
         if self.exam is None:
             raise ValueError("there are no prompts to evaluate on: give eval_prompts=FILE (or exam=)")
-        with self.decoding():
-            sums = self.exam.sit(self.target, self.student, slice(self.args.process_index, None, self.args.world_size))
+        with self.decoding() as student:
+            sums = self.exam.sit(self.target, student, slice(self.args.process_index, None, self.args.world_size))
         figures = self.exam.grade(self._summed(sums))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         self.log(dict(metrics))
@@ -208,39 +241,39 @@ class DrafterTrainer(Trainer):
         load_student_weights(self.student, self.state.best_model_checkpoint)
 
 
-class _Decoding(AbstractContextManager):
-    """See `DrafterTrainer.decoding`."""
+class Shuffled(Sampler):
+    """All of a data set's indices in an order of their own for every epoch."""
 
-    def __init__(self, trainer: DrafterTrainer):
-        self.trainer = trainer
+    def __init__(self, size: int, seed: int):
+        self.size, self.seed, self.epoch = size, seed, 0
 
-    def __enter__(self) -> None:
-        trainer = self.trainer
-        self.was_training = trainer.student.training
-        self.whole = whole_parameters(trainer)
-        self.random = torch.random.fork_rng(enabled=True)
-        self.random.__enter__()
-        self.whole.__enter__()
-        trainer.student.eval()
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
 
-    def __exit__(self, *error: Any) -> None:
-        self.trainer.student.train(self.was_training)
-        self.whole.__exit__(*error)
-        self.random.__exit__(*error)
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(random.Random(f"{self.seed} {self.epoch}").sample(range(self.size), self.size))
 
 
-def whole_parameters(trainer: Trainer) -> AbstractContextManager:
-    """Gathers parameters that ZeRO-3 or FSDP keep in parts; every process must enter."""
-    model = trainer.model_wrapped
+def gather(trainer: Trainer) -> AbstractContextManager | None:
+    """Makes parameters whole that ZeRO-3 or FSDP keep in parts, for every process; None where they are whole."""
     if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
         import deepspeed
 
         return deepspeed.zero.GatheredParameters(list(trainer.model.parameters()))  # type: ignore[union-attr]
-    if trainer.is_fsdp_enabled and model is not trainer.model:
+    if trainer.is_fsdp_enabled and trainer.model_wrapped is not trainer.model:
         from torch.distributed.fsdp import FullyShardedDataParallel
 
-        return FullyShardedDataParallel.summon_full_params(model, writeback=False)
-    return nullcontext()
+        return FullyShardedDataParallel.summon_full_params(trainer.model_wrapped, writeback=False)
+    return None
+
+
+def shards(trainer: Trainer) -> bool:
+    """Whether an engine will keep the student's parameters in parts."""
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    return trainer.is_fsdp_enabled or (trainer.is_deepspeed_enabled and plugin is not None and plugin.zero_stage == 3)
 
 
 def scored(batch: dict[str, Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from csdraft import spec
@@ -20,6 +21,9 @@ from csdraft.heads.layers import layer_stacks, shared_layers
 __all__ = ["cut_out", "from_scratch", "narrow_config", "new_config"]
 
 FROM_TARGET = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
+LONGEST = 2048
+"""Context of a new model whose target does not state its own."""
+CONFIG_ERRORS = (StrictDataclassError, ValueError, TypeError)
 PROBE_TOKENS = 12
 
 # From scratch.
@@ -39,15 +43,16 @@ def new_config(config: Any, options: Mapping[str, Any]) -> Any:
     if kind not in CONFIG_MAPPING:
         raise ValueError(f"model_type {kind!r} is unknown to transformers: {spec.nearest(kind, CONFIG_MAPPING)[:400]}")
     made = CONFIG_MAPPING[kind]
-    own = {field.name for field in fields(made)}
+    own = {field.name for field in fields(made)} | {key for key in vars(made()) if key[0] != "_"}
     spec.check_keys(options, sorted((own | set(made.attribute_map)) - set(FROM_TARGET)), f"init.config ({kind})")
-    text = config.get_text_config(decoder=True)
-    taken = {key: getattr(text, key, None) for key in (*FROM_TARGET, "max_position_embeddings")}
-    given = {key: value for key, value in taken.items() if value is not None and key in {*own, *FROM_TARGET}}
+    text = config if config.is_encoder_decoder else config.get_text_config(decoder=True)
+    given = {key: getattr(text, key, None) for key in FROM_TARGET}  # None too: a class's own ids are of other tokens
+    if "max_position_embeddings" in own:
+        given["max_position_embeddings"] = getattr(text, "max_position_embeddings", None) or LONGEST
     try:
         result = made(**(given | options))
-    except Exception as error:  # huggingface_hub's checks of fields share no base but this
-        raise ValueError(f"init.config: {error}") from error
+    except CONFIG_ERRORS as error:
+        raise ValueError(f"init.config: {_one_line(error)}") from error
     if result.is_encoder_decoder != config.is_encoder_decoder:
         raise ValueError(
             f"init.config: {kind!r} is {'an encoder-decoder' if result.is_encoder_decoder else 'decoder-only'}, the "
@@ -84,12 +89,20 @@ def narrow_config(config: Any, width: int) -> Any:
         raise ValueError(f"hidden_size={width!r} must be a whole number up to the target's {config.hidden_size}")
     try:
         return type(config).from_dict(config.to_dict() | {key: width})
-    except Exception as error:  # as in `new_config`
-        raise ValueError(f"hidden_size={width}: {error}") from error
+    except CONFIG_ERRORS as error:
+        raise ValueError(f"hidden_size={width}: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def cut_out(target: Any, layers: Any, encoder_layers: Any = None, hidden_size: int | None = None) -> nn.Module:
-    """A fresh model of the cut config, with copies of the target's tensors."""
+    """A fresh model of the cut config, with copies of the target's tensors.
+
+    A T5-like student with fewer encoder than decoder layers drafts, but stock `generate` of transformers 5.23 fails on
+    it alone.
+    """
     if getattr(target, "is_quantized", False):
         raise ValueError("the target is quantised: its weights are no start for a student; load it in a float type")
     part = shared_layers(target, layers, encoder_layers).eval()

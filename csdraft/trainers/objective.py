@@ -106,18 +106,17 @@ class Objective:
             parts.append(self._sum(*of) if once else checkpoint(self._sum, *of, use_reentrant=False))
         return torch.stack(parts).sum()
 
-    def peak_bytes(self, vocab: int, element_size: int = 4) -> int:
+    def peak_bytes(self, vocab: int) -> int:
         """The most that logits, losses and their backward take at once, whatever the number of positions.
 
-        chunk x vocab x (2 x element_size + 4 x (6 + 3 x number of losses)): both models' logits, and float32 tensors,
-        of which each loss leaves up to three behind for its backward and uses up to six in passing. What else a head
-        does (Gemma 2's soft cap) and the gradient of its weight come on top.
+        16 x (2 + number of losses) x chunk x vocab: of each loss up to four float32 tensors wait for its backward, and
+        there are up to eight more, the logits among them; one loss but `jsd` needs two thirds. What else a head does
+        (Gemma 2's soft cap) and the gradient of its weight come on top.
 
         Args:
             vocab: tokens.
-            element_size: bytes of one logit, 2 in bfloat16.
         """
-        return self.chunk * vocab * (2 * element_size + 4 * (6 + 3 * len(self.losses)))
+        return 16 * (2 + len(self.losses)) * self.chunk * vocab
 
     def _sum(self, student: Tensor, target: Tensor, labels: Tensor, student_head: Head, target_head: Head) -> Tensor:
         """Sum over one chunk; the first two are hidden states."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from csdraft.data.packing import IGNORED
 from csdraft.drafters.max_gram import MaxGram
@@ -52,8 +52,9 @@ def rewritten(
     starts = {span: max(_prompt_length(labels, span), prompt) for span in spans}
     prompts = [ids[row, start : start + starts[row, start, stop]].tolist() for row, start, stop in spans]
     longest = max(stop - start - starts[row, start, stop] for row, start, stop in spans)
+    inputs = left_padded(prompts, pad, ids.device)
     written = student.generate(
-        **left_padded(prompts, pad, ids.device),
+        **inputs,
         assistant=MaxGram(),
         row_seeds=[seed_of(tokens, *keys) for tokens in prompts],
         do_sample=True,
@@ -63,7 +64,8 @@ def rewritten(
         max_new_tokens=longest,
         pad_token_id=pad,
         use_cache=True,
-    )[:, -longest:]
+    )[:, inputs["input_ids"].shape[1] :]
+    written = nn.functional.pad(written, (0, longest - written.shape[1]), value=pad)  # all may have ended early
     for (row, start, stop), tokens in zip(spans, written, strict=True):
         first = start + starts[row, start, stop]
         ids[row, first:stop] = tokens[: stop - first]

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.integrations import deepspeed
 
-from csdraft.data.packing import Packed, SourceCollator, collate
+from csdraft.data.packing import Packed, Padded, check_packing, collate, collate_seq2seq
 from csdraft.data.sources import read_prompts, read_rows
 from csdraft.hub import fingerprint
 from csdraft.trainers.distill import DistillArguments, DrafterTrainer
@@ -150,9 +150,10 @@ def make_batches(
     """The trainer's `train_dataset` and `data_collator`."""
     pad = pad_of(tokenizer)
     if config.is_encoder_decoder:
-        return {"train_dataset": rows, "data_collator": SourceCollator(pad, config.decoder_start_token_id)}
-    packed = Packed(rows, args.max_length, pad, args.packing)
-    return {"train_dataset": packed, "data_collator": partial(collate, pad=pad)}
+        texts = Padded(rows, args.max_length, pad, config.decoder_start_token_id)
+        return {"train_dataset": texts, "data_collator": partial(collate_seq2seq, pad=pad)}
+    texts = (Packed if args.packing else Padded)(rows, args.max_length, pad)
+    return {"train_dataset": texts, "data_collator": partial(collate, pad=pad)}
 
 
 def context_length(config: PreTrainedConfig) -> int:
@@ -174,8 +175,13 @@ def load_models(args: DistillArguments, config: PreTrainedConfig) -> tuple[nn.Mo
         options["device_map"] = args.target_device_map
     with whole_models():
         target = auto.from_pretrained(args.target, dtype=args.target_dtype, **options)
+        if args.target_device_map is None and not getattr(target, "is_quantized", False):
+            target.to(args.device)  # before a self-drafting student shares its weights
         set_seed(args.seed)
         student = make_student(target, args.student, args.init, args.peft)
+    if args.packing and not config.is_encoder_decoder:
+        for model in (target, student):
+            check_packing(model.eval())
     return target, student
 
 

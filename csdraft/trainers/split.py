@@ -77,7 +77,7 @@ class Head:
 
 
 class Given:
-    """Stands for a model's body: asked for hidden states it returns these, asked for anything else it asks the body."""
+    """Stands for a model's body: asked for hidden states it returns these, for anything else it asks the body."""
 
     def __init__(self, hidden: Tensor, body: nn.Module):
         self.output = Output(last_hidden_state=hidden)
@@ -145,7 +145,7 @@ def _can_split(model: nn.Module) -> bool:
 @torch.no_grad()
 def _difference(model: nn.Module) -> str | None:
     """Why the model is not its body and its head, found by trying; None if it is."""
-    inner = base_model(model)
+    inner: Any = base_model(model)
     if not _bodies(inner):
         return "it has no part that makes the hidden states where transformers' families have it"
     inputs = _probe(inner)

@@ -31,7 +31,7 @@ from csdraft.heads.self_draft import (
 )
 from csdraft.trainers.new_students import cut_out, from_scratch, narrow_config, new_config
 
-__all__ = ["added_share", "check_student", "load_student_weights", "make_student", "save_student"]
+__all__ = ["added_share", "check_engine", "check_student", "load_student_weights", "make_student", "save_student"]
 
 CUT = ("layers", "encoder_layers", "hidden_size")
 SHARED = ("layers", "encoder_layers")
@@ -40,7 +40,8 @@ SET_HERE = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_mode
 SET_HERE |= {"inference_mode", "runtime_config", "layer_replication"}
 HARMLESS_STARTS = (True, False, "gaussian", "orthogonal")
 """Values of `init_lora_weights` that leave the base's weights alone."""
-ENGINES = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
+ENGINES = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
+"""Those that take a model's weights apart, and what `accelerate launch` sets for them."""
 
 
 def check_student(
@@ -96,12 +97,25 @@ def _check_peft(config: Any, peft: Mapping[str, Any], shared: bool) -> None:
             f"bias={bias!r}, init_lora_weights={start!r}: on shared weights they would change the target's own; use "
             f"bias 'none' and one of {HARMLESS_STARTS}"
         )
-    for variable, engine in ENGINES.items():
-        if os.environ.get(variable, "").lower() in ("1", "true", "yes", "on"):
+    check_engine(peft)
+
+
+def check_engine(peft: Mapping[str, Any] | None, deepspeed: Any = None, fsdp: Any = None) -> None:
+    """Raises ValueError if a self-drafting student is to be trained by an engine that shards or moves its weights.
+
+    Args:
+        peft: see `make_student`; only one with `layers` is self-drafting.
+        deepspeed, fsdp: of `TrainingArguments`; what `accelerate launch` has chosen is known from the environment.
+    """
+    if not peft or not any(key in peft for key in SHARED):
+        return
+    asked = {"DeepSpeed": bool(deepspeed), "FSDP": bool(fsdp)}
+    for engine, variable in ENGINES.items():
+        if asked[engine] or os.environ.get(variable, "").lower() in ("1", "true", "yes", "on"):
             raise ValueError(
                 f"a self-drafting student cannot be trained under {engine}: its layers are the target's own tensors, "
-                "which the engine would shard or move as the student's. Use DDP or one process, or give the student "
-                "layers of its own: init: {from_target: {layers: [...]}}"
+                "which the engine (ZeRO, FSDP) would shard or move as the student's. Use DDP or one process, or give "
+                "the student layers of its own: init: {from_target: {layers: [...]}}"
             )
 
 

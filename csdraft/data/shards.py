@@ -1,0 +1,186 @@
+"""Work on rows that several processes share and that may be killed at any byte: nothing is lost, nothing done twice.
+
+A process takes every so-many-th batch of a plan that depends on the rows alone, and appends a line of JSON for each
+row it has finished to a file of its own. Whoever starts later reads all files; half a line counts as not written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+__all__ = ["Part", "Place", "Shard", "batches", "finished", "store", "stored", "write_whole"]
+
+WINDOW = 32
+"""Batches whose rows are sorted by length together."""
+
+BUFFER = 1 << 20
+
+
+class Part(NamedTuple):
+    """Of how many processes this is which, and which on its machine."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def of_environment(cls) -> Part:
+        """As `accelerate launch` and `torchrun` say it; one process by itself is all there is."""
+        rank, world_size, local_rank = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        return cls(int(rank or 0), int(world_size or 1), int(local_rank or 0))
+
+    def of(self, plan: Sequence[list[int]]) -> list[list[int]]:
+        """This process's batches."""
+        return list(plan[self.rank :: self.world_size])
+
+
+def batches(lengths: Sequence[int], size: int, kinds: Sequence[Any] | None = None) -> list[list[int]]:
+    """Rows of similar lengths together; a longer list of rows leaves all but the last `WINDOW` batches as they were.
+
+    Args:
+        lengths: tokens of each row.
+        size: rows of a batch.
+        kinds: of each row; a batch has one kind only.
+    """
+    kinds = [0] * len(lengths) if kinds is None else kinds
+    plan = []
+    for start in range(0, len(lengths), WINDOW * size):
+        window = range(start, min(start + WINDOW * size, len(lengths)))
+        for kind in sorted({kinds[row] for row in window}):
+            rows = sorted((row for row in window if kinds[row] == kind), key=lambda row: lengths[row])
+            plan += [rows[i : i + size] for i in range(0, len(rows), size)]
+    return plan
+
+
+@contextmanager
+def write_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears when it is complete."""
+    new = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+    try:
+        with new.open("wb") as file:
+            yield file
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+class Shard:
+    """Appends rows to one file, which a killed process may have left with half a line at its end."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = path.open("ab")
+        self.file.truncate(_whole_lines(path))
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Hands the rows to the operating system, which keeps them whatever becomes of this process."""
+        self.file.write(b"".join(json.dumps(row, separators=(",", ":")).encode() + b"\n" for row in rows))
+        self.file.flush()
+
+    def __enter__(self) -> Shard:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
+
+
+def _whole_lines(path: Path) -> int:
+    """Bytes up to the end of the last line that has one."""
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(end - BUFFER, 0)
+            file.seek(start)
+            found = file.read(end - start).rfind(b"\n")
+            if found >= 0:
+                return start + found + 1
+            end = start
+    return 0
+
+
+class Place(NamedTuple):
+    """Where a finished row is."""
+
+    path: Path
+    offset: int
+
+    def read(self) -> dict[str, Any]:
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return json.loads(file.readline())
+
+
+def finished(folder: Path) -> Iterator[tuple[dict[str, Any], Place]]:
+    """All whole rows of a folder's files, whoever wrote them. What is no row (half a line) counts as not written."""
+    for path in sorted(folder.glob("*.jsonl")):
+        offset = 0
+        with path.open("rb") as file:
+            for line in file:
+                if line.endswith(b"\n") and (row := _row(line)) is not None:
+                    yield row, Place(path, offset)
+                offset += len(line)
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and "index" in row else None
+
+
+def stored(folder: Path) -> int:
+    """Rows of the data set that `store` left in a folder; 0 if there is none."""
+    if not (folder / "dataset_info.json").is_file():
+        return 0
+    import datasets
+
+    return len(datasets.load_from_disk(folder))
+
+
+def store(folder: Path, places: Sequence[Place]) -> Any:
+    """Rows as a `datasets.Dataset` in `folder`, which replaces one that is there.
+
+    Several processes may do so at once; a reader finds the old data set or the new one.
+
+    Args:
+        places: of the rows, in their order.
+    """
+    import datasets
+
+    features = datasets.Features(
+        {
+            "input_ids": datasets.List(datasets.Value("int32")),
+            "prompt_length": datasets.Value("int32"),
+            "index": datasets.Value("int64"),
+        }
+    )
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".storing-") as scratch:
+        rows = datasets.Dataset.from_generator(
+            _read_all,
+            features,
+            cache_dir=scratch,
+            gen_kwargs={"places": tuple(places)},
+            fingerprint=uuid.uuid4().hex,  # of this very file: what `datasets` derived from an older one is outdated
+        )
+        new = Path(scratch, "new")
+        rows.save_to_disk(new)
+        data = sorted(path.name for path in new.glob("*.arrow"))
+        for name in [*data, "state.json", "dataset_info.json"]:  # in the order in which each refers to those before
+            os.replace(new / name, folder / name)
+    for path in folder.glob("*.arrow"):
+        if path.name not in data:
+            path.unlink(missing_ok=True)
+    return datasets.load_from_disk(folder)
+
+
+def _read_all(places: Sequence[Place]) -> Iterator[dict[str, Any]]:
+    for place in places:
+        yield place.read()

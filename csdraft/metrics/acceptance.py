@@ -1,0 +1,58 @@
+"""Expected acceptance and greedy agreement as a module of Hugging Face `evaluate`, which loads it by its path.
+
+    acceptance = evaluate.load("csdraft/metrics/acceptance.py")
+    acceptance.compute(predictions=draft_logits, references=target_logits, positions=[1, 2, 3, 1, 2, 3])
+
+The functions behind it, which need no `evaluate`, are in `csdraft.metrics.measures`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from csdraft.metrics.measures import by_position, expected_acceptance, greedy_agreement
+
+try:
+    import datasets
+    import evaluate
+except ImportError as error:
+    raise ImportError(f"{error.name} is needed and not installed: pip install csdraft[train]") from error
+
+__all__ = ["Acceptance"]
+
+DESCRIPTION = """How often a target accepts what a drafter drafts: the sum over tokens of the smaller of both
+probabilities (drafts that are sampled), and the share of equal most probable tokens (greedy drafts)."""
+
+INPUTS = """
+predictions: (count, vocab) logits of the drafter.
+references: (count, vocab) logits of the target.
+temperature: divides both for `acceptance`; 1 if not given.
+positions: (count,) integers; if given, means by position are returned too.
+"""
+
+CITATION = "Leviathan, Kalman, Matias: Fast Inference from Transformers via Speculative Decoding, arXiv 2211.17192."
+
+
+class Acceptance(evaluate.Metric):
+    """See `csdraft.metrics.measures.expected_acceptance` and `greedy_agreement`."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        logits = datasets.Sequence(datasets.Value("float32"))
+        features = datasets.Features({"predictions": logits, "references": logits})
+        return evaluate.MetricInfo(
+            description=DESCRIPTION, citation=CITATION, inputs_description=INPUTS, features=features
+        )
+
+    def _compute(
+        self, predictions: Any, references: Any, temperature: float = 1.0, positions: list[int] | None = None
+    ) -> dict[str, Any]:
+        draft, target = torch.tensor(predictions), torch.tensor(references)
+        accepted, agreed = expected_acceptance(draft, target, temperature), greedy_agreement(draft, target)
+        figures: dict[str, Any] = {"acceptance": float(accepted.mean()), "agreement": float(agreed.float().mean())}
+        if positions is not None:
+            where = torch.as_tensor(positions)
+            figures["acceptance_by_position"] = by_position(accepted, where)
+            figures["agreement_by_position"] = by_position(agreed, where)
+        return figures

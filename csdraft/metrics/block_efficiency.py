@@ -1,0 +1,43 @@
+"""Block efficiency as a module of Hugging Face `evaluate`, which loads it by its path.
+
+    block_efficiency = evaluate.load("csdraft/metrics/block_efficiency.py")
+    block_efficiency.compute(predictions=[64, 64], references=[20, 25])  # tokens, calls of the target
+
+The function behind it, which needs no `evaluate`, is in `csdraft.metrics.measures`.
+"""
+
+from __future__ import annotations
+
+from csdraft.metrics.measures import tokens_per_call
+
+try:
+    import datasets
+    import evaluate
+except ImportError as error:
+    raise ImportError(f"{error.name} is needed and not installed: pip install csdraft[train]") from error
+
+__all__ = ["BlockEfficiency"]
+
+DESCRIPTION = """Tokens that one call of the target yields, over all texts together; plain decoding has 1. Papers also
+call it mean acceptance length."""
+
+INPUTS = """
+predictions: (texts,) tokens emitted.
+references: (texts,) calls of the target that they took.
+"""
+
+CITATION = "Leviathan, Kalman, Matias: Fast Inference from Transformers via Speculative Decoding, arXiv 2211.17192."
+
+
+class BlockEfficiency(evaluate.Metric):
+    """See `csdraft.metrics.measures.tokens_per_call`."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        count = datasets.Value("int64")
+        features = datasets.Features({"predictions": count, "references": count})
+        return evaluate.MetricInfo(
+            description=DESCRIPTION, citation=CITATION, inputs_description=INPUTS, features=features
+        )
+
+    def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
+        return {"block_efficiency": tokens_per_call(predictions, references)}

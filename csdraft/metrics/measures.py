@@ -1,0 +1,100 @@
+"""Figures of how well a drafter fits its target, as plain functions of logits and of counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["block_efficiency", "by_position", "expected_acceptance", "greedy_agreement", "tokens_per_call"]
+
+
+class Counts(Protocol):
+    """What a csdraft `Report` has, among other things."""
+
+    @property
+    def emitted(self) -> int: ...
+
+    @property
+    def rounds(self) -> int: ...
+
+
+def expected_acceptance(draft_logits: Tensor, target_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Chance that rejection sampling accepts a token drawn from the drafter: the sum of the smaller probabilities.
+
+    Leviathan et al., arXiv 2211.17192, corollary 3.6; 1 less the total variation.
+
+    Args:
+        draft_logits: (..., vocab) of any float dtype, computed in float32.
+        target_logits: (..., vocab) likewise. Where the two vocabularies differ by padding, the wider is cut.
+        temperature: divides both, above 0.
+
+    Returns:
+        (...) float32 from 0 to 1.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be above 0; for greedy drafts there is greedy_agreement")
+    draft, target = _same_width(draft_logits, target_logits)
+    draft_probs = (draft.float() / temperature).softmax(-1)
+    return torch.minimum(draft_probs, (target.float() / temperature).softmax(-1)).sum(-1)
+
+
+def greedy_agreement(draft_logits: Tensor, target_logits: Tensor) -> Tensor:
+    """Whether both choose the same token when the most probable is taken.
+
+    Args:
+        draft_logits: (..., vocab).
+        target_logits: (..., vocab); see `expected_acceptance`.
+
+    Returns:
+        (...) bool.
+    """
+    draft, target = _same_width(draft_logits, target_logits)
+    return draft.argmax(-1) == target.argmax(-1)
+
+
+def by_position(values: Tensor, positions: Tensor) -> dict[int, float]:
+    """Mean of the values at each position.
+
+    Args:
+        values: (count,) numbers or truth values.
+        positions: (count,) integers: what the values are told apart by, such as the place in the text or in a draft.
+
+    Returns:
+        Means by position, the lowest first.
+    """
+    if values.shape != positions.shape:
+        raise ValueError(f"{values.numel()} values and {positions.numel()} positions; give one position a value")
+    values = values.float()
+    return {int(position): float(values[positions == position].mean()) for position in positions.unique()}
+
+
+def block_efficiency(report: Counts) -> float:
+    """Emitted tokens a round of a row, which is a call of the target: plain decoding has 1.
+
+    Args:
+        report: of one call or of several merged. From bare counts use `tokens_per_call`.
+    """
+    return tokens_per_call([report.emitted], [report.rounds])
+
+
+def tokens_per_call(emitted: Iterable[int], calls: Iterable[int]) -> float:
+    """Block efficiency from counts: all emitted tokens / all calls of the target, 0 without calls.
+
+    Args:
+        emitted: tokens of each text.
+        calls: calls of the target that each text took; the one that reads the prompt counts if it emits a token.
+    """
+    emitted, calls = list(emitted), list(calls)
+    if len(emitted) != len(calls):
+        raise ValueError(f"tokens of {len(emitted)} texts and calls of {len(calls)}; give both for each text")
+    if min([*emitted, *calls], default=0) < 0:
+        raise ValueError(f"tokens {emitted} and calls {calls} are counts: none may be below 0")
+    return sum(emitted) / sum(calls) if sum(calls) else 0.0
+
+
+def _same_width(draft_logits: Tensor, target_logits: Tensor) -> tuple[Tensor, Tensor]:
+    width = min(draft_logits.shape[-1], target_logits.shape[-1])
+    return draft_logits[..., :width], target_logits[..., :width]

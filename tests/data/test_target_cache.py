@@ -1,0 +1,216 @@
+"""The target's largest logits on disk: what the target says, whoever wrote them and however often he was stopped."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data.words import make_target, sentence, write_lines
+from tiny import VOCAB, tiny
+
+from csdraft.data.packing import IGNORED, Packed, Padded, collate
+from csdraft.data.shards import Part
+from csdraft.data.target_cache import CacheArguments, TargetCache, cache_logits, dense, forecast, write_target_cache
+from csdraft.losses.forward_kl import forward_kl
+
+ROOT = Path(__file__).parent.parent.parent
+SCRIPT = ROOT / "scripts/cache_logits.py"
+K = 12
+
+
+def make_rows(count: int = 20) -> list[dict]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {
+            "input_ids": torch.randint(3, VOCAB, (3 + 7 * i % 23,), generator=generator).tolist(),
+            "prompt_length": i % 4 % (3 + 7 * i % 23),
+        }
+        for i in range(count)
+    ]
+
+
+ROWS = make_rows()
+
+
+def load_target() -> torch.nn.Module:
+    return tiny("llama")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> TargetCache:
+    folder = tmp_path_factory.mktemp("cache")
+    write_target_cache(load_target, ROWS, folder, "tiny", K, 4)
+    return TargetCache(folder)
+
+
+def scored(row: dict) -> slice:
+    """Positions whose next token counts."""
+    return slice(max(row["prompt_length"], 1) - 1, len(row["input_ids"]) - 1)
+
+
+@torch.no_grad()
+def logits_of(row: dict) -> torch.Tensor:
+    return tiny("llama")(input_ids=torch.tensor([row["input_ids"]]), use_cache=False).logits[0]
+
+
+def test_the_cache_says_what_the_target_says(cache):
+    assert len(cache) == len(ROWS)
+    for number, row in enumerate(ROWS):
+        logits, kept, at = logits_of(row), cache[number], scored(row)
+        values, ids = logits[at].topk(K)
+        found = kept.log_probs[at] + kept.logsumexp[at, None]
+        assert kept.log_probs.shape == kept.ids.shape == (len(row["input_ids"]), K)
+        assert (found - values).abs().max() < 0.01  # float16 of log-probabilities down to -16
+        assert (logits[at].gather(-1, kept.ids[at]) - values).abs().max() < 1e-4
+        assert torch.allclose(kept.logsumexp[at], logits[at].logsumexp(-1), atol=1e-4)
+        rest = 1 - logits[at].softmax(-1).gather(-1, ids).sum(-1)
+        assert (kept.rest[at] - rest).abs().max() < 2e-3
+
+
+def test_what_is_not_scored_is_not_kept(cache):
+    for number, row in enumerate(ROWS):
+        known = torch.zeros(len(row["input_ids"]), dtype=torch.bool)
+        known[scored(row)] = True
+        assert torch.equal(~cache[number].logsumexp.isnan(), known)
+
+
+def test_all_tokens_kept_give_the_targets_loss(tmp_path):
+    write_target_cache(load_target, ROWS, tmp_path, "tiny", VOCAB)
+    whole = TargetCache(tmp_path)
+    for number, row in enumerate(ROWS[:5]):
+        at = scored(row)
+        student = torch.randn(len(row["input_ids"]), VOCAB)[at]
+        labels = torch.zeros(len(student), dtype=torch.long)
+        exact = forward_kl(student, logits_of(row)[at], labels)
+        assert torch.allclose(forward_kl(student, dense(whole[number].packed()[at], VOCAB), labels), exact, atol=0.01)
+
+
+def test_dense_logits_are_normalised_and_spread_the_rest_evenly(cache):
+    kept, at = cache[3], scored(ROWS[3])
+    probs = dense(kept.packed()[at], VOCAB).exp()
+    assert torch.allclose(probs.sum(-1), torch.ones(len(probs)))
+    assert torch.allclose(probs.gather(-1, kept.ids[at]), kept.log_probs[at].exp(), atol=2e-3)
+    others = probs.scatter(-1, kept.ids[at], torch.nan)
+    spread = others.nan_to_num(0).amax(-1) - others.nan_to_num(1).amin(-1)
+    assert spread.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_batches_carry_the_logits_of_their_tokens(cache, packing):
+    data = Packed(ROWS, 32, cache=cache) if packing else Padded(ROWS, 32, cache=cache)
+    batch = collate([data[i] for i in range(len(data))])
+    assert batch["cached"].shape == (*batch["input_ids"].shape, 2 * K)
+    counts = batch["labels"][:, 1:] != IGNORED
+    kept = batch["cached"][:, :-1][counts]
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+    with torch.no_grad():
+        target = tiny("llama")(**inputs, use_cache=False).logits[:, :-1][counts]
+    assert len(kept) == sum(len(row["input_ids"]) - max(row["prompt_length"], 1) for row in ROWS)
+    assert not kept.isnan().any()
+    log_probs, ids = kept.chunk(2, -1)
+    assert (target.log_softmax(-1).gather(-1, ids.long()) - log_probs).abs().max() < 0.01
+
+
+def test_processes_and_batches_write_the_same(cache, tmp_path):
+    for rank in range(3):
+        write_target_cache(load_target, ROWS, tmp_path, "tiny", K, 3, Part(rank, 3))
+    other = TargetCache(tmp_path)
+    for number in range(len(ROWS)):
+        for one, two in zip(cache[number], other[number], strict=True):
+            assert torch.allclose(one, two, atol=0.01, equal_nan=True)
+
+
+def test_the_forecast_is_what_the_files_take(cache):
+    files = [path for path in Path(cache.folder).iterdir() if path.suffix not in (".npy", ".json")]
+    assert sum(path.stat().st_size for path in files) == forecast(ROWS, K)
+
+
+def test_readers_of_other_processes_open_the_files_themselves(cache):
+    cache[0]
+    assert len(pickle.dumps(cache)) < 1000
+    assert torch.equal(pickle.loads(pickle.dumps(cache))[2].ids, cache[2].ids)
+
+
+def test_too_small_a_disk_is_noticed_before_the_target_is_loaded(tmp_path, monkeypatch, capsys):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(1, 0, 20000))
+    with pytest.raises(ValueError, match=r"take 1\S+ KB, but 20 KB are free in .* a k of at most 1\d instead of 90"):
+        write_target_cache(lambda: pytest.fail("was loaded"), ROWS, tmp_path, "tiny", 90)
+    assert "20 rows, " in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_cache_is_neither_read_nor_continued(cache, tmp_path):
+    with pytest.raises(ValueError, match="of other texts"):
+        Packed(ROWS[1:], 32, cache=cache)
+    for rows, name, k in ((ROWS[1:], "tiny", K), (ROWS, "other", K), (ROWS, "tiny", K + 1)):
+        with pytest.raises(ValueError, match="holds the cache"):
+            write_target_cache(load_target, rows, cache.folder, name, k)
+    with pytest.raises(ValueError, match="holds no cached logits"):
+        TargetCache(tmp_path)
+    with pytest.raises(ValueError, match="nothing to keep"):
+        write_target_cache(load_target, ROWS, tmp_path, "tiny", 0)
+
+
+def test_a_killed_run_goes_on(tmp_path):
+    make_target(tmp_path / "target")
+    write_lines(tmp_path / "texts.jsonl", [{"text": sentence(20 + i % 20, i)} for i in range(1000)])
+    settings = {
+        "target": str(tmp_path / "target"), "dataset": str(tmp_path / "texts.jsonl"), "max_length": 64, "k": 8,
+        "batch_size": 2, "output_dir": str(tmp_path / "logits"), "threads": 1,
+    }  # fmt: skip
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, str(SCRIPT), *(f"{key}={value}" for key, value in settings.items())]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    done, deadline = tmp_path / "logits/done.u8", time.monotonic() + 120
+    while not (done.exists() and sum(done.read_bytes()) > 20):
+        assert process.poll() is None, "the script ended before it was killed"
+        assert time.monotonic() < deadline, "the script wrote no rows"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = np.fromfile(done, np.uint8)
+    assert 20 < before.sum() < 1000
+    with pytest.raises(ValueError, match=f"{1000 - before.sum()} of 1000 rows are missing"):
+        TargetCache(tmp_path / "logits")
+
+    read = []
+    args = CacheArguments(**settings)
+    target = args.load_target()
+    target.register_forward_hook(
+        lambda module, inputs, options, output: read.append(len(options["input_ids"])), with_kwargs=True
+    )
+    args.load_target = lambda: target
+    cache_logits(args)
+    assert sum(read) == 1000 - before.sum()
+    cache = TargetCache(tmp_path / "logits")
+    for row in range(1000):
+        assert (cache[row].log_probs[:-1] < 0).all()
+        assert (cache[row].logsumexp[:-1] != 0).all()
+
+
+def test_bad_input_is_found_before_the_target_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(CacheArguments, "load_target", None)
+    make_target(tmp_path / "target")
+    make_target(tmp_path / "t5", "t5")
+    rows = write_lines(tmp_path / "texts.jsonl", [{"text": sentence(20)}])
+    for changes, message in (
+        ({"k": 0}, "k=0 must be a whole number of at least 1"),
+        ({"max_length": 1}, "max_length=1 must be"),
+        ({"max_length": 300}, "longer than the target's context of 256"),
+        ({"target": str(tmp_path / "t5")}, "is an encoder-decoder"),
+        ({"dataset": "no/such-data"}, "cannot be read"),
+    ):
+        settings = {"target": str(tmp_path / "target"), "dataset": rows, "output_dir": str(tmp_path / "out")}
+        with pytest.raises(ValueError, match=message):
+            cache_logits(CacheArguments(**settings | {"max_length": 64} | changes))
