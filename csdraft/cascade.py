@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import tempfile
 import threading
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
@@ -24,6 +25,7 @@ from csdraft.drafters.model import ModelDrafter, bound, load_model
 from csdraft.kmatrix import build, check_k_matrix, spread_lenience
 from csdraft.schedules.cost_model import CostModel
 from csdraft.schedules.fixed import Fixed
+from csdraft.upload import upload
 from csdraft.verifiers.match import Match
 
 if TYPE_CHECKING:
@@ -157,6 +159,26 @@ class CascadeDrafter(Drafter):
             copy_models: False writes models from the Hub down by id, and the revision in this machine's cache.
         """
         hub.save(self, Path(path), tokenizer, hub.Target.of(target) if target else self._reports.target, copy_models)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        target: nn.Module | None = None,
+        copy_models: bool = True,
+        **options: Any,
+    ) -> str:
+        """Uploads what `save_pretrained` would write, in one commit, and returns the commit's address.
+
+        Args:
+            repo_id: "user/name"; made if there is none.
+            tokenizer, target, copy_models: as for `save_pretrained`.
+            options: token, private, revision, commit_message; see `csdraft.upload.upload`.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch, repo_id.split("/")[-1])
+            self.save_pretrained(folder, tokenizer, target, copy_models)
+            return upload(folder, repo_id, **options)
 
     @classmethod
     def from_pretrained(

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from csdraft.schedules.cost_model import clear_memory
+
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,6 +26,12 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - the global state that transformers draws from
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _inexperienced() -> None:
+    """Earlier tests have taught the cost model nothing: what they measured may keep it from drafting at all."""
+    clear_memory()
 
 
 @pytest.fixture(autouse=True)

@@ -41,6 +41,8 @@ class Handler(BaseHTTPRequestHandler):
             name = "/".join(filter(None, (content.get("organization") or "me", content["name"].split("/")[-1])))
             self.server.repos.setdefault(name, {})
             self._answer({"url": f"{self.server.address}/{name}", "name": name})
+        elif self.path == "/api/validate-yaml":
+            self._answer({"errors": [], "warnings": []})
         elif "/preupload/" in self.path:
             files = json.loads(body)["files"]
             self._answer({"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]})

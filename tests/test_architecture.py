@@ -23,7 +23,10 @@ MAY_IMPORT = {
     "losses": {"losses"},
     "data": {"data"},
     "metrics": {"metrics"},
-    "trainers": {"trainers", "losses", "heads", "data", "metrics"},
+    # The trainers decode too: on-policy texts, and block efficiency as the training metric.
+    "trainers": {
+        "trainers", "losses", "heads", "data", "metrics", "decoding", "drafters", "schedules", "spec", "hub",
+    },
 }
 """Folder -> folders of csdraft it may import from. A folder that is missing here may import all but `cli`."""
 

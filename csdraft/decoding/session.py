@@ -92,7 +92,9 @@ class Session:
             reading = self._readings[row]
             if reading.text is not text:
                 self._restart(reading, text)
-            self._advance(row, reading)
+            below, _ = self._advance(row, reading)
+            self.rolled_back += len(below)
+            reading.draft, reading.slots = Draft(), []
             if reading.read < min(len(text), length - text.padding):
                 missing.append(Request(row, text, Draft(), (ROOT,)))
         if missing:

@@ -115,7 +115,7 @@ class DrafterTrainer(Trainer):
         self.loss_is_scaled_for_ga = True  # by the number of target tokens of the whole step
         self.interrupt = Interrupt()
         self.add_callback(self.interrupt)
-        if not hasattr(target, "hf_device_map") and not getattr(target, "is_quantized", False):
+        if getattr(target, "hf_device_map", None) is None and not getattr(target, "is_quantized", False):
             target.to(args.device)
 
     @property
@@ -126,11 +126,11 @@ class DrafterTrainer(Trainer):
     def target(self) -> nn.Module:
         return self.model.target  # type: ignore[union-attr]
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         """An order that depends on seed and epoch only, however many processes share it."""
         data = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return Shuffled(len(data), seed) if hasattr(data, "__len__") else None  # type: ignore[arg-type]
+        return Shuffled(len(data), seed)  # type: ignore[arg-type]
 
     # A step: batches, the number of their target tokens, the loss.
 

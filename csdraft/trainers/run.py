@@ -30,7 +30,7 @@ from csdraft.trainers.distill import DistillArguments, DrafterTrainer
 from csdraft.trainers.exam import Exam
 from csdraft.trainers.muon import MuonAdamW
 from csdraft.trainers.pretrain import last_checkpoint
-from csdraft.trainers.students import check_student, make_student
+from csdraft.trainers.students import check_engine, check_student, make_student
 
 __all__ = ["distill"]
 
@@ -88,6 +88,7 @@ def check(args: DistillArguments, config: PreTrainedConfig, tokenizer: PreTraine
     check_extras(args)
     _ = args.objective  # names of losses
     check_student(config, args.student, args.init, args.peft)
+    check_engine(args.peft, bool(args.deepspeed) or None, bool(args.fsdp) or None)
     if args.max_length > (context := context_length(config)):
         raise ValueError(f"max_length={args.max_length} is longer than the target's context of {context} tokens")
     check_writable(args.output_dir)

@@ -1,4 +1,3 @@
-# HELPER B: another helper works on the same list and overwrote this file by accident; read /tmp/left_NOTE.md
 """One of every method in the folders, found by walking them: what the contract tests hold to the laws."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# HELPER B: another helper works on the same list and overwrote this file by accident; read /tmp/left_NOTE.md
 """Every drafter under every lossless verifier and every schedule writes plain `generate`'s greedy text."""
 
 from __future__ import annotations

@@ -156,12 +156,14 @@ def test_a_killed_run_goes_on_without_losing_or_repeating_a_row(folder):
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     part = folder / "killed/parts/00000.jsonl"
     deadline = time.monotonic() + 120
-    while not (part.exists() and part.read_bytes().count(b"\n") > 20):
-        assert process.poll() is None, "the script ended before it was killed"
-        assert time.monotonic() < deadline, "the script wrote no rows"
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    try:
+        while not (part.exists() and part.read_bytes().count(b"\n") > 20):
+            assert process.poll() is None, "the script ended before it was killed"
+            assert time.monotonic() < deadline, "the script wrote no rows"
+            time.sleep(0.02)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
     before = part.read_bytes()
     count = before.count(b"\n") + 30
     assert before[: before.rfind(b"\n")].count(b"\n") < count - 1

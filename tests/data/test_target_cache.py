@@ -173,12 +173,14 @@ def test_a_killed_run_goes_on(tmp_path):
     command = [sys.executable, str(SCRIPT), *(f"{key}={value}" for key, value in settings.items())]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     done, deadline = tmp_path / "logits/done.u8", time.monotonic() + 120
-    while not (done.exists() and sum(done.read_bytes()) > 20):
-        assert process.poll() is None, "the script ended before it was killed"
-        assert time.monotonic() < deadline, "the script wrote no rows"
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    try:
+        while not (done.exists() and sum(done.read_bytes()) > 20):
+            assert process.poll() is None, "the script ended before it was killed"
+            assert time.monotonic() < deadline, "the script wrote no rows"
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
     before = np.fromfile(done, np.uint8)
     assert 20 < before.sum() < 1000
     with pytest.raises(ValueError, match=f"{1000 - before.sum()} of 1000 rows are missing"):
