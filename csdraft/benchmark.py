@@ -23,9 +23,9 @@ from transformers.utils import logging
 
 from csdraft.bench.measure import Prompt
 from csdraft.bench.methods import K_MATRIX, METHODS, Setup, configured
-from csdraft.bench.progress import Progress
 from csdraft.bench.render import machine, plot, save, table
 from csdraft.bench.suites import SUITES, Outcome, Work, methods_suite
+from csdraft.progress import Progress
 
 __all__ = ["load_model", "main", "read_prompts"]
 

@@ -20,6 +20,7 @@ from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Schedule, Verifier
 from csdraft.decoding.names import name_of
 from csdraft.decoding.report import Report
+from csdraft.decoding.runner import home
 from csdraft.drafters.horizontal import Horizontal
 from csdraft.drafters.model import ModelDrafter, bound, load_model
 from csdraft.kmatrix import build, check_k_matrix, spread_lenience
@@ -250,7 +251,12 @@ def _stored(path: str, target: nn.Module | None) -> Drafter:
     if target is None:
         return _load(path, None)
     files = [Path(path, name) for name in (hub.DOCUMENT, "config.json", "adapter_config.json")]
-    key = (path, *(file.stat().st_mtime_ns for file in files if file.is_file()), hub.Target.of(target), target.device)
+    key = (
+        path,
+        *(file.stat().st_mtime_ns for file in files if file.is_file()),
+        hub.Target.of(target),
+        home(target)[0],
+    )
     with _LOCK:
         kept = dict(_LAST).get(key)
     if kept is None:
@@ -265,7 +271,7 @@ def _load(path: str, target: nn.Module | None) -> Drafter:
     if (folder := hub.find_cascade(path)) is not None:
         return CascadeDrafter(**hub.load(folder, target, None))
     model = load_model(path)
-    return ModelDrafter(model if target is None else model.to(target.device))  # type: ignore[arg-type]
+    return ModelDrafter(model if target is None else model.to(home(target)[0]))
 
 
 def choose_verifier(verifier: Verifier | str | Mapping[str, Any] | None, drafter: Drafter | None) -> Verifier:

@@ -17,10 +17,10 @@ from transformers.utils import logging
 from csdraft.bench.figures import Figures, figures
 from csdraft.bench.measure import Cell, Prompt, Run, generate, measure
 from csdraft.bench.methods import K_MATRIX, Setup, build, configured
-from csdraft.bench.progress import Progress
 from csdraft.benchmark import DRAFTER, PROMPTS, TARGET, load_model, load_tokenizer, read_prompts, tokenized
 from csdraft.decoding.pieces import Pieces
 from csdraft.decoding.report import Report
+from csdraft.progress import Progress
 
 __all__ = ["main"]
 

@@ -23,6 +23,7 @@ from torch import nn
 from csdraft import spec
 from csdraft.card import SHIM, SIGNATURE, model_card
 from csdraft.decoding.names import name_of
+from csdraft.decoding.runner import home
 from csdraft.drafters.model import HUB_OPTIONS, MOST_VOCABULARY_PADDING, base_model, load_model
 from csdraft.heads.self_draft import SelfDraft
 
@@ -326,7 +327,7 @@ def _read_model(name: str, entry: Any, folder: Path, target: nn.Module | None, o
     if isinstance(model, SelfDraft) and target is not None:
         model.check(base_model(target))
     if target is not None and "device_map" not in options:
-        model = model.to(target.device)  # type: ignore[arg-type]
+        model = model.to(home(target)[0])
     return model
 
 

@@ -25,7 +25,16 @@ MAY_IMPORT = {
     "metrics": {"metrics"},
     # The trainers decode too: on-policy texts, and block efficiency as the training metric.
     "trainers": {
-        "trainers", "losses", "heads", "data", "metrics", "decoding", "drafters", "schedules", "spec", "hub",
+        "trainers",
+        "losses",
+        "heads",
+        "data",
+        "metrics",
+        "decoding",
+        "drafters",
+        "schedules",
+        "spec",
+        "hub",
     },
 }
 """Folder -> folders of csdraft it may import from. A folder that is missing here may import all but `cli`."""

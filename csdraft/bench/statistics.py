@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Interval", "bootstrap_median"]
+__all__ = ["Interval", "bootstrap_mean", "bootstrap_median"]
 
 DRAWS = 4000
 
 
 class Interval(NamedTuple):
-    """A median and its 95 % bootstrap interval."""
+    """A median (or mean, see the function) and its 95 % bootstrap interval."""
 
     median: float
     low: float
@@ -43,3 +43,11 @@ def bootstrap_median(values: Sequence[Sequence[float]], draws: int = DRAWS, seed
     medians = np.median(table[rows, columns].reshape(draws, -1), axis=1)
     low, high = np.quantile(medians, (0.025, 0.975))
     return Interval(float(np.median(table)), float(low), float(high))
+
+
+def bootstrap_mean(values: Sequence[float], draws: int = DRAWS, seed: int = 0) -> Interval:
+    """The mean over prompts, and its interval; prompts are drawn with replacement."""
+    line = np.asarray(values, dtype=float)
+    chosen = np.random.default_rng(seed).integers(len(line), size=(draws, len(line)))
+    low, high = np.quantile(line[chosen].mean(axis=1), (0.025, 0.975))
+    return Interval(float(line.mean()), float(low), float(high))

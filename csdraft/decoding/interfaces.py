@@ -253,14 +253,14 @@ class Verifier:
 
     def refusal(self, draft: Draft) -> str | None:
         """Why it cannot judge `draft` exactly; None if it can. Under coupled draws nobody reads a draft's laws."""
-        if self.chains_only and not draft.is_chain:
-            return f"the draft is a tree, {type(self).__name__} judges chains; draft chains, or use another verifier"
         if draft.law is not None and draft.law.kind not in self.kinds and self.draws == "independent":
             return (
                 f"the draft's tokens were drawn as {draft.law.kind!r}, {type(self).__name__} judges "
                 f"{sorted(self.kinds)} and point masses; use another verifier, or declare point masses with "
                 "Draft.law=None"
             )
+        if self.chains_only and not draft.is_chain:
+            return f"the draft is a tree, {type(self).__name__} judges chains; draft chains, or use another verifier"
         return None
 
     def verify(self, draft: Draft, scores: ScoresView, sampler: Sampler, root: int = ROOT) -> Verdict:

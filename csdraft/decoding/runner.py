@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from csdraft.decoding.cache import SlotCache, encoder_decoder_cache
 
-__all__ = ["Feed", "Runner", "Sources", "refusal"]
+__all__ = ["Feed", "Runner", "Sources", "home", "refusal"]
 
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 ENCODER_DECODERS = {"t5", "mt5"}
@@ -95,7 +95,7 @@ class Runner:
         config: Any = model.config
         text = config.get_text_config(decoder=True)
         self.model, self.rows, self.sources = model, rows, sources
-        self.device, self.dtype = _home(model)
+        self.device, self.dtype = home(model)
         if sources is not None and sources.attention_mask is not None:
             sources.attention_mask = sources.attention_mask.to(self.device)
         self.vocab = text.vocab_size
@@ -303,7 +303,7 @@ def _extra(feed: Feed, queries: int) -> list[tuple[int, int]]:
     return pairs
 
 
-def _home(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+def home(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Where a model takes its token ids, and the dtype it computes in."""
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
     device = embeddings.weight.device

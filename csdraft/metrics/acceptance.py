@@ -1,94 +1,58 @@
-"""How often a target would accept what a drafter says, from both models' logits: expected acceptance and agreement.
+"""Expected acceptance and greedy agreement as a module of Hugging Face `evaluate`, which loads it by its path.
 
-Two plain functions, and a metric that `evaluate.load("csdraft/metrics/acceptance.py")` loads. Both compare next-token
-distributions along a text, which should be the target's own, and at the temperature of deployment: acceptance rises
-and falls with it.
+    acceptance = evaluate.load("csdraft/metrics/acceptance.py")
+    acceptance.compute(predictions=draft_logits, references=target_logits, positions=[1, 2, 3, 1, 2, 3])
+
+The functions behind it, which need no `evaluate`, are in `csdraft.metrics.measures`.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-from itertools import zip_longest
 from typing import Any
 
 import torch
-from torch import Tensor
 
-__all__ = ["by_position", "expected_acceptance", "greedy_agreement"]
+from csdraft.metrics.measures import by_position, expected_acceptance, greedy_agreement
 
-
-def expected_acceptance(student_logits: Tensor, target_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """The chance that rejection sampling accepts a token drawn from the student, sum over tokens of min(both).
-
-    Leviathan et al., arXiv 2211.17192, theorem 3.5.
-
-    Args:
-        student_logits: (*rows, vocab) of any float dtype, computed in float32.
-        target_logits: (*rows, vocab) likewise; the wider of the two vocabularies is cut to the other, its padding.
-        temperature: above 0, of both.
-
-    Returns:
-        (*rows) float32 from 0 to 1.
-    """
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature} must be above 0; for greedy decoding use greedy_agreement")
-    width = min(student_logits.shape[-1], target_logits.shape[-1])
-    probs = ((logits[..., :width].float() / temperature).softmax(-1) for logits in (student_logits, target_logits))
-    return torch.minimum(*probs).sum(-1)
-
-
-def greedy_agreement(student_logits: Tensor, target_logits: Tensor) -> Tensor:
-    """1 where student and target have the same most probable token, else 0: acceptance at temperature 0.
-
-    Args:
-        student_logits: (*rows, vocab).
-        target_logits: (*rows, vocab).
-
-    Returns:
-        (*rows) float32.
-    """
-    return (student_logits.argmax(-1) == target_logits.argmax(-1)).float()
-
-
-def by_position(texts: Sequence[Sequence[float]]) -> list[float]:
-    """Means at each position over the texts that reach it.
-
-    Args:
-        texts: values at each position of each text.
-    """
-    columns = ([value for value in column if value is not None] for column in zip_longest(*texts))
-    return [sum(column) / len(column) for column in columns]
-
-
-# `evaluate.load` runs this file and looks for the class; nobody else needs it, nor the seconds that importing takes.
-if "evaluate" in sys.modules:
+try:
     import datasets
     import evaluate
+except ImportError as error:
+    raise ImportError(f"{error.name} is needed and not installed: pip install csdraft[train]") from error
 
-    class Acceptance(evaluate.Metric):
-        """`compute(predictions=student_logits, references=target_logits, temperature=1.0)`, see `_info`."""
+__all__ = ["Acceptance"]
 
-        def _info(self) -> evaluate.MetricInfo:
-            logits = datasets.Sequence(datasets.Sequence(datasets.Value("float32")))
-            return evaluate.MetricInfo(
-                description="Expected acceptance and greedy agreement of a drafter with its target.",
-                citation="arXiv 2211.17192, theorem 3.5",
-                inputs_description=(
-                    "predictions: of each text the student's logits, (positions, vocab). references: the target's. "
-                    "temperature: of both, 1.0 if not given."
-                ),
-                features=datasets.Features({"predictions": logits, "references": logits}),
-            )
+DESCRIPTION = """How often a target accepts what a drafter drafts: the sum over tokens of the smaller of both
+probabilities (drafts that are sampled), and the share of equal most probable tokens (greedy drafts)."""
 
-        def _compute(self, predictions: Any, references: Any, temperature: float = 1.0) -> dict[str, Any]:
-            pairs = [(torch.tensor(s), torch.tensor(t)) for s, t in zip(predictions, references, strict=True)]
-            accepted = [expected_acceptance(*pair, temperature).tolist() for pair in pairs]
-            agreed = [greedy_agreement(*pair).tolist() for pair in pairs]
-            positions = sum(map(len, accepted))
-            return {
-                "acceptance": sum(map(sum, accepted)) / positions,
-                "agreement": sum(map(sum, agreed)) / positions,
-                "acceptance_by_position": by_position(accepted),
-                "agreement_by_position": by_position(agreed),
-            }
+INPUTS = """
+predictions: (count, vocab) logits of the drafter.
+references: (count, vocab) logits of the target.
+temperature: divides both for `acceptance`; 1 if not given.
+positions: (count,) integers; if given, means by position are returned too.
+"""
+
+CITATION = "Leviathan, Kalman, Matias: Fast Inference from Transformers via Speculative Decoding, arXiv 2211.17192."
+
+
+class Acceptance(evaluate.Metric):
+    """See `csdraft.metrics.measures.expected_acceptance` and `greedy_agreement`."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        logits = datasets.Sequence(datasets.Value("float32"))
+        features = datasets.Features({"predictions": logits, "references": logits})
+        return evaluate.MetricInfo(
+            description=DESCRIPTION, citation=CITATION, inputs_description=INPUTS, features=features
+        )
+
+    def _compute(
+        self, predictions: Any, references: Any, temperature: float = 1.0, positions: list[int] | None = None
+    ) -> dict[str, Any]:
+        draft, target = torch.tensor(predictions), torch.tensor(references)
+        accepted, agreed = expected_acceptance(draft, target, temperature), greedy_agreement(draft, target)
+        figures: dict[str, Any] = {"acceptance": float(accepted.mean()), "agreement": float(agreed.float().mean())}
+        if positions is not None:
+            where = torch.as_tensor(positions)
+            figures["acceptance_by_position"] = by_position(accepted, where)
+            figures["agreement_by_position"] = by_position(agreed, where)
+        return figures

@@ -1,61 +1,43 @@
-"""Block efficiency: tokens that one call of the target yields, the number that drafters are made for.
+"""Block efficiency as a module of Hugging Face `evaluate`, which loads it by its path.
 
-A plain function, and a metric that `evaluate.load("csdraft/metrics/block_efficiency.py")` loads. Papers also call it
-mean acceptance length; the target's own token of each round is counted, so that plain decoding has 1.
+    block_efficiency = evaluate.load("csdraft/metrics/block_efficiency.py")
+    block_efficiency.compute(predictions=[64, 64], references=[20, 25])  # tokens, calls of the target
+
+The function behind it, which needs no `evaluate`, is in `csdraft.metrics.measures`.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-from typing import Any, Protocol
+from csdraft.metrics.measures import tokens_per_call
 
-__all__ = ["block_efficiency"]
-
-
-class Counted(Protocol):
-    """What is needed of a `csdraft.Report`."""
-
-    @property
-    def emitted(self) -> int: ...
-    @property
-    def rounds(self) -> int: ...
-
-
-def block_efficiency(emitted: Counted | Sequence[int] | int, rounds: Sequence[int] | int | None = None) -> float:
-    """Emitted tokens / rounds, over all texts together.
-
-    Args:
-        emitted: a call's `Report`, and nothing else; or tokens generated, as a number or one per text.
-        rounds: calls of the target for a text, likewise; its first one, which also reads the prompt, included.
-
-    Raises:
-        ValueError: if there was no round.
-    """
-    if rounds is None:
-        return block_efficiency(emitted.emitted, emitted.rounds)  # type: ignore[union-attr]
-    tokens, calls = (count if isinstance(count, int) else sum(count) for count in (emitted, rounds))  # type: ignore[arg-type]
-    if calls < 1:
-        raise ValueError(f"{tokens} tokens in {calls} calls of the target: nothing was decoded, or it was not counted")
-    return tokens / calls
-
-
-# `evaluate.load` runs this file and looks for the class; nobody else needs it, nor the seconds that importing takes.
-if "evaluate" in sys.modules:
+try:
     import datasets
     import evaluate
+except ImportError as error:
+    raise ImportError(f"{error.name} is needed and not installed: pip install csdraft[train]") from error
 
-    class BlockEfficiency(evaluate.Metric):
-        """`compute(predictions=emitted, references=rounds)`, see `_info`."""
+__all__ = ["BlockEfficiency"]
 
-        def _info(self) -> evaluate.MetricInfo:
-            count = datasets.Value("int64")
-            return evaluate.MetricInfo(
-                description="Tokens emitted per call of the target.",
-                citation="arXiv 2211.17192",
-                inputs_description="predictions: tokens generated, of each text. references: the target's calls for it.",
-                features=datasets.Features({"predictions": count, "references": count}),
-            )
+DESCRIPTION = """Tokens that one call of the target yields, over all texts together; plain decoding has 1. Papers also
+call it mean acceptance length."""
 
-        def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-            return {"block_efficiency": block_efficiency(list(predictions), list(references))}
+INPUTS = """
+predictions: (texts,) tokens emitted.
+references: (texts,) calls of the target that they took.
+"""
+
+CITATION = "Leviathan, Kalman, Matias: Fast Inference from Transformers via Speculative Decoding, arXiv 2211.17192."
+
+
+class BlockEfficiency(evaluate.Metric):
+    """See `csdraft.metrics.measures.tokens_per_call`."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        count = datasets.Value("int64")
+        features = datasets.Features({"predictions": count, "references": count})
+        return evaluate.MetricInfo(
+            description=DESCRIPTION, citation=CITATION, inputs_description=INPUTS, features=features
+        )
+
+    def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
+        return {"block_efficiency": tokens_per_call(predictions, references)}

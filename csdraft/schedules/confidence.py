@@ -2,8 +2,8 @@
 
 The dynamic stop of transformers' assisted generation (`assistant_confidence_threshold`) and of many papers: a token
 drafted with a probability below the threshold is the last of its draft. The token itself is kept, so that stopping
-never selects by identity and sampling stays exact. Costs a softmax a drafted token. For a model that drafts token by
-token: statistical drafters and the reviewers of a vertical cascade do not look at it.
+never selects by identity and sampling stays exact. Costs a softmax a drafted token. A vertical cascade stops after the
+inner round that emitted such a token, and keeps what stands behind it; statistical drafters do not look at it.
 """
 
 from __future__ import annotations

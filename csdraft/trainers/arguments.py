@@ -1,26 +1,37 @@
 """A flat YAML file and `key=value` overrides become one dataclass; unknown keys are errors."""
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-__all__ = ["read_arguments"]
+__all__ = ["make_arguments", "read_arguments", "read_values"]
 
 T = TypeVar("T")
 
 
 def read_arguments(cls: type[T], config: str | None, overrides: list[str]) -> T:
     """`cls` from the keys of the YAML file `config`, then from `key=value` strings, which win."""
+    return make_arguments(cls, read_values(config, overrides))
+
+
+def read_values(config: str | None, overrides: list[str]) -> dict[str, Any]:
+    """The keys of a flat YAML file and of `key=value` strings, unchecked."""
     values = yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {} if config else {}
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise ValueError(f"override {override!r} is not of the form key=value, such as max_steps=100")
         values[key] = yaml.safe_load(value)
-    known = {field.name: field for field in fields(cls) if field.init}
+    return values
+
+
+def make_arguments(cls: type[T], values: Mapping[str, Any]) -> T:
+    """`cls` from these keys; ValueError with the nearest known ones for a key that it has not."""
+    known = {field.name: field for field in fields(cls) if field.init}  # type: ignore[arg-type]
     for key in values:
         if key not in known:
             nearest = ", ".join(difflib.get_close_matches(key, known, n=3, cutoff=0.0))

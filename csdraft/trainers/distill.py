@@ -54,6 +54,9 @@ class DistillArguments(TrainingArguments):
     dataset: str = field(default="stdlib", metadata={"help": "Texts: a Hub id, file, folder, or 'stdlib'."})
     dataset_limit: int | None = field(default=None, metadata={"help": "Texts used at most."})
     max_length: int = field(default=512, metadata={"help": "Tokens of a packed block, and of a text at most."})
+    target_cache: str | None = field(
+        default=None, metadata={"help": "The target's top-k logits for these texts (scripts/cache_logits.py)."}
+    )
     packing: bool = field(default=True, metadata={"help": "Several texts in a block, kept apart by their positions."})
 
     losses: dict = field(
@@ -61,7 +64,7 @@ class DistillArguments(TrainingArguments):
     )
     student_temperature: float = field(default=1.0, metadata={"help": "Divides the student's logits in the loss."})
     target_temperature: float = field(default=1.0, metadata={"help": "Divides the target's logits in the loss."})
-    chunk: int = field(default=1024, metadata={"help": "Positions whose logits are held in memory at once."})
+    chunk: int = field(default=256, metadata={"help": "Positions whose logits are held in memory at once."})
     on_policy: float = field(default=0.0, metadata={"help": "Share of the texts that the student writes anew."})
     on_policy_prompt: int = field(default=64, metadata={"help": "Tokens of a text that stay, at least."})
 
@@ -82,6 +85,8 @@ class DistillArguments(TrainingArguments):
             raise ValueError(f"on_policy={self.on_policy} is a share of the texts: give a number from 0 to 1")
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature} must be above 0; greedy drafting is measured anyway")
+        if self.target_cache and self.on_policy:
+            raise ValueError(f"target_cache with on_policy={self.on_policy}: new texts are in no cache; leave one out")
         if self.student is not None and self.init is not None:
             raise ValueError("student and init are both given; start from the one or make the other")
 
@@ -143,7 +148,9 @@ class DrafterTrainer(Trainer):
         count = sum((scored(batch).sum() for batch in batches), torch.zeros((), dtype=torch.long, device=device))
         return batches, self.accelerator.gather(count.reshape(1)).sum().clamp(min=1)  # type: ignore[union-attr]
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         total = scored(inputs).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         loss = model(**inputs, total=total)
         if num_items_in_batch is not None:  # processes' gradients are averaged, their sum is wanted

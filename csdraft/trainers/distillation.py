@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from csdraft.data.packing import IGNORED
+from csdraft.data.target_cache import dense
 from csdraft.trainers.objective import Objective, head_of, hidden_of
 
 __all__ = ["Distillation"]
@@ -42,13 +45,15 @@ class Distillation(nn.Module):
     def gradient_checkpointing_enable(self, **options) -> None:
         self.student.gradient_checkpointing_enable(**options)  # type: ignore[operator]
 
-    def forward(self, labels: Tensor, total: Tensor | float, **inputs: Tensor) -> Tensor:
+    def forward(self, labels: Tensor, total: Tensor | float, cached: Tensor | None = None, **inputs: Tensor) -> Tensor:
         """Sum of the loss over the labelled positions, divided by `total`.
 
         Args:
             labels: (rows, length) the token itself where its prediction counts, else `IGNORED`. A decoder-only model
                 predicts token t after token t - 1; an encoder-decoder's labels are those of its decoder's outputs.
             total: labelled positions of the whole step, over micro-batches and processes.
+            cached: (rows, length, 2 k) the target's top-k log-probabilities and ids, instead of its forward; see
+                `csdraft.data.target_cache`.
             inputs: `input_ids` and `position_ids`, (rows, length); of an encoder-decoder `input_ids`,
                 `attention_mask` and `decoder_input_ids`.
         """
@@ -56,6 +61,14 @@ class Distillation(nn.Module):
         labels = labels[:, after:]
         scored = labels != IGNORED
         student = hidden_of(self.student, **inputs)[:, : labels.shape[1]][scored]
-        with torch.no_grad():  # not inference_mode: the loss's backward may keep these
-            target = hidden_of(self.target, **inputs)[:, : labels.shape[1]][scored]
-        return self.objective.total(student, target.to(student.device), labels[scored], *self._heads) / total
+        student_head, target_head = self._heads
+        if cached is not None:
+            vocab = self.target.config.get_text_config(decoder=True).vocab_size  # type: ignore[union-attr,operator]
+            target, target_head = cached[:, : labels.shape[1]][scored], partial(dense, vocab=vocab)
+        else:
+            with torch.no_grad():  # not inference_mode: the loss's backward may keep these
+                target = hidden_of(self.target, **inputs)[:, : labels.shape[1]][scored]
+        total_loss = self.objective.total(
+            student, target.to(student.device), labels[scored], student_head, target_head
+        )
+        return total_loss / total

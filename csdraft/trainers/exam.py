@@ -21,7 +21,7 @@ __all__ = ["Exam", "left_padded"]
 class Exam:
     """Lets target and drafter decode some prompts together, at temperature 0 and at `temperature`.
 
-    The target's own texts do not depend on the drafter: they are written once, by the first sitting, and later sittings
+    The texts do not depend on the drafter: they are written once, by the first sitting, and later sittings
     compare the two models' distributions along them.
 
     Args:
@@ -57,6 +57,15 @@ class Exam:
                 texts = self._written.setdefault((sampled, number), texts)
                 self._compare(sums, target, student, prompts, texts, sampled)
         return sums
+
+    @torch.no_grad()
+    def block_efficiencies(self, target: Any, student: nn.Module, sampled: bool) -> list[float]:
+        """(prompts,) tokens a call of the target, of each prompt."""
+        found = []
+        for _, prompts in self._batches(slice(None)):
+            report, _ = self._decode(target, student, prompts, sampled)
+            found += [sum(lengths) / len(lengths) for lengths in report.lengths]
+        return found
 
     def _batches(self, part: slice) -> Iterator[tuple[int, Sequence[Sequence[int]]]]:
         mine = self.prompts[part]
@@ -95,7 +104,9 @@ class Exam:
             inputs = {"input_ids": texts, "attention_mask": mask, "position_ids": positions}
             written = torch.zeros_like(texts[:, 1:], dtype=torch.bool)
             written[:, width - 1 :] = True
-        logits = [model(**inputs, use_cache=False).logits[:, : written.shape[1]][written] for model in (target, student)]
+        logits = [
+            model(**inputs, use_cache=False).logits[:, : written.shape[1]][written] for model in (target, student)
+        ]
         width = min(part.shape[-1] for part in logits)
         p, q = ((part[:, :width].float() / self.temperature).softmax(-1) for part in logits)
         _add(sums, "compared_sampled" if sampled else "compared_greedy", len(p))

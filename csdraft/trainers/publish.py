@@ -102,7 +102,9 @@ def _table(origin: dict[str, Any]) -> str:
         for key, words in FIGURES.items()
         if key in after
     ]
-    note = f"On held-out prompts, chains of {depth}; block efficiency is tokens a call of the target, 1 without drafts."
+    note = (
+        f"On held-out prompts, chains of {depth}; block efficiency is tokens a call of the target, 1 without drafts."
+    )
     return "\n".join([head, *lines, "", note])
 
 

@@ -25,11 +25,13 @@ from transformers.integrations import deepspeed
 
 from csdraft.data.packing import Packed, Padded, check_packing, collate, collate_seq2seq
 from csdraft.data.sources import read_prompts, read_rows
+from csdraft.data.target_cache import TargetCache
 from csdraft.hub import fingerprint
 from csdraft.trainers.distill import DistillArguments, DrafterTrainer
 from csdraft.trainers.exam import Exam
 from csdraft.trainers.muon import MuonAdamW
 from csdraft.trainers.pretrain import last_checkpoint
+from csdraft.trainers.progress import Line
 from csdraft.trainers.students import check_engine, check_student, make_student
 
 __all__ = ["distill"]
@@ -62,6 +64,8 @@ def distill(args: DistillArguments) -> DrafterTrainer:
         processing_class=tokenizer,
         optimizers=(make_muon(args, student), None),
     )
+    if not args.disable_tqdm:
+        Line.instead_of_others(trainer)
     trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
     if trainer.interrupt.stopped:
         print(f"stopped at step {trainer.state.global_step}; the same command goes on from {args.output_dir}")
@@ -150,10 +154,13 @@ def make_batches(
 ) -> dict[str, Any]:
     """The trainer's `train_dataset` and `data_collator`."""
     pad = pad_of(tokenizer)
+    cache = TargetCache(args.target_cache) if args.target_cache else None
     if config.is_encoder_decoder:
+        if cache is not None:
+            raise ValueError("target_cache is for decoder-only targets; leave it out")
         texts = Padded(rows, args.max_length, pad, config.decoder_start_token_id)
         return {"train_dataset": texts, "data_collator": partial(collate_seq2seq, pad=pad)}
-    texts = (Packed if args.packing else Padded)(rows, args.max_length, pad)
+    texts = (Packed if args.packing else Padded)(rows, args.max_length, pad, cache=cache)
     return {"train_dataset": texts, "data_collator": partial(collate, pad=pad)}
 
 

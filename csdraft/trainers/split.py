@@ -23,7 +23,7 @@ from csdraft.drafters.model import base_model
 
 __all__ = ["head_of", "hidden_of"]
 
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
 """Relative to the largest logit; 0.05 in shorter dtypes. A head that lacks a step is further off in some logit."""
 
 _splits: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -157,7 +157,7 @@ def _difference(model: nn.Module) -> str | None:
             return f"its body and head cannot be run apart ({type(error).__name__}: {error})"
     whole, parts = whole.float(), parts.float().to(whole.device)
     tolerance = TOLERANCE.get(inner.dtype, 0.05)
-    largest = float(whole[whole.isfinite()].abs().max())
+    largest = float(whole.nan_to_num(0, 0, 0).abs().max())
     if whole.shape == parts.shape and torch.allclose(parts, whole, tolerance, tolerance * largest, equal_nan=True):
         return None
     return "its body and head, run apart, give other logits than it does"

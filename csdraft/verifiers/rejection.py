@@ -97,14 +97,8 @@ class Rejection(Verifier):
 
 def check_draft(verifier: Verifier, draft: Draft) -> None:
     """Raises ValueError if `verifier` cannot judge `draft` exactly."""
-    name = type(verifier).__name__
-    if draft.law is not None and draft.law.kind not in verifier.kinds:
-        raise ValueError(
-            f"the draft's tokens were drawn as {draft.law.kind!r}, {name} judges {sorted(verifier.kinds)} and point "
-            "masses; use another verifier, or declare point masses with Draft.law=None"
-        )
-    if verifier.chains_only and not draft.is_chain:
-        raise ValueError(f"the draft is a tree, {name} judges chains; draft chains, or use another verifier")
+    if reason := verifier.refusal(draft):
+        raise ValueError(reason)
 
 
 def drawn_from(draft: Draft, node: int) -> Tensor | None:

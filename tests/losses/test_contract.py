@@ -152,6 +152,16 @@ def test_no_token_in_common_still_gives_numbers(name, ruled_out_by):
 
 
 @every
+def test_gradients_are_those_of_the_values(name):
+    """Against differences, in the direction of the gradient itself."""
+    student, target, labels = logits(scale=1.0)
+    (gradient,) = torch.autograd.grad(loss_of(name)(student, target, labels).sum(), student)
+    step = 1e-2 * gradient / gradient.norm()
+    ahead, behind = (loss_of(name)(student + way * step, target, labels).sum() for way in (1, -1))
+    assert (ahead - behind).item() / 2 == pytest.approx((gradient * step).sum().item(), rel=0.02)
+
+
+@every
 def test_steps_downhill_bring_the_two_together(name):
     student, target, labels = logits(scale=1.0)
     optimizer = torch.optim.Adam([student], 0.05)

@@ -85,6 +85,17 @@ def test_total_variation_and_acceptance_are_one_figure():
     )
 
 
+def test_acceptance_still_has_a_gradient_where_total_variation_has_lost_it():
+    target = torch.zeros(1, 4)
+    target[0, 0] = 200.0
+    steepness = []
+    for loss in (acceptance, total_variation):
+        student = target.flip(-1).requires_grad_()
+        loss(student, target, torch.zeros(1, dtype=torch.long)).sum().backward()
+        steepness.append(student.grad.abs().max())
+    assert steepness[0] > 0.1 > 1e-6 > steepness[1]
+
+
 def test_the_ends_of_jsd_are_the_two_kl():
     student, target, labels = logits(1.0)
     low, high = (jsd(student, target, labels, beta=beta) for beta in (0.001, 0.999))

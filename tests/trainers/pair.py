@@ -19,7 +19,9 @@ SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "
 def make_pair(folder: Path) -> Path:
     """`target/`, `student/`, texts of unequal lengths in `texts.jsonl` and `prompts.jsonl`."""
     chosen = random.Random(0)
-    texts = ["".join(f"x{chosen.randrange(30)} = y + {i}\n" for i in range(chosen.randrange(2, 12))) for _ in range(64)]
+    texts = [
+        "".join(f"x{chosen.randrange(30)} = y + {i}\n" for i in range(chosen.randrange(2, 12))) for _ in range(64)
+    ]
     (folder / "corpus").mkdir()
     for i, text in enumerate(texts):
         (folder / "corpus" / f"{i}.py").write_text(text * 4)

@@ -66,9 +66,7 @@ def test_a_step_does_not_depend_on_how_it_is_accumulated(folder, on_policy):
     changes = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 1e9, "on_policy": on_policy}
     whole, parts = f"whole-{on_policy}", f"parts-{on_policy}"
     distill(arguments(folder, whole, **changes))
-    distill(
-        arguments(folder, parts, per_device_train_batch_size=1, gradient_accumulation_steps=8, **changes)
-    )
+    distill(arguments(folder, parts, per_device_train_batch_size=1, gradient_accumulation_steps=8, **changes))
     moved = largest_difference(weights(folder / "student"), weights(folder / whole))
     assert largest_difference(weights(folder / whole), weights(folder / parts)) < 1e-4 * moved
 
@@ -109,11 +107,13 @@ def test_a_signal_leaves_a_checkpoint_to_go_on_from(folder):
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=60)[0]
-    assert process.returncode == 0 and "the same command goes on" in said
+    assert process.returncode == 0
+    assert "the same command goes on" in said
     (checkpoint,) = (folder / "signal").glob("checkpoint-*")
     step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
     trainer = distill(arguments(folder, "signal", max_steps=step + 2, save_steps=10000))
-    assert trainer.state.global_step == step + 2 and len(losses(trainer)) == step + 2
+    assert trainer.state.global_step == step + 2
+    assert len(losses(trainer)) == step + 2
 
 
 def test_a_target_that_drafts_for_itself_passes_the_exam_in_full(folder):
@@ -123,8 +123,10 @@ def test_a_target_that_drafts_for_itself_passes_the_exam_in_full(folder):
     prompts = [tokenizer(text)["input_ids"] for text in ("x1 = y", "x2 = y + 3\n", "x")]
     exam = Exam(prompts, tokenizer.pad_token_id, depth=3, new_tokens=16)
     figures = exam.grade(exam.sit(target, target))
-    assert figures["agreement"] == 1 and figures["acceptance"] == pytest.approx(1, abs=1e-5)
-    assert figures["block_efficiency"] == 4 and figures["block_efficiency_sampled"] == 4
+    assert figures["agreement"] == 1
+    assert figures["acceptance"] == pytest.approx(1, abs=1e-5)
+    assert figures["block_efficiency"] == 4
+    assert figures["block_efficiency_sampled"] == 4
     assert [figures[f"accepted_{n}"] for n in (1, 2, 3)] == [1, 1, 1]
 
 
@@ -136,7 +138,8 @@ def test_the_exam_is_the_training_metric(folder):
         )
     )  # fmt: skip
     seen = [entry["eval_block_efficiency"] for entry in trainer.state.log_history if "eval_block_efficiency" in entry]
-    assert len(seen) == 2 and trainer.state.best_metric == max(seen) >= 1
+    assert len(seen) == 2
+    assert trainer.state.best_metric == max(seen) >= 1
     found = trainer.evaluate()["eval_block_efficiency"]
     assert found == max(seen)
 

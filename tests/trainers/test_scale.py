@@ -76,7 +76,10 @@ def test_two_processes_are_one(folder, alone, engine):
     log = json.loads((folder / engine / "checkpoint-3/trainer_state.json").read_text())["log_history"]
     pairs = list(zip(numbers(log), numbers(alone), strict=True))
     assert len(pairs) > 5 and all(a == pytest.approx(b, rel=1e-4) for a, b in pairs), pairs
-    one, two = (AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32).state_dict() for name in (engine, "alone"))
+    one, two = (
+        AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32).state_dict()
+        for name in (engine, "alone")
+    )
     assert max((one[name] - two[name]).abs().max() for name in one) < 1e-5
     if engine == "ddp":  # and goes on from its checkpoint
         launch(folder, engine, "max_steps=4")
