@@ -53,10 +53,8 @@ def examined(values: Mapping[str, Any], trained: bool) -> Figures:
     if exam is None:
         raise ValueError("arms are compared on held-out prompts: give eval_prompts=FILE")
     if not trained:
-        target, student = (
-            AutoModelForCausalLM.from_pretrained(path, dtype="float32").eval() for path in (args.target, args.student)
-        )
-        return examine(exam, target, student)
+        paths = (args.target, args.student or args.target)
+        return examine(exam, *(AutoModelForCausalLM.from_pretrained(path, dtype="float32").eval() for path in paths))
     trainer = distill(args)
     if trainer.interrupt.stopped:
         raise KeyboardInterrupt

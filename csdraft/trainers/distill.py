@@ -266,7 +266,7 @@ class Shuffled(Sampler):
 
 def gather(trainer: Trainer) -> AbstractContextManager | None:
     """Makes parameters whole that ZeRO-3 or FSDP keep in parts, for every process; None where they are whole."""
-    if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
+    if trainer.is_deepspeed_enabled and shards(trainer):
         import deepspeed
 
         return deepspeed.zero.GatheredParameters(list(trainer.model.parameters()))  # type: ignore[union-attr]

@@ -85,8 +85,8 @@ output = model.generate(**inputs, assistant="{name}")  # this folder's path or H
 
 {_table(origin)}
 
-Trained for {origin["steps"]} steps on `{arguments["dataset"]}` with losses `{json.dumps(arguments["losses"])}`, a share of
-{arguments["on_policy"]} of the texts written by the drafter itself, learning rate {arguments["learning_rate"]}. All
+Trained for {origin["steps"]} steps on `{arguments["dataset"]}` with losses `{json.dumps(arguments["losses"])}`; the
+share of the texts that the drafter wrote itself was {arguments["on_policy"]}. All
 arguments, versions and revisions are in `provenance.json`.
 """
 

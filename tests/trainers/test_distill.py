@@ -1,4 +1,4 @@
-"""The drafter trainer: what it changes, that a step does not depend on how it is cut up, and that it goes on exactly."""
+"""The drafter trainer: what it changes, that a step does not depend on how it is cut up, that it resumes exactly."""
 
 from __future__ import annotations
 
