@@ -1,4 +1,7 @@
-"""The demo: a real model completes real prompts in several ways, side by side, and writes the same text each time."""
+"""The demo: distils a drafter, then a real model completes real prompts in several ways, side by side.
+
+It writes the same text each time.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,23 @@ from transformers.utils import logging
 
 from csdraft.bench.figures import Figures, figures
 from csdraft.bench.measure import Cell, Prompt, Run, generate, measure
-from csdraft.bench.methods import K_MATRIX, Setup, build, configured
-from csdraft.benchmark import DRAFTER, PROMPTS, TARGET, load_model, load_tokenizer, read_prompts, tokenized
+from csdraft.bench.methods import K_MATRIX, METHODS, Method, Setup, build, configured
+from csdraft.benchmark import (
+    DRAFTER,
+    PROMPTS,
+    TARGET,
+    TUNE_PROMPTS,
+    load_model,
+    load_tokenizer,
+    read_prompts,
+    tokenized,
+)
+from csdraft.cascade import CascadeDrafter
 from csdraft.decoding.pieces import Pieces
 from csdraft.decoding.report import Report
+from csdraft.demo_distill import distilled_pair
+from csdraft.drafters.max_gram import MaxGram
+from csdraft.drafters.model import ModelDrafter
 from csdraft.progress import Progress
 
 __all__ = ["main"]
@@ -31,10 +47,13 @@ LABELS = {
     "drafter": "generate(assistant=drafter)",
     "max_gram": "generate(assistant=MaxGram())",
     "cascade": "generate(assistant=CascadeDrafter)",
+    "own_before": "own drafter before distilling",
+    "own_after": "own drafter distilled",
+    "own_cascade": "CascadeDrafter with own drafter",
 }
-OWN = ("drafter", "max_gram", "cascade")
+OWN = ("drafter", "max_gram", "cascade", "own_after", "own_cascade")
 LOOKUP_LENGTH = 10
-SECONDS, MOST_PROMPTS, REPETITIONS = 150.0, 6, 2
+SECONDS, MOST_PROMPTS, REPETITIONS = 100.0, 5, 2
 """About what the measurement may take: it sets how many prompts are used."""
 TRIAL_TOKENS, LEAST_TOKENS = 16, 24
 COLOURS = ("", "30;46", "30;43", "30;45", "30;42")
@@ -50,7 +69,14 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--count", type=int, help=f"prompts to complete (default: what fits, {MOST_PROMPTS} at most)")
     made.add_argument("--threads", type=int, help="of torch (default: one or all cores, whichever is faster)")
     made.add_argument("--color", choices=("auto", "always", "never"), default="auto")
-    made.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for report.html")
+    made.add_argument(
+        "--layers",
+        type=int,
+        nargs="*",
+        help="of the target, that its own drafter is made of (default: first and last)",
+    )
+    made.add_argument("--no-distill", action="store_true", help="leave the training out")
+    made.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for report.html and the drafter")
     return made
 
 
@@ -64,9 +90,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup, tokenizer = load(options)
     prompts = tokenized(tokenizer, read_prompts(options.prompts))
     setup, count = settle(setup, prompts[0], options.threads, options.count)
-    cells = [Cell(method) for method in build(list(LABELS), setup)]
+    methods = build([name for name in LABELS if name in METHODS], setup)
+    if not options.no_distill and (options.target == TARGET or options.layers):  # a large target would take hours
+        layers = options.layers or sorted({0, setup.target.config.num_hidden_layers - 1})
+        pair = distilled_pair(options.target, setup.target, layers, TUNE_PROMPTS, options.out)
+        methods += own_methods(setup, *pair)
+    cells = [Cell(method) for method in methods]
     chosen = prompts[:: max(len(prompts) // count, 1)][:count]
-    introduce(setup, options, len(chosen))
+    introduce(setup, options, len(chosen), len(cells))
+    progress.restart()
     run = measure(setup, cells, chosen, REPETITIONS, progress)
 
     found = [figures(run, cell.name, "plain", "plain") for cell in cells]
@@ -113,11 +145,18 @@ def trial(setup: Setup, prompt: Prompt, threads: int) -> float:
     return generate(short, plain, [prompt]).seconds * setup.options["max_new_tokens"] / TRIAL_TOKENS
 
 
-def introduce(setup: Setup, options: argparse.Namespace, count: int) -> None:
+def own_methods(setup: Setup, before: PreTrainedModel, after: PreTrainedModel) -> list[Method]:
+    """What a drafter did before it was distilled, and does now, alone and in a cascade."""
+    cascade = CascadeDrafter([after, MaxGram()], k_matrix=setup.k_matrix)
+    assistants = {"own_before": ModelDrafter(before), "own_after": ModelDrafter(after), "own_cascade": cascade}
+    return [Method(name, {"assistant": assistant}) for name, assistant in assistants.items()]
+
+
+def introduce(setup: Setup, options: argparse.Namespace, count: int, ways: int) -> None:
     print(f"target  {options.target}: {size(setup.target)}")
     print(f"drafter {options.drafter}: {size(setup.drafter)}")
     print(
-        f"Completing {count} prompts in {len(LABELS)} ways, {REPETITIONS + 1} times each, in turns, greedily, "
+        f"Completing {count} prompts in {ways} ways, {REPETITIONS + 1} times each, in turns, greedily, "
         f"{setup.options['max_new_tokens']} tokens, {torch.get_num_threads()} threads ...",
         flush=True,
     )

@@ -35,6 +35,7 @@ MAY_IMPORT = {
         "schedules",
         "spec",
         "hub",
+        "progress",
     },
 }
 """Folder -> folders of csdraft it may import from. A folder that is missing here may import all but `cli`."""

@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 import pytest
 import torch
 import yaml
-from tiny import drafter_of, fresh, inputs_of, tiny
+from tiny import drafter_of, fresh, inputs_of, tiny, tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from csdraft import CascadeDrafter, MaxGram, ModelDrafter
@@ -20,7 +20,7 @@ from csdraft.trainers.arguments import read_arguments
 from csdraft.trainers.distill import DistillArguments
 from csdraft.trainers.pretrain import PretrainArguments
 from csdraft.trainers.run import distill
-from csdraft.trainers.students import check_student, make_student
+from csdraft.trainers.students import check_student, make_student, save_student
 from csdraft.trainers.tokenizer import TokenizerArguments
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -164,11 +164,11 @@ def test_the_bundled_pair_from_data_to_cascade(folder):
     MAKE_CASCADE.make_cascade(own)
 
     target = AutoModelForCausalLM.from_pretrained("models/smol-target", dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained("models/smol-target")
-    inputs = tokenizer("import os\nimport sys\n\n\ndef main():\n", return_tensors="pt")
+    words = AutoTokenizer.from_pretrained("models/smol-target")
+    inputs = words("import os\nimport sys\n\n\ndef main():\n", return_tensors="pt")
     plain = target.generate(**inputs, max_new_tokens=24)
     for path in ("out/smol/cascade", "out/smol/own"):
-        cascade = CascadeDrafter.from_pretrained(path, target=target, tokenizer=tokenizer)
+        cascade = CascadeDrafter.from_pretrained(path, target=target, tokenizer=words)
         drafted = target.generate(**inputs, assistant=cascade, schedule="fixed", strict=True, max_new_tokens=24)
         assert torch.equal(drafted, plain)
         assert cascade.report.block_efficiency > 1
@@ -189,3 +189,32 @@ def test_a_cascade_says_what_is_wrong(folder):
         made("drafters=[max_gram]")
     with pytest.raises(ValueError, match="no drafter of type 'max_gran'"):
         made("drafters=[{type: max_gran}]", "k_matrix=5")
+
+
+def test_an_encoder_decoder_from_data_to_cascade(folder):
+    """The recipes of `flan-t5-xxl` with tiny models in the place of theirs."""
+    names = ("target", "base")
+    for name, model in zip(names, (tiny("flan"), drafter_of("flan")), strict=True):
+        save_student(model, folder / name, tokenizer())
+    for name in ("train", "gsm8k"):
+        prompts = Path("out/flan-t5-xxl/prompts") / f"{name}.jsonl"
+        prompts.parent.mkdir(parents=True, exist_ok=True)
+        prompts.write_text("".join(f'{{"prompt": "Question{i}:{i}+{i}?"}}\n' for i in range(8)))
+
+    def flan(name: str, *overrides: str) -> Any:
+        path = ROOT / "recipes" / "flan-t5-xxl" / f"{name}.yaml"
+        return read(path, "target=target", "target_dtype=float32", *overrides)
+
+    data = flan("data", "max_new_tokens=12")
+    assert len(generate(data, GENERATE_DATA.open_drafter(data.assistant))) == 8
+    for name in ("distill", "lora"):
+        distill(flan(name, "student=base", "bf16=false", "report_to=none", *SHORT))
+
+    target: Any = tiny("flan")
+    inputs = tokenizer()("Question9:9+9?", return_tensors="pt")
+    plain = target.generate(**inputs, max_new_tokens=16, do_sample=False)
+    cascade = CascadeDrafter(
+        ["out/flan-t5-xxl/base", "out/flan-t5-xxl/base-lora", MaxGram()], [[2, 2, 2], [0, 1, 2], [0, 0, 2]]
+    )
+    drafted = target.generate(**inputs, max_new_tokens=16, do_sample=False, assistant=cascade, strict=True)
+    assert torch.equal(drafted, plain)

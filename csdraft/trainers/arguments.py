@@ -40,5 +40,7 @@ def make_arguments(cls: type[T], values: Mapping[str, Any]) -> T:
 
 
 def _number(value: Any, default: Any) -> Any:
-    """YAML 1.1 reads `3e-4` as text; where the default is a float, so is the value."""
+    """YAML 1.1 reads `3e-4` as text and a bare `no` as false; the default says what is meant."""
+    if value is False and isinstance(default, str):
+        return "no"
     return float(value) if isinstance(value, str) and isinstance(default, float) else value

@@ -93,6 +93,11 @@ def check(args: DistillArguments, config: PreTrainedConfig, tokenizer: PreTraine
     _ = args.objective  # names of losses
     check_student(config, args.student, args.init, args.peft)
     check_engine(args.peft, bool(args.deepspeed) or None, bool(args.fsdp) or None)
+    if config.is_encoder_decoder and args.on_policy:
+        raise ValueError(
+            f"on_policy={args.on_policy}: an encoder-decoder's texts are not written anew; train on the target's own "
+            "(scripts/generate_data.py)"
+        )
     if args.max_length > (context := context_length(config)):
         raise ValueError(f"max_length={args.max_length} is longer than the target's context of {context} tokens")
     check_writable(args.output_dir)

@@ -1,0 +1,76 @@
+"""What the trainer adds to a bare loop of the same forwards, backward and optimiser steps."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import log_softmax
+from torch.utils.data import DataLoader
+
+from csdraft.bench.statistics import Interval, bootstrap_median
+from csdraft.trainers.arguments import make_arguments
+from csdraft.trainers.distill import DistillArguments, DrafterTrainer, Shuffled
+from csdraft.trainers.run import check, load_models, make_batches, read_rows, read_target
+
+__all__ = ["trainer_overhead"]
+
+
+def trainer_overhead(values: Mapping[str, Any], steps: int = 12, repetitions: int = 5) -> tuple[Interval, float]:
+    """Seconds of the trainer over seconds of the loop, taken in turns on the same batches; and tokens a second.
+
+    Both train a copy of the same student with forward KL and AdamW. The loop knows nothing of packing, chunks,
+    schedules or logs: it takes whole logits, which is the fastest way where they fit.
+
+    Args:
+        values: of `DistillArguments`; evaluation and checkpoints are switched off.
+        steps: of each turn.
+        repetitions: turns of each; the first of each is not counted.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        fixed = {"max_steps": steps, "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+        fixed |= {"output_dir": scratch, "muon": False, "eval_prompts": None, "on_policy": 0.0, "disable_tqdm": True}
+        args = make_arguments(DistillArguments, dict(values) | fixed)
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        config, tokenizer = read_target(args)
+        check(args, config, tokenizer)
+        rows = read_rows(args.dataset, tokenizer, args.max_length, limit=args.dataset_limit)
+        batches = make_batches(args, config, tokenizer, rows)
+        target, student = load_models(args, config)
+        order = Shuffled(len(batches["train_dataset"]), args.seed)
+        loader = DataLoader(batches["train_dataset"], args.train_batch_size, sampler=order,
+                            collate_fn=batches["data_collator"])  # fmt: skip
+        ratios = []
+        for repetition in range(repetitions + 1):
+            trainer = DrafterTrainer(copy.deepcopy(student), target, args, processing_class=tokenizer, **batches)
+            ours = trainer.train().metrics["train_runtime"]
+            theirs = bare_loop(copy.deepcopy(student), target, loader, args)
+            if repetition:
+                ratios.append([ours / theirs])
+        tokens = steps * args.train_batch_size * args.max_length
+        return bootstrap_median(ratios), tokens / ours
+
+
+def bare_loop(student: nn.Module, target: nn.Module, loader: DataLoader, args: DistillArguments) -> float:
+    """Seconds of `args.max_steps` steps."""
+    optimizer = torch.optim.AdamW(student.parameters(), args.learning_rate)
+    student.train()
+    started = time.perf_counter()
+    for _, batch in zip(range(args.max_steps), loader, strict=False):
+        labels = batch.pop("labels")[:, 1:]
+        with torch.no_grad():
+            p = log_softmax(target(**batch, use_cache=False).logits[:, :-1].float(), -1)
+        q = log_softmax(student(**batch, use_cache=False).logits[:, :-1].float(), -1)
+        scored = labels != -100
+        loss = ((p.exp() * (p - q)).sum(-1) * scored).sum() / scored.sum()
+        loss.backward()
+        nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    return time.perf_counter() - started
