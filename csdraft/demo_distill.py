@@ -15,9 +15,9 @@ from csdraft.trainers.students import make_student
 
 __all__ = ["distilled_pair"]
 
-TEXTS, BEGIN, NEW = 160, 64, 96
+TEXTS, BEGIN, NEW = 240, 64, 96
 """What the target writes to learn from: texts, and tokens given and written of each."""
-STEPS, ROWS = 64, 8
+STEPS, ROWS = 120, 8
 
 
 def distilled_pair(path: str, target: PreTrainedModel, layers: list[int], prompts: str, out: Path) -> tuple:
@@ -46,7 +46,7 @@ def distilled_pair(path: str, target: PreTrainedModel, layers: list[int], prompt
         max_steps=STEPS, per_device_train_batch_size=ROWS, muon=True, learning_rate=2e-3, lr_scheduler_type="linear",
         warmup_steps=5, weight_decay=0.1, use_cpu=True, save_strategy="no", report_to="none", logging_steps=5,
         eval_prompts=prompts, eval_limit=6, eval_new_tokens=48, per_device_eval_batch_size=6, eval_on_start=True,
-        eval_strategy="steps", eval_steps=16,
+        eval_strategy="steps", disable_tqdm=False, eval_steps=30,
     )  # fmt: skip
     trainer = distill(arguments)
     if trainer.interrupt.stopped:

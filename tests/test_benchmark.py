@@ -192,7 +192,7 @@ def test_the_grid_is_searched(setup, monkeypatch):
     for name in ("DRAFTER_LENGTHS", "MAX_GRAM_LENGTHS", "STAGE_LENGTHS", "TAIL_LENGTHS", "INNER_LENGTHS"):
         monkeypatch.setattr(grid, name, getattr(grid, name)[:2])
     choice = grid_search(setup, PROMPTS, 1, lambda what, share: None)
-    assert choice.k_matrix in [[[a, b], [0, c]] for a in (1, 2) for b in (4, 8) for c in (2, 4)]
+    assert choice.k_matrix in [[[a, b], [0, c]] for a in (1, 2) for b in grid.TAIL_LENGTHS for c in (2, 4)]
     assert choice.cascade in [method.name for method in choice.finalists]
     assert "<- chosen" in choice.table
     work = suites.Work(setup, PROMPTS, PROMPTS, [], 1, 1, True, Progress())
