@@ -42,6 +42,8 @@ UNREAD = 16
 """With more text to read than this, a drafter's time says nothing about its cost a token."""
 MIXED = -1
 """Evidence of a batch, whose rows have their own: its trials are counted apart."""
+LONE_DEPTH = 20
+"""A lone drafter may draft so many tokens where its drafts survive, however few it likes by itself."""
 LEARNING, SETTLED_FOR = 16, 4
 """After so many rounds, a choice stands for so many."""
 
@@ -67,7 +69,8 @@ class CostModel(Schedule):
     """Chooses stages and depth each round by expected tokens a second (see the module).
 
     Args:
-        most: the largest depth; None leaves it to the drafter (`Drafter.depth`, doubled for a single drafter).
+        most: the largest depth; None leaves it to the drafter: a cascade's limits, 20 or twice
+            `Drafter.depth` for a single drafter.
         remember: whether calls learn from earlier calls with the same models.
     """
 
@@ -93,7 +96,7 @@ class Working(Schedule):
         self.ledger = MEMORY.load(call.target, drafter.models(), self.key) if options.remember else Ledger()
         for survival in self.ledger.survivals.values():
             survival.fade(CARRIED)
-        self.most = options.most or (self.limits[-1] if len(self.stages) > 1 else 2 * self.limits[-1])
+        self.most = options.most or (self.limits[-1] if len(self.stages) > 1 else max(2 * self.limits[-1], LONE_DEPTH))
         self.rounds = self.skip = self.depth = 0
         self.evidence: list[int] = []  # by row
         self._asked: list[int] = []
