@@ -267,7 +267,7 @@ class Shuffled(Sampler):
 def gather(trainer: Trainer) -> AbstractContextManager | None:
     """Makes parameters whole that ZeRO-3 or FSDP keep in parts, for every process; None where they are whole."""
     if trainer.is_deepspeed_enabled and shards(trainer):
-        import deepspeed
+        import deepspeed  # type: ignore[import-not-found]
 
         return deepspeed.zero.GatheredParameters(list(trainer.model.parameters()))  # type: ignore[union-attr]
     if trainer.is_fsdp_enabled and trainer.model_wrapped is not trainer.model:
