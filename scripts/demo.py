@@ -1,4 +1,4 @@
-"""See csdraft at work: one model, six ways to generate, one text. Also `make demo`.
+"""See csdraft at work: a drafter is distilled, then one model generates one text in nine ways. Also `make demo`.
 
 python scripts/demo.py
 python scripts/demo.py --target me/large --drafter me/small --prompts prompts.jsonl

@@ -83,6 +83,16 @@ class DistillArguments(TrainingArguments):
         super().__post_init__()
         if not 0 <= self.on_policy <= 1:
             raise ValueError(f"on_policy={self.on_policy} is a share of the texts: give a number from 0 to 1")
+        if self.on_policy and self.on_policy_prompt >= self.max_length:
+            raise ValueError(
+                f"on_policy_prompt={self.on_policy_prompt} leaves nothing to write in texts of max_length="
+                f"{self.max_length} tokens; keep fewer"
+            )
+        for name in ("max_length", "eval_depth", "eval_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.dataset_limit is not None and self.dataset_limit < 1:
+            raise ValueError(f"dataset_limit={self.dataset_limit} leaves no text; give at least 1, or leave it out")
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature} must be above 0; greedy drafting is measured anyway")
         if self.target_cache and self.on_policy:
@@ -114,6 +124,8 @@ class DrafterTrainer(Trainer):
         exam: Exam | None = None,
         **options: Any,
     ):
+        args._setup_devices  # noqa: B018 - counts the GPUs
+        args._n_gpu = min(args._n_gpu, 1)  # one process trains on one: replicas would meet a target elsewhere
         super().__init__(Distillation(student, target, args.objective), args, **options)
         self.exam = exam
         self._copy = copy.deepcopy(student).to(args.device) if shards(self) else None
@@ -168,7 +180,6 @@ class DrafterTrainer(Trainer):
             keys,
             args.on_policy_prompt,  # type: ignore[union-attr]
             args.temperature,  # type: ignore[union-attr]
-            end,
             end if pad is None else pad,
         )
 

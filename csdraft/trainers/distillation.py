@@ -42,6 +42,9 @@ class Distillation(nn.Module):
         """The student's: DeepSpeed chooses bucket sizes by its width."""
         return self.student.config
 
+    def activation_checkpointing_enable(self, **options) -> None:
+        self.student.activation_checkpointing_enable(**options)  # type: ignore[operator]
+
     def gradient_checkpointing_enable(self, **options) -> None:
         self.student.gradient_checkpointing_enable(**options)  # type: ignore[operator]
 

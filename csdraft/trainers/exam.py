@@ -14,7 +14,7 @@ from csdraft.decoding.report import Report
 from csdraft.drafters.model import ModelDrafter
 from csdraft.schedules.fixed import Fixed
 
-__all__ = ["Exam", "left_padded"]
+__all__ = ["Exam", "ends_of", "left_padded", "seed_of", "up_to_end"]
 
 
 @dataclass
@@ -95,15 +95,15 @@ class Exam:
         """Adds what both models say along the target's text: overlap where it was sampled, agreement where greedy."""
         if target.config.is_encoder_decoder:
             inputs = left_padded(prompts, self.pad, target.device) | {"decoder_input_ids": texts[:, :-1]}
-            written = texts[:, 1:] != self.pad
+            width = 1
         else:
-            width = texts.shape[1] - self.new_tokens
+            width = max(map(len, prompts))
             mask = torch.ones_like(texts)
             mask[:, :width] = left_padded(prompts, self.pad, texts.device)["attention_mask"]
             positions = (mask.cumsum(1) - 1).clamp(min=0)
             inputs = {"input_ids": texts, "attention_mask": mask, "position_ids": positions}
-            written = torch.zeros_like(texts[:, 1:], dtype=torch.bool)
-            written[:, width - 1 :] = True
+        written = torch.zeros_like(texts[:, 1:], dtype=torch.bool)
+        written[:, width - 1 :] = up_to_end(texts[:, width:], ends_of(target))
         logits = [
             model(**inputs, use_cache=False).logits[:, : written.shape[1]][written] for model in (target, student)
         ]
@@ -144,6 +144,18 @@ def left_padded(texts: Sequence[Sequence[int]], pad: int, device: Any) -> dict[s
     ids = [[pad] * (width - len(text)) + list(text) for text in texts]
     mask = [[0] * (width - len(text)) + [1] * len(text) for text in texts]
     return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
+
+
+def ends_of(model: Any) -> list[int]:
+    """The ids at which the model's texts end."""
+    ends = model.generation_config.eos_token_id
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+def up_to_end(tokens: Tensor, ends: Sequence[int]) -> Tensor:
+    """(..., length) whether a token stands before or at the first end of its text."""
+    ended = torch.isin(tokens, torch.tensor(ends, dtype=tokens.dtype, device=tokens.device))
+    return ended.cumsum(-1) - ended.int() == 0
 
 
 def seed_of(tokens: Sequence[int], *keys: int) -> int:

@@ -34,7 +34,7 @@ class Interrupt(TrainerCallback):
     def _note(self, number: int, frame: Any) -> None:
         print(f"\n{signal.Signals(number).name}: saving after this step; once more to stop at once", flush=True)
         self.stopped = True
-        self._restore()
+        self.restore()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.world_size > 1 and distributed.is_initialized():  # one process's signal is everybody's
@@ -45,9 +45,10 @@ class Interrupt(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._restore()
+        self.restore()
 
-    def _restore(self) -> None:
+    def restore(self) -> None:
+        """Gives the signals back to whoever had them."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from csdraft.data.packing import IGNORED
 from csdraft.drafters.max_gram import MaxGram
-from csdraft.trainers.exam import left_padded, seed_of
+from csdraft.trainers.exam import ends_of, left_padded, seed_of, up_to_end
 
 __all__ = ["rewritten"]
 
@@ -31,7 +31,6 @@ def rewritten(
     keys: Sequence[int],
     prompt: int,
     temperature: float,
-    end: int | None,
     pad: int,
 ) -> dict[str, Tensor]:
     """The batch, about `share` of its texts written anew by the student after their prompts.
@@ -42,36 +41,51 @@ def rewritten(
         keys: seed and step.
         prompt: tokens kept of a text that has no prompt of its own (or a shorter one).
         temperature: of the student's sampling.
-        end: the end-of-text id; what follows it in a text is not trained on.
         pad: token id for filling up.
+
+    What follows an end in a new text is not trained on.
     """
     spans = [span for span in texts_of(batch) if _chosen(batch, span, share, keys, prompt)]
     if not spans:
         return batch
     ids, labels = batch["input_ids"].clone(), batch["labels"].clone()
-    starts = {span: max(_prompt_length(labels, span), prompt) for span in spans}
-    prompts = [ids[row, start : start + starts[row, start, stop]].tolist() for row, start, stop in spans]
-    longest = max(stop - start - starts[row, start, stop] for row, start, stop in spans)
-    inputs = left_padded(prompts, pad, ids.device)
-    written = student.generate(
-        **inputs,
-        assistant=MaxGram(),
-        row_seeds=[seed_of(tokens, *keys) for tokens in prompts],
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=longest,
-        pad_token_id=pad,
-        use_cache=True,
-    )[:, inputs["input_ids"].shape[1] :]
-    written = nn.functional.pad(written, (0, longest - written.shape[1]), value=pad)  # all may have ended early
-    for (row, start, stop), tokens in zip(spans, written, strict=True):
-        first = start + starts[row, start, stop]
-        ids[row, first:stop] = tokens[: stop - first]
-        labels[row, start:first] = IGNORED
-        labels[row, first:stop] = _until(ids[row, first:stop], end)
+    begun = {span: max(_prompt_length(labels, span), prompt) for span in spans}
+    for group in _groups(spans, begun, getattr(student.config, "max_position_embeddings", None)):
+        prompts = [ids[row, start : start + begun[row, start, stop]].tolist() for row, start, stop in group]
+        inputs = left_padded(prompts, pad, ids.device)
+        written = student.generate(
+            **inputs,
+            assistant=MaxGram(),
+            row_seeds=[seed_of(tokens, *keys) for tokens in prompts],
+            do_sample=True,
+            temperature=temperature,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=max(stop - start - begun[row, start, stop] for row, start, stop in group),
+            pad_token_id=pad,
+            use_cache=True,
+        )[:, inputs["input_ids"].shape[1] :]
+        for (row, start, stop), tokens in zip(group, written, strict=True):
+            first = start + begun[row, start, stop]
+            tokens = nn.functional.pad(tokens, (0, max(stop - first - len(tokens), 0)), value=pad)[: stop - first]
+            missing = stop - first - len(written[0])  # all texts of the group may have ended early
+            new = up_to_end(tokens, ends_of(student))
+            if missing > 0:
+                new[-missing:] = False
+            ids[row, first:stop] = tokens
+            labels[row, start:first] = IGNORED
+            labels[row, first:stop] = tokens.masked_fill(~new, IGNORED)
     return batch | {"input_ids": ids, "labels": labels}
+
+
+def _groups(spans: list[Span], begun: dict[Span, int], context: int | None) -> list[list[Span]]:
+    """Texts that are decoded together: the longest prompt and the longest continuation must fit the context."""
+    longest = max(begun[span] for span in spans) + max(span[2] - span[1] - begun[span] for span in spans)
+    if context is None or longest <= context or len(spans) == 1:
+        return [spans]
+    ordered = sorted(spans, key=lambda span: begun[span])
+    half = len(ordered) // 2
+    return _groups(ordered[:half], begun, context) + _groups(ordered[half:], begun, context)
 
 
 def texts_of(batch: dict[str, Tensor]) -> list[Span]:
@@ -96,9 +110,3 @@ def _prompt_length(labels: Tensor, span: Span) -> int:
     row, start, stop = span
     scored = (labels[row, start:stop] != IGNORED).nonzero()
     return int(scored[0]) if len(scored) else stop - start
-
-
-def _until(tokens: Tensor, end: int | None) -> Tensor:
-    """Labels: the tokens up to the first `end`, then `IGNORED`."""
-    after = (tokens == end).cumsum(0) - (tokens == end).int() > 0 if end is not None else torch.zeros_like(tokens) > 0
-    return tokens.masked_fill(after, IGNORED)

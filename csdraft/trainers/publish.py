@@ -46,15 +46,18 @@ def provenance(trainer: DrafterTrainer) -> dict[str, Any]:
               "learning_rate", "lr_scheduler_type", "weight_decay", "seed")  # fmt: skip
     target = trainer.target
     measured = [entry for entry in trainer.state.log_history if "eval_block_efficiency" in entry]
+    start = measured[0] if measured and measured[0].get("step") == 0 else None
+    if args.load_best_model_at_end and trainer.state.best_global_step:
+        measured = [entry for entry in measured if entry.get("step") == trainer.state.best_global_step]
     return {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.argv[0]).name, *map(_named, sys.argv[1:])]),
+        "command": " ".join([Path(sys.argv[0]).name, *map(_named, filter(_public, sys.argv[1:]))]),
         "versions": {"python": platform.python_version()} | _versions(),
         "target": {"name": public_name(target), "revision": getattr(target.config, "_commit_hash", None)},
         "arguments": {k: _named(v) for k, v in own.items()} | {k: getattr(args, k) for k in chosen},
         "processes": args.world_size,
         "steps": trainer.state.global_step,
-        "before": measured[0] if measured and measured[0].get("step") == 0 else None,
+        "before": start,
         "measured": measured[-1] if measured else None,
     }
 
@@ -118,6 +121,10 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _public(argument: str) -> bool:
+    return "token=" not in argument.lower()
 
 
 def _named(value: Any) -> Any:

@@ -66,7 +66,10 @@ def distill(args: DistillArguments) -> DrafterTrainer:
     )
     if not args.disable_tqdm:
         Line.instead_of_others(trainer)
-    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
+    try:
+        trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
+    finally:
+        trainer.interrupt.restore()
     if trainer.interrupt.stopped:
         print(f"stopped at step {trainer.state.global_step}; the same command goes on from {args.output_dir}")
     else:
@@ -102,6 +105,7 @@ def check(args: DistillArguments, config: PreTrainedConfig, tokenizer: PreTraine
         raise ValueError(f"max_length={args.max_length} is longer than the target's context of {context} tokens")
     check_writable(args.output_dir)
     if args.student is not None:
+        check_context(args)
         check_tokenizers(args.student, args.target, tokenizer)
 
 
@@ -112,6 +116,7 @@ def check_extras(args: DistillArguments) -> None:
         "peft": ("train", bool(args.peft)),
         "tensorboard": ("train", "tensorboard" in reports),
         "datasets": ("train", True),
+        "deepspeed": ("deepspeed", bool(args.deepspeed)),
     }
     for package, (extra, asked) in wanted.items():
         if asked and importlib.util.find_spec(package) is None:
@@ -125,6 +130,16 @@ def check_writable(folder: str | None) -> None:
             pass
     except OSError as error:
         raise ValueError(f"output_dir={folder!r} cannot be written ({error}); give a folder of your own") from error
+
+
+def check_context(args: DistillArguments) -> None:
+    """A student that cannot read a whole text; an adapter's folder has no config to ask."""
+    try:
+        own = context_length(AutoConfig.from_pretrained(args.student))
+    except (OSError, ValueError):
+        return
+    if own < args.max_length:
+        raise ValueError(f"max_length={args.max_length} is longer than the student's context of {own} tokens")
 
 
 def check_tokenizers(student: str, target: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -181,7 +196,7 @@ def pad_of(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def load_models(args: DistillArguments, config: PreTrainedConfig) -> tuple[nn.Module, nn.Module]:
-    """The frozen target, and the student in float32 (or bf16 weights if `args.bf16_full_eval`)."""
+    """The frozen target, and the student in float32 ."""
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     options: dict[str, Any] = {"revision": args.target_revision} if args.target_revision else {}
     if args.target_device_map is not None:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from csdraft.trainers import run
 from csdraft.trainers.distill import DrafterTrainer
-from csdraft.trainers.exam import Exam
+from csdraft.trainers.exam import Exam, left_padded
 from csdraft.trainers.run import distill
 
 ROOT = Path(__file__).parent.parent.parent
@@ -130,6 +130,27 @@ def test_a_target_that_drafts_for_itself_passes_the_exam_in_full(folder):
     assert [figures[f"accepted_{n}"] for n in (1, 2, 3)] == [1, 1, 1]
 
 
+def test_texts_that_end_early_count_up_to_their_end(folder):
+    target = AutoModelForCausalLM.from_pretrained(folder / "target", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "target")
+    prompts = [tokenizer(text)["input_ids"] for text in ("x1 = y", "x2 = y + 3\n")]
+    target.generation_config.eos_token_id = None
+    inputs = left_padded(prompts, tokenizer.pad_token_id, target.device)
+    third = target.generate(**inputs, max_new_tokens=3, do_sample=False, pad_token_id=0)[:, -1].tolist()
+    target.generation_config.eos_token_id = third  # both rows end after three tokens, or before
+    sums = Exam(prompts, tokenizer.pad_token_id, depth=2, new_tokens=24).sit(target, target)
+    assert 2 <= sums["compared_greedy"] <= 6
+    assert sums["compared_greedy"] == sums["greedy_emitted"]
+
+
+def test_a_token_for_the_hub_is_not_published(monkeypatch, folder):
+    monkeypatch.setattr(sys, "argv", ["distill_drafter.py", "hub_token=hf_secret", "max_steps=1"])
+    distill(arguments(folder, "secret", max_steps=1))
+    told = (folder / "secret/provenance.json").read_text()
+    assert "hf_secret" not in told
+    assert "max_steps=1" in told
+
+
 def test_the_exam_is_the_training_metric(folder):
     trainer = distill(
         arguments(
@@ -151,6 +172,8 @@ WRONG = {
     "two starts": ({"init": {"config": {}}}, "both given"),
     "an unwritable folder": ({"output_dir": "/proc/nowhere"}, "/proc/nowhere"),
     "a context too long": ({"max_length": 1000}, "1000"),
+    "on-policy without room": ({"on_policy": 0.5, "on_policy_prompt": 48}, "leaves nothing to write"),
+    "no texts asked for": ({"dataset_limit": 0}, "dataset_limit=0"),
     "another tokenizer": ({"student": "{root}/models/smol-drafter"}, "tokenizer"),
 }
 
