@@ -1,7 +1,7 @@
 """Methods as JSON and back: `{"type": "max_gram", ...}`. The file name is the type; the fields are the options.
 
-A method is a dataclass in a file of `csdraft/drafters`, `csdraft/verifiers` or `csdraft/schedules`, and being there is
-all the registration there is. Models and tables are written as names, so that one used twice stays one.
+A method is a dataclass in a file of `csdraft/drafters`, `trees`, `verifiers` or `schedules`, and being there is all
+the registration there is. Models and tables are written as names, so that one used twice stays one.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from torch import nn
 
-from csdraft.decoding.interfaces import Drafter, Schedule, Verifier
+from csdraft.decoding.interfaces import Drafter, Schedule, Tree, Verifier
 from csdraft.decoding.names import name_of
 
 __all__ = ["FAMILIES", "check_keys", "find", "from_json", "nearest", "resolve", "to_json", "type_of", "types"]
 
-FAMILIES: dict[str, type] = {"drafters": Drafter, "verifiers": Verifier, "schedules": Schedule}
+FAMILIES: dict[str, type] = {"drafters": Drafter, "trees": Tree, "verifiers": Verifier, "schedules": Schedule}
 """Folders of methods, and what their classes derive from."""
 
 
@@ -69,7 +69,7 @@ def to_json(
     """A method and its options, all of them, so that later defaults do not change what was saved.
 
     Args:
-        method: a drafter, verifier or schedule.
+        method: a drafter, tree, verifier or schedule.
         models: by name; the method's models are added.
         tables: by the path of the file that a table should be saved as, relative to the document; they are added too.
     """
@@ -92,7 +92,7 @@ def from_json(
     """The method that `spec` describes; ValueError for an unknown type, key or model, and for a wrong kind of value.
 
     Args:
-        family: "drafters", "verifiers" or "schedules".
+        family: one of `FAMILIES`.
         spec: a type and options, or a type alone, which is that type with its defaults.
         models: by name; None leaves names to the method, which takes them for paths or Hub ids.
         tables: by name, themselves or the paths to load them from; None as above.

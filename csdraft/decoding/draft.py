@@ -9,8 +9,9 @@ from typing import Literal
 
 from torch import Tensor
 
-__all__ = ["ROOT", "Draft", "Law"]
+__all__ = ["ROOT", "Draft", "Kind", "Law"]
 
+Kind = Literal["iid", "without_replacement", "beam", "pair"]
 ROOT = -1
 """The node that stands for the text itself."""
 
@@ -22,12 +23,15 @@ class Law:
     """What each token of a draft was really drawn from, which is what makes `draft_probs` usable.
 
     Attributes:
-        kind: how siblings were drawn: independently, without replacement, or as a coupled pair.
+        kind: how siblings were drawn: independently ("iid"), without replacement, as a coupled pair, or without
+            replacement by a "beam". How many children a node gets must not depend on what they turn out to be, nor on
+            tokens of other branches; of a beam, whose branches compete for places, only that no child is left out for
+            being the token that it is.
         rows: one (vocab,) tensor of probabilities a node, on the model's device; siblings share one tensor.
             None marks a point mass: the token was chosen, not drawn.
     """
 
-    kind: Literal["iid", "without_replacement", "pair"]
+    kind: Kind
     rows: tuple[Tensor | None, ...]
 
 
@@ -71,6 +75,13 @@ class Draft:
             children.setdefault(parent, []).append(node)
         return children
 
+    @cached_property
+    def has_drawn_siblings(self) -> bool:
+        """Whether some node has two children or more that were drawn, so that it matters how."""
+        if self.law is None or self.is_chain:
+            return False
+        return _branches([p for p, row in zip(self.parents, self.law.rows, strict=True) if row is not None])
+
     def children(self, node: int) -> Sequence[int]:
         """The children of `node` (or of `ROOT`) in the order they were proposed."""
         if self.is_chain:
@@ -109,7 +120,7 @@ class Draft:
 
     def depth(self, node: int) -> int:
         """Number of draft tokens on the path to `node`: 0 for `ROOT`."""
-        return 0 if node == ROOT else self.depths[node] + 1
+        return node + 1 if self.is_chain else 0 if node == ROOT else self.depths[node] + 1
 
     @property
     def tip(self) -> int:
@@ -140,16 +151,37 @@ class Draft:
             confidence: (new,) softmax probabilities; nan when not given.
             laws: (new,) tensors (vocab,) they were drawn from; point masses when not given.
         """
+        old = len(self.tokens)
+        return self.attach(tokens, range(old - 1, old + len(tokens) - 1), level, confidence, laws)
+
+    def attach(
+        self,
+        tokens: Sequence[int],
+        parents: Sequence[int],
+        level: int,
+        confidence: Sequence[float] | None = None,
+        laws: Sequence[Tensor | None] | None = None,
+        kind: Kind = "iid",
+    ) -> Draft:
+        """This draft with more nodes behind its own, anywhere in the tree; the arguments are those of `extend`.
+
+        Args:
+            parents: (new,) each an earlier node of the whole draft, or `ROOT`.
+            kind: how siblings were drawn, if `laws` are given. Nodes without siblings are of any kind.
+        """
         if not tokens:
             return self
         old, new = len(self.tokens), len(tokens)
         law = None
         if self.law is not None or laws is not None:
             rows = self.law.rows if self.law else (None,) * old
-            law = Law("iid", rows + (tuple(laws) if laws is not None else (None,) * new))
+            kinds: set[Kind] = {kind} if laws is not None and _branches(parents) else set()
+            if self.law is not None and _branches(self.parents):
+                kinds.add(self.law.kind)
+            law = Law(_one_kind(kinds), rows + (tuple(laws) if laws is not None else (None,) * new))
         return Draft(
             self.tokens + tuple(tokens),
-            self.parents + tuple(range(old - 1, old + new - 1)),
+            self.parents + tuple(parents),
             self.levels + (level,) * new,
             self.confidence + (tuple(confidence) if confidence is not None else (NAN,) * new),
             law,
@@ -165,3 +197,16 @@ class Draft:
             law = Law("iid", before + tuple(laws))
         sure = self.confidence if confidence is None else self.confidence[:start] + tuple(confidence)
         return Draft(self.tokens, self.parents, self.levels, sure, law)
+
+
+def _branches(parents: Sequence[int]) -> bool:
+    return len(set(parents)) < len(parents)
+
+
+def _one_kind(kinds: set[Kind]) -> Kind:
+    """The kind of a draft whose branching parts have these; without siblings all kinds are the same."""
+    if len(kinds) > 1:
+        raise ValueError(
+            f"siblings drawn in two ways, {sorted(kinds)}, cannot stand in one draft; use one kind of tree"
+        )
+    return kinds.pop() if kinds else "iid"

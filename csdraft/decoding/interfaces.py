@@ -6,22 +6,35 @@ State of one `generate` call lives in the `Call`; what outlives a call lives in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from torch import Tensor, nn
 
-from csdraft.decoding.draft import ROOT, Draft
+from csdraft.decoding.draft import ROOT, Draft, Kind
 from csdraft.decoding.text import Text
 
 if TYPE_CHECKING:
     from csdraft.decoding.call import Call
+    from csdraft.decoding.grow import Growth
     from csdraft.decoding.report import Report
     from csdraft.decoding.sampling import Sampler
 
-__all__ = ["Budget", "Context", "Drafter", "Request", "Round", "Schedule", "ScoresView", "Verdict", "Verifier"]
+__all__ = [
+    "Budget",
+    "Context",
+    "Drafter",
+    "Request",
+    "Round",
+    "Schedule",
+    "ScoresView",
+    "Stop",
+    "Tree",
+    "Verdict",
+    "Verifier",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +61,9 @@ class Context:
         return [self.draft.tokens[node] for node in self.draft.path(self.tip)]
 
 
+Stop = Callable[[float, Callable[[], float]], bool]
+
+
 @dataclass(frozen=True)
 class Budget:
     """How much to draft for one row, in tokens beyond the context's tip.
@@ -57,7 +73,8 @@ class Budget:
         room: the most that may be handed up (>= depth).
         skip: leading stages that a horizontal cascade leaves out; other drafters have one stage and ignore it.
         confidence: whether somebody above will read `Draft.confidence` (it costs a softmax a token).
-        stop: called with the confidence of each token that a model kept; True ends what this model drafts.
+        stop: called with the confidence of each token that a model kept, and with a function that computes the
+            entropy, in nats, of the softmax that this is a probability of; True ends what this model drafts.
             It must not make a drafter discard a token: selection by identity would bias sampling.
     """
 
@@ -65,7 +82,7 @@ class Budget:
     room: int
     skip: int = 0
     confidence: bool = False
-    stop: Callable[[float], bool] | None = None
+    stop: Stop | None = None
 
 
 @dataclass(frozen=True)
@@ -129,6 +146,13 @@ class Round:
         """Draft tokens that were put under review."""
         return len(self.draft) - len(self.context.draft)
 
+    @property
+    def depth(self) -> int:
+        """Draft tokens on the longest branch that was put under review; `drafted` of a chain."""
+        if self.draft.is_chain or not self.drafted:
+            return self.drafted
+        return max(self.draft.depths[len(self.context.draft) :]) + 1 - self.draft.depth(self.context.tip)
+
     @cached_property
     def tokens(self) -> list[int]:
         """The emitted tokens: the accepted ones, then the correction or bonus."""
@@ -169,8 +193,20 @@ class ScoresView(Protocol):
         """(vocab,) float32 law of the reviewer's token after `node`, all processors applied; one-hot when greedy."""
         ...
 
+    def top(self, k: int) -> Tensor:
+        """(scored, k) int64 on the host: the reviewer's likeliest tokens after every scored node, best first.
+
+        Of the raw logits, which processors have not seen. Rows are in the order of `Request.after`: at the target the
+        first is `ROOT`'s, row i + 1 that of node i.
+        """
+        ...
+
     def soft(self, node: int, token: int) -> float:
         """The reviewer's softmax probability of `token` after `node` at the call's temperature (1 when greedy)."""
+        ...
+
+    def entropy(self, node: int) -> float:
+        """Entropy in nats of the softmax that `soft` is a probability of."""
         ...
 
     def position(self, node: int) -> int:
@@ -206,6 +242,10 @@ class Drafter:
         """Who writes the draft, in order, each with the depth up to which it does: one stage but for cascades."""
         return [(self, self.depth)]
 
+    def width(self, depth: int) -> int:
+        """The most tokens of a draft so deep, all branches counted: what a reviewer's forward gets wider by."""
+        return depth
+
     def evidence(self, context: Context) -> int:
         """A clue, in microseconds and before drafting, to how well a draft here would do: one of a few small numbers.
 
@@ -234,6 +274,36 @@ def _signature(option: object) -> Hashable:
     return tuple(map(_signature, option)) if isinstance(option, tuple) else repr(option)
 
 
+class Tree:
+    """A way to grow a model's draft into a tree.
+
+    Attributes:
+        draws: how a node's children are drawn where draws are independent; None: they are chosen, the likeliest first.
+            Under greedy or coupled draws they are always chosen: by probability, with the position's noise if any.
+    """
+
+    draws: ClassVar[Kind | None] = None
+
+    def grow(self, growth: Growth, depth: int) -> Generator[tuple[Sequence[int], int], None, Sequence[int]]:
+        """Grows one row's tree; the model runs once a step, for all rows.
+
+        Yields `(nodes, width)`: the nodes to expand next, `ROOT` for the place where the draft begins, and the most
+        children of each; they are in `growth` when it goes on. A node is expanded once.
+
+        Args:
+            growth: the candidates so far.
+            depth: the most levels; below a node of the last level nothing is wanted.
+
+        Returns:
+            The nodes to draft, each with its parent, in any order.
+        """
+        raise NotImplementedError
+
+    def width(self, depth: int) -> int:
+        """The most nodes of a tree so deep."""
+        raise NotImplementedError
+
+
 class Verifier:
     """An acceptance rule. It sees a draft and numbers, never a model.
 
@@ -253,12 +323,13 @@ class Verifier:
 
     def refusal(self, draft: Draft) -> str | None:
         """Why it cannot judge `draft` exactly; None if it can. Under coupled draws nobody reads a draft's laws."""
-        if draft.law is not None and draft.law.kind not in self.kinds and self.draws == "independent":
-            return (
-                f"the draft's tokens were drawn as {draft.law.kind!r}, {type(self).__name__} judges "
-                f"{sorted(self.kinds)} and point masses; use another verifier, or declare point masses with "
-                "Draft.law=None"
-            )
+        if self.draws == "independent" and draft.law is not None and draft.law.kind not in self.kinds:
+            if draft.has_drawn_siblings:  # a lone draw is of every kind
+                return (
+                    f"the draft's siblings were drawn as {draft.law.kind!r}, {type(self).__name__} judges "
+                    f"{sorted(self.kinds)} and point masses; use another verifier or tree, or declare point masses "
+                    "with Draft.law=None"
+                )
         if self.chains_only and not draft.is_chain:
             return f"the draft is a tree, {type(self).__name__} judges chains; draft chains, or use another verifier"
         return None

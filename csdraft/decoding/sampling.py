@@ -75,12 +75,20 @@ class Sampler:
     def _fresh_noise(self, row: int, position: int, device: torch.device) -> Tensor:
         return self.hashed(row, position, device).neg_().log1p_().neg_().log_()
 
+    def fresh_log_exponential(self, row: int, device: torch.device) -> Tensor:
+        """(vocab,) log E as above, but of nobody else: drawn anew each time, as `uniform` is."""
+        self._drawn[row] += 1
+        key = mix64(self.row_seeds[row] + 0xD1B54A32D192ED03 * self._drawn[row])
+        return self._hashed(key, device).neg_().log1p_().neg_().log_()
+
     def hashed(self, row: int, position: int, device: torch.device) -> Tensor:
         """(vocab,) v of `log_exponential`: the same bits on every device, which logarithms need not give."""
+        return self._hashed(mix64(self.row_seeds[row] ^ mix64(position)), device)
+
+    def _hashed(self, key: int, device: torch.device) -> Tensor:
         if device not in self._tokens:
             ids = torch.arange(self.vocab, dtype=torch.int32, device=device)
             self._tokens[device] = ids.mul_(signed32(0x9E3779B1))
-        key = mix64(self.row_seeds[row] ^ mix64(position))
         x = self._tokens[device] + signed32(key)
         x ^= shifted(x, 16)
         x *= signed32(0x7FEB352D)

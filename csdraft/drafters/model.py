@@ -18,7 +18,8 @@ from torch import nn
 
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import Draft
-from csdraft.decoding.interfaces import Budget, Context, Drafter
+from csdraft.decoding.grow import grow
+from csdraft.decoding.interfaces import Budget, Context, Drafter, Tree
 from csdraft.decoding.names import name_of
 from csdraft.decoding.roll import roll
 from csdraft.decoding.runner import refusal
@@ -32,16 +33,19 @@ HUB_OPTIONS = {"revision", "token", "cache_dir", "local_files_only", "force_down
 
 @dataclass(frozen=True, eq=False)
 class ModelDrafter(Drafter):
-    """Drafts token by token with a model of its own.
+    """Drafts token by token with a model of its own, or a tree level by level.
 
     Args:
         model: a causal LM or T5-like model, a self-drafting adapter, or a path or Hub id to load one from.
-        depth: tokens a round unless a schedule or a cascade says otherwise.
+        depth: tokens a round unless a schedule or a cascade says otherwise; levels of a tree.
+        tree: how drafts branch (`csdraft/trees`); None: they do not. A tree grows to its depth whatever a schedule's
+            `stop` would say.
         name: how reports call it; the model's own name if empty.
     """
 
     model: nn.Module | str | os.PathLike
     depth: int = 5  # type: ignore[assignment]
+    tree: Tree | None = None
     name: str = field(default="", kw_only=True)
 
     def __post_init__(self) -> None:
@@ -63,6 +67,9 @@ class ModelDrafter(Drafter):
         check_reviewer(self.network, call)
         call.level(self.network, self.name)
 
+    def width(self, depth: int) -> int:
+        return depth if self.tree is None else self.tree.width(depth)
+
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
         call = contexts[0].call
         limit = context_length(self.network)
@@ -71,9 +78,11 @@ class ModelDrafter(Drafter):
         ]
         if all(wanted <= 0 for wanted in steps):
             return [c.draft for c in contexts]
+        session, level = call.session(self.network), call.level(self.network)
         confidence = any(b.confidence for b in budgets)
-        rolled = roll(call.session(self.network), contexts, steps, confidence, [b.stop for b in budgets])
-        level = call.level(self.network)
+        if self.tree is not None:
+            return grow(session, self.tree, contexts, steps, level, confidence)
+        rolled = roll(session, contexts, steps, confidence, [b.stop for b in budgets])
         return [c.draft.extend(r.tokens, level, r.confidence, r.laws) for c, r in zip(contexts, rolled, strict=True)]
 
 

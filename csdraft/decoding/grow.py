@@ -1,0 +1,187 @@
+"""Tree drafting: a session's model expands many nodes in one forward, and a `Tree` says which, for every row at once.
+
+One step: every row's tree names nodes, the model reads them in one forward of the batch, and the children of each are
+the tokens it finds likeliest there, or draws. What a tree returns at its end is the draft; candidates that it leaves
+out were chosen, so their siblings are point masses, unless whole levels were drawn and kept (see `Tree.draws`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from csdraft.decoding.draft import ROOT, Draft
+from csdraft.decoding.expand import Children, expand
+from csdraft.decoding.interfaces import Context, Request, Tree
+from csdraft.decoding.session import Session
+
+__all__ = ["Growth", "grow"]
+
+
+@dataclass(eq=False)
+class Growth:
+    """A row's candidates while its tree grows: a tree itself, nodes numbered as they came, parents first.
+
+    Attributes:
+        tokens, parents: (nodes,) as in a `Draft`; `ROOT` is the place where the draft begins.
+        log_probs: (nodes,) the model's log probability of each token after its parent. Under coupled draws that of the
+            token's being chosen, given the position's noise: log softmax(scores - log E), noise taken into account as
+            if the reviewer's scores differed from the model's by Gumbel errors.
+        paths: (nodes,) sums of `log_probs` from the root: the log of how likely a branch is to be kept up to there.
+        depths: (nodes,) 0 for the root's children.
+        ranks: (nodes,) 0 for the first child of its parent.
+        perturbed: (nodes,) where siblings are drawn without replacement: log_probs + Gumbel noise, in draw order.
+        latest: the nodes that the last step added.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    paths: list[float] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    ranks: list[int] = field(default_factory=list)
+    perturbed: list[float] = field(default_factory=list)
+    latest: range = range(0)
+    confidence: list[float] = field(default_factory=list)
+    laws: list[Tensor | None] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def path(self, node: int) -> float:
+        """Log probability of the branch down to `node`; 0 for `ROOT`."""
+        return 0.0 if node == ROOT else self.paths[node]
+
+    def best(self, nodes: Iterable[int], most: int) -> list[int]:
+        """The `most` nodes with the likeliest paths, in the order they came; of equals the earlier.
+
+        A node is at most as likely as its parent, so the best of all candidates are closed under parents.
+        """
+        return sorted(sorted(nodes, key=lambda node: (-self.paths[node], node))[:most])
+
+    def add(self, parents: Sequence[int], children: Sequence[Children]) -> None:
+        """Takes in what one step found below `parents`."""
+        before = len(self)
+        for parent, own in zip(parents, children, strict=True):
+            above, depth, count = self.path(parent), 0 if parent == ROOT else self.depths[parent] + 1, len(own.tokens)
+            self.tokens += own.tokens
+            self.parents += [parent] * count
+            self.log_probs += own.log_probs
+            self.paths += [above + value for value in own.log_probs]
+            self.depths += [depth] * count
+            self.ranks += range(count)
+            self.perturbed += own.perturbed
+            self.confidence += own.confidence
+            self.laws += [own.law] * count
+        self.latest = range(before, len(self))
+
+
+@dataclass(eq=False)
+class Row:
+    """One row's tree as it grows: what the model has read of it, and where each candidate stands there."""
+
+    context: Context
+    growth: Growth
+    steps: Generator[tuple[Sequence[int], int], None, Sequence[int]]
+    read: Draft
+    places: dict[int, int]  # candidate -> node of `read`
+    asked: Sequence[int] = ()
+    width: int = 0
+    kept: Sequence[int] = ()
+
+
+def grow(
+    session: Session,
+    tree: Tree,
+    contexts: Sequence[Context],
+    depths: Sequence[int],
+    level: int,
+    confidence: bool = False,
+) -> list[Draft]:
+    """Trees of at most `depths[i]` levels below each context's tip.
+
+    Args:
+        level: the model's level number.
+        confidence: whether the tokens' softmax probabilities will be read by somebody above.
+
+    Returns:
+        One draft a context, the context's own nodes first. Of point masses the last node ends the likeliest branch, so
+        that another drafter can go on from there.
+    """
+    rows = [_begin(tree, context, depth) for context, depth in zip(contexts, depths, strict=True)]
+    live = [row for row, depth in zip(rows, depths, strict=True) if depth > 0 and _next(row, session)]
+    while live:
+        requests = []
+        for row in live:
+            _read(row, level)
+            after = [row.places[node] for node in row.asked]
+            requests.append(Request(row.context.row, row.context.text, row.read, after))
+        for row, scores in zip(live, session.score(requests), strict=True):
+            after = [row.places[node] for node in row.asked]
+            row.growth.add(row.asked, expand(scores, after, row.width, tree.draws, confidence))
+        live = [row for row in live if _next(row, session)]
+    return [_draft(row, tree, level, confidence) for row in rows]
+
+
+def _begin(tree: Tree, context: Context, depth: int) -> Row:
+    chain = context.draft.only(context.draft.path(context.tip))
+    growth = Growth()
+    return Row(context, growth, tree.grow(growth, depth), chain, {ROOT: chain.tip})
+
+
+def _next(row: Row, session: Session) -> bool:
+    """Takes the row's tree one step on: False when it is grown. Nothing follows the end of a text."""
+    ends = session.head.stopping.eos
+    try:
+        while True:
+            nodes, row.width = next(row.steps)
+            row.asked = [node for node in sorted(nodes) if node == ROOT or row.growth.tokens[node] not in ends]
+            if row.asked:
+                return True
+            row.growth.latest = range(len(row.growth), len(row.growth))
+    except StopIteration as end:
+        row.kept = end.value
+        return False
+
+
+def _read(row: Row, level: int) -> None:
+    """Adds the nodes that are asked about to those that the model reads."""
+    growth, places = row.growth, row.places
+    new = [node for node in row.asked if node != ROOT]
+    for i, node in enumerate(new):
+        if node in places:
+            raise ValueError(f"a tree asked twice for the children of node {node}; a node is expanded once")
+        places[node] = len(row.read) + i
+    row.read = row.read.attach([growth.tokens[n] for n in new], [places[growth.parents[n]] for n in new], level)
+
+
+def _draft(row: Row, tree: Tree, level: int, confidence: bool) -> Draft:
+    """The context's own nodes, then those that the tree keeps."""
+    growth, context = row.growth, row.context
+    drawn = any(law is not None for law in growth.laws)
+    nodes = sorted(row.kept) if drawn else _lead_last(growth, sorted(row.kept))
+    places = {ROOT: context.tip} | {node: len(context.draft) + i for i, node in enumerate(nodes)}
+    if missing := [node for node in nodes if growth.parents[node] not in places]:
+        raise ValueError(f"a tree kept nodes {missing} without their parents")
+    pick = lambda values: [values[node] for node in nodes]  # noqa: E731 - three uses on three lines
+    return context.draft.attach(
+        pick(growth.tokens),
+        [places[growth.parents[node]] for node in nodes],
+        level,
+        pick(growth.confidence) if confidence else None,
+        pick(growth.laws) if drawn else None,
+        tree.draws or "iid",
+    )
+
+
+def _lead_last(growth: Growth, nodes: list[int]) -> list[int]:
+    """The same nodes with the end of the likeliest branch behind all others."""
+    first: dict[int, int] = {}
+    for node in nodes:
+        first.setdefault(growth.parents[node], node)
+    lead = ROOT
+    while lead in first:
+        lead = first[lead]
+    return [node for node in nodes if node != lead] + [lead] * (lead != ROOT)

@@ -1,0 +1,45 @@
+"""Best-first: the branches that the model itself thinks likeliest, level by level, then the best nodes of all.
+
+EAGLE-2's dynamic tree (arXiv 2406.16858): a drafter's confidence is a good guess of acceptance, so the product of
+confidences along a branch says how likely it is to be kept. Use it with any model drafter, at low batch sizes, where a
+wider forward of the target is nearly free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+
+from csdraft.decoding.draft import ROOT
+from csdraft.decoding.grow import Growth
+from csdraft.decoding.interfaces import Tree
+
+__all__ = ["BestFirst"]
+
+
+@dataclass(frozen=True)
+class BestFirst(Tree):
+    """Expands the `branches` likeliest nodes of each level, and keeps the `nodes` likeliest of all.
+
+    Args:
+        branches: nodes expanded a level, and children of each.
+        nodes: nodes of the draft.
+    """
+
+    branches: int = 4
+    nodes: int = 24
+
+    def __post_init__(self) -> None:
+        for name in ("branches", "nodes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} of a best_first tree must be at least 1")
+
+    def width(self, depth: int) -> int:
+        return min(self.nodes, self.branches + (depth - 1) * self.branches**2) if depth else 0
+
+    def grow(self, growth: Growth, depth: int) -> Generator[tuple[Sequence[int], int], None, Sequence[int]]:
+        frontier = [ROOT]
+        for _ in range(depth):
+            yield frontier, self.branches
+            frontier = growth.best(growth.latest, self.branches)
+        return growth.best(range(len(growth)), self.nodes)
