@@ -23,7 +23,7 @@ class Horizontal(Drafter):
     """Lets each drafter in turn lengthen the draft up to its limit.
 
     A drafter may hand up more than it was asked for (a reviewer's surplus): it is kept and counts for later stages,
-    which also make up a shortfall.
+    which also make up a shortfall. Behind a tree, the next stage goes on from its last node.
 
     Args:
         drafters: best first.
@@ -47,6 +47,13 @@ class Horizontal(Drafter):
 
     def stages(self) -> list[tuple[Drafter, int]]:
         return list(zip(self.drafters, accumulate(self.lengths), strict=True))
+
+    def width(self, depth: int) -> int:
+        """Of a draft so deep whose every stage takes its full length."""
+        width = 0
+        for drafter, length in zip(self.drafters, self.lengths, strict=True):
+            width, depth = width + drafter.width(min(length, depth)), max(depth - length, 0)
+        return width
 
     def evidence(self, context: Context) -> int:
         return next((drafter.evidence(context) for drafter in self.drafters if not drafter.models()), 0)
@@ -72,17 +79,17 @@ class Horizontal(Drafter):
                 continue
             asked = {}
             for i, (context, draft, budget) in enumerate(zip(contexts, drafts, budgets, strict=True)):
-                grown = len(draft) - len(context.draft)
+                grown = draft.depth(draft.tip) - context.draft.depth(context.tip)
                 wanted, room = limits[i][stage] - grown, min(budget.room, self.depth) - grown
                 if wanted > 0 and room > 0 and not _ended(draft, context):
                     going_on = context if not grown else context.after(draft)
                     asked[i] = (going_on, replace(budget, depth=min(wanted, room), room=room, skip=0))
             if asked:
-                started, before = perf_counter(), sum(map(len, drafts))
+                started, before = perf_counter(), sum(draft.depth(draft.tip) for draft in drafts)
                 stage_contexts, stage_budgets = zip(*asked.values(), strict=True)
                 for i, draft in zip(asked, drafter.propose(stage_contexts, stage_budgets), strict=True):
                     drafts[i] = draft
-                grown = max(sum(map(len, drafts)) - before, 0) / len(asked)
+                grown = max(sum(draft.depth(draft.tip) for draft in drafts) - before, 0) / len(asked)
                 if self is outermost:
                     call.charge(drafter, perf_counter() - started, grown)
         return drafts

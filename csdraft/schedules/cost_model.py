@@ -97,6 +97,7 @@ class Working(Schedule):
         for survival in self.ledger.survivals.values():
             survival.fade(CARRIED)
         self.most = options.most or (self.limits[-1] if len(self.stages) > 1 else max(2 * self.limits[-1], LONE_DEPTH))
+        self._widths = [self._draft_widths(skip) for skip in range(len(self.stages))]
         self.rounds = self.skip = self.depth = 0
         self.evidence: list[int] = []  # by row
         self._asked: list[int] = []
@@ -157,7 +158,7 @@ class Working(Schedule):
         self, skip: int, contexts: Sequence[Context], remaining: int, hazards: Hazards = Survival.hazards
     ) -> tuple[float, int]:
         """Tokens a second and row, and the depth that gives the most, when the first `skip` stages are left out."""
-        target, rows = self.ledger.target, len(contexts)
+        target, rows, widths = self.ledger.target, len(contexts), self._widths[skip]
         counts = [(self.ledger.survival(e, skip), self.evidence.count(e)) for e in set(self.evidence)]
         most = min(self.most, 2 * max(len(stages.asked) for stages, _ in counts) + 2, remaining - 1)
         reading = self._reading_seconds(skip, contexts)
@@ -170,7 +171,7 @@ class Working(Schedule):
                 survival[k] *= hazard[i]
                 tokens += survival[k] * number / rows
                 short *= (1 - share[i]) ** number
-            wider = target.seconds(i + 2) - target.seconds(i + 1)
+            wider = target.seconds(1 + widths[i + 1]) - target.seconds(1 + widths[i])
             seconds += (1 - short) * (wider + self._token_seconds(self._stage_at(skip, i)))
             rate = 1 / (seconds / tokens + reading / remaining)
             best = max(best, (rate, i + 1))
@@ -179,6 +180,15 @@ class Working(Schedule):
     def _stage_at(self, skip: int, i: int) -> int:
         """The stage that writes draft token `i`."""
         return next((s for s in range(skip, len(self.limits)) if i < self.limits[s]), len(self.limits) - 1)
+
+    def _draft_widths(self, skip: int) -> list[int]:
+        """(most + 1,) tokens under review when the stages from `skip` on draft so deep: more if they branch."""
+        widths = [0]
+        for i in range(self.most):
+            stage = self._stage_at(skip, i)
+            start = self.limits[stage - 1] if stage > skip else 0
+            widths.append(widths[start] + self.stages[stage][0].width(i + 1 - start))
+        return widths
 
     def _token_seconds(self, stage: int) -> float:
         known = self.ledger.token_seconds.get(stage)
@@ -212,12 +222,12 @@ class Working(Schedule):
         if self._trial and sum(r.accepted for r in rounds) == sum(self._asked):  # promising: try again at once
             ledger.survival(self.evidence[0] if len(rounds) == 1 else MIXED, self.skip).wait = 0.0
         for r, asked, evidence in zip(rounds, self._asked, self.evidence, strict=True):
-            ledger.survival(evidence, self.skip).add(asked, r.drafted, r.accepted)
-        self._learn_costs(drafted, draft_seconds)
+            ledger.survival(evidence, self.skip).add(asked, r.depth, r.accepted)
+        self._learn_costs(max(r.depth for r in rounds), draft_seconds)
 
-    def _learn_costs(self, drafted: int, draft_seconds: float) -> None:
-        """Seconds a token of every stage that drafted: what its cascade charged, or all of it for a lone drafter."""
-        charged = [(draft_seconds, drafted)]
+    def _learn_costs(self, depth: int, draft_seconds: float) -> None:
+        """Seconds a level of every stage that drafted: what its cascade charged, or all for a lone drafter."""
+        charged = [(draft_seconds, depth)]
         if len(self.stages) > 1:
             now = [self.call.charges.get(id(drafter), (0.0, 0)) for drafter, _ in self.stages]
             charged = [(a - c, b - d) for (a, b), (c, d) in zip(now, self._charged, strict=True)]

@@ -45,5 +45,5 @@ class Heuristic(Schedule):
     def observe(self, rounds: Sequence[Round], draft_seconds: float, score_seconds: float) -> None:
         for r in rounds:
             depth = self._depths[r.context.row]
-            kept_all = r.drafted >= int(depth) and r.accepted == r.drafted  # no credit for what was not drafted
+            kept_all = r.depth >= int(depth) and r.accepted == r.depth  # no credit for what was not drafted
             self._depths[r.context.row] = min(depth + 2, self.most) if kept_all else max(depth - 1, 1)
