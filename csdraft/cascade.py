@@ -7,11 +7,13 @@ import os
 import tempfile
 import threading
 import warnings
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 from csdraft import hub, spec
@@ -23,7 +25,7 @@ from csdraft.decoding.report import Report
 from csdraft.decoding.runner import home
 from csdraft.drafters.horizontal import Horizontal
 from csdraft.drafters.model import ModelDrafter, bound, load_model
-from csdraft.kmatrix import build, check_k_matrix, spread_lenience
+from csdraft.kmatrix import AUTO, build, check_k_matrix, first_guess, spread_lenience
 from csdraft.schedules.cost_model import CostModel
 from csdraft.schedules.fixed import Fixed
 from csdraft.upload import upload
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
 __all__ = ["CascadeDrafter", "as_drafter", "choose_schedule", "choose_verifier"]
 
 _LOCK = threading.Lock()
+
+PLANNED = 48
+"""Tokens that the target writes for a plan."""
 
 
 @dataclass
@@ -58,19 +63,21 @@ class CascadeDrafter(Drafter):
         drafters: largest first: models, paths, Hub ids or drafters.
         k_matrix: (n, n) upper triangular increments. Row i is the cascade that reviewer i reviews (0: the target,
             i: `drafters[i-1]`), entry j how many tokens stage j (`drafters[j]`) adds to it. A list is row 0 alone
-            (all models draft token by token); a number is that many tokens for every drafter of row 0.
+            (all models draft token by token); a number is that many tokens for every drafter of row 0; "auto" lets
+            the planner choose: the first call with a target also writes a few texts on its prompt (see `planned`).
         lenience: >= 1, for inner reviewers only; one number, or one for each drafter that reviews, largest first.
         verifier: the acceptance rule at the target, by name or as an object.
         schedule: how much of the cascade to use each round, by name or as an object.
     """
 
     drafters: Sequence[Any]
-    k_matrix: Sequence[Sequence[int]] | Sequence[int] | int = 5
+    k_matrix: Sequence[Sequence[int]] | Sequence[int] | int | str = 5
     lenience: float | Sequence[float] = 1.0
     verifier: Verifier | str | Mapping[str, Any] = "match"
     schedule: Schedule | str | Mapping[str, Any] = "cost_model"
     root: Horizontal = field(init=False)
     _reports: Reports = field(init=False, default_factory=Reports)
+    _plans: MutableMapping[nn.Module, CascadeDrafter] = field(init=False, default_factory=WeakKeyDictionary)
 
     def __post_init__(self) -> None:
         if isinstance(self.drafters, str | Path | nn.Module | Drafter):
@@ -80,17 +87,23 @@ class CascadeDrafter(Drafter):
             if drafter is None:
                 raise ValueError(f"drafters[{i}] is None; give a model, a path, a Hub id or a csdraft.Drafter")
         drafters = tuple(_unwrapped(as_drafter(drafter)) for drafter in self.drafters)
-        k_matrix = check_k_matrix(self.k_matrix, drafters)
-        root = build(drafters, k_matrix, spread_lenience(self.lenience, drafters, k_matrix))
+        auto = isinstance(self.k_matrix, str) and self.k_matrix == AUTO
+        matrix = first_guess(drafters) if auto and drafters else check_k_matrix(self.k_matrix, drafters)
+        root = build(drafters, matrix, spread_lenience(1.0 if auto else self.lenience, drafters, matrix))
         lenience = float(self.lenience) if isinstance(self.lenience, int | float) else tuple(map(float, self.lenience))
-        values = {"drafters": drafters, "k_matrix": k_matrix, "lenience": lenience, "verifier": verifier}
+        values = {
+            "drafters": drafters,
+            "k_matrix": AUTO if auto else matrix,
+            "lenience": lenience,
+            "verifier": verifier,
+        }
         for name, value in (values | {"schedule": schedule, "root": root}).items():
             object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
         drafters = ", ".join(map(_short, self.drafters))
-        rows = [list(row) for row in self.k_matrix]  # type: ignore[union-attr, arg-type]
-        return f"CascadeDrafter([{drafters}], {rows}, {self.lenience}, {self.verifier!r}, {self.schedule!r})"
+        rows = AUTO if self.k_matrix == AUTO else [list(row) for row in self.k_matrix]  # type: ignore[union-attr]
+        return f"CascadeDrafter([{drafters}], {rows!r}, {self.lenience}, {self.verifier!r}, {self.schedule!r})"
 
     # Drafting.
 
@@ -125,6 +138,38 @@ class CascadeDrafter(Drafter):
     def observe(self, rounds: Sequence[Round]) -> None:
         for drafter in {id(d): d for d in self.drafters}.values():  # once each, however often they draft
             drafter.observe(rounds)
+
+    # Planning.
+
+    def planned(self, target: nn.Module, input_ids: torch.Tensor, options: Mapping[str, Any]) -> CascadeDrafter:
+        """With `k_matrix="auto"` the cascade that the planner chooses for `target`, kept while both live; else itself.
+
+        The target writes PLANNED tokens on the prompt, timed, and every drafter model is run on them:
+        a few seconds of decoding, once. `csdraft tune` does the same on many prompts, and measures what it finds.
+
+        Args:
+            input_ids: (1, length) of one prompt, without padding; the encoder's, if there is one.
+            options: of `generate`: sampling, the ids of padding and end.
+        """
+        if self.k_matrix != AUTO:
+            return self
+        from csdraft.planner.search import search
+        from csdraft.planner.trace import observe_world
+
+        with _LOCK:
+            known = self._plans.get(target)
+        if known is None:
+            prompt = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+            with torch.random.fork_rng(devices=[]):  # a plan must not change what is sampled
+                world = observe_world(target, list(self.drafters), [prompt] * 2, max_new_tokens=PLANNED, **options)
+            best = search(world)[0]
+            kept = [self.drafters[j] for j in best.kept]
+            lenience = self.lenience if isinstance(self.lenience, float) else 1.0
+            known = CascadeDrafter(kept, best.trimmed(), lenience, self.verifier, self.schedule)
+            object.__setattr__(known, "_reports", self._reports)
+            with _LOCK:
+                self._plans[target] = known
+        return known
 
     # Reports.
 

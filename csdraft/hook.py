@@ -23,7 +23,7 @@ from csdraft.decoding.text import Text
 
 __all__ = ["decode", "enable", "install"]
 
-OPTIONS = ("verifier", "schedule", "row_seeds", "strict")
+OPTIONS = ("verifier", "schedule", "row_seeds", "strict", "diagnose")
 """Keywords of `generate` that csdraft adds beside `assistant`."""
 
 
@@ -39,6 +39,7 @@ def decode(
     schedule: Schedule | str | None = None,
     row_seeds: Sequence[int] | None = None,
     strict: bool = False,
+    diagnose: bool = False,
     encoder_input_ids: Tensor | None = None,
     streamer: Any = None,
     synced_gpus: bool = False,
@@ -57,10 +58,12 @@ def decode(
         schedule: how much to draft, by name or as an object; "cost_model" unless the assistant has its own.
         row_seeds: one seed a row for sampling; drawn from torch's global CPU generator if None.
         strict: raise when a drafter fails instead of going on without it.
+        diagnose: count expected rejections beside measured ones in the report; for verifiers of independent draws, at
+            the price of a comparison of laws a judged token.
         encoder_input_ids: (rows, source) the encoder's input, which an encoder-decoder's drafters read too; the
             patched spelling fills it in.
     """
-    from csdraft.cascade import as_drafter, choose_schedule, choose_verifier
+    from csdraft.cascade import CascadeDrafter, as_drafter, choose_schedule, choose_verifier
 
     drafter = as_drafter(assistant, model)
     rule = choose_verifier(verifier, drafter)
@@ -73,6 +76,11 @@ def decode(
     mask = None if mask is None or bool(mask.all()) else mask
     cache = model_kwargs.get("past_key_values")
     past = cache if cache is not None and cache.get_seq_length() > 0 else None
+    if isinstance(drafter, CascadeDrafter):
+        read = input_ids if encoder_input_ids is None else encoder_input_ids
+        seen = mask if encoder_input_ids is None else model_kwargs.get("attention_mask")
+        prompt = read[0] if seen is None else read[0][seen[0].bool()]
+        drafter = drafter.planned(model, prompt[None], {key: getattr(generation_config, key) for key in PLANNED_FOR})
     sources = _sources(model, input_ids, encoder_input_ids, model_kwargs, drafter)
     call = open_call(
         model, input_ids, logits_processor, stopping_criteria, generation_config, rule, row_seeds, sources, mask, past
@@ -85,7 +93,7 @@ def decode(
     call.head.stopping.kept = output.scores
     target = call.session(model)
     target.pinned = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
-    report = run(call, drafter, rule, policy, output, strict)
+    report = run(call, drafter, rule, policy, output, strict, diagnose)
     sequences = output.sequences(input_ids, call.texts)
     if target.pinned and cache is not None:
         target.settle(call.texts, sequences.shape[1] - 1)
@@ -119,6 +127,10 @@ def _kept(mask: Tensor | None, sequences: Tensor, texts: Sequence[Text]) -> Tens
     for row, text in enumerate(texts):
         kept[row, text.padding + len(text) :] = False
     return kept
+
+
+PLANNED_FOR = ("do_sample", "temperature", "top_k", "top_p", "min_p", "pad_token_id", "eos_token_id")
+"""Of a call's generation config, what a plan is made for."""
 
 
 _stock_generate = GenerationMixin.generate

@@ -19,9 +19,12 @@ from csdraft.drafters.horizontal import Horizontal
 from csdraft.drafters.model import ModelDrafter
 from csdraft.drafters.vertical import Vertical
 
-__all__ = ["build", "check_k_matrix", "spread_lenience"]
+__all__ = ["AUTO", "build", "check_k_matrix", "first_guess", "spread_lenience"]
 
 KMatrix = tuple[tuple[int, ...], ...]
+
+AUTO = "auto"
+"""In place of a K matrix: the planner chooses one for the target, at the first call with it."""
 
 
 def check_k_matrix(k_matrix: Any, drafters: Sequence[Drafter]) -> KMatrix:
@@ -53,11 +56,17 @@ def check_k_matrix(k_matrix: Any, drafters: Sequence[Drafter]) -> KMatrix:
     return tuple(tuple(int(k) for k in row) for row in rows)
 
 
+def first_guess(drafters: Sequence[Drafter]) -> KMatrix:
+    """What drafts until a plan is there: each drafter a little, all models token by token."""
+    row = tuple(min(drafter.depth, 5) if drafter.models() else drafter.depth for drafter in drafters)
+    return row, *((0,) * len(row) for _ in row[1:])
+
+
 def _rows(k_matrix: Any, n: int) -> list[Sequence[Any]]:
     if isinstance(k_matrix, str):
         raise ValueError(
-            f"k_matrix={k_matrix!r}: a planner that would choose it is not there yet; give numbers, such as 5, "
-            f"{[5] * n} (tokens a drafter), or {n} rows of {n}"
+            f"k_matrix={k_matrix!r} is no matrix: give 'auto', or numbers, such as 5, {[5] * n} (tokens a drafter), "
+            f"or {n} rows of {n}"
         )
     rows = k_matrix.tolist() if isinstance(k_matrix, np.ndarray | Tensor) else k_matrix
     if isinstance(rows, Real):

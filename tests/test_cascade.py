@@ -223,7 +223,7 @@ def test_an_all_zero_row_is_token_by_token():
 @pytest.mark.parametrize(
     ("k_matrix", "message"),
     [
-        ("auto", r"'auto': a planner .* not there yet; give numbers"),
+        ("best", r"'best' is no matrix: give 'auto', or numbers"),
         ([[1, 2], [3, 4]], r"k_matrix\[1\]\[0\]=3.*0 below the diagonal"),
         ([[1, -2], [0, 4]], r"k_matrix\[0\]\[1\]=-2"),
         ([[1, 2.5], [0, 4]], r"k_matrix\[0\]\[1\]=2.5.*whole numbers"),

@@ -1,0 +1,100 @@
+"""Find the cascade for your models and prompts: which drafters, the K matrix, lenience, tree size, schedule.
+
+The target writes once on every prompt, every drafter is compared with it place by place, and each K matrix is replayed
+on those texts with measured seconds. The best are then timed against plain generate, side by side, and the table shows
+both figures: what was expected of the whole matrix each round, and what was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from csdraft.benchmark import read_prompts
+from csdraft.cascade import CascadeDrafter
+from csdraft.cli._models import Opened, add_model_arguments, open_models
+from csdraft.decoding.interfaces import Drafter
+from csdraft.decoding.names import name_of
+from csdraft.drafters.model import ModelDrafter
+from csdraft.planner.tune import Candidate, tune
+from csdraft.progress import Progress
+from csdraft.trees.best_first import BestFirst
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--prompts", required=True, metavar="FILE", help="JSON lines with a `prompt`, or a Hub data set"
+    )
+    parser.add_argument("--limit", type=int, default=12, metavar="N", help="prompts to use (default 12)")
+    parser.add_argument("--max-new-tokens", type=int, default=96, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
+    parser.add_argument("--finalists", type=int, default=4, metavar="N", help="plans to time (default 4)")
+    parser.add_argument("--lenience-values", type=float, nargs="+", default=[1.0, 2.0], metavar="X")
+    parser.add_argument("--tree-nodes", type=int, nargs="*", default=[], metavar="N", help="also try trees this large")
+    parser.add_argument("--repetitions", type=int, default=2, metavar="N")
+    parser.add_argument("--save", metavar="PATH", help="save the fastest as a cascade")
+
+
+def run(args: argparse.Namespace) -> int:
+    opened = open_models(args)
+    drafters = candidates(opened, args.tree_nodes)
+    prompts = [tuple(opened.tokenizer(prompt)["input_ids"]) for prompt in read_prompts(args.prompts, args.limit)]
+    sampling = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}
+    options = sampling if args.temperature else {"do_sample": False}
+    options |= {"max_new_tokens": args.max_new_tokens}
+    if opened.target.generation_config.pad_token_id is None:
+        opened.target.generation_config.pad_token_id = opened.tokenizer.pad_token_id or opened.tokenizer.eos_token_id
+    found = tune(
+        opened.target, drafters, prompts, args.finalists, args.lenience_values, args.repetitions, Progress(), **options
+    )
+    print(table(found, [label(drafter) for drafter in drafters]))
+    best = found[0]
+    dropped = [label(drafter) for j, drafter in enumerate(drafters) if j not in best.kept]
+    if dropped:
+        print(f"\nleft out of the fastest: {', '.join(dropped)}")
+    if best.measured.median <= 1:
+        print("nothing beats plain generate on these prompts: leave assistant= out")
+    if args.save:
+        best.cascade(drafters).save_pretrained(args.save, opened.tokenizer, opened.target)
+        print(f"saved: {args.save}")
+    return 0
+
+
+def candidates(opened: Opened, tree_nodes: Sequence[int]) -> list[Drafter]:
+    """The drafters to choose from: those that were named, and each model once more with each size of tree."""
+    assistant = opened.assistant
+    if assistant is None:
+        raise ValueError("nothing to tune: name drafters with --drafter, largest first")
+    named = list(assistant.drafters) if isinstance(assistant, CascadeDrafter) else [assistant]
+    found: list[Drafter] = []
+    for drafter in named:
+        found.append(drafter)
+        if isinstance(drafter, ModelDrafter) and drafter.tree is None:
+            found += [ModelDrafter(drafter.network, tree=BestFirst(nodes=nodes)) for nodes in tree_nodes]
+    return found
+
+
+def label(drafter: Drafter) -> str:
+    if isinstance(drafter, ModelDrafter):
+        name = drafter.name or name_of(drafter.network)
+        return name if drafter.tree is None else f"{name} {drafter.tree}"
+    return type(drafter).__name__
+
+
+def table(found: Sequence[Candidate], labels: Sequence[str]) -> str:
+    """Markdown, the fastest measured first."""
+    lines = [
+        "| drafters | k_matrix | lenience | schedule | tokens a round, expected | speed-up expected | measured |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for one in found:
+        names = ", ".join(labels[j] for j in one.kept)
+        options, expected = one.options, one.expected
+        lines.append(
+            f"| {names} | {one.k_matrix} | {options['lenience']:g} | {options['schedule']} "
+            f"| {expected.tokens_per_round:.2f} | {expected.speedup:.2f} | {one.measured} |"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,164 @@
+"""What a K matrix should give: its rounds replayed on texts that the target wrote, with measured seconds.
+
+The replay is the decoding loop without the models: a draft is right up to the first place where its model's choice, or
+its copy, is not the target's token. What a model does behind such a place is not known, nor does it matter but for its
+time; there an inner round gains what inner rounds gain on the average. Acceptances come in runs (a text that repeats
+itself does so for long), which is why texts are replayed and rates are not multiplied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from csdraft.planner.trace import Offer, Trace, World
+
+__all__ = ["Expectation", "expect"]
+
+KMatrix = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """Of one K matrix, over all texts.
+
+    Attributes:
+        tokens_per_round: block efficiency.
+        seconds_per_token: of `generate`, all included.
+        speedup: over plain `generate`.
+    """
+
+    tokens_per_round: float
+    seconds_per_token: float
+    speedup: float
+
+
+def expect(k_matrix: KMatrix, world: World) -> Expectation:
+    """Replays every text of `world` under one K matrix."""
+    tokens, rounds, seconds = 0, 0, 0.0
+    for trace in world.traces:
+        replay = Replay(k_matrix, world, trace)
+        replay.run()
+        tokens, rounds, seconds = tokens + trace.length, rounds + replay.rounds, seconds + replay.seconds
+    plain = sum(trace.plain for trace in world.traces)
+    return Expectation(tokens / rounds, seconds / tokens, plain / seconds)
+
+
+@dataclass
+class Drafted:
+    """A draft so far: its tokens (of all branches), its depth, and how many are the target's."""
+
+    width: int = 0
+    depth: int = 0
+    right: int = 0
+
+    @property
+    def on_path(self) -> bool:
+        return self.right == self.depth
+
+
+class Replay:
+    """One text under one K matrix."""
+
+    def __init__(self, k_matrix: KMatrix, world: World, trace: Trace):
+        self.k_matrix, self.world, self.trace = k_matrix, world, trace
+        self.rounds, self.seconds = 0, 0.0
+        self.read = [0] * len(world.drafters)  # tokens of the text that each model has read
+        self.gains = {j: [1.5, 1.0] for j in range(len(world.drafters))}  # by reviewer: tokens gained, rounds
+
+    def run(self) -> None:
+        reviews, asked, place = (
+            self.world.target.reviews,
+            {j for row in self.k_matrix for j, k in enumerate(row) if k},
+            0,
+        )
+        self.seconds = self.trace.outside + sum(self.trace.reads[1 + j] for j in asked)
+        while place < self.trace.length:
+            draft = self._draft(0, place, self.trace.length - place - 1)
+            self.seconds += reviews.seconds(1 + draft.width)
+            if place == 0:
+                self.seconds += self.trace.reads[0] - reviews.seconds(1)
+            self.rounds += 1
+            place += draft.right + 1
+
+    def _draft(self, row: int, place: int, room: int, on_path: bool = True) -> Drafted:
+        """What the stages of a row write together, `place` tokens into the text; off the path, what they cost."""
+        draft, limit = Drafted(), 0
+        for j in range(row, len(self.k_matrix)):
+            limit += self.k_matrix[row][j]
+            wanted = min(limit, room) - draft.depth
+            if self.k_matrix[row][j] and wanted > 0:
+                self._stage(j, draft, place, wanted, room, on_path)
+        return draft
+
+    def _stage(self, j: int, draft: Drafted, place: int, wanted: int, room: int, on_path: bool) -> None:
+        """Lengthens `draft` by stage `j`."""
+        here = place + draft.depth if on_path and draft.on_path else None
+        if not self.world.models[j]:
+            self._propose(j, draft, here, wanted)
+        elif j + 1 < len(self.k_matrix) and any(self.k_matrix[j + 1]):
+            self._review(j, draft, here, wanted, room)
+        else:
+            cost = self.world.drafters[j]
+            self.seconds += cost.first + cost.step * (wanted - 1) + self._catch_up(j, here)
+            self._take(draft, wanted, self._agreement(j, here, wanted), j, here)
+
+    def _propose(self, j: int, draft: Drafted, here: int | None, wanted: int) -> None:
+        self.seconds += self.world.drafters[j].first
+        offer = self._offer(j, here)
+        depth = min(offer.depth, wanted)
+        self._add(draft, depth + (offer.width - offer.depth) * (depth > 0), depth, min(offer.right, depth), here)
+
+    def _offer(self, j: int, here: int | None) -> Offer:
+        """What is proposed at a place; off the path, as much as at the text's beginning, and nothing of it right."""
+        offers = self.trace.offers[j]
+        if here is not None and here < len(offers):
+            return offers[here]
+        return Offer(offers[0].width, offers[0].depth, 0)
+
+    def _review(self, j: int, draft: Drafted, here: int | None, wanted: int, room: int) -> None:
+        """Inner rounds until there is enough, or the room is used up."""
+        cost, gained, begun = self.world.drafters[j], 0, here
+        while gained < wanted and gained < room - draft.depth + gained:
+            inner = self._draft(j + 1, here or 0, max(room - draft.depth - 1, 0), here is not None)
+            self.seconds += cost.reviews.seconds(1 + inner.width) + self._catch_up(j, here if here == begun else None)
+            if here is None:
+                gain, right = max(round(self.gains[j][0] / self.gains[j][1]), 1), 0
+            else:
+                kept = self._agreement(j, here, inner.right)
+                gain, right = kept + 1, kept + self._agreement(j, here + kept, 1)
+                self.gains[j] = [self.gains[j][0] + gain, self.gains[j][1] + 1]
+            gain = min(gain, room - draft.depth)
+            self._take(draft, gain, min(right, gain), j, here)
+            gained += gain
+            here = here + gain if here is not None and right >= gain else None
+
+    def _agreement(self, j: int, here: int | None, most: int) -> int:
+        """Tokens from a place on, at most `most`, that the model would choose as the target did."""
+        if here is None:
+            return 0
+        agrees, count = self.trace.agrees[j], 0
+        while count < most and here + count < len(agrees) and agrees[here + count]:
+            count += 1
+        return count
+
+    def _catch_up(self, j: int, here: int | None) -> float:
+        """Seconds beyond one token's for reading what was committed since the model last drafted."""
+        if here is None:
+            return 0.0
+        reviews = self.world.drafters[j].reviews
+        unread, self.read[j] = max(here + 1 - self.read[j], 1), here
+        return reviews.seconds(min(unread, 32)) - reviews.seconds(1)
+
+    def _take(self, draft: Drafted, depth: int, right: int, j: int, here: int | None) -> None:
+        """Adds a model's own tokens, all but the last of which it has read."""
+        self._add(draft, depth, depth, right, here)
+        if here is not None:
+            self.read[j] = here + min(right, depth - 1) + 1
+
+    @staticmethod
+    def _add(draft: Drafted, width: int, depth: int, right: int, here: int | None) -> None:
+        if here is not None:
+            draft.right += right
+        draft.width += width
+        draft.depth += depth

@@ -1,0 +1,107 @@
+"""The K matrix with the greatest expected speed-up: which drafters to keep, and how long each drafts, for whom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+
+from csdraft.planner.expect import Expectation, expect
+from csdraft.planner.trace import World
+
+__all__ = ["Plan", "alternatives", "search"]
+
+FEW = 1500
+"""Matrices that may all be replayed: seconds."""
+
+KMatrix = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A K matrix and what is expected of it."""
+
+    k_matrix: KMatrix
+    expected: Expectation
+
+    @property
+    def kept(self) -> list[int]:
+        """The drafters it uses."""
+        return sorted({j for row in self.k_matrix for j, k in enumerate(row) if k})
+
+    def trimmed(self) -> list[list[int]]:
+        """The matrix of the drafters that are kept."""
+        kept = self.kept
+        rows = [self.k_matrix[0], *(self.k_matrix[j + 1] for j in kept[:-1])]
+        return [[row[j] for j in kept] for row in rows]
+
+
+def search(world: World) -> list[Plan]:
+    """All matrices that were looked at, the fastest first.
+
+    All of them where they are few, as for two drafters. Else, from each drafter alone at its best length, the entry is
+    changed that helps most, until none does: some hundred replays, where a grid over three would need a million.
+    """
+    seen: dict[KMatrix, Expectation] = {}
+
+    def speed(k_matrix: KMatrix) -> float:
+        if k_matrix not in seen:
+            seen[k_matrix] = expect(k_matrix, world)
+        return seen[k_matrix].speedup
+
+    size = len(world.drafters)
+    nothing = tuple((0,) * size for _ in range(size))
+    grid = [(i, j, (0, *world.depths[j])) for i, j in entries(world)]
+    if prod(len(lengths) for *_, lengths in grid) <= FEW:
+        for values in product(*(lengths for *_, lengths in grid)):
+            k_matrix = nothing
+            for (i, j, _), k in zip(grid, values, strict=True):
+                k_matrix = changed(k_matrix, i, j, k)
+            if any(k_matrix[0]):
+                speed(cleaned(k_matrix))
+    for j in range(size):
+        best = max((changed(nothing, 0, j, k) for k in world.depths[j]), key=speed)
+        while (better := max(neighbours(best, world), key=speed)) != best and speed(better) > speed(best):
+            best = better
+    ranked = sorted(seen, key=lambda k_matrix: -seen[k_matrix].speedup)
+    return [Plan(k_matrix, seen[k_matrix]) for k_matrix in ranked]
+
+
+def entries(world: World) -> Iterator[tuple[int, int]]:
+    """The places of a K matrix that may hold more than 0: what does not write by itself reviews nothing."""
+    size = len(world.drafters)
+    return ((i, j) for i in range(size) for j in range(i, size) if i == 0 or world.models[i - 1])
+
+
+def neighbours(k_matrix: KMatrix, world: World) -> Iterator[KMatrix]:
+    """The matrices that differ in one entry."""
+    for i, j in entries(world):
+        for k in (0, *world.depths[j]):
+            other = cleaned(changed(k_matrix, i, j, k))
+            if any(other[0]):
+                yield other
+
+
+def changed(k_matrix: KMatrix, i: int, j: int, k: int) -> KMatrix:
+    rows = [list(row) for row in k_matrix]
+    rows[i][j] = k
+    return tuple(map(tuple, rows))
+
+
+def cleaned(k_matrix: KMatrix) -> KMatrix:
+    """Without the rows of reviewers that nobody asks."""
+    rows = [k_matrix[0]]
+    for i in range(1, len(k_matrix)):
+        asked = any(row[i - 1] for row in rows[:i])
+        rows.append(k_matrix[i] if asked else (0,) * len(k_matrix))
+    return tuple(rows)
+
+
+def alternatives(plans: Sequence[Plan], most: int) -> list[Plan]:
+    """The best plan of each set of drafters, the fastest first, at most so many."""
+    best: dict[tuple, Plan] = {}
+    for plan in plans:
+        reviews = tuple(bool(any(row)) for row in plan.k_matrix[1:])
+        best.setdefault((tuple(plan.kept), reviews), plan)
+    return list(best.values())[:most]

@@ -1,0 +1,256 @@
+"""What each drafter would have drafted at every place of a text that the target wrote, and what forwards cost.
+
+One plain decoding pass of the target, and one forward of each drafter model over its text: then every K matrix can be
+replayed on it without a model (see `csdraft.planner.expect`). Models are compared choice by choice, with the call's
+processors and noise; drafters without a model are asked after every token.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from csdraft.decoding.call import Call
+from csdraft.decoding.draft import ROOT, Draft
+from csdraft.decoding.interfaces import Budget, Context, Drafter, Request, Round, Schedule
+from csdraft.decoding.text import Text
+from csdraft.drafters.model import ModelDrafter
+from csdraft.tables.costs import Widths
+
+__all__ = ["Costs", "Offer", "Trace", "World", "observe_world"]
+
+WIDTHS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+"""Draft lengths at which a reviewer is timed."""
+DEEPEST = 32
+"""Tokens that drafters without a model are asked for; trees are grown to their own depth."""
+MOST_STEPS = 8
+"""Tokens that a model may be asked to write."""
+STEPS = (1, 6)
+"""Draft lengths whose times give a model's first and every later token."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a drafter without a model had to offer at one place: its tokens, its depth, and how many were right."""
+
+    width: int
+    depth: int
+    right: int
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One text.
+
+    Attributes:
+        length: tokens that the target wrote.
+        agrees: by drafter: at each place, whether the model's choice is the target's.
+        offers: by drafter without a model: at each place, what it would have proposed.
+        plain: seconds of plain `generate`.
+        outside: of csdraft's `generate`, the seconds outside rounds.
+        reads: seconds for reading the prompt: the target's first, then those of each drafter.
+    """
+
+    length: int
+    agrees: Mapping[int, Sequence[bool]]
+    offers: Mapping[int, Sequence[Offer]]
+    plain: float = 0.0
+    outside: float = 0.0
+    reads: Sequence[float] = ()
+
+
+@dataclass
+class Costs:
+    """Seconds of one model, or of one drafter without.
+
+    Attributes:
+        reviews: of a round's forward, verdict included, by its number of tokens.
+        drafts: of drafting, by its number of tokens: of a model's first and its later ones; of one proposal.
+        reads: of the first round of each text, which reads the prompt.
+    """
+
+    reviews: Widths = field(default_factory=Widths)
+    drafts: Widths = field(default_factory=Widths)
+    reads: list[float] = field(default_factory=list)
+
+    @property
+    def first(self) -> float:
+        return self.drafts.seconds(STEPS[0])
+
+    @property
+    def step(self) -> float:
+        if not self.drafts.known(STEPS[1]):
+            return 0.0
+        return max(self.drafts.seconds(STEPS[1]) - self.first, 0.0) / (STEPS[1] - STEPS[0])
+
+
+@dataclass(frozen=True)
+class World:
+    """All that planning needs to know.
+
+    Attributes:
+        traces: one a text.
+        target: the target's costs.
+        drafters: of each drafter, largest first.
+        depths: of each drafter, the lengths that it can be given: a tree has one, its own.
+        models: which of them are models that write token by token, and may review.
+    """
+
+    traces: Sequence[Trace]
+    target: Costs
+    drafters: Sequence[Costs]
+    models: Sequence[bool]
+    depths: Sequence[Sequence[int]]
+
+
+def observe_world(
+    target: Any,
+    drafters: Sequence[Drafter],
+    prompts: Sequence[Mapping[str, Tensor]],
+    progress: Callable[[str, float], None] = lambda what, share: None,
+    **options: Any,
+) -> World:
+    """Lets the target write, times it and the drafters, and compares their choices.
+
+    Args:
+        target: the model.
+        drafters: largest first.
+        prompts: encoded, one row each.
+        progress: called with what is going on and the share that is done.
+        options: of `generate`: max_new_tokens, do_sample, temperature, ...
+    """
+    models = [writes(drafter) for drafter in drafters]
+    costs = [Costs() for _ in drafters]
+    own, traces = Costs(), []
+    for i, prompt in enumerate(prompts):
+        progress("watching the target", i / len(prompts))
+        watch = Watch(drafters, costs)
+        began = time.perf_counter()
+        target.generate(**prompt, **options)
+        plain, began = time.perf_counter() - began, time.perf_counter()
+        reviews = Lengths(WIDTHS, own, True, watch)
+        target.generate(**prompt, assistant=Filler(), schedule=reviews, strict=True, **options)
+        outside = time.perf_counter() - began - watch.seconds
+        for drafter, known in zip(drafters, costs, strict=True):
+            if writes(drafter):
+                steps = Lengths(STEPS, known, False)
+                target.generate(**prompt, assistant=drafter, schedule=steps, strict=True, **options)
+                known.reads[-1] -= known.first
+                reviews = Lengths(WIDTHS, known, True)
+                drafter.models()[0].generate(**prompt, assistant=Filler(), schedule=reviews, **options)  # type: ignore
+        assert watch.trace is not None
+        reads = [own.reads[-1], *(cost.reads[-1] if cost.reads else 0.0 for cost in costs)]
+        traces.append(replace(watch.trace, plain=plain, outside=outside, reads=reads))
+    depths = [lengths(drafter) for drafter in drafters]
+    return World(traces, own, costs, models, depths)
+
+
+def writes(drafter: Drafter) -> bool:
+    """Whether it is a model that writes token by token."""
+    return isinstance(drafter, ModelDrafter) and drafter.tree is None
+
+
+def lengths(drafter: Drafter) -> Sequence[int]:
+    if writes(drafter):
+        return range(1, MOST_STEPS + 1)
+    return (drafter.depth,) if drafter.models() else WIDTHS[1:]
+
+
+@dataclass(frozen=True)
+class Filler(Drafter):
+    """Drafts the text's last token again and again: a draft of any length, for its reviewer to be timed."""
+
+    def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
+        level = contexts[0].call.level(self)
+        return [c.draft.extend(c.text.tail(1) * b.depth, level) for c, b in zip(contexts, budgets, strict=True)]
+
+
+@dataclass(frozen=True)
+class Lengths(Schedule):
+    """Goes through some lengths in turn, and keeps what they cost; the first round also reads the prompt."""
+
+    lengths: Sequence[int]
+    cost: Costs
+    scoring: bool
+    watch: Watch | None = None
+    _rounds: list[int] = field(default_factory=lambda: [0])
+
+    def start(self, call: Call, drafter: Drafter) -> Schedule:
+        if self.watch is not None:
+            self.watch.call = call
+        return Lengths(self.lengths, self.cost, self.scoring, self.watch)
+
+    def budgets(self, contexts: Sequence[Context], rooms: Sequence[int], drafter: Drafter) -> list[Budget]:
+        wanted = self.lengths[self._rounds[0] % len(self.lengths)]
+        return [Budget(min(wanted, room), min(wanted, room)) for room in rooms]
+
+    def observe(self, rounds: Sequence[Round], draft_seconds: float, score_seconds: float) -> None:
+        self._rounds[0] += 1
+        if self.watch is not None:
+            self.watch.seconds += draft_seconds + score_seconds
+        width = rounds[0].drafted
+        if self._rounds[0] == 1:
+            if self.scoring == (self.watch is not None):  # of a model's two runs, the one that drafts
+                self.cost.reads.append(score_seconds if self.scoring else draft_seconds)
+        elif self.scoring:
+            self.cost.reviews.add(1 + width, score_seconds)
+        elif width in self.lengths:
+            self.cost.drafts.add(width, draft_seconds)
+
+    def finish(self) -> None:
+        if self.watch is not None:
+            self.watch.look()
+
+
+@dataclass
+class Watch:
+    """Looks at a finished call's text through the eyes of every drafter."""
+
+    drafters: Sequence[Drafter]
+    costs: Sequence[Costs]
+    call: Call | None = None
+    trace: Trace | None = None
+    seconds: float = 0.0
+
+    def look(self) -> None:
+        began = time.perf_counter()
+        assert self.call is not None
+        text = self.call.texts[0]
+        prompt, new = text.tokens[: text.prompt_length], text.new_tokens
+        agrees, offers = {}, {}
+        for j, (drafter, cost) in enumerate(zip(self.drafters, self.costs, strict=True)):
+            drafter.check(self.call)
+            if writes(drafter):
+                agrees[j] = self._agrees(drafter, prompt, new)
+            else:
+                offers[j] = self._offers(drafter, prompt, new, cost)
+        self.trace = Trace(len(new), agrees, offers)
+        self.seconds += time.perf_counter() - began
+
+    def _agrees(self, drafter: Any, prompt: Sequence[int], new: Sequence[int]) -> list[bool]:
+        """The whole text in one forward: the model's choice after each of its tokens but the last."""
+        call = self.call
+        assert call is not None
+        draft = Draft.chain(new[:-1], call.level(drafter.network))
+        (scores,) = call.session(drafter.network).score([Request(0, Text(torch.tensor(prompt)), draft)])
+        return [scores.choice(node) == token for node, token in zip(range(ROOT, len(draft)), new, strict=True)]
+
+    def _offers(self, drafter: Drafter, prompt: Sequence[int], new: Sequence[int], cost: Costs) -> list[Offer]:
+        assert self.call is not None
+        context, offers = Context(0, Text(torch.tensor(prompt)), self.call), []
+        depth = drafter.depth if drafter.models() else DEEPEST
+        for place, token in enumerate(new):
+            began = time.perf_counter()
+            (draft,) = drafter.propose([context], [Budget(depth, depth)])
+            cost.drafts.add(STEPS[0], time.perf_counter() - began)
+            right, node = 0, ROOT
+            while place + right < len(new) and (child := draft.child(node, new[place + right])) is not None:
+                right, node = right + 1, child
+            offers.append(Offer(len(draft), max(draft.depths, default=-1) + 1, right))
+            context.text.append([token])
+        return offers

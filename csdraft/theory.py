@@ -1,0 +1,93 @@
+"""What a cascade should gain, by generating functions: acceptance rates and costs in, tokens and time out.
+
+Cascade Speculative Drafting (arXiv 2312.11462, theorems 4.1, 4.3 and 4.5): every token of a drafter is accepted
+independently with one rate. A distribution over token counts is an array of probabilities, a generating function's
+coefficients; accepting, reviewing and drafting until there is enough are operations on such arrays. Use it to reason
+("would a third model pay?"); `csdraft tune` replays real texts instead, whose acceptances are not independent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["Stage", "expected_round", "improvement"]
+
+Counts = np.ndarray
+"""(n,) probability of each number of tokens, 0 first."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a horizontal cascade, as its reviewer sees it.
+
+    Args:
+        acceptance: chance of each token to be accepted, given that those before it were.
+        length: tokens it adds; as a reviewer it goes on until it has at least so many.
+        cost: of one of its forwards (or proposals, if it has no model), in forwards of the target.
+        reviews: the cascade that it reviews; none: it drafts token by token.
+        proposes: whether one proposal writes all `length` tokens, as statistical drafters do.
+    """
+
+    acceptance: float
+    length: int
+    cost: float = 0.0
+    reviews: tuple[Stage, ...] = ()
+    proposes: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.acceptance <= 1 or self.length < 0 or self.cost < 0:
+            raise ValueError(f"{self} needs an acceptance in [0, 1], and a length and cost of 0 or more")
+
+
+def improvement(stages: Sequence[Stage], widening: float = 0.0) -> float:
+    """Expected walltime improvement factor: plain decoding's time over the cascade's.
+
+    Args:
+        stages: of the cascade that the target reviews.
+        widening: what each further token under review adds to the target's forward, as a share of it; 0 in the paper.
+    """
+    counts, cost, drafted = expected_round(stages)
+    return mean(counts) / (1 + cost + widening * drafted)
+
+
+def expected_round(stages: Sequence[Stage]) -> tuple[Counts, float, float]:
+    """One round of a reviewer: how many tokens it gives, what drafting costs, and how many tokens it reviews."""
+    alive, dead, cost, drafted = np.ones(1), np.zeros(1), 0.0, 0.0
+    for stage in stages:
+        lengths, price = drafts(stage)
+        fates = np.arange(len(lengths))
+        longer = lengths[::-1].cumsum()[::-1]  # P(length >= i)
+        survive = lengths * stage.acceptance**fates
+        die = np.append(longer[1:], 0.0) * stage.acceptance**fates * (1 - stage.acceptance)
+        dead, alive = added(dead, np.convolve(alive, die)), np.convolve(alive, survive)
+        cost, drafted = cost + price, drafted + mean(lengths)
+    return np.append(0.0, added(dead, alive)), cost, drafted  # the reviewer's own token comes on top
+
+
+def drafts(stage: Stage) -> tuple[Counts, float]:
+    """How many tokens a stage hands up, and its cost."""
+    exact = np.zeros(stage.length + 1)
+    exact[stage.length] = 1.0
+    if not stage.reviews:
+        return exact, stage.cost * (min(stage.length, 1) if stage.proposes else stage.length)
+    gained, cost, _ = expected_round(stage.reviews)
+    waiting, done, rounds = np.ones(1), np.zeros(1), 0.0
+    while waiting.sum() > 1e-12 and stage.length:  # every round gives a token, so this ends
+        rounds += waiting.sum()
+        after = np.convolve(waiting, gained)
+        enough = after.copy()
+        enough[: stage.length] = 0.0
+        done, waiting = added(done, enough), after[: stage.length]
+    return (done if stage.length else exact), rounds * (stage.cost + cost)
+
+
+def mean(counts: Counts) -> float:
+    return float(counts @ np.arange(len(counts)))
+
+
+def added(a: Counts, b: Counts) -> Counts:
+    size = max(len(a), len(b))
+    return np.pad(a, (0, size - len(a))) + np.pad(b, (0, size - len(b)))

@@ -1,0 +1,159 @@
+"""Theory and planner: formulas against simulation and the paper's cases, replays against real decoding."""
+
+import itertools
+import random
+
+import pytest
+import torch
+
+from csdraft import CascadeDrafter, MaxGram, ModelDrafter
+from csdraft.planner.expect import expect
+from csdraft.planner.search import cleaned, search
+from csdraft.planner.trace import Costs, Offer, Trace, World, observe_world
+from csdraft.theory import Stage, expected_round, improvement, mean
+from csdraft.trees.best_first import BestFirst
+from tests import tiny
+
+
+def tail(acceptance: float, length: int, cost: float = 0.0) -> Stage:
+    return Stage(acceptance, length, cost, proposes=True)
+
+
+@pytest.mark.parametrize(
+    ("stages", "wanted"),
+    [
+        # Speculative decoding: (1 - a^(k+1)) / ((1 - a) (1 + c k)), corollary 4.2
+        ([Stage(0.6, 4, 0.05)], (1 - 0.6**5) / (0.4 * 1.2)),
+        ([Stage(0.9, 10, 0.1)], (1 - 0.9**11) / (0.1 * 2)),
+        # Horizontal: sum of products over 1 + costs, theorem 4.5
+        ([Stage(0.8, 1, 0.05), Stage(0.5, 2, 0.01)], (1 + 0.8 + 0.4 + 0.2) / 1.07),
+        # A reviewer that goes on until it has 5 tokens; figures of a simulation to their printed digits
+        ([Stage(0.75, 5, 0.0, (tail(0.3, 10),))], 3.357),
+        ([Stage(0.75, 5, 0.0, (tail(0.3, 10),)), tail(0.25, 10)], 3.4284),
+    ],
+)
+def test_the_formulas_give_the_papers_cases(stages, wanted):
+    assert improvement(stages) == pytest.approx(wanted, abs=5e-5)
+
+
+def simulated(stages: list[Stage], rng: random.Random) -> tuple[int, float]:
+    """One round by dice: tokens given, and cost."""
+    accepted, alive, cost = 0, True, 0.0
+    for stage in stages:
+        drafted = 0
+        while drafted < stage.length:
+            if stage.reviews:
+                gained, inner = simulated(list(stage.reviews), rng)
+                drafted, cost = drafted + gained, cost + stage.cost + inner
+            else:
+                drafted += stage.length if stage.proposes else 1
+                cost += stage.cost
+        for _ in range(drafted):
+            alive = alive and rng.random() < stage.acceptance
+            accepted += alive
+    return accepted + 1, cost
+
+
+def test_three_levels_and_a_tail_agree_with_dice():
+    stages = [Stage(0.8, 4, 0.1, (Stage(0.6, 2, 0.02, (tail(0.4, 3, 0.001),)), tail(0.3, 4))), tail(0.5, 6, 0.001)]
+    counts, cost, _ = expected_round(stages)
+    rng = random.Random(0)
+    rounds = [simulated(stages, rng) for _ in range(20_000)]
+    tokens, costs = (sum(values) / len(rounds) for values in zip(*rounds, strict=True))
+    assert counts.sum() == pytest.approx(1)
+    assert mean(counts) == pytest.approx(tokens, rel=0.02)
+    assert cost == pytest.approx(costs, rel=0.02)
+
+
+def pair():
+    """A target and a drafter that agree often enough to be worth planning."""
+    return tiny.tiny("llama"), tiny.drafter_of("llama")
+
+
+PROMPTS = [{"input_ids": torch.tensor([[3, 5, 7, 3, 5, 7, 3, 5]])}, {"input_ids": torch.tensor([[9, 4, 9, 4, 9]])}]
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_replay_counts_the_rounds_that_decoding_takes(sampled):
+    """Of one drafter the replay is exact, round for round; a copying tail is replayed as if the draft were text."""
+    target, drafter = pair()
+    options = {"max_new_tokens": 24, "do_sample": sampled, "eos_token_id": None}
+    for k_matrix, error in ([[3, 0], [0, 0]], 1e-9), ([[0, 6], [0, 0]], 1e-9), ([[2, 5], [0, 0]], 0.1):
+        for prompt in PROMPTS:
+            torch.manual_seed(1)
+            world = observe_world(target, [ModelDrafter(drafter), MaxGram()], [prompt], **options)
+            cascade = CascadeDrafter([drafter, MaxGram()], k_matrix=k_matrix, schedule="fixed")
+            torch.manual_seed(1)
+            target.generate(**prompt, **options)  # as the planner did first: the same seeds are drawn from here on
+            target.generate(**prompt, assistant=cascade, **options)
+            real = cascade.report.block_efficiency
+            assert expect(k_matrix, world).tokens_per_round == pytest.approx(real, rel=error)
+
+
+def test_a_replayed_review_is_near_what_decoding_takes():
+    target, drafter = pair()
+    world = observe_world(target, [ModelDrafter(drafter), MaxGram()], PROMPTS, max_new_tokens=32, do_sample=False)
+    k_matrix = [[3, 4], [0, 3]]
+    cascade = CascadeDrafter([drafter, MaxGram()], k_matrix=k_matrix, schedule="fixed")
+    for prompt in PROMPTS:
+        target.generate(**prompt, assistant=cascade, max_new_tokens=32, do_sample=False)
+    assert expect(k_matrix, world).tokens_per_round == pytest.approx(cascade.report.block_efficiency, rel=0.15)
+
+
+def test_a_tree_is_replayed_by_what_it_offers():
+    target, drafter = pair()
+    tree = ModelDrafter(drafter, depth=3, tree=BestFirst(branches=2, nodes=6))
+    world = observe_world(target, [tree], PROMPTS[:1], max_new_tokens=24, do_sample=False)
+    cascade = CascadeDrafter([tree], k_matrix=3, schedule="fixed")
+    target.generate(**PROMPTS[0], assistant=cascade, max_new_tokens=24, do_sample=False)
+    assert list(world.depths[0]) == [3]
+    assert expect([[3]], world).tokens_per_round == pytest.approx(cascade.report.block_efficiency)
+
+
+def made_world(model_step: float, agrees: float = 0.9, right: int = 3) -> World:
+    """A target of 1 second a forward, a model drafter, and a drafter that knows `right` tokens everywhere."""
+    rng = random.Random(0)
+    target, model, copier = Costs(), Costs(), Costs()
+    for width in range(1, 40):
+        target.reviews.add(width, 1.0)
+        model.reviews.add(width, model_step)
+    for steps in (1, 6):
+        model.drafts.add(steps, model_step * steps)
+    copier.drafts.add(1, 0.0)
+    choices = [rng.random() < agrees for _ in range(200)]
+    traces = [Trace(200, {0: choices}, {1: [Offer(8, 8, right)] * 200}, 200.0, 0.0, [1.0, model_step, 0.0])]
+    return World(traces, target, [model, copier], [True, False], [range(1, 9), (1, 2, 4, 8)])
+
+
+def test_the_search_finds_what_a_grid_finds():
+    world = made_world(0.05)
+    best = search(world)[0]
+    lengths = (range(0, 9), (0, 1, 2, 4, 8), (0, 1, 2, 4, 8))
+    grid = [((a, b), (0, c)) for a, b, c in itertools.product(*lengths) if a or b]
+    speeds = [expect(cleaned(k_matrix), world).speedup for k_matrix in grid]
+    assert best.expected.speedup == pytest.approx(max(speeds))
+
+
+def test_a_drafter_that_does_not_pay_is_left_out():
+    dear = search(made_world(0.9, agrees=0.2))[0]
+    assert dear.kept == [1]
+    assert dear.trimmed() == [[4]]  # the least of the lengths that hold what it knows
+    useless = search(made_world(0.01, right=0))[0]
+    assert useless.kept == [0]
+
+
+def test_auto_plans_once_and_changes_no_text():
+    target, drafter = pair()
+    cascade = CascadeDrafter([drafter, MaxGram()], k_matrix="auto")
+    ids = torch.tensor([[3, 5, 7, 3, 5, 7], [0, 0, 9, 4, 9, 4]])
+    inputs = {"input_ids": ids, "attention_mask": (ids > 0).long(), "max_new_tokens": 12, "pad_token_id": 0}
+    for sampled in (False, True):
+        torch.manual_seed(2)
+        wanted = target.generate(**inputs, do_sample=sampled, assistant=MaxGram())
+        torch.manual_seed(2)
+        assert torch.equal(target.generate(**inputs, do_sample=sampled, assistant=cascade), wanted)
+    ids = torch.tensor([[3, 5, 7]])
+    planned = cascade.planned(target, ids, {})
+    assert planned is cascade.planned(target, ids, {})
+    assert planned.k_matrix != "auto"
+    assert cascade.report.calls == 2
