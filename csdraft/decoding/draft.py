@@ -11,7 +11,7 @@ from torch import Tensor
 
 __all__ = ["ROOT", "Draft", "Kind", "Law"]
 
-Kind = Literal["iid", "without_replacement", "beam", "pair"]
+Kind = Literal["iid", "without_replacement", "pair"]
 ROOT = -1
 """The node that stands for the text itself."""
 
@@ -23,10 +23,9 @@ class Law:
     """What each token of a draft was really drawn from, which is what makes `draft_probs` usable.
 
     Attributes:
-        kind: how siblings were drawn: independently ("iid"), without replacement, as a coupled pair, or without
-            replacement by a "beam". How many children a node gets must not depend on what they turn out to be, nor on
-            tokens of other branches; of a beam, whose branches compete for places, only that no child is left out for
-            being the token that it is.
+        kind: how siblings were drawn: independently, without replacement, or as a coupled pair. A child must not be
+            left out for being the token that it is, nor for what follows it; of those drawn independently or as a
+            pair, how many there are must not depend on the elder ones either.
         rows: one (vocab,) tensor of probabilities a node, on the model's device; siblings share one tensor.
             None marks a point mass: the token was chosen, not drawn.
     """
@@ -88,12 +87,24 @@ class Draft:
             return (node + 1,) if node + 1 < len(self.tokens) else ()
         return self._children.get(node, ())
 
+    @cached_property
+    def _named(self) -> dict[tuple[int, int], int]:
+        named: dict[tuple[int, int], int] = {}
+        for node, key in enumerate(zip(self.parents, self.tokens, strict=True)):
+            named.setdefault(key, node)
+        return named
+
     def child(self, node: int, token: int) -> int | None:
         """The first child of `node` that carries `token`."""
-        for child in self.children(node):
-            if self.tokens[child] == token:
-                return child
-        return None
+        if self.is_chain:
+            below = node + 1
+            return below if below < len(self.tokens) and self.tokens[below] == token else None
+        return self._named.get((node, token))
+
+    def goes_on(self, other: Draft) -> bool:
+        """Whether it is `other` with more nodes behind."""
+        old = len(other.tokens)
+        return self.tokens[:old] == other.tokens and self.parents[:old] == other.parents
 
     def path(self, node: int) -> list[int]:
         """The nodes from the root's child down to `node`; empty for `ROOT`."""

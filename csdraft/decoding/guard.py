@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 from csdraft.decoding.draft import ROOT, Draft, Law
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Schedule, Verifier
@@ -33,10 +34,11 @@ class Guarded(Drafter):
         if self.drafter is None or self.failure:
             return [Budget(0, 0) for _ in rooms]
         try:
-            return schedule.budgets(contexts, rooms, self.drafter)
+            budgets = schedule.budgets(contexts, rooms, self.drafter)
         except Exception as error:  # whatever a drafter does wrong must not cost the user the text
             self._give_up(error)
             return [Budget(0, 0) for _ in rooms]
+        return [replace(b, confidence=True) for b in budgets] if self.verifier.reads_confidence else budgets
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
         if self.drafter is None or self.failure or not any(b.depth > 0 for b in budgets):

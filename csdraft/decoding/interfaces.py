@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Hashable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -30,6 +30,7 @@ __all__ = [
     "Round",
     "Schedule",
     "ScoresView",
+    "Step",
     "Stop",
     "Tree",
     "Verdict",
@@ -274,21 +275,38 @@ def _signature(option: object) -> Hashable:
     return tuple(map(_signature, option)) if isinstance(option, tuple) else repr(option)
 
 
+class Step(NamedTuple):
+    """What a tree wants next: the children of some nodes, from one forward.
+
+    Attributes:
+        nodes: to expand, `ROOT` for the place where the draft begins. A node is expanded once.
+        width: the most children of each.
+        most: the most new nodes of the step, those with the likeliest paths; None keeps all. Only of a tree that draws
+            nothing: it leaves tokens out for being what they are.
+    """
+
+    nodes: Sequence[int]
+    width: int
+    most: int | None = None
+
+
 class Tree:
     """A way to grow a model's draft into a tree.
 
     Attributes:
         draws: how a node's children are drawn where draws are independent; None: they are chosen, the likeliest first.
             Under greedy or coupled draws they are always chosen: by probability, with the position's noise if any.
+            Of what was drawn it keeps of each node the first few children, in the order of the draws, at best all:
+            dropping one for what it is would bias sampling. `Law.kind` says what their number may depend on.
     """
 
     draws: ClassVar[Kind | None] = None
 
-    def grow(self, growth: Growth, depth: int) -> Generator[tuple[Sequence[int], int], None, Sequence[int]]:
+    def grow(self, growth: Growth, depth: int) -> Generator[Step, None, Sequence[int]]:
         """Grows one row's tree; the model runs once a step, for all rows.
 
-        Yields `(nodes, width)`: the nodes to expand next, `ROOT` for the place where the draft begins, and the most
-        children of each; they are in `growth` when it goes on. A node is expanded once.
+        The children that a step asks for are in `growth` when it goes on. Nothing is found below a token that ends
+        the text, and `growth.latest` may be empty.
 
         Args:
             growth: the candidates so far.
@@ -313,6 +331,7 @@ class Verifier:
         kinds: the kinds of `Law` it can treat exactly; an empty set: it needs none, and drafters compute none.
         chains_only: whether a tree must be refused.
         looks_ahead: whether it asks for laws beyond the accepted path, which stateful processors must not see.
+        reads_confidence: whether it reads `Draft.confidence`, which drafters then compute.
     """
 
     lossless: bool = False
@@ -320,16 +339,17 @@ class Verifier:
     kinds: ClassVar[frozenset[str]] = frozenset()
     chains_only: bool = False
     looks_ahead: ClassVar[bool] = False
+    reads_confidence: bool = False
 
     def refusal(self, draft: Draft) -> str | None:
         """Why it cannot judge `draft` exactly; None if it can. Under coupled draws nobody reads a draft's laws."""
-        if self.draws == "independent" and draft.law is not None and draft.law.kind not in self.kinds:
-            if draft.has_drawn_siblings:  # a lone draw is of every kind
-                return (
-                    f"the draft's siblings were drawn as {draft.law.kind!r}, {type(self).__name__} judges "
-                    f"{sorted(self.kinds)} and point masses; use another verifier or tree, or declare point masses "
-                    "with Draft.law=None"
-                )
+        unknown = draft.law is not None and draft.law.kind not in self.kinds and self.draws == "independent"
+        if unknown and draft.has_drawn_siblings:  # a lone draw is of every kind
+            return (
+                f"the draft's siblings were drawn as {draft.law.kind!r}, {type(self).__name__} judges "  # type: ignore[union-attr]
+                f"{sorted(self.kinds)} and point masses; use another verifier or tree, or declare point masses with "
+                "Draft.law=None"
+            )
         if self.chains_only and not draft.is_chain:
             return f"the draft is a tree, {type(self).__name__} judges chains; draft chains, or use another verifier"
         return None

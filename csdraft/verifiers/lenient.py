@@ -39,6 +39,10 @@ class Lenient(Match):
     def lossless(self) -> bool:  # type: ignore[override]
         return self.lenience == 1
 
+    @property
+    def reads_confidence(self) -> bool:  # type: ignore[override]
+        return self.lenience > 1
+
     def keeps(self, draft: Draft, node: int, scores: ScoresView, sampler: Sampler) -> int | None:
         """The child with the reviewer's token, else the first with u * confidence <= lenience * reviewer's own."""
         chosen = super().keeps(draft, node, scores, sampler)

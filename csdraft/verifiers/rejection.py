@@ -1,7 +1,7 @@
 """Rejection sampling: accept a token with target / draft probability, else draw from what the draft did not supply.
 
 The rule of Leviathan et al. (arXiv 2211.17192) and Chen et al. (arXiv 2302.01318), with its recursive form for trees
-(SpecInfer, arXiv 2305.09781; RSD, arXiv 2402.14160). Use it to compare with the literature, or where coupled noise is
+of independent draws (SpecInfer, arXiv 2305.09781). Use it to compare with the literature, or where coupled noise is
 not wanted; it needs the true law of every token, (vocab,) numbers each, which `Match` does without.
 
 Point masses (n-gram, retrieval, argmax drafts) are laws like any other: accepted with the target's probability.
@@ -16,19 +16,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from csdraft.decoding.draft import ROOT, Draft
-from csdraft.decoding.interfaces import ScoresView, Verdict, Verifier
+from csdraft.decoding.draft import Draft
+from csdraft.decoding.interfaces import Verifier
 from csdraft.decoding.sampling import Sampler
+from csdraft.verifiers._stepwise import Stepwise, drawn_from, ratio, residual
 from csdraft.verifiers.lenient import Lenient
 
 __all__ = ["Rejection"]
 
-TINY = 1e-38
-"""Stands for a draft probability that was rounded to zero."""
-
 
 @dataclass(frozen=True)
-class Rejection(Verifier):
+class Rejection(Stepwise):
     """Accepts with probability target / draft, sibling after sibling (see the module).
 
     Args:
@@ -36,7 +34,6 @@ class Rejection(Verifier):
             Point masses get none (CS Drafting, appendix B). Greedy decoding follows the rule of `Lenient`.
     """
 
-    draws: ClassVar = "independent"
     kinds: ClassVar = frozenset({"iid"})
 
     lenience: float = 1.0
@@ -55,28 +52,16 @@ class Rejection(Verifier):
     def chains_only(self) -> bool:  # type: ignore[override]
         return self.lenience > 1
 
-    def verify(self, draft: Draft, scores: ScoresView, sampler: Sampler, root: int = ROOT) -> Verdict:
-        check_draft(self, draft)
-        if sampler.greedy:
-            return Lenient(self.lenience).verify(draft, scores, sampler, root)
-        accepted, laws, node = [], [], root
-        while True:
-            target_probs = scores.probs(node)
-            laws.append(self.emitted_law(draft, node, target_probs))
-            kept, left = self.keeps(draft, node, target_probs, scores.row, sampler)
-            if kept is None:
-                token = sampler.draw(scores.row, left)
-                return Verdict(accepted, token, scores.ends(node, token), laws)
-            accepted.append(kept)
-            if scores.ends(node, draft.tokens[kept]):
-                return Verdict(accepted, None, True, laws)
-            node = kept
+    @property
+    def reads_confidence(self) -> bool:  # type: ignore[override]
+        return self.lenience > 1
 
-    def keeps(
-        self, draft: Draft, node: int, target_probs: Tensor, row: int, sampler: Sampler
-    ) -> tuple[int | None, Tensor]:
-        """The child of `node` to step into, or None and the (vocab,) law that the correction comes from."""
-        left = target_probs
+    @property
+    def greedy_rule(self) -> Verifier:
+        return Lenient(self.lenience)
+
+    def keeps(self, draft: Draft, node: int, aim: Tensor, row: int, sampler: Sampler) -> tuple[int | None, Tensor]:
+        left = aim
         for child in draft.children(node):
             lenience = self.lenience if drawn_from(draft, child) is not None else 1.0
             if sampler.accepts(row, lenience * ratio(left, draft, child)):
@@ -85,48 +70,11 @@ class Rejection(Verifier):
             left = residual(left, draft, child)
         return None, left
 
-    def emitted_law(self, draft: Draft, node: int, target_probs: Tensor) -> Tensor:
+    def emitted_law(self, draft: Draft, node: int, aim: Tensor) -> Tensor:
         """(vocab,) law of the token emitted after `node`: the reviewer's own, unless lenience bends it."""
         children = draft.children(node)
         draft_probs = drawn_from(draft, children[0]) if children else None
         if self.lenience == 1 or draft_probs is None:
-            return target_probs
-        kept = torch.minimum(draft_probs.to(target_probs), self.lenience * target_probs)
-        return kept + (1 - kept.sum()).clamp(min=0) * residual(target_probs, draft, children[0])
-
-
-def check_draft(verifier: Verifier, draft: Draft) -> None:
-    """Raises ValueError if `verifier` cannot judge `draft` exactly."""
-    if reason := verifier.refusal(draft):
-        raise ValueError(reason)
-
-
-def drawn_from(draft: Draft, node: int) -> Tensor | None:
-    """(vocab,) law of the node's token; None for a point mass."""
-    return None if draft.law is None else draft.law.rows[node]
-
-
-def ratio(target_probs: Tensor, draft: Draft, node: int) -> float:
-    """Target / draft probability of the node's token."""
-    token, draft_probs = draft.tokens[node], drawn_from(draft, node)
-    if draft_probs is None:
-        return float(target_probs[token])
-    return float(target_probs[token]) / max(float(draft_probs[token]), TINY)
-
-
-def unexplained(target_probs: Tensor, draft: Draft, node: int) -> Tensor:
-    """(vocab,) target less draft probability where positive: what the node's law does not supply."""
-    draft_probs = drawn_from(draft, node)
-    if draft_probs is not None:
-        return (target_probs - draft_probs.to(target_probs)).clamp_(min=0)
-    rest = target_probs.clone()
-    rest[draft.tokens[node]] = 0
-    return rest
-
-
-def residual(target_probs: Tensor, draft: Draft, node: int) -> Tensor:
-    """(vocab,) law that a refused node leaves behind: `unexplained`, normalised."""
-    rest = unexplained(target_probs, draft, node)
-    total = rest.sum()
-    # Nothing is left only where both laws agree up to rounding: then the target's own law is the one to draw from.
-    return rest / total if total > 0 else target_probs
+            return aim
+        kept = torch.minimum(draft_probs.to(aim), self.lenience * aim)
+        return kept + (1 - kept.sum()).clamp(min=0) * residual(aim, draft, children[0])

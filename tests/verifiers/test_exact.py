@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from typing import get_args
 
 import pytest
-import torch
 from toy import (
     Branching,
     Peaked,
@@ -28,9 +28,10 @@ from toy import (
     reviewed,
     total_variation,
 )
+from trees import beam, both_sorts, drawn_tree, lone_draws, siblings
 
 import csdraft.verifiers
-from csdraft.decoding.draft import ROOT, Draft, Law
+from csdraft.decoding.draft import ROOT, Draft, Kind
 from csdraft.decoding.interfaces import Verifier
 from csdraft.decoding.sampling import Sampler
 from csdraft.verifiers.rejection import Rejection
@@ -41,7 +42,7 @@ EXACT = 1e-9
 
 def modules() -> list:
     names = [module.name for module in pkgutil.iter_modules(csdraft.verifiers.__path__)]
-    return [importlib.import_module(f"csdraft.verifiers.{name}") for name in names]
+    return [importlib.import_module(f"csdraft.verifiers.{name}") for name in names if name[0] != "_"]
 
 
 def verifiers() -> list[Verifier]:
@@ -54,35 +55,9 @@ def named(verifier: Verifier) -> str:
 
 LOSSLESS = [verifier for verifier in verifiers() if verifier.lossless]
 INDEPENDENT = [verifier for verifier in LOSSLESS if verifier.draws == "independent"]
-OF_DRAWN = [verifier for verifier in INDEPENDENT if "iid" in verifier.kinds]
+OF_TREES = [verifier for verifier in INDEPENDENT if not verifier.chains_only]
+KINDS = get_args(Kind)
 COUPLED = [verifier for verifier in LOSSLESS if verifier.draws == "coupled"]
-
-
-def two_drawn_siblings(drafter: Tables) -> Propose:
-    """Two tokens from the same law, drawn independently, each with a drawn child."""
-
-    def propose(place: Place, sampler: Branching) -> Draft:
-        root = drafter.law(place.text)
-        first, second = sampler.draw(0, root), sampler.draw(0, root)
-        nodes = [(first, ROOT, root), (second, ROOT, root)]
-        if place.depth > 1:
-            for parent, token in enumerate((first, second)):
-                law = drafter.law((*place.text, token))
-                nodes.append((sampler.draw(0, law), parent, law))
-        return planted(nodes)
-
-    return propose
-
-
-def siblings_of_both_sorts(drafter: Tables) -> Propose:
-    """A chosen token between two drawn ones."""
-
-    def propose(place: Place, sampler: Branching) -> Draft:
-        law = drafter.law(place.text)
-        nodes = [(sampler.draw(0, law), ROOT, law), (place.depth % 3, ROOT, None), (sampler.draw(0, law), ROOT, law)]
-        return planted(nodes)
-
-    return propose
 
 
 def chosen_tree(drafter: Tables) -> Propose:
@@ -94,22 +69,6 @@ def chosen_tree(drafter: Tables) -> Propose:
         after = drafter.law((*place.text, best[0])).topk(2).indices.tolist()
         nodes = [(best[0], ROOT), (best[1], ROOT), (after[0], 0), (after[1], 0), (0, 1), (0, 1), (1, 2)]
         return planted([(token, parent, None) for token, parent in nodes])
-
-    return propose
-
-
-def drawn_without_replacement(drafter: Tables) -> Propose:
-    """Two different tokens, the second from what the first left over."""
-
-    def propose(place: Place, sampler: Branching) -> Draft:
-        law = drafter.law(place.text)
-        first = sampler.draw(0, law)
-        others = law.clone()
-        others[first] = 0
-        nodes = [(first, ROOT, law)]
-        if others.sum() > 0:
-            nodes.append((sampler.draw(0, others), ROOT, law))
-        return planted(nodes, "without_replacement")
 
     return propose
 
@@ -168,25 +127,38 @@ CHAINS = {
     "refused again": three_drawn_then_refused_again,
 }
 TREES = {
-    "two drawn siblings": two_drawn_siblings,
-    "siblings of both sorts": siblings_of_both_sorts,
     "chosen tree": chosen_tree,
+    "lone draws": lambda drafter: lone_draws(drafter, "pair"),
+    "iid": lambda drafter: drawn_tree(drafter, "iid", (2, 1, 1)),
+    "iid below the first": lambda drafter: drawn_tree(drafter, "iid", (1, 2)),
+    "iid of both sorts": lambda drafter: both_sorts(drafter, "iid", (1,)),
+    "iid, three": lambda drafter: drawn_tree(drafter, "iid", (3,)),
+    "without_replacement": lambda drafter: drawn_tree(drafter, "without_replacement", (2, 2, 1)),
+    "without_replacement, all tokens": lambda drafter: drawn_tree(drafter, "without_replacement", (3,)),
+    "without_replacement of both sorts": lambda drafter: both_sorts(drafter, "without_replacement", (0, 2)),
+    "without_replacement, exhausted": lambda drafter: drawn_tree(Peaked(drafter), "without_replacement", (2, 2)),
+    "without_replacement by a beam": lambda drafter: beam(drafter, 2),
+    "pair": lambda drafter: drawn_tree(drafter, "pair", (2, 2, 2)),
+    "pair, exhausted": lambda drafter: drawn_tree(Peaked(drafter), "pair", (2, 2)),
+    "pair of both sorts": lambda drafter: both_sorts(drafter, "pair", (0, 2, 3)),
 }
 SCENARIOS = CHAINS | TREES
-POINTS_ONLY = {"nothing", "chosen", "chosen tree"}
+MUST_REFUSE = {name: name.split()[0].strip(",") for name in TREES if name.split()[0].strip(",") in KINDS}
+"""How the siblings of a scenario were drawn, where that matters."""
 
 
-def error(verifier: Verifier, target, propose: Propose, name: str = "") -> float:
+def error(verifier: Verifier, target, propose: Propose, name: str = "", length: int = LENGTH) -> float:
     """Total variation between plain decoding's first tokens and those of rounds under `verifier`."""
     remembers = name == "refused again"
-    return total_variation(law_of_text(verifier, target, propose, LENGTH, remembers), exact_law(target, LENGTH))
+    return total_variation(law_of_text(verifier, target, propose, length, remembers), exact_law(target, length))
 
 
 def refusal(verifier: Verifier, name: str) -> str:
     """What a rule for independent draws says against the drafts of a scenario; nothing if it must judge them."""
-    if verifier.chains_only and name in TREES:
-        return "tree"
-    return "" if name in POINTS_ONLY or "iid" in verifier.kinds else "iid"
+    kind = MUST_REFUSE.get(name)
+    if kind is not None and kind not in verifier.kinds:
+        return kind
+    return "tree" if verifier.chains_only and name in TREES else ""
 
 
 @pytest.mark.parametrize("module", modules(), ids=lambda module: module.__name__.rsplit(".", 1)[-1])
@@ -198,7 +170,7 @@ def test_a_file_is_one_verifier(module):
     assert all(item.__doc__ for item in (module, cls))
     assert cls() == cls()
     assert cls.draws in ("coupled", "independent")
-    assert cls.kinds <= {"iid", "without_replacement", "pair"}
+    assert cls.kinds <= set(KINDS)
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -206,45 +178,86 @@ def test_a_file_is_one_verifier(module):
 def test_text_has_the_targets_law(verifier, name):
     reason = refusal(verifier, name)
     if reason:
-        with pytest.raises(ValueError, match=reason):
+        with pytest.raises(ValueError, match=reason) as refused:
             error(verifier, Tables(0), SCENARIOS[name](Tables(100)))
+        assert named(verifier) in str(refused.value)
         return
-    for seed in range(3):
+    for seed in range(2 if name in TREES else 3):
         assert error(verifier, Tables(seed), SCENARIOS[name](Tables(100 + seed)), name) < EXACT
 
 
-@pytest.mark.parametrize("verifier", OF_DRAWN, ids=named)
+@pytest.mark.parametrize("verifier", INDEPENDENT, ids=named)
 def test_text_has_the_targets_law_with_more_tokens(verifier):
     for vocab in (4, 5):
         assert error(verifier, Tables(7, vocab), chain(Tables(107, vocab), "dd")) < EXACT
 
 
-@pytest.mark.parametrize("verifier", OF_DRAWN, ids=named)
+@pytest.mark.parametrize("verifier", INDEPENDENT, ids=named)
 def test_a_drafter_equal_to_the_target_is_always_right(verifier):
     assert error(verifier, Tables(3), chain(Tables(3), "ddd")) < EXACT
 
 
-@pytest.mark.parametrize("verifier", INDEPENDENT, ids=named)
-def test_siblings_without_replacement_are_exact_or_refused(verifier):
-    propose = drawn_without_replacement(Tables(100))
-    if "without_replacement" in verifier.kinds and not verifier.chains_only:
-        assert error(verifier, Tables(0), propose) < EXACT
-    else:
-        with pytest.raises(ValueError, match="without_replacement"):
-            error(verifier, Tables(0), propose)
-
-
-@pytest.mark.parametrize("kind", ["iid", "without_replacement", "pair"])
-@pytest.mark.parametrize("verifier", INDEPENDENT, ids=named)
-def test_unknown_laws_are_refused_naming_both_sides(verifier, kind):
-    law = torch.full((3,), 1 / 3, dtype=torch.float64)
-    draft = Draft((1,), (ROOT,), (2,), (0.3,), Law(kind, (law,)))
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("verifier", OF_TREES, ids=named)
+def test_trees_have_the_targets_law_with_more_tokens(verifier, kind):
     if kind in verifier.kinds:
-        verifier.verify(draft, TableScores(Tables(0), (), draft), Branching())
+        assert error(verifier, Tables(7, 4), drawn_tree(Tables(107, 4), kind, (2, 2)), length=2) < EXACT
+        assert error(verifier, Tables(8, 5), drawn_tree(Tables(108, 5), kind, (2,)), length=2) < EXACT
+    if kind in verifier.kinds - {"pair"}:
+        assert error(verifier, Tables(9, 4), drawn_tree(Tables(109, 4), kind, (3,)), length=1) < EXACT
+
+
+@pytest.mark.parametrize("verifier", [rule for rule in OF_TREES if "pair" not in rule.kinds], ids=named)
+def test_branches_may_be_cut_for_tokens_of_others(verifier):
+    """How far one branch goes may depend on what was drawn in another, as in a beam."""
+    kind = min(verifier.kinds)
+
+    def propose(place: Place, sampler: Branching) -> Draft:
+        drafter, law = Tables(101), Tables(101).law(place.text)
+        first, second = siblings(law, kind, 2, sampler)
+        below = [drafter.law((*place.text, token)) for token in (first, second)]
+        later = siblings(below[1], kind, 1, sampler)
+        count = (second + later[0]) % 3
+        sooner = siblings(below[0], kind, count, sampler)
+        nodes = [(first, ROOT, law), (second, ROOT, law)]
+        return planted(nodes + [(t, 0, below[0]) for t in sooner] + [(t, 1, below[1]) for t in later], kind)
+
+    assert error(verifier, Tables(1), propose, length=2) < EXACT
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("verifier", INDEPENDENT, ids=named)
+def test_unknown_draws_are_refused_naming_both_sides(verifier, kind):
+    law = Tables(100).law(())
+    lone, two = planted([(1, ROOT, law)], kind), planted([(1, ROOT, law), (int(law.argmax()), ROOT, law)], kind)
+    verifier.verify(lone, TableScores(Tables(0), (), lone), Branching())
+    if kind in verifier.kinds and not verifier.chains_only:
+        verifier.verify(two, TableScores(Tables(0), (), two), Branching())
         return
-    with pytest.raises(ValueError, match=kind) as refusal:
-        verifier.verify(draft, TableScores(Tables(0), (), draft), Branching())
-    assert all(own in str(refusal.value) for own in verifier.kinds)
+    with pytest.raises(ValueError, match=kind if kind not in verifier.kinds else "tree") as refused:
+        verifier.verify(two, TableScores(Tables(0), (), two), Branching())
+    assert named(verifier) in str(refused.value)
+    assert all(own in str(refused.value) for own in verifier.kinds - {kind})
+
+
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"iid"}))
+@pytest.mark.parametrize("verifier", OF_TREES, ids=named)
+def test_siblings_of_two_laws_are_independent_or_refused(verifier, kind):
+    first, second = Tables(100).law(()), Tables(101).law(())
+    two = planted([(0, ROOT, first), (1, ROOT, second)], kind)
+    if kind in verifier.kinds:
+        with pytest.raises(ValueError, match=f"{kind}.*{named(verifier)}.*one tensor"):
+            verifier.verify(two, TableScores(Tables(0), (), two), Branching())
+
+
+@pytest.mark.parametrize("verifier", [rule for rule in OF_TREES if "iid" in rule.kinds], ids=named)
+def test_trees_of_two_drafters_have_the_targets_law(verifier):
+    def propose(place: Place, sampler: Branching) -> Draft:
+        first, second = (Tables(seed).law(place.text) for seed in (100, 101))
+        laws = [first, second, first, second]
+        return planted([(sampler.draw(0, law), ROOT, law) for law in laws], "iid")
+
+    assert error(verifier, Tables(0), propose, length=2) < EXACT
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -270,18 +283,16 @@ def test_one_hot_laws_give_the_greedy_text(verifier, name):
 
 
 @pytest.mark.parametrize("bottom", ["d", "c", "dc", "cd"])
-@pytest.mark.parametrize("lenience", [1.0, 2.0, 4.0])
-@pytest.mark.parametrize("verifier", OF_DRAWN, ids=named)
-def test_a_lenient_cascade_below_changes_nothing(verifier, lenience, bottom):
-    for seed in range(2):
-        propose = reviewed(Rejection(lenience), Tables(200 + seed), chain(Tables(100 + seed), bottom), rounds=1)
-        assert error(verifier, Tables(seed), propose) < EXACT
-
-
 @pytest.mark.parametrize("lenience", [1.0, 3.0])
-@pytest.mark.parametrize("verifier", OF_DRAWN, ids=named)
-def test_two_inner_rounds_and_a_tail(verifier, lenience):
-    inner = reviewed(Rejection(lenience), Tables(200), chain(Tables(100), "d"), rounds=2)
+@pytest.mark.parametrize("verifier", INDEPENDENT, ids=named)
+def test_a_lenient_cascade_below_changes_nothing(verifier, lenience, bottom):
+    propose = reviewed(Rejection(lenience), Tables(200), chain(Tables(100), bottom), rounds=1)
+    assert error(verifier, Tables(0), propose) < EXACT
+
+
+@pytest.mark.parametrize("verifier", INDEPENDENT, ids=named)
+def test_two_inner_rounds_and_a_tail(verifier):
+    inner = reviewed(Rejection(3.0), Tables(200), chain(Tables(100), "d"), rounds=2)
 
     def propose(place, sampler):
         return chosen(inner(place, sampler), Tables(100), place)
@@ -290,7 +301,7 @@ def test_two_inner_rounds_and_a_tail(verifier, lenience):
     assert total_variation(law, exact_law(Tables(0), 2)) < EXACT
 
 
-@pytest.mark.parametrize("verifier", OF_DRAWN, ids=named)
+@pytest.mark.parametrize("verifier", INDEPENDENT, ids=named)
 def test_two_lenient_levels(verifier):
     lower = reviewed(Rejection(4.0), Tables(200), chain(Tables(100), "d"), rounds=1)
     upper = reviewed(Rejection(2.0), Tables(300), lower, rounds=1)
@@ -317,7 +328,7 @@ def test_the_reported_law_is_the_emitted_one(lenience, kinds):
         assert total_variation({token: weight for (token, _), weight in found.items()}, dict(enumerate(law))) < EXACT
 
 
-@pytest.mark.parametrize("verifier", OF_DRAWN, ids=named)
+@pytest.mark.parametrize("verifier", INDEPENDENT, ids=named)
 def test_single_precision_is_exact_up_to_rounding(verifier):
     for kinds in ("ddd", "dcd"):
         law = law_of_text(verifier, Single(Tables(0)), chain(Single(Tables(100)), kinds), LENGTH)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import pytest
+import torch
 from toy import (
     Branching,
     Fixed,
@@ -19,11 +20,18 @@ from toy import (
     reviewed,
     total_variation,
 )
+from trees import drawn_tree, siblings
 
 from csdraft.decoding.draft import ROOT, Draft, Law
-from csdraft.verifiers import block, rejection
+from csdraft.decoding.interfaces import Verdict
+from csdraft.verifiers import _stepwise, block, k_seq, rejection, spec_hub, traversal, without_replacement
+from csdraft.verifiers._stepwise import Stepwise
 from csdraft.verifiers.block import Block
+from csdraft.verifiers.k_seq import KSeq
 from csdraft.verifiers.rejection import Rejection
+from csdraft.verifiers.spec_hub import SpecHub
+from csdraft.verifiers.traversal import Traversal
+from csdraft.verifiers.without_replacement import WithoutReplacement
 
 CAUGHT = 1e-3
 TARGET = Fixed((0.42, 0.23, 0.17, 0.11, 0.07))
@@ -57,17 +65,17 @@ def test_no_residual(monkeypatch):
 
 
 def test_residual_subtracts_the_draft_twice(monkeypatch):
-    once = rejection.unexplained
+    once = _stepwise.unexplained
     monkeypatch.setattr(
-        rejection, "unexplained", lambda probs, draft, node: once(once(probs, draft, node), draft, node)
+        _stepwise, "unexplained", lambda probs, draft, node: once(once(probs, draft, node), draft, node)
     )
     assert error(Rejection()) > CAUGHT
 
 
 def test_residual_removes_the_refused_token_only(monkeypatch):
-    honest = rejection.unexplained
+    honest = _stepwise.unexplained
     as_point = lambda probs, draft, node: honest(probs, replace(draft, law=None), node)  # noqa: E731
-    monkeypatch.setattr(rejection, "unexplained", as_point)
+    monkeypatch.setattr(_stepwise, "unexplained", as_point)
     assert error(Rejection()) > CAUGHT
 
 
@@ -238,3 +246,199 @@ def test_block_with_the_unscaled_residual(monkeypatch):
     honest = rejection.residual
     monkeypatch.setattr(block, "residual", lambda probs, draft, node: honest(probs / probs.sum(), draft, node))
     assert error(Block()) > CAUGHT
+
+
+# Wrong sampling rules of public code
+
+
+@dataclass(frozen=True)
+class ResamplesAfterAMismatch(Stepwise):
+    """Compares a child with a draw of the target, and on a mismatch draws anew (REST, Medusa's nucleus mode)."""
+
+    def keeps(self, draft, node, aim, row, sampler):
+        drawn = sampler.draw(row, aim)
+        return draft.child(node, drawn), aim
+
+
+@dataclass(frozen=True)
+class DrawsForEachCandidate(Stepwise):
+    """Draws a target token for each candidate path, not for each node of the tree (the same two)."""
+
+    def keeps(self, draft, node, aim, row, sampler):
+        for child in draft.children(node):
+            if (drawn := sampler.draw(row, aim)) == draft.tokens[child]:
+                return child, aim
+        return None, torch.eye(len(aim), dtype=aim.dtype)[drawn] if draft.children(node) else aim
+
+
+@dataclass(frozen=True)
+class LongestOfAll(Stepwise):
+    """Tries every branch by itself and takes the longest (ReDrafter, GSD; GSD also draws from the whole target)."""
+
+    whole: bool
+
+    def verify(self, draft, scores, sampler, root=ROOT):
+        best, nodes = [], [(root, [])]
+        while nodes:
+            node, path = nodes.pop()
+            best = max(best, path, key=len)
+            for child in draft.children(node):
+                if sampler.accepts(0, rejection.ratio(scores.probs(node), draft, child)):
+                    nodes.append((child, [*path, child]))
+        node = best[-1] if best else root
+        left = scores.probs(node)
+        if draft.children(node) and not self.whole:
+            left = rejection.residual(left, draft, draft.children(node)[0])
+        return Verdict(best, sampler.draw(0, left), False)
+
+
+CHOSEN_TWICE = planted([(1, ROOT, None), (0, ROOT, None), (1, 0, None), (0, 1, None)])
+
+
+@pytest.mark.parametrize(
+    "mutant", [ResamplesAfterAMismatch(), DrawsForEachCandidate(), LongestOfAll(True), LongestOfAll(False)], ids=repr
+)
+def test_wrong_rules_for_chosen_tokens(mutant):
+    propose = lambda place, sampler: CHOSEN_TWICE  # noqa: E731
+    assert max(error(rule, propose) for rule in (Rejection(), KSeq(), WithoutReplacement(), Traversal())) < 1e-9
+    assert error(mutant, propose) > CAUGHT
+
+
+@dataclass(frozen=True)
+class ResamplesFromItsWholeLaw(Rejection):
+    """A middle level that draws its correction from its own whole law (TriForce)."""
+
+    def keeps(self, draft, node, aim, row, sampler):
+        kept, _ = super().keeps(draft, node, aim, row, sampler)
+        return kept, aim
+
+
+def test_a_middle_level_without_a_residual():
+    mutant = reviewed(ResamplesFromItsWholeLaw(), MIDDLE, chain(DRAFTER, "d"), rounds=1)
+    assert first_token_error(Rejection(), mutant) > CAUGHT
+
+
+@pytest.mark.parametrize("verifier", [WithoutReplacement(), Traversal()], ids=repr)
+def test_siblings_pruned_by_their_probability(verifier):
+    """Drawn without replacement, then those that the drafter finds unlikely are left out, the law kept."""
+
+    def propose(place: Place, sampler: Branching, least: float) -> Draft:
+        law = DRAFTER.law(())
+        tokens = [token for token in siblings(law, "without_replacement", 3, sampler) if law[token] >= least]
+        return planted([(token, ROOT, law) for token in tokens], "without_replacement")
+
+    assert first_token_error(verifier, lambda place, sampler: propose(place, sampler, 0.0)) < 1e-9
+    assert first_token_error(verifier, lambda place, sampler: propose(place, sampler, 0.1)) > CAUGHT
+
+
+@pytest.mark.parametrize(
+    ("verifier", "drawn", "said"),
+    [
+        (WithoutReplacement(), "iid", "without_replacement"),
+        (WithoutReplacement(), "pair", "without_replacement"),
+        (Traversal(), "without_replacement", "iid"),
+        (Traversal(), "iid", "without_replacement"),
+        (KSeq(), "without_replacement", "iid"),
+        (KSeq(), "pair", "iid"),
+        (Rejection(), "pair", "iid"),
+    ],
+    ids=str,
+)
+def test_draws_that_are_called_something_else(verifier, drawn, said):
+    def propose(place: Place, sampler: Branching) -> Draft:
+        law = DRAFTER.law(())
+        return planted([(token, ROOT, law) for token in siblings(law, drawn, 2, sampler)], said)
+
+    assert first_token_error(verifier, propose) > CAUGHT
+
+
+@pytest.mark.parametrize("verifier", [KSeq(), WithoutReplacement(), SpecHub(), Traversal()], ids=repr)
+def test_chosen_siblings_with_the_soft_law(verifier):
+    """The likeliest two, verified as if they had been drawn."""
+
+    def propose(place: Place, sampler: Branching) -> Draft:
+        law = DRAFTER.law(())
+        return planted([(token, ROOT, law) for token in law.topk(2).indices.tolist()], min(verifier.kinds))
+
+    assert first_token_error(verifier, propose) > CAUGHT
+
+
+# Each multi-draft rule
+
+
+def of_kind(kind: str, *counts: int):
+    return drawn_tree(DRAFTER, kind, counts)
+
+
+def test_without_replacement_forgets_what_is_gone(monkeypatch):
+    assert first_token_error(WithoutReplacement(), of_kind("without_replacement", 3)) < 1e-9
+    monkeypatch.setattr(without_replacement, "law_without", lambda draft_probs, tokens: draft_probs)
+    assert first_token_error(WithoutReplacement(), of_kind("without_replacement", 3)) > CAUGHT
+
+
+def test_an_exhausted_law_stays_empty(monkeypatch):
+    one_hot = Fixed((0.0, 1.0, 0.0, 0.0, 0.0))
+    for verifier, module in ((WithoutReplacement(), without_replacement), (Traversal(), traversal)):
+        propose = drawn_tree(one_hot, "without_replacement", (3,))
+        assert first_token_error(verifier, propose) < 1e-9
+        empty = lambda draft_probs, tokens: draft_probs.clone().index_fill_(0, torch.tensor(tokens, dtype=int), 0)  # noqa: E731
+        monkeypatch.setattr(module, "law_without", empty)
+        assert first_token_error(verifier, propose) > CAUGHT
+
+
+@pytest.mark.parametrize("rho", [1.0, 1.2])
+def test_k_seq_with_too_low_a_bar(monkeypatch, rho):
+    assert first_token_error(KSeq(), of_kind("iid", 3)) < 1e-9
+    monkeypatch.setattr(k_seq, "least_rho", lambda target_probs, draft_probs, count: rho)
+    assert first_token_error(KSeq(), of_kind("iid", 3)) > CAUGHT
+
+
+def test_k_seq_with_the_residual_of_one_trial(monkeypatch):
+    monkeypatch.setattr(k_seq, "any_of", lambda one, count: one)
+    monkeypatch.setattr(k_seq, "least_rho", lambda target_probs, draft_probs, count: 3.0)
+    assert first_token_error(KSeq(), of_kind("iid", 3)) > CAUGHT
+
+
+def test_k_seq_where_the_count_follows_the_tokens():
+    def propose(place: Place, sampler: Branching) -> Draft:
+        law = DRAFTER.law(())
+        first = sampler.draw(0, law)
+        tokens = [first, sampler.draw(0, law)] if first == 1 else [first]
+        return planted([(token, ROOT, law) for token in tokens])
+
+    assert first_token_error(Rejection(), propose) < 1e-9
+    assert first_token_error(KSeq(), propose) > CAUGHT
+
+
+def test_spec_hub_forgets_how_the_hub_leads(monkeypatch):
+    """Takes the other token's law for the drafter's own, the hub not removed."""
+    assert first_token_error(SpecHub(), of_kind("pair", 2)) < 1e-9
+    monkeypatch.setattr(spec_hub, "law_without", lambda draft_probs, tokens: draft_probs)
+    assert first_token_error(SpecHub(), of_kind("pair", 2)) > CAUGHT
+
+
+def test_spec_hub_gives_the_same_mass_twice(monkeypatch):
+    honest = spec_hub.supply
+    monkeypatch.setattr(spec_hub, "supply", lambda wanted, offered: (wanted, *honest(wanted, offered)[1:]))
+    assert first_token_error(SpecHub(), of_kind("pair", 2)) > CAUGHT
+
+
+@pytest.mark.parametrize("bug", ["keeps its weight", "keeps its law", "scales the residual away"])
+@pytest.mark.parametrize("kind", ["iid", "without_replacement"])
+def test_traversal_after_a_refusal(monkeypatch, kind, bug):
+    propose = drawn_tree(Tables(100), kind, (2, 2))
+    assert error(Traversal(), propose) < 1e-9
+    honest = traversal.Place.refuse
+
+    def refuse(place, draft, child):
+        weight, left = place.weight, place.left
+        if bug == "scales the residual away":
+            place.weight = 1.0
+        honest(place, draft, child)
+        if bug == "keeps its weight":
+            place.weight = weight
+        elif bug == "keeps its law":
+            place.left = left
+
+    monkeypatch.setattr(traversal.Place, "refuse", refuse)
+    assert error(Traversal(), propose) > CAUGHT

@@ -22,17 +22,26 @@ from toy import (
     planted,
     total_variation,
 )
+from trees import drawn_tree
 
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.sampling import Sampler
 from csdraft.verifiers.block import Block
+from csdraft.verifiers.deferral import Deferral
+from csdraft.verifiers.k_seq import KSeq
 from csdraft.verifiers.lenient import Lenient
 from csdraft.verifiers.match import Match
 from csdraft.verifiers.rejection import Rejection
+from csdraft.verifiers.spec_hub import SpecHub
+from csdraft.verifiers.traversal import Traversal
+from csdraft.verifiers.typical import Typical
+from csdraft.verifiers.without_replacement import WithoutReplacement
 
 NAN = float("nan")
 TARGET = Fixed((0.42, 0.23, 0.17, 0.11, 0.07))
 DRAFTER = Fixed((0.20, 0.45, 0.05, 0.25, 0.05))
+ALL = [Match(), Lenient(2.0), Rejection(), Rejection(2.0), Block(), KSeq(), WithoutReplacement(), SpecHub()]
+ALL += [Traversal(), Typical(), Deferral()]
 
 
 def accepted(verifier, target, propose) -> dict[int, float]:
@@ -72,6 +81,34 @@ def test_blocks_example_of_the_paper():
     target, drafter = Fixed((1 / 3, 2 / 3)), Fixed((2 / 3, 1 / 3))
     assert mean(accepted(Rejection(), target, chain(drafter, "dd"))) == pytest.approx(10 / 9)
     assert mean(accepted(Block(), target, chain(drafter, "dd"))) == pytest.approx(11 / 9)
+
+
+@pytest.mark.parametrize("kinds", ["d", "dd", "ddd", "dcd", "ccc"])
+def test_traversal_of_a_chain_is_block(kinds):
+    for seed in range(3):
+        target, propose = Tables(seed), chain(Tables(100 + seed), kinds)
+        block, traversal = (accepted(verifier, target, propose) for verifier in (Block(), Traversal()))
+        assert total_variation(block, traversal) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("top_down", "kind"), [(Rejection(), "iid"), (WithoutReplacement(), "without_replacement")], ids=str
+)
+def test_traversal_keeps_at_least_as_much(top_down, kind):
+    for seed in range(4):
+        target, propose = Tables(seed, 4), drawn_tree(Tables(100 + seed, 4), kind, (2, 2, 1))
+        down, up = (mean(accepted(verifier, target, propose)) for verifier in (top_down, Traversal()))
+        assert up > down + 1e-3
+
+
+@pytest.mark.parametrize(
+    ("verifier", "kind"),
+    [(WithoutReplacement(), "without_replacement"), (Traversal(), "without_replacement"), (SpecHub(), "pair")],
+    ids=str,
+)
+def test_a_drafter_with_two_likely_tokens_covers_a_target_that_has_no_others(verifier, kind):
+    target, drafter = Fixed((0.1, 0.9, 0.0)), Fixed((0.8, 0.2, 0.0))
+    assert accepted(verifier, target, drawn_tree(drafter, kind, (2,)))[1] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("kinds", ["d", "dd", "ddd", "dddd", "dcd", "ccc"])
@@ -149,7 +186,7 @@ def test_greedy_verdicts_are_those_of_match(tokens):
     expected = Match().verify(draft, TableScores(target, (), draft), Greedy())
     scores = TableScores(Peaked(target), (), draft)
     sampler = Sampler(True, [1], vocab=3, draws="independent")
-    for verifier in (Rejection(), Block(), Lenient()):
+    for verifier in (Rejection(), Block(), Lenient(), KSeq(), WithoutReplacement(), SpecHub(), Traversal()):
         assert verifier.verify(draft, scores, sampler) == expected
     # The same path as for sampling: one-hot laws leave nothing to chance.
     verdict = Rejection().verify(draft, scores, Branching())
@@ -168,7 +205,7 @@ def test_greedy_lenience_is_the_same_rule_for_both():
 
 
 @pytest.mark.parametrize("kinds", ["", "ccc", "ddd"])
-@pytest.mark.parametrize("verifier", [Match(), Lenient(2.0), Rejection(), Rejection(2.0), Block()], ids=repr)
+@pytest.mark.parametrize("verifier", ALL, ids=repr)
 def test_the_end_is_asked_once_for_each_emitted_token(verifier, kinds):
     def play(sampler):
         sampler.level_uniform = lambda *_: 0.3
@@ -189,7 +226,7 @@ def test_the_end_is_asked_once_for_each_emitted_token(verifier, kinds):
 
 
 @pytest.mark.parametrize("kinds", ["ddd", "dcd"])
-@pytest.mark.parametrize("verifier", [Rejection(), Block()], ids=repr)
+@pytest.mark.parametrize("verifier", [Rejection(), Block(), Traversal()], ids=repr)
 def test_text_that_ends_has_the_targets_law(verifier, kinds):
     end, expected = 2, defaultdict(float)
     for text, weight in exact_law(Tables(0), 3).items():
@@ -198,7 +235,7 @@ def test_text_that_ends_has_the_targets_law(verifier, kinds):
     assert total_variation(law, expected) < 1e-9
 
 
-@pytest.mark.parametrize("verifier", [Match(), Lenient(2.0), Rejection(), Block()], ids=repr)
+@pytest.mark.parametrize("verifier", [Match(), Lenient(2.0), Rejection(), Block(), Traversal(), Typical()], ids=repr)
 def test_what_is_above_the_root_is_not_judged(verifier):
     before = Draft.chain((0, 1))
     whole, tail = before.extend((2, 0, 1), 2), Draft.chain((2, 0, 1))

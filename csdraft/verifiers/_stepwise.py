@@ -1,0 +1,176 @@
+"""What rules that judge node after node share: the walk down the draft, and the arithmetic of what is left over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import Tensor
+
+from csdraft.decoding.draft import ROOT, Draft
+from csdraft.decoding.interfaces import ScoresView, Verdict, Verifier
+from csdraft.decoding.sampling import Sampler
+from csdraft.verifiers.match import Match
+
+__all__ = [
+    "Stepwise",
+    "check_draft",
+    "drawn_from",
+    "law_without",
+    "left_over",
+    "ratio",
+    "residual",
+    "shared_laws",
+    "unexplained",
+]
+
+TINY = 1e-38
+"""Stands for a draft probability that was rounded to zero."""
+
+
+class Stepwise(Verifier):
+    """A rule that decides at one node after another which child to step into.
+
+    Exact by induction: a set of siblings is accepted with some share of the aim, and what is left of it goes on to the
+    next set, and at last to the correction. Every emitted token's own law is reported, for a reviewer one level up.
+    """
+
+    draws: ClassVar = "independent"
+
+    def verify(self, draft: Draft, scores: ScoresView, sampler: Sampler, root: int = ROOT) -> Verdict:
+        check_draft(self, draft)
+        if sampler.greedy:
+            return self.greedy_rule.verify(draft, scores, sampler, root)
+        accepted, laws, node = [], [], root
+        while True:
+            aim = self.aim(draft, node, scores.probs(node))
+            laws.append(self.emitted_law(draft, node, aim))
+            kept, left = self.keeps(draft, node, aim, scores.row, sampler)
+            if kept is None:
+                token = sampler.draw(scores.row, left)
+                return Verdict(accepted, token, scores.ends(node, token), laws)
+            accepted.append(kept)
+            if scores.ends(node, draft.tokens[kept]):
+                return Verdict(accepted, None, True, laws)
+            node = kept
+
+    @property
+    def greedy_rule(self) -> Verifier:
+        """What the rule comes to when all laws are one-hot."""
+        return Match()
+
+    def aim(self, draft: Draft, node: int, target_probs: Tensor) -> Tensor:
+        """(vocab,) law that the token after `node` shall have: the target's, if the rule is lossless."""
+        del draft, node
+        return target_probs
+
+    def emitted_law(self, draft: Draft, node: int, aim: Tensor) -> Tensor:
+        """(vocab,) law that the token after `node` really has."""
+        del draft, node
+        return aim
+
+    def keeps(self, draft: Draft, node: int, aim: Tensor, row: int, sampler: Sampler) -> tuple[int | None, Tensor]:
+        """The child of `node` to step into, or None and the (vocab,) law that the correction comes from."""
+        left = aim
+        for group in groups(draft, node):
+            rule = in_turn if len(group) == 1 else self.tries
+            kept, left = rule(draft, group, left, row, sampler)
+            if kept is not None:
+                return kept, left
+        return None, left
+
+    def tries(
+        self, draft: Draft, group: Sequence[int], left: Tensor, row: int, sampler: Sampler
+    ) -> tuple[int | None, Tensor]:
+        """The same among siblings that were drawn from one law, two or more; `left` is what they may supply."""
+        return in_turn(draft, group, left, row, sampler)
+
+
+def check_draft(verifier: Verifier, draft: Draft) -> None:
+    """Raises ValueError if `verifier` cannot judge `draft` exactly."""
+    if reason := verifier.refusal(draft):
+        raise ValueError(reason)
+
+
+def groups(draft: Draft, node: int) -> list[list[int]]:
+    """The children of `node`, those drawn from one law together, in the order in which the first of each was drawn."""
+    found: dict[tuple[bool, int], list[int]] = {}
+    for child in draft.children(node):
+        law = drawn_from(draft, child)
+        found.setdefault((False, child) if law is None else (True, id(law)), []).append(child)
+    return list(found.values())
+
+
+def in_turn(draft: Draft, group: Sequence[int], left: Tensor, row: int, sampler: Sampler) -> tuple[int | None, Tensor]:
+    """Siblings drawn independently, each accepted with left / draft probability, or removed from what is left."""
+    for child in group:
+        if sampler.accepts(row, ratio(left, draft, child)):
+            return child, left
+        left = residual(left, draft, child)
+    return None, left
+
+
+def drawn_from(draft: Draft, node: int) -> Tensor | None:
+    """(vocab,) law of the node's token; None for a point mass."""
+    return None if draft.law is None else draft.law.rows[node]
+
+
+def ratio(target_probs: Tensor, draft: Draft, node: int) -> float:
+    """Target / draft probability of the node's token."""
+    token, draft_probs = draft.tokens[node], drawn_from(draft, node)
+    if draft_probs is None:
+        return float(target_probs[token])
+    return float(target_probs[token]) / max(float(draft_probs[token]), TINY)
+
+
+def unexplained(target_probs: Tensor, draft: Draft, node: int) -> Tensor:
+    """(vocab,) target less draft probability where positive: what the node's law does not supply."""
+    draft_probs = drawn_from(draft, node)
+    if draft_probs is not None:
+        return (target_probs - draft_probs.to(target_probs)).clamp_(min=0)
+    rest = target_probs.clone()
+    rest[draft.tokens[node]] = 0
+    return rest
+
+
+def residual(target_probs: Tensor, draft: Draft, node: int) -> Tensor:
+    """(vocab,) law that a refused node leaves behind: `unexplained`, normalised."""
+    return left_over(unexplained(target_probs, draft, node), target_probs)
+
+
+def left_over(rest: Tensor, target_probs: Tensor) -> Tensor:
+    """(vocab,) `rest` normalised.
+
+    Nothing is left only where both laws agree up to rounding: then the target's own law is the one to draw from.
+    """
+    total = rest.sum()
+    return rest / total if total > 0 else target_probs
+
+
+def law_without(draft_probs: Tensor, tokens: Sequence[int]) -> Tensor:
+    """(vocab,) what the next draw without replacement is made from, once `tokens` are gone.
+
+    A law that is exhausted goes on as the uniform one over all tokens that are left (Sequoia, arXiv 2402.12374).
+    """
+    if not tokens:
+        return draft_probs
+    rest = draft_probs.clone()
+    rest[list(tokens)] = 0
+    if not rest.sum() > 0:
+        rest.fill_(1)
+        rest[list(tokens)] = 0
+    return rest / rest.sum()
+
+
+def shared_laws(verifier: Verifier, draft: Draft) -> str | None:
+    """Why siblings whose draws depend on one another cannot be judged: they must come from one law, one tensor."""
+    if draft.law is None or draft.is_chain or draft.law.kind == "iid":
+        return None
+    laws: dict[int, Tensor] = {}
+    for parent, law in zip(draft.parents, draft.law.rows, strict=True):
+        if law is not None and laws.setdefault(parent, law) is not law:
+            return (
+                f"siblings below node {parent} were drawn as {draft.law.kind!r} from more than one law, "
+                f"{type(verifier).__name__} needs them to share one tensor; draw them as 'iid', or from one drafter"
+            )
+    return None

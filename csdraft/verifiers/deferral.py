@@ -1,0 +1,110 @@
+"""Speculative cascades: the drafter's token stands unless a rule says that the target is worth waiting for.
+
+Speculative cascades (arXiv 2405.19261). Not lossless: at a drafted position the text's law is a mixture that the rule
+makes of the drafter's law and the target's, and that law is reproduced exactly (`mixture`). Positions that nobody drew
+a token for, point masses and the bonus token, have the target's law. Use it where the drafter is good enough in some
+places, and quality is judged by the answers, not by the distribution.
+
+The paper decides by the models' distributions at temperature 1; here the laws are those that tokens are drawn from,
+which are the same at temperature 1 without truncation. Greedy decoding decides by the softmax probabilities.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from csdraft.decoding.draft import Draft
+from csdraft.decoding.interfaces import ScoresView, Verifier
+from csdraft.decoding.sampling import Sampler
+from csdraft.verifiers._stepwise import Stepwise, drawn_from
+from csdraft.verifiers.match import Match
+
+__all__ = ["Deferral"]
+
+Rule = Literal["chow", "diff", "opt", "token_v1", "token_v2", "token_v3"]
+
+
+@dataclass(frozen=True)
+class Deferral(Stepwise):
+    """Judges drawn tokens against a mixture of the drafter's and the target's law (see the module).
+
+    Args:
+        rule: when the drafter is kept, by its greatest probability ("chow": >= 1 - margin; "diff": >= the target's
+            greatest - margin; "opt": >= the target's greatest - margin * total variation), or which of its tokens are:
+            "token_v1": draft probability >= the target's greatest - margin; "token_v2": target probability >= the
+            same; "token_v3": target probability >= (1 - margin) * the target's greatest.
+        margin: in [0, 1]: alpha of the paper, what a deferral costs.
+    """
+
+    lossless = False  # type: ignore[assignment]
+    kinds: ClassVar = frozenset({"iid"})
+    reads_confidence: ClassVar = True
+
+    rule: Rule = "token_v3"
+    margin: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.rule not in get_args(Rule):
+            raise ValueError(f"rule={self.rule!r} must be one of {', '.join(get_args(Rule))}")
+        if not 0 <= self.margin <= 1:
+            raise ValueError(f"margin={self.margin} must be in [0, 1]: a difference of probabilities")
+
+    @property
+    def greedy_rule(self) -> Verifier:
+        return GreedyDeferral(self)
+
+    def aim(self, draft: Draft, node: int, target_probs: Tensor) -> Tensor:
+        laws = (drawn_from(draft, child) for child in draft.children(node))
+        draft_probs = next((law for law in laws if law is not None), None)
+        return target_probs if draft_probs is None else self.mixture(draft_probs.to(target_probs), target_probs)
+
+    def mixture(self, draft_probs: Tensor, target_probs: Tensor) -> Tensor:
+        """(vocab,) law at a drafted position: draft probabilities of kept tokens, the rest as the target has it."""
+        distance = (draft_probs - target_probs).clamp(min=0).sum()
+        kept = self.stands(draft_probs, target_probs, draft_probs.max(), target_probs.max(), distance)
+        deferred = torch.where(kept, 0, draft_probs)
+        return draft_probs - deferred + deferred.sum() * target_probs
+
+    def stands(self, draft_prob: Any, target_prob: Any, draft_most: Any, target_most: Any, distance: Any) -> Any:
+        """Whether the drafter's token stands, of one token or of many: bool, () or (vocab,).
+
+        Args:
+            draft_prob, target_prob: the token's.
+            draft_most, target_most: the laws' greatest.
+            distance: total variation of the laws.
+        """
+        value, bar = {
+            "chow": (draft_most, 1 - self.margin),
+            "diff": (draft_most, target_most - self.margin),
+            "opt": (draft_most, target_most - self.margin * distance),
+            "token_v1": (draft_prob, target_most - self.margin),
+            "token_v2": (target_prob, target_most - self.margin),
+            "token_v3": (target_prob, (1 - self.margin) * target_most),
+        }[self.rule]
+        return value >= bar
+
+
+@dataclass(frozen=True)
+class GreedyDeferral(Match):
+    """The rule for one-hot laws: the target's token, if it was drafted, else the first child that stands."""
+
+    deferral: Deferral
+
+    def keeps(self, draft: Draft, node: int, scores: ScoresView, sampler: Sampler) -> int | None:
+        chosen = super().keeps(draft, node, scores, sampler)
+        if chosen is not None:
+            return chosen
+        for child in draft.children(node):
+            token, sure = draft.tokens[child], draft.confidence[child]
+            if math.isnan(sure):  # a point mass: nobody vouches for it
+                continue
+            own, greatest = scores.soft(node, token), scores.soft(node, scores.choice(node))
+            # The drafter's token is its likeliest; two different one-hot laws are at distance 1.
+            if self.deferral.stands(sure, own, sure, greatest, 1.0):
+                return child
+        return None

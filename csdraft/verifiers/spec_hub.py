@@ -1,0 +1,78 @@
+"""SpecHub: two siblings, one of them always the drafter's likeliest token, judged as a pair by optimal transport.
+
+SpecHub (arXiv 2411.05289): the first is drawn from the draft law; the second is the likeliest token, the hub, unless
+that came first, and then it is drawn from the others. Every pair holds the hub, so that the transport problem has a
+solution in closed form. Use it with trees of two children a node; a lone draw is judged as by `Rejection`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from csdraft.decoding.draft import Draft
+from csdraft.decoding.sampling import Sampler
+from csdraft.verifiers._stepwise import TINY, Stepwise, drawn_from, law_without, left_over, shared_laws
+
+__all__ = ["SpecHub"]
+
+
+@dataclass(frozen=True)
+class SpecHub(Stepwise):
+    """Gives the target's mass to the other token of each pair first, and to the hub what is left (see the module)."""
+
+    lossless = True  # type: ignore[assignment]
+    kinds: ClassVar = frozenset({"pair"})
+
+    def refusal(self, draft: Draft) -> str | None:
+        return super().refusal(draft) or shared_laws(self, draft) or not_pairs(draft)
+
+    def tries(
+        self, draft: Draft, group: Sequence[int], left: Tensor, row: int, sampler: Sampler
+    ) -> tuple[int | None, Tensor]:
+        draft_probs = drawn_from(draft, group[0])
+        assert draft_probs is not None
+        draft_probs, hub = draft_probs.to(left), int(draft_probs.argmax())
+        tokens = [draft.tokens[child] for child in group]
+        if tokens.count(hub) != 1:
+            raise ValueError(f"the pair {tokens} must hold the likeliest token {hub} once, SpecHub knows no others")
+        hub_second = draft_probs.clone()  # probability of each pair (x, hub), then what nobody has accepted of it
+        hub_second[hub] = 0
+        hub_first = draft_probs[hub] * law_without(draft_probs, [hub])  # the same for (hub, x)
+        came_first = tokens[0] == hub
+        other, own = (group[1], group[0]) if came_first else (group[0], group[1])
+        token = draft.tokens[other]
+
+        offered = float((hub_first if came_first else hub_second)[token])
+        rest, hub_second, taken = supply(left, hub_second)
+        rest, hub_first, taken_late = supply(rest, hub_first)
+        if sampler.accepts(row, float((taken_late if came_first else taken)[token]) / max(offered, TINY)):
+            return other, left
+        # The hub's own mass goes to the pairs that it leads first.
+        wanted = left[hub]
+        first = torch.minimum(wanted, hub_first.sum())
+        second = torch.minimum(wanted - first, hub_second.sum())
+        chance = first / hub_first.sum() if came_first else second / hub_second.sum()
+        if sampler.accepts(row, float(chance.nan_to_num(0.0))):
+            return own, left
+        rest[hub] = wanted - first - second
+        return None, left_over(rest, left)
+
+
+def supply(wanted: Tensor, offered: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What of (vocab,) `wanted` and of `offered` is left once all that both share is taken, and what that is."""
+    taken = torch.minimum(wanted, offered)
+    return wanted - taken, offered - taken, taken
+
+
+def not_pairs(draft: Draft) -> str | None:
+    """Why the drawn siblings of `draft` are no pairs."""
+    if draft.law is None or not draft.has_drawn_siblings:
+        return None
+    drawn = [parent for parent, law in zip(draft.parents, draft.law.rows, strict=True) if law is not None]
+    most = max(map(drawn.count, drawn))
+    return None if most <= 2 else f"{most} siblings were drawn together, SpecHub judges pairs; draw two a node"

@@ -1,0 +1,111 @@
+"""Traversal verification: from the leaves to the root, whole branches are accepted or refused, not token by token.
+
+Traversal verification (arXiv 2505.12398): what `Block` is for chains, for trees. A branch is tried at its end first; a
+refusal costs its last node only, and what the branch could have supplied there goes to the next sibling. Lossless, and
+on average it keeps at least as much as the same rules going down from the root. Use it at the target, with trees that
+were drawn, independently or without replacement; point masses are allowed.
+
+Why it is exact, stochastic beams included: a node that shall be reached with some weight either supplies just that
+weight of the target's law below it or is refused with the rest, whatever hangs below it, and so tells nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from csdraft.decoding.draft import ROOT, Draft
+from csdraft.decoding.interfaces import ScoresView, Verdict, Verifier
+from csdraft.decoding.sampling import Sampler
+from csdraft.verifiers._stepwise import TINY, check_draft, drawn_from, law_without, left_over, shared_laws
+from csdraft.verifiers.match import Match
+
+__all__ = ["Traversal"]
+
+
+@dataclass(frozen=True)
+class Traversal(Verifier):
+    """Accepts the first branch, leaves first, whose joint test succeeds (see the module). Reports no laws."""
+
+    lossless = True  # type: ignore[assignment]
+    draws: ClassVar = "independent"
+    looks_ahead: ClassVar[bool] = True
+    kinds: ClassVar = frozenset({"iid", "without_replacement"})
+
+    def refusal(self, draft: Draft) -> str | None:
+        return super().refusal(draft) or shared_laws(self, draft)
+
+    def verify(self, draft: Draft, scores: ScoresView, sampler: Sampler, root: int = ROOT) -> Verdict:
+        check_draft(self, draft)
+        if sampler.greedy:
+            return Match().verify(draft, scores, sampler, root)
+        last = self.last(draft, scores, sampler, root)
+        accepted, node = [], root
+        for kept in draft.path(last.node)[draft.depth(root) :]:
+            accepted.append(kept)
+            if scores.ends(node, draft.tokens[kept]):
+                return Verdict(accepted, None, True)
+            node = kept
+        token = sampler.draw(scores.row, last.left)
+        return Verdict(accepted, token, scores.ends(node, token))
+
+    def last(self, draft: Draft, scores: ScoresView, sampler: Sampler, root: int) -> Place:
+        """Where the accepted branch ends: depth first, a node is tried once all its children are refused."""
+        branch = [Place(root, 1.0, scores.probs(root), iter(draft.children(root)))]
+        while True:
+            place = branch[-1]
+            child = next(place.waiting, None)
+            if child is not None:
+                weight = place.weight_of(draft, child)
+                branch.append(Place(child, weight, scores.probs(child), iter(draft.children(child))))
+            elif len(branch) == 1 or sampler.accepts(scores.row, place.weight):
+                return place
+            else:
+                branch.pop()
+                branch[-1].refuse(draft, place.node)
+
+
+@dataclass
+class Place:
+    """A node on the branch that is tried.
+
+    Attributes:
+        weight: the probability with which the branch down to here shall still be accepted.
+        left: (vocab,) law that the token after it shall have then.
+        waiting: children not tried yet.
+        refused: tokens drawn, without replacement, by children that were refused.
+    """
+
+    node: int
+    weight: float
+    left: Tensor
+    waiting: Iterator[int]
+    refused: list[int] = field(default_factory=list)
+
+    def law_of(self, draft: Draft, child: int) -> Tensor | None:
+        """(vocab,) what the child was drawn from, given the ones before it; None for a point mass."""
+        law = drawn_from(draft, child)
+        return None if law is None else law_without(law, self.refused).to(self.left)
+
+    def weight_of(self, draft: Draft, child: int) -> float:
+        """The weight of the branch that goes on to `child`: min(1, weight * left / draft probability)."""
+        token, law = draft.tokens[child], self.law_of(draft, child)
+        wanted = self.weight * float(self.left[token])
+        return wanted if law is None else min(1.0, wanted / max(float(law[token]), TINY))
+
+    def refuse(self, draft: Draft, child: int) -> None:
+        """Takes away what `child` could have supplied; what is left must come from the times when it was refused."""
+        token, law = draft.tokens[child], self.law_of(draft, child)
+        rest = self.weight * self.left
+        if law is None:
+            rest[token] = 0
+        else:
+            rest = (rest - law).clamp_(min=0)
+            if draft.law.kind == "without_replacement":  # type: ignore[union-attr]
+                self.refused.append(token)
+        total = float(rest.sum())
+        self.left = left_over(rest, self.left)
+        self.weight = total / (total + (1 - self.weight)) if total > 0 else 0.0

@@ -1,0 +1,80 @@
+"""Typical acceptance: keep what the target finds likely enough, the more freely the less sure it is. Not lossless.
+
+Medusa (arXiv 2401.10774): a drafted token is kept if its probability exceeds min(threshold, entropy_share * exp(-H)),
+H the entropy of the target's law there; of the branches so kept the longest wins, of equals the likelier.
+The text is no longer a sample of the target: it leans to what the drafter proposes. Greedy decoding is unchanged. Use
+it with drafters that choose their tokens (heads, n-grams), where the speed is worth more than the distribution.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from csdraft.decoding.draft import ROOT, Draft
+from csdraft.decoding.interfaces import ScoresView, Verdict, Verifier
+from csdraft.decoding.sampling import Sampler
+
+__all__ = ["Typical"]
+
+
+@dataclass(frozen=True)
+class Typical(Verifier):
+    """Accepts the longest branch of typical tokens; the token that follows is the target's own draw (see the module).
+
+    Args:
+        threshold: epsilon of the paper: a token more probable than that is always kept.
+        entropy_share: delta of the paper, sqrt(epsilon) there: the share of exp(-entropy) that is enough otherwise.
+    """
+
+    lossless = False  # type: ignore[assignment]
+    looks_ahead: ClassVar[bool] = True
+
+    threshold: float = 0.09
+    entropy_share: float = 0.3
+
+    def __post_init__(self) -> None:
+        for name in ("threshold", "entropy_share"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must be in [0, 1): at 1 nothing could be accepted, not even a "
+                    "token that the target is sure of"
+                )
+
+    def verify(self, draft: Draft, scores: ScoresView, sampler: Sampler, root: int = ROOT) -> Verdict:
+        del sampler
+        accepted, node = [], root
+        for kept in draft.path(self.best(draft, scores, root))[draft.depth(root) :]:
+            accepted.append(kept)
+            if scores.ends(node, draft.tokens[kept]):
+                return Verdict(accepted, None, True)
+            node = kept
+        token = scores.choice(node)
+        return Verdict(accepted, token, scores.ends(node, token))
+
+    def best(self, draft: Draft, scores: ScoresView, root: int) -> int:
+        """The node where the longest branch of typical tokens ends; of equally long ones the likeliest, the first."""
+        found, waiting = (0, 0.0, root), [(0, 0.0, root)]
+        while waiting:
+            length, likelihood, node = waiting.pop()
+            if (length, likelihood) > found[:2]:
+                found = (length, likelihood, node)
+            children = draft.children(node)
+            if not children:
+                continue
+            target_probs = scores.probs(node)
+            probs = target_probs[[draft.tokens[child] for child in children]]
+            typical = (probs > self.bar(target_probs)).tolist()
+            logs = probs.log().tolist()
+            for child, kept, log_prob in reversed(list(zip(children, typical, logs, strict=True))):
+                if kept:
+                    waiting.append((length + 1, likelihood + log_prob, child))
+        return found[2]
+
+    def bar(self, target_probs: Tensor) -> Tensor:
+        """() the probability that a token after these (vocab,) probabilities must exceed."""
+        entropy = torch.special.entr(target_probs).sum()
+        return (self.entropy_share * (-entropy).exp()).clamp(max=self.threshold)
