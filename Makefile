@@ -32,7 +32,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow and not gpu" $(ARGS)
 
 slow: $(READY)
-	$(BIN)/python -m pytest -q -m "slow and not gpu" $(ARGS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -m "slow and not gpu" $(ARGS)
 
 gpu: $(READY)
 	$(BIN)/python -m pytest -q -m gpu tests/gpu $(ARGS)

@@ -9,7 +9,6 @@ import torch
 from csdraft.decoding.report import Report
 from csdraft.losses.total_variation import total_variation
 from csdraft.metrics.measures import (
-    block_efficiency,
     by_position,
     expected_acceptance,
     greedy_agreement,
@@ -76,7 +75,7 @@ def test_block_efficiency_of_a_report():
     )
     report = output.report
     assert isinstance(report, Report)
-    assert block_efficiency(report) == report.block_efficiency > 1
+    assert tokens_per_call([report.emitted], [report.rounds]) == report.block_efficiency > 1
 
 
 @pytest.mark.parametrize(

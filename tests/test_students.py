@@ -14,7 +14,7 @@ from torch import nn
 
 from csdraft.drafters.model import base_model, load_model
 from csdraft.heads.layers import fingerprint, layer_stacks
-from csdraft.trainers import students
+from csdraft.trainers import engines
 from csdraft.trainers.students import (
     added_share,
     check_engine,
@@ -263,7 +263,7 @@ def test_students_that_are_refused(given, message):
 
 
 def test_sharding_engines_take_no_shared_weights(monkeypatch):
-    for engine, variable in students.ENGINES.items():
+    for engine, variable in engines.ENGINES.items():
         with monkeypatch.context() as patch:
             patch.setenv(variable, "true")
             with pytest.raises(ValueError, match=f"cannot be trained under {engine}: its layers are the target's own"):

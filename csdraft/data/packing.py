@@ -67,7 +67,7 @@ class Padded(Dataset):
         decoder_start: an encoder-decoder's first token (`config.decoder_start_token_id`); None is decoder-only.
 
     Raises:
-        ValueError: as for `Packed`.
+        ValueError: as for `Packed`; or a row of an encoder-decoder has no prompt, or nothing after it.
     """
 
     def __init__(
@@ -81,6 +81,8 @@ class Padded(Dataset):
         lengths = _checked(rows, max_length, cache)
         if decoder_start is not None and cache is not None:
             raise ValueError("logits are cached for decoder-only models, and decoder_start says encoder-decoder")
+        if decoder_start is not None:
+            _check_prompts(rows, lengths)
         self.rows, self.pad, self.decoder_start, self.cache = rows, pad, decoder_start, cache
         self.tokens = sum(lengths)
 
@@ -90,7 +92,7 @@ class Padded(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if self.decoder_start is None:
             return _example(self.rows[index], index, self.cache)
-        return _seq2seq(self.rows[index], index, self.decoder_start)
+        return _seq2seq(self.rows[index], self.decoder_start)
 
 
 def _checked(rows: Any, max_length: int, cache: TargetCache | None) -> list[int]:
@@ -114,6 +116,20 @@ def _lengths(rows: Any) -> Iterator[int]:
             yield from map(len, batch["input_ids"])
 
 
+def _check_prompts(rows: Any, lengths: Sequence[int]) -> None:
+    """An encoder-decoder reads a prompt and writes what follows it: every row must have both."""
+    if isinstance(rows, list):
+        prompts = [row.get("prompt_length", 0) for row in rows]
+    else:
+        prompts = rows["prompt_length"] if "prompt_length" in rows.column_names else [0] * len(lengths)
+    for index, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+        if not 0 < prompt < length:
+            raise ValueError(
+                f"row {index} has a prompt of {prompt} tokens and {length - prompt} after it; an encoder-decoder "
+                "needs both: give rows of 'prompt' and 'response'"
+            )
+
+
 def _labels(row: Mapping[str, Any], ids: Tensor) -> Tensor:
     labels = ids.clone()
     labels[: max(row.get("prompt_length", 0), 1)] = IGNORED
@@ -128,13 +144,8 @@ def _example(row: Mapping[str, Any], index: int, cache: TargetCache | None) -> d
     return {"input_ids": ids, "position_ids": torch.arange(len(ids)), "labels": _labels(row, ids), **cached}
 
 
-def _seq2seq(row: Mapping[str, Any], index: int, start: int) -> dict[str, Tensor]:
+def _seq2seq(row: Mapping[str, Any], start: int) -> dict[str, Tensor]:
     ids, prompt = torch.tensor(row["input_ids"], dtype=torch.long), row.get("prompt_length", 0)
-    if not 0 < prompt < len(ids):
-        raise ValueError(
-            f"row {index} has a prompt of {prompt} tokens and {len(ids) - prompt} after it; an encoder-decoder needs "
-            "both: give rows of 'prompt' and 'response'"
-        )
     return {
         "input_ids": ids[:prompt],
         "decoder_input_ids": torch.cat([torch.tensor([start]), ids[prompt:-1]]),

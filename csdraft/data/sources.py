@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from csdraft.data.chat import as_messages, chat_prompt, check_template, scored_chat
-from csdraft.data.text import TEXT_SUFFIXES, read_corpus
+from csdraft.data.text import LIBRARIES, TEXT_SUFFIXES, read_corpus
 from csdraft.data.text import split as parted
 
 __all__ = ["Source", "open_source", "read_prompts", "read_rows"]
@@ -59,10 +59,10 @@ def read_rows(source: str, tokenizer: Any, max_length: int, split: str = "train"
     response is a text. A text opens with the tokenizer's begin-of-text token and closes with its end-of-text token.
 
     Args:
-        source: 'stdlib' (this Python's library); a folder or .txt(.xz) file, as `read_corpus` reads them; a .jsonl,
-            .json, .parquet or .csv file; a folder of those, or of `save_to_disk`; or a Hub id,
-            `name[:config][@revision]`.
-        split: of the source; 'stdlib' has 'train' and 'test', parted by file names; a plain file is all of any split.
+        source: 'stdlib' or 'stdlib-tests' (this Python's library, and its unit tests); a folder or .txt(.xz) file, as
+            `read_corpus` reads them; a .jsonl, .json, .parquet or .csv file; a folder of those, or of `save_to_disk`;
+            or a Hub id, `name[:config][@revision]`.
+        split: of the source; these two have 'train' and 'test', parted by file names; a plain file is all of any.
         limit: texts, prompts or conversations read at most.
 
     Returns:
@@ -158,7 +158,7 @@ def _is_corpus(source: str) -> bool:
     path = Path(source)
     if path.is_dir():
         return not _is_saved(path) and not any(file.suffix in BUILDERS for file in path.rglob("*.*"))
-    return source == "stdlib" or (path.is_file() and set(path.suffixes[-2:]) & TEXT_SUFFIXES != set())
+    return source in LIBRARIES or (path.is_file() and set(path.suffixes[-2:]) & TEXT_SUFFIXES != set())
 
 
 def _is_saved(path: Path) -> bool:
@@ -168,10 +168,10 @@ def _is_saved(path: Path) -> bool:
 def _corpus(source: str, split: str) -> list[dict[str, str]]:
     """Documents in the order of `Blocks`."""
     documents = read_corpus(source)
-    if source == "stdlib":
+    if source in LIBRARIES:
         parts = dict(zip(("train", "test"), parted(documents), strict=True))
         if split not in parts:
-            raise ValueError(f"'stdlib' has the splits 'train' and 'test', not {split!r}")
+            raise ValueError(f"{source!r} has the splits 'train' and 'test', not {split!r}")
         documents = parts[split]
     return [{"text": document.text} for document in random.Random(0).sample(documents, len(documents))]
 
@@ -186,7 +186,11 @@ def _dataset(source: str, split: str) -> Any:
     try:
         if _is_saved(path):
             saved = datasets.load_from_disk(source)
-            return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+            if not isinstance(saved, datasets.DatasetDict):
+                return saved
+            if split not in saved:
+                raise ValueError(f"it has {', '.join(map(str, saved))}")
+            return saved[split]
         if path.is_file():
             if suffix is None:
                 raise ValueError(f"its name ends in none of {', '.join([*BUILDERS, *sorted(TEXT_SUFFIXES)])}")
@@ -200,7 +204,10 @@ def _dataset(source: str, split: str) -> Any:
         return datasets.load_dataset(name, config or None, split=split, revision=revision or None)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"split {split!r} of the data set {source!r} cannot be read: {reason}") from error
+        raise ValueError(
+            f"split {split!r} of the data set {source!r} cannot be read: {reason}. Where it has others, choose with "
+            "split= (eval_split= of evaluation prompts)"
+        ) from error
 
 
 def _batches(examples: Sequence[Mapping[str, Any]], size: int = 256) -> Iterator[dict[str, list]]:

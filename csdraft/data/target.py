@@ -5,14 +5,59 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from csdraft.data.shards import Part
 
-__all__ = ["TargetArguments"]
+__all__ = ["NamesTarget", "TargetArguments", "check_writable", "load_weights", "read_target", "target_name"]
+
+
+class NamesTarget(Protocol):
+    """Arguments that say which target."""
+
+    target: str
+    target_revision: str | None
+
+
+def read_target(args: NamesTarget) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """The target's config and tokenizer: a few kilobytes that most checks need."""
+    options = {"revision": args.target_revision} if args.target_revision else {}
+    return AutoConfig.from_pretrained(args.target, **options), AutoTokenizer.from_pretrained(args.target, **options)
+
+
+def load_weights(args: NamesTarget, config: PreTrainedConfig, **options: Any) -> Any:
+    """The target, with these options of `from_pretrained`; those that are None are left out."""
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    options = {"revision": args.target_revision, **options}
+    return auto.from_pretrained(args.target, **{key: value for key, value in options.items() if value is not None})
+
+
+def target_name(args: NamesTarget) -> str:
+    """What tells one target from another on this machine: a folder's whole path, or a Hub id and the revision."""
+    if Path(args.target).is_dir():
+        return str(Path(args.target).resolve())
+    return f"{args.target}@{args.target_revision}" if args.target_revision else args.target
+
+
+def check_writable(folder: str | None) -> Path:
+    """The folder, which is there after this; ValueError if nothing can be written into it."""
+    try:
+        Path(folder or "").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"output_dir={folder!r} cannot be written ({error}); give a folder of your own") from error
+    return Path(folder or "")
 
 
 @dataclass
@@ -53,26 +98,17 @@ class TargetArguments:
 
     def folder(self) -> Path:
         """`output_dir`, which is there and can be written."""
-        try:
-            Path(self.output_dir).mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.output_dir):
-                pass
-        except OSError as error:
-            raise ValueError(f"output_dir={self.output_dir!r} cannot be written: {error}; give another one") from error
-        return Path(self.output_dir)
+        return check_writable(self.output_dir)
 
     def read_target(self) -> tuple[Any, Any]:
         """The target's config and tokenizer, without its weights."""
-        config = AutoConfig.from_pretrained(self.target, revision=self.target_revision)
-        return config, AutoTokenizer.from_pretrained(self.target, revision=self.target_revision)
+        return read_target(self)
 
     def load_target(self) -> Any:
         """The target in eval mode; each process of a machine has its own CUDA device, where there are any."""
         config, _ = self.read_target()
-        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        options = {"revision": self.target_revision, "dtype": self.target_dtype}
+        target = load_weights(self, config, dtype=self.target_dtype, device_map=self.target_device_map).eval()
         if self.target_device_map is not None:
-            return auto.from_pretrained(self.target, device_map=self.target_device_map, **options).eval()
-        target = auto.from_pretrained(self.target, **options).eval()
+            return target
         device = f"cuda:{self.part.local_rank}" if torch.cuda.is_available() else "cpu"
         return target.to(device)  # type: ignore[arg-type]

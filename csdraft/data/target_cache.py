@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 from csdraft.data.shards import Part, batches, write_whole
 from csdraft.data.sources import read_rows
-from csdraft.data.target import TargetArguments
+from csdraft.data.target import TargetArguments, target_name
 
-__all__ = ["CacheArguments", "TargetCache", "TopK", "cache_logits", "dense", "forecast", "write_target_cache"]
+__all__ = ["CacheArguments", "TargetCache", "TopK", "cache_logits", "dense", "write_target_cache"]
 
 LOG_PROBS, IDS, LOGSUMEXP, DONE = "log_probs.f16", "ids.i32", "logsumexp.f32", "done.u8"
 DESCRIPTION = "target_cache.json"
@@ -72,12 +72,6 @@ def dense(packed: Tensor, vocab: int) -> Tensor:
     return filled.scatter(-1, ids.long(), log_probs).log_softmax(-1)
 
 
-def forecast(rows: Any, k: int) -> int:
-    """Bytes on disk: of each scored token k log-probabilities and ids, 6 bytes together, and 4 for the logsumexp."""
-    sizes = _sizes(rows)
-    return int(sizes.sum()) * (6 * k + 4) + len(sizes)
-
-
 @dataclass(frozen=True)
 class TargetCache:
     """Reads what `write_target_cache` wrote; `cache[row]` is a `TopK`.
@@ -116,11 +110,26 @@ class TargetCache:
         return TargetCache, (self.folder,)
 
     def check(self, rows: Any) -> None:
-        """Raises ValueError if the cache is of other rows."""
+        """Raises ValueError if the cache is of other rows, or of other parts of them."""
         if self.description["texts"] != (found := _checksum(rows)):
             raise ValueError(
                 f"the logits in {self.folder} are of other texts (checksum {self.description['texts']}) than these "
                 f"({found}); write them again, into another folder"
+            )
+        if other := (np.diff(self.ends) != (sizes := _sizes(rows))).nonzero()[0].tolist():
+            row = other[0]
+            raise ValueError(
+                f"the logits in {self.folder} are of {self.ends[row + 1] - self.ends[row]} positions of row {row}, "
+                f"which has {sizes[row]} after its prompt: prompts were cut otherwise; write them again, into another "
+                "folder"
+            )
+
+    def check_target(self, name: str) -> None:
+        """Raises ValueError if the logits are of another target than `csdraft.data.target.target_name` says."""
+        if (found := self.description["target"]) != name:
+            raise ValueError(
+                f"the logits in {self.folder} are of the target {found}, not of {name}; write them with this target, "
+                "into another folder"
             )
 
     @cached_property
@@ -223,8 +232,7 @@ def cache_logits(args: CacheArguments) -> None:
     if context and args.max_length > context:
         raise ValueError(f"max_length={args.max_length} is longer than the target's context of {context} tokens")
     rows = read_rows(args.dataset, tokenizer, args.max_length, args.split, args.dataset_limit)
-    name = f"{args.target}@{args.target_revision}" if args.target_revision else args.target
-    write_target_cache(args.load_target, rows, folder, name, args.k, args.batch_size, args.part)
+    write_target_cache(args.load_target, rows, folder, target_name(args), args.k, args.batch_size, args.part)
 
 
 def _shown(missing: Sequence[list[int]], part: Part) -> Iterator[list[int]]:
@@ -276,10 +284,10 @@ def _prepare(folder: Path, description: dict[str, Any], lengths: np.ndarray, siz
 
 
 def _check_disk(folder: Path, sizes: np.ndarray, k: int, part: Part) -> None:
-    total = int(sizes.sum()) * (6 * k + 4) + len(sizes)
+    total = _bytes(sizes, k) + len(sizes)
     done = np.fromfile(folder / DONE, np.uint8) if (folder / DONE).is_file() else np.zeros(len(sizes), np.uint8)
     left = sizes[done == 0] if len(done) == len(sizes) else sizes
-    needed, free = int(left.sum()) * (6 * k + 4), shutil.disk_usage(folder).free
+    needed, free = _bytes(left, k), shutil.disk_usage(folder).free
     if part.rank == 0:
         print(
             f"{len(sizes):,} rows, {int(sizes.sum()):,} positions x {k} logits: {_readable(total)} in {folder}, "
@@ -291,6 +299,11 @@ def _check_disk(folder: Path, sizes: np.ndarray, k: int, part: Part) -> None:
             f"the logits take {_readable(needed)}, but {_readable(free)} are free in {folder}; give another folder, "
             f"fewer rows, or a k of at most {max(fitting, 0)} instead of {k}"
         )
+
+
+def _bytes(sizes: np.ndarray, k: int) -> int:
+    """Of each position k log-probabilities and ids, 6 bytes together, and 4 for the logsumexp."""
+    return int(sizes.sum()) * (6 * k + 4)
 
 
 def _readable(size: float) -> str:

@@ -12,14 +12,17 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import Dataset
 
-__all__ = ["END", "Blocks", "Document", "read_corpus", "split"]
+__all__ = ["END", "LIBRARIES", "Blocks", "Document", "read_corpus", "split"]
 
 END = "<|endoftext|>"
+LIBRARIES = ("stdlib", "stdlib-tests")
+"""Corpora that every machine with Python has; their held-out files are the split 'test'."""
 TEXT_SUFFIXES = {".py", ".md", ".txt"}
 HELD_OUT_PERCENT = 4
 
 # Of the standard library: not code people wrote to be read, or not the same on every machine.
-LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
+INSTALLED = {"site-packages", "dist-packages"}
+LEFT_OUT = INSTALLED | {"test", "tests", "idle_test", "encodings", "pydoc_data"}
 LEFT_OUT_PREFIXES = ("_sysconfigdata", "config-")
 
 
@@ -34,16 +37,20 @@ class Document(NamedTuple):
 
 
 def read_corpus(corpus: str) -> list[Document]:
-    """`stdlib`, a folder of .py, .md and .txt files, or one .txt or .txt.xz file parted by `<|endoftext|>`."""
+    """`stdlib`, `stdlib-tests`, a folder of .py, .md and .txt files, or a .txt or .txt.xz file parted by `END`."""
     path = Path(corpus)
     if corpus == "stdlib":
         documents = list(_read_stdlib())
+    elif corpus == "stdlib-tests":
+        documents = list(_read_tests())
     elif path.is_dir():
         documents = list(_read_folder(path, (file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES)))
     elif path.is_file():
         documents = list(_read_file(path))
     else:
-        raise ValueError(f"corpus {corpus!r} is neither 'stdlib' nor a file or folder; give an existing path")
+        raise ValueError(
+            f"corpus {corpus!r} is neither 'stdlib' nor a file or folder; give an existing path, or 'stdlib-tests'"
+        )
     if not documents:
         raise ValueError(f"corpus {corpus!r} holds no text; give a folder of .py, .md or .txt files, or a .txt file")
     return documents
@@ -53,6 +60,13 @@ def _read_stdlib() -> Iterator[Document]:
     """The running Python's own library, without its tests and tables."""
     root = Path(sysconfig.get_path("stdlib"))
     return _read_folder(root, (path for path in root.rglob("*.py") if not _left_out(path.relative_to(root))))
+
+
+def _read_tests() -> Iterator[Document]:
+    """The unit tests of the running Python's own library: a domain that `stdlib` leaves out."""
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = (path for path in root.rglob("test_*.py") if not INSTALLED.intersection(path.relative_to(root).parts))
+    return _read_folder(root, paths)
 
 
 def _left_out(name: Path) -> bool:

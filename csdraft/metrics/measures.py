@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["block_efficiency", "by_position", "expected_acceptance", "greedy_agreement", "tokens_per_call"]
-
-
-class Counts(Protocol):
-    """What a csdraft `Report` has, among other things."""
-
-    @property
-    def emitted(self) -> int: ...
-
-    @property
-    def rounds(self) -> int: ...
+__all__ = ["by_position", "expected_acceptance", "greedy_agreement", "tokens_per_call"]
 
 
 def expected_acceptance(draft_logits: Tensor, target_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -71,16 +60,7 @@ def by_position(values: Tensor, positions: Tensor) -> dict[int, float]:
     return {int(position): float(values[positions == position].mean()) for position in positions.unique()}
 
 
-def block_efficiency(report: Counts) -> float:
-    """Emitted tokens a round of a row, which is a call of the target: plain decoding has 1.
-
-    Args:
-        report: of one call or of several merged. From bare counts use `tokens_per_call`.
-    """
-    return tokens_per_call([report.emitted], [report.rounds])
-
-
-def tokens_per_call(emitted: Iterable[int], calls: Iterable[int]) -> float:
+def tokens_per_call(emitted: Iterable[float], calls: Iterable[float]) -> float:
     """Block efficiency from counts: all emitted tokens / all calls of the target, 0 without calls.
 
     Args:

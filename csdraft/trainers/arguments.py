@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,11 +36,20 @@ def make_arguments(cls: type[T], values: Mapping[str, Any]) -> T:
         if key not in known:
             nearest = ", ".join(difflib.get_close_matches(key, known, n=3, cutoff=0.0))
             raise ValueError(f"unknown key {key!r} for {cls.__name__}; the nearest known keys are {nearest}")
-    return cls(**{key: _number(value, known[key].default) for key, value in values.items()})
+    return cls(**{key: _meant(key, value, known[key]) for key, value in values.items()})
 
 
-def _number(value: Any, default: Any) -> Any:
+def _meant(key: str, value: Any, field: Field) -> Any:
     """YAML 1.1 reads `3e-4` as text and a bare `no` as false; the default says what is meant."""
-    if value is False and isinstance(default, str):
-        return "no"
-    return float(value) if isinstance(value, str) and isinstance(default, float) else value
+    if value is False and isinstance(field.default, str):
+        return "none" if field.default == "none" else "no"
+    if not isinstance(value, str) or not isinstance(field.default, bool | int | float) or "str" in str(field.type):
+        return value
+    kind = "true or false" if isinstance(field.default, bool) else "a number"
+    try:
+        number = float(value) if kind == "a number" else None
+    except ValueError:
+        number = None
+    if number is None:
+        raise ValueError(f"{key}={value!r} must be {kind}, such as {key}={str(field.default).lower()}")
+    return int(number) if isinstance(field.default, int) and number.is_integer() else number

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from transformers import Trainer, TrainingArguments
 
 from csdraft.data.packing import IGNORED
 from csdraft.trainers.distillation import Distillation
+from csdraft.trainers.engines import copy_whole, is_sharded, keeps_parts, placed_here
 from csdraft.trainers.exam import Exam
 from csdraft.trainers.interrupt import Interrupt
 from csdraft.trainers.objective import Objective
@@ -42,6 +43,12 @@ class DistillArguments(TrainingArguments):
     target_device_map: str | None = field(
         default=None, metadata={"help": "Where the target lives, such as 'auto'; None is the student's device."}
     )
+    target_quantization: dict | None = field(
+        default=None, metadata={"help": "{quant_method: bitsandbytes, load_in_8bit: true}, for example."}
+    )
+    target_sharded: bool = field(
+        default=False, metadata={"help": "Its weights spread over the processes by ZeRO-3; the student as it is."}
+    )
 
     student: str | None = field(default=None, metadata={"help": "Folder or Hub id of the drafter to start from."})
     init: dict | None = field(
@@ -52,6 +59,7 @@ class DistillArguments(TrainingArguments):
     )
 
     dataset: str = field(default="stdlib", metadata={"help": "Texts: a Hub id, file, folder, or 'stdlib'."})
+    split: str = field(default="train", metadata={"help": "Of the data set."})
     dataset_limit: int | None = field(default=None, metadata={"help": "Texts used at most."})
     max_length: int = field(default=512, metadata={"help": "Tokens of a packed block, and of a text at most."})
     target_cache: str | None = field(
@@ -70,6 +78,7 @@ class DistillArguments(TrainingArguments):
 
     temperature: float = field(default=1.0, metadata={"help": "At which drafts will be used; for sampling here."})
     eval_prompts: str | None = field(default=None, metadata={"help": "Held-out prompts; None is no evaluation."})
+    eval_split: str = field(default="test", metadata={"help": "Of the held-out prompts' data set."})
     eval_limit: int = field(default=24, metadata={"help": "Held-out prompts used at most."})
     eval_depth: int = field(default=5, metadata={"help": "Drafted tokens a round when evaluating."})
     eval_new_tokens: int = field(default=64, metadata={"help": "Tokens of each text when evaluating."})
@@ -97,6 +106,11 @@ class DistillArguments(TrainingArguments):
             raise ValueError(f"temperature={self.temperature} must be above 0; greedy drafting is measured anyway")
         if self.target_cache and self.on_policy:
             raise ValueError(f"target_cache with on_policy={self.on_policy}: new texts are in no cache; leave one out")
+        if self.target_sharded and (self.target_device_map is not None or self.target_quantization is not None):
+            raise ValueError(
+                "target_sharded=true spreads the target's own weights over the processes: leave out target_device_map "
+                "and target_quantization, or target_sharded"
+            )
         if self.student is not None and self.init is not None:
             raise ValueError("student and init are both given; start from the one or make the other")
 
@@ -128,11 +142,11 @@ class DrafterTrainer(Trainer):
         args._n_gpu = min(args._n_gpu, 1)  # one process trains on one: replicas would meet a target elsewhere
         super().__init__(Distillation(student, target, args.objective), args, **options)
         self.exam = exam
-        self._copy = copy.deepcopy(student).to(args.device) if shards(self) else None
+        self._copy = copy.deepcopy(student).to(args.device) if keeps_parts(self) else None
         self.loss_is_scaled_for_ga = True  # by the number of target tokens of the whole step
         self.interrupt = Interrupt()
         self.add_callback(self.interrupt)
-        if getattr(target, "hf_device_map", None) is None and not getattr(target, "is_quantized", False):
+        if placed_here(target):
             target.to(args.device)
 
     @property
@@ -200,13 +214,9 @@ class DrafterTrainer(Trainer):
                 student.train(training)
 
     def _whole_student(self) -> nn.Module:
-        gathered = gather(self)
-        if gathered is None:
+        if self._copy is None:
             return self.student
-        assert self._copy is not None
-        with gathered, torch.no_grad():
-            for own, part in zip(self._copy.parameters(), self.student.parameters(), strict=True):
-                own.copy_(part)
+        copy_whole(self.student, self._copy)
         return self._copy
 
     # Evaluation.
@@ -215,8 +225,10 @@ class DrafterTrainer(Trainer):
         """Acceptance and block efficiency on the held-out prompts; see `Exam.grade`."""
         if self.exam is None:
             raise ValueError("there are no prompts to evaluate on: give eval_prompts=FILE (or exam=)")
+        # A target in parts is run by all processes together, so they sit the same exam: quotients stay what they are.
+        part = slice(None) if is_sharded(self.target) else slice(self.args.process_index, None, self.args.world_size)
         with self.decoding() as student:
-            sums = self.exam.sit(self.target, student, slice(self.args.process_index, None, self.args.world_size))
+            sums = self.exam.sit(self.target, student, part)
         figures = self.exam.grade(self._summed(sums))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         self.log(dict(metrics))
@@ -273,25 +285,6 @@ class Shuffled(Sampler):
 
     def __iter__(self) -> Iterator[int]:
         return iter(random.Random(f"{self.seed} {self.epoch}").sample(range(self.size), self.size))
-
-
-def gather(trainer: Trainer) -> AbstractContextManager | None:
-    """Makes parameters whole that ZeRO-3 or FSDP keep in parts, for every process; None where they are whole."""
-    if trainer.is_deepspeed_enabled and shards(trainer):
-        import deepspeed  # type: ignore[import-not-found]
-
-        return deepspeed.zero.GatheredParameters(list(trainer.model.parameters()))  # type: ignore[union-attr]
-    if trainer.is_fsdp_enabled and trainer.model_wrapped is not trainer.model:
-        from torch.distributed.fsdp import FullyShardedDataParallel
-
-        return FullyShardedDataParallel.summon_full_params(trainer.model_wrapped, writeback=False)
-    return None
-
-
-def shards(trainer: Trainer) -> bool:
-    """Whether an engine will keep the student's parameters in parts."""
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    return trainer.is_fsdp_enabled or (trainer.is_deepspeed_enabled and plugin is not None and plugin.zero_stage == 3)
 
 
 def scored(batch: dict[str, Tensor]) -> Tensor:

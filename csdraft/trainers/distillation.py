@@ -69,9 +69,9 @@ class Distillation(nn.Module):
             vocab = self.target.config.get_text_config(decoder=True).vocab_size  # type: ignore[union-attr,operator]
             target, target_head = cached[:, : labels.shape[1]][scored], partial(dense, vocab=vocab)
         else:
+            place = self.target.device  # the head is there too; only logits go to the student
             with torch.no_grad():  # not inference_mode: the loss's backward may keep these
-                target = hidden_of(self.target, **inputs)[:, : labels.shape[1]][scored]
-        total_loss = self.objective.total(
-            student, target.to(student.device), labels[scored], student_head, target_head
-        )
+                read = hidden_of(self.target, **{name: value.to(place) for name, value in inputs.items()})  # type: ignore[arg-type]
+            target = read[:, : labels.shape[1]][scored.to(read.device)]
+        total_loss = self.objective.total(student, target, labels[scored], student_head, target_head)
         return total_loss / total

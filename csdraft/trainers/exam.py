@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from csdraft.decoding.report import Report
 from csdraft.drafters.model import ModelDrafter
+from csdraft.metrics.measures import expected_acceptance, greedy_agreement, tokens_per_call
 from csdraft.schedules.fixed import Fixed
 
 __all__ = ["Exam", "ends_of", "left_padded", "seed_of", "up_to_end"]
@@ -104,34 +105,41 @@ class Exam:
             inputs = {"input_ids": texts, "attention_mask": mask, "position_ids": positions}
         written = torch.zeros_like(texts[:, 1:], dtype=torch.bool)
         written[:, width - 1 :] = up_to_end(texts[:, width:], ends_of(target))
-        logits = [
-            model(**inputs, use_cache=False).logits[:, : written.shape[1]][written] for model in (target, student)
-        ]
-        width = min(part.shape[-1] for part in logits)
-        p, q = ((part[:, :width].float() / self.temperature).softmax(-1) for part in logits)
-        _add(sums, "compared_sampled" if sampled else "compared_greedy", len(p))
-        if sampled:
-            _add(sums, "overlap", torch.minimum(p, q).sum().item())
-        else:
-            _add(sums, "agreed", (p.argmax(-1) == q.argmax(-1)).sum().item())
+        drafted, wanted = (
+            model(**inputs, use_cache=False).logits[:, : written.shape[1]][written] for model in (student, target)
+        )
+        if not sampled:
+            _add(sums, "compared_greedy", len(wanted))
+            _add(sums, "agreed", greedy_agreement(drafted, wanted).sum().item())
+            return
+        overlap = expected_acceptance(drafted, wanted, self.temperature)
+        places = written.cumsum(-1)[written]  # of each token in its text, the first new one is 1
+        for first in _starts(self.new_tokens):
+            here = (first <= places) & (places < 2 * first)
+            _add(sums, f"overlap_from_{first}", overlap[here].sum().item())
+            _add(sums, f"compared_from_{first}", here.sum().item())
 
     def grade(self, sums: dict[str, float]) -> dict[str, float]:
         """Figures from sums.
 
         Returns:
-            acceptance: mean of sum(min(p, q)) along sampled texts, the chance of rejection sampling to accept
-                (Leviathan et al., arXiv 2211.17192, section 3.4);
+            acceptance: mean of `csdraft.metrics.measures.expected_acceptance` along sampled texts;
+            acceptance_from_<n>: the same of each text's new tokens n to 2 n - 1, the first is 1;
             agreement: share of equal greedy choices along greedy texts;
             block_efficiency, block_efficiency_sampled: tokens a call of the target, at temperature 0 and at
                 `temperature`;
             accepted_<n>: how often the n-th drafted token was kept, given that those before it were, greedy.
         """
+        compared = {first: sums[f"compared_from_{first}"] for first in _starts(self.new_tokens)}
+        ranges = {first: count for first, count in compared.items() if count}
+        overlaps = {first: sums[f"overlap_from_{first}"] for first in ranges}
         figures = {
-            "acceptance": sums["overlap"] / sums["compared_sampled"],
+            "acceptance": sum(overlaps.values()) / sum(ranges.values()),
             "agreement": sums["agreed"] / sums["compared_greedy"],
-            "block_efficiency": sums["greedy_emitted"] / sums["greedy_rounds"],
-            "block_efficiency_sampled": sums["sampled_emitted"] / sums["sampled_rounds"],
+            "block_efficiency": tokens_per_call([sums["greedy_emitted"]], [sums["greedy_rounds"]]),
+            "block_efficiency_sampled": tokens_per_call([sums["sampled_emitted"]], [sums["sampled_rounds"]]),
         }
+        figures |= {f"acceptance_from_{first}": overlaps[first] / ranges[first] for first in ranges}
         for depth in range(1, self.depth + 1):
             if tried := sums.get(f"greedy_tried_{depth}"):
                 figures[f"accepted_{depth}"] = sums[f"greedy_accepted_{depth}"] / tried
@@ -161,6 +169,11 @@ def up_to_end(tokens: Tensor, ends: Sequence[int]) -> Tensor:
 def seed_of(tokens: Sequence[int], *keys: int) -> int:
     """A seed that depends on the text and on some numbers, and on nothing else."""
     return zlib.crc32(repr((list(tokens), keys)).encode())
+
+
+def _starts(new_tokens: int) -> list[int]:
+    """1, 2, 4, ...: where ranges of places begin that are twice as long each."""
+    return [1 << power for power in range(new_tokens.bit_length())]
 
 
 def _add(sums: dict[str, float], name: str, value: float) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainingArguments
 
 from csdraft.hub import public_name
+from csdraft.trainers.students import added_share
 
 if TYPE_CHECKING:
     from csdraft.trainers.distill import DrafterTrainer
@@ -55,6 +56,7 @@ def provenance(trainer: DrafterTrainer) -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | _versions(),
         "target": {"name": public_name(target), "revision": getattr(target.config, "_commit_hash", None)},
         "arguments": {k: _named(v) for k, v in own.items()} | {k: getattr(args, k) for k in chosen},
+        "added_parameters": None if trainer.is_fsdp_enabled else added_share(trainer.student, target),
         "processes": args.world_size,
         "steps": trainer.state.global_step,
         "before": start,
@@ -88,10 +90,19 @@ output = model.generate(**inputs, assistant="{name}")  # this folder's path or H
 
 {_table(origin)}
 
+{_added(origin["added_parameters"])}
+
 Trained for {origin["steps"]} steps on `{arguments["dataset"]}` with losses `{json.dumps(arguments["losses"])}`; the
 share of the texts that the drafter wrote itself was {arguments["on_policy"]}. All
 arguments, versions and revisions are in `provenance.json`.
 """
+
+
+def _added(share: float | None) -> str:
+    """What the drafter needs beside the target, which is in memory anyway."""
+    if share is None:
+        return "What it adds to the target's parameters was not counted: they were kept in parts."
+    return f"It adds {100 * share:.2f} % of the target's parameters to those in memory."
 
 
 def _table(origin: dict[str, Any]) -> str:

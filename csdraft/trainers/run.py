@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-    set_seed,
-)
-from transformers.integrations import deepspeed
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from csdraft.data.packing import Packed, Padded, check_packing, collate, collate_seq2seq
 from csdraft.data.sources import read_prompts, read_rows
+from csdraft.data.target import check_writable, load_weights, read_target, target_name
 from csdraft.data.target_cache import TargetCache
+from csdraft.heads.self_draft import read_document
 from csdraft.hub import fingerprint
 from csdraft.trainers.distill import DistillArguments, DrafterTrainer
+from csdraft.trainers.engines import load_sharded, placed_here, uses, whole_models
 from csdraft.trainers.exam import Exam
 from csdraft.trainers.muon import MuonAdamW
 from csdraft.trainers.pretrain import last_checkpoint
@@ -46,12 +37,7 @@ def distill(args: DistillArguments) -> DrafterTrainer:
     Raises:
         ValueError: for arguments, data or folders that cannot work, before the target is loaded.
     """
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    config, tokenizer = read_target(args)
-    check(args, config, tokenizer)
-    rows = read_rows(args.dataset, tokenizer, args.max_length, limit=args.dataset_limit)
-    batches = make_batches(args, config, tokenizer, rows)
+    config, tokenizer, batches = prepare(args)
     exam = make_exam(args, config, tokenizer)
     target, student = load_models(args, config)
     trainer = DrafterTrainer(
@@ -81,21 +67,27 @@ def distill(args: DistillArguments) -> DrafterTrainer:
 # Before anything is loaded.
 
 
-def read_target(args: DistillArguments) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
-    """The target's config and tokenizer: a few kilobytes that most checks need."""
-    options = {"revision": args.target_revision} if args.target_revision else {}
-    return (
-        AutoConfig.from_pretrained(args.target, **options),
-        AutoTokenizer.from_pretrained(args.target, **options),
-    )
+def prepare(args: DistillArguments) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase, dict[str, Any]]:
+    """The target's config and tokenizer, and the trainer's data; ValueError for what cannot work."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    config, tokenizer = read_target(args)
+    check(args, config, tokenizer)
+    rows = read_rows(args.dataset, tokenizer, args.max_length, args.split, args.dataset_limit)
+    return config, tokenizer, make_batches(args, config, tokenizer, rows)
 
 
 def check(args: DistillArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises ValueError for what can be seen without weights and data."""
     check_extras(args)
     _ = args.objective  # names of losses
+    if args.eval_prompts is None and (args.eval_strategy != "no" or args.eval_on_start):
+        raise ValueError(
+            f"eval_strategy={args.eval_strategy!s} without prompts to evaluate on: give eval_prompts=FILE, or leave "
+            "out eval_strategy and eval_on_start"
+        )
     check_student(config, args.student, args.init, args.peft)
-    check_engine(args.peft, bool(args.deepspeed) or None, bool(args.fsdp) or None)
+    check_engines(args)
     if config.is_encoder_decoder and args.on_policy:
         raise ValueError(
             f"on_policy={args.on_policy}: an encoder-decoder's texts are not written anew; train on the target's own "
@@ -116,20 +108,41 @@ def check_extras(args: DistillArguments) -> None:
         "peft": ("train", bool(args.peft)),
         "tensorboard": ("train", "tensorboard" in reports),
         "datasets": ("train", True),
-        "deepspeed": ("deepspeed", bool(args.deepspeed)),
+        "deepspeed": ("deepspeed", bool(args.deepspeed) or args.target_sharded),
     }
     for package, (extra, asked) in wanted.items():
         if asked and importlib.util.find_spec(package) is None:
             raise ValueError(f"{package} is needed and not installed: pip install csdraft[{extra}]")
+    if args.target_quantization is None:
+        return
+    method = args.target_quantization.get("quant_method")
+    if method is None:
+        raise ValueError(f"target_quantization={args.target_quantization} lacks quant_method, such as bitsandbytes")
+    if method == "bitsandbytes" and importlib.util.find_spec(method) is None:
+        raise ValueError(
+            "bitsandbytes is needed for this target_quantization and not installed: pip install bitsandbytes"
+        )
 
 
-def check_writable(folder: str | None) -> None:
-    try:
-        Path(folder or "").mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"output_dir={folder!r} cannot be written ({error}); give a folder of your own") from error
+def check_engines(args: DistillArguments) -> None:
+    """What the engine of the student, or that of a sharded target, cannot do."""
+    adapter = read_document(args.student) if args.student is not None else None
+    check_engine(args.peft or adapter, args.deepspeed, args.fsdp)
+    version = (args.fsdp_plugin_args or {}).get("fsdp_version", int(os.environ.get("FSDP_VERSION", 1)))
+    if (args.fsdp or uses("FSDP")) and version != 2:
+        raise ValueError(
+            f"fsdp_version={version} is not supported; set fsdp_version: 2, as recipes/accelerate/fsdp.yaml"
+        )
+    if not args.target_sharded:
+        return
+    if args.world_size < 2:
+        raise ValueError("target_sharded=true with one process: there is nobody to share with; use accelerate launch")
+    shared = [key for key in ("layers", "encoder_layers") if key in (args.peft or adapter or {})]
+    if shared or "from_target" in (args.init or {}):
+        raise ValueError(
+            "target_sharded=true: a student cannot be cut out of a target, or stand on its layers, where no process "
+            "has them whole. Cut it out in a run of one process with max_steps=1, and give its folder as student"
+        )
 
 
 def check_context(args: DistillArguments) -> None:
@@ -163,7 +176,7 @@ def make_exam(args: DistillArguments, config: PreTrainedConfig, tokenizer: PreTr
         return None
     context = context_length(config)
     longest = context - args.eval_new_tokens - args.eval_depth
-    prompts = read_prompts(args.eval_prompts, tokenizer, args.eval_limit, longest)
+    prompts = read_prompts(args.eval_prompts, tokenizer, args.eval_limit, longest, args.eval_split)
     return Exam(
         prompts, pad_of(tokenizer), args.eval_depth, args.eval_new_tokens, args.temperature, args.eval_batch_size
     )
@@ -180,6 +193,8 @@ def make_batches(
             raise ValueError("target_cache is for decoder-only targets; leave it out")
         texts = Padded(rows, args.max_length, pad, config.decoder_start_token_id)
         return {"train_dataset": texts, "data_collator": partial(collate_seq2seq, pad=pad)}
+    if cache is not None:
+        cache.check_target(target_name(args))
     texts = (Packed if args.packing else Padded)(rows, args.max_length, pad, cache=cache)
     return {"train_dataset": texts, "data_collator": partial(collate, pad=pad)}
 
@@ -196,14 +211,18 @@ def pad_of(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def load_models(args: DistillArguments, config: PreTrainedConfig) -> tuple[nn.Module, nn.Module]:
-    """The frozen target, and the student in float32 ."""
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    options: dict[str, Any] = {"revision": args.target_revision} if args.target_revision else {}
-    if args.target_device_map is not None:
-        options["device_map"] = args.target_device_map
+    """The frozen target, and the student in float32."""
+    load = partial(
+        load_weights,
+        args,
+        config,
+        dtype=args.target_dtype,
+        device_map=args.target_device_map,
+        quantization_config=args.target_quantization,
+    )
     with whole_models():
-        target = auto.from_pretrained(args.target, dtype=args.target_dtype, **options)
-        if args.target_device_map is None and not getattr(target, "is_quantized", False):
+        target = load_sharded(load, config, args.target_dtype) if args.target_sharded else load()
+        if placed_here(target):
             target.to(args.device)  # before a self-drafting student shares its weights
         set_seed(args.seed)
         student = make_student(target, args.student, args.init, args.peft)
@@ -211,19 +230,6 @@ def load_models(args: DistillArguments, config: PreTrainedConfig) -> tuple[nn.Mo
         for model in (target, student):
             check_packing(model.eval())
     return target, student
-
-
-@contextmanager
-def whole_models() -> Iterator[None]:
-    """`from_pretrained` as usual: under a ZeRO-3 config it would cut every model into parts, the target too."""
-    reference = deepspeed._hf_deepspeed_config_weak_ref
-    config = reference() if reference is not None else None
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if config is not None:
-            deepspeed.set_hf_deepspeed_config(config)
 
 
 def make_muon(args: DistillArguments, student: nn.Module) -> MuonAdamW | None:

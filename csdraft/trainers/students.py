@@ -29,6 +29,7 @@ from csdraft.heads.self_draft import (
     read_document,
     write_document,
 )
+from csdraft.trainers.engines import uses
 from csdraft.trainers.new_students import cut_out, from_scratch, narrow_config, new_config
 
 __all__ = ["added_share", "check_engine", "check_student", "load_student_weights", "make_student", "save_student"]
@@ -40,8 +41,6 @@ SET_HERE = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_mode
 SET_HERE |= {"inference_mode", "runtime_config", "layer_replication"}
 HARMLESS_STARTS = (True, False, "gaussian", "orthogonal")
 """Values of `init_lora_weights` that leave the base's weights alone."""
-ENGINES = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
-"""Those that take a model's weights apart, and what `accelerate launch` sets for them."""
 
 
 def check_student(
@@ -110,8 +109,8 @@ def check_engine(peft: Mapping[str, Any] | None, deepspeed: Any = None, fsdp: An
     if not peft or not any(key in peft for key in SHARED):
         return
     asked = {"DeepSpeed": bool(deepspeed), "FSDP": bool(fsdp)}
-    for engine, variable in ENGINES.items():
-        if asked[engine] or os.environ.get(variable, "").lower() in ("1", "true", "yes", "on"):
+    for engine in asked:
+        if asked[engine] or uses(engine):
             raise ValueError(
                 f"a self-drafting student cannot be trained under {engine}: its layers are the target's own tensors, "
                 "which the engine (ZeRO, FSDP) would shard or move as the student's. Use DDP or one process, or give "
@@ -278,8 +277,12 @@ def _read_weights(folder: str) -> dict[str, Tensor]:
 
 
 def added_share(student: Any, target: nn.Module) -> float:
-    """Parameters that the student needs beside the target's own, as a share of the target's."""
+    """Parameters that the student needs beside the target's own, as a share of the target's.
+
+    Of a self-drafting adapter those of LoRA alone; of LoRA on a small model that model's, too.
+    """
     target = base_model(target)
-    kept = {parameter.data_ptr() for parameter in target.parameters()}
-    added = sum(p.numel() for p in student.parameters() if p.data_ptr() not in kept)
-    return added / sum(parameter.numel() for parameter in target.parameters())
+    kept = {parameter.data_ptr() for parameter in target.parameters()} - {0}  # 0: weights that are elsewhere
+    # ds_numel: of a parameter that ZeRO-3 keeps in parts, the size of the whole.
+    added = sum(getattr(p, "ds_numel", p.numel()) for p in student.parameters() if p.data_ptr() not in kept)
+    return added / target.num_parameters()  # type: ignore[operator]

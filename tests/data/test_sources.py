@@ -193,7 +193,7 @@ def test_what_is_no_data_set(tmp_path, tokenizer):
         (blank, "train", "none with a token to train on"),
         (other, "train", "has columns image, label"),
         (chat, "train", "no chat template"),
-        (saved, "validation", "split 'validation'"),
+        (saved, "validation", r"split 'validation' .* it has train, test\. .* choose with split="),
         ("no/such-data-set", "train", "cannot be read"),
         (str(tmp_path / "missing.jsonl"), "train", "missing.jsonl"),
     ):

@@ -20,7 +20,7 @@ from tiny import VOCAB, tiny
 
 from csdraft.data.packing import IGNORED, Packed, Padded, collate
 from csdraft.data.shards import Part
-from csdraft.data.target_cache import CacheArguments, TargetCache, cache_logits, dense, forecast, write_target_cache
+from csdraft.data.target_cache import CacheArguments, TargetCache, cache_logits, dense, write_target_cache
 from csdraft.losses.forward_kl import forward_kl
 
 ROOT = Path(__file__).parent.parent.parent
@@ -130,9 +130,12 @@ def test_processes_and_batches_write_the_same(cache, tmp_path):
             assert torch.allclose(one, two, atol=0.01, equal_nan=True)
 
 
-def test_the_forecast_is_what_the_files_take(cache):
-    files = [path for path in Path(cache.folder).iterdir() if path.suffix not in (".npy", ".json")]
-    assert sum(path.stat().st_size for path in files) == forecast(ROWS, K)
+def test_the_forecast_is_what_the_files_take(tmp_path, capsys):
+    printed = []
+    write_target_cache(lambda: printed.append(capsys.readouterr().out) or load_target(), ROWS, tmp_path, "tiny", K)
+    files = [path for path in tmp_path.iterdir() if path.suffix not in (".npy", ".json")]
+    taken = sum(path.stat().st_size for path in files)
+    assert f"x {K} logits: {taken / 1000:.3g} KB in {tmp_path}" in printed[0]  # before the target is loaded
 
 
 def test_readers_of_other_processes_open_the_files_themselves(cache):
@@ -153,6 +156,12 @@ def test_too_small_a_disk_is_noticed_before_the_target_is_loaded(tmp_path, monke
 def test_another_cache_is_neither_read_nor_continued(cache, tmp_path):
     with pytest.raises(ValueError, match="of other texts"):
         Packed(ROWS[1:], 32, cache=cache)
+    longer = [row | {"prompt_length": row["prompt_length"] + (number == 5)} for number, row in enumerate(ROWS)]
+    with pytest.raises(ValueError, match=r"are of \d+ positions of row 5, which has \d+ after its prompt"):
+        Packed(longer, 32, cache=cache)
+    cache.check_target("tiny")
+    with pytest.raises(ValueError, match="of the target tiny, not of other"):
+        cache.check_target("other")
     for rows, name, k in ((ROWS[1:], "tiny", K), (ROWS, "other", K), (ROWS, "tiny", K + 1)):
         with pytest.raises(ValueError, match="holds the cache"):
             write_target_cache(load_target, rows, cache.folder, name, k)

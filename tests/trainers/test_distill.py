@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -14,10 +15,13 @@ import pytest
 import torch
 import yaml
 from trainers.pair import arguments, make_pair, settings
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config
 
+from csdraft.data.sources import read_rows
+from csdraft.data.target_cache import write_target_cache
 from csdraft.trainers import run
-from csdraft.trainers.distill import DrafterTrainer
+from csdraft.trainers.arguments import make_arguments
+from csdraft.trainers.distill import DistillArguments, DrafterTrainer
 from csdraft.trainers.exam import Exam, left_padded
 from csdraft.trainers.run import distill
 
@@ -165,6 +169,60 @@ def test_the_exam_is_the_training_metric(folder):
     assert found == max(seen)
 
 
+def test_curves_reach_tensorboard(folder, monkeypatch):
+    """Block efficiency, and the overlap by the place in the text."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(folder / "events"))
+    trainer = distill(
+        arguments(
+            folder, "curves", max_steps=2, eval_strategy="steps", eval_steps=1, eval_new_tokens=5,
+            eval_prompts=f"{folder}/prompts.jsonl", report_to="tensorboard",
+        )
+    )  # fmt: skip
+    events = accumulator.EventAccumulator(str(folder / "events"))
+    events.Reload()
+    for name in ("block_efficiency", "acceptance", *(f"acceptance_from_{n}" for n in (1, 2, 4)), "accepted_1"):
+        logged = [entry[f"eval_{name}"] for entry in trainer.state.log_history if f"eval_{name}" in entry]
+        assert len(logged) == 2, name
+        assert [event.value for event in events.Scalars(f"eval/{name}")] == pytest.approx(logged)
+    assert "eval/acceptance_from_8" not in events.Tags()["scalars"]
+
+
+def test_the_overlap_is_told_apart_by_the_place_in_the_text(folder):
+    """Against both models' distributions, row by row; the drafter is far from the target."""
+    names = ("target", "student")
+    target, student = (AutoModelForCausalLM.from_pretrained(folder / name).float().eval() for name in names)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "target")
+    target.generation_config.eos_token_id = None
+    prompts = [tokenizer(text)["input_ids"] for text in ("x1 = y", "x2 = y + 3\n")]
+    exam = Exam(prompts, tokenizer.pad_token_id, depth=2, new_tokens=6)
+    figures = exam.grade(exam.sit(target, student))
+    found: dict[int, list[float]] = {1: [], 2: [], 4: []}
+    width = max(map(len, prompts))
+    for prompt, text in zip(prompts, exam._written[True, 0], strict=True):
+        ids = text[width - len(prompt) :][None]
+        with torch.no_grad():
+            both = torch.stack([model(ids).logits[0].softmax(-1) for model in (target, student)])
+        for place in range(1, 7):
+            overlap = both[:, len(prompt) + place - 2].amin(0).sum().item()
+            found[max(first for first in found if first <= place)].append(overlap)
+    for first, overlaps in found.items():
+        assert figures[f"acceptance_from_{first}"] == pytest.approx(sum(overlaps) / len(overlaps), abs=1e-5)
+    every = [overlap for overlaps in found.values() for overlap in overlaps]
+    assert figures["acceptance"] == pytest.approx(sum(every) / len(every), abs=1e-5)
+    assert figures["acceptance"] < 0.9
+
+
+def test_a_target_may_have_eight_bits(folder):
+    pytest.importorskip("bitsandbytes")
+    eight = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    of = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "eval_new_tokens": 8}
+    of |= {"eval_prompts": f"{folder}/prompts.jsonl"}
+    short = distill(arguments(folder, "eight", target_quantization=eight, **of))
+    assert "Linear8bitLt" in repr(short.target)
+    assert losses(short) == pytest.approx(losses(distill(arguments(folder, "whole", **of))), rel=0.05)
+
+
 WRONG = {
     "an unknown loss": ({"losses": {"foward_kl": 1.0}}, "forward_kl"),
     "a share above one": ({"on_policy": 1.5}, "from 0 to 1"),
@@ -175,13 +233,28 @@ WRONG = {
     "on-policy without room": ({"on_policy": 0.5, "on_policy_prompt": 48}, "leaves nothing to write"),
     "no texts asked for": ({"dataset_limit": 0}, "dataset_limit=0"),
     "another tokenizer": ({"student": "{root}/models/smol-drafter"}, "tokenizer"),
+    "evaluation of nothing": ({"eval_strategy": "steps", "eval_steps": 2}, "eval_prompts=FILE"),
+    "figures before training of nothing": ({"eval_on_start": True}, "eval_prompts=FILE"),
+    "logits of another target": ({"target_cache": "{folder}/logits"}, "of the target other/model, not of .*/target"),
+    "logits of nothing": ({"target_cache": "{folder}/texts.jsonl"}, "holds no cached logits"),
+    "a target shared with nobody": ({"target_sharded": True}, "nobody to share with"),
+    "a target shared and on one device": ({"target_sharded": True, "target_device_map": "auto"}, "leave out"),
+    "no way to quantise": ({"target_quantization": {"load_in_8bit": True}}, "lacks quant_method"),
+    "no number": ({"learning_rate": "fast"}, "learning_rate='fast' must be a number, such as"),
+    "no truth value": ({"packing": "perhaps"}, "packing='perhaps' must be true or false, such as packing=true"),
 }
 
 
 @pytest.mark.parametrize("what", WRONG)
 def test_mistakes_are_found_before_the_target_is_loaded(folder, what, monkeypatch):
     monkeypatch.setattr(run, "load_models", lambda *_: pytest.fail("the target was loaded"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: name)  # deepspeed's absence is another mistake
     changes, words = WRONG[what]
+    if "target_cache" in changes and not (folder / "logits").exists():
+        tokenizer = AutoTokenizer.from_pretrained(folder / "target")
+        rows = read_rows(str(folder / "texts.jsonl"), tokenizer, 48)
+        target = AutoModelForCausalLM.from_pretrained(folder / "target")
+        write_target_cache(lambda: target, rows, folder / "logits", "other/model", 4)
     changes = {
         key: value.format(folder=folder, root=ROOT) if isinstance(value, str) else value
         for key, value in changes.items()
@@ -194,3 +267,25 @@ def test_a_checkpoint_of_another_student_is_refused(folder):
     distill(arguments(folder, "other", max_steps=2))
     with pytest.raises(ValueError, match="student"):
         distill(arguments(folder, "other", max_steps=4, student=str(folder / "target")))
+
+
+def test_an_encoder_decoder_needs_prompts_before_it_is_loaded(folder, monkeypatch):
+    monkeypatch.setattr(run, "load_models", lambda *_: pytest.fail("the target was loaded"))
+    shape = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+    T5Config(vocab_size=300, **shape).save_pretrained(folder / "t5")
+    AutoTokenizer.from_pretrained(folder / "target").save_pretrained(folder / "t5")
+    with pytest.raises(ValueError, match=r"row 0 has a prompt of 0 tokens.*'prompt' and 'response'"):
+        distill(arguments(folder, "plain", target=str(folder / "t5"), student=None, init={"config": {}}))
+
+
+def test_words_of_yaml_mean_what_the_default_says():
+    given = {
+        "report_to": False,
+        "eval_strategy": False,
+        "learning_rate": "3e-4",
+        "max_steps": "1e3",
+        "logging_steps": 5,
+    }
+    args = make_arguments(DistillArguments, {"use_cpu": True, "output_dir": "nowhere", **given})
+    assert (args.report_to, args.eval_strategy.value) == ([], "no")
+    assert (args.learning_rate, args.max_steps, args.logging_steps) == (3e-4, 1000, 5)
