@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import shutil
 import tempfile
 import warnings
@@ -25,7 +24,7 @@ from csdraft.card import SHIM, SIGNATURE, model_card
 from csdraft.decoding.names import name_of
 from csdraft.decoding.runner import home
 from csdraft.drafters.model import HUB_OPTIONS, MOST_VOCABULARY_PADDING, base_model, load_model
-from csdraft.heads.self_draft import SelfDraft
+from csdraft.heads.self_draft import SelfDraft, is_hub_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,11 +60,7 @@ def vocab_size(model: nn.Module) -> int:
 def public_name(model: nn.Module) -> str:
     """The model's Hub id; of a path only the last part, since it says nothing on another machine."""
     path = str(getattr(model.config, "_name_or_path", ""))
-    return path if _is_hub_id(path) else name_of(model)
-
-
-def _is_hub_id(path: str) -> bool:
-    return re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path) is not None and not os.path.exists(path)
+    return path if is_hub_id(path) else name_of(model)
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -149,7 +144,7 @@ def _cached_revision(repo: str) -> str | None:
     """The commit that the Hub cache of this machine holds of a repository's main branch; None if it holds none."""
     from huggingface_hub import try_to_load_from_cache
 
-    file = try_to_load_from_cache(repo, "config.json") if _is_hub_id(repo) else None
+    file = try_to_load_from_cache(repo, "config.json") if is_hub_id(repo) else None
     return Path(file).parent.name if isinstance(file, str) else None
 
 
@@ -239,7 +234,7 @@ def find_cascade(path: str, **options: Any) -> Path | None:
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError
 
-    if os.path.exists(path) or not _is_hub_id(path):
+    if not is_hub_id(path):
         return Path(path) if Path(path, DOCUMENT).is_file() else None
     try:
         hf_hub_download(path, DOCUMENT, **options)

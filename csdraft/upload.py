@@ -21,17 +21,25 @@ def upload(
         repo_id: "user/name".
         token: with the right to write; the one that `hf auth login` stored if None.
         private: of a new repository; the account's default if None.
-        revision: branch to commit to; "main" if None.
+        revision: branch to commit to, made if it is not there; "main" if None.
 
     Returns:
         The commit's address.
+
+    Raises:
+        ValueError: `repo_id` cannot be one of the Hub.
     """
     from huggingface_hub import HfApi
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    if repo_id.count("/") > 1 or not repo_id.strip("/"):
-        raise ValueError(f"repo_id={repo_id!r} is no Hub id: give 'user/name'")
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"repo_id={repo_id!r} is no Hub id, give 'user/name': {error}") from error
     api = HfApi(token=token)
     repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/"):  # those of pull requests are there
+        api.create_branch(repo, branch=revision, exist_ok=True)
     done = api.upload_folder(
         repo_id=repo, folder_path=folder, revision=revision, commit_message=commit_message, repo_type="model"
     )

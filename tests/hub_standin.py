@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories by id: files by path, as the last commit left them."""
+    """Repositories by id: files by path, as the last commit left them; branches besides main as `id@branch`."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -43,6 +43,13 @@ class Handler(BaseHTTPRequestHandler):
             self._answer({"url": f"{self.server.address}/{name}", "name": name})
         elif self.path == "/api/validate-yaml":
             self._answer({"errors": [], "warnings": []})
+        elif "/branch/" in self.path:
+            branch = f"{repo}@{self._last()}"
+            taken = branch in self.server.repos
+            self.server.repos.setdefault(branch, dict(self.server.repos[repo]))
+            self._answer({}, 409 if taken else 200)
+        elif self._branch(repo) not in self.server.repos:
+            self._answer({"error": f"no revision {self._last()}"}, 404)
         elif "/preupload/" in self.path:
             files = json.loads(body)["files"]
             self._answer(
@@ -53,11 +60,18 @@ class Handler(BaseHTTPRequestHandler):
                 entry = json.loads(line)
                 if entry["key"] == "file":
                     value = entry["value"]
-                    self.server.repos[repo][value["path"]] = base64.b64decode(value["content"])
+                    self.server.repos[self._branch(repo)][value["path"]] = base64.b64decode(value["content"])
             commit = {"commitUrl": f"{self.server.address}/{repo}/commit/1", "commitOid": "1" * 40}
             self._answer(commit | {"pullRequestUrl": None})
         else:
             self._answer({"message": f"not there: {self.path}"}, 404)
+
+    def _last(self) -> str:
+        return self.path.split("?")[0].rsplit("/", 1)[-1]
+
+    def _branch(self, repo: str) -> str:
+        """Where the files of a request's revision are kept."""
+        return repo if self._last() == "main" else f"{repo}@{self._last()}"
 
     def _repo(self) -> str:
         parts = self.path.split("?")[0].split("/")

@@ -5,16 +5,24 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+from csdraft.data.generate import GenerateArguments
+from csdraft.trainers.distill import DistillArguments
+from csdraft.trainers.pretrain import PretrainArguments
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*map(ROOT.joinpath, ("README.md", "CONTRIBUTING.md")), *sorted(ROOT.glob("docs/*.md"))]
-PAGES += sorted(ROOT.glob("recipes/*/README.md"))
+PAGES += [*sorted(ROOT.glob("recipes/*/README.md")), *sorted(ROOT.glob("models/*/README.md"))]
 MODELS = [ROOT / "models" / "smol-target", ROOT / "models" / "smol-drafter"]
+
+ARGUMENTS = {"generate_data.py": GenerateArguments, "pretrain.py": PretrainArguments}
+ARGUMENTS |= dict.fromkeys(("distill_drafter.py", "benchmark_training.py"), DistillArguments)
+"""Whose fields the `key=value` words of a script are."""
 
 BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>.*?) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
 LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)")
@@ -115,7 +123,7 @@ def help_of(*program: str) -> str:
 
 
 def check_command(words: list[str], where: str) -> None:
-    if not words or words[:2] in (["pip", "install"], ["git", "clone"]) or words[0] == "cd":
+    if not words or words[:2] in (["pip", "install"], ["git", "clone"]) or words[0] in ("cd", "source"):
         return
     if words[0] == "make":
         # -o: the installation is taken to be up to date, whatever the times of its files.
@@ -135,6 +143,8 @@ def check_command(words: list[str], where: str) -> None:
             assert re.search(rf"{re.escape(word.split('=')[0])}\b", text), f"{where}: no option {word}"
         elif word.startswith(("recipes/", "scripts/")):
             assert (ROOT / word).exists(), f"{where}: no file {word}"
+        elif "=" in word and (arguments_of := ARGUMENTS.get(Path(program[-1]).name)):
+            assert word.split("=")[0] in {field.name for field in fields(arguments_of)}, f"{where}: no key {word}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

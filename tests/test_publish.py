@@ -11,7 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from hub_standin import Hub, standin
-from trainers.pair import make_pair, settings
+from trainers.pair import arguments, make_pair, settings
+from transformers import AutoModelForCausalLM
+
+from csdraft.trainers.arguments import read_values
+from csdraft.trainers.run import distill
+from csdraft.trainers.students import added_share, make_student
+from csdraft.upload import upload
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,7 +50,7 @@ def program(hub: Hub, *command: str) -> str:
         "HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0", "HF_TOKEN": "hf_test",
         "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_TELEMETRY": "1",
     }  # fmt: skip
-    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -63,29 +69,62 @@ def test_a_cascade_is_uploaded_as_it_is_saved(folder, hub):
     assert set(hub.tokens) == {"Bearer hf_test"}
 
 
+def test_a_branch_is_made_for_the_upload(tmp_path, hub):
+    """Of a repository that is new, and of one that has it."""
+    (tmp_path / "files").mkdir()
+    for text in ("first", "second"):
+        (tmp_path / "files" / "file.txt").write_text(text)
+        command = f"from csdraft.upload import upload; upload({str(tmp_path / 'files')!r}, 'me/new', revision='v2')"
+        program(hub, "-c", command)
+        assert hub.repos["me/new@v2"]["file.txt"] == text.encode()
+    assert "file.txt" not in hub.repos["me/new"]
+
+
+@pytest.mark.parametrize("name", ["user/", "/name", "user/name/more", "", "user/a name"])
+def test_what_is_no_hub_id(name, tmp_path):
+    with pytest.raises(ValueError, match="give 'user/name'"):
+        upload(tmp_path, name)
+
+
 def test_a_drafter_is_uploaded_with_its_card(folder, hub):
     script = folder / "push.py"
     options = settings(
-        folder, "pushed", max_steps=2, hub_model_id="me/drafter", eval_prompts=f"{folder}/prompts.jsonl",
-        eval_on_start=True, eval_strategy="steps", eval_steps=2, eval_new_tokens=8,
+        folder, "pushed", max_steps=2, hub_model_id="me/drafter", push_to_hub=True,
+        eval_prompts=f"{folder}/prompts.jsonl", eval_on_start=True, eval_strategy="steps",
+        eval_steps=2, eval_new_tokens=8,
     )  # fmt: skip
     script.write_text(
-        "import json, sys\n"
+        "import json\n"
         "from csdraft.trainers.distill import DistillArguments\n"
         "from csdraft.trainers.run import distill\n"
-        f"trainer = distill(DistillArguments(**json.loads({json.dumps(json.dumps(options))})))\n"
-        "print(trainer.push_to_hub())\n"
+        f"distill(DistillArguments(**json.loads({json.dumps(json.dumps(options))})))\n"
     )
     program(hub, str(script))
     sent, saved = hub.repos["me/drafter"], contents(folder / "pushed")
     sent.pop(".gitattributes", None)
     assert sent == {name: content for name, content in saved.items() if not name.startswith("checkpoint-")}
-    card, origin = sent["README.md"].decode(), json.loads(sent["provenance.json"])
-    assert "speculative-decoding" in card
-    assert "| block efficiency, greedy |" in card
-    assert "before" in card
+    text, origin = sent["README.md"].decode(), json.loads(sent["provenance.json"])
+    assert "speculative-decoding" in text
+    assert "| block efficiency, greedy |" in text
+    assert "before" in text
     assert origin["steps"] == 2
     assert origin["versions"]["torch"] == torch.__version__
-    assert str(folder) not in card + json.dumps(origin)
+    assert str(folder) not in text + json.dumps(origin)
     assert "model.safetensors" in sent
     assert "tokenizer.json" in sent
+    sizes = [AutoModelForCausalLM.from_pretrained(folder / name).num_parameters() for name in ("pushed", "target")]
+    assert origin["added_parameters"] == sizes[0] / sizes[1]
+    assert f"adds {100 * sizes[0] / sizes[1]:.2f} % of the target's parameters" in text
+
+
+def test_a_self_drafter_says_how_little_it_adds(folder):
+    """Trained, the card has the figure; with the bundled recipe it is below 2 % of the target."""
+    peft = {"layers": [0, 1], "r": 1, "target_modules": ["q_proj"]}
+    args = arguments(folder, "own", student=None, peft=peft, max_steps=1, save_strategy="no")
+    trainer = distill(args)
+    lora = sum(p.numel() for name, p in trainer.student.named_parameters() if "lora_" in name)
+    share = lora / trainer.target.num_parameters()
+    assert f"It adds {100 * share:.2f} % of the target's parameters" in (folder / "own" / "README.md").read_text()
+    target = AutoModelForCausalLM.from_pretrained(ROOT / "models" / "smol-target")
+    recipe = read_values(str(ROOT / "recipes/smol/self_draft.yaml"), [])
+    assert 0.005 < added_share(make_student(target, peft=recipe["peft"]), target) < 0.02

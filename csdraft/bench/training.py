@@ -14,9 +14,10 @@ from torch.nn.functional import log_softmax
 from torch.utils.data import DataLoader
 
 from csdraft.bench.statistics import Interval, bootstrap_median
+from csdraft.data.packing import IGNORED
 from csdraft.trainers.arguments import make_arguments
 from csdraft.trainers.distill import DistillArguments, DrafterTrainer, Shuffled
-from csdraft.trainers.run import check, load_models, make_batches, read_rows, read_target
+from csdraft.trainers.run import load_models, prepare
 
 __all__ = ["trainer_overhead"]
 
@@ -36,12 +37,7 @@ def trainer_overhead(values: Mapping[str, Any], steps: int = 12, repetitions: in
         fixed = {"max_steps": steps, "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
         fixed |= {"output_dir": scratch, "muon": False, "eval_prompts": None, "on_policy": 0.0, "disable_tqdm": True}
         args = make_arguments(DistillArguments, dict(values) | fixed)
-        if args.threads:
-            torch.set_num_threads(args.threads)
-        config, tokenizer = read_target(args)
-        check(args, config, tokenizer)
-        rows = read_rows(args.dataset, tokenizer, args.max_length, limit=args.dataset_limit)
-        batches = make_batches(args, config, tokenizer, rows)
+        config, tokenizer, batches = prepare(args)
         target, student = load_models(args, config)
         order = Shuffled(len(batches["train_dataset"]), args.seed)
         loader = DataLoader(batches["train_dataset"], args.train_batch_size, sampler=order,
@@ -67,7 +63,7 @@ def bare_loop(student: nn.Module, target: nn.Module, loader: DataLoader, args: D
         with torch.no_grad():
             p = log_softmax(target(**batch, use_cache=False).logits[:, :-1].float(), -1)
         q = log_softmax(student(**batch, use_cache=False).logits[:, :-1].float(), -1)
-        scored = labels != -100
+        scored = labels != IGNORED
         loss = ((p.exp() * (p - q)).sum(-1) * scored).sum() / scored.sum()
         loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm)

@@ -29,6 +29,7 @@ __all__ = [
     "Base",
     "SelfDraft",
     "adapter_state",
+    "is_hub_id",
     "own_layers",
     "peft_package",
     "read_document",
@@ -63,7 +64,7 @@ def own_layers(target: Any, layers: Sequence[int], encoder_layers: Sequence[int]
     network.self_draft = Base(
         tuple(layers),
         None if encoder_layers is None else tuple(encoder_layers),
-        path if _is_hub_id(path) else os.path.basename(path.rstrip("/")) or type(target).__name__,
+        path if is_hub_id(path) else os.path.basename(path.rstrip("/")) or type(target).__name__,
         getattr(config, "_commit_hash", None),
         fingerprint(target),
         config.vocab_size,
@@ -72,7 +73,8 @@ def own_layers(target: Any, layers: Sequence[int], encoder_layers: Sequence[int]
     return network
 
 
-def _is_hub_id(path: str) -> bool:
+def is_hub_id(path: str) -> bool:
+    """Whether this can be a model of the Hub and is no file or folder here."""
     return re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path) is not None and not os.path.exists(path)
 
 
