@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from csdraft.schedules.cost_model import clear_memory
+from csdraft.schedules import bandit, cost_model
 
 torch.set_num_threads(1)
 
@@ -30,8 +30,9 @@ def _seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def _inexperienced() -> None:
-    """Earlier tests have taught the cost model nothing: what they measured may keep it from drafting at all."""
-    clear_memory()
+    """Earlier tests have taught schedules nothing: what they measured may keep them from drafting at all."""
+    cost_model.clear_memory()
+    bandit.MEMORY.clear()
 
 
 @pytest.fixture(autouse=True)

@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Interval", "bootstrap_mean", "bootstrap_median"]
+__all__ = ["Interval", "bootstrap_mean", "bootstrap_median", "bootstrap_ratio"]
 
 DRAWS = 4000
 
 
 class Interval(NamedTuple):
-    """A median (or mean, see the function) and its 95 % bootstrap interval."""
+    """A median (or mean, or ratio, see the function) and its 95 % bootstrap interval."""
 
     median: float
     low: float
@@ -51,3 +51,12 @@ def bootstrap_mean(values: Sequence[float], draws: int = DRAWS, seed: int = 0) -
     chosen = np.random.default_rng(seed).integers(len(line), size=(draws, len(line)))
     low, high = np.quantile(line[chosen].mean(axis=1), (0.025, 0.975))
     return Interval(float(line.mean()), float(low), float(high))
+
+
+def bootstrap_ratio(parts: Sequence[float], wholes: Sequence[float], draws: int = DRAWS, seed: int = 0) -> Interval:
+    """Sum of parts / sum of wholes, one of each a prompt, and its interval; prompts are drawn with replacement."""
+    pairs = np.asarray([parts, wholes], dtype=float)  # (2, prompts)
+    chosen = np.random.default_rng(seed).integers(pairs.shape[1], size=(draws, pairs.shape[1]))
+    sums = pairs[:, chosen].sum(axis=2)  # (2, draws)
+    low, high = np.quantile(sums[0] / sums[1], (0.025, 0.975))
+    return Interval(float(pairs[0].sum() / pairs[1].sum()), float(low), float(high))

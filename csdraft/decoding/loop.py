@@ -37,6 +37,7 @@ def run(
     schedule: Schedule,
     output: Output,
     strict: bool = False,
+    diagnose: bool = False,
 ) -> Report:
     """Writes all rows of a call to their ends and reports how that went.
 
@@ -50,10 +51,11 @@ def run(
         schedule: how much to draft each round.
         output: takes the emitted tokens (streamer, scores).
         strict: raise when a drafter fails instead of going on without it.
+        diagnose: compare the laws of target and drafts at every judged token (`Report.rejections`).
     """
     target = call.session(call.target)
     guarded = Guarded(drafter, verifier, call.vocab, strict)
-    report = Report.begin(call)
+    report = Report.begin(call, diagnose)
     live = list(range(call.rows))
     started = time.perf_counter()
     while live:

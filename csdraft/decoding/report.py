@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from csdraft.decoding.call import Call
 from csdraft.decoding.interfaces import Round
 from csdraft.decoding.names import name_of
+from csdraft.decoding.rejections import Rejections
 from csdraft.decoding.tally import Tally
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class Report:
         reviews: what each reviewer decided, by its name; "target" is the target.
         models: what each model did, by its name; "target" is the target.
         failures: how often a drafter failed and was left out, by message.
+        rejections: the target's, expected and measured, of the calls that asked for them (`diagnose=True`).
         tokens: of the last call, per row, the emitted tokens.
         levels: per row, the level of each emitted token, an index into `level_names`.
         lengths: per row, the tokens that each round emitted.
@@ -80,6 +82,7 @@ class Report:
     reviews: dict[str, Tally] = field(default_factory=dict)
     models: dict[str, ModelUse] = field(default_factory=dict)
     failures: Counter[str] = field(default_factory=Counter)
+    rejections: Rejections | None = None
     tokens: list[list[int]] = field(default_factory=list, repr=False)
     levels: list[list[int]] = field(default_factory=list, repr=False)
     lengths: list[list[int]] = field(default_factory=list, repr=False)
@@ -89,16 +92,24 @@ class Report:
     # Recording.
 
     @classmethod
-    def begin(cls, call: Call) -> Report:
-        """An empty report of a call that is about to start."""
-        rows = range(call.rows)
-        return cls(tokens=[[] for _ in rows], levels=[[] for _ in rows], lengths=[[] for _ in rows], _call=call)
+    def begin(cls, call: Call, diagnose: bool = False) -> Report:
+        """An empty report of a call that is about to start; ValueError if it cannot be diagnosed."""
+        if diagnose and (call.sampler.greedy or call.sampler.coupled):
+            raise ValueError(
+                "diagnose=True compares laws, which greedy and coupled draws have none of; pass do_sample=True and a "
+                "verifier of independent draws, such as 'rejection'"
+            )
+        report = cls(_call=call, rejections=Rejections() if diagnose else None)
+        report.tokens, report.levels, report.lengths = ([[] for _ in range(call.rows)] for _ in range(3))
+        return report
 
     def add(self, rounds: Sequence[Round]) -> None:
         """Counts one forward of the target and what it led to."""
         self.target_calls += 1
         assert self._call is not None
         self._call.tallies[0].add(rounds)
+        if self.rejections is not None:
+            self.rejections.add(rounds)
         ended = False
         for finished in rounds:
             row, tokens = finished.context.row, finished.tokens
@@ -180,7 +191,8 @@ class Report:
     def merged(self, other: Report) -> Report:
         """The counts of both; the text of `other`, or this one's if that has none."""
         last = other if other.calls else self
-        failures = self.failures + other.failures
+        failures, own, others = self.failures + other.failures, self.rejections, other.rejections
+        rejections = own.merged(others) if own and others else own or others
         return Report(
             self.calls + other.calls,
             self.target_calls + other.target_calls,
@@ -189,6 +201,7 @@ class Report:
             _merged(self.reviews, other.reviews),
             _merged(self.models, other.models),
             Counter(dict(failures.most_common(MOST_FAILURES))),
+            rejections,
             last.tokens,
             last.levels,
             last.lengths,
@@ -210,6 +223,7 @@ class Report:
             "reviews": {name: tally.to_dict() for name, tally in self.reviews.items()},
             "models": {name: asdict(use) for name, use in self.models.items()},
             "failures": dict(self.failures),
+            "rejections": None if self.rejections is None else asdict(self.rejections),
         }
 
     @classmethod
@@ -221,6 +235,8 @@ class Report:
         values = {key: value for key, value in data.items() if key not in ("csdraft_report", "summary")}
         values["reviews"] = {name: Tally.from_dict(tally) for name, tally in data["reviews"].items()}
         values["models"] = {name: ModelUse(**use) for name, use in data["models"].items()}
+        found = data.get("rejections")
+        values["rejections"] = None if found is None else Rejections(**found)
         return cls(**{**values, "failures": Counter(data["failures"])})
 
     def save(self, path: str | Path) -> None:

@@ -59,6 +59,11 @@ def headlines(report: Report) -> list[str]:
     ]
     if report.cut:
         lines.append(f"{count(report.cut, 'draft token')} of the K matrix cut by the schedule or for want of room")
+    if (found := report.rejections) is not None:
+        lines.append(
+            f"{found.measured:,} rejections at {found.judged:,} judged positions, {found.expected:.1f} expected: "
+            f"{found.limit}"
+        )
     lines += [f"a drafter failed and was left out ({times}x): {message}" for message, times in report.failures.items()]
     return lines
 

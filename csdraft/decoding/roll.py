@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from csdraft.decoding.interfaces import Context, Request
+from csdraft.decoding.interfaces import Context, Request, Stop
 from csdraft.decoding.runner import Feed
-from csdraft.decoding.scores import argmax
+from csdraft.decoding.scores import argmax, entropy
 from csdraft.decoding.session import Session
 
 __all__ = ["Rolled", "roll"]
-
-Stop = Callable[[float], bool]
 
 
 @dataclass
@@ -41,7 +40,7 @@ def roll(
         contexts: where to go on from.
         steps: (rows,) tokens wanted; a row also ends on an end-of-text token, or when its `stop` says so.
         confidence: whether to compute each token's softmax probability.
-        stops: per row, called with the confidence of each token kept.
+        stops: per row, asked about each token kept; see `Budget`.
         on_device: draw without looking at the tokens, and copy them to the host once; where the model is on an
             accelerator if None, and only where nothing has to see a token before the next is drawn.
     """
@@ -83,10 +82,11 @@ def _step_by_step(
             rolled[i].tokens.append(token)
             ended = token in head.stopping.eos or len(rolled[i].tokens) >= steps[i]
             if confidence or stop is not None:
-                sure = _confidence(session, logits[place, -1], token)
+                probs = _soft(session, logits[place, -1])
+                sure = float(probs[token])
                 if confidence:
                     rolled[i].confidence.append(sure)  # type: ignore[union-attr]
-                ended = ended or (stop is not None and stop(sure))
+                ended |= stop is not None and stop(sure, partial(entropy, probs))
             if not ended:
                 going.append(i)
                 plans[row] = session.append(row, token)
@@ -116,10 +116,10 @@ def _draw(
     return tokens
 
 
-def _confidence(session: Session, logits: Tensor, token: int) -> float:
-    """The model's softmax probability of a token at the call's temperature (1 when greedy)."""
+def _soft(session: Session, logits: Tensor) -> Tensor:
+    """(vocab,) the model's softmax at the call's temperature (1 when greedy)."""
     temperature = 1.0 if session.head.sampler.greedy else session.head.processing.temperature
-    return float((logits.float() / temperature).softmax(-1)[token])
+    return (logits.float() / temperature).softmax(-1)
 
 
 def _unwatched(

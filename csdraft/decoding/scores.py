@@ -13,7 +13,7 @@ from csdraft.decoding.sampling import Processing, Sampler
 from csdraft.decoding.stopping import Stopping
 from csdraft.decoding.text import Text
 
-__all__ = ["Head", "Scores", "argmax"]
+__all__ = ["Head", "Scores", "argmax", "entropy"]
 
 
 NAN = "the model's logits are nan; check its dtype (fp16 overflows where bf16 does not)"
@@ -44,6 +44,11 @@ def argmax(logits: Tensor) -> list[int]:
     if any(value != value for value in best):
         raise ValueError(NAN)
     return indices
+
+
+def entropy(probs: Tensor) -> float:
+    """Of (vocab,) probabilities, in nats."""
+    return float(torch.special.entr(probs).sum())
 
 
 class Head:
@@ -151,10 +156,20 @@ class Scores:
             return one_hot
         return self.processed(node).float().softmax(-1)
 
+    def top(self, k: int) -> Tensor:
+        values = self.logits.float() if self.logits.device.type == "cpu" else self.logits
+        if k == 1 and values.device.type == "cpu":  # as in `argmax`
+            return torch.from_numpy(values.numpy().argmax(-1))[:, None]
+        return values.topk(k, -1).indices.cpu()
+
     def soft(self, node: int, token: int) -> float:
         temperature = 1.0 if self.head.sampler.greedy else self.head.processing.temperature
         log_probs = (self.raw(node).float() / temperature).log_softmax(-1)
         return float(log_probs[token].exp())
+
+    def entropy(self, node: int) -> float:
+        temperature = 1.0 if self.head.sampler.greedy else self.head.processing.temperature
+        return entropy((self.raw(node).float() / temperature).softmax(-1))
 
     def ends(self, node: int, token: int) -> bool:
         stopping = self.head.stopping

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 from csdraft.decoding.interfaces import Round
@@ -24,6 +25,7 @@ class Tally:
         emitted: tokens the rounds added, the reviewer's own corrections and bonus tokens included.
         drafted, tried, accepted: tokens by the level whose choice they were.
         outcomes: how many rounds accepted and tried so many tokens, by (accepted, tried).
+        ranks: of trees, how often which child of a node was kept, by (children, its rank among them or -1 for none).
     """
 
     rounds: int = 0
@@ -33,6 +35,7 @@ class Tally:
     tried: Counter = field(default_factory=Counter)
     accepted: Counter = field(default_factory=Counter)
     outcomes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    ranks: Counter[tuple[int, int]] = field(default_factory=Counter)
 
     def add(self, rounds: Sequence[Round]) -> None:
         """Counts finished rounds; a few microseconds each."""
@@ -53,6 +56,8 @@ class Tally:
                 self.tried[level] += tried.count(level)
                 self.accepted[level] += accepted.count(level)
             self.outcomes[len(accepted), len(tried)] += 1
+            if not draft.is_chain:
+                self.ranks.update(_ranks(finished))
 
     def named(self, names: Sequence[str]) -> Tally:
         """The same counts, by the levels' names."""
@@ -60,7 +65,9 @@ class Tally:
             Counter({names[level]: n for level, n in sorted(counter.items())})
             for counter in (self.drafted, self.tried, self.accepted)
         )
-        return Tally(self.rounds, self.plain, self.emitted, drafted, tried, accepted, Counter(self.outcomes))
+        return Tally(
+            self.rounds, self.plain, self.emitted, drafted, tried, accepted, self.outcomes.copy(), self.ranks.copy()
+        )
 
     def merged(self, other: Tally) -> Tally:
         """Both together."""
@@ -72,6 +79,7 @@ class Tally:
             self.tried + other.tried,
             self.accepted + other.accepted,
             self.outcomes + other.outcomes,
+            self.ranks + other.ranks,
         )
 
     @property
@@ -94,11 +102,30 @@ class Tally:
         """Numbers, strings, lists and dictionaries only."""
         counts = {name: dict(getattr(self, name)) for name in ("drafted", "tried", "accepted")}
         outcomes = [[accepted, tried, rounds] for (accepted, tried), rounds in sorted(self.outcomes.items())]
-        return {"rounds": self.rounds, "plain": self.plain, "emitted": self.emitted, **counts, "outcomes": outcomes}
+        ranks = [[children, rank, times] for (children, rank), times in sorted(self.ranks.items())]
+        sums = {"rounds": self.rounds, "plain": self.plain, "emitted": self.emitted}
+        return {**sums, **counts, "outcomes": outcomes, "ranks": ranks}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Tally:
         """The inverse of `to_dict`."""
         drafted, tried, accepted = (Counter(data[name]) for name in ("drafted", "tried", "accepted"))
         outcomes = Counter({(accepted, tried): rounds for accepted, tried, rounds in data["outcomes"]})
-        return cls(data["rounds"], data["plain"], data["emitted"], drafted, tried, accepted, outcomes)
+        ranks = Counter({(children, rank): times for children, rank, times in data.get("ranks", ())})
+        return cls(data["rounds"], data["plain"], data["emitted"], drafted, tried, accepted, outcomes, ranks)
+
+
+def _ranks(finished: Round) -> list[tuple[int, int]]:
+    """(children, rank of the one kept or -1) of every node of a tree at which the reviewer had to choose.
+
+    The tip's family is left out where it was put in another order, so that a chain can go on from there.
+    """
+    draft, verdict = finished.draft, finished.verdict
+    nodes = [finished.context.tip, *verdict.accepted]
+    found = []
+    for node, kept in zip_longest(nodes, verdict.accepted):
+        children = draft.children(node)
+        wanted = kept is not None or verdict.next_token is not None
+        if wanted and children and (draft.tip not in children or len(children) == 1 or draft.has_drawn_siblings):
+            found.append((len(children), -1 if kept is None else children.index(kept)))
+    return found

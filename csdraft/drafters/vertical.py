@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
@@ -103,4 +104,10 @@ class Vertical(Drafter):
 
 def _stops(budget: Budget, finished: Round) -> bool:
     """Whether the round emitted a token that the draft should end at; what stands behind it is kept too."""
-    return budget.stop is not None and any(budget.stop(sure) for sure in finished.confidence or ())
+    if budget.stop is None or finished.confidence is None:
+        return False
+    above = [finished.context.tip, *finished.verdict.accepted]
+    return any(
+        budget.stop(sure, partial(finished.scores.entropy, node))
+        for sure, node in zip(finished.confidence, above, strict=False)  # a text may end on an accepted node
+    )

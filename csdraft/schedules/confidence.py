@@ -8,7 +8,7 @@ inner round that emitted such a token, and keeps what stands behind it; statisti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Schedule
@@ -34,7 +34,7 @@ class Confidence(Schedule):
         if self.depth < 1:
             raise ValueError(f"depth={self.depth} must be at least 1")
 
-    def _unsure(self, confidence: float) -> bool:
+    def _unsure(self, confidence: float, entropy: Callable[[], float]) -> bool:
         return confidence < self.threshold
 
     def budgets(self, contexts: Sequence[Context], rooms: Sequence[int], drafter: Drafter) -> list[Budget]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -114,24 +114,29 @@ class Ledger:
         return self.survivals.setdefault((evidence, skip), Survival())
 
 
-Entries = dict[Hashable, tuple[list, Ledger]]
+Entries = dict[Hashable, tuple[list, Any]]
 
 
 class Memory:
-    """Ledgers of earlier calls, by target and drafter; forgets models that are gone. Locked."""
+    """What earlier calls have learned, by target and drafter; forgets models that are gone. Locked.
 
-    def __init__(self) -> None:
+    Args:
+        make: what a call starts from that has no earlier one.
+    """
+
+    def __init__(self, make: Callable[[], Any] = Ledger) -> None:
+        self._make = make
         self._lock = threading.Lock()
         self._ledgers: weakref.WeakKeyDictionary[Any, Entries] = weakref.WeakKeyDictionary()
 
-    def load(self, target: Any, models: Sequence[Any], key: Hashable) -> Ledger:
+    def load(self, target: Any, models: Sequence[Any], key: Hashable) -> Any:
         with self._lock:
             refs, ledger = self._ledgers.get(target, {}).get(key, ([], None))
             if ledger is None or [ref() for ref in refs] != list(models):
-                return Ledger()
+                return self._make()
             return deepcopy(ledger)
 
-    def save(self, target: Any, models: Sequence[Any], key: Hashable, ledger: Ledger) -> None:
+    def save(self, target: Any, models: Sequence[Any], key: Hashable, ledger: Any) -> None:
         with self._lock:
             kept = self._ledgers.setdefault(target, {})
             for old in [k for k, (refs, _) in kept.items() if any(ref() is None for ref in refs)]:

@@ -32,7 +32,7 @@ class Heard(Drafter):
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
         (budget,), heard = budgets, []
-        stop = budget.stop and (lambda sure: heard.append(sure) or budget.stop(sure))
+        stop = budget.stop and (lambda sure, entropy: heard.append(sure) or budget.stop(sure, entropy))
         (draft,) = self.inner.propose(contexts, [replace(budget, stop=stop)])
         self.asked.append(heard)
         self.lengths.append(len(draft))

@@ -1,0 +1,83 @@
+"""Expected rejections beside measured ones: whether the drafter or the rule is the limit.
+
+Yin et al. (arXiv 2411.00841): rejection sampling rejects, at each position that it judges, with the total variation
+between the target's law and the draft's, and no unbiased rule that decides token by token rejects less. So the sum of
+total variations is what a drafter costs under the best such rule. Measured rejections above it are the rule's fault;
+below it, siblings in a tree or a joint test of a block have saved some; close to it, only a better drafter helps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from csdraft.decoding.draft import Draft
+from csdraft.decoding.interfaces import Round, ScoresView
+
+__all__ = ["Rejections"]
+
+DEVIATIONS = 2.0
+
+
+@dataclass
+class Rejections:
+    """Counts over positions at which a verifier had a drafted token to judge; of siblings the first is meant.
+
+    Attributes:
+        judged: positions.
+        measured: those at which nothing drafted was kept.
+        expected: sum of the total variations there.
+        variance: of the number of rejections, were each position's total variation its chance of one.
+    """
+
+    judged: int = 0
+    measured: int = 0
+    expected: float = 0.0
+    variance: float = 0.0
+
+    def add(self, rounds: Sequence[Round]) -> None:
+        """Counts finished rounds of independent draws, before their scores are gone: O(vocabulary) a judged token."""
+        for finished in rounds:
+            draft, kept = finished.draft, finished.verdict.accepted
+            ended = finished.verdict.next_token is None
+            above = [finished.context.tip, *kept[: len(kept) - ended]]  # nothing is judged after the end
+            for node in above:
+                if children := draft.children(node):
+                    distance = total_variation(draft, children[0], finished.scores, node)
+                    self.judged += 1
+                    self.expected += distance
+                    self.variance += distance * (1 - distance)
+            self.measured += not ended and bool(draft.children(above[-1]))
+
+    def merged(self, other: Rejections) -> Rejections:
+        """Both together."""
+        return Rejections(
+            self.judged + other.judged,
+            self.measured + other.measured,
+            self.expected + other.expected,
+            self.variance + other.variance,
+        )
+
+    @property
+    def deviations(self) -> float:
+        """How many standard deviations the measured rejections lie above the expected ones."""
+        excess = self.measured - self.expected
+        return excess / self.variance**0.5 if self.variance > 0 else 0.0
+
+    @property
+    def limit(self) -> str:
+        """What keeps drafts from being longer, in words."""
+        if self.deviations > DEVIATIONS:
+            return "more than the laws ask for: the rule is the limit"
+        if self.deviations < -DEVIATIONS:
+            return "fewer than token by token: siblings or a joint test help"
+        return "as many as the laws ask for: the drafter is the limit"
+
+
+def total_variation(draft: Draft, child: int, scores: ScoresView, node: int) -> float:
+    """Between the reviewer's law after `node` and the law that `child` was drawn from; a point mass is a law too."""
+    target_probs = scores.probs(node)
+    draft_probs = None if draft.law is None else draft.law.rows[child]
+    if draft_probs is None:
+        return 1.0 - float(target_probs[draft.tokens[child]])
+    return max(1.0 - float(target_probs.minimum(draft_probs.to(target_probs)).sum()), 0.0)

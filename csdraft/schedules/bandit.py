@@ -1,0 +1,128 @@
+"""Bandit: who drafts, and how much, is an arm; the arm with the most tokens a second is played, others now and then.
+
+After BanditSpec (arXiv 2505.15141), whose arms are drafters and whose rule is UCB. Here an arm is a number of leading
+stages of a cascade to leave out (`Budget.skip`) together with a depth, and drafting nothing is an arm too. Its reward
+is the ratio of the tokens to the seconds of its rounds, its bonus the discounted UCB of Garivier and Moulines (arXiv
+0805.3415), since texts change. It assumes nothing about how costs or acceptance come about, so it needs more rounds
+than `cost_model`, which does: take it where that model is wrong, such as for drafters whose time does not grow with
+the depth, and for long texts or many calls.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from csdraft.decoding.call import Call
+from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Schedule
+from csdraft.tables.costs import Memory
+
+__all__ = ["Bandit"]
+
+UNREAD = 16
+"""With more text for a drafter to read than this, a round says nothing about its arm."""
+
+
+@dataclass(frozen=True)
+class Bandit(Schedule):
+    """Plays the arm with the highest upper bound of tokens a second.
+
+    Args:
+        depths: draft tokens a round; with each number of leading stages to leave out they make an arm.
+        exploration: weight of the bonus for arms of few rounds, in units of the best arm's tokens a second.
+        memory: how many rounds weigh: each is faded by 1 - 1 / memory with every later one.
+        remember: whether calls learn from earlier calls with the same models.
+    """
+
+    depths: tuple[int, ...] = (2, 5, 10)
+    exploration: float = 0.1
+    memory: float = 50.0
+    remember: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "depths", tuple(self.depths))
+        if not self.depths or min(self.depths) < 1:
+            raise ValueError(
+                f"depths={self.depths} must be one or more numbers >= 1; nothing drafted is always an arm"
+            )
+        if self.exploration < 0 or not self.memory > 1:
+            raise ValueError(
+                f"exploration={self.exploration}, memory={self.memory}: expected exploration >= 0 and memory > 1"
+            )
+
+    def start(self, call: Call, drafter: Drafter) -> Schedule:
+        return Playing(self, call, drafter)
+
+
+@dataclass
+class Arm:
+    """What the rounds of one arm came to, old ones faded."""
+
+    rounds: float = 0.0
+    tokens: float = 0.0
+    seconds: float = 0.0
+
+
+Arms = dict[tuple[int, int], Arm]
+MEMORY = Memory(dict)
+
+
+class Playing(Schedule):
+    """One call's bandit."""
+
+    def __init__(self, options: Bandit, call: Call, drafter: Drafter):
+        self.options, self.call, self.drafter = options, call, drafter
+        self.key = (call.rows, call.sampler.greedy, call.head.processing.temperature, drafter.signature(), options)
+        known: Arms = MEMORY.load(call.target, drafter.models(), self.key) if options.remember else {}
+        self.stages = drafter.stages()
+        most = self.stages[-1][1] if len(self.stages) > 1 else max(options.depths)
+        depths = sorted({min(depth, most) for depth in options.depths} - {0})
+        pairs = [*((skip, depth) for skip in range(len(self.stages)) for depth in depths), (0, 0)]
+        self.arms = {pair: known.get(pair, Arm()) for pair in pairs}
+        self.playing, self.rounds, self.counts = pairs[0], 0, False
+
+    def budgets(self, contexts: Sequence[Context], rooms: Sequence[int], drafter: Drafter) -> list[Budget]:
+        skip, depth = self.playing = self._choose()
+        # The first round reads the prompt, and a text about to end cuts drafts: neither says what an arm is worth.
+        self.counts = self.rounds > 0 and min(rooms) >= depth and self._unread(skip, depth, contexts) <= UNREAD
+        return [Budget(min(depth, room), min(depth, room), skip=skip) for room in rooms]
+
+    def _choose(self) -> tuple[int, int]:
+        """An arm never played, else the one with the highest upper bound."""
+        for pair, arm in self.arms.items():
+            if not arm.rounds:
+                return pair
+        total = sum(arm.rounds for arm in self.arms.values())
+        best = max(arm.tokens / arm.seconds for arm in self.arms.values())
+
+        def bound(pair: tuple[int, int]) -> float:
+            arm = self.arms[pair]
+            bonus = math.sqrt(max(math.log(total), 0.0) / arm.rounds)
+            return arm.tokens / arm.seconds + self.options.exploration * best * bonus
+
+        return max(self.arms, key=bound)
+
+    def _unread(self, skip: int, depth: int, contexts: Sequence[Context]) -> int:
+        """Tokens of text that the arm's models have not seen yet."""
+        drafting = self.stages[skip:] if depth else []
+        sessions = [self.call.session(model) for stage, _ in drafting for model in stage.models()[:1]]  # type: ignore
+        return max((session.unread(c.row, c.text) for session in sessions for c in contexts), default=0)
+
+    def observe(self, rounds: Sequence[Round], draft_seconds: float, score_seconds: float) -> None:
+        self.rounds += 1
+        if not self.counts:
+            return
+        faded = 1 - 1 / self.options.memory
+        for arm in self.arms.values():
+            arm.rounds *= faded
+            arm.tokens *= faded
+            arm.seconds *= faded
+        arm = self.arms[self.playing]
+        arm.rounds += 1
+        arm.tokens += sum(len(finished.tokens) for finished in rounds) / len(rounds)
+        arm.seconds += draft_seconds + score_seconds
+
+    def finish(self) -> None:
+        if self.options.remember:
+            MEMORY.save(self.call.target, self.drafter.models(), self.key, self.arms)

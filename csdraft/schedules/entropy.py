@@ -1,0 +1,89 @@
+"""Entropy: a model drafter goes on while the entropy of its law says that its token is likely to be kept.
+
+AdaEDL (arXiv 2410.18351): 1 - sqrt(gamma * H) is a training-free estimate from below of the chance that a token drawn
+from a law of entropy H is accepted, and drafting ends where it falls under a threshold. Of use where texts are
+sampled: the confidence of a drawn token is noisy, the entropy of the law it came from is not. The paper asks before it
+draws; here the token is drawn and kept, as in every schedule, so that stopping never selects by identity: drafts are
+one token longer. The threshold can follow the acceptance rate, as in Draft & Verify (arXiv 2309.08168, section 3.3).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from csdraft.decoding.call import Call
+from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Schedule
+
+__all__ = ["Entropy"]
+
+RATE_MEMORY, THRESHOLD_MEMORY, STEP = 0.5, 0.9, 0.01
+"""Draft & Verify's beta1 and beta2, the weights of the past, and epsilon, by which the threshold moves."""
+
+
+@dataclass(frozen=True)
+class Entropy(Schedule):
+    """Drafts up to `depth` tokens, ending after the first with 1 - sqrt(gamma * entropy) < threshold.
+
+    Args:
+        gamma: scale of the entropy, in nats; 0.2 in the paper.
+        threshold: lower bound of the acceptance in [0, 1], or where it starts from; 0 asks for at most 1 / gamma nats.
+        rate: the acceptance rate that the threshold should lead to: it rises, so that drafts get shorter, while fewer
+            tokens are kept. None: the threshold stays where it is.
+        depth: the most draft tokens a round.
+    """
+
+    gamma: float = 0.2
+    threshold: float = 0.4
+    rate: float | None = None
+    depth: int = 20
+
+    def __post_init__(self) -> None:
+        if not self.gamma > 0:
+            raise ValueError(f"gamma={self.gamma} must be above 0; to stop nowhere take the schedule 'fixed'")
+        for name in ("threshold", "rate"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name}={value} must lie between 0 and 1")
+        if self.depth < 1:
+            raise ValueError(f"depth={self.depth} must be at least 1")
+
+    def start(self, call: Call, drafter: Drafter) -> Schedule:
+        return self if self.rate is None else Following(self, self.rate)
+
+    def budgets(self, contexts: Sequence[Context], rooms: Sequence[int], drafter: Drafter) -> list[Budget]:
+        return [self.budget(room, self.threshold) for room in rooms]
+
+    def budget(self, room: int, threshold: float) -> Budget:
+        """One row's, under a threshold of its own."""
+
+        def unsure(confidence: float, entropy: Callable[[], float]) -> bool:
+            return 1 - math.sqrt(self.gamma * entropy()) < threshold
+
+        return Budget(min(self.depth, room), min(self.depth, room), stop=unsure)
+
+
+class Following(Schedule):
+    """One call's thresholds, one a row: a batch is its rows."""
+
+    def __init__(self, options: Entropy, rate: float):
+        self.options, self.rate = options, rate
+        self.thresholds: dict[int, float] = {}
+        self.rates: dict[int, float] = {}
+
+    def budgets(self, contexts: Sequence[Context], rooms: Sequence[int], drafter: Drafter) -> list[Budget]:
+        start = self.options.threshold
+        thresholds = [self.thresholds.get(context.row, start) for context in contexts]
+        return [self.options.budget(*pair) for pair in zip(rooms, thresholds, strict=True)]
+
+    def observe(self, rounds: Sequence[Round], draft_seconds: float, score_seconds: float) -> None:
+        for finished in rounds:
+            if not finished.drafted:
+                continue
+            row, share = finished.context.row, finished.accepted / finished.depth
+            seen = self.rates[row] = RATE_MEMORY * self.rates.get(row, share) + (1 - RATE_MEMORY) * share
+            old = self.thresholds.get(row, self.options.threshold)
+            moved = old + (STEP if seen < self.rate else -STEP)
+            new = THRESHOLD_MEMORY * old + (1 - THRESHOLD_MEMORY) * moved
+            self.thresholds[row] = min(max(new, 0.0), 1.0)

@@ -1,0 +1,65 @@
+"""Stop head: a model drafter goes on until a rejection somewhere in the draft has become too likely.
+
+SpecDec++ (arXiv 2405.19715) shows that the best policy stops once the probability of at least one rejection, one minus
+the product of the tokens' predicted chances, exceeds a threshold. The chances come from a small head, which
+`csdraft.trainers.stop_head` trains in seconds on drafts that a target has judged. It reads confidence, entropy and
+depth instead of the paper's hidden state, so it also knows about the token just drafted, where the paper's is one
+token behind. Without a head the confidence itself stands for the chance: a baseline that needs no training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from csdraft.decoding.interfaces import Budget, Context, Drafter, Schedule
+from csdraft.tables.acceptance_head import AcceptanceHead
+
+__all__ = ["StopHead"]
+
+
+@dataclass(frozen=True)
+class StopHead(Schedule):
+    """Drafts up to `depth` tokens, ending after the one with which P(some token is rejected) exceeds `threshold`.
+
+    Args:
+        head: a trained head, or the path of a saved one; None: confidences.
+        threshold: in [0, 1]; larger drafts longer, 1 never stops early. The paper's best is 0.7.
+        depth: the most draft tokens a round.
+    """
+
+    head: AcceptanceHead | str | Path | None = None
+    threshold: float = 0.7
+    depth: int = 20
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"threshold={self.threshold} must be a probability between 0 and 1")
+        if self.depth < 1:
+            raise ValueError(f"depth={self.depth} must be at least 1")
+        if isinstance(self.head, (str, Path)):
+            object.__setattr__(self, "head", AcceptanceHead.load(self.head))
+
+    def budgets(self, contexts: Sequence[Context], rooms: Sequence[int], drafter: Drafter) -> list[Budget]:
+        return [Budget(min(self.depth, room), min(self.depth, room), stop=Watch(self)) for room in rooms]
+
+
+class Watch:
+    """One row's draft in the making: how likely it is that all of it will be kept.
+
+    Args:
+        options: the schedule.
+    """
+
+    def __init__(self, options: StopHead):
+        self.options, self.alive, self.depth = options, 1.0, 0
+
+    def __call__(self, confidence: float, entropy: Callable[[], float]) -> bool:
+        head = self.options.head
+        if isinstance(head, AcceptanceHead):
+            self.alive *= head(confidence, entropy(), self.depth)
+        else:
+            self.alive *= confidence
+        self.depth += 1
+        return 1 - self.alive > self.options.threshold

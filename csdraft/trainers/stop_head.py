@@ -1,0 +1,172 @@
+"""Trains the head of the schedule `stop_head`: harvest judged drafts, fit a small network, hold it against the data.
+
+SpecDec++ (arXiv 2405.19715) trains on the soft labels min(1, target / draft probability) at positions of mixed texts,
+by a binary cross-entropy that weighs rejections more. Here the labels are what a verifier really decided while a text
+was decoded: drafts follow the very texts, stages and rules that the head will be used with, and there is no second
+code path from which features could differ. Only tokens that were tried count: what stands behind a rejection says
+nothing.
+
+    examples = harvest(target, drafter, batches, max_new_tokens=256)
+    fit(examples).save("head.safetensors")           # then schedule=StopHead("head.safetensors")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Schedule
+from csdraft.tables.acceptance_head import AcceptanceHead
+
+__all__ = ["Examples", "fit", "harvest", "judge"]
+
+BINS = 10
+FEWEST = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Drafted tokens that a target has judged.
+
+    Attributes:
+        heard: (examples, 3) confidence, entropy and depth of each.
+        kept: (examples,) bool, whether it was accepted.
+    """
+
+    heard: np.ndarray
+    kept: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def split(self, share: float) -> tuple[Examples, Examples]:
+        """The first `share` of them and the rest, which are of later texts."""
+        at = int(len(self) * share)
+        return Examples(self.heard[:at], self.kept[:at]), Examples(self.heard[at:], self.kept[at:])
+
+
+class Listening(Schedule):
+    """Drafts to a fixed depth, and notes what a stop would be asked and what became of the token.
+
+    Args:
+        depth: draft tokens a round.
+    """
+
+    def __init__(self, depth: int):
+        self.depth = depth
+        self.heard: list[tuple[float, float, int]] = []
+        self.kept: list[bool] = []
+        self._rows: dict[int, list[tuple[float, float, int]]] = {}
+
+    def budgets(self, contexts: Sequence[Context], rooms: Sequence[int], drafter: Drafter) -> list[Budget]:
+        self._rows = {context.row: [] for context in contexts}
+        depths = [min(self.depth, room) for room in rooms]
+        stops = [_noting(self._rows[context.row]) for context in contexts]
+        return [Budget(d, d, confidence=True, stop=stop) for d, stop in zip(depths, stops, strict=True)]
+
+    def observe(self, rounds: Sequence[Round], draft_seconds: float, score_seconds: float) -> None:
+        for finished in rounds:
+            draft, verdict, start = finished.draft, finished.verdict, len(finished.context.draft)
+            accepted = set(verdict.accepted)
+            tip = verdict.accepted[-1] if accepted else finished.context.tip
+            refused = draft.children(tip)[:1] if verdict.next_token is not None else ()
+            # Tokens of a statistical drafter have no confidence, and nobody is asked about them.
+            sure = [node for node in range(start, len(draft)) if draft.confidence[node] == draft.confidence[node]]
+            for node, heard in zip(sure, self._rows[finished.context.row], strict=False):
+                if node in accepted or node in refused:
+                    self.heard.append(heard)
+                    self.kept.append(node in accepted)
+
+
+def _noting(row: list[tuple[float, float, int]]) -> Callable[[float, Callable[[], float]], bool]:
+    def never(confidence: float, entropy: Callable[[], float]) -> bool:
+        row.append((confidence, entropy(), len(row)))
+        return False
+
+    return never
+
+
+def harvest(
+    target: Any, drafter: Drafter, batches: Iterable[Mapping[str, Any]], depth: int = 8, **options: Any
+) -> Examples:
+    """Decodes texts and keeps what a stop would have been asked about each drafted token, and whether it was accepted.
+
+    Args:
+        target: a model whose `generate` knows `assistant=`.
+        drafter: drafts chains by a model, alone or in a cascade.
+        batches: inputs of `generate`.
+        depth: draft tokens a round; deeper drafts teach about deeper tokens.
+        options: of `generate`: the verifier, sampling and length that the head will be used with.
+    """
+    listening = Listening(depth)
+    for batch in batches:
+        target.generate(**batch, assistant=drafter, schedule=listening, strict=True, **options)
+    heard = np.array(listening.heard, dtype=np.float64).reshape(-1, 3)
+    return Examples(heard, np.array(listening.kept, dtype=bool))
+
+
+def fit(
+    examples: Examples, hidden: int = 16, rejected_weight: float = 1.0, steps: int = 300, seed: int = 0
+) -> AcceptanceHead:
+    """A head fitted to examples by weighted binary cross-entropy.
+
+    Args:
+        hidden: width of the head.
+        rejected_weight: what a rejected token weighs against an accepted one. 1 predicts probabilities; above 1 it
+            predicts too little and stops sooner: SpecDec++ takes 6.
+        steps: of Adam, on all examples at once.
+        seed: of the head's first weights.
+
+    Raises:
+        ValueError: there are too few examples, or none of a kind.
+    """
+    if len(examples) < FEWEST or examples.kept.all() or not examples.kept.any():
+        raise ValueError(
+            f"{len(examples)} judged tokens, {int(examples.kept.sum())} of them kept: at least {FEWEST} are needed, "
+            "and some of each kind; harvest more texts, by a drafter that has a model"
+        )
+    table = [AcceptanceHead.features(c, h, int(d)) for c, h, d in examples.heard]
+    features = torch.tensor(table, dtype=torch.float32)  # (examples, 3)
+    mean, scale = features.mean(0), features.std(0).clamp_min(1e-6)
+    kept = torch.from_numpy(examples.kept).float()
+    weights = torch.where(kept > 0, 1.0, rejected_weight)
+    generator = torch.Generator().manual_seed(seed)
+    first, last = nn.Linear(features.shape[1], hidden), nn.Linear(hidden, 1)
+    with torch.no_grad():
+        for layer in (first, last):
+            layer.weight.normal_(std=layer.in_features**-0.5, generator=generator)
+            layer.bias.zero_()
+    optimizer = torch.optim.Adam([*first.parameters(), *last.parameters()], lr=0.02)
+    inputs = (features - mean) / scale
+    with torch.enable_grad():
+        for _ in range(steps):
+            logits = last(nn.functional.silu(first(inputs)))[:, 0]
+            losses = nn.functional.binary_cross_entropy_with_logits(logits, kept, reduction="none")
+            loss = (weights * losses).sum() / weights.sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    parts = (mean, scale, first.weight, first.bias, last.weight[0], last.bias[0])
+    return AcceptanceHead(*(part.detach().numpy() for part in parts))
+
+
+def judge(head: AcceptanceHead | None, examples: Examples) -> dict[str, float]:
+    """How well chances fit examples: mean cross-entropy in nats, and expected calibration error over ten bins.
+
+    Args:
+        head: None judges the confidences themselves.
+    """
+    if head is None:
+        chances = examples.heard[:, 0]
+    else:
+        chances = np.array([head(c, h, int(d)) for c, h, d in examples.heard])
+    clipped, kept = chances.clip(1e-6, 1 - 1e-6), examples.kept
+    entropy = -np.where(kept, np.log(clipped), np.log1p(-clipped)).mean()
+    bins = np.minimum((chances * BINS).astype(int), BINS - 1)
+    gaps = [abs(chances[bins == b].sum() - kept[bins == b].sum()) for b in range(BINS)]
+    return {"cross_entropy": float(entropy), "calibration_error": float(sum(gaps) / len(kept))}
