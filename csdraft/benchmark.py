@@ -40,6 +40,7 @@ SUITE_DEFAULTS: dict[str | None, dict[str, Any]] = {
     "batch": {},
     "overhead": {},
     "grid": {},
+    "planner": {"max_new_tokens": 64},
 }
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 DEFAULTS = {"prompts": PROMPTS, "context": 0, "max_new_tokens": 128}
@@ -57,7 +58,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--target", default=TARGET, help="path or Hub id (default: %(default)s)")
     made.add_argument("--drafter", default=DRAFTER, help="path or Hub id (default: %(default)s)")
     made.add_argument("--prompts", help=f'FILE.jsonl of {{"id", "prompt"}}, or a Hub data set (default: {PROMPTS})')
-    made.add_argument("--tune-prompts", default=TUNE_PROMPTS, help="for --suite grid (default: %(default)s)")
+    made.add_argument(
+        "--tune-prompts", default=TUNE_PROMPTS, help="for --suite grid and planner (default: %(default)s)"
+    )
     made.add_argument("--limit", type=int, help="use so many prompts at most")
     made.add_argument("--context", type=int, help="make every prompt so many tokens long, with the prompts before it")
     made.add_argument("--suite", choices=[*SUITES], help="a fixed set of methods, with claims to pass or fail")
@@ -94,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tokenizer = load_tokenizer(options.target)
         setup = load(options, tokenizer, device)
         prompts = tokenized(tokenizer, read_prompts(options.prompts, options.limit), options.context)
-        if options.suite == "grid":
+        if options.suite in ("grid", "planner"):
             tune = tokenized(tokenizer, read_prompts(options.tune_prompts, options.limit), options.context)
     methods = [name for name in options.methods.split(",") if name]
     greedy = options.temperature == 0

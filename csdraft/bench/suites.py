@@ -12,6 +12,7 @@ from csdraft.bench.grid import grid_search
 from csdraft.bench.measure import Cell, Prompt, Run, measure
 from csdraft.bench.methods import DEFAULT, Setup, build
 from csdraft.bench.overhead import measure_overhead, overhead_claims, overhead_table
+from csdraft.bench.planning import check_planner
 from csdraft.bench.statistics import Interval
 
 __all__ = ["SUITES", "Outcome", "Work", "methods_suite"]
@@ -170,6 +171,13 @@ def grid(work: Work) -> Outcome:
     return outcome
 
 
+def planner(work: Work) -> Outcome:
+    """What the planner expects against what is measured, and its pick against a grid's; on the tune prompts."""
+    assert work.setup is not None
+    claims, table, figures = check_planner(work.setup, work.tune_prompts, work.repetitions, work.progress)
+    return Outcome(claims=claims, notes=[table], extra=figures)
+
+
 SUITES: dict[str, Callable[[Work], Outcome]] = {
-    function.__name__: function for function in (short, long, random, batch, overhead, grid)
+    function.__name__: function for function in (short, long, random, batch, overhead, grid, planner)
 }

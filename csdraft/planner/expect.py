@@ -8,14 +8,13 @@ itself does so for long), which is why texts are replayed and rates are not mult
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from csdraft.planner.trace import Offer, Trace, World
 
-__all__ = ["Expectation", "expect"]
+__all__ = ["Expectation", "KMatrix", "expect"]
 
-KMatrix = Sequence[Sequence[int]]
+KMatrix = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)

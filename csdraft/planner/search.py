@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from itertools import product
 from math import prod
 
-from csdraft.planner.expect import Expectation, expect
+from csdraft.planner.expect import Expectation, KMatrix, expect
 from csdraft.planner.trace import World
 
 __all__ = ["Plan", "alternatives", "search"]
 
 FEW = 1500
 """Matrices that may all be replayed: seconds."""
-
-KMatrix = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)

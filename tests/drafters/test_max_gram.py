@@ -12,7 +12,8 @@ from standin import StandInCall, microseconds, proposed
 
 from csdraft.decoding.interfaces import Budget
 from csdraft.decoding.text import Text
-from csdraft.drafters.max_gram import NEAR, MaxGram, _Index
+from csdraft.drafters._history import NEAR, History
+from csdraft.drafters.max_gram import MaxGram
 from csdraft.tables.bigram import BigramTable
 
 
@@ -245,9 +246,10 @@ def test_bounded_walks_still_find_a_true_match() -> None:
     for _ in range(200):
         text = [1] * generator.randint(70, 400) + word(generator, 2, 3) + [1] * generator.randint(0, 400)
         path = word(generator, 3, 6, 1)
-        index = _Index()
+        index = History()
         index.read(Text(torch.tensor(text)))
-        length, last = index.find(path)
+        state, length = index.find(path)
+        last = index.automaton.recent[state]
         ending = text + path
         assert text[last + 1 - length : last + 1] == ending[len(ending) - length :]
         assert length >= min(longest_match([], text, path)[0], NEAR)
@@ -257,10 +259,10 @@ def test_reading_a_prompt() -> None:
     for kind, tokens in histories(8192).items():
         text, times = Text(torch.tensor(tokens)), []
         for _ in range(3):
-            index, start = _Index(), time.perf_counter()
+            index, start = History(), time.perf_counter()
             index.read(text)
             times.append(time.perf_counter() - start)
         rate = len(tokens) / min(times)
-        print(f"MaxGram reads {kind}: {rate:,.0f} tokens/s, {len(index.length) / len(tokens):.2f} states a token")
+        print(f"MaxGram reads {kind}: {rate:,.0f} tokens/s, {index.automaton.states / len(tokens):.2f} states a token")
         assert rate > 20_000
-        assert len(index.length) < 2 * len(tokens) + 2
+        assert index.automaton.states < 2 * len(tokens) + 2

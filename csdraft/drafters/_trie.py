@@ -1,0 +1,52 @@
+"""Token sequences merged into one tree by their common beginnings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from csdraft.decoding.draft import ROOT, Draft
+from csdraft.decoding.interfaces import Context
+
+__all__ = ["Trie", "until"]
+
+
+class Trie:
+    """A tree under construction, numbered like a `Draft` of its own."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.parents: list[int] = []
+        self._children: dict[tuple[int, int], int] = {}
+
+    def add(self, tokens: Iterable[int], node: int = ROOT) -> int:
+        """Adds a sequence below `node`, as far as it is new; the node it ends on."""
+        children = self._children
+        for token in tokens:
+            child = children.get((node, token))
+            if child is None:
+                child = children[node, token] = len(self.tokens)
+                self.tokens.append(token)
+                self.parents.append(node)
+            node = child
+        return node
+
+    def below(self, context: Context, best: int, level: int) -> Draft:
+        """The context's draft with this tree at its tip; its last node is `best`, or a leaf below that."""
+        tokens, parents, tip = self.tokens, self.parents, context.tip
+        for node in range(best + 1, len(tokens)):  # the newest child of the newest child, and so on
+            if parents[node] == best:
+                best = node
+        if best != len(tokens) - 1:
+            tokens = [*tokens[:best], *tokens[best + 1 :], tokens[best]]
+            above = [parent - (parent > best) for parent in parents]
+            parents = [*above[:best], *above[best + 1 :], above[best]]
+        if tip != ROOT:
+            parents = [tip if parent == ROOT else tip + 1 + parent for parent in parents]
+        return context.draft.attach(tokens, parents, level)
+
+
+def until(ends: frozenset[int], tokens: Sequence[int]) -> Sequence[int]:
+    """The tokens up to the first that ends a text, that one included."""
+    if ends.isdisjoint(tokens):
+        return tokens
+    return tokens[: 1 + next(i for i, token in enumerate(tokens) if token in ends)]

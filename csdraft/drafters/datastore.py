@@ -1,0 +1,118 @@
+"""Retrieval from a datastore: drafts what followed the text's ending in a large corpus, as a tree; no model.
+
+REST (arXiv 2311.08252). Use it where the target writes what many others have written: code, standard phrases, its own
+earlier outputs by the million. Build the corpus with `scripts/build_datastore.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from pathlib import Path
+
+from csdraft.decoding.call import Call
+from csdraft.decoding.draft import Draft
+from csdraft.decoding.interfaces import Budget, Context, Drafter
+from csdraft.tables.corpus import SPAN, CorpusIndex
+
+__all__ = ["Datastore"]
+
+LONG_MATCHES = (4, 8)
+"""Matches of at least so many tokens are evidence of their own kinds."""
+
+
+@dataclass(frozen=True)
+class Datastore(Drafter):
+    """Finds the longest ending of the text in a corpus and drafts the most frequent of what followed it there.
+
+    All tokens are point masses: under independent draws the tree is judged without any of the bias of sampling rules
+    that take frequencies for probabilities.
+
+    Args:
+        corpus: a `CorpusIndex`, or the path of one.
+        depth: most tokens in a row unless a schedule or a cascade says otherwise.
+        nodes: most tokens of a draft: the most frequent, of equals the nearest.
+        min_match: shortest match worth drafting from; the longest that is found is 16.
+        matches: places looked at, spread evenly where a match has more. The paper looks at 5000.
+    """
+
+    corpus: CorpusIndex | str | Path
+    depth: int = 10  # type: ignore[assignment]
+    nodes: int = 64
+    min_match: int = 2
+    matches: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "nodes", "min_match", "matches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} of a Datastore must be at least 1")
+        if isinstance(self.corpus, (str, Path)):
+            object.__setattr__(self, "corpus", CorpusIndex.load(self.corpus))
+
+    @property
+    def _corpus(self) -> CorpusIndex:
+        assert isinstance(self.corpus, CorpusIndex)
+        return self.corpus
+
+    def check(self, call: Call) -> None:
+        if self._corpus.largest >= call.vocab:
+            raise ValueError(
+                f"the datastore has token {self._corpus.largest}, the target {call.vocab} tokens; build it with the "
+                "target's tokenizer: scripts/build_datastore.py"
+            )
+
+    def width(self, depth: int) -> int:
+        return self.nodes
+
+    def evidence(self, context: Context) -> int:
+        matched, _, _ = self._corpus.find(context.text.tail(SPAN), self.min_match)
+        return 0 if not matched else 1 + sum(matched >= length for length in LONG_MATCHES)
+
+    def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
+        return [self._propose(c, min(b.depth, b.room)) for c, b in zip(contexts, budgets, strict=True)]
+
+    def _propose(self, context: Context, depth: int) -> Draft:
+        path, draft, eos = context.path, context.draft, context.call.head.stopping.eos
+        if depth <= 0 or (path and path[-1] in eos):
+            return draft
+        _, first, last = self._corpus.find(context.text.tail(SPAN) + path, self.min_match)
+        if first == last:
+            return draft
+        ahead = self._corpus.continuations(first, last, depth, self.matches)
+        if eos and any(not eos.isdisjoint(tokens) for tokens in ahead):
+            ahead = [_up_to(tokens, eos) for tokens in ahead]
+        tokens, parents = _merged(ahead, self.nodes)
+        tip, old = context.tip, len(draft)
+        return draft.attach(tokens, [tip if p < 0 else old + p for p in parents], context.call.level(self))
+
+
+def _up_to(tokens: list[int], eos: frozenset[int]) -> list[int]:
+    """`tokens` up to the first that ends a text."""
+    return tokens[: next((i + 1 for i, token in enumerate(tokens) if token in eos), len(tokens))]
+
+
+def _merged(sequences: list[list[int]], nodes: int) -> tuple[list[int], list[int]]:
+    """Tokens and parents of the `nodes` most frequent nodes of the sequences' trie, nearest first among equals."""
+    tokens: list[int] = []
+    parents: list[int] = []
+    waiting: list[tuple[int, int, int, int, int, list[list[int]]]] = []  # -count, depth, order, parent, token, those
+    order, node, depth, here = 0, -1, 0, sequences
+    while True:
+        if len(here) == 1:  # no more branches
+            groups = [(here[0][depth], here)] if depth < len(here[0]) else []
+        else:
+            by_token: dict[int, list[list[int]]] = {}
+            for sequence in here:
+                if depth < len(sequence):
+                    by_token.setdefault(sequence[depth], []).append(sequence)
+            groups = by_token.items()
+        for token, those in groups:
+            order += 1
+            heappush(waiting, (-len(those), depth, order, node, token, those))
+        if not waiting or len(tokens) == nodes:
+            return tokens, parents
+        _, depth, _, parent, token, here = heappop(waiting)
+        node, depth = len(tokens), depth + 1
+        tokens.append(token)
+        parents.append(parent)

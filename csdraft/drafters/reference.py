@@ -1,0 +1,105 @@
+"""Reference: copies from documents that the output is likely to quote, where its last tokens match them; no model.
+
+LLMA, "Inference with Reference" (arXiv 2304.04487). Use it for retrieval, caches of earlier answers, or edits of a
+document that is not in the prompt; what is in the prompt, `max_gram` copies by itself. It differs from the paper in
+taking the longest match rather than any of a fixed length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from csdraft.decoding.call import Call
+from csdraft.decoding.draft import Draft
+from csdraft.decoding.interfaces import Budget, Context, Drafter
+from csdraft.tables.documents import DocumentTable
+from csdraft.tables.suffix_automaton import START
+
+__all__ = ["Reference"]
+
+LONG_MATCHES = (2, 4, 8)
+"""Matches of at least so many tokens are evidence of their own kinds."""
+
+NEAR = 32
+"""Tokens of the prompt that may open a match."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reference(Drafter):
+    """Proposes what follows the longest ending of text and draft that a document has, to the document's end at most.
+
+    Args:
+        documents: token ids of each, a `DocumentTable` (its `encode` takes texts), or the path of a saved one.
+        depth: tokens a round unless a schedule or a cascade says otherwise; the paper's k.
+        min_match: shortest match worth copying from; the paper's n.
+    """
+
+    documents: DocumentTable | Sequence[Sequence[int]] | str | Path
+    depth: int = 20  # type: ignore[assignment]
+    min_match: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "min_match"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} of a Reference must be at least 1")
+        if isinstance(self.documents, (str, Path)):
+            object.__setattr__(self, "documents", DocumentTable.load(self.documents))
+        elif not isinstance(self.documents, DocumentTable):
+            object.__setattr__(self, "documents", DocumentTable(self.documents))
+
+    @property
+    def _documents(self) -> DocumentTable:
+        assert isinstance(self.documents, DocumentTable)
+        return self.documents
+
+    def check(self, call: Call) -> None:
+        if self._documents.largest >= call.vocab:
+            raise ValueError(
+                f"the documents have token {self._documents.largest}, the target {call.vocab} tokens; encode them "
+                "with the target's tokenizer"
+            )
+
+    def evidence(self, context: Context) -> int:
+        matched = self._cursor(context).matched
+        return 0 if matched < self.min_match else 1 + sum(matched >= length for length in LONG_MATCHES)
+
+    def _cursor(self, context: Context) -> _Cursor:
+        """Where the row's text stands in the documents, up to date."""
+        text = context.text
+        cursor: _Cursor = context.call.memo((self, context.row), lambda: _Cursor(max(len(text) - NEAR, 0)))
+        if cursor.read < len(text):
+            cursor.state, cursor.matched = self._walk(cursor, text.tokens[cursor.read :])
+            cursor.read = len(text)
+        return cursor
+
+    def _walk(self, cursor: _Cursor, tokens: Sequence[int]) -> tuple[int, int]:
+        most = cursor.matched + len(tokens)  # a match is shortened no oftener than it grew
+        found = self._documents.automaton.walk(cursor.state, cursor.matched, tokens, most)
+        assert found is not None
+        return found
+
+    def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
+        return [self._propose(c, min(b.depth, b.room)) for c, b in zip(contexts, budgets, strict=True)]
+
+    def _propose(self, context: Context, depth: int) -> Draft:
+        path, eos = context.path, context.call.head.stopping.eos
+        if depth <= 0 or (path and path[-1] in eos):
+            return context.draft
+        state, matched = self._walk(self._cursor(context), path)
+        if matched < self.min_match:
+            return context.draft
+        tokens = self._documents.after(self._documents.automaton.recent[state], depth)
+        if not eos.isdisjoint(tokens):
+            tokens = tokens[: 1 + next(i for i, token in enumerate(tokens) if token in eos)]
+        return context.draft.extend(tokens, context.call.level(self))
+
+
+@dataclass
+class _Cursor:
+    """The longest ending of what was read that the documents have."""
+
+    read: int
+    state: int = START
+    matched: int = 0

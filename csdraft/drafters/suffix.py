@@ -1,0 +1,116 @@
+"""Suffix decoding: drafts what most often followed the text's ending, here and in earlier outputs; no model.
+
+SuffixDecoding (arXiv 2411.04975). It drafts more the longer the match, and stops where the continuations disagree.
+Use it where outputs resemble their inputs or each other: agents, code edits, extraction, the same prompt many times.
+`max_gram` is simpler, and drafts to any depth; give this one an `OutputTable` and it also learns from call to call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from csdraft.decoding.call import Call
+from csdraft.decoding.draft import Draft
+from csdraft.decoding.interfaces import Budget, Context, Drafter, Round
+from csdraft.drafters._history import history
+from csdraft.tables.outputs import OutputTable, Place
+from csdraft.tables.speculation import NOTHING, Rule
+
+__all__ = ["Suffix"]
+
+LONG_MATCHES = (2, 4, 8)
+"""Matches of at least so many tokens are evidence of their own kinds."""
+
+
+@dataclass(frozen=True)
+class Suffix(Drafter):
+    """Proposes the most frequent continuation of a match, from the text or the earlier outputs, by expected tokens.
+
+    A match of n tokens allows factor * n + offset drafted ones. The chance of a token is its share of what followed
+    its parent, times its parent's. All tokens are point masses.
+
+    Args:
+        depth: most tokens in a row unless a schedule or a cascade says otherwise.
+        factor, offset: how much a match allows.
+        min_prob: chance below which nothing is drafted.
+        nodes: most tokens of a tree; None drafts chains.
+        outputs: an `OutputTable`, or the path of a saved one: it is searched, and takes in every finished text. None:
+            each call for itself.
+    """
+
+    depth: int = 16  # type: ignore[assignment]
+    factor: float = 1.0
+    offset: float = 0.0
+    min_prob: float = 0.1
+    nodes: int | None = None
+    outputs: OutputTable | str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.depth < 1 or (self.nodes is not None and self.nodes < 1):
+            raise ValueError(f"depth={self.depth} and nodes={self.nodes} of a Suffix must be at least 1")
+        if self.factor < 0 or not 0 < self.min_prob <= 1:
+            raise ValueError(
+                f"factor={self.factor} and min_prob={self.min_prob} of a Suffix: factor must be 0 or more, min_prob "
+                "above 0 and at most 1"
+            )
+        if isinstance(self.outputs, (str, Path)):
+            object.__setattr__(self, "outputs", OutputTable.load(self.outputs))
+
+    @property
+    def _outputs(self) -> OutputTable | None:
+        return self.outputs if isinstance(self.outputs, OutputTable) else None
+
+    def check(self, call: Call) -> None:
+        if self._outputs is not None and self._outputs.largest >= call.vocab:
+            raise ValueError(
+                f"the table of outputs has token {self._outputs.largest}, the target {call.vocab} tokens; "
+                "keep one table a tokenizer"
+            )
+
+    def width(self, depth: int) -> int:
+        return depth if self.nodes is None else self.nodes
+
+    def evidence(self, context: Context) -> int:
+        matched = history(context).automaton.matched
+        if self._outputs is not None:
+            matched = max(matched, self._outputs.match(context.text.tokens, self._place(context)))
+        return 0 if not matched else 1 + sum(matched >= length for length in LONG_MATCHES)
+
+    def _place(self, context: Context) -> Place:
+        """Where the row's text stands in the table."""
+        return context.call.memo((Place, id(self.outputs), context.row), Place)
+
+    def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
+        return [self._propose(c, min(b.depth, b.room)) for c, b in zip(contexts, budgets, strict=True)]
+
+    def _propose(self, context: Context, depth: int) -> Draft:
+        path, draft, eos = context.path, context.draft, context.call.head.stopping.eos
+        if depth <= 0 or (path and path[-1] in eos):
+            return draft
+        rule = Rule(self.factor, self.offset, self.min_prob, depth, self.nodes, eos)
+        known = history(context)
+        found = rule.best(known.automaton, *known.find(path))
+        if self._outputs is not None:
+            earlier = self._outputs.speculate(context.text.tokens, rule, path, self._place(context))
+            found = max(found, earlier, key=lambda one: one.score)
+            if found is not NOTHING and max(found.tokens) >= context.call.vocab:
+                return draft
+        level = context.call.level(self)
+        if found.parents is None:
+            return draft.extend(found.tokens, level)
+        tip, old = context.tip, len(draft)
+        return draft.attach(found.tokens, [tip if p < 0 else old + p for p in found.parents], level)
+
+    def observe(self, rounds: Sequence[Round]) -> None:
+        """Takes in the texts that ended, once each."""
+        if self._outputs is None:
+            return
+        for finished in rounds:
+            context = finished.context
+            if finished.verdict.ended and not finished.level:
+                taken = context.call.memo((OutputTable, id(self._outputs)), set)
+                if context.row not in taken:
+                    taken.add(context.row)
+                    self._outputs.add(context.text.new_tokens + finished.tokens)

@@ -1,0 +1,88 @@
+"""Documents of token ids that drafts may be copied from."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from csdraft.tables.suffix_automaton import JUNCTION, SuffixAutomaton
+
+__all__ = ["DocumentTable"]
+
+FORMAT = "csdraft-documents-1"
+
+
+class DocumentTable:
+    """An immutable value, about 150 bytes a token once it is searched; threads may share one.
+
+    Args:
+        documents: token ids each; empty ones are left out.
+    """
+
+    def __init__(self, documents: Sequence[Sequence[int]]):
+        self.tokens: list[int] = []
+        self._ends: list[int] = []  # one past each document's last token
+        for number, document in enumerate(documents):
+            if isinstance(document, str):
+                raise ValueError(
+                    f"document {number} is a text; give token ids, or DocumentTable.encode(texts, tokenizer)"
+                )
+            if len(document):
+                if min(document) < 0:
+                    raise ValueError(f"document {number} has token {min(document)}; token ids are 0 or more")
+                self.tokens += map(int, document)
+                self._ends.append(len(self.tokens))
+
+    @classmethod
+    def encode(cls, texts: Sequence[str], tokenizer: Any) -> DocumentTable:
+        """Documents from texts, without special tokens."""
+        return cls([tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts])
+
+    def __len__(self) -> int:
+        """Tokens of all documents."""
+        return len(self.tokens)
+
+    @cached_property
+    def largest(self) -> int:
+        """The largest token id; -1 if there is none."""
+        return max(self.tokens, default=-1)
+
+    @cached_property
+    def automaton(self) -> SuffixAutomaton:
+        """Of the documents, a junction in place of each one's last token: a match is always followed by something."""
+        made, start = SuffixAutomaton(), 0
+        for end in self._ends:
+            made.extend([*self.tokens[start : end - 1], JUNCTION])
+            start = end
+        return made
+
+    def after(self, place: int, depth: int) -> list[int]:
+        """At most `depth` tokens that follow a place in its document."""
+        end = self._ends[bisect_right(self._ends, place)]
+        return self.tokens[place + 1 : min(place + 1 + depth, end)]
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        arrays = {"tokens": np.array(self.tokens, np.int32), "ends": np.array(self._ends, np.int64)}
+        save_file(arrays, path, metadata={"format": FORMAT})
+
+    @classmethod
+    def load(cls, path: str | Path) -> DocumentTable:
+        """Reads what `save` wrote."""
+        try:
+            with safe_open(path, framework="numpy") as file:
+                found = (file.metadata() or {}).get("format")
+                if found == FORMAT:
+                    parts = np.split(file.get_tensor("tokens"), file.get_tensor("ends")[:-1])
+                    return cls([part.tolist() for part in parts])
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a safetensors file: save one with DocumentTable.save") from error
+        raise ValueError(f"{path} has format {found!r}, not {FORMAT!r}: save one with DocumentTable.save")

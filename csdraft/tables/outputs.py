@@ -1,0 +1,172 @@
+"""Earlier outputs, remembered from call to call for suffix decoding (arXiv 2411.04975), up to a bound."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from csdraft.tables.speculation import NOTHING, Rule, Speculation
+from csdraft.tables.suffix_automaton import JUNCTION, START, SuffixAutomaton
+
+__all__ = ["OutputTable", "Place"]
+
+FORMAT = "csdraft-outputs-1"
+NEAR = 24
+"""Tokens before the first look at a text that may open a match."""
+
+
+@dataclass
+class Place:
+    """Where one text stands in a table, so that only its new tokens need be read; the table keeps it up to date.
+
+    Attributes:
+        read: tokens of the text that were read.
+        matches: the longest known match in each part of the table: state and length, by the part's identity.
+    """
+
+    read: int = 0
+    matches: dict[int, tuple[SuffixAutomaton, int, int]] = field(default_factory=dict)
+
+
+class OutputTable:
+    """The latest outputs, first in, first out: half the bound is forgotten at a time. Threads may share one.
+
+    Args:
+        max_tokens: the most it holds; a token takes about 140 bytes. Of one output, the last half of that at most.
+    """
+
+    def __init__(self, max_tokens: int = 1 << 18):
+        if max_tokens < 4:
+            raise ValueError(f"max_tokens={max_tokens} of an OutputTable must be at least 4")
+        self.max_tokens = max_tokens
+        self._lock = threading.Lock()
+        self._generations: list[tuple[SuffixAutomaton, list[int]]] = []  # the youngest first, two at most
+        self._largest = -1
+
+    def __len__(self) -> int:
+        """Tokens held, one for the end of each output included."""
+        with self._lock:
+            return sum(len(tokens) for _, tokens in self._generations)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, by an estimate."""
+        with self._lock:
+            return sum(automaton.nbytes + 8 * len(tokens) for automaton, tokens in self._generations)
+
+    @property
+    def largest(self) -> int:
+        """The largest token id it ever took in; -1 if none."""
+        return self._largest
+
+    @property
+    def outputs(self) -> list[list[int]]:
+        """What it remembers, oldest first."""
+        with self._lock:
+            flat = [token for _, tokens in reversed(self._generations) for token in tokens]
+        found: list[list[int]] = [[]]
+        for token in flat:
+            if token == JUNCTION:
+                found.append([])
+            else:
+                found[-1].append(token)
+        return found[:-1]
+
+    def add(self, output: Sequence[int]) -> None:
+        """Remembers an output; forgets the oldest ones if there are too many tokens."""
+        half = self.max_tokens // 2
+        tokens = [*output[-(half - 1) :], JUNCTION]
+        if len(tokens) == 1:
+            return
+        if min(output) < 0:
+            raise ValueError(f"an output has token {min(output)}; token ids are 0 or more")
+        with self._lock:
+            self._largest = max(self._largest, *output)
+            if not self._generations or len(self._generations[0][1]) + len(tokens) > half:
+                self._generations = [(SuffixAutomaton(), []), *self._generations[:1]]
+            automaton, known = self._generations[0]
+            automaton.extend(tokens)
+            known += tokens
+
+    def match(self, tokens: Sequence[int], place: Place | None = None) -> int:
+        """Length of the longest known match of an ending of `tokens` in an output.
+
+        Args:
+            tokens: a text.
+            place: where it stood when it was shorter; None looks at its last `NEAR` tokens.
+        """
+        with self._lock:
+            return max((matched for _, _, matched in self._moved(tokens, place or Place())), default=0)
+
+    def speculate(
+        self, tokens: Sequence[int], rule: Rule, path: Sequence[int] = (), place: Place | None = None
+    ) -> Speculation:
+        """The best proposal for what follows the text `tokens` and the uncommitted `path`; `place` as above."""
+        best = NOTHING
+        with self._lock:
+            for automaton, state, matched in self._moved(tokens, place or Place()):
+                tried = rule.best(automaton, *_walked(automaton, state, matched, path))
+                if tried.score > best.score:
+                    best = tried
+        return best
+
+    def _moved(self, tokens: Sequence[int], place: Place) -> list[tuple[SuffixAutomaton, int, int]]:
+        """Brings `place` up to date: what it knows is followed, what is new to it is searched."""
+        matches, fresh = {}, tokens[place.read :] if place.read + NEAR > len(tokens) else None
+        for automaton, _ in self._generations:
+            known = place.matches.get(id(automaton))
+            if known is None or fresh is None:
+                found = _walked(automaton, START, 0, tokens[-NEAR:])
+            else:
+                _, state, matched = known
+                while automaton.length[automaton.link[state]] >= matched > 0:  # it was split meanwhile
+                    state = automaton.link[state]
+                found = _walked(automaton, state, matched, fresh)
+            matches[id(automaton)] = (automaton, *found)
+        place.read, place.matches = len(tokens), matches
+        return list(matches.values())
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file."""
+        with self._lock:
+            parts = [np.array(tokens, np.int32) for _, tokens in reversed(self._generations)]
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        arrays = {f"generation.{i}": part for i, part in enumerate(parts)} | {"count": np.array([len(parts)])}
+        save_file(arrays, path, metadata={"format": FORMAT, "max_tokens": str(self.max_tokens)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> OutputTable:
+        """Reads what `save` wrote; it then proposes what the saved table did."""
+        try:
+            with safe_open(path, framework="numpy") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(
+                        f"{path} has format {metadata.get('format')!r}, not {FORMAT!r}: save one with OutputTable.save"
+                    )
+                table = cls(int(metadata["max_tokens"]))
+                for i in range(int(file.get_tensor("count")[0])):
+                    table._restore(file.get_tensor(f"generation.{i}").tolist())
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a safetensors file: save one with OutputTable.save") from error
+        return table
+
+    def _restore(self, tokens: list[int]) -> None:
+        automaton = SuffixAutomaton()
+        automaton.extend(tokens)
+        self._generations.insert(0, (automaton, tokens))
+        self._largest = max(self._largest, *tokens)
+
+
+def _walked(automaton: SuffixAutomaton, state: int, matched: int, tokens: Sequence[int]) -> tuple[int, int]:
+    if not tokens:
+        return state, matched
+    found = automaton.walk(state, matched, tokens, matched + len(tokens))
+    assert found is not None  # a match is shortened no oftener than it grew
+    return found

@@ -1,0 +1,115 @@
+"""What a suffix automaton says comes next, by how often it came: SuffixDecoding's speculation (arXiv 2411.04975).
+
+The chance of a node is its parent's times count(node) / count(parent). A proposal is the most frequent path, or the
+tree of the likeliest nodes, while that chance lasts; its score is the sum of the chances: the tokens to be expected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass
+from heapq import heappop, heappush
+
+from csdraft.tables.suffix_automaton import START, SuffixAutomaton
+
+__all__ = ["NOTHING", "Rule", "Speculation"]
+
+MOST_TRIED = 8
+"""Ever shorter matches that are tried; the bound on their scores ends the search sooner nearly always."""
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """A proposal.
+
+    Attributes:
+        tokens: (nodes,) parents first.
+        parents: (nodes,) -1 for the children of the text; None for a chain.
+        score: tokens of it that are expected to be right.
+    """
+
+    tokens: list[int]
+    parents: list[int] | None
+    score: float
+
+
+NOTHING = Speculation([], None, 0.0)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How to speculate.
+
+    Args:
+        factor, offset: a match of n tokens allows factor * n + offset drafted ones.
+        min_prob: a node's chance, at least.
+        depth: tokens in a row, at most.
+        nodes: of a tree, at most; None draws the most frequent path.
+        stop: tokens that nothing follows.
+    """
+
+    factor: float
+    offset: float
+    min_prob: float
+    depth: int
+    nodes: int | None
+    stop: Container[int]
+
+    def best(self, automaton: SuffixAutomaton, state: int, matched: int) -> Speculation:
+        """The proposal with the highest score among those of the match and of its shorter endings."""
+        found, followed = NOTHING, automaton.going_on(state)
+        if followed != state:
+            state, matched = followed, automaton.length[followed]
+        for _ in range(MOST_TRIED):
+            most = min(
+                int(self.factor * matched + self.offset + 1e-6), self.depth if self.nodes is None else self.nodes
+            )
+            if state == START or most <= found.score:  # a chance is at most 1
+                break
+            tried = self._path(automaton, state, most) if self.nodes is None else self._tree(automaton, state, most)
+            if tried.score > found.score:
+                found = tried
+            state = automaton.link[state]
+            matched = automaton.length[state]
+        return found
+
+    def _path(self, automaton: SuffixAutomaton, state: int, most: int) -> Speculation:
+        tokens: list[int] = []
+        chance, score, likeliest, going_on = 1.0, 0.0, automaton.likeliest, automaton.going_on
+        while len(tokens) < most:
+            state = going_on(state)
+            if state == START:  # how often a token comes at all is no reason to expect it
+                break
+            token, state, share = likeliest(state)
+            chance *= share
+            if share == 0 or chance < self.min_prob:
+                break
+            tokens.append(token)
+            score += chance
+            if token in self.stop:
+                break
+        return Speculation(tokens, None, score)
+
+    def _tree(self, automaton: SuffixAutomaton, state: int, most: int) -> Speculation:
+        """The `most` likeliest nodes; parents are likelier than their children, so best first finds them."""
+        tokens: list[int] = []
+        parents: list[int] = []
+        score, order = 0.0, 0
+        waiting: list[tuple[float, int, int, int, int, int]] = []  # -chance, order, parent, depth, token, state
+        node, depth, chance = -1, 0, 1.0
+        while True:
+            if depth < self.depth and (state := automaton.going_on(state)) != START:
+                for share, way, there in automaton.ways(state):
+                    if chance * share >= self.min_prob:
+                        order += 1
+                        heappush(waiting, (-chance * share, order, node, depth + 1, way, there))
+            while waiting and len(tokens) < most:
+                chance, _, parent, depth, token, state = heappop(waiting)
+                chance, node = -chance, len(tokens)
+                tokens.append(token)
+                parents.append(parent)
+                score += chance
+                if token not in self.stop:
+                    break
+            else:
+                return Speculation(tokens, parents, score)

@@ -1,0 +1,189 @@
+"""A suffix automaton with counts: which strings a token sequence has, how often, where last, and what followed them.
+
+Blumer et al., "The smallest automaton recognizing the subwords of a text" (1985); online, O(1) amortised a token. It
+serves Max-Gram (places) and suffix decoding (counts), which share one automaton a text.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+from itertools import islice
+
+__all__ = ["JUNCTION", "MOST_LINKS", "NOWHERE", "START", "SuffixAutomaton"]
+
+START = 0
+NOWHERE = -1
+JUNCTION = -1
+"""Read between documents: no query has it, so no match spans two."""
+NO_TOKEN = -2
+MOST_LINKS = 32
+MOST_WAYS = 64
+LINKS = range(MOST_LINKS)
+
+
+class SuffixAutomaton:
+    """A state stands for a set of strings that end at the same places; `START` for the empty one.
+
+    Every ending of the sequence occurs at each new token. Counts and places are brought up to date for the
+    `MOST_LINKS` longest that occurred before, so both are exact unless more of them nest (loops); then the shortest
+    lag behind.
+
+    Attributes:
+        length: (states,) tokens of a state's longest string.
+        link: (states,) the state of that string's longest ending that occurs elsewhere too.
+        recent: (states,) the last place where its strings end.
+        count: (states,) how often they occur.
+        token, target: (states,) its first way on. Others are in `more`: state -> token -> state.
+        read: tokens taken in.
+        last: the state of the whole sequence.
+        matched, end: length of the longest ending that occurs earlier, and where it last does.
+    """
+
+    def __init__(self) -> None:
+        self.length, self.link, self.recent = array("i", [0]), array("i", [NOWHERE]), array("i", [NOWHERE])
+        self.count, self.token, self.target = array("i", [0]), array("i", [NO_TOKEN]), array("i", [NOWHERE])
+        self.more: dict[int, dict[int, int]] = {}
+        self.states, self.read = 1, 0
+        self.last, self.matched, self.end = START, 0, NOWHERE
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays, and of the ways on by an estimate of what CPython's dictionaries take."""
+        ways = sum(184 if len(more) <= 5 else 36 * len(more) + 184 for more in self.more.values())
+        return 6 * 4 * len(self.length) + 104 * len(self.more) + ways
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Takes in `tokens` behind what was read."""
+        self._reserve(2 * len(tokens))
+        length, link, recent, count = self.length, self.link, self.recent, self.count
+        first, target, more, more_of = self.token, self.target, self.more, self.more.get
+        last, states, place, suffix = self.last, self.states, self.read, START
+        for token in tokens:
+            new, state = states, last
+            states += 1
+            length[new], recent[new], last = place + 1, place, new
+            while state != NOWHERE:  # `new` is where every ending so far leads that had no such way on
+                known = first[state]
+                if known == token:
+                    suffix = target[state]
+                    break
+                if known == NO_TOKEN:
+                    first[state], target[state] = token, new
+                elif (ways := more_of(state)) is None:
+                    more[state] = {token: new}
+                elif (suffix := ways.setdefault(token, new)) != new:
+                    break
+                state = link[state]
+            else:
+                suffix = START
+            if state != NOWHERE and length[suffix] != length[state] + 1:
+                self._split(state, token, suffix, states)
+                suffix = states
+                states += 1
+            link[new], self.matched, self.end = suffix, length[suffix], recent[suffix]
+            for _ in LINKS:
+                if suffix == START:
+                    break
+                recent[suffix] = place
+                count[suffix] += 1
+                suffix = link[suffix]
+            place += 1
+        self.last, self.states, self.read = last, states, place
+
+    def _reserve(self, new: int) -> None:
+        """Room for `new` states, and then some."""
+        missing = self.states + new - len(self.length)
+        if missing > 0:
+            missing = max(missing, self.states >> 3)
+            for values, value in ((self.length, 0), (self.recent, 0), (self.target, NOWHERE), (self.count, 1)):
+                values.extend(array("i", [value]) * missing)
+            self.link.extend(array("i", [NOWHERE]) * missing)
+            self.token.extend(array("i", [NO_TOKEN]) * missing)
+
+    def _split(self, state: int, token: int, whole: int, part: int) -> None:
+        """Parts the shorter strings of `whole`, which from now on end in one more place, from its longer ones."""
+        self.length[part] = self.length[state] + 1
+        for values in (self.link, self.recent, self.count, self.token, self.target):
+            values[part] = values[whole]
+        self.link[whole] = part
+        if whole in self.more:
+            self.more[part] = self.more[whole].copy()
+        while state != NOWHERE and self.step(state, token) == whole:
+            if self.token[state] == token:
+                self.target[state] = part
+            else:
+                self.more[state][token] = part
+            state = self.link[state]
+
+    def step(self, state: int, token: int) -> int:
+        """The state after `token`, or `NOWHERE`."""
+        if self.token[state] == token:
+            return self.target[state]
+        more = self.more.get(state)
+        return NOWHERE if more is None else more.get(token, NOWHERE)
+
+    def walk(self, state: int, matched: int, tokens: Iterable[int], links: int) -> tuple[int, int] | None:
+        """State and length of the longest ending that occurs, after reading `tokens` from `state`.
+
+        Args:
+            matched: length of the match that `state` stands for.
+            links: shortenings allowed; None is returned once they are used up.
+        """
+        length, link, first, target, more_of = self.length, self.link, self.token, self.target, self.more.get
+        for token in tokens:
+            while True:
+                if first[state] == token:
+                    state = target[state]
+                    matched += 1
+                    break
+                ways = more_of(state)
+                if ways is not None and token in ways:
+                    state = ways[token]
+                    matched += 1
+                    break
+                if state == START:
+                    break
+                state = link[state]
+                matched = length[state]
+                links -= 1
+                if links < 0:
+                    return None
+        return state, matched
+
+    def going_on(self, state: int) -> int:
+        """`state`, or what is left of its strings where something follows them: the sequence's end has no way on."""
+        while self.token[state] == NO_TOKEN and state != START:
+            state = self.link[state]
+        return state
+
+    def followed(self, state: int) -> int:
+        """How often something follows its strings, the sequence's own end not counted."""
+        return self.count[state] - (self.recent[state] == self.read - 1)
+
+    def likeliest(self, state: int) -> tuple[int, int, float]:
+        """Token, state and share of the way on that was taken most, the latest of equals; share 0 if there is none.
+
+        Of a state with many ways on, the first `MOST_WAYS` + 1 that it got are compared: one that is taken often
+        comes early.
+        """
+        count, recent = self.count, self.recent
+        token, found = self.token[state], self.target[state]
+        if token < 0:
+            most = 0
+        else:
+            most = count[found]
+        ways = self.more.get(state)
+        if ways is not None:
+            for other, there in ways.items() if len(ways) <= MOST_WAYS else islice(ways.items(), MOST_WAYS):
+                times = count[there]
+                if (times > most or (times == most and recent[there] > recent[found])) and other >= 0:
+                    token, found, most = other, there, times
+        return token, found, most / max(self.followed(state), most, 1)
+
+    def ways(self, state: int) -> list[tuple[float, int, int]]:
+        """(share, token, state) of its ways on, as `likeliest` sees them."""
+        count, most = self.count, max(self.followed(state), 1)
+        found = [(self.token[state], self.target[state])]
+        found += islice(self.more.get(state, {}).items(), MOST_WAYS)
+        return [(min(count[there] / most, 1.0), token, there) for token, there in found if token >= 0]
