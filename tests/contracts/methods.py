@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 
+import numpy as np
 import pytest
 
 from csdraft import Drafter, Horizontal, MaxGram, ModelDrafter, Vertical, spec
@@ -13,6 +16,16 @@ from csdraft.decoding.call import Call
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Schedule, Verifier
 from csdraft.decoding.session import Session
+from csdraft.drafters.datastore import Datastore
+from csdraft.drafters.merged import Merged
+from csdraft.drafters.n_grammys import NGrammys
+from csdraft.drafters.ouroboros import Ouroboros
+from csdraft.drafters.reference import Reference
+from csdraft.drafters.token_recycling import TokenRecycling
+from csdraft.drafters.translated import Translated
+from csdraft.tables.adjacency import AdjacencyTable
+from csdraft.tables.corpus import CorpusIndex
+from csdraft.tables.successors import SuccessorTable
 from tests import tiny
 
 Wrap = Callable[[Drafter], Drafter]
@@ -22,18 +35,56 @@ def unwrapped(drafter: Drafter) -> Drafter:
     return drafter
 
 
+def noise(length: int) -> list[int]:
+    """A document that random models follow now and then."""
+    return random.Random(0).choices(range(tiny.VOCAB), k=length)
+
+
+@cache
+def corpus() -> CorpusIndex:
+    """One in which most pairs of tokens occur."""
+    return CorpusIndex.build([noise(20_000)])
+
+
+def adjacency() -> AdjacencyTable:
+    """One that knows eight random successors of every token."""
+    table, size = AdjacencyTable(tiny.VOCAB), (tiny.VOCAB, 8)
+    table.update(np.arange(tiny.VOCAB), np.random.default_rng(0).integers(3, tiny.VOCAB, size))
+    return table
+
+
+def successors() -> SuccessorTable:
+    """Four random continuations of every token."""
+    return SuccessorTable(np.random.default_rng(0).integers(3, tiny.VOCAB, (tiny.VOCAB, 4, 2)))
+
+
 MAKE: dict[str, Callable[[str, Wrap], Drafter]] = {
     "model": lambda family, wrap: ModelDrafter(tiny.drafter_of(family), depth=4),
     "vertical": lambda family, wrap: Vertical(tiny.drafter_of(family), wrap(MaxGram(depth=3)), depth=6),
     "horizontal": lambda family, wrap: Horizontal(
         (wrap(Vertical(tiny.drafter_of(family), wrap(MaxGram(depth=3)))), wrap(MaxGram())), (2, 4)
     ),
+    "datastore": lambda family, wrap: Datastore(corpus(), nodes=12),
+    "token_recycling": lambda family, wrap: TokenRecycling(table=adjacency(), remember=False),
+    "n_grammys": lambda family, wrap: NGrammys(depth=4, rows=4, table=successors()),
+    "ouroboros": lambda family, wrap: Ouroboros(wrap(ModelDrafter(tiny.drafter_of(family), depth=3)), remember=False),
+    "translated": lambda family, wrap: Translated(
+        ModelDrafter(tiny.drafter_of(family), depth=4), tiny.tokenizer(), tiny.tokenizer()
+    ),
+    "merged": lambda family, wrap: Merged(
+        (wrap(ModelDrafter(tiny.drafter_of(family), depth=4)), wrap(MaxGram(depth=3)))
+    ),
+    "reference": lambda family, wrap: Reference([noise(300)], depth=4),
 }
 """How to make the drafters that do not come with their defaults: with models of a family, each drafter inside
 another one wrapped."""
 
+BRANCHING = {"datastore", "lookahead", "merged", "n_grammys", "token_recycling"}
+"""Drafters whose drafts branch as they are made here."""
+
 DRAFTERS = spec.types("drafters")
 SCHEDULES = spec.types("schedules")
+TREES = spec.types("trees")
 VERIFIERS = spec.types("verifiers")
 
 
@@ -52,6 +103,11 @@ def drafter(type: str, family: str = "llama", wrap: Wrap = unwrapped) -> Drafter
 
 def verifier(type: str) -> Verifier:
     return spec.find("verifiers", type)()
+
+
+def branching(type: str, family: str = "llama", scale: float = 0.1) -> ModelDrafter:
+    """A model drafter with a tree of the folder."""
+    return ModelDrafter(tiny.drafter_of(family, scale=scale), depth=3, tree=spec.find("trees", type)())
 
 
 def schedule(type: str) -> Schedule:

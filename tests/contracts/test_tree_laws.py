@@ -1,0 +1,135 @@
+"""The laws for every tree in the folder, none of which is named here: alone, at every level of a cascade, and drawn.
+
+Exactness under independent draws is held by enumeration in tests/verifiers/test_exact_trees.py.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from methods import LOSSLESS, TREES, Watched, branching, verifier
+
+from csdraft import Drafter, Horizontal, MaxGram, Vertical
+from csdraft.decoding.interfaces import Context
+from csdraft.schedules.fixed import Fixed
+from tests import tiny
+
+NEW, SEEDS = 16, [11, 5, 8]
+GREEDY = {"do_sample": False, "max_new_tokens": NEW}
+SAMPLED = {"do_sample": True, "max_new_tokens": NEW, "temperature": 0.8, "top_k": 30}
+JUDGES = [verifier(rule) for rule in LOSSLESS if verifier(rule).draws == "independent"]
+
+
+def written(assistant: Drafter | None, inputs: dict, **options: Any) -> Any:
+    how = {"schedule": Fixed(), "strict": True, "return_dict_in_generate": True} | options
+    return tiny.tiny("llama").generate(**inputs, assistant=assistant, **how)
+
+
+def everywhere(type: str) -> Drafter:
+    """The tree reviewed inside a cascade, as a later stage behind a chain, and with a tail behind it."""
+    inner = Vertical(tiny.drafter_of("llama", scale=0.1), Watched(branching(type, scale=0.3)), depth=3, inner_length=2)
+    return Watched(Horizontal((inner, Watched(branching(type)), MaxGram()), (2, 3, 3)))
+
+
+@cache
+def plain(rows: int) -> list[list[int]]:
+    return tiny.tiny("llama").generate(**tiny.inputs_of("llama", rows), **GREEDY).tolist()
+
+
+@cache
+def coupled(rows: int) -> list[list[int]]:
+    """What coupled draws write, whoever drafts: here nobody."""
+    options = {**SAMPLED, "row_seeds": SEEDS[:rows]}
+    return written(MaxGram(), tiny.inputs_of("llama", rows), **options, schedule=Fixed(1)).sequences.tolist()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("type", TREES)
+def test_greedy_is_identical(type: str, rows: int) -> None:
+    inputs = tiny.inputs_of("llama", rows)
+    for assistant in (Watched(branching(type)), everywhere(type)):
+        output = written(assistant, inputs, **GREEDY)
+        assert output.sequences.tolist() == plain(rows)
+        assert output.report.target.accepted.total() > 0, "nothing was accepted, so this proves little"
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("type", TREES)
+def test_coupled_draws_are_identical(type: str, rows: int) -> None:
+    inputs = tiny.inputs_of("llama", rows)
+    for assistant in (Watched(branching(type)), everywhere(type)):
+        output = written(assistant, inputs, **SAMPLED, row_seeds=SEEDS[:rows])
+        assert output.sequences.tolist() == coupled(rows)
+        assert output.report.target.accepted.total() > 0
+
+
+@pytest.mark.parametrize("type", TREES)
+def test_dropping_any_cache_changes_nothing_and_the_accounts_balance(type: str) -> None:
+    inputs, rng = tiny.inputs_of("llama", 3), random.Random(1)
+
+    def forget(contexts: Sequence[Context]) -> None:
+        for session in contexts[0].call.sessions:
+            if rng.random() < 0.3:
+                session.forget()
+
+    for before in (None, forget):
+        watched = Watched(everywhere(type), before)
+        assert written(watched, inputs, **GREEDY).sequences.tolist() == plain(3)
+        for session in watched.sessions:
+            assert session.runner.fed == session.kept + session.rolled_back - session.imported
+        assert len(watched.sessions) == 3, "a model has one session, wherever it stands"
+
+
+@pytest.mark.parametrize("type", TREES)
+def test_independent_draws_or_a_refusal_that_names_both(type: str) -> None:
+    """Where a verifier takes the tree, a batch is its rows, and one-hot laws give the greedy text."""
+    inputs, tree = tiny.inputs_of("llama", 3), branching(type).tree
+    assert tree is not None
+    taken = [judge for judge in JUDGES if not judge.chains_only and (not tree.draws or tree.draws in judge.kinds)]
+    assert taken, "nobody judges this tree"
+    for judge in JUDGES:
+        if judge not in taken:
+            named = f"{tree.draws!r}.*{judge.__class__.__name__}|a tree, {judge.__class__.__name__}"
+            with pytest.raises(ValueError, match=named):
+                written(branching(type), inputs, **SAMPLED, row_seeds=SEEDS, verifier=judge)
+    one_hot = {"do_sample": True, "top_k": 1, "max_new_tokens": NEW, "row_seeds": SEEDS}
+    assert written(branching(type), inputs, **one_hot, verifier=taken[-1]).sequences.tolist() == plain(3)
+    tailed = lambda: Watched(Horizontal((Watched(branching(type)), MaxGram()), (3, 2)))  # noqa: E731 - made anew
+    batch = written(tailed(), inputs, **SAMPLED, row_seeds=SEEDS, verifier=taken[0]).sequences
+    for row, text in enumerate(tiny.continuations(batch, inputs)):
+        ids = inputs["input_ids"][row, inputs["attention_mask"][row].bool()][None]
+        alone = written(tailed(), {"input_ids": ids}, **SAMPLED, row_seeds=SEEDS[row : row + 1], verifier=taken[0])
+        assert text[: alone.sequences.shape[1]] == alone.sequences[0].tolist()
+
+
+@pytest.mark.parametrize("type", TREES)
+def test_a_tail_goes_on_from_a_branch_that_was_expected(type: str) -> None:
+    """The last node is the end of the likeliest branch, or, where the order of draws counts, of its family."""
+    seen = []
+
+    def look(contexts: Sequence[Context]) -> None:
+        seen.extend(context.draft for context in contexts if len(context.draft))
+
+    tail = Watched(MaxGram(), look)
+    written(Horizontal((branching(type), tail), (3, 2)), tiny.inputs_of("llama", 3), **GREEDY)
+    assert seen
+    for draft in seen:
+        lead = -1
+        while children := [n for n in draft.children(lead) if n != draft.tip]:
+            lead = draft.tip if draft.parents[draft.tip] == lead else children[0]
+            if lead == draft.tip:
+                break
+        assert draft.tip in (lead, *draft.children(lead))
+
+
+@pytest.mark.parametrize("type", TREES)
+def test_processors_that_read_the_text_are_applied_along_branches(type: str) -> None:
+    options = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, **GREEDY}
+    inputs = tiny.inputs_of("llama", 3)
+    wanted = tiny.tiny("llama").generate(**inputs, **options)
+    assert torch.equal(written(branching(type), inputs, **options).sequences, wanted)
