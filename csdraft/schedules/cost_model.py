@@ -119,6 +119,8 @@ class Working(Schedule):
         self._settled[kind] = (self.skip, self.depth, more - 1)
         self._reads = self.depth > 0 and self._unread(self.skip, contexts) > UNREAD
         self._asked = [min(self.depth, room) for room in rooms]
+        if len(self.stages) == 1:  # what a drafter adds of its own accord, such as a window, is its own affair
+            return [Budget(depth, room if depth else 0) for depth, room in zip(self._asked, rooms, strict=True)]
         return [Budget(depth, depth, skip=self.skip) for depth in self._asked]
 
     def _choose(self, kind: int, contexts: Sequence[Context], remaining: int) -> tuple[int, int]:

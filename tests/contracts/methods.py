@@ -79,8 +79,8 @@ MAKE: dict[str, Callable[[str, Wrap], Drafter]] = {
 """How to make the drafters that do not come with their defaults: with models of a family, each drafter inside
 another one wrapped."""
 
-BRANCHING = {"datastore", "lookahead", "merged", "n_grammys", "token_recycling"}
-"""Drafters whose drafts branch as they are made here."""
+BRANCHING = {"datastore", "lookahead", "merged", "n_grammys", "ouroboros", "token_recycling"}
+"""Drafters whose drafts may branch as they are made here."""
 
 DRAFTERS = spec.types("drafters")
 SCHEDULES = spec.types("schedules")

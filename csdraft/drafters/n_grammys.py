@@ -1,0 +1,130 @@
+"""N-Grammys: several guesses at once, from n-grams of the text and from what the target says after a token alone.
+
+The N-Grammys (Stewart et al., arXiv 2411.03786): k continuations of w tokens, those that followed the last token
+earlier in the text first, the likeliest by a table of the target's own next-token choices in the remaining places. For
+targets whose forward is nearly as cheap for k * w tokens as for one. The paper verifies k rows; here they are a tree.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from csdraft.decoding.call import Call
+from csdraft.decoding.draft import ROOT, Draft
+from csdraft.decoding.interfaces import Budget, Context, Drafter
+from csdraft.drafters._trie import Trie, until
+from csdraft.tables.successors import SuccessorTable
+
+__all__ = ["NGrammys"]
+
+
+@dataclass(frozen=True)
+class NGrammys(Drafter):
+    """Drafts what followed the text's last tokens most often (the latest among equals), then what the table says.
+
+    Args:
+        depth: tokens of a continuation, the paper's w.
+        rows: continuations, the paper's k.
+        match: tokens that must match in the text, the paper's q; 1 is best there.
+        table: the target's `SuccessorTable`, or the path of a saved one; None: n-grams of the text only.
+    """
+
+    depth: int = 10  # type: ignore[assignment]
+    rows: int = 10
+    match: int = 1
+    table: SuccessorTable | str | Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "rows", "match"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} of a NGrammys must be at least 1")
+        if isinstance(self.table, str | Path):
+            object.__setattr__(self, "table", SuccessorTable.load(self.table))
+
+    def width(self, depth: int) -> int:
+        return self.rows * depth
+
+    def check(self, call: Call) -> None:
+        if isinstance(self.table, SuccessorTable) and len(self.table) > call.vocab:
+            raise ValueError(
+                f"the successor table has {len(self.table)} tokens, the target {call.vocab}; "
+                "build it from the target: scripts/build_bigrams.py --model"
+            )
+
+    def _continuations(self, context: Context) -> _Continuations:
+        """The row's, up to date; drafters of one cascade with the same lengths share them."""
+        key = (_Continuations, self.match, self.depth, context.row)
+        known: _Continuations = context.call.memo(key, lambda: _Continuations(self.match, self.depth))
+        known.read(context.text.tokens)
+        return known
+
+    def evidence(self, context: Context) -> int:
+        return min(self._continuations(context).times(context.text.tail(self.match)), 2)
+
+    def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
+        return [self._propose(c, min(b.depth, b.room, self.depth)) for c, b in zip(contexts, budgets, strict=True)]
+
+    def _propose(self, context: Context, depth: int) -> Draft:
+        call, text = context.call, context.text
+        eos = call.head.stopping.eos
+        tail = (text.tail(self.match) + (context.path if len(context.draft) else []))[-self.match :]
+        if depth <= 0 or not tail or tail[-1] in eos:
+            return context.draft
+        rows = self._continuations(context).after(tail, self.rows, depth)
+        if isinstance(self.table, SuccessorTable) and len(rows) < self.rows and tail[-1] < len(self.table):
+            rows += self.table.after(tail[-1], self.rows - len(rows), depth)
+        trie, best = Trie(), ROOT
+        for row in reversed(rows):
+            best = trie.add(until(eos, row))
+        return trie.below(context, best, call.level(self))
+
+
+class _Continuations:
+    """What followed each n-gram of a text, how often and when last: one step a token, whatever the text's length.
+
+    Args:
+        match: tokens of an n-gram.
+        length: tokens of a continuation.
+    """
+
+    def __init__(self, match: int, length: int):
+        self.match, self.length = match, length
+        self.tokens: list[int] = []
+        self.taken = 0
+        self.entries: dict[int, tuple[int, int]] = {}  # by hash of n-gram and continuation
+        self.ranked: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+        """By n-gram: (-count, -start) of its distinct continuations, sorted; `start` is the latest one's."""
+
+    def read(self, tokens: list[int]) -> None:
+        """Takes in what was committed since last time."""
+        self.tokens = tokens
+        for end in range(max(self.taken, self.match + self.length - 1) + 1, len(tokens) + 1):
+            start = end - self.length
+            gram = tuple(tokens[start - self.match : start])
+            key = hash((gram, *tokens[start:end]))
+            ranked = self.ranked.setdefault(gram, [])
+            old = self.entries.get(key)
+            if old is not None:
+                del ranked[bisect_left(ranked, old)]
+            entry = self.entries[key] = ((old[0] if old else 0) - 1, -start)
+            insort(ranked, entry)
+        self.taken = len(tokens)
+
+    def times(self, tail: list[int]) -> int:
+        """How often the commonest continuation of `tail` followed it."""
+        ranked = self.ranked.get(tuple(tail))
+        return -ranked[0][0] if ranked else 0
+
+    def after(self, tail: list[int], rows: int, depth: int) -> list[list[int]]:
+        """At most `rows` continuations of `tail`, best first, cut to `depth`; those that the text's end cuts too."""
+        tokens, match = self.tokens, self.match
+        found = self.ranked.get(tuple(tail), [])[:rows]
+        last = len(tokens) - 1
+        for start in range(last, max(last - self.length + 1, match - 1), -1):
+            if tokens[start - 1] == tail[-1] and tokens[start - match : start] == tail:
+                found.append((-1, -start))
+        found.sort()
+        return [tokens[-start : depth - start] for _, start in found[:rows]]

@@ -1,0 +1,117 @@
+"""Ouroboros: lengthens another drafter's draft with phrases, learned from what the target said about earlier drafts.
+
+Ouroboros (Zhao et al., arXiv 2402.13720): a drafter model writes a few tokens, and the target checks several phrases
+that may follow them in the same forward. Phrases come from the verified text, and from rejected drafts: what the
+target would have said there, token by token. Use it around a model whose own tokens are dear. The paper also has the
+drafter model write by Lookahead; that is `Vertical(model, ...)` around any drafter of this package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from csdraft.decoding.call import Call
+from csdraft.decoding.draft import ROOT, Draft
+from csdraft.decoding.interfaces import Budget, Context, Drafter, Round
+from csdraft.drafters._trie import Trie, until
+from csdraft.tables.phrases import PhrasePool
+
+__all__ = ["Ouroboros"]
+
+
+@dataclass(frozen=True)
+class Ouroboros(Drafter):
+    """Puts the newest phrases of the draft's last token below it, as branches.
+
+    Args:
+        drafter: whose drafts are lengthened.
+        phrases: branches at once, the paper's K.
+        ngram: tokens of an n-gram, the paper's N: a phrase is the N - 1 that follow a token.
+        pool: phrases kept a token, the paper's G.
+        remember: whether the pool outlives the call, one for each target; then what is drafted depends on earlier
+            calls, which the text never does.
+    """
+
+    drafter: Drafter
+    phrases: int = 3
+    ngram: int = 7
+    pool: int = 20
+    remember: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least in (("phrases", 1), ("ngram", 2), ("pool", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} of an Ouroboros must be at least {least}")
+
+    @property
+    def depth(self) -> int:  # type: ignore[override]
+        return self.drafter.depth + self.ngram - 1
+
+    def width(self, depth: int) -> int:
+        inner = min(depth, self.drafter.depth)
+        return self.drafter.width(inner) + self.phrases * min(depth - inner, self.ngram - 1)
+
+    def models(self) -> list[object]:
+        return self.drafter.models()
+
+    def check(self, call: Call) -> None:
+        self.drafter.check(call)
+
+    def evidence(self, context: Context) -> int:
+        return self.drafter.evidence(context)
+
+    def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
+        most = self.drafter.depth
+        asked = [replace(budget, depth=min(budget.depth, most)) for budget in budgets]
+        drafts = self.drafter.propose(contexts, asked)
+        return [self._lengthen(c, d, min(b.depth, b.room)) for c, d, b in zip(contexts, drafts, budgets, strict=True)]
+
+    def _lengthen(self, context: Context, draft: Draft, depth: int) -> Draft:
+        going_on, eos = context.after(draft), context.call.head.stopping.eos
+        left = depth - (draft.depth(draft.tip) - context.draft.depth(context.tip))
+        last = draft.tokens[-1:] or context.text.tail(1)
+        if left <= 0 or not last or last[0] in eos:
+            return draft
+        trie, best = Trie(), ROOT
+        for phrase in reversed(self._pool(context.call).after(last[0], self.phrases)):
+            best = trie.add(until(eos, phrase[:left]))
+        return trie.below(going_on, best, context.call.level(self))
+
+    def _pool(self, call: Call) -> PhrasePool:
+        length = self.ngram - 1
+        if self.remember:
+            return call.memo(self, lambda: PhrasePool.of(call.target, length, self.pool))
+        return call.memo(self, lambda: PhrasePool(length, self.pool))
+
+    def observe(self, rounds: Sequence[Round]) -> None:
+        self.drafter.observe(rounds)
+        pool = self._pool(rounds[0].context.call)
+        for finished in rounds:
+            _harvest(pool, finished)
+            context = finished.context
+            context.call.memo(
+                (self, context.row), lambda text=context.text: pool.read(text.tokens)
+            )  # once: the prompt
+            pool.read([*context.text.tail(pool.length), *finished.tokens])
+
+
+def _harvest(pool: PhrasePool, finished: Round) -> None:
+    """Adds what the target would have said, place by place, along every branch that it refused somewhere."""
+    draft, accepted, text = finished.draft, set(finished.verdict.accepted), finished.context.text.tokens
+    if not len(draft) or not text:
+        return
+    likeliest = finished.scores.top(1)[:, 0].tolist()
+    inner, done = set(draft.parents), set()
+    for leaf in range(len(draft)):
+        if leaf in inner or leaf in accepted:
+            continue
+        path = [ROOT, *draft.path(leaf)]
+        said = [likeliest[node + 1] for node in path]
+        for start in range(len(path) - pool.length + 1):
+            end = path[start + pool.length - 1]
+            if end in accepted or end == ROOT or end in done:  # in the text anyway, or another leaf's
+                continue
+            done.add(end)
+            token = draft.tokens[path[start]] if path[start] != ROOT else text[-1]
+            pool.add(token, tuple(said[start : start + pool.length]))

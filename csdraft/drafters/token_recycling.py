@@ -1,0 +1,167 @@
+"""Token Recycling: drafts the tokens that the target found likely the last time it saw each token; no model.
+
+Token Recycling (Luo et al., arXiv 2408.08696): a matrix of the eight likeliest successors of every token, refreshed
+from the logits of every scored node, unrolled into a fixed tree. Use it for any text of any target where a wide
+forward is nearly free (a GPU, small batches): unlike copying drafters it needs no repetition. On a CPU take few
+`nodes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from csdraft.decoding.call import Call
+from csdraft.decoding.draft import Draft
+from csdraft.decoding.interfaces import Budget, Context, Drafter, Round
+from csdraft.tables.adjacency import KEPT, AdjacencyTable
+
+__all__ = ["TokenRecycling"]
+
+CHILDREN: tuple[tuple[int, ...], ...] = (
+    (8,),
+    (8, 4, 3, 2, 1, 1, 1, 1),
+    (8, 3, 2, 1, 1, 1, 1, 1, 2, 1, 0, 0, 1, 0, 0, 1, 0, 1, 1, 0, 0),
+    (5, 2, 1, 1, 1, 0, 0, 0, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1, 0, 0, 1, 1, 0, 0),
+    (3, 1, 1, 0, 0, 1, 0, 0, 0, 0, 1, 0, 1, 0, 0),
+    (2, 0, 0, 1, 0, 0, 0, 0),
+)
+"""The paper's tree: how many children each node of each layer has, breadth first, likeliest first."""
+NODES = sum(map(sum, CHILDREN))
+
+
+@dataclass(frozen=True)
+class TokenRecycling(Drafter):
+    """Unrolls the target's adjacency matrix from the last token, breadth first, into the paper's tree.
+
+    Args:
+        depth: layers of the tree, at most 6.
+        nodes: tokens of the tree, at most 80; of fewer, those of the paper's tree with the best ranks are kept.
+        remember: whether the matrix outlives the call: then what is drafted depends on earlier calls, which the text
+            never does.
+        table: the matrix, or the path of a saved one. It is kept up to date, or where nothing is remembered every call
+            starts from it. None: one for each target that lives as long as the target, or an empty one a call.
+    """
+
+    depth: int = len(CHILDREN)  # type: ignore[assignment]
+    nodes: int = NODES
+    remember: bool = True
+    table: AdjacencyTable | str | Path | None = None
+
+    def __post_init__(self) -> None:
+        for name, most in (("depth", len(CHILDREN)), ("nodes", NODES)):
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"{name}={getattr(self, name)} of a TokenRecycling must be from 1 to {most}")
+        if isinstance(self.table, str | Path):
+            object.__setattr__(self, "table", AdjacencyTable.load(self.table))
+
+    def width(self, depth: int) -> int:
+        return template(self.nodes, min(depth, self.depth)).layers[-1][1] - 1 if depth > 0 else 0
+
+    def check(self, call: Call) -> None:
+        if call.vocab < KEPT:
+            raise ValueError(f"the target has {call.vocab} tokens; TokenRecycling needs {KEPT} or more")
+        if isinstance(self.table, AdjacencyTable):
+            if len(self.table) != call.vocab:
+                raise ValueError(f"the adjacency table has {len(self.table)} tokens, the target {call.vocab}")
+            if self.remember:
+                self.table.claim(call.target)
+
+    def _matrix(self, call: Call) -> AdjacencyTable:
+        table = self.table
+        assert not isinstance(table, str | Path)
+        if self.remember:
+            return table or call.memo(AdjacencyTable, lambda: AdjacencyTable.of(call.target, call.vocab))
+        return call.memo((self, AdjacencyTable), lambda: table.copy() if table else AdjacencyTable(call.vocab))
+
+    def evidence(self, context: Context) -> int:
+        return int(len(context.text) > 0 and self._matrix(context.call).known(context.text.tokens[-1]))
+
+    def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
+        return [self._propose(c, min(b.depth, b.room, self.depth)) for c, b in zip(contexts, budgets, strict=True)]
+
+    def _propose(self, context: Context, depth: int) -> Draft:
+        call, draft = context.call, context.draft
+        tip, text = len(draft.tokens) - 1, context.text.tokens
+        last = draft.tokens[tip] if tip >= 0 else text[-1] if text else None
+        matrix = self._matrix(call)
+        if depth <= 0 or last is None or last in call.head.stopping.eos or not matrix.known(last):
+            return draft
+        tree = template(self.nodes, depth)
+        tokens = np.empty(len(tree.parents) + 1, np.int64)
+        tokens[0] = last
+        for start, end, above, ranks in tree.layers:
+            tokens[start:end] = matrix.follow(tokens[above], ranks)
+        new, parents = tokens[1:].tolist(), tree.parents
+        if min(new) < 0:
+            new, parents = _known(new, parents, [end - 2 for _, end, _, _ in tree.layers])
+        if tip >= 0:
+            parents = [tip + 1 + parent if parent >= 0 else tip for parent in parents]
+        return draft.attach(new, parents, call.level(self))
+
+    def observe(self, rounds: Sequence[Round]) -> None:
+        matrix = self._matrix(rounds[0].context.call)
+        eos = rounds[0].context.call.head.stopping.eos
+        tokens, found = [], []
+        for finished in rounds:
+            text = finished.context.text.tokens
+            seen = [text[-1] if text else UNSEEN, *finished.draft.tokens]
+            # What was accepted comes last, so that of a token's places the one in the text is kept.
+            order = [*range(len(seen)), 0, *(node + 1 for node in finished.verdict.accepted)]
+            order = [at for at in order if seen[at] not in eos and seen[at] != UNSEEN]
+            tokens += [seen[at] for at in order]
+            found.append(finished.scores.top(KEPT).numpy()[order])
+        matrix.update(np.array(tokens, np.int64), np.concatenate(found))
+
+
+UNSEEN = -1
+
+
+class Template(NamedTuple):
+    """A tree without tokens.
+
+    Attributes:
+        parents: (nodes,) as in a `Draft`.
+        layers: a layer each: its first node and the one behind its last, counting the root as 0; the parent, so
+            counted, and the rank of each of its nodes. A layer's last node is the one whose ranks are all 0.
+    """
+
+    parents: tuple[int, ...]
+    layers: tuple[tuple[int, int, np.ndarray, np.ndarray], ...]
+
+
+@lru_cache(maxsize=64)
+def template(nodes: int, depth: int) -> Template:
+    """The best `nodes` nodes of the paper's tree, as if a token of rank r were right one time in 2 + 2r."""
+    layer: list[tuple[int, ...]] = [()]
+    paths: list[tuple[int, ...]] = []
+    for counts in CHILDREN:
+        layer = [(*path, rank) for path, count in zip(layer, counts, strict=True) for rank in range(count)]
+        paths += layer
+    odds = {path: float(np.prod([2.0 + 2 * rank for rank in path])) for path in paths}
+    kept = [path for path in sorted(paths, key=odds.__getitem__)[:nodes] if len(path) <= depth]
+    kept.sort(key=lambda path: (len(path), not any(path), odds[path]))
+    number = {(): 0} | {path: i + 1 for i, path in enumerate(kept)}
+    layers = []
+    for size in range(1, max(map(len, kept)) + 1):
+        paths = [path for path in kept if len(path) == size]
+        above = np.array([number[path[:-1]] for path in paths])
+        ranks = np.array([path[-1] for path in paths])
+        layers.append((number[paths[0]], number[paths[-1]] + 1, above, ranks))
+    return Template(tuple(number[path[:-1]] - 1 for path in kept), tuple(layers))
+
+
+def _known(tokens: list[int], parents: Sequence[int], best: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The known nodes, the end of the likeliest path last: that of `best` (a chain) which is the deepest known one.
+
+    Nobody is below it: the matrix knows either no successor of a token or all of them.
+    """
+    end = max(node for node in best if tokens[node] >= 0)
+    order = [node for node, token in enumerate(tokens) if token >= 0 and node != end] + [end]
+    number = {node: i for i, node in enumerate(order)} | {-1: -1}
+    return [tokens[node] for node in order], [number[parents[node]] for node in order]

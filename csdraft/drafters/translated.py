@@ -1,0 +1,214 @@
+"""Translated: lets a drafter of another tokenizer draft, by way of text.
+
+Universal assisted generation (Hugging Face, 2024; Timor et al., arXiv 2502.05202): the drafter reads the text in its
+own tokens; its draft is decoded, encoded with the target's tokenizer, and drafted as point masses. Use it where no
+small model shares the target's vocabulary; one that does is accepted more often. Decoder-only targets.
+
+Only the end of a text is translated each round: what lies before a place where both tokenizers part the text, some
+tokens back, is settled. A text that is parted otherwise than its tokenizer would do it costs acceptance, never text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from csdraft.decoding.call import Call
+from csdraft.decoding.draft import Draft
+from csdraft.decoding.interfaces import Budget, Context, Drafter
+from csdraft.decoding.sampling import Processing, Sampler
+from csdraft.decoding.scores import Head
+from csdraft.decoding.stopping import Stopping
+from csdraft.decoding.text import Text
+
+__all__ = ["Translated"]
+
+OPEN, KEPT_OPEN, MOST_OPEN = 32, 8, 128
+"""Target tokens that are translated anew each round: with more than OPEN, all but about KEPT_OPEN are settled where
+both tokenizers part the text; beyond MOST_OPEN, anywhere."""
+PARTIAL = "\ufffd"
+"""What a character decodes to of which bytes are missing."""
+STAND_IN = "a"
+"""Stands for the settled text: a tokenizer may treat the beginning of a text unlike the rest."""
+
+
+@dataclass(frozen=True, eq=False)
+class Translated(Drafter):
+    """Drafts with a drafter of another tokenizer, greedily, whatever the target draws (see the module).
+
+    Args:
+        drafter: reads and writes tokens of its own, and sees texts of its own. It learns nothing from the target.
+        tokenizer: the drafter's, or a path or Hub id to load it from (which is what can be saved).
+        target_tokenizer: the target's, likewise.
+    """
+
+    drafter: Drafter
+    tokenizer: PreTrainedTokenizerBase | str | Path
+    target_tokenizer: PreTrainedTokenizerBase | str | Path
+    own: Tongue = field(init=False, repr=False)
+    theirs: Tongue = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "own", Tongue(self.tokenizer))
+        object.__setattr__(self, "theirs", Tongue(self.target_tokenizer))
+
+    @property
+    def depth(self) -> int:  # type: ignore[override]
+        return self.drafter.depth
+
+    def check(self, call: Call) -> None:
+        if call.sources is not None:
+            raise ValueError("Translated drafts for decoder-only targets; this one is an encoder-decoder")
+        if self.theirs.size > call.vocab:
+            raise ValueError(
+                f"target_tokenizer has {self.theirs.size} tokens, the target {call.vocab}; give the target's own"
+            )
+        self.drafter.check(self._inner(call))
+
+    def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
+        inner, drafts = self._inner(contexts[0].call), [context.draft for context in contexts]
+        asked = {}
+        for i, (context, budget) in enumerate(zip(contexts, budgets, strict=True)):
+            reading = self._reading(context, inner)
+            tokens = reading.translate(context)
+            if tokens and min(budget.depth, budget.room) > 0:
+                start = Context(context.row, reading.text, inner, Draft.chain(tokens))
+                asked[i] = (start, replace(budget, skip=0, confidence=False))
+        if not asked:
+            return drafts
+        starts, wanted = zip(*asked.values(), strict=True)
+        for i, start, draft in zip(asked, starts, self.drafter.propose(starts, wanted), strict=True):
+            context, budget = contexts[i], budgets[i]
+            new = [draft.tokens[node] for node in draft.path(draft.tip)]
+            tokens = self._reading(context, inner).translate_back(context, new, len(start.draft))
+            drafts[i] = context.draft.extend(tokens[: min(budget.depth, budget.room)], context.call.level(self))
+        return drafts
+
+    def _reading(self, context: Context, inner: Call) -> _Reading:
+        return context.call.memo(
+            (self, context.row), lambda: _Reading(self, inner.texts[context.row], context.text.tokens)
+        )
+
+    def _inner(self, call: Call) -> Call:
+        """The drafter's own call, whose texts are in its own tokens."""
+        return call.memo((self, Call), lambda: self._open(call))
+
+    def _open(self, call: Call) -> Call:
+        models: list[Any] = self.drafter.models()
+        vocab = models[0].config.get_text_config(decoder=True).vocab_size if models else self.own.size
+        stopping = Stopping([], call.rows)
+        stopping.eos = self.own.eos
+        head = Head(Processing([], call.rows), stopping, Sampler(True, [0] * call.rows, vocab))
+        texts = [Text(torch.tensor(self.own.opening, dtype=torch.long)) for _ in range(call.rows)]
+        return Call(models[0] if models else call.target, head, texts, call.capacity, None)
+
+
+class Tongue:
+    """A tokenizer of its own, without padding, truncation or anything added.
+
+    Attributes:
+        size: number of tokens.
+        opening: what it puts before a text.
+        eos: what ends one.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | str | Path):
+        loaded: Any = AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
+        if not loaded.is_fast:
+            raise ValueError(f"{type(loaded).__name__} is a slow tokenizer; load the fast one (use_fast=True)")
+        self.backend = Tokenizer.from_str(loaded.backend_tokenizer.to_str())
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        self.size = len(loaded)
+        opening = self.backend.encode(STAND_IN).ids[:1]
+        self.opening = opening if opening == [loaded.bos_token_id] else []
+        self.bos = loaded.bos_token_id
+        self.eos = frozenset() if loaded.eos_token_id is None else frozenset({loaded.eos_token_id})
+        self.before = self.backend.encode(STAND_IN, add_special_tokens=False).ids
+        self.skipped = len(self.backend.decode(self.before, skip_special_tokens=False))
+
+    def encode(self, text: str, opens: bool) -> list[int]:
+        """Token ids of a piece of text, which opens the text or stands further on."""
+        if not opens:
+            tokens = self.backend.encode(STAND_IN + text, add_special_tokens=False).ids
+            if tokens[: len(self.before)] == self.before:
+                return tokens[len(self.before) :]
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, tokens: Sequence[int], opens: bool) -> str:
+        """The text of these tokens, which open a text or stand further on."""
+        if opens:
+            return self.backend.decode(tokens, skip_special_tokens=False)
+        return self.backend.decode([*self.before, *tokens], skip_special_tokens=False)[self.skipped :]
+
+
+class _Reading:
+    """A row's text in the drafter's tokens: settled ones in `text`, the rest made anew from the target's last tokens.
+
+    Args:
+        drafter: whose tokenizers to use.
+        text: takes the settled tokens.
+        tokens: the row's text in the target's tokens.
+    """
+
+    def __init__(self, drafter: Translated, text: Text, tokens: Sequence[int]):
+        self.own, self.theirs, self.text = drafter.own, drafter.theirs, text
+        self.settled = int(tokens[:1] == [drafter.theirs.bos])  # number of target tokens that `text` stands for
+        self.opens = True
+        self.end = ""
+        """The text behind what is settled, as far as its last character is whole."""
+
+    def translate(self, context: Context) -> list[int]:
+        """The drafter's tokens behind the settled ones."""
+        if len(context.text) - self.settled > OPEN:
+            self._settle(context.text.tokens[self.settled :])
+        self.end = self.theirs.decode(self._open(context), self.opens).rstrip(PARTIAL)
+        return self.own.encode(self.end, self.opens)
+
+    def _open(self, context: Context) -> list[int]:
+        return [*context.text.tokens[self.settled :], *(context.path if len(context.draft) else ())]
+
+    def _settle(self, tokens: list[int]) -> None:
+        """Settles all but the last of `tokens`, best up to a space, and only where the rest reads the same alone."""
+        whole = self.theirs.decode(tokens, self.opens)
+        written = self.own.encode(whole, self.opens)
+        last = len(tokens) - KEPT_OPEN
+        for spaced in (True, False):
+            for cut in range(last, max(last - OPEN, 0), -1):
+                rest = self.theirs.decode(tokens[cut:], False)
+                if PARTIAL in rest or not whole.endswith(rest) or (spaced and not rest[:1].isspace()):
+                    continue
+                remaining = self.own.encode(rest, False)
+                if written[len(written) - len(remaining) :] == remaining:
+                    return self._close(written[: len(written) - len(remaining)], cut)
+        if len(tokens) > MOST_OPEN:
+            self._close(self.own.encode(self.theirs.decode(tokens[:last], self.opens), self.opens), last)
+
+    def _close(self, written: list[int], number: int) -> None:
+        self.text.append(written)
+        self.settled += number
+        self.opens = False
+
+    def translate_back(self, context: Context, tokens: list[int], known: int) -> list[int]:
+        """What the drafter wrote, the tokens behind the first `known`, in the target's tokens."""
+        new = tokens[known:]
+        ended = not self.own.eos.isdisjoint(new)
+        if ended:
+            new = new[: next(i for i, token in enumerate(new) if token in self.own.eos)]
+        before = self.own.decode(tokens[:known], self.opens)
+        written = self.own.decode([*tokens[:known], *new], self.opens)[len(before) :].rstrip(PARTIAL)
+        old = self._open(context)
+        translated = self.theirs.encode(self.end + written, self.opens)
+        if translated[: len(old)] == old:
+            found = translated[len(old) :]
+        elif self.theirs.decode(old, self.opens) == self.end:  # the text is parted in another way than it would be
+            found = self.theirs.encode(written, False)
+        else:
+            return []
+        return [*found, *(self.theirs.eos if ended else ())]

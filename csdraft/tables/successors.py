@@ -1,0 +1,120 @@
+"""What a model says after each token alone: its likeliest successors, and how it goes on from them.
+
+The model-derived bigram of the N-Grammys (arXiv 2411.03786), with its extension to a few tokens. Built once for a
+target, in minutes, by `scripts/build_bigrams.py --model`; no text is needed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import nn
+
+__all__ = ["SuccessorTable"]
+
+FORMAT = "csdraft-successors-1"
+
+
+@dataclass(frozen=True, eq=False)
+class SuccessorTable:
+    """An immutable value that threads may share.
+
+    Attributes:
+        successors: (vocab, rows, length) int32; entry [t, i] begins with the token that the model finds i-th likeliest
+            after t, and goes on with what it writes greedily after those two.
+    """
+
+    successors: np.ndarray
+
+    def __post_init__(self) -> None:
+        values = np.array(self.successors, dtype=np.int32)
+        values.setflags(write=False)
+        object.__setattr__(self, "successors", values)
+        if values.ndim != 3 or 0 in values.shape:
+            raise ValueError(f"successors have shape {values.shape}; it must be (vocab, rows, length), none of them 0")
+        if values.min() < 0 or values.max() >= len(values):
+            raise ValueError(
+                f"successors go from {values.min()} to {values.max()}; they must be ids below {len(values)}"
+            )
+
+    def __len__(self) -> int:
+        """Vocabulary size."""
+        return len(self.successors)
+
+    @cached_property
+    def _best(self) -> memoryview:
+        """Each token's likeliest successor, as plain integers by index."""
+        return np.ascontiguousarray(self.successors[:, 0, 0]).data
+
+    def after(self, token: int, rows: int, depth: int) -> list[list[int]]:
+        """At most `rows` continuations of `token`, the likeliest first, each of `depth` tokens.
+
+        Beyond the table's length a row goes on with the likeliest successor of its last token.
+        """
+        found, best = self.successors[token, :rows, :depth].tolist(), self._best
+        for row in found:
+            while len(row) < depth:
+                row.append(best[row[-1]])
+        return found
+
+    @classmethod
+    @torch.no_grad()
+    def build(
+        cls, model: nn.Module, rows: int = 10, length: int = 3, prefix: Sequence[int] = (), batch: int = 1024
+    ) -> SuccessorTable:
+        """Asks a causal LM about every token of its vocabulary.
+
+        Args:
+            rows: likeliest successors kept of each token.
+            length: tokens of a continuation; all beyond the first cost `rows` forwards a token of the vocabulary.
+            prefix: what stands in front of the token: a begin-of-text token where the model knows no text without.
+            batch: sequences a forward.
+        """
+        vocab = model.config.get_text_config(decoder=True).vocab_size  # type: ignore[union-attr,operator]
+        device = next(model.parameters()).device
+        found = np.empty((vocab, rows, length), np.int32)
+        for start in range(0, vocab, batch):
+            ids = torch.arange(start, min(start + batch, vocab), device=device)[:, None]
+            texts = torch.cat([torch.tensor(prefix, dtype=torch.long, device=device).expand(len(ids), -1), ids], 1)
+            best = _last_logits(model, texts).topk(rows, -1).indices  # (tokens, rows)
+            texts = torch.cat([texts.repeat_interleave(rows, 0), best.reshape(-1, 1)], 1)
+            for _ in range(length - 1):
+                parts = [_last_logits(model, part).argmax(-1) for part in texts.split(batch)]
+                texts = torch.cat([texts, torch.cat(parts)[:, None]], 1)
+            found[start : start + batch] = texts[:, -length:].reshape(len(ids), rows, length).cpu()
+        return cls(found)
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        save_file({"successors": self.successors}, path, metadata={"format": FORMAT})
+
+    @classmethod
+    def load(cls, path: str | Path) -> SuccessorTable:
+        """Reads what `save` wrote."""
+        try:
+            with safe_open(path, framework="numpy") as file:
+                found = (file.metadata() or {}).get("format")
+                if found == FORMAT:
+                    return cls(file.get_tensor("successors"))
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is not a safetensors file: build a table with scripts/build_bigrams.py --model"
+            ) from error
+        raise ValueError(
+            f"{path} has format {found!r}, not {FORMAT!r}: build a table with scripts/build_bigrams.py --model"
+        )
+
+
+def _last_logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """(texts, vocab) logits after each text."""
+    keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    return model(input_ids=ids, use_cache=False, **keep).logits[:, -1]
