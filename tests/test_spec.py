@@ -27,6 +27,8 @@ def other(value: Any, hint: Any, name: str) -> Any:
         return 0.9
     if isinstance(value, bool):
         return not value
+    if isinstance(value, float) and 0 < value < 1:  # a share or a probability
+        return value / 2
     if isinstance(value, int | float):
         return value + 1
     if value is None and int in spec._leaves(hint):

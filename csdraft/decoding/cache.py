@@ -108,11 +108,15 @@ class SlotCache(Cache):
             self._indices[key] = self.slots.to(states.device)[:, None, :, None].expand(states.shape)
         return self._indices[key]
 
-    def move(self, rows: Sequence[int], sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Copies slot `sources[i]` of row `rows[i]` to `targets[i]`, all at once."""
+    def move(self, row: int, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copies slot `sources[i]` of a row to `targets[i]`, all at once."""
+        indices: dict[torch.device, Tensor] = {}  # layers may be on several devices: one copy each
         for layer in self._filled():
             for buffer in (layer.key_buffer, layer.value_buffer):
-                buffer[rows, :, targets] = buffer[rows, :, sources]
+                if buffer.device not in indices:
+                    indices[buffer.device] = torch.tensor([sources, targets], device=buffer.device)
+                source, target = indices[buffer.device]
+                buffer[row].index_copy_(1, target, buffer[row].index_select(1, source))
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Drops all batch rows but `rows`, in that order."""

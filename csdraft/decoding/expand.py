@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,7 +32,13 @@ class Children:
 
 
 def expand(
-    scores: Scores, nodes: Sequence[int], width: int, draws: Kind | None, confidence: bool = False
+    scores: Scores,
+    nodes: Sequence[int],
+    width: int,
+    draws: Kind | None,
+    confidence: bool = False,
+    above: Sequence[float] = (),
+    most: int | None = None,
 ) -> list[Children]:
     """At most `width` children of each node that was scored: chosen, or drawn where draws are independent.
 
@@ -39,8 +46,12 @@ def expand(
         scores: of one forward, with the logits after just these nodes.
         draws: how independent draws are made; see `Tree.draws`.
         confidence: whether to compute the children's softmax probabilities at the call's temperature.
+        above: (nodes,) log probability of each node's own path, which `most` goes by.
+        most: keep so many of all children, those with the likeliest paths (and equals of the last of them).
     """
     head, sampler = scores.head, scores.head.sampler
+    if draws is not None and most is not None:
+        raise ValueError(f"most={most} leaves out tokens for what they are; a tree that draws {draws!r} must not")
     if head.processing.text_blind:
         values = head.processing.all_at_once(scores.logits).float()
     else:
@@ -48,7 +59,7 @@ def expand(
     if sampler.greedy or sampler.coupled or draws is None:
         if sampler.coupled and not sampler.greedy:
             values = values - _noise(scores, nodes, values.device)
-        children = _likeliest(values, width)
+        children = _likeliest(values, width, above, most)
     else:
         children = [_drawn(scores.row, sampler, row, width, draws) for row in values.log_softmax(-1)]
     if confidence:
@@ -65,18 +76,21 @@ def _noise(scores: Scores, nodes: Sequence[int], device: torch.device) -> Tensor
     return torch.stack([own[position] for position in positions])
 
 
-def _likeliest(values: Tensor, width: int) -> list[Children]:
+def _likeliest(values: Tensor, width: int, above: Sequence[float], most: int | None) -> list[Children]:
     """From (nodes, vocab) scores, in one copy to the host."""
-    top = values.topk(min(width, values.shape[-1]), -1)
-    log_probs = top.values - values.logsumexp(-1, keepdim=True)
-    packed = torch.stack([top.indices.double(), log_probs.double()]).tolist()
-    children = []
-    for tokens, logs in zip(*packed, strict=True):
-        if any(value != value for value in logs):
-            raise ValueError(NAN)
-        possible = sum(value > float("-inf") for value in logs)
-        children.append(Children([int(token) for token in tokens[:possible]], logs[:possible]))
-    return children
+    top = values.log_softmax(-1).topk(min(width, values.shape[-1]), -1)
+    tokens, logs = torch.stack([top.indices.double(), top.values.double()]).cpu().numpy()
+    if np.isnan(logs).any():
+        raise ValueError(NAN)
+    kept = logs > -np.inf
+    if most is not None and most < logs.size:
+        paths = logs + np.array(above)[:, None]
+        kept &= paths >= np.partition(paths, -most, None)[-most]
+    counts = kept.sum(1).tolist()  # children come by probability, so that those kept are the first
+    return [
+        Children(own.tolist(), log_prob.tolist())
+        for own, log_prob in ((tokens[i, :count].astype(np.int64), logs[i, :count]) for i, count in enumerate(counts))
+    ]
 
 
 def _drawn(row: int, sampler: Sampler, log_probs: Tensor, width: int, draws: Kind) -> Children:
@@ -84,7 +98,7 @@ def _drawn(row: int, sampler: Sampler, log_probs: Tensor, width: int, draws: Kin
     law, perturbed = log_probs.exp(), []
     if draws == "iid":
         tokens = [sampler.draw(row, law) for _ in range(width)]
-    elif draws in ("without_replacement", "beam"):  # Gumbel-top-k: Kool, van Hoof and Welling, arXiv 1903.06059
+    elif draws == "without_replacement":  # Gumbel-top-k: Kool, van Hoof and Welling, arXiv 1903.06059
         values = log_probs - sampler.fresh_log_exponential(row, log_probs.device)
         top = values.topk(min(width, int((law > 0).sum())))
         tokens, perturbed = top.indices.tolist(), top.values.tolist()

@@ -1,8 +1,8 @@
 """Tree drafting: a session's model expands many nodes in one forward, and a `Tree` says which, for every row at once.
 
 One step: every row's tree names nodes, the model reads them in one forward of the batch, and the children of each are
-the tokens it finds likeliest there, or draws. What a tree returns at its end is the draft; candidates that it leaves
-out were chosen, so their siblings are point masses, unless whole levels were drawn and kept (see `Tree.draws`).
+the tokens it finds likeliest there, or draws. What a tree returns at its end is the draft. It may leave out chosen
+candidates as it likes, since the others are point masses; of drawn ones only what `Tree.draws` says.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.expand import Children, expand
-from csdraft.decoding.interfaces import Context, Request, Tree
+from csdraft.decoding.interfaces import Context, Request, Step, Tree
 from csdraft.decoding.session import Session
 
 __all__ = ["Growth", "grow"]
@@ -77,6 +77,25 @@ class Growth:
             self.laws += [own.law] * count
         self.latest = range(before, len(self))
 
+    def copy(self, node: int, parent: int) -> int:
+        """A new candidate: what was found at `node`, below `parent`, where the model has not looked for it.
+
+        For trees that only choose. It can be kept, not expanded.
+        """
+        self.tokens.append(self.tokens[node])
+        self.parents.append(parent)
+        self.log_probs.append(self.log_probs[node])
+        self.paths.append(self.path(parent) + self.log_probs[node])
+        self.depths.append(0 if parent == ROOT else self.depths[parent] + 1)
+        self.ranks.append(self.ranks[node])
+        self.laws.append(None)
+        if self.confidence:
+            self.confidence.append(self.confidence[node])
+        return len(self) - 1
+
+
+NOTHING = Step((), 0)
+
 
 @dataclass(eq=False)
 class Row:
@@ -84,11 +103,11 @@ class Row:
 
     context: Context
     growth: Growth
-    steps: Generator[tuple[Sequence[int], int], None, Sequence[int]]
+    steps: Generator[Step, None, Sequence[int]]
     read: Draft
     places: dict[int, int]  # candidate -> node of `read`
+    step: Step = NOTHING
     asked: Sequence[int] = ()
-    width: int = 0
     kept: Sequence[int] = ()
 
 
@@ -107,8 +126,11 @@ def grow(
         confidence: whether the tokens' softmax probabilities will be read by somebody above.
 
     Returns:
-        One draft a context, the context's own nodes first. Of point masses the last node ends the likeliest branch, so
-        that another drafter can go on from there.
+        One draft a context, the context's own nodes first. The last node ends the likeliest branch, or is a sibling of
+        that end, so that another drafter can go on from there.
+
+    Raises:
+        ValueError: the tree asked or returned what `Tree` forbids.
     """
     rows = [_begin(tree, context, depth) for context, depth in zip(contexts, depths, strict=True)]
     live = [row for row, depth in zip(rows, depths, strict=True) if depth > 0 and _next(row, session)]
@@ -118,9 +140,10 @@ def grow(
             _read(row, level)
             after = [row.places[node] for node in row.asked]
             requests.append(Request(row.context.row, row.context.text, row.read, after))
-        for row, scores in zip(live, session.score(requests), strict=True):
-            after = [row.places[node] for node in row.asked]
-            row.growth.add(row.asked, expand(scores, after, row.width, tree.draws, confidence))
+        for row, scores in zip(live, session.score(requests, choose=False), strict=True):
+            after, above = [row.places[node] for node in row.asked], [row.growth.path(node) for node in row.asked]
+            found = expand(scores, after, row.step.width, tree.draws, confidence, above, row.step.most)
+            row.growth.add(row.asked, found)
         live = [row for row in live if _next(row, session)]
     return [_draft(row, tree, level, confidence) for row in rows]
 
@@ -136,8 +159,10 @@ def _next(row: Row, session: Session) -> bool:
     ends = session.head.stopping.eos
     try:
         while True:
-            nodes, row.width = next(row.steps)
-            row.asked = [node for node in sorted(nodes) if node == ROOT or row.growth.tokens[node] not in ends]
+            row.step = next(row.steps)
+            row.asked = [
+                node for node in sorted(row.step.nodes) if node == ROOT or row.growth.tokens[node] not in ends
+            ]
             if row.asked:
                 return True
             row.growth.latest = range(len(row.growth), len(row.growth))
@@ -159,9 +184,11 @@ def _read(row: Row, level: int) -> None:
 
 def _draft(row: Row, tree: Tree, level: int, confidence: bool) -> Draft:
     """The context's own nodes, then those that the tree keeps."""
-    growth, context = row.growth, row.context
+    growth, context, nodes = row.growth, row.context, sorted(row.kept)
     drawn = any(law is not None for law in growth.laws)
-    nodes = sorted(row.kept) if drawn else _lead_last(growth, sorted(row.kept))
+    if drawn:
+        _check_drawn(growth, nodes, tree)
+    nodes = _lead_last(growth, nodes, drawn)
     places = {ROOT: context.tip} | {node: len(context.draft) + i for i, node in enumerate(nodes)}
     if missing := [node for node in nodes if growth.parents[node] not in places]:
         raise ValueError(f"a tree kept nodes {missing} without their parents")
@@ -176,12 +203,32 @@ def _draft(row: Row, tree: Tree, level: int, confidence: bool) -> Draft:
     )
 
 
-def _lead_last(growth: Growth, nodes: list[int]) -> list[int]:
-    """The same nodes with the end of the likeliest branch behind all others."""
-    first: dict[int, int] = {}
+def _check_drawn(growth: Growth, nodes: list[int], tree: Tree) -> None:
+    """Raises ValueError if a drawn node is kept without an elder sibling: it was chosen then, its law is another."""
+    kept = set(nodes)
     for node in nodes:
-        first.setdefault(growth.parents[node], node)
+        if growth.ranks[node] and node - 1 not in kept:
+            raise ValueError(
+                f"{type(tree).__name__} kept child {growth.ranks[node]} of node {growth.parents[node]} and not the "
+                f"one drawn before it; of children drawn as {tree.draws!r} keep the first few, or set draws = None"
+            )
+
+
+def _lead_last(growth: Growth, nodes: list[int], drawn: bool) -> list[int]:
+    """The same nodes with the end of the likeliest branch behind all others, so that a chain can go on from there.
+
+    Of drawn siblings the order counts: then its whole family goes there, and the last born stands for it.
+    """
+    families: dict[int, list[int]] = {}
+    for node in nodes:
+        families.setdefault(growth.parents[node], []).append(node)
     lead = ROOT
-    while lead in first:
-        lead = first[lead]
-    return [node for node in nodes if node != lead] + [lead] * (lead != ROOT)
+    while lead in families:
+        lead = families[lead][0]
+    if lead == ROOT:
+        return nodes
+    last = families[growth.parents[lead]] if drawn else [lead]
+    if any(node in families for node in last):
+        return nodes
+    moved = set(last)
+    return [node for node in nodes if node not in moved] + last

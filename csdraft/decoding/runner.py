@@ -184,9 +184,9 @@ class Runner:
         tokens, slots, positions, sees = packed.unbind(1)
         steps = self._steps[:end]
         allowed = steps < sees[..., None]  # (rows, queries, end)
-        own = [(r, q, s) for r, feed in enumerate(feeds) for q, s in _extra(feed, queries)]
-        if own:
-            rows, columns, seen = torch.tensor(own, device=self.device).unbind(1)
+        own = _extra(feeds, queries)
+        if own[0]:
+            rows, columns, seen = torch.tensor(own, device=self.device)
             allowed[rows, columns, seen] = True
         shared = self._shared_range(feeds, queries)
         self.cache.place(shared if shared is not None else slots, min(f.slots[0] for f in feeds), end)
@@ -294,13 +294,20 @@ class Runner:
             self.sources = Sources(sources.input_ids, mask, outputs, sources.cross_cache)
 
 
-def _extra(feed: Feed, queries: int) -> list[tuple[int, int]]:
-    """(query, slot) pairs that a row's queries see beyond their leading slots; padding sees itself."""
-    pad = queries - len(feed.tokens)
-    pairs = [(query, feed.end) for query in range(pad)]
-    if feed.extra is not None:
-        pairs += [(pad + query, slot) for query, slots in enumerate(feed.extra) for slot in slots]
-    return pairs
+def _extra(feeds: Sequence[Feed], queries: int) -> tuple[list[int], list[int], list[int]]:
+    """(row, query, slot) of what queries see beyond their leading slots, as three lists; padding sees itself."""
+    rows: list[int] = []
+    columns: list[int] = []
+    seen: list[int] = []
+    for row, feed in enumerate(feeds):
+        pad = queries - len(feed.tokens)
+        columns += range(pad)
+        seen += [feed.end] * pad
+        for query, slots in enumerate(feed.extra or (), pad):
+            columns += [query] * len(slots)
+            seen += slots
+        rows += [row] * (len(seen) - len(rows))
+    return rows, columns, seen
 
 
 def home(model: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -108,8 +108,12 @@ class Session:
         self.runner.keep_rows(places)
         self._batch = list(live)
 
-    def score(self, requests: Sequence[Request]) -> list[Scores]:
-        """The logits after the wanted nodes of each request, from one forward of the whole batch."""
+    def score(self, requests: Sequence[Request], choose: bool = True) -> list[Scores]:
+        """The logits after the wanted nodes of each request, from one forward of the whole batch.
+
+        Args:
+            choose: whether somebody will ask for the choices along a branch, so that they may be made beforehand.
+        """
         plans, queries = {}, {}
         for request in requests:
             plans[request.row], queries[request.row] = self.plan(request)
@@ -121,7 +125,8 @@ class Session:
             rows, before = logits[self._batch.index(request.row)], len(plans[request.row].tokens) - keep
             at = [query - before for query in queries[request.row]]  # a batch is aligned at the end
             views.append(rows[at[0] : at[-1] + 1] if at == list(range(at[0], at[-1] + 1)) else rows[at])
-        choices = self._choose(views)
+        chains = all(request.draft.is_chain for request in requests)
+        choices = self._choose(views, chains) if choose else [None] * len(requests)
         return [
             Scores(self.head, request.row, request.text, request.draft, after, rows, chosen)
             for request, after, rows, chosen in zip(requests, wanted, views, choices, strict=True)
@@ -131,10 +136,11 @@ class Session:
     def _wanted(request: Request) -> Sequence[int]:
         return range(ROOT, len(request.draft)) if request.after is None else request.after
 
-    def _choose(self, views: Sequence[Tensor]) -> list[list[int] | None]:
-        """All choices of the batch at once, where that is the cheaper way."""
+    def _choose(self, views: Sequence[Tensor], chains: bool) -> list[list[int] | None]:
+        """All choices of the batch at once, where that is the cheaper way: of a tree most are never asked for."""
         head = self.head
-        if not (head.processing.text_blind and head.sampler.greedy):
+        on_host = self.runner.device.type == "cpu"
+        if not (head.processing.text_blind and head.sampler.greedy) or (on_host and not chains):
             return [None] * len(views)
         return head.choose_all(views)  # type: ignore[return-value]
 
@@ -148,9 +154,14 @@ class Session:
         reading, text, draft = self._readings[request.row], request.text, request.draft
         if reading.text is not text:
             self._restart(reading, text)
-        cached, root = self._advance(request.row, reading)
         length = len(text)
-        wanted = set(self._wanted(request))
+        old, nodes = len(reading.draft), self._wanted(request)
+        wanted = set(nodes)
+        if old and reading.read == length and draft.goes_on(reading.draft) and min(nodes) >= old:  # a tree that grows
+            feed = Feed([], [], [], [], length)
+            self._feed_nodes(reading, draft, range(old, len(draft)), feed)
+            return feed, [node - old for node in nodes]
+        cached, root = self._advance(request.row, reading)
         feed = Feed([], [], [], [], length)
         first = min(reading.read, length - 1) if ROOT in wanted else reading.read
         self.rolled_back += reading.read - first
@@ -162,55 +173,76 @@ class Session:
         reading.read = length
         query_of = self._plan_draft(reading, draft, wanted, cached, root, feed)
         query_of[ROOT] = length - first - 1
-        return feed, [query_of[node] for node in self._wanted(request)]
+        return feed, [query_of[node] for node in nodes]
 
     def _plan_draft(
         self, reading: Reading, draft: Draft, wanted: set[int], cached: dict[int, int], root: int, feed: Feed
     ) -> dict[int, int]:
         """Adds the nodes that are not cached, or are wanted again, below the text; which query each of them is."""
-        length = reading.read
-        old = reading.draft
-        slots: list[int] = []
-        reused: dict[int, int] = {}  # node of the new draft -> node of the old one
-        query_of: dict[int, int] = {}
-        if cached:
-            taken = set()  # siblings may carry the same token: only one of them can have its twin's slot
-            for node, (token, parent) in enumerate(zip(draft.tokens, draft.parents, strict=True)):
-                above = root if parent == ROOT else reused.get(parent)
-                if above is None or (twin := old.child(above, token)) not in cached or twin in taken:
-                    continue
-                reused[node] = twin  # type: ignore[assignment]
-                taken.add(twin)
-            self.rolled_back += len(cached) - len(reused)
-        free = max([length, *(cached[twin] + 1 for twin in reused.values())])
-        straight = True  # every node sees just the slots before its own
-        texts = len(feed.tokens)
-        for node, token in enumerate(draft.tokens):
+        reused = self._reused(reading.draft, draft, cached, root) if cached else {}
+        self.rolled_back += len(cached) - len(reused)
+        slots = [cached[twin] for twin in reused.values()]
+        free = max([reading.read, *(slot + 1 for slot in slots)])
+        reading.draft, reading.slots = draft, []
+        if not reused:
+            before = len(feed.tokens)
+            self._feed_nodes(reading, draft, range(len(draft)), feed)
+            return {node: before + node for node in range(len(draft))}
+        nodes = []
+        for node in range(len(draft)):
             twin = reused.get(node)
             if twin is None:
                 slot, free = free, free + 1
             else:
                 slot = cached[twin]
-            slots.append(slot)
-            straight &= slot == length + node
-            if twin is not None and node not in wanted:
+            reading.slots.append(slot)
+            if twin is None or node in wanted:
+                self.rolled_back += twin is not None
+                nodes.append(node)
+        before = len(feed.tokens)
+        self._feed_nodes(reading, draft, nodes, feed)
+        return {node: before + i for i, node in enumerate(nodes)}
+
+    @staticmethod
+    def _reused(old: Draft, draft: Draft, cached: dict[int, int], root: int) -> dict[int, int]:
+        """Node of the new draft -> node of the old one, of those whose keys and values are in the cache."""
+        reused: dict[int, int] = {}
+        taken = set()  # siblings may carry the same token: only one of them can have its twin's slot
+        for node, (token, parent) in enumerate(zip(draft.tokens, draft.parents, strict=True)):
+            above = root if parent == ROOT else reused.get(parent)
+            if above is None or (twin := old.child(above, token)) not in cached or twin in taken:
                 continue
-            self.rolled_back += twin is not None
-            query_of[node] = len(feed.tokens)
-            feed.tokens.append(token)
-            feed.slots.append(slot)
-            feed.positions.append(length + draft.depth(node) - 1)
-            feed.sees.append(slot + 1)
-        if not (straight and draft.is_chain):
-            nodes = [node for node in range(len(draft)) if reused.get(node) is None or node in wanted]
-            feed.extra = [()] * texts + [(slots[n], *(slots[a] for a in draft.ancestors(n))) for n in nodes]
-            feed.sees[texts:] = [length] * len(nodes)
-            feed.elsewhere = [(slot, length + draft.depth(node) - 1) for node, slot in enumerate(slots)]
-        elif feed.slots and feed.slots != list(range(feed.slots[0], feed.slots[0] + len(feed.slots))):
-            feed.extra = [()] * len(feed.tokens)  # a gap: slots are not one range
-        feed.end = max([length, *(slot + 1 for slot in slots)])
-        reading.draft, reading.slots = draft, slots
-        return query_of
+            reused[node] = twin  # type: ignore[assignment]
+            taken.add(twin)
+        return reused
+
+    def _feed_nodes(self, reading: Reading, draft: Draft, nodes: Sequence[int], feed: Feed) -> None:
+        """Adds `nodes` of the draft; those without a slot, which are the last ones, get the next free slots."""
+        length, texts, slots = reading.read, len(feed.tokens), reading.slots
+        free = max(slots, default=length - 1) + 1
+        slots.extend(range(free, free + len(draft) - len(slots)))
+        feed.tokens += [draft.tokens[node] for node in nodes]
+        feed.slots += (own := [slots[node] for node in nodes])
+        feed.end = max(length, max(slots, default=-1) + 1)
+        reading.draft = draft
+        if draft.is_chain and slots == list(range(length, length + len(slots))):
+            feed.positions += own
+            feed.sees += [slot + 1 for slot in own]
+            if feed.slots and feed.slots != list(range(feed.slots[0], feed.slots[0] + len(feed.slots))):
+                feed.extra = [()] * len(feed.tokens)  # a gap: slots are not one range
+            return
+        depths = range(len(draft)) if draft.is_chain else draft.depths
+        standing = [length + depth for depth in depths]
+        feed.positions += [standing[node] for node in nodes]
+        feed.sees += [length] * len(nodes)
+        feed.elsewhere = list(zip(slots, standing, strict=True))
+        seen: dict[int, tuple[int, ...]] = {}
+        for node in nodes:
+            parent = draft.parents[node]
+            if parent not in seen:
+                seen[parent] = tuple(slots[above] for above in draft.path(parent))
+            seen[node] = (*seen[parent], slots[node])
+        feed.extra = [()] * texts + [seen[node] for node in nodes]
 
     def _restart(self, reading: Reading, text: Text) -> None:
         """Another text in this row: keep what both have in common."""
@@ -240,8 +272,7 @@ class Session:
         moves = [(reading.slots[node], reading.read + i) for i, node in enumerate(path)]
         moves = [(source, target) for source, target in moves if source != target]
         if moves:
-            place = [self._batch.index(row)] * len(moves)
-            self.runner.cache.move(place, [source for source, _ in moves], [target for _, target in moves])
+            self.runner.cache.move(self._batch.index(row), *zip(*moves, strict=True))
         reading.read += len(path)
         if reading.read < len(tokens):  # the text left the draft: nothing below it holds
             self.rolled_back += len(draft) - len(path)

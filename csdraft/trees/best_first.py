@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from csdraft.decoding.draft import ROOT
 from csdraft.decoding.grow import Growth
-from csdraft.decoding.interfaces import Tree
+from csdraft.decoding.interfaces import Step, Tree
 
 __all__ = ["BestFirst"]
 
@@ -37,9 +37,9 @@ class BestFirst(Tree):
     def width(self, depth: int) -> int:
         return min(self.nodes, self.branches + (depth - 1) * self.branches**2) if depth else 0
 
-    def grow(self, growth: Growth, depth: int) -> Generator[tuple[Sequence[int], int], None, Sequence[int]]:
-        frontier = [ROOT]
+    def grow(self, growth: Growth, depth: int) -> Generator[Step, None, Sequence[int]]:
+        frontier, most = [ROOT], max(self.branches, self.nodes)
         for _ in range(depth):
-            yield frontier, self.branches
+            yield Step(frontier, self.branches, most)
             frontier = growth.best(growth.latest, self.branches)
         return growth.best(range(len(growth)), self.nodes)

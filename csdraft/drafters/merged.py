@@ -1,0 +1,152 @@
+"""Merged: several drafters draft the same text, and the target reads all their drafts as one tree.
+
+SpecInfer's merge (arXiv 2305.09781): drafters that fail on different texts cover for one another. A token that several
+have chosen after the same tokens becomes one node. Use it with cheap drafters beside a model, or with small ones that
+were trained apart; each costs its own time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from csdraft.decoding.call import Call
+from csdraft.decoding.draft import ROOT, Draft, Kind, Law
+from csdraft.decoding.interfaces import Budget, Context, Drafter, Round
+from csdraft.decoding.report import Report
+
+__all__ = ["Merged"]
+
+
+@dataclass(frozen=True)
+class Merged(Drafter):
+    """Merges what its drafters draft, branch by branch.
+
+    Chosen tokens are merged; drawn ones stay apart, each with its own law. Draws of two drafters can stand in one tree
+    if all were made independently ("iid"). A chain goes on from the end of the first drafter's likeliest branch.
+
+    Args:
+        drafters: whoever comes first is tried first.
+    """
+
+    drafters: tuple[Drafter, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "drafters", tuple(self.drafters))
+        if not self.drafters:
+            raise ValueError("drafters=() of a Merged drafter must be one at least")
+
+    @property
+    def depth(self) -> int:  # type: ignore[override]
+        return max(drafter.depth for drafter in self.drafters)
+
+    def width(self, depth: int) -> int:
+        return sum(drafter.width(depth) for drafter in self.drafters)
+
+    def models(self) -> list[object]:
+        return [model for drafter in self.drafters for model in drafter.models()]
+
+    def evidence(self, context: Context) -> int:
+        return next((drafter.evidence(context) for drafter in self.drafters if not drafter.models()), 0)
+
+    def check(self, call: Call) -> None:
+        for drafter in self.drafters:
+            drafter.check(call)
+
+    def observe(self, rounds: Sequence[Round]) -> None:
+        for drafter in self.drafters:
+            drafter.observe(rounds)
+
+    def keep_report(self, report: Report) -> None:
+        for drafter in self.drafters:
+            drafter.keep_report(report)
+
+    def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
+        apart = [drafter.propose(contexts, budgets) for drafter in self.drafters]
+        return [self._merged(context, drafts) for context, *drafts in zip(contexts, *apart, strict=True)]
+
+    def _merged(self, context: Context, drafts: Sequence[Draft]) -> Draft:
+        self._check_draws(context, drafts)
+        nodes = Nodes.of(context.draft)
+        places = [nodes.take(draft, len(context.draft)) for draft in drafts]
+        return nodes.draft(len(context.draft), places[0][drafts[0].tip])
+
+    def _check_draws(self, context: Context, drafts: Sequence[Draft]) -> None:
+        """Raises ValueError if draws that depend on one another would get siblings of another drafter's draws."""
+        old, kinds = len(context.draft), {}
+        for drafter, draft in zip(self.drafters, drafts, strict=True):
+            if draft.law is not None and any(row is not None for row in draft.law.rows[old:]):
+                kinds[drafter] = draft.law.kind if draft.has_drawn_siblings else "iid"
+        if len(kinds) > 1 and (odd := [drafter for drafter, kind in kinds.items() if kind != "iid"]):
+            other = next(drafter for drafter in kinds if drafter is not odd[0])
+            raise ValueError(
+                f"{_name(odd[0])} draws siblings as {kinds[odd[0]]!r}, {_name(other)} as {kinds[other]!r}; draws of "
+                "several drafters stand in one tree only if all are 'iid': use the tree Sampled, or one that chooses"
+            )
+
+
+def _name(drafter: Drafter) -> str:
+    tree = getattr(drafter, "tree", None)
+    return type(drafter).__name__ + (f" with a {type(tree).__name__} tree" if tree is not None else "")
+
+
+@dataclass
+class Nodes:
+    """The tree as it is put together: columns of a `Draft`, and which chosen token stands where."""
+
+    tokens: list[int]
+    parents: list[int]
+    levels: list[int]
+    confidence: list[float]
+    laws: list[Tensor | None]
+    kinds: set[Kind] = field(default_factory=set)
+    chosen: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, draft: Draft) -> Nodes:
+        laws = draft.law.rows if draft.law is not None else (None,) * len(draft)
+        return cls(list(draft.tokens), list(draft.parents), list(draft.levels), list(draft.confidence), list(laws))
+
+    def take(self, draft: Draft, start: int) -> dict[int, int]:
+        """Adds the nodes of `draft` from `start` on; where each of its nodes stands now."""
+        places = {node: node for node in range(ROOT, start)}
+        for node in range(start, len(draft)):
+            law = draft.law.rows[node] if draft.law is not None else None
+            key = places[draft.parents[node]], draft.tokens[node]
+            place = self.chosen.get(key) if law is None else None
+            if place is None:
+                place = len(self.tokens)
+                self.tokens.append(key[1])
+                self.parents.append(key[0])
+                self.levels.append(draft.levels[node])
+                self.confidence.append(draft.confidence[node])
+                self.laws.append(law)
+                if law is None:
+                    self.chosen[key] = place
+            places[node] = place
+        if draft.law is not None and draft.has_drawn_siblings:
+            self.kinds.add(draft.law.kind)
+        return places
+
+    def draft(self, start: int, lead: int) -> Draft:
+        """The draft, its last node the end of the branch that goes on from `lead`; `start` nodes keep their places."""
+        last = self._end(lead)
+        order = list(range(len(self.tokens)))
+        if last >= start:
+            order.append(order.pop(last))
+        places = {ROOT: ROOT} | {node: place for place, node in enumerate(order)}
+        pick = lambda values: tuple(values[node] for node in order)  # noqa: E731 - four uses on four lines
+        law = None
+        if any(row is not None for row in self.laws):
+            law = Law(self.kinds.pop() if self.kinds else "iid", pick(self.laws))
+        parents = tuple(places[self.parents[node]] for node in order)
+        return Draft(pick(self.tokens), parents, pick(self.levels), pick(self.confidence), law)
+
+    def _end(self, node: int) -> int:
+        """The leaf below `node` by first children; of drawn ones, whose order counts, by the last of the first law."""
+        while below := [child for child, parent in enumerate(self.parents) if parent == node]:
+            law = self.laws[below[0]]
+            node = below[0] if law is None else [child for child in below if self.laws[child] is law][-1]
+        return node

@@ -1,0 +1,45 @@
+"""What trees of a set number of children a level share: every node is expanded, and everything is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
+
+from csdraft.decoding.draft import ROOT
+from csdraft.decoding.grow import Growth
+from csdraft.decoding.interfaces import Step, Tree
+
+__all__ = ["Branching"]
+
+
+@dataclass(frozen=True)
+class Branching(Tree):
+    """Gives every node of a level the same number of children.
+
+    Args:
+        branching: children of the root, of each of its children, and so on; further levels have one each.
+    """
+
+    branching: tuple[int, ...] = (3, 2)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "branching", tuple(self.branching))
+        if min(self.branching, default=1) < 1:
+            name = type(self).__name__
+            raise ValueError(f"branching={list(self.branching)} of a {name} tree must be numbers of at least 1")
+
+    def children(self, depth: int) -> list[int]:
+        """Children of a node, level by level, in a tree so deep."""
+        return [*self.branching, *[1] * depth][:depth]
+
+    def width(self, depth: int) -> int:
+        return sum(accumulate(self.children(depth), mul))
+
+    def grow(self, growth: Growth, depth: int) -> Generator[Step, None, Sequence[int]]:
+        level: Sequence[int] = [ROOT]
+        for count in self.children(depth):
+            yield Step(level, count)
+            level = growth.latest
+        return range(len(growth))

@@ -1,0 +1,125 @@
+"""Gsd: hypotheses that come to the same words are drafted once, and share what follows.
+
+Graph-structured speculative decoding (arXiv 2407.16207): where a branch arrives at the tokens that another one has
+already, it is not drafted further; an edge leads over there. The graph is unrolled into a tree before the target reads
+it, so that a continuation may stand below several branches. Use it where a drafter's alternatives soon meet again.
+
+The borrowed continuation was found in another context, which costs acceptance only. Unlike the paper's, the unrolling
+goes by the likeliest branches, and no token is drawn: all are point masses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from itertools import count
+from math import inf, log
+
+from csdraft.decoding.draft import ROOT
+from csdraft.decoding.grow import Growth
+from csdraft.decoding.interfaces import Step, Tree
+
+__all__ = ["Gsd"]
+
+
+@dataclass(frozen=True)
+class Gsd(Tree):
+    """Expands what is not said elsewhere, and unrolls the graph.
+
+    Args:
+        branches: children of a node.
+        nodes: nodes of the draft, copies of shared ones included.
+        sibling_share: leave out children less likely than this share of the likeliest one.
+        least: a child less likely than this is kept, but gets no children.
+        context: tokens before a token that must agree too for it to be the same.
+    """
+
+    branches: int = 4
+    nodes: int = 24
+    sibling_share: float = 0.1
+    least: float = 0.1
+    context: int = 1
+
+    def __post_init__(self) -> None:
+        for name, smallest in {"branches": 1, "nodes": 1, "context": 0}.items():
+            if getattr(self, name) < smallest:
+                raise ValueError(f"{name}={getattr(self, name)} of a gsd tree must be at least {smallest}")
+        for name in ("sibling_share", "least"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} of a gsd tree is a probability, 0 to 1")
+
+    def width(self, depth: int) -> int:
+        return self.nodes if depth else 0
+
+    def grow(self, growth: Growth, depth: int) -> Generator[Step, None, Sequence[int]]:
+        graph = Graph(growth, self.context)
+        level = [ROOT]
+        for _ in range(depth):
+            yield Step(level, self.branches, self.nodes)
+            fresh = [node for node in growth.latest if self._passes(growth, node) and graph.take(node)]
+            level = growth.best((node for node in fresh if growth.log_probs[node] >= _log(self.least)), self.nodes)
+            if not level or graph.size >= self.nodes:
+                break
+        return graph.unrolled(self.nodes, depth)
+
+    def _passes(self, growth: Growth, node: int) -> bool:
+        """Whether the child is not much less likely than its eldest sibling, the likeliest."""
+        eldest = growth.log_probs[node - growth.ranks[node]]
+        return growth.log_probs[node] >= eldest + _log(self.sibling_share)
+
+
+class Graph:
+    """The candidates as a graph of tokens: an edge to a node of the same tokens takes the place of a new node.
+
+    Args:
+        growth: the candidates.
+        context: as in `Gsd`.
+    """
+
+    def __init__(self, growth: Growth, context: int):
+        self.growth, self.context = growth, context
+        self.size = 0
+        self._edges: dict[int, list[int]] = {}
+        self._known: dict[tuple[int, ...], int] = {}
+
+    def take(self, node: int) -> bool:
+        """Adds a candidate; False if it is another node once more, to which its parent then has an edge."""
+        growth, parent = self.growth, self.growth.parents[node]
+        words, above = [growth.tokens[node]], parent
+        while above != ROOT and len(words) <= self.context:
+            words.append(growth.tokens[above])
+            above = growth.parents[above]
+        key = tuple(words)
+        if len(words) > self.context:
+            twin = self._known.get(key)
+            if twin is not None and not self._leads_to(twin, parent):
+                self._edges.setdefault(parent, []).append(twin)
+                return False
+            self._known.setdefault(key, node)
+        self._edges.setdefault(parent, []).append(node)
+        self.size += 1
+        return True
+
+    def _leads_to(self, node: int, below: int) -> bool:
+        """Whether `node` is on the path to `below`."""
+        while below > node:
+            below = self.growth.parents[below]
+        return below == node
+
+    def unrolled(self, most: int, depth: int) -> list[int]:
+        """The likeliest nodes of the tree that the graph stands for; shared ones are copied for each branch."""
+        growth, kept, order = self.growth, [], count()
+        waiting = [(0.0, next(order), ROOT, ROOT)]  # (- log probability, order, node, its parent in the tree)
+        while waiting and len(kept) <= most:
+            _, _, node, above = heappop(waiting)
+            place = node if node == ROOT or growth.parents[node] == above else growth.copy(node, above)
+            kept.append(place)
+            if place == ROOT or growth.depths[place] + 1 < depth:
+                for child in self._edges.get(node, ()):
+                    heappush(waiting, (-growth.path(place) - growth.log_probs[child], next(order), child, place))
+        return kept[1:]
+
+
+def _log(probability: float) -> float:
+    return log(probability) if probability else -inf

@@ -1,0 +1,44 @@
+"""Lead: a chain of the likeliest tokens, each with its runners-up, which have no children.
+
+The tree variant of Cascade Speculative Drafting (arXiv 2312.11462): 8 children of each lead node, with the K matrix
+[[1, 3], [0, 1]]. One node a level is read, so that it costs the drafter what a chain does; use it with drafters whose
+first guess is good and whose mistakes are near misses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+
+from csdraft.decoding.draft import ROOT
+from csdraft.decoding.grow import Growth
+from csdraft.decoding.interfaces import Step, Tree
+
+__all__ = ["Lead"]
+
+
+@dataclass(frozen=True)
+class Lead(Tree):
+    """Gives children to the first node of each level only.
+
+    Args:
+        children: of each lead node, the lead of the next level among them.
+    """
+
+    children: int = 8
+
+    def __post_init__(self) -> None:
+        if self.children < 1:
+            raise ValueError(f"children={self.children} of a lead tree must be at least 1")
+
+    def width(self, depth: int) -> int:
+        return self.children * depth
+
+    def grow(self, growth: Growth, depth: int) -> Generator[Step, None, Sequence[int]]:
+        lead = ROOT
+        for _ in range(depth):
+            yield Step([lead], self.children)
+            if not growth.latest:
+                break
+            lead = growth.latest[0]
+        return range(len(growth))

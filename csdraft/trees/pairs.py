@@ -1,0 +1,34 @@
+"""Pairs: two children a node, one of them the drafter's likeliest token, for the verifier `SpecHub`.
+
+SpecHub (arXiv 2411.05289): the pair is drawn so that its optimal transport to the target's law has a closed form. Use
+it where a node gets two children at most; wider trees are better drawn by `Recursive`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from csdraft.trees._branching import Branching
+
+__all__ = ["Pairs"]
+
+
+@dataclass(frozen=True)
+class Pairs(Branching):
+    """A binary tree, down to the level where it stops branching.
+
+    Args:
+        branching: children, 1 or 2, of the root, of each of its children, and so on; further levels have one each.
+    """
+
+    draws: ClassVar = "pair"
+
+    branching: tuple[int, ...] = (2, 2)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if max(self.branching, default=1) > 2:
+            raise ValueError(
+                f"branching={list(self.branching)} of a Pairs tree must be 1 or 2; for more use Recursive"
+            )

@@ -1,0 +1,114 @@
+"""Sequoia: the shape that is best for how often a target accepts the first, second, third child of a node.
+
+Sequoia (arXiv 2402.12374): dynamic programming over nodes, levels and ranks gives the tree of the most expected
+tokens, once and for all texts; children are drawn without replacement. Measure the acceptance of your own pair first
+(`Sequoia.measured`). Use it where the same shape every round counts, or under independent draws, where trees that
+choose by confidence make point masses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate, takewhile
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from csdraft.decoding.grow import Growth
+from csdraft.decoding.interfaces import Step, Tree
+from csdraft.trees.template import Path, Template
+
+if TYPE_CHECKING:
+    from csdraft.decoding.report import Report
+
+__all__ = ["Sequoia"]
+
+
+@dataclass(frozen=True)
+class Sequoia(Tree):
+    """The best shape for a measured acceptance.
+
+    Args:
+        nodes: nodes of the draft.
+        acceptance: how often a node's first child is accepted, its second one, and so on. No node gets more children.
+    """
+
+    draws: ClassVar = "without_replacement"
+
+    nodes: int = 24
+    acceptance: tuple[float, ...] = (0.6, 0.14, 0.06, 0.04, 0.02)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "acceptance", tuple(self.acceptance))
+        if self.nodes < 1:
+            raise ValueError(f"nodes={self.nodes} of a sequoia tree must be at least 1")
+        if not self.acceptance or not min(self.acceptance) >= 0 or not sum(self.acceptance) <= 1 + 1e-9:
+            raise ValueError(
+                f"acceptance={list(self.acceptance)} of a sequoia tree must be chances, each >= 0, at most 1 together "
+                "since one sibling at most is accepted; measure it with Sequoia.measured"
+            )
+
+    @classmethod
+    def measured(cls, report: Report, nodes: int = 24, reviewer: str = "target") -> Sequoia:
+        """The shape for what a reviewer accepted in calls whose drafts were trees, as wide as may be of use.
+
+        Args:
+            report: of these calls; draw as the calls to come will, since that is what acceptance depends on.
+            nodes: nodes of the draft.
+            reviewer: whose decisions count, by its name in the report.
+        """
+        counts = report.reviews[reviewer].ranks
+        rates = []
+        for rank in range(max((children for children, _ in counts), default=0)):
+            tried = sum(times for (children, _), times in counts.items() if children > rank)
+            rates.append(sum(times for (_, kept), times in counts.items() if kept == rank) / tried)
+        if not rates:
+            raise ValueError(f"{reviewer!r} of this report was shown no branch; measure with a tree, Template() say")
+        within = takewhile(lambda total: total <= 1, accumulate(rates))  # rates come from different places
+        return cls(nodes, tuple(rates[: len(list(within))]))
+
+    def plan(self, depth: int) -> tuple[Path, ...]:
+        """The best tree of at most so many levels, as a `Template` names it."""
+        return best_shape(self.nodes, depth, self.acceptance)
+
+    def width(self, depth: int) -> int:
+        return len(self.plan(depth)) if depth else 0
+
+    def grow(self, growth: Growth, depth: int) -> Generator[Step, None, Sequence[int]]:
+        return (yield from Template(self.plan(depth)).grow(growth, depth))
+
+
+@lru_cache(64)
+def best_shape(nodes: int, depth: int, acceptance: tuple[float, ...]) -> tuple[Path, ...]:
+    """The tree of at most so many nodes and levels with the greatest sum of products of `acceptance` along branches.
+
+    `worth[d][r][n]` is that sum for n nodes below a node that has d levels left, its children from rank r on; `own` of
+    them go to the child r and what is below it. Elder siblings come first: the second child needs the first.
+    """
+    ranks = len(acceptance)
+    worth = np.zeros((depth + 1, ranks + 1, nodes + 1))
+    own = np.zeros((depth + 1, ranks, nodes + 1), dtype=int)
+    for levels in range(1, depth + 1):
+        for rank in reversed(range(ranks)):
+            child = acceptance[rank] * (1 + worth[levels - 1, 0])  # with 0, 1, ... nodes below it
+            for count in range(1, nodes + 1):
+                totals = child[:count] + worth[levels, rank + 1, :count][::-1]
+                share = int(totals.argmax())
+                if totals[share] > 0:
+                    worth[levels, rank, count], own[levels, rank, count] = totals[share], share + 1
+    paths: list[Path] = []
+    _unfold(own, (), nodes, paths)
+    return tuple(paths)
+
+
+def _unfold(own: np.ndarray, above: Path, count: int, paths: list[Path]) -> None:
+    """Adds the nodes of the best `count` below `above`."""
+    levels = len(own) - 1 - len(above)
+    for rank in range(own.shape[1]):
+        if not levels or not (share := int(own[levels, rank, count])):
+            break
+        paths.append((*above, rank))
+        _unfold(own, (*above, rank), share - 1, paths)
+        count -= share

@@ -1,0 +1,71 @@
+"""Template: a tree whose shape is known beforehand, each node named by its ranks among the likeliest tokens.
+
+Medusa's sparse tree (arXiv 2401.10774): node (0, 2) is the third likeliest token after the likeliest one. The shape
+costs nothing to decide, and forwards have the same sizes each round; `BestFirst` and `OptTree` fit the text better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from csdraft.decoding.draft import ROOT
+from csdraft.decoding.grow import Growth
+from csdraft.decoding.interfaces import Step, Tree
+
+__all__ = ["Template"]
+
+Path = tuple[int, ...]
+
+EAGLE = (
+    *[(a,) for a in range(4)],
+    *[(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0)],
+    *[(0, 0, 0), (0, 0, 1), (0, 0, 2), (0, 1, 0), (0, 1, 1), (0, 2, 0), (0, 2, 1), (1, 0, 0)],
+    *[(0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 0, 2), (0, 0, 0, 0, 0), (0, 0, 0, 0, 1)],
+)
+"""The 25 nodes of EAGLE's tree (arXiv 2401.15077)."""
+
+
+@dataclass(frozen=True)
+class Template(Tree):
+    """Drafts the children that the template names, one forward a level.
+
+    Args:
+        paths: ranks of the tokens from the root to a node, 0 the likeliest; the nodes above it are part of the tree.
+    """
+
+    paths: tuple[tuple[int, ...], ...] = EAGLE
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "paths", tuple(tuple(path) for path in self.paths))
+        if not any(self.paths) or min((rank for path in self.paths for rank in path), default=0) < 0:
+            raise ValueError(f"paths={self.paths} of a template tree must be paths of ranks >= 0, one at least")
+
+    @cached_property
+    def shape(self) -> dict[Path, set[int]]:
+        """The ranks of each path's children."""
+        shape: dict[Path, set[int]] = {}
+        for path in self.paths:
+            for end, rank in enumerate(path):
+                shape.setdefault(path[:end], set()).add(rank)
+        return shape
+
+    def width(self, depth: int) -> int:
+        return sum(len(ranks) for path, ranks in self.shape.items() if len(path) < depth)
+
+    def grow(self, growth: Growth, depth: int) -> Generator[Step, None, Sequence[int]]:
+        paths: dict[int, Path] = {ROOT: ()}
+        level: list[int] = [ROOT]
+        for _ in range(depth):
+            inner = [node for node in level if paths[node] in self.shape]
+            if not inner:
+                break
+            yield Step(inner, 1 + max(max(self.shape[paths[node]]) for node in inner))
+            level = []
+            for node in growth.latest:
+                above, rank = paths[growth.parents[node]], growth.ranks[node]
+                if rank in self.shape[above]:
+                    paths[node] = (*above, rank)
+                    level.append(node)
+        return [node for node in paths if node != ROOT]

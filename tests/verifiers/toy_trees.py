@@ -1,0 +1,77 @@
+"""Trees grown on tables of laws, without a model: by enumeration of every draw, or with a real sampler."""
+
+from __future__ import annotations
+
+import torch
+from toy import Branching, Model, Place, Propose
+from trees import siblings
+
+from csdraft import spec
+from csdraft.decoding.draft import ROOT, Draft
+from csdraft.decoding.expand import Children, _drawn, _likeliest
+from csdraft.decoding.grow import Growth, Row, _draft
+from csdraft.decoding.interfaces import Context, Tree
+from csdraft.decoding.sampling import Sampler
+
+TREES = spec.types("trees")
+SMALL = {
+    "sampled": {"branching": (2, 1)},
+    "recursive": {"branching": (2, 2)},
+    "pairs": {"branching": (2, 2)},
+    "sequoia": {"nodes": 5, "acceptance": (0.5, 0.2)},
+    "stochastic_beam": {"beams": 2},
+}
+"""Options of the trees that draw, few enough nodes to enumerate every draw."""
+
+
+def small(type: str) -> Tree:
+    tree = spec.find("trees", type)(**SMALL.get(type, {}))
+    assert tree.draws is None or type in SMALL, f"say in SMALL how to make a {type} tree of a few nodes"
+    return tree
+
+
+def grown(tree: Tree, drafter: Model, place: Place, sampler: Branching | Sampler | None, depth: int = 2) -> Draft:
+    """The draft of one row, as the driver would grow it with a model."""
+    growth = Growth()
+    steps = tree.grow(growth, min(depth, place.depth))
+    row = Row(Context(0, place.text, None, place.draft), growth, steps, place.draft, {ROOT: ROOT})  # type: ignore[arg-type]
+    try:
+        step = next(steps)
+        while True:
+            nodes = sorted(step.nodes)
+            laws = [drafter.law(place.text + branch(growth, node)) for node in nodes]
+            if sampler is None or tree.draws is None:
+                above = [growth.path(node) for node in nodes]
+                growth.add(nodes, _likeliest(torch.stack(laws).log(), step.width, above, step.most))
+            else:
+                assert step.most is None
+                growth.add(nodes, [children(tree, law, step.width, sampler) for law in laws])
+            step = next(steps)
+    except StopIteration as end:
+        row.kept = end.value
+    return _draft(row, tree, 2, False)
+
+
+def branch(growth: Growth, node: int) -> tuple[int, ...]:
+    """Token ids down to a candidate."""
+    tokens: list[int] = []
+    while node != ROOT:
+        tokens.append(growth.tokens[node])
+        node = growth.parents[node]
+    return tuple(tokens[::-1])
+
+
+def children(tree: Tree, law: torch.Tensor, width: int, sampler: Branching | Sampler) -> Children:
+    """Draws of one node."""
+    assert tree.draws is not None
+    if isinstance(sampler, Sampler):
+        return _drawn(0, sampler, law.log(), width, tree.draws)
+    possible = int((law > 0).sum())
+    count = width if tree.draws == "iid" else min(width, possible)
+    tokens = siblings(law, tree.draws, count, sampler)[:count]
+    return Children(tokens, law[tokens].log().tolist(), law=law)
+
+
+def proposing(tree: Tree, drafter: Model, real: Sampler | None = None) -> Propose:
+    """A toy drafter; with a `real` sampler its draws are those of a call, else all there are."""
+    return lambda place, sampler: grown(tree, drafter, place, real or sampler)
