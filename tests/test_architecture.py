@@ -34,6 +34,7 @@ MAY_IMPORT = {
         "drafters",
         "schedules",
         "spec",
+        "tables",
         "hub",
         "progress",
     },

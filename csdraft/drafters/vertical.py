@@ -11,16 +11,20 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 from torch import nn
 
 from csdraft.decoding.call import Call
-from csdraft.decoding.draft import Draft
-from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Verifier
+from csdraft.decoding.draft import ROOT, Draft
+from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, ScoresView, Verdict, Verifier
 from csdraft.decoding.rounds import run_round
+from csdraft.decoding.sampling import Sampler
 from csdraft.drafters.model import base_model, check_reviewer, context_length, load_model
 from csdraft.verifiers.lenient import Lenient
 from csdraft.verifiers.rejection import Rejection
+from csdraft.verifiers.spec_hub import SpecHub
+from csdraft.verifiers.without_replacement import WithoutReplacement
 
 __all__ = ["Vertical"]
 
@@ -91,7 +95,7 @@ class Vertical(Drafter):
         """The inner levels draw as the outermost verifier does."""
         if call.sampler.coupled or call.sampler.greedy:
             return Lenient(self.lenience, level)
-        return Rejection(self.lenience)
+        return Rejection(self.lenience) if self.lenience > 1 else ByDraws()
 
     def _inner_budget(self, room: int, coupled: bool) -> Budget:
         length = self.drafter.depth if self.inner_length is None else self.inner_length
@@ -100,6 +104,26 @@ class Vertical(Drafter):
     def _positions_left(self, context: Context) -> int:
         """Tokens it can still hand up before its context is full: the last one is never fed."""
         return context_length(self.reviewer) - len(context.text) - len(context.path)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class ByDraws(Verifier):
+    """Judges each draft by the rule that is exact for how its siblings were drawn."""
+
+    lossless = True  # type: ignore[assignment]
+    draws: ClassVar = "independent"
+    kinds: ClassVar = frozenset({"iid", "without_replacement", "pair"})
+
+    def verify(self, draft: Draft, scores: ScoresView, sampler: Sampler, root: int = ROOT) -> Verdict:
+        return self._rule(draft).verify(draft, scores, sampler, root)
+
+    def refusal(self, draft: Draft) -> str | None:
+        return self._rule(draft).refusal(draft)
+
+    @staticmethod
+    def _rule(draft: Draft) -> Verifier:
+        kind = "iid" if draft.law is None else draft.law.kind
+        return {"iid": Rejection, "without_replacement": WithoutReplacement, "pair": SpecHub}[kind]()
 
 
 def _stops(budget: Budget, finished: Round) -> bool:

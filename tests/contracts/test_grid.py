@@ -35,9 +35,10 @@ def test_greedy_is_identical(type: str, rule: str, policy: str) -> None:
     try:
         output = tiny.tiny("llama").generate(**tiny.inputs_of("llama", 2), **GREEDY, assistant=drafter(type), **how)
     except ValueError as refused:
-        assert verifier(rule).chains_only and type in BRANCHING and "judges chains" in str(refused)
+        if not verifier(rule).chains_only or type not in BRANCHING or "judges chains" not in str(refused):
+            raise
         return
-    assert not (verifier(rule).chains_only and type in ALWAYS_BRANCHING)
+    assert not verifier(rule).chains_only or type not in ALWAYS_BRANCHING
     assert output.sequences.tolist() == plain()
     if policy != "cost_model":  # which drafts when the clock says so
         assert output.report.target.drafted.total() > 0, "nothing was drafted, so this proves little"

@@ -11,7 +11,13 @@ import torch
 import csdraft
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter
+from csdraft.drafters.model import ModelDrafter
+from csdraft.drafters.vertical import Vertical
 from csdraft.schedules.confidence import Confidence
+from csdraft.trees.best_first import BestFirst
+from csdraft.trees.pairs import Pairs
+from csdraft.trees.recursive import Recursive
+from csdraft.trees.sampled import Sampled
 from tests import tiny
 
 WANTED = {"max_new_tokens": 24, "do_sample": False}
@@ -73,3 +79,15 @@ def test_nobody_computes_confidence_that_nobody_reads() -> None:
     watched = Heard(csdraft.Vertical(tiny.drafter_of("llama"), csdraft.MaxGram()))
     tiny.tiny("llama").generate(**tiny.prompt(), **WANTED, assistant=watched, schedule="fixed", strict=True)
     assert not any(watched.asked)
+
+
+@pytest.mark.parametrize("tree", [Sampled((2, 2)), Recursive((2, 2)), Pairs((2, 2)), BestFirst(2, 4)], ids=repr)
+def test_a_drawn_tree_is_reviewed_by_its_own_rule(tree):
+    """Under independent draws; what is handed up is a chain with the reviewer's laws, which any rule can judge."""
+    inner = ModelDrafter(tiny.drafter_of("llama", scale=0.2), depth=2, tree=tree)
+    assistant = Vertical(tiny.drafter_of("llama"), inner, depth=4)
+    how = {"do_sample": True, "max_new_tokens": 16, "verifier": "rejection", "schedule": "fixed", "strict": True}
+    output = tiny.tiny("llama").generate(
+        **tiny.inputs_of("llama", 3), **how, assistant=assistant, return_dict_in_generate=True
+    )
+    assert output.report.target.accepted.total() > 0
