@@ -204,7 +204,7 @@ class CascadeDrafter(Drafter):
             target: what the cascade drafts for; the target of the last call if None. Its weights are never saved.
             copy_models: False writes models from the Hub down by id, and the revision in this machine's cache.
         """
-        hub.save(self, Path(path), tokenizer, hub.Target.of(target) if target else self._reports.target, copy_models)
+        self._save(Path(path), tokenizer, target, copy_models)
 
     def push_to_hub(
         self,
@@ -223,8 +223,11 @@ class CascadeDrafter(Drafter):
         """
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch, repo_id.split("/")[-1])
-            self.save_pretrained(folder, tokenizer, target, copy_models)
+            self._save(folder, tokenizer, target, copy_models, repo_id)
             return upload(folder, repo_id, **options)
+
+    def _save(self, path: Path, tokenizer: Any, target: nn.Module | None, *options: Any) -> None:
+        hub.save(self, path, tokenizer, hub.Target.of(target) if target else self._reports.target, *options)
 
     @classmethod
     def from_pretrained(

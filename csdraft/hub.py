@@ -7,7 +7,9 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
+import sys
 import tempfile
 import warnings
 import weakref
@@ -31,10 +33,23 @@ if TYPE_CHECKING:
 
     from csdraft.cascade import CascadeDrafter
 
-__all__ = ["DOCUMENT", "HUB_OPTIONS", "Target", "find_cascade", "fingerprint", "generate", "load", "save"]
+__all__ = [
+    "DOCUMENT",
+    "HUB_OPTIONS",
+    "Target",
+    "command",
+    "find_cascade",
+    "fingerprint",
+    "generate",
+    "load",
+    "save",
+    "without_folders",
+]
 
 DOCUMENT, FORMAT = "cascade.json", 1
 OWN_FOLDERS = ("models", "tables", "custom_generate")
+ABSOLUTE = re.compile(r"(?<![^\s=\[{(,'\"])(?:~|\.{1,2}|[A-Za-z]:)?[/\\][^\s,\]})'\"]+")
+SECRET = re.compile(r"(token|secret|password|api[-_]?key|credentials?)(=|$)", re.IGNORECASE)
 KEYS = ("format", "csdraft", "target", "models", "drafters", "k_matrix", "lenience", "verifier", "schedule")
 
 
@@ -43,13 +58,14 @@ class Target:
     """What is written down of the model that a cascade drafts for; its weights never are."""
 
     name: str
+    revision: str | None
     vocab_size: int
     model: weakref.ref[nn.Module] = field(compare=False, repr=False)
 
     @classmethod
     def of(cls, model: nn.Module) -> Target:
         model = base_model(model)
-        return cls(public_name(model), vocab_size(model), weakref.ref(model))
+        return cls(public_name(model), _own_revision(model), vocab_size(model), weakref.ref(model))
 
 
 def vocab_size(model: nn.Module) -> int:
@@ -78,8 +94,13 @@ def save(
     tokenizer: PreTrainedTokenizerBase | None,
     target: Target | None,
     copy_models: bool,
+    repo_id: str | None = None,
 ) -> None:
-    """Writes a cascade to a folder; what an earlier save left there stays until all of the new one is written."""
+    """Writes a cascade to a folder; what an earlier save left there stays until all of the new one is written.
+
+    Args:
+        repo_id: where it will be uploaded to, which is the name that its card tells to load; the folder's if None.
+    """
     clash = [name for name in OWN_FOLDERS if (path / name).exists()]
     if path.is_file() or (clash and not (path / DOCUMENT).exists()):
         raise ValueError(
@@ -91,11 +112,12 @@ def save(
     document: dict[str, Any] = {"format": FORMAT, "csdraft": _csdraft_version(), "target": {}, "models": {}}
     document["drafters"] = [spec.to_json(drafter, models, tables) for drafter in cascade.drafters]
     document |= {"k_matrix": cascade.k_matrix, "lenience": cascade.lenience}
-    document["verifier"] = spec.to_json(cascade.verifier, models)
-    document["schedule"] = spec.to_json(cascade.schedule, models)
+    document["verifier"] = spec.to_json(cascade.verifier, models, tables)
+    document["schedule"] = spec.to_json(cascade.schedule, models, tables)
     sizes = [target.vocab_size] if target else [vocab_size(model) for model in models.values()]
     document["target"] = {
         "name": target.name if target else None,
+        "revision": target.revision if target else None,
         "vocab_size": max(sizes, default=None),
         "tokenizer": fingerprint(tokenizer) if tokenizer is not None else None,
     }
@@ -112,7 +134,7 @@ def save(
         (scratch / "custom_generate" / "generate.py").write_text(SHIM)
         provenance = _provenance(models, cascade)
         _write_json(scratch / "provenance.json", provenance)
-        card = model_card(document, provenance, path.name, cascade.verifier.lossless)  # type: ignore[union-attr]
+        card = model_card(document, provenance, repo_id or path.name, cascade.verifier.lossless)  # type: ignore[union-attr]
         (scratch / "README.md").write_text(card, encoding="utf-8")
         _write_json(scratch / DOCUMENT, document)
         _move_in(scratch, path)
@@ -131,13 +153,19 @@ def _write_model(model: nn.Module, folder: str, scratch: Path, target: Target | 
         raise ValueError(f"{type(model).__name__} is no transformers model, so its weights cannot be saved")
     adapters = getattr(model, "peft_config", None)
     source = public_name(model)
-    if not copy_models and not adapters and (revision := _cached_revision(source)):
+    revision = None if copy_models or adapters else _own_revision(model) or _cached_revision(source)
+    if revision is not None:
         return {"id": source, "revision": revision}
     if adapters:
         _write_adapter(model, adapters, scratch / folder)
     else:
         model.save_pretrained(scratch / folder)
     return {"folder": folder}
+
+
+def _own_revision(model: nn.Module) -> str | None:
+    """The commit of the Hub that a model was loaded from."""
+    return getattr(model.config, "_commit_hash", None) if is_hub_id(public_name(model)) else None
 
 
 def _cached_revision(repo: str) -> str | None:
@@ -181,11 +209,13 @@ def _write_adapter(model: nn.Module, adapters: dict[str, Any], folder: Path) -> 
 
 
 def _provenance(models: dict[str, nn.Module], cascade: CascadeDrafter) -> dict[str, Any]:
-    """Where and with what the cascade was made. No text, no paths."""
+    """Where and with what the cascade was made, and of drafters that csdraft trained, on what. No text, no paths."""
     report = cascade.report
     described = {
         name: {
             "source": public_name(model),
+            "revision": _own_revision(model),
+            "trained": _trained(model),
             "class": type(model).__name__,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
@@ -198,11 +228,37 @@ def _provenance(models: dict[str, nn.Module], cascade: CascadeDrafter) -> dict[s
         measured = {figure: getattr(report, figure) for figure in figures}
     return {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command(),
         "versions": {"csdraft": _csdraft_version(), "python": platform.python_version()}
         | {package: version(package) for package in ("torch", "transformers")},
         "models": described,
         "measured": measured,
     }
+
+
+def _trained(model: nn.Module) -> dict[str, Any] | None:
+    """From the provenance.json beside a drafter's weights: the run, its target and its data."""
+    folder = str(getattr(model.config, "_name_or_path", ""))
+    if not folder or not (path := Path(folder, "provenance.json")).is_file():
+        return None
+    origin = json.loads(path.read_text(encoding="utf-8"))
+    return {key: origin.get(key) for key in ("command", "target", "data", "steps")}
+
+
+def command() -> str:
+    """The running program and its arguments, without what may be secret and without this machine's folders."""
+    kept, words = [Path(sys.argv[0]).name], iter(sys.argv[1:])
+    for word in words:
+        if not SECRET.search(word):
+            kept.append(re.sub(r"\bhf_\w+", "hf_...", without_folders(word)))
+        elif "=" not in word and word.startswith("-"):
+            next(words, None)  # its value
+    return " ".join(kept)
+
+
+def without_folders(text: str) -> str:
+    """Of each path that starts with / or ~ or . only the last part: the rest says nothing on another machine."""
+    return ABSOLUTE.sub(lambda path: re.split(r"[/\\]", path[0].rstrip("/\\"))[-1], text)
 
 
 def _csdraft_version() -> str:
@@ -260,8 +316,8 @@ def load(
         "drafters": [spec.from_json("drafters", drafter, models, tables) for drafter in document["drafters"]],
         "k_matrix": document["k_matrix"],
         "lenience": document["lenience"],
-        "verifier": spec.from_json("verifiers", document["verifier"], models),
-        "schedule": spec.from_json("schedules", document["schedule"], models),
+        "verifier": spec.from_json("verifiers", document["verifier"], models, tables),
+        "schedule": spec.from_json("schedules", document["schedule"], models, tables),
     }
 
 
@@ -284,7 +340,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 def check_target(saved: dict[str, Any], target: nn.Module | None, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Raises ValueError if a cascade was saved for another vocabulary."""
-    spec.check_keys(saved, ("name", "vocab_size", "tokenizer"), f"{DOCUMENT}: target")
+    spec.check_keys(saved, ("name", "revision", "vocab_size", "tokenizer"), f"{DOCUMENT}: target")
     name, wanted, print_of_saved = saved.get("name") or "its target", saved.get("vocab_size"), saved.get("tokenizer")
     compared = tokenizer is not None and print_of_saved is not None
     if compared and (own := fingerprint(tokenizer)) != print_of_saved:  # type: ignore[arg-type]

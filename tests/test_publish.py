@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,10 @@ from hub_standin import Hub, standin
 from trainers.pair import arguments, make_pair, settings
 from transformers import AutoModelForCausalLM
 
+import csdraft
+from csdraft.hub import command
 from csdraft.trainers.arguments import read_values
+from csdraft.trainers.publish import provenance
 from csdraft.trainers.run import distill
 from csdraft.trainers.students import added_share, make_student
 from csdraft.upload import upload
@@ -67,6 +71,8 @@ def test_a_cascade_is_uploaded_as_it_is_saved(folder, hub):
     changing = {"provenance.json", "README.md"}  # the time, and the folder's name
     assert all(sent[name] == saved[name] for name in sent.keys() - changing)
     assert set(hub.tokens) == {"Bearer hf_test"}
+    assert 'assistant="me/cascade"' in sent["README.md"].decode()  # what a reader of the Hub copies must load
+    assert 'assistant="cascade"' in saved["README.md"].decode()
 
 
 def test_a_branch_is_made_for_the_upload(tmp_path, hub):
@@ -107,7 +113,10 @@ def test_a_drafter_is_uploaded_with_its_card(folder, hub):
     assert "speculative-decoding" in text
     assert "| block efficiency, greedy |" in text
     assert "before" in text
+    assert 'assistant="me/drafter"' in text
     assert origin["steps"] == 2
+    assert (origin["data"]["name"], origin["data"]["revision"]) == ("texts.jsonl", None)
+    assert origin["data"]["rows"] > 64  # long texts are several
     assert origin["versions"]["torch"] == torch.__version__
     assert str(folder) not in text + json.dumps(origin)
     assert "model.safetensors" in sent
@@ -115,6 +124,50 @@ def test_a_drafter_is_uploaded_with_its_card(folder, hub):
     sizes = [AutoModelForCausalLM.from_pretrained(folder / name).num_parameters() for name in ("pushed", "target")]
     assert origin["added_parameters"] == sizes[0] / sizes[1]
     assert f"adds {100 * sizes[0] / sizes[1]:.2f} % of the target's parameters" in text
+
+
+def test_a_cascade_says_on_what_its_drafters_were_trained(folder):
+    trainer = distill(arguments(folder, "told", max_steps=1, save_strategy="no"))
+    cascade = csdraft.CascadeDrafter([str(folder / "told")])
+    cascade.save_pretrained(folder / "told-cascade", target=trainer.target)
+    told = json.loads((folder / "told-cascade/provenance.json").read_text())
+    trained = told["models"]["told"]["trained"]
+    assert trained == {key: provenance(trainer)[key] for key in ("command", "target", "data", "steps")}
+    assert trained["target"] == {"name": "target", "revision": None}
+    assert trained["data"]["tokens"] > 1000
+    assert told["command"].startswith(Path(sys.argv[0]).name)
+    assert str(folder) not in json.dumps(told)
+
+
+def test_data_is_told_apart_by_its_rows(folder):
+    """Equal rows have an equal checksum, whatever they are called; others have not."""
+    found = []
+    (folder / "copy.jsonl").write_text((folder / "texts.jsonl").read_text())
+    for name, limit in (("texts", None), ("copy", None), ("texts", 63)):
+        args = arguments(folder, "rows", dataset=f"{folder}/{name}.jsonl", dataset_limit=limit, max_steps=1)
+        found.append(provenance(distill(args))["data"])
+        shutil.rmtree(folder / "rows")
+    assert found[0]["checksum"] == found[1]["checksum"] != found[2]["checksum"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["hub_token=hf_abc", "--hf-token", "hf_abc", "max_new_tokens=5"], "run.py max_new_tokens=5"),
+        (["tokenizer=me/small", "x=hf_abcdef"], "run.py tokenizer=me/small x=hf_..."),
+        (
+            ["target=/home/me/large", "drafters=[/home/me/small, max_gram]"],
+            "run.py target=large drafters=[small, max_gram]",
+        ),
+        (
+            ["dataset=me/chats:en@abc", "output_dir=out/x", "~/models/small"],
+            "run.py dataset=me/chats:en@abc output_dir=out/x small",
+        ),
+    ],
+)
+def test_a_command_is_told_without_secrets_and_folders(words, told, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/home/me/run.py", *words])
+    assert command() == told
 
 
 def test_a_self_drafter_says_how_little_it_adds(folder):

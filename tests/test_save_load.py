@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -295,6 +296,21 @@ def test_hub_ids(saved, tmp_path, monkeypatch):
     csdraft.CascadeDrafter.from_pretrained("me/my-cascade", revision="v2", dtype="auto")
     assert asked[0] == ("me/my-cascade", hub.DOCUMENT, {"revision": "v2"})
     assert asked[1:] == [("me/small", {"dtype": "auto", "revision": "abc"})] * 2
+
+
+def test_what_comes_from_the_hub_is_pinned_to_its_own_revision(tmp_path, monkeypatch):
+    """Not to that of main, which may have gone on since."""
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repo, file: str(tmp_path / "main" / file))
+    target, small = noisy(tiny("llama")), noisy(tiny("llama"))
+    for model, name, revision in ((target, "me/large", "a" * 40), (small, "me/small", "b" * 40)):
+        model.config = copy.deepcopy(model.config)
+        model.config._name_or_path, model.config._commit_hash = name, revision
+    csdraft.CascadeDrafter([small]).save_pretrained(tmp_path / "c", target=target, copy_models=False)
+    document = json.loads((tmp_path / "c" / hub.DOCUMENT).read_text())
+    assert document["models"] == {"small": {"id": "me/small", "revision": "b" * 40}}
+    assert (document["target"]["name"], document["target"]["revision"]) == ("me/large", "a" * 40)
+    origin = json.loads((tmp_path / "c" / "provenance.json").read_text())
+    assert origin["models"]["small"]["revision"] == "b" * 40
 
 
 def test_models_of_the_hub_by_id(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ Columns are recognised by name; the first of these that a source has decides wha
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from csdraft.data.chat import as_messages, chat_prompt, check_template, scored_c
 from csdraft.data.text import LIBRARIES, TEXT_SUFFIXES, read_corpus
 from csdraft.data.text import split as parted
 
-__all__ = ["Source", "open_source", "read_prompts", "read_rows"]
+__all__ = ["Source", "open_source", "read_prompts", "read_rows", "revision_of"]
 
 Kind = Literal["tokens", "chat", "prompt", "text"]
 
@@ -87,6 +88,13 @@ def read_rows(source: str, tokenizer: Any, max_length: int, split: str = "train"
             f"{source!r} holds {opened.kind} rows, but none with a token to train on; give another data set"
         )
     return rows
+
+
+def revision_of(rows: Any) -> str | None:
+    """The commit of the Hub that these rows were read from; None if they are from elsewhere, or it is not known."""
+    files = getattr(getattr(rows, "info", None), "download_checksums", None) or {}
+    found = {match[1] for file in files if (match := re.match(r"hf://datasets/[^@]+@([0-9a-f]{40})/", file))}
+    return found.pop() if len(found) == 1 else None
 
 
 def read_prompts(

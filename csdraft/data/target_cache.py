@@ -26,7 +26,7 @@ from csdraft.data.shards import Part, batches, write_whole
 from csdraft.data.sources import read_rows
 from csdraft.data.target import TargetArguments, target_name
 
-__all__ = ["CacheArguments", "TargetCache", "TopK", "cache_logits", "dense", "write_target_cache"]
+__all__ = ["CacheArguments", "TargetCache", "TopK", "cache_logits", "checksum", "dense", "write_target_cache"]
 
 LOG_PROBS, IDS, LOGSUMEXP, DONE = "log_probs.f16", "ids.i32", "logsumexp.f32", "done.u8"
 DESCRIPTION = "target_cache.json"
@@ -111,7 +111,7 @@ class TargetCache:
 
     def check(self, rows: Any) -> None:
         """Raises ValueError if the cache is of other rows, or of other parts of them."""
-        if self.description["texts"] != (found := _checksum(rows)):
+        if self.description["texts"] != (found := checksum(rows)):
             raise ValueError(
                 f"the logits in {self.folder} are of other texts (checksum {self.description['texts']}) than these "
                 f"({found}); write them again, into another folder"
@@ -188,7 +188,7 @@ def write_target_cache(
         raise ValueError(f"k={k} tokens of {sizes.sum()} scored positions are nothing to keep; give 1 or more of both")
     path.mkdir(parents=True, exist_ok=True)
     _check_disk(path, sizes, k, part)
-    _prepare(path, {"target": name, "k": k, "rows": len(lengths), "texts": _checksum(rows)}, lengths, sizes)
+    _prepare(path, {"target": name, "k": k, "rows": len(lengths), "texts": checksum(rows)}, lengths, sizes)
     ends, arrays = [0, *sizes.cumsum().tolist()], _open(path, int(sizes.sum()), k, "r+")
     done = np.memmap(path / DONE, np.uint8, "r+")
     missing = [batch for batch in part.of(batches(lengths.tolist(), batch_size)) if not done[batch].all()]
@@ -327,7 +327,7 @@ def _lengths(rows: Any) -> np.ndarray:
     return np.array([len(row["input_ids"]) for row in _columns(rows, "input_ids")])
 
 
-def _checksum(rows: Any) -> str:
+def checksum(rows: Any) -> str:
     """Of all tokens, row by row."""
     found = 0
     for row in _columns(rows, "input_ids"):

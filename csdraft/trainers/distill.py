@@ -8,6 +8,7 @@ sequence-level distillation (arXiv 1606.07947) is cross-entropy on the target's 
 from __future__ import annotations
 
 import copy
+import importlib.util
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,8 +22,10 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 
 from csdraft.data.packing import IGNORED
+from csdraft.drafters.model import base_model
+from csdraft.trainers.checkpoints import note_student
 from csdraft.trainers.distillation import Distillation
-from csdraft.trainers.engines import copy_whole, is_sharded, keeps_parts, placed_here
+from csdraft.trainers.engines import copy_whole, is_sharded, keeps_parts, placed_here, uses
 from csdraft.trainers.exam import Exam
 from csdraft.trainers.interrupt import Interrupt
 from csdraft.trainers.objective import Objective
@@ -89,7 +92,21 @@ class DistillArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Batches are made for the trainer."})
 
     def __post_init__(self) -> None:
+        if (self.deepspeed or uses("DeepSpeed")) and importlib.util.find_spec("deepspeed") is None:
+            raise ValueError("deepspeed is needed and not installed: pip install csdraft[deepspeed]")
         super().__post_init__()
+        self._check_numbers()
+        if self.target_cache and self.on_policy:
+            raise ValueError(f"target_cache with on_policy={self.on_policy}: new texts are in no cache; leave one out")
+        if self.target_sharded and (self.target_device_map is not None or self.target_quantization is not None):
+            raise ValueError(
+                "target_sharded=true spreads the target's own weights over the processes: leave out target_device_map "
+                "and target_quantization, or target_sharded"
+            )
+        if self.student is not None and self.init is not None:
+            raise ValueError("student and init are both given; start from the one or make the other")
+
+    def _check_numbers(self) -> None:
         if not 0 <= self.on_policy <= 1:
             raise ValueError(f"on_policy={self.on_policy} is a share of the texts: give a number from 0 to 1")
         if self.on_policy and self.on_policy_prompt >= self.max_length:
@@ -104,15 +121,6 @@ class DistillArguments(TrainingArguments):
             raise ValueError(f"dataset_limit={self.dataset_limit} leaves no text; give at least 1, or leave it out")
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature} must be above 0; greedy drafting is measured anyway")
-        if self.target_cache and self.on_policy:
-            raise ValueError(f"target_cache with on_policy={self.on_policy}: new texts are in no cache; leave one out")
-        if self.target_sharded and (self.target_device_map is not None or self.target_quantization is not None):
-            raise ValueError(
-                "target_sharded=true spreads the target's own weights over the processes: leave out target_device_map "
-                "and target_quantization, or target_sharded"
-            )
-        if self.student is not None and self.init is not None:
-            raise ValueError("student and init are both given; start from the one or make the other")
 
     @property
     def objective(self) -> Objective:
@@ -142,6 +150,8 @@ class DrafterTrainer(Trainer):
         args._n_gpu = min(args._n_gpu, 1)  # one process trains on one: replicas would meet a target elsewhere
         super().__init__(Distillation(student, target, args.objective), args, **options)
         self.exam = exam
+        if not vars(base_model(student)).get("peft_config"):  # it will be another model than the one it is called
+            student.config.name_or_path, student.config._commit_hash = args.output_dir, None  # type: ignore[union-attr]
         self._copy = copy.deepcopy(student).to(args.device) if keeps_parts(self) else None
         self.loss_is_scaled_for_ga = True  # by the number of target tokens of the whole step
         self.interrupt = Interrupt()
@@ -253,7 +263,10 @@ class DrafterTrainer(Trainer):
         if state_dict is not None:
             state_dict = {name.removeprefix("student."): value for name, value in state_dict.items()}
         if self.args.should_save:
-            save_student(self.student, output_dir or self.args.output_dir, self.processing_class, state_dict)
+            folder = output_dir or self.args.output_dir
+            save_student(self.student, folder, self.processing_class, state_dict)
+            if folder != self.args.output_dir:
+                note_student(self.args, folder)  # type: ignore[arg-type]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """README.md with the measured acceptance, and provenance.json, in `output_dir`."""

@@ -106,7 +106,10 @@ class Exam:
         written = torch.zeros_like(texts[:, 1:], dtype=torch.bool)
         written[:, width - 1 :] = up_to_end(texts[:, width:], ends_of(target))
         drafted, wanted = (
-            model(**inputs, use_cache=False).logits[:, : written.shape[1]][written] for model in (student, target)
+            model(**{key: value.to(model.device) for key, value in inputs.items()}, use_cache=False)
+            .logits[:, : written.shape[1]]
+            .to(written.device)[written]
+            for model in (student, target)
         )
         if not sampled:
             _add(sums, "compared_greedy", len(wanted))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from transformers import TrainerCallback
 __all__ = ["Interrupt"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ECHO = 3.0
+"""Seconds in which another signal is the same one: a scheduler sends it to all, and the launcher passes it on."""
 
 
 class Interrupt(TrainerCallback):
@@ -25,6 +28,7 @@ class Interrupt(TrainerCallback):
     def __init__(self) -> None:
         self.stopped = False
         self._before: dict[int, Any] = {}
+        self._since = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.stopped = False
@@ -32,9 +36,12 @@ class Interrupt(TrainerCallback):
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
 
     def _note(self, number: int, frame: Any) -> None:
-        print(f"\n{signal.Signals(number).name}: saving after this step; once more to stop at once", flush=True)
-        self.stopped = True
-        self.restore()
+        if not self.stopped:
+            print(f"\n{signal.Signals(number).name}: saving after this step; once more to stop at once", flush=True)
+            self.stopped, self._since = True, time.monotonic()
+        elif time.monotonic() - self._since > ECHO:
+            self.restore()
+            signal.raise_signal(number)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.world_size > 1 and distributed.is_initialized():  # one process's signal is everybody's

@@ -7,6 +7,7 @@ micro-batches and processes, and not on whether the run was interrupted.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,15 +37,19 @@ def rewritten(
     """The batch, about `share` of its texts written anew by the student after their prompts.
 
     Args:
-        batch: `input_ids`, `position_ids` and `labels`, (rows, length); every text starts at position 0.
+        batch: `input_ids`, `position_ids` and `labels`, (rows, length); every text starts at position 0. Or an
+            encoder-decoder's, see `csdraft.data.packing.collate_seq2seq`.
         share: of the texts; each has its own coin.
         keys: seed and step.
-        prompt: tokens kept of a text that has no prompt of its own (or a shorter one).
+        prompt: tokens kept of a text that has no prompt of its own (or a shorter one); an encoder-decoder's prompt is
+            what its encoder reads, and all that follows is written anew.
         temperature: of the student's sampling.
         pad: token id for filling up.
 
-    What follows an end in a new text is not trained on.
+    What follows an end in a new text is not trained on. No text becomes longer.
     """
+    if "decoder_input_ids" in batch:
+        return _answered(batch, student, share, keys, temperature, pad)
     spans = [span for span in texts_of(batch) if _chosen(batch, span, share, keys, prompt)]
     if not spans:
         return batch
@@ -53,18 +58,9 @@ def rewritten(
     for group in _groups(spans, begun, getattr(student.config, "max_position_embeddings", None)):
         prompts = [ids[row, start : start + begun[row, start, stop]].tolist() for row, start, stop in group]
         inputs = left_padded(prompts, pad, ids.device)
-        written = student.generate(
-            **inputs,
-            assistant=MaxGram(),
-            row_seeds=[seed_of(tokens, *keys) for tokens in prompts],
-            do_sample=True,
-            temperature=temperature,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=max(stop - start - begun[row, start, stop] for row, start, stop in group),
-            pad_token_id=pad,
-            use_cache=True,
-        )[:, inputs["input_ids"].shape[1] :]
+        seeds = [seed_of(tokens, *keys) for tokens in prompts]
+        longest = max(stop - start - begun[row, start, stop] for row, start, stop in group)
+        written = _written(student, inputs, seeds, longest, temperature, pad)[:, inputs["input_ids"].shape[1] :]
         for (row, start, stop), tokens in zip(group, written, strict=True):
             first = start + begun[row, start, stop]
             tokens = nn.functional.pad(tokens, (0, max(stop - first - len(tokens), 0)), value=pad)[: stop - first]
@@ -76,6 +72,51 @@ def rewritten(
             labels[row, start:first] = IGNORED
             labels[row, first:stop] = tokens.masked_fill(~new, IGNORED)
     return batch | {"input_ids": ids, "labels": labels}
+
+
+def _written(
+    student: Any, inputs: dict[str, Tensor], seeds: Sequence[int], longest: int, temperature: float, pad: int
+) -> Tensor:
+    """What the student's `generate` returns; each row's text depends on its seed alone."""
+    return student.generate(
+        **inputs,
+        assistant=MaxGram(),
+        row_seeds=seeds,
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=longest,
+        pad_token_id=pad,
+        use_cache=True,
+    )
+
+
+def _answered(
+    batch: dict[str, Tensor], student: Any, share: float, keys: Sequence[int], temperature: float, pad: int
+) -> dict[str, Tensor]:
+    """An encoder-decoder's batch, about `share` of its texts written anew."""
+    scored = batch["labels"] != IGNORED
+    places = torch.arange(1, scored.shape[1] + 1, device=scored.device)
+    lengths = (scored * places).amax(1)
+    whole = [  # source and text, without what fills them up
+        source[seen.bool()].tolist() + labels[counts].tolist()
+        for source, seen, labels, counts in zip(
+            batch["input_ids"], batch["attention_mask"], batch["labels"], scored, strict=True
+        )
+    ]
+    rows = [row for row, text in enumerate(whole) if lengths[row] and _coin(text, keys) < share]
+    if not rows:
+        return batch
+    inputs = {name: batch[name][rows] for name in ("input_ids", "attention_mask")}
+    seeds = [seed_of(whole[row], *keys) for row in rows]
+    written = _written(student, inputs, seeds, int(lengths[rows].max()), temperature, pad)[:, 1:]
+    tokens = nn.functional.pad(written, (0, len(places) - written.shape[1]), value=pad)
+    counts = up_to_end(tokens, ends_of(student)) & (places <= lengths[rows][:, None]) & (places <= written.shape[1])
+    labels, read = batch["labels"].clone(), batch["decoder_input_ids"].clone()
+    labels[rows] = tokens.masked_fill(~counts, IGNORED)
+    read[rows, 1:] = tokens[:, :-1]
+    return batch | {"labels": labels, "decoder_input_ids": read}
 
 
 def _groups(spans: list[Span], begun: dict[Span, int], context: int | None) -> list[list[Span]]:
@@ -101,8 +142,14 @@ def _chosen(batch: dict[str, Tensor], span: Span, share: float, keys: Sequence[i
     row, start, stop = span
     length = max(_prompt_length(batch["labels"], span), prompt)
     scored = bool((batch["labels"][row, start:stop] != IGNORED).any())
-    coin = seed_of(batch["input_ids"][row, start:stop].tolist(), *keys, 1) / 2**32
+    coin = _coin(batch["input_ids"][row, start:stop].tolist(), keys)
     return scored and stop - start > length and coin < share
+
+
+def _coin(tokens: list[int], keys: Sequence[int]) -> float:
+    """From 0 to 1, of each text and step anew: a checksum would keep the same texts together at every step."""
+    digest = hashlib.blake2b(repr((tokens, list(keys))).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
 
 
 def _prompt_length(labels: Tensor, span: Span) -> int:

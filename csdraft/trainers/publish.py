@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import re
-import sys
 from dataclasses import fields
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -14,7 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments
 
-from csdraft.hub import public_name
+from csdraft.data.packing import Packed, Padded
+from csdraft.data.sources import revision_of
+from csdraft.data.target_cache import checksum
+from csdraft.hub import command, public_name, without_folders
 from csdraft.trainers.students import added_share
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ def describe(trainer: DrafterTrainer, folder: Path) -> None:
     """Writes README.md and provenance.json into a drafter's folder."""
     origin = provenance(trainer)
     (folder / "provenance.json").write_text(json.dumps(origin, indent=2, default=str) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(card(folder.name, origin), encoding="utf-8")
+    name = trainer.args.hub_model_id or folder.name
+    (folder / "README.md").write_text(card(name, origin), encoding="utf-8")
 
 
 def provenance(trainer: DrafterTrainer) -> dict[str, Any]:
@@ -52,15 +54,32 @@ def provenance(trainer: DrafterTrainer) -> dict[str, Any]:
         measured = [entry for entry in measured if entry.get("step") == trainer.state.best_global_step]
     return {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.argv[0]).name, *map(_named, filter(_public, sys.argv[1:]))]),
+        "command": command(),
         "versions": {"python": platform.python_version()} | _versions(),
         "target": {"name": public_name(target), "revision": getattr(target.config, "_commit_hash", None)},
+        "data": described_data(trainer),
         "arguments": {k: _named(v) for k, v in own.items()} | {k: getattr(args, k) for k in chosen},
         "added_parameters": None if trainer.is_fsdp_enabled else added_share(trainer.student, target),
         "processes": args.world_size,
         "steps": trainer.state.global_step,
         "before": start,
         "measured": measured[-1] if measured else None,
+    }
+
+
+def described_data(trainer: DrafterTrainer) -> dict[str, Any] | None:
+    """What was trained on: its source, the Hub's revision of it if it is from there, and what tells rows apart."""
+    texts: Any = trainer.train_dataset
+    if not isinstance(texts, Packed | Padded):
+        return None
+    args: Any = trainer.args
+    return {
+        "name": without_folders(args.dataset),
+        "split": args.split,
+        "revision": revision_of(texts.rows),
+        "rows": len(texts.rows),
+        "tokens": texts.tokens,
+        "checksum": checksum(texts.rows),
     }
 
 
@@ -134,13 +153,5 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _public(argument: str) -> bool:
-    return "token=" not in argument.lower()
-
-
 def _named(value: Any) -> Any:
-    """Of a path only the last part: the rest says nothing on another machine."""
-    if not isinstance(value, str):
-        return value
-    key, equals, path = value.rpartition("=")
-    return key + equals + (Path(path).name if re.match(r"(/|~|\.\.?/|[A-Za-z]:\\)", path) else path)
+    return without_folders(value) if isinstance(value, str) else value

@@ -17,11 +17,11 @@ from csdraft.data.target import check_writable, load_weights, read_target, targe
 from csdraft.data.target_cache import TargetCache
 from csdraft.heads.self_draft import read_document
 from csdraft.hub import fingerprint
+from csdraft.trainers.checkpoints import check_student_of, chosen_checkpoint
 from csdraft.trainers.distill import DistillArguments, DrafterTrainer
 from csdraft.trainers.engines import load_sharded, placed_here, uses, whole_models
 from csdraft.trainers.exam import Exam
 from csdraft.trainers.muon import MuonAdamW
-from csdraft.trainers.pretrain import last_checkpoint
 from csdraft.trainers.progress import Line
 from csdraft.trainers.students import check_engine, check_student, make_student
 
@@ -30,6 +30,8 @@ __all__ = ["distill"]
 
 def distill(args: DistillArguments) -> DrafterTrainer:
     """Trains a drafter and leaves it in `args.output_dir`; goes on from the newest checkpoint there.
+
+    `resume_from_checkpoint` chooses another one, or none (false).
 
     Returns:
         The trainer, at the end of training or after a signal (`trainer.interrupt.stopped`).
@@ -53,14 +55,15 @@ def distill(args: DistillArguments) -> DrafterTrainer:
     if not args.disable_tqdm:
         Line.instead_of_others(trainer)
     try:
-        trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
+        trainer.train(resume_from_checkpoint=chosen_checkpoint(args))
     finally:
         trainer.interrupt.restore()
     if trainer.interrupt.stopped:
         print(f"stopped at step {trainer.state.global_step}; the same command goes on from {args.output_dir}")
     else:
         trainer.save_model()
-        trainer.create_model_card()
+        if not args.push_to_hub:  # which writes the card itself, before it uploads it
+            trainer.create_model_card()
     return trainer
 
 
@@ -88,14 +91,10 @@ def check(args: DistillArguments, config: PreTrainedConfig, tokenizer: PreTraine
         )
     check_student(config, args.student, args.init, args.peft)
     check_engines(args)
-    if config.is_encoder_decoder and args.on_policy:
-        raise ValueError(
-            f"on_policy={args.on_policy}: an encoder-decoder's texts are not written anew; train on the target's own "
-            "(scripts/generate_data.py)"
-        )
     if args.max_length > (context := context_length(config)):
         raise ValueError(f"max_length={args.max_length} is longer than the target's context of {context} tokens")
     check_writable(args.output_dir)
+    check_student_of(args)
     if args.student is not None:
         check_context(args)
         check_tokenizers(args.student, args.target, tokenizer)
@@ -108,7 +107,7 @@ def check_extras(args: DistillArguments) -> None:
         "peft": ("train", bool(args.peft)),
         "tensorboard": ("train", "tensorboard" in reports),
         "datasets": ("train", True),
-        "deepspeed": ("deepspeed", bool(args.deepspeed) or args.target_sharded),
+        "deepspeed": ("deepspeed", args.target_sharded),
     }
     for package, (extra, asked) in wanted.items():
         if asked and importlib.util.find_spec(package) is None:
@@ -128,6 +127,9 @@ def check_engines(args: DistillArguments) -> None:
     """What the engine of the student, or that of a sharded target, cannot do."""
     adapter = read_document(args.student) if args.student is not None else None
     check_engine(args.peft or adapter, args.deepspeed, args.fsdp)
+    for engine, asked in (("DeepSpeed", args.deepspeed), ("FSDP", args.fsdp)):
+        if args.muon and (asked or uses(engine)):
+            raise ValueError(f"muon=true needs whole matrices, which {engine} cuts up; leave muon out, or use DDP")
     version = (args.fsdp_plugin_args or {}).get("fsdp_version", int(os.environ.get("FSDP_VERSION", 1)))
     if (args.fsdp or uses("FSDP")) and version != 2:
         raise ValueError(

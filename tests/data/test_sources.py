@@ -9,7 +9,7 @@ import pytest
 from data.words import FORGETFUL, MARKED, PLAIN, WORDS, make_tokenizer, sentence, write_lines
 from tiny import BOS, EOS
 
-from csdraft.data.sources import read_prompts, read_rows
+from csdraft.data.sources import read_prompts, read_rows, revision_of
 
 TEXTS = [sentence(words, seed) for seed, words in enumerate([5, 40, 1, 12])]
 PAIRS = [{"prompt": sentence(4, i), "response": sentence(3 + i, 10 + i)} for i in range(3)]
@@ -178,6 +178,18 @@ def test_prompts_are_cut_only_from_texts(tmp_path, tokenizer):
     assert [words(prompt) for prompt in read_prompts(prompts, tokenizer, limit=2)] == [p["prompt"] for p in PAIRS[:2]]
     with pytest.raises(ValueError, match=r"prompt 0 of .* has 4 tokens, of which 3 fit"):
         read_prompts(prompts, tokenizer, longest=3)
+
+
+def test_rows_know_the_revision_of_the_hub_that_they_are_from(tmp_path, tokenizer, monkeypatch):
+    """As `datasets` notes it for the files that it has downloaded."""
+    opened = datasets.Dataset.from_dict({"text": ["one two three", "four five"]})
+    file = f"hf://datasets/me/texts@{'a' * 40}/data/train.parquet"
+    opened.info.download_checksums = {file: {"num_bytes": 1, "checksum": None}}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: opened)
+    assert revision_of(read_rows("me/texts", tokenizer, 16)) == "a" * 40
+    opened.info.download_checksums = {str(tmp_path / "train.parquet"): {"num_bytes": 1, "checksum": None}}
+    assert revision_of(read_rows("me/texts", tokenizer, 16, limit=1)) is None
+    assert revision_of([{"input_ids": [1]}]) is None
 
 
 def test_what_is_no_data_set(tmp_path, tokenizer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,12 +18,14 @@ import yaml
 from trainers.pair import arguments, make_pair, settings
 from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config
 
+import csdraft
 from csdraft.data.sources import read_rows
 from csdraft.data.target_cache import write_target_cache
 from csdraft.trainers import run
 from csdraft.trainers.arguments import make_arguments
 from csdraft.trainers.distill import DistillArguments, DrafterTrainer
 from csdraft.trainers.exam import Exam, left_padded
+from csdraft.trainers.interrupt import Interrupt
 from csdraft.trainers.run import distill
 
 ROOT = Path(__file__).parent.parent.parent
@@ -118,6 +121,23 @@ def test_a_signal_leaves_a_checkpoint_to_go_on_from(folder):
     trainer = distill(arguments(folder, "signal", max_steps=step + 2, save_steps=10000))
     assert trainer.state.global_step == step + 2
     assert len(losses(trainer)) == step + 2
+
+
+def test_one_signal_may_come_twice(monkeypatch):
+    """A launcher passes on what a scheduler has sent to all; later ones act as ever."""
+    clock = [10.0]
+    monkeypatch.setattr("csdraft.trainers.interrupt.time.monotonic", lambda: clock[0])
+    interrupt = Interrupt()
+    interrupt.on_train_begin(None, None, None)
+    try:
+        for clock[0] in (10.0, 10.1, 12.9):
+            signal.raise_signal(signal.SIGINT)
+        assert interrupt.stopped
+        clock[0] = 13.1
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        interrupt.restore()
 
 
 def test_a_target_that_drafts_for_itself_passes_the_exam_in_full(folder):
@@ -240,6 +260,8 @@ WRONG = {
     "a target shared with nobody": ({"target_sharded": True}, "nobody to share with"),
     "a target shared and on one device": ({"target_sharded": True, "target_device_map": "auto"}, "leave out"),
     "no way to quantise": ({"target_quantization": {"load_in_8bit": True}}, "lacks quant_method"),
+    "Muon on parts": ({"muon": True, "fsdp": True}, "which FSDP cuts up"),
+    "no checkpoint": ({"resume_from_checkpoint": "{folder}/texts.jsonl"}, "holds no whole checkpoint"),
     "no number": ({"learning_rate": "fast"}, "learning_rate='fast' must be a number, such as"),
     "no truth value": ({"packing": "perhaps"}, "packing='perhaps' must be true or false, such as packing=true"),
 }
@@ -263,10 +285,53 @@ def test_mistakes_are_found_before_the_target_is_loaded(folder, what, monkeypatc
         distill(arguments(folder, "wrong", **changes))
 
 
-def test_a_checkpoint_of_another_student_is_refused(folder):
-    distill(arguments(folder, "other", max_steps=2))
-    with pytest.raises(ValueError, match="student"):
-        distill(arguments(folder, "other", max_steps=4, student=str(folder / "target")))
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_checkpoint_of_another_student_is_refused(folder, noted, monkeypatch):
+    """Before the target is loaded, if the checkpoint says of which student it is; else by its weights."""
+    distill(arguments(folder, f"other-{noted}", max_steps=2))
+    (note,) = (folder / f"other-{noted}").glob("checkpoint-*/student.json")
+    if noted:
+        monkeypatch.setattr(run, "load_models", lambda *_: pytest.fail("the target was loaded"))
+    else:
+        note.unlink()
+    with pytest.raises(ValueError, match="holds another student: " + ("student was 'student'" if noted else "")):
+        distill(arguments(folder, f"other-{noted}", max_steps=4, student=str(folder / "target")))
+
+
+def test_a_run_that_was_moved_goes_on_with_its_student(folder, tmp_path):
+    distill(arguments(folder, "moved", max_steps=2))
+    for name in ("student", "moved"):
+        shutil.copytree(folder / name, tmp_path / name)
+    trainer = distill(arguments(folder, str(tmp_path / "moved"), max_steps=3, student=str(tmp_path / "student")))
+    assert len(losses(trainer)) == 3
+
+
+def test_a_checkpoint_is_chosen(folder):
+    """By its folder, or none."""
+    whole = distill(arguments(folder, "chosen", max_steps=4))
+    shutil.rmtree(folder / "chosen/checkpoint-4")
+    first = str(folder / "chosen/checkpoint-2")
+    elsewhere = distill(arguments(folder, "elsewhere", max_steps=4, resume_from_checkpoint=first))
+    assert losses(elsewhere) == losses(whole)
+    anew = distill(arguments(folder, "chosen", max_steps=1, resume_from_checkpoint=False))
+    assert losses(anew) == losses(whole)[:1]
+
+
+def test_without_deepspeed_the_message_says_what_to_install(folder, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *rest: None if n == "deepspeed" else found(n, *rest))
+    with pytest.raises(ValueError, match=r"pip install csdraft\[deepspeed\]"):
+        arguments(folder, "wrong", deepspeed={"zero_optimization": {"stage": 2}})
+
+
+def test_a_trained_student_is_not_called_what_it_was(folder, monkeypatch):
+    """A cascade saved by ids would else name the student as it was before."""
+    student, target = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("student", "target"))
+    student.config.name_or_path, student.config._commit_hash = "me/small", "0" * 40
+    DrafterTrainer(student, target, arguments(folder, "called"))
+    csdraft.CascadeDrafter([student]).save_pretrained(folder / "called/cascade", copy_models=False)
+    document = json.loads((folder / "called/cascade/cascade.json").read_text())
+    assert document["models"] == {"called": {"folder": "models/called"}}
 
 
 def test_an_encoder_decoder_needs_prompts_before_it_is_loaded(folder, monkeypatch):
