@@ -167,18 +167,19 @@ def tree(contexts, budgets):
 
 
 def drawn(kind, width=97):
-    """A token of an unfamiliar law, or of one that is not the target's size."""
+    """Two siblings of an unfamiliar law, or of one that is not the target's size."""
     law = torch.full((width,), 1 / width)
 
     def propose(contexts, budgets):
-        return [Draft((1,), (-1,), (c.call.level("drawn"),), (0.1,), Law(kind, (law,))) for c in contexts]
+        level = contexts[0].call.level("drawn")
+        return [Draft((1, 2), (-1, -1), (level,) * 2, (0.1,) * 2, Law(kind, (law, law))) for _ in contexts]
 
     return propose
 
 
 UNFIT = [
     ("block", tree, "is a tree, Block judges chains"),
-    ("block", drawn("without_replacement"), "'without_replacement', Block judges"),
+    ("without_replacement", drawn("iid"), "'iid', WithoutReplacement judges"),
     ("rejection", drawn("pair"), r"'pair', Rejection judges \['iid'\]"),
     ("rejection", drawn("iid", 96), r"shape \(96,\), the target's laws \(97,\)"),
 ]
