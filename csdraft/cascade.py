@@ -60,7 +60,7 @@ class CascadeDrafter(Drafter):
     """Cascade Speculative Drafting (arXiv 2312.11462) as one drafter.
 
     Args:
-        drafters: largest first: models, paths, Hub ids or drafters.
+        drafters: largest first: models, paths, Hub ids, or drafters, also by type or as JSON.
         k_matrix: (n, n) upper triangular increments. Row i is the cascade that reviewer i reviews (0: the target,
             i: `drafters[i-1]`), entry j how many tokens stage j (`drafters[j]`) adds to it. A list is row 0 alone
             (all models draft token by token); a number is that many tokens for every drafter of row 0; "auto" lets
@@ -269,7 +269,7 @@ def as_drafter(assistant: Any, target: nn.Module | None = None) -> Any:
     """A drafter from whatever a user may pass: a drafter, a model, or where a cascade or a model is stored.
 
     Args:
-        assistant: None is handed back.
+        assistant: a drafter's type or JSON will do, too, unless there is a folder of that name; None is handed back.
         target: what a stored one is compared with, whose device it goes to, and whose layers self-drafting adapters
             are put on; without it they stay unbound.
     """
@@ -282,11 +282,13 @@ def _as_drafter(assistant: Any, target: nn.Module | None) -> Any:
         return assistant
     if isinstance(assistant, nn.Module):
         return ModelDrafter(assistant)
+    if isinstance(assistant, Mapping) or (assistant in spec.types("drafters") and not os.path.exists(assistant)):
+        return spec.resolve("drafters", assistant)
     if isinstance(assistant, str | os.PathLike):
         return _stored(os.fspath(assistant), target)
     raise ValueError(
-        f"assistant={assistant!r} is a {type(assistant).__name__}; pass a csdraft.Drafter, a model, or the path or "
-        "Hub id of a saved cascade or model"
+        f"assistant={assistant!r} is a {type(assistant).__name__}; pass a csdraft.Drafter, a model, the path or Hub "
+        "id of a saved cascade or model, or a drafter's type"
     )
 
 

@@ -155,8 +155,9 @@ def _write(value: Any, names: Names, where: str) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise ValueError(
-        f"{where}={value!r} cannot be written as JSON: options are numbers, strings, models, tables and methods, and "
-        f"sequences of them; a {type(value).__name__} is none of these"
+        f"{where}, a {type(value).__name__}, cannot be written as JSON: options are numbers, strings, models, tables "
+        "and methods, and sequences of them; what a method can load by itself, such as a tokenizer, give it as a path "
+        "or Hub id"
     )
 
 

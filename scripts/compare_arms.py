@@ -4,6 +4,7 @@ python scripts/compare_arms.py --config recipes/smol/arms.yaml
 """
 
 import argparse
+import sys
 
 from csdraft.bench.arms import compare_arms
 from csdraft.trainers.arguments import read_values
@@ -14,5 +15,10 @@ if __name__ == "__main__":
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="win over the file")
     options = parser.parse_args()
     values = read_values(options.config, options.overrides)
+    if missing := [key for key in ("arms", "baseline", "output_dir") if key not in values]:
+        parser.error(f"{options.config} lacks {', '.join(missing)}; recipes/smol/arms.yaml is an example")
     arms, baseline = values.pop("arms"), values.pop("baseline")
-    print(compare_arms(values, arms, baseline))
+    try:
+        print(compare_arms(values, arms, baseline))
+    except KeyboardInterrupt:
+        sys.exit(f"\nstopped; the same command goes on from {values['output_dir']}")

@@ -37,7 +37,7 @@ def drafters(wanted: Sequence[str] | None) -> Iterator[tuple[str, Drafter]]:
             drafter = spec.resolve("drafters", json.loads(text) if text.startswith("{") else text)
         except (TypeError, ValueError) as reason:
             if wanted:
-                raise
+                raise SystemExit(f"--drafters {text}: {reason}") from reason
             print(f"{text}: left out ({reason})")
             continue
         yield text, drafter

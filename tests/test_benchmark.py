@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from tiny import drafter_of, fresh, prompt, tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -180,10 +181,23 @@ def setup_device():
 
 def test_overhead_measures_what_it_says():
     cases = overhead.measure_overhead(lengths=(32, 64), rounds=4, vocab=256)
-    assert [case.drafted for case in cases if case.temperature == 0] == [overhead.CHAIN] * 4
+    assert [case.drafted for case in cases if case.temperature == 0] == [overhead.CHAIN] * 4 + [64] * 2
     assert all(case.milliseconds > 0 for case in cases)
-    assert len(overhead.overhead_claims(cases)) == len(cases) + 4
+    assert len(overhead.overhead_claims(cases)) == len(cases) + 5
     assert "model drafter, T = 1" in overhead.overhead_table(cases)
+
+
+def test_a_round_of_the_tree_is_one_forward_and_keeps_a_branch():
+    target = overhead.cycle_model(256)
+    out = target.generate(
+        torch.arange(16)[None],
+        assistant=overhead.Fan(),
+        schedule=Fixed(overhead.CHAIN),
+        max_new_tokens=45,
+        return_dict_in_generate=True,
+    )
+    report = out.report
+    assert (report.rounds, report.target_calls, report.emitted) == (5, 5, 45)
 
 
 def test_the_grid_is_searched(setup, monkeypatch):

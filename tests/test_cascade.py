@@ -328,6 +328,17 @@ def test_as_drafter():
     assert as_drafter(tiny("llama")).model is tiny("llama")
 
 
+def test_a_drafter_by_its_type(tmp_path, monkeypatch):
+    assert as_drafter("max_gram") == csdraft.MaxGram()
+    cascade = csdraft.CascadeDrafter([tiny("llama"), {"type": "max_gram", "depth": 7}], [[2, 5], [0, 3]])
+    assert cascade.drafters[1] == csdraft.MaxGram(7)
+    with pytest.raises(ValueError, match="'datastore' needs corpus"):
+        as_drafter("datastore")
+    drafter_of("llama").save_pretrained(tmp_path / "max_gram")
+    monkeypatch.chdir(tmp_path)
+    assert isinstance(as_drafter("max_gram"), csdraft.ModelDrafter), "a folder of that name is meant"
+
+
 def test_cascade_gives_the_targets_text_and_reports():
     """Real models, the K matrix of the example, several calls: equal text, merged counts, no growth."""
     target, inputs = tiny("llama"), prompt()

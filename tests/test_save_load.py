@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny import fresh, noisy, prompt, tiny
@@ -18,7 +19,12 @@ from transformers import PreTrainedTokenizerFast
 import csdraft
 from csdraft import cascade as cascade_module
 from csdraft import hub
+from csdraft.drafters.suffix import Suffix
+from csdraft.schedules.stop_head import StopHead
+from csdraft.tables.acceptance_head import AcceptanceHead
 from csdraft.tables.bigram import BigramTable
+from csdraft.tables.outputs import OutputTable
+from csdraft.trees.best_first import BestFirst
 
 K = [[3, 4, 4], [0, 2, 5], [0, 0, 6]]
 SAMPLING = {"do_sample": True, "row_seeds": [5], "max_new_tokens": 24}
@@ -102,6 +108,25 @@ def test_model_card_and_provenance(saved):
     assert provenance["measured"]["emitted"] == 12
     assert provenance["versions"]["torch"] == torch.__version__
     assert provenance["models"]["LlamaForCausalLM"]["dtype"] == "float32"
+
+
+def test_tables_of_drafters_and_schedules_come_along(tmp_path):
+    """Trees, earlier outputs and a trained head: all in the folder, all back."""
+    size = {"mean": 3, "scale": 3, "w1": (2, 3), "b1": 2, "w2": 2, "b2": ()}
+    head = AcceptanceHead(**{name: np.full(shape, 0.5, np.float32) for name, shape in size.items()})
+    outputs = OutputTable()
+    outputs.add(list(range(3, 90)))
+    drafters = [csdraft.ModelDrafter(noisy(tiny("llama"), 0.1), tree=BestFirst(2, 6)), Suffix(outputs=outputs)]
+    cascade = csdraft.CascadeDrafter(drafters, [[2, 4], [0, 0]], schedule=StopHead(head, threshold=0.6))
+    cascade.save_pretrained(tmp_path)
+    again = csdraft.CascadeDrafter.from_pretrained(tmp_path, target=tiny("llama"))
+    assert again.schedule == cascade.schedule
+    assert again.drafters[0].tree == BestFirst(2, 6)
+    assert again.drafters[1].outputs.outputs == outputs.outputs
+    texts = [
+        tiny("llama").generate(**prompt(), assistant=each, max_new_tokens=12).tolist() for each in (cascade, again)
+    ]
+    assert texts[0] == texts[1]
 
 
 def test_nothing_measured_no_table(tmp_path):

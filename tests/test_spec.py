@@ -194,5 +194,5 @@ def test_a_class_outside_the_folders_is_refused():
 def test_a_value_that_json_has_no_word_for_is_refused():
     drafter = csdraft.MaxGram()
     object.__setattr__(drafter, "depth", types.SimpleNamespace())
-    with pytest.raises(ValueError, match=r"max_gram.depth=.*a SimpleNamespace is none of these"):
+    with pytest.raises(ValueError, match=r"max_gram.depth, a SimpleNamespace, cannot be written"):
         spec.to_json(drafter, {})

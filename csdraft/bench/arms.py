@@ -3,62 +3,138 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM
+import torch
 
 from csdraft.bench.statistics import bootstrap_mean
+from csdraft.data.shards import write_whole
 from csdraft.trainers.arguments import make_arguments
 from csdraft.trainers.distill import DistillArguments
 from csdraft.trainers.exam import Exam
-from csdraft.trainers.run import distill, make_exam, read_target
+from csdraft.trainers.run import check, distill, load_models, make_exam, read_target
 
 __all__ = ["compare_arms"]
 
 Figures = dict[str, Any]
 """Of an arm: `greedy` and `sampled` block efficiency of each prompt, `acceptance` and `agreement` over all."""
 
+RECORD = "arm.json"
+"""In an arm's folder: the settings that it was begun with and, when it is done, its figures."""
+WITHOUT_EFFECT = {"output_dir", "threads", "disable_tqdm", "logging_steps", "report_to", "save_total_limit"}
+"""Keys that may change without the figures being made anew."""
+
 
 def compare_arms(common: Mapping[str, Any], arms: Mapping[str, Mapping[str, Any]], baseline: str) -> str:
-    """Trains and examines every arm that is not yet done.
+    """Trains and examines every arm that is not yet done with these settings.
 
     Args:
-        common: of `DistillArguments`; every arm trains in `output_dir/<arm>`, where a killed run goes on, and the
-            figures go to `output_dir/arms.json`.
-        arms: by name, the keys that an arm changes; none of them is the start, untrained.
+        common: of `DistillArguments`. Every arm trains in `output_dir/<arm>`, where a killed run goes on and the
+            figures are kept. An arm whose settings have changed begins anew; models and texts are known by their
+            names, so that another `output_dir` is wanted when what stands in them has changed.
+        arms: by name, the keys that an arm changes; one that changes none is the start, untrained.
         baseline: arm that the others are compared with, prompt by prompt.
 
     Returns:
         A table.
+
+    Raises:
+        ValueError: before the first arm is begun, for settings of any arm that cannot work.
     """
-    folder = Path(common["output_dir"])
-    file = folder / "arms.json"
-    done: dict[str, Figures] = json.loads(file.read_text()) if file.exists() else {}
-    for name, changes in arms.items():
-        if name in done:
-            continue
-        done[name] = examined(dict(common) | dict(changes) | {"output_dir": str(folder / name)}, bool(changes))
-        folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(done, indent=1))
-        print(table(done, baseline), flush=True)
-    return table({name: done[name] for name in arms}, baseline)
+    if baseline not in arms:
+        raise ValueError(f"baseline={baseline!r} is none of the arms; give one of {', '.join(map(repr, arms))}")
+    plan = {
+        name: Arm(Path(common["output_dir"], name), {**common, **changes}, bool(changes))
+        for name, changes in arms.items()
+    }
+    for arm in plan.values():
+        arm.check()
+    done: dict[str, Figures] = {}
+    for name, arm in plan.items():
+        found = arm.figures()
+        done[name] = found or arm.run()
+        if found is None:
+            print(table(done, baseline), flush=True)
+    return table(done, baseline)
 
 
-def examined(values: Mapping[str, Any], trained: bool) -> Figures:
-    """One arm, from start to figures."""
-    args = make_arguments(DistillArguments, values)
-    exam = make_exam(args, *read_target(args))
-    if exam is None:
-        raise ValueError("arms are compared on held-out prompts: give eval_prompts=FILE")
-    if not trained:
-        paths = (args.target, args.student or args.target)
-        return examine(exam, *(AutoModelForCausalLM.from_pretrained(path, dtype="float32").eval() for path in paths))
-    trainer = distill(args)
-    if trainer.interrupt.stopped:
-        raise KeyboardInterrupt
-    return examine(exam, trainer.target, trainer.student.eval())
+@dataclass(frozen=True)
+class Arm:
+    """One way to train, or the start itself.
+
+    Args:
+        folder: it trains there.
+        values: of `DistillArguments`.
+        trained: False: the student as `values` make it.
+    """
+
+    folder: Path
+    values: Mapping[str, Any]
+    trained: bool
+
+    @property
+    def args(self) -> DistillArguments:
+        return make_arguments(DistillArguments, {**self.values, "output_dir": str(self.folder)})
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        kept = {key: value for key, value in self.values.items() if key not in WITHOUT_EFFECT}
+        return json.loads(json.dumps({**kept, "trained": self.trained}))
+
+    def check(self) -> None:
+        args = self.args
+        config, tokenizer = read_target(args)
+        check(args, config, tokenizer)
+        if make_exam(args, config, tokenizer) is None:
+            raise ValueError("arms are compared on held-out prompts: give eval_prompts=FILE")
+        if self.record is None and self.checkpoints():
+            raise ValueError(f"{self.folder} holds checkpoints of another run; give another output_dir, or remove it")
+
+    @property
+    def record(self) -> dict[str, Any] | None:
+        file = self.folder / RECORD
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def note(self, figures: Figures | None) -> None:
+        with write_whole(self.folder / RECORD) as file:
+            file.write(json.dumps({"settings": self.settings, "figures": figures}, indent=1).encode())
+
+    def checkpoints(self) -> list[Path]:
+        return list(self.folder.glob("checkpoint-*"))
+
+    def figures(self) -> Figures | None:
+        """Of a run with these very settings, if there has been one."""
+        record = self.record
+        return record["figures"] if record is not None and record["settings"] == self.settings else None
+
+    def run(self) -> Figures:
+        """From start to figures."""
+        if self.record is None or self.record["settings"] != self.settings:
+            for stale in self.checkpoints():
+                shutil.rmtree(stale)
+            self.note(None)
+        figures = self.examined()
+        self.note(figures)
+        return figures
+
+    def examined(self) -> Figures:
+        args = self.args
+        config, tokenizer = read_target(args)
+        exam = make_exam(args, config, tokenizer)
+        assert exam is not None
+        if self.trained:
+            trainer = distill(args)
+            if trainer.interrupt.stopped:
+                raise KeyboardInterrupt
+            return examine(exam, trainer.target, trainer.student.eval())
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        target, student = load_models(args, config)
+        return examine(exam, target.eval(), student.to(args.device).eval())
 
 
 def examine(exam: Exam, target: Any, student: Any) -> Figures:

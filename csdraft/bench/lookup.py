@@ -21,6 +21,7 @@ from csdraft.decoding.stopping import Stopping
 from csdraft.decoding.text import Text
 from csdraft.drafters.datastore import Datastore
 from csdraft.drafters.max_gram import MaxGram
+from csdraft.drafters.n_grammys import NGrammys
 from csdraft.drafters.prompt_lookup import PromptLookup
 from csdraft.drafters.reference import Reference
 from csdraft.drafters.suffix import Suffix
@@ -86,6 +87,7 @@ def documents_of(tokens: Sequence[int]) -> DocumentTable:
 CASES = (
     Case("prompt_lookup", lambda _: PromptLookup()),
     Case("max_gram", lambda _: MaxGram()),
+    Case("n_grammys, up to 100", lambda _: NGrammys()),
     Case("suffix", lambda _: Suffix()),
     Case("suffix, tree of 16", lambda _: Suffix(nodes=16)),
     Case("suffix with earlier outputs", lambda table: Suffix(outputs=table), outputs_of),

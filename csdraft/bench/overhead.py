@@ -12,7 +12,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from csdraft.bench.claims import Claim
-from csdraft.decoding.interfaces import Drafter, Round
+from csdraft.decoding.draft import Draft
+from csdraft.decoding.interfaces import Budget, Context, Drafter, Round
 from csdraft.decoding.output import RoundStreamer
 from csdraft.drafters.max_gram import MaxGram
 from csdraft.drafters.model import ModelDrafter
@@ -21,9 +22,9 @@ from csdraft.schedules.fixed import Fixed
 __all__ = ["Overhead", "cycle_model", "measure_overhead", "overhead_claims", "overhead_table"]
 
 VOCABULARY, PERIOD, HIDDEN, SHARPNESS = 32_000, 16, 32, 12.0
-CHAIN, ROUNDS = 8, 60
+CHAIN, SIBLINGS, ROUNDS = 8, 8, 60
 LENGTHS = (256, 8192)
-GREEDY_BASE_MS, MODEL_STEP_MS, SAMPLING_POSITION_MS = 0.4, 0.05, 0.6
+GREEDY_BASE_MS, MODEL_STEP_MS, SAMPLING_POSITION_MS, TREE_MS = 0.4, 0.05, 0.6, 1.0
 GROWTH = 1.25
 """Of the median from the short to the long text: what counts as not growing, given the noise of a clock."""
 
@@ -92,6 +93,33 @@ def cycle_model(vocab: int = VOCABULARY) -> Stub:
     return model
 
 
+@dataclass(frozen=True)
+class Fan(Drafter):
+    """A tree as wide as it is deep for next to nothing, so that its round is what verifying it costs.
+
+    Of each level's siblings the last is right, and it alone has children.
+    """
+
+    depth: int = CHAIN  # type: ignore[assignment]
+
+    def width(self, depth: int) -> int:
+        return SIBLINGS * depth
+
+    def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
+        drafts = []
+        for context, budget in zip(contexts, budgets, strict=True):
+            (last,), tokens, parents, lead = context.text.tail(1), [], [], context.tip
+            for level in range(1, min(budget.depth, budget.room) + 1):
+                tokens += [(last + level + other) % PERIOD for other in reversed(range(SIBLINGS))]
+                parents += [lead] * SIBLINGS
+                lead = len(tokens) - 1
+            drafts.append(context.draft.attach(tokens, parents, context.call.level(self)))
+        return drafts
+
+
+TREE = f"tree of {CHAIN * SIBLINGS}"
+
+
 class RoundClock(RoundStreamer):
     """Notes, after every round, the time and what of it was spent in forwards."""
 
@@ -122,12 +150,12 @@ class RoundClock(RoundStreamer):
 def measure_overhead(
     lengths: Sequence[int] = LENGTHS, rounds: int = ROUNDS, vocab: int = VOCABULARY
 ) -> list[Overhead]:
-    """All cases: both kinds of drafter, greedy and sampling, at each length of text."""
+    """All cases: both kinds of drafter, greedy and sampling, and a greedy tree, at each length of text."""
     models = cycle_model(vocab), cycle_model(vocab)
     drafters: dict[str, Drafter] = {"MaxGram": MaxGram(), "model drafter": ModelDrafter(models[1])}
     cases = []
-    for temperature in (0.0, 1.0):
-        for name, drafter in drafters.items():
+    for temperature, some in ((0.0, drafters | {TREE: Fan()}), (1.0, drafters)):
+        for name, drafter in some.items():
             for length in lengths:
                 one_case(models, drafter, temperature, length, 8)  # warm-up
                 wall = one_case(models, drafter, temperature, length, rounds)
@@ -166,6 +194,8 @@ def one_case(
 
 def bar(case: Overhead) -> float:
     """Milliseconds a round that a case may take."""
+    if case.drafter == TREE:
+        return TREE_MS
     if case.temperature:
         return SAMPLING_POSITION_MS * case.drafted
     return GREEDY_BASE_MS + (MODEL_STEP_MS * CHAIN if case.drafter != "MaxGram" else 0.0)

@@ -51,6 +51,11 @@ class ModelDrafter(Drafter):
     def __post_init__(self) -> None:
         if self.depth < 1:
             raise ValueError(f"depth={self.depth} of a ModelDrafter must be at least 1; to draft nothing use none")
+        if self.tree is not None and not isinstance(self.tree, Tree):
+            raise ValueError(
+                f"tree={self.tree!r} of a ModelDrafter is a {type(self.tree).__name__}; give an object of "
+                "csdraft/trees, such as BestFirst()"
+            )
         if isinstance(self.model, str | os.PathLike):
             object.__setattr__(self, "model", load_model(os.fspath(self.model)))
         object.__setattr__(self, "model", base_model(self.model))  # type: ignore[arg-type]

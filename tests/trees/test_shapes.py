@@ -18,6 +18,7 @@ from csdraft.decoding.interfaces import Tree
 from csdraft.decoding.report import Report
 from csdraft.decoding.sampling import Sampler
 from csdraft.decoding.tally import Tally
+from csdraft.drafters.model import ModelDrafter
 from csdraft.trees.best_first import BestFirst
 from csdraft.trees.gsd import Gsd
 from csdraft.trees.lead import Lead
@@ -296,6 +297,11 @@ def test_a_tree_is_no_wider_than_it_says(type_: str) -> None:
 def test_an_option_out_of_range_is_named(type_: str, options: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         spec.find("trees", type_)(**options)
+
+
+def test_a_tree_is_an_object() -> None:
+    with pytest.raises(ValueError, match=r"tree='best_first' of a ModelDrafter is a str; give an object"):
+        ModelDrafter(torch.nn.Linear(1, 1), tree="best_first")  # type: ignore[arg-type]
 
 
 def test_shapes_come_through_json() -> None:
