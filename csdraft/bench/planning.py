@@ -29,7 +29,7 @@ EXPECTED = (
     ((6, 8), (0, 2)),
 )
 """K matrices of [drafter, MaxGram]: each drafter alone, tails, reviews, both."""
-GRID = ((0, 1, 2, 3, 4, 6), (0, 4, 8, 16, 24), (0, 2, 4))
+GRID = ((0, 1, 2, 4), (0, 4, 8, 16), (0, 4))
 """Of k[0][0], k[0][1] and k[1][1]: what a patient user would try."""
 ERROR, BEHIND = 0.1, 0.95
 

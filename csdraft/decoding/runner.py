@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -180,10 +181,12 @@ class Runner:
                     [0] * pad + feed.sees,
                 )
             )
-        packed = torch.tensor(table, device=self.device)  # (rows, 4, queries)
+        packed = torch.from_numpy(np.array(table)).to(self.device)  # (rows, 4, queries)
         tokens, slots, positions, sees = packed.unbind(1)
         steps = self._steps[:end]
-        allowed = steps < sees[..., None]  # (rows, queries, end)
+        common = 0 if padded else min(min(feed.sees) for feed in feeds)  # what all see is not worth comparing
+        allowed = torch.ones(len(feeds), queries, end, dtype=torch.bool, device=self.device)
+        allowed[..., common:] = steps[common:] < sees[..., None]
         own = _extra(feeds, queries)
         if own[0]:
             rows, columns, seen = torch.tensor(own, device=self.device)
