@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 
@@ -18,12 +19,13 @@ def test_every_case_is_measured_and_judged() -> None:
     for one in found:
         assert one.drafted > 1
         assert 0 < one.cpu_microseconds <= one.slow
-        assert one.tokens >= 400
+        assert one.tokens >= (80 if math.isnan(one.rate) else 400)
         assert 7 < one.bytes < 1000
     lines = lookup_table(found).splitlines()
     assert len(lines) == 2 + len(found)
     assert {line.count("|") for line in lines} == {lines[0].count("|")}
     slow = [replace(one, cpu_microseconds=51.0, rate=2e5) for one in found]
+    assert len(lookup_claims(found)) == 2 * len(found) - 1  # nobody reads a text for token recycling
     assert not any(claim.passed for claim in lookup_claims(slow))
     fast = [replace(one, cpu_microseconds=49.0, rate=4e5) for one in found]
     assert all(claim.passed for claim in lookup_claims(fast))

@@ -6,6 +6,7 @@ import inspect
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -187,10 +188,9 @@ class Runner:
         common = 0 if padded else min(min(feed.sees) for feed in feeds)  # what all see is not worth comparing
         allowed = torch.ones(len(feeds), queries, end, dtype=torch.bool, device=self.device)
         allowed[..., common:] = steps[common:] < sees[..., None]
-        own = _extra(feeds, queries)
-        if own[0]:
-            rows, columns, seen = torch.tensor(own, device=self.device)
-            allowed[rows, columns, seen] = True
+        extra = _extra(feeds, queries, end)
+        if len(extra):
+            allowed.view(-1).index_fill_(0, torch.from_numpy(extra).to(self.device), True)
         shared = self._shared_range(feeds, queries)
         self.cache.place(shared if shared is not None else slots, min(f.slots[0] for f in feeds), end)
         windowed, bias = allowed, None
@@ -297,20 +297,16 @@ class Runner:
             self.sources = Sources(sources.input_ids, mask, outputs, sources.cross_cache)
 
 
-def _extra(feeds: Sequence[Feed], queries: int) -> tuple[list[int], list[int], list[int]]:
-    """(row, query, slot) of what queries see beyond their leading slots, as three lists; padding sees itself."""
-    rows: list[int] = []
-    columns: list[int] = []
+def _extra(feeds: Sequence[Feed], queries: int, end: int) -> np.ndarray:
+    """What queries see beyond their leading slots, as places in a flat (rows, queries, end); padding sees itself."""
     seen: list[int] = []
-    for row, feed in enumerate(feeds):
+    counts: list[int] = []
+    for feed in feeds:
         pad = queries - len(feed.tokens)
-        columns += range(pad)
-        seen += [feed.end] * pad
-        for query, slots in enumerate(feed.extra or (), pad):
-            columns += [query] * len(slots)
-            seen += slots
-        rows += [row] * (len(seen) - len(rows))
-    return rows, columns, seen
+        ours = [(feed.end,)] * pad + list(feed.extra or [()] * len(feed.tokens))
+        seen += chain.from_iterable(ours)
+        counts += map(len, ours)
+    return np.repeat(np.arange(0, len(counts) * end, end), counts) + np.array(seen, dtype=np.int64)
 
 
 def home(model: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -96,23 +96,33 @@ def _merged(sequences: list[list[int]], nodes: int) -> tuple[list[int], list[int
     """Tokens and parents of the `nodes` most frequent nodes of the sequences' trie, nearest first among equals."""
     tokens: list[int] = []
     parents: list[int] = []
-    waiting: list[tuple[int, int, int, int, int, list[list[int]]]] = []  # -count, depth, order, parent, token, those
+    waiting: list[tuple[int, int, int, int, list[list[int]]]] = []  # -count, depth, order, parent, those that go there
     order, node, depth, here = 0, -1, 0, sequences
     while True:
-        if len(here) == 1:  # no more branches
-            groups = [(here[0][depth], here)] if depth < len(here[0]) else []
-        else:
-            by_token: dict[int, list[list[int]]] = {}
-            for sequence in here:
-                if depth < len(sequence):
-                    by_token.setdefault(sequence[depth], []).append(sequence)
-            groups = by_token.items()
-        for token, those in groups:
+        by_token: dict[int, list[list[int]]] = {}
+        for sequence in here:
+            if depth < len(sequence):
+                by_token.setdefault(sequence[depth], []).append(sequence)
+        for those in by_token.values():
             order += 1
-            heappush(waiting, (-len(those), depth, order, node, token, those))
-        if not waiting or len(tokens) == nodes:
-            return tokens, parents
-        _, depth, _, parent, token, here = heappop(waiting)
-        node, depth = len(tokens), depth + 1
-        tokens.append(token)
+            heappush(waiting, (-len(those), depth, order, node, those))
+        if len(tokens) == nodes or not waiting or waiting[0][0] == -1:  # the rest are sequences by themselves
+            break
+        _, depth, _, parent, here = heappop(waiting)
+        node = len(tokens)
+        tokens.append(here[0][depth])
         parents.append(parent)
+        depth += 1
+    starting: dict[int, list[tuple[int, list[int]]]] = {}
+    for _, depth, _, parent, those in sorted(waiting):
+        starting.setdefault(depth, []).append((parent, those[0]))
+    depth, alone = 0, []
+    while alone or starting:
+        here, alone = starting.pop(depth, []) + alone, []
+        for parent, sequence in here[: nodes - len(tokens)]:
+            if depth + 1 < len(sequence):
+                alone.append((len(tokens), sequence))
+            tokens.append(sequence[depth])
+            parents.append(parent)
+        depth += 1
+    return tokens, parents
