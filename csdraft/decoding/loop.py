@@ -79,6 +79,7 @@ def run(
             live = [row for row in live if row not in ended]
             if live:
                 call.retire(live)
+        del contexts, rounds, context, finished  # what was scored is large, and the next forward needs as much
     if guarded.failure is None:
         schedule.finish()
     report.finish(call, time.perf_counter() - started, guarded.failure)

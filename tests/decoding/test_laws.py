@@ -7,6 +7,7 @@ import importlib
 import itertools
 import pkgutil
 import random
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,8 +23,11 @@ from csdraft import Drafter, Horizontal, ModelDrafter, Vertical
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Request, Verifier
 from csdraft.decoding.roll import roll
+from csdraft.decoding.scores import Scores
 from csdraft.decoding.session import Session
+from csdraft.drafters.max_gram import MaxGram
 from csdraft.schedules.fixed import Fixed
+from csdraft.trees.best_first import BestFirst
 from tests import tiny
 from tests.tiny import Scripted
 
@@ -330,3 +334,27 @@ def test_a_roll_on_the_device_equals_one_on_the_host(family: str, options: dict)
     rates = [output.report.acceptance_rate for output in (seen, unseen)]
     assert rates[1] > 0
     assert abs(rates[0] - rates[1]) < 0.35  # the same tokens, in drafts of other lengths
+
+
+def test_what_was_scored_is_gone_before_the_next_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits of a wide tree are large: two rounds' worth would double their memory, and cost time in every round."""
+    model, inputs = tiny.tiny("llama"), tiny.inputs_of("llama", 2)
+    alive: list[weakref.ref] = []
+    forward = Session.forward
+
+    def watched(session: Session, *args, **kwargs):
+        if session.model is model:
+            assert not [scores for scores in alive if scores() is not None]
+        return forward(session, *args, **kwargs)
+
+    class Remembered(Scores):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            alive.append(weakref.ref(self))
+
+    monkeypatch.setattr(Session, "forward", watched)
+    monkeypatch.setattr("csdraft.decoding.session.Scores", Remembered)
+    for drafter in (MaxGram(), ModelDrafter(tiny.drafter_of("llama"), tree=BestFirst())):
+        alive.clear()
+        model.generate(**inputs, **GREEDY, assistant=drafter, **FIXED)
+        assert len(alive) > 10
