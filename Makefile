@@ -26,7 +26,7 @@ style: $(READY)
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright csdraft
+	$(BIN)/pyright csdraft scripts
 
 test: $(READY)
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow and not gpu" $(ARGS)

@@ -19,7 +19,7 @@ from torch import nn
 from csdraft import hub, spec
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import Draft
-from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Schedule, Verifier
+from csdraft.decoding.interfaces import Budget, Context, Drafter, Schedule, Verifier
 from csdraft.decoding.names import name_of
 from csdraft.decoding.report import Report
 from csdraft.decoding.runner import home
@@ -111,6 +111,9 @@ class CascadeDrafter(Drafter):
     def depth(self) -> int:  # type: ignore[override]
         return self.root.depth
 
+    def parts(self) -> Sequence[Drafter]:
+        return self.drafters
+
     def evidence(self, context: Context) -> int:
         return self.root.evidence(context)
 
@@ -134,10 +137,6 @@ class CascadeDrafter(Drafter):
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
         return self.root.propose(contexts, budgets)
-
-    def observe(self, rounds: Sequence[Round]) -> None:
-        for drafter in {id(d): d for d in self.drafters}.values():  # once each, however often they draft
-            drafter.observe(rounds)
 
     # Planning.
 
@@ -185,6 +184,7 @@ class CascadeDrafter(Drafter):
 
     def keep_report(self, report: Report) -> None:
         """Takes in a finished call's report."""
+        super().keep_report(report)
         self._reports.add(report)
 
     # Saving.

@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -58,7 +59,7 @@ def main() -> None:
     parser.add_argument("--json", help="a file for the counts of every group")
     options = parser.parse_args()
 
-    tokenizer = load_tokenizer(options.tokenizer, options.eos)
+    tokenizer: Any = load_tokenizer(options.tokenizer, options.eos)
     if (options.pairs is None) == (options.answers is None) or (options.answers is None) != (
         options.questions is None
     ):

@@ -2,13 +2,14 @@
 
 Drafters, trees and schedules decode greedily, drafters and trees at their own lengths every round; verifiers sample at
 temperature 1, each with the drafts that it is for. A method that a user must bring something for (documents, a
-tokenizer) is left out unless MAKE says how to make one from the pair.
+tokenizer) is left out unless it is given, or MAKE says how to make one from the pair.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from csdraft import spec
@@ -16,7 +17,7 @@ from csdraft.bench.figures import ratio
 from csdraft.bench.measure import Cell, Prompt, measure
 from csdraft.bench.methods import Method, Setup
 from csdraft.cascade import CascadeDrafter
-from csdraft.decoding.interfaces import Drafter
+from csdraft.decoding.interfaces import Drafter, Schedule
 from csdraft.drafters.horizontal import Horizontal
 from csdraft.drafters.max_gram import MaxGram
 from csdraft.drafters.merged import Merged
@@ -41,21 +42,30 @@ MAKE: Mapping[str, Callable[[Setup], Drafter]] = {
 """Drafters that do not come with their defaults."""
 TREES = {"without_replacement": "recursive", "k_seq": "sampled", "spec_hub": "pairs", "traversal": "recursive"}
 """What verifiers for several drafts a place are shown; all others judge chains."""
+NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 def breadth(
-    setup: Setup, prompts: Sequence[Prompt], repetitions: int, progress: Callable[[str, float], None]
+    setup: Setup,
+    prompts: Sequence[Prompt],
+    repetitions: int,
+    progress: Callable[[str, float], None],
+    given: Mapping[str, Drafter | Schedule] = NONE,
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """By family and type: `tokens` a round, and `speedup` over plain `generate` as median, low, high."""
+    """By family and type: `tokens` a round, and `speedup` over plain `generate` as median, low, high.
+
+    Args:
+        given: drafters and schedules by their type, which stand for those that the pair alone would make.
+    """
     greedy: dict[tuple[str, str], dict[str, Any]] = {}
     greedy["drafters", CASCADE] = {"assistant": CascadeDrafter([setup.drafter, MaxGram()], setup.k_matrix)}
     for type in spec.types("drafters"):
-        if (drafter := made(type, setup)) is not None:
+        if (drafter := given.get(type) or made(type, setup)) is not None:
             greedy["drafters", type] = {"assistant": drafter, "schedule": Fixed()}
     for type in spec.types("trees"):
         greedy["trees", type] = {"assistant": branching(type, setup), "schedule": Fixed()}
     for type in spec.types("schedules"):
-        greedy["schedules", type] = {"assistant": ModelDrafter(setup.drafter), "schedule": type}
+        greedy["schedules", type] = {"assistant": ModelDrafter(setup.drafter), "schedule": given.get(type, type)}
     sampled = {}
     for type in spec.types("verifiers"):
         drafter = branching(TREES[type], setup) if type in TREES else ModelDrafter(setup.drafter)

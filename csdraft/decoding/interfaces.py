@@ -232,12 +232,18 @@ class Drafter:
         """One draft a context: the context's own nodes first, unchanged, then at most `budget.room` new ones."""
         raise NotImplementedError
 
+    def parts(self) -> Sequence[Drafter]:
+        """The drafters that it is made of: what concerns the whole call, below, reaches each of them."""
+        return ()
+
     def observe(self, rounds: Sequence[Round]) -> None:
-        """Learns from finished rounds of the target; does nothing by default."""
+        """Learns from finished rounds of the target; by itself nothing."""
+        for part in {id(part): part for part in self.parts()}.values():  # once each, however often they draft
+            part.observe(rounds)
 
     def models(self) -> list[object]:
         """The models it runs, largest first (for reports, checks and cost tables)."""
-        return []
+        return [model for part in self.parts() for model in part.models()]
 
     def stages(self) -> list[tuple[Drafter, int]]:
         """Who writes the draft, in order, each with the depth up to which it does: one stage but for cascades."""
@@ -262,9 +268,13 @@ class Drafter:
 
     def keep_report(self, report: Report) -> None:
         """Takes the report of a finished call; cascades accumulate it."""
+        for part in self.parts():
+            part.keep_report(report)
 
     def check(self, call: Call) -> None:
         """Raises ValueError if it cannot draft for this call; runs before any model does."""
+        for part in self.parts():
+            part.check(call)
 
 
 def _signature(option: object) -> Hashable:

@@ -11,9 +11,8 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from time import perf_counter
 
-from csdraft.decoding.call import Call
 from csdraft.decoding.draft import Draft
-from csdraft.decoding.interfaces import Budget, Context, Drafter, Round
+from csdraft.decoding.interfaces import Budget, Context, Drafter
 
 __all__ = ["Horizontal"]
 
@@ -55,19 +54,11 @@ class Horizontal(Drafter):
             width, depth = width + drafter.width(min(length, depth)), max(depth - length, 0)
         return width
 
+    def parts(self) -> Sequence[Drafter]:
+        return self.drafters
+
     def evidence(self, context: Context) -> int:
         return next((drafter.evidence(context) for drafter in self.drafters if not drafter.models()), 0)
-
-    def models(self) -> list[object]:
-        return [model for drafter in self.drafters for model in drafter.models()]
-
-    def check(self, call: Call) -> None:
-        for drafter in self.drafters:
-            drafter.check(call)
-
-    def observe(self, rounds: Sequence[Round]) -> None:
-        for drafter in self.drafters:
-            drafter.observe(rounds)
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
         call, drafts = contexts[0].call, [context.draft for context in contexts]

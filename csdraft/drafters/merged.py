@@ -12,10 +12,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from csdraft.decoding.call import Call
 from csdraft.decoding.draft import ROOT, Draft, Kind, Law
-from csdraft.decoding.interfaces import Budget, Context, Drafter, Round
-from csdraft.decoding.report import Report
+from csdraft.decoding.interfaces import Budget, Context, Drafter
 
 __all__ = ["Merged"]
 
@@ -45,23 +43,11 @@ class Merged(Drafter):
     def width(self, depth: int) -> int:
         return sum(drafter.width(depth) for drafter in self.drafters)
 
-    def models(self) -> list[object]:
-        return [model for drafter in self.drafters for model in drafter.models()]
+    def parts(self) -> Sequence[Drafter]:
+        return self.drafters
 
     def evidence(self, context: Context) -> int:
         return next((drafter.evidence(context) for drafter in self.drafters if not drafter.models()), 0)
-
-    def check(self, call: Call) -> None:
-        for drafter in self.drafters:
-            drafter.check(call)
-
-    def observe(self, rounds: Sequence[Round]) -> None:
-        for drafter in self.drafters:
-            drafter.observe(rounds)
-
-    def keep_report(self, report: Report) -> None:
-        for drafter in self.drafters:
-            drafter.keep_report(report)
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
         apart = [drafter.propose(contexts, budgets) for drafter in self.drafters]

@@ -52,11 +52,8 @@ class Ouroboros(Drafter):
         inner = min(depth, self.drafter.depth)
         return self.drafter.width(inner) + self.phrases * min(depth - inner, self.ngram - 1)
 
-    def models(self) -> list[object]:
-        return self.drafter.models()
-
-    def check(self, call: Call) -> None:
-        self.drafter.check(call)
+    def parts(self) -> Sequence[Drafter]:
+        return (self.drafter,)
 
     def evidence(self, context: Context) -> int:
         return self.drafter.evidence(context)
@@ -85,7 +82,7 @@ class Ouroboros(Drafter):
         return call.memo(self, lambda: PhrasePool(length, self.pool))
 
     def observe(self, rounds: Sequence[Round]) -> None:
-        self.drafter.observe(rounds)
+        super().observe(rounds)
         pool = self._pool(rounds[0].context.call)
         for finished in rounds:
             _harvest(pool, finished)

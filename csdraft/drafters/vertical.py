@@ -55,15 +55,15 @@ class Vertical(Drafter):
             object.__setattr__(self, "reviewer", load_model(os.fspath(self.reviewer)))
         object.__setattr__(self, "reviewer", base_model(self.reviewer))  # type: ignore[arg-type]
 
+    def parts(self) -> Sequence[Drafter]:
+        return (self.drafter,)
+
     def models(self) -> list[object]:
-        return [self.reviewer, *self.drafter.models()]
+        return [self.reviewer, *super().models()]
 
     def check(self, call: Call) -> None:
         check_reviewer(self.reviewer, call)  # type: ignore[arg-type]
-        self.drafter.check(call)
-
-    def observe(self, rounds: Sequence[Round]) -> None:
-        self.drafter.observe(rounds)
+        super().check(call)
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
         call = contexts[0].call

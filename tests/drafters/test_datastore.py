@@ -10,15 +10,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 from standin import StandInCall, microseconds
 
-from csdraft import MaxGram
 from csdraft.decoding.interfaces import Budget
 from csdraft.drafters.datastore import Datastore
-from csdraft.schedules.fixed import Fixed
 from csdraft.tables.corpus import SPAN, CorpusIndex
 from tests import tiny
+from tests.drafters.quoting import draws, quotes
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "build_datastore.py"
 
@@ -139,23 +137,15 @@ def test_options_are_checked() -> None:
     assert drafted(Datastore(index, min_match=2), [1]) == []
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("how", [{"do_sample": False}, {"do_sample": True, "temperature": 0.7, "top_k": 5}])
+@draws
 def test_the_text_does_not_depend_on_it(rows: int, how: dict) -> None:
-    """With a corpus that has the text, wrong ways beside it, and its end in the middle of what is copied."""
-    inputs, seeds = tiny.inputs_of("llama", rows), list(range(rows))
-    options = how | {"max_new_tokens": 24, "row_seeds": seeds, "strict": True, "schedule": Fixed(8)}
-    options |= {"return_dict_in_generate": True}
-    model = tiny.tiny("llama")
-    text = model.generate(**inputs, assistant=MaxGram(), **options).sequences[0, 20:].tolist()
-    options["eos_token_id"] = end = max(text[:14], key=text.index)
-    plain = model.generate(**inputs, assistant=MaxGram(), **options)
-    assert 5 < plain.sequences[0, 20:].tolist().index(end) < 14, "it ends inside of what is copied"
-    prompt = inputs["input_ids"][0].tolist()
-    index = CorpusIndex.build([prompt + text, prompt + text[:4] + [50, 51, 52], prompt + text[:2] + [53]] * 3)
-    output = model.generate(**inputs, assistant=Datastore(index), **options)
-    assert torch.equal(output.sequences, plain.sequences)
-    assert output.report.target.accepted.total() > 3
+    """With a corpus that has the text, and wrong ways beside it."""
+
+    def make(prompt: list[int], text: list[int]) -> Datastore:
+        branches = [prompt + text, prompt + text[:4] + [50, 51, 52], prompt + text[:2] + [53]]
+        return Datastore(CorpusIndex.build(branches * 3))
+
+    quotes(rows, how, make)
 
 
 def test_the_script_builds_it(tmp_path, monkeypatch, capsys) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import random
 
 import pytest
-import torch
 from standin import StandInCall, microseconds, proposed
 
-from csdraft import MaxGram, spec
+from csdraft import spec
 from csdraft.drafters.reference import NEAR, Reference
-from csdraft.schedules.fixed import Fixed
 from csdraft.tables.documents import DocumentTable
 from tests import tiny
+from tests.drafters.quoting import draws, quotes
 
 
 def words(generator: random.Random, alphabet: int, most: int, least: int = 0) -> list[int]:
@@ -89,23 +88,10 @@ def test_options_are_checked() -> None:
         Reference([[1], [-2]])
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("how", [{"do_sample": False}, {"do_sample": True, "temperature": 0.7, "top_k": 5}])
+@draws
 def test_the_text_does_not_depend_on_it(rows: int, how: dict) -> None:
-    """With a document that has the text but for one token, and its end in the middle of what is copied."""
-    inputs, seeds = tiny.inputs_of("llama", rows), list(range(rows))
-    options = how | {"max_new_tokens": 24, "row_seeds": seeds, "strict": True, "schedule": Fixed(8)}
-    options |= {"return_dict_in_generate": True}
-    model = tiny.tiny("llama")
-    text = model.generate(**inputs, assistant=MaxGram(), **options).sequences[0, 20:].tolist()
-    options["eos_token_id"] = end = max(text[:14], key=text.index)
-    plain = model.generate(**inputs, assistant=MaxGram(), **options)
-    assert 5 < plain.sequences[0, 20:].tolist().index(end) < 14, "it ends inside of what is copied"
-    document = inputs["input_ids"][0].tolist() + text
-    document[21] = 50
-    output = model.generate(**inputs, assistant=Reference([document]), **options)
-    assert torch.equal(output.sequences, plain.sequences)
-    assert output.report.target.accepted.total() > 3
+    """With a document that has the text but for one token."""
+    quotes(rows, how, lambda prompt, text: Reference([[*prompt, text[0], 50, *text[2:]]]))
 
 
 def test_a_proposal_costs_the_same_with_long_documents() -> None:

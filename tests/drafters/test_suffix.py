@@ -7,10 +7,9 @@ import sys
 import threading
 
 import pytest
-import torch
 from standin import StandInCall, microseconds, proposed
 
-from csdraft import Horizontal, MaxGram
+from csdraft import Horizontal
 from csdraft.decoding.interfaces import Budget
 from csdraft.drafters.suffix import Suffix
 from csdraft.schedules.fixed import Fixed
@@ -19,6 +18,7 @@ from csdraft.tables.outputs import NEAR, OutputTable, Place
 from csdraft.tables.speculation import Rule
 from csdraft.tables.suffix_automaton import NOWHERE, START, SuffixAutomaton
 from tests import tiny
+from tests.drafters.quoting import draws, quotes
 
 
 def words(generator: random.Random, alphabet: int, most: int, least: int = 0) -> list[int]:
@@ -323,25 +323,18 @@ def test_the_texts_that_ended_are_taken_in_once() -> None:
         drafter.check(StandInCall([[1]], vocab=5))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("how", [{"do_sample": False}, {"do_sample": True, "temperature": 0.7, "top_k": 5}])
+@draws
 @pytest.mark.parametrize("nodes", [None, 12])
 def test_the_text_does_not_depend_on_it(rows: int, how: dict, nodes: int | None) -> None:
-    """With a table that knows the text up to a wrong token, and its end in the middle of what is copied."""
-    inputs, seeds = tiny.inputs_of("llama", rows), list(range(rows))
-    options = how | {"max_new_tokens": 24, "row_seeds": seeds, "strict": True, "schedule": Fixed(6)}
-    options |= {"return_dict_in_generate": True}
-    model = tiny.tiny("llama")
-    text = model.generate(**inputs, assistant=MaxGram(), **options).sequences[0, 20:].tolist()
-    options["eos_token_id"] = end = max(text[:14], key=text.index)
-    plain = model.generate(**inputs, assistant=MaxGram(), **options)
-    assert 5 < plain.sequences[0, 20:].tolist().index(end) < 14, "it ends inside of what is copied"
-    table = OutputTable()
-    table.add(inputs["input_ids"][0].tolist() + text)
-    table.add(inputs["input_ids"][0].tolist() + text[:4] + [50, 51])
-    output = model.generate(**inputs, assistant=Suffix(outputs=table, nodes=nodes), **options)
-    assert torch.equal(output.sequences, plain.sequences)
-    assert output.report.target.accepted.total() > 3
+    """With a table that knows the text up to a wrong token."""
+
+    def make(prompt: list[int], text: list[int]) -> Suffix:
+        table = OutputTable()
+        table.add(prompt + text)
+        table.add(prompt + text[:4] + [50, 51])
+        return Suffix(outputs=table, nodes=nodes)
+
+    quotes(rows, how, make, depth=6)
 
 
 # Cost.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import runpy
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from csdraft.trainers.stop_head import Examples, fit, harvest, judge
 from tests import tiny
 
 DEPTH = 6
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "train_stop_head.py"
 WANTED = {"max_new_tokens": 32, "min_new_tokens": 32, "do_sample": False}
 
 
@@ -176,6 +179,22 @@ def test_harvested_labels_are_the_verdicts(tail):
     assert (len(found), int(found.kept.sum())) == (tried, kept)
     assert 0 < kept < tried
     assert set(found.heard[:, 2]) <= set(range(3 if tail else DEPTH))
+
+
+def test_the_script_trains_a_head_that_the_schedule_takes(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "head.safetensors"
+    words = "--target models/smol-target --drafter models/smol-drafter --prompts recipes/smol/prompts_tune.jsonl"
+    words += f" --limit 4 --max-new-tokens 48 --out {path}"
+    monkeypatch.chdir(SCRIPT.parent.parent)
+    monkeypatch.setattr("sys.argv", [str(SCRIPT), *words.split()])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    said = capsys.readouterr().out
+    assert f"{path}: from " in said
+    head = StopHead(path).head
+    assert head(0.95, 0.3, 0) > head(0.3, 2.5, 0)
+    judged = [float(line.split()[-2]) for line in said.splitlines()[-2:]]
+    assert all(0 < entropy < 2 for entropy in judged)
+    assert judged[0] != judged[1]
 
 
 # Saving.

@@ -1,0 +1,68 @@
+"""Train the head of the schedule `stop_head` (SpecDec++, arXiv 2405.19715) on drafts that the target has judged.
+
+    python scripts/train_stop_head.py --target models/smol-target --drafter models/smol-drafter \
+        --prompts recipes/smol/prompts_tune.jsonl --out out/stop_head.safetensors
+
+Then: `generate(..., assistant=..., schedule=StopHead("out/stop_head.safetensors"))`. Take the drafter, or the cascade,
+the temperature and the kind of prompts that the head will be used with. What it learned is held against the drafter's
+own confidence on texts that it has not seen.
+"""
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+from csdraft.benchmark import read_prompts
+from csdraft.cli._models import Opened, add_model_arguments, encode, open_models
+from csdraft.progress import Progress
+from csdraft.trainers.stop_head import fit, harvest, judge
+
+SEEN = 0.75
+"""Share of the texts' judged tokens that the head learns from; it is judged by the rest."""
+
+
+def batches(opened: Opened, prompts: list[str], progress: Progress) -> Iterator[dict[str, Any]]:
+    """Each prompt as `generate` takes it."""
+    for number, prompt in enumerate(prompts):
+        progress("judging drafts", number / len(prompts))
+        yield encode(opened, prompt)
+    progress("judging drafts", 1.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_arguments(parser)
+    parser.add_argument("--prompts", required=True, metavar="FILE", help="JSON lines with a `prompt`, or a data set")
+    parser.add_argument("--limit", type=int, metavar="N", help="use so many prompts at most")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: %(default)s")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
+    parser.add_argument(
+        "--depth", type=int, default=8, metavar="N", help="draft tokens a round (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rejected-weight", type=float, default=1.0, metavar="X", help="of a rejected token; above 1 stops sooner"
+    )
+    parser.add_argument("--out", required=True, metavar="PATH", help="the safetensors file to write")
+    args = parser.parse_args()
+    opened = open_models(args)
+    if opened.assistant is None:
+        parser.error("name the drafter with --drafter, or a cascade with --cascade")
+    options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "do_sample": args.temperature > 0}
+    if args.temperature > 0:
+        options |= {"temperature": args.temperature, "top_k": 0, "top_p": 1.0}
+    if args.verifier:
+        options["verifier"] = args.verifier
+    prompts = read_prompts(args.prompts, args.limit)
+    progress = Progress()
+    examples = harvest(opened.target, opened.assistant, batches(opened, prompts, progress), args.depth, **options)
+    seen, unseen = examples.split(SEEN)
+    head = fit(seen, rejected_weight=args.rejected_weight)
+    head.save(args.out)
+    print(f"{args.out}: from {len(seen)} judged tokens, {seen.kept.mean():.0%} of them kept")
+    print(f"on {len(unseen)} tokens of later texts, cross-entropy in nats and calibration error:")
+    for name, judged in (("this head", judge(head, unseen)), ("confidence", judge(None, unseen))):
+        print(f"  {name:12}{judged['cross_entropy']:.3f}  {judged['calibration_error']:.3f}")
+
+
+if __name__ == "__main__":
+    main()
