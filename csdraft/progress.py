@@ -13,15 +13,22 @@ PAUSE = 10.0
 
 
 class Progress:
-    """Call it with what is being done and the share that is done: one moving line in a terminal, a few in a file."""
+    """Call it with what is being done and the share that is done: one moving line in a terminal, a few in a file.
+
+    A share below the last one is another piece of work, with a clock of its own.
+    """
 
     def __init__(self, stream: TextIO | None = None):
         self.stream = sys.stderr if stream is None else stream
         self.moving = self.stream.isatty()
         self._started = self._last = time.monotonic()
+        self._share = 0.0
 
     def __call__(self, what: str, share: float = 0.0) -> None:
         now = time.monotonic()
+        if share < self._share:
+            self._started = now
+        self._share = share
         if not self.moving and share < 1 and now - self._last < PAUSE:
             return
         self._last = now

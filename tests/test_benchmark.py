@@ -1,5 +1,6 @@
 """The benchmark on tiny random models: every method runs, every text is compared, and the statistics are right."""
 
+import io
 import json
 
 import numpy as np
@@ -240,3 +241,18 @@ def test_a_method_is_one_function(setup, monkeypatch):
 
     assert [method.name for method in methods.build(["mine"], setup)] == ["plain", "mine"]
     assert equal_to(methods.build(["mine"], setup)[1], True, []) == "plain"
+
+
+def test_progress_times_each_piece_of_work_by_itself(monkeypatch) -> None:
+    now, stream = 0.0, io.StringIO()
+    monkeypatch.setattr("csdraft.progress.time.monotonic", lambda: now)
+    progress = Progress(stream)
+    for seconds, what, share in ((50.0, "one", 0.5), (100.0, "one", 1.0), (110.0, "two", 0.0), (120.0, "two", 0.5)):
+        now = seconds
+        progress(what, share)
+    assert stream.getvalue().splitlines() == [
+        "one: 50%, about 50 s left",
+        "one: 100%",
+        "two: 0%",
+        "two: 50%, about 10 s left",
+    ]
