@@ -21,7 +21,7 @@ from csdraft.decoding.call import Call
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Schedule, Verifier
 from csdraft.decoding.names import name_of
-from csdraft.decoding.report import Report
+from csdraft.decoding.report import Planned, Report
 from csdraft.decoding.runner import home
 from csdraft.drafters.horizontal import Horizontal
 from csdraft.drafters.model import ModelDrafter, bound, load_model
@@ -77,6 +77,7 @@ class CascadeDrafter(Drafter):
     schedule: Schedule | str | Mapping[str, Any] = "cost_model"
     root: Horizontal = field(init=False)
     _reports: Reports = field(init=False, default_factory=Reports)
+    _plan: Planned | None = field(init=False, default=None)
     _plans: MutableMapping[nn.Module, CascadeDrafter] = field(init=False, default_factory=WeakKeyDictionary)
 
     def __post_init__(self) -> None:
@@ -165,6 +166,9 @@ class CascadeDrafter(Drafter):
             kept = [self.drafters[j] for j in best.kept]
             lenience = self.lenience if isinstance(self.lenience, float) else 1.0
             known = CascadeDrafter(kept, best.trimmed(), lenience, self.verifier, self.schedule)
+            tokens, plain = sum(t.length for t in world.traces), sum(t.plain for t in world.traces)
+            about = best.expected.tokens_per_round, best.expected.speedup, plain / tokens
+            object.__setattr__(known, "_plan", Planned([*map(_short, kept)], best.trimmed(), *about))
             object.__setattr__(known, "_reports", self._reports)
             with _LOCK:
                 self._plans[target] = known
@@ -185,6 +189,7 @@ class CascadeDrafter(Drafter):
     def keep_report(self, report: Report) -> None:
         """Takes in a finished call's report."""
         super().keep_report(report)
+        report.planned = self._plan
         self._reports.add(report)
 
     # Saving.

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from csdraft import CascadeDrafter, MaxGram, ModelDrafter
+from csdraft import CascadeDrafter, MaxGram, ModelDrafter, Report
 from csdraft.planner.expect import expect
 from csdraft.planner.search import cleaned, search
 from csdraft.planner.trace import Costs, Offer, Trace, World, observe_world
@@ -157,3 +157,14 @@ def test_auto_plans_once_and_changes_no_text():
     assert planned is cascade.planned(target, ids, {})
     assert planned.k_matrix != "auto"
     assert cascade.report.calls == 2
+    plan, sizes = cascade.report.planned, (len(planned.drafters),) * 2
+    assert plan is not None
+    assert (len(plan.k_matrix), len(plan.drafters)) == sizes
+    assert tuple(map(tuple, plan.k_matrix)) == planned.k_matrix
+    assert 1 <= plan.tokens_per_round <= 33
+    assert Report.from_dict(cascade.report.to_dict()).planned == plan
+    said = str(cascade.report)
+    assert f"expected {plan.tokens_per_round:.2f} tokens a round and {plan.speedup:.2f} x plain" in said
+    assert f"measured {cascade.report.block_efficiency:.2f}\n" in said, "a batch has no speed to compare with plain's"
+    target.generate(ids, max_new_tokens=12, pad_token_id=0, do_sample=False, assistant=cascade)
+    assert " x\n" in str(cascade.report)

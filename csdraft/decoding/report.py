@@ -18,7 +18,7 @@ from csdraft.decoding.tally import Tally
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["ModelUse", "Report"]
+__all__ = ["ModelUse", "Planned", "Report"]
 
 FORMAT = 1
 MOST_FAILURES = 16
@@ -56,6 +56,25 @@ class ModelUse:
         )
 
 
+@dataclass(frozen=True)
+class Planned:
+    """What the planner expected of the cascade that it chose (`k_matrix="auto"`), its whole matrix every round.
+
+    Attributes:
+        drafters: the names of those it kept.
+        k_matrix: of these.
+        tokens_per_round: block efficiency.
+        speedup: over plain `generate`, one text at a time.
+        plain_seconds: a token of plain `generate`, as timed while planning.
+    """
+
+    drafters: list[str]
+    k_matrix: list[list[int]]
+    tokens_per_round: float
+    speedup: float
+    plain_seconds: float
+
+
 @dataclass
 class Report:
     """Counts of one call, or of several merged; the text itself is that of the last call.
@@ -69,6 +88,7 @@ class Report:
         models: what each model did, by its name; "target" is the target.
         failures: how often a drafter failed and was left out, by message.
         rejections: the target's, expected and measured, of the calls that asked for them (`diagnose=True`).
+        planned: what was expected of the last call's cascade, if a planner chose it.
         tokens: of the last call, per row, the emitted tokens.
         levels: per row, the level of each emitted token, an index into `level_names`.
         lengths: per row, the tokens that each round emitted.
@@ -83,6 +103,7 @@ class Report:
     models: dict[str, ModelUse] = field(default_factory=dict)
     failures: Counter[str] = field(default_factory=Counter)
     rejections: Rejections | None = None
+    planned: Planned | None = None
     tokens: list[list[int]] = field(default_factory=list, repr=False)
     levels: list[list[int]] = field(default_factory=list, repr=False)
     lengths: list[list[int]] = field(default_factory=list, repr=False)
@@ -202,6 +223,7 @@ class Report:
             _merged(self.models, other.models),
             Counter(dict(failures.most_common(MOST_FAILURES))),
             rejections,
+            last.planned,
             last.tokens,
             last.levels,
             last.lengths,
@@ -224,6 +246,7 @@ class Report:
             "models": {name: asdict(use) for name, use in self.models.items()},
             "failures": dict(self.failures),
             "rejections": None if self.rejections is None else asdict(self.rejections),
+            "planned": None if self.planned is None else asdict(self.planned),
         }
 
     @classmethod
@@ -235,8 +258,9 @@ class Report:
         values = {key: value for key, value in data.items() if key not in ("csdraft_report", "summary")}
         values["reviews"] = {name: Tally.from_dict(tally) for name, tally in data["reviews"].items()}
         values["models"] = {name: ModelUse(**use) for name, use in data["models"].items()}
-        found = data.get("rejections")
-        values["rejections"] = None if found is None else Rejections(**found)
+        for name, kind in (("rejections", Rejections), ("planned", Planned)):
+            found = data.get(name)
+            values[name] = None if found is None else kind(**found)
         return cls(**{**values, "failures": Counter(data["failures"])})
 
     def save(self, path: str | Path) -> None:

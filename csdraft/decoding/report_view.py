@@ -59,6 +59,14 @@ def headlines(report: Report) -> list[str]:
     ]
     if report.cut:
         lines.append(f"{count(report.cut, 'draft token')} of the K matrix cut by the schedule or for want of room")
+    if (plan := report.planned) is not None:
+        measured = f"{report.block_efficiency:.2f}"
+        if len(report.tokens) == 1:  # a batch is another matter
+            measured += f" and {plan.plain_seconds * ratio(report.emitted, report.seconds):.2f} x"
+        lines += [
+            f"planned: k_matrix {plan.k_matrix} of {', '.join(plan.drafters)}",
+            f"expected {plan.tokens_per_round:.2f} tokens a round and {plan.speedup:.2f} x plain, measured {measured}",
+        ]
     if (found := report.rejections) is not None:
         lines.append(
             f"{found.measured:,} rejections at {found.judged:,} judged positions, {found.expected:.1f} expected: "

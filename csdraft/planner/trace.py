@@ -10,10 +10,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
 
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import ROOT, Draft
@@ -130,9 +133,7 @@ def observe_world(
     for i, prompt in enumerate(prompts):
         progress("watching the target", i / len(prompts))
         watch = Watch(drafters, costs)
-        began = time.perf_counter()
-        target.generate(**prompt, **options)
-        plain, began = time.perf_counter() - began, time.perf_counter()
+        plain, began = plain_seconds(target, prompt, options), time.perf_counter()
         reviews = Lengths(WIDTHS, own, True, watch)
         target.generate(**prompt, assistant=Filler(), schedule=reviews, strict=True, **options)
         outside = time.perf_counter() - began - watch.seconds
@@ -148,6 +149,27 @@ def observe_world(
         traces.append(replace(watch.trace, plain=plain, outside=outside, reads=reads))
     depths = [lengths(drafter) for drafter in drafters]
     return World(traces, own, costs, models, depths)
+
+
+class Beats(BaseStreamer):
+    """Notes when each token came; the prompt, which is put first, counts as one."""
+
+    def __init__(self) -> None:
+        self.marks: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.marks.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def plain_seconds(target: Any, prompt: Mapping[str, Tensor], options: Mapping[str, Any]) -> float:
+    """Of `generate` without drafts; a token that took longer than usual is taken to have been disturbed."""
+    beats, began = Beats(), time.perf_counter()
+    target.generate(**prompt, **options, streamer=beats)
+    total, steps = time.perf_counter() - began, [b - a for a, b in pairwise(beats.marks[1:])]
+    return total - sum(steps) + len(steps) * median(steps) if steps else total
 
 
 def writes(drafter: Drafter) -> bool:
