@@ -33,7 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
     parser.add_argument("--finalists", type=int, default=4, metavar="N", help="plans to time (default 4)")
     parser.add_argument("--lenience-values", type=float, nargs="+", default=[1.0, 2.0], metavar="X")
-    parser.add_argument("--tree-nodes", type=int, nargs="*", default=[], metavar="N", help="also try trees this large")
+    parser.add_argument(
+        "--tree-nodes",
+        type=int,
+        nargs="*",
+        default=[16],
+        metavar="N",
+        help="sizes of trees to try with each model (default 16); no number leaves trees out",
+    )
     parser.add_argument("--repetitions", type=int, default=2, metavar="N")
     parser.add_argument("--save", metavar="PATH", help="save the fastest as a cascade")
 
