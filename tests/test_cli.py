@@ -46,11 +46,43 @@ def plainly_written() -> str:
     return tokenizer().decode(new, skip_special_tokens=True)
 
 
+# Tuning.
+
+
+def test_tune_says_what_it_expects_and_measures_and_saves_the_fastest(folder, models, tmp_path, capsys):
+    """A drafter that is the target itself: whatever the clock says, drafts are always right."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in (PROMPT, PROMPT[::-1])))
+    few = ["--max-new-tokens", "16", "--finalists", "8", "--repetitions", "1", "--tree-nodes", "6"]
+    models = [*models[:2], "--drafter", str(folder / "target"), "--drafter", "max_gram"]
+    assert main(["tune", *models, "--prompts", str(prompts), *few, "--save", str(tmp_path / "tuned")]) == 0
+    out = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")]
+    assert rows[0][-3:] == ["tokens a round, expected", "speed-up expected", "measured"]
+    assert all(len(row) == len(rows[0]) for row in rows)
+    measured = [float(row[-1].split()[0]) for row in rows[2:]]
+    assert measured == sorted(measured, reverse=True)
+    assert {row[3] for row in rows[2:]} == {"cost_model", "fixed"}
+    cascade = csdraft.CascadeDrafter.from_pretrained(tmp_path / "tuned")
+    assert [list(row) for row in cascade.k_matrix] == json.loads(rows[2][1])
+    alone = [row for row in rows[2:] if row[0] == "target"]
+    assert alone
+    for row in alone:
+        ((length,),) = json.loads(row[1])
+        assert float(row[-3]) > 0.6 * (length + 1)  # the last round is cut by the end
+
+
+def test_tune_without_a_drafter_says_so(models, tmp_path, capsys):
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": PROMPT}))
+    assert main(["tune", *models[:2], "--prompts", str(tmp_path / "prompts.jsonl")]) == 2
+    assert "name drafters with --drafter" in capsys.readouterr().err
+
+
 # The frame.
 
 
 def test_every_command_explains_itself():
-    assert set(commands()) >= {"bench", "check", "generate", "report"}
+    assert set(commands()) >= {"bench", "check", "generate", "report", "tune"}
     for name, module in commands().items():
         assert module.__doc__, name
         assert "main" in module.__all__ or {"add_arguments", "run"} <= set(module.__all__), name
