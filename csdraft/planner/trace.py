@@ -23,6 +23,7 @@ from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Request, Round, Schedule
 from csdraft.decoding.text import Text
 from csdraft.drafters.model import ModelDrafter
+from csdraft.drafters.vertical import Vertical
 from csdraft.tables.costs import Widths
 
 __all__ = ["Costs", "Offer", "Trace", "World", "observe_world"]
@@ -134,16 +135,16 @@ def observe_world(
         progress("watching the target", i / len(prompts))
         watch = Watch(drafters, costs)
         plain, began = plain_seconds(target, prompt, options), time.perf_counter()
-        reviews = Lengths(WIDTHS, own, True, watch)
+        reviews = Lengths(WIDTHS, own, watch)
         target.generate(**prompt, assistant=Filler(), schedule=reviews, strict=True, **options)
         outside = time.perf_counter() - began - watch.seconds
         for drafter, known in zip(drafters, costs, strict=True):
             if writes(drafter):
-                steps = Lengths(STEPS, known, False)
+                steps = Lengths(STEPS, known)
                 target.generate(**prompt, assistant=drafter, schedule=steps, strict=True, **options)
                 known.reads[-1] -= known.first
-                reviews = Lengths(WIDTHS, known, True)
-                drafter.models()[0].generate(**prompt, assistant=Filler(), schedule=reviews, **options)  # type: ignore
+                reviewer = Vertical(drafter.models()[0], Filler(), inner_length=max(WIDTHS))  # type: ignore[arg-type]
+                target.generate(**prompt, assistant=reviewer, schedule=InnerLengths(known), strict=True, **options)
         assert watch.trace is not None
         reads = [own.reads[-1], *(cost.reads[-1] if cost.reads else 0.0 for cost in costs)]
         traces.append(replace(watch.trace, plain=plain, outside=outside, reads=reads))
@@ -194,18 +195,23 @@ class Filler(Drafter):
 
 @dataclass(frozen=True)
 class Lengths(Schedule):
-    """Goes through some lengths in turn, and keeps what they cost; the first round also reads the prompt."""
+    """Goes through some lengths in turn, and keeps what they cost; the first round also reads the prompt.
+
+    Args:
+        lengths: to draft.
+        cost: where it is kept: the target's for scoring, if it is watched, or else the drafter's for drafting.
+        watch: who looks at the text.
+    """
 
     lengths: Sequence[int]
     cost: Costs
-    scoring: bool
     watch: Watch | None = None
     _rounds: list[int] = field(default_factory=lambda: [0])
 
     def start(self, call: Call, drafter: Drafter) -> Schedule:
         if self.watch is not None:
             self.watch.call = call
-        return Lengths(self.lengths, self.cost, self.scoring, self.watch)
+        return Lengths(self.lengths, self.cost, self.watch)
 
     def budgets(self, contexts: Sequence[Context], rooms: Sequence[int], drafter: Drafter) -> list[Budget]:
         wanted = self.lengths[self._rounds[0] % len(self.lengths)]
@@ -217,9 +223,8 @@ class Lengths(Schedule):
             self.watch.seconds += draft_seconds + score_seconds
         width = rounds[0].drafted
         if self._rounds[0] == 1:
-            if self.scoring == (self.watch is not None):  # of a model's two runs, the one that drafts
-                self.cost.reads.append(score_seconds if self.scoring else draft_seconds)
-        elif self.scoring:
+            self.cost.reads.append(draft_seconds if self.watch is None else score_seconds)
+        elif self.watch is not None:
             self.cost.reviews.add(1 + width, score_seconds)
         elif width in self.lengths:
             self.cost.drafts.add(width, draft_seconds)
@@ -227,6 +232,29 @@ class Lengths(Schedule):
     def finish(self) -> None:
         if self.watch is not None:
             self.watch.look()
+
+
+@dataclass(frozen=True)
+class InnerLengths(Schedule):
+    """One inner round at a time, of drafts of some lengths in turn, between forwards of the target as in a cascade.
+
+    A reviewer whose draft must have one token and may have n + 1 reviews n.
+    """
+
+    cost: Costs
+    _asked: list[int] = field(default_factory=list)
+
+    def start(self, call: Call, drafter: Drafter) -> Schedule:
+        return InnerLengths(self.cost)
+
+    def budgets(self, contexts: Sequence[Context], rooms: Sequence[int], drafter: Drafter) -> list[Budget]:
+        wanted, (room,) = WIDTHS[len(self._asked) % len(WIDTHS)], rooms
+        self._asked.append(min(wanted, room - 1))
+        return [Budget(min(1, room), min(wanted + 1, room))]
+
+    def observe(self, rounds: Sequence[Round], draft_seconds: float, score_seconds: float) -> None:
+        if len(self._asked) > 1 and self._asked[-1] >= 0:  # the first also reads the prompt
+            self.cost.reviews.add(1 + self._asked[-1], draft_seconds)
 
 
 @dataclass
