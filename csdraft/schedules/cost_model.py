@@ -17,6 +17,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from weakref import WeakSet
+
+from torch import nn
 
 from csdraft.decoding.call import Call
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Schedule
@@ -44,6 +47,8 @@ MIXED = -1
 """Evidence of a batch, whose rows have their own: its trials are counted apart."""
 LONE_DEPTH = 20
 """A lone drafter may draft so many tokens where its drafts survive, however few it likes by itself."""
+FAR = 16
+"""Tokens of a prompt from which on its forward says what wide drafts cost."""
 LEARNING, SETTLED_FOR = 16, 4
 """After so many rounds, a choice stands for so many."""
 
@@ -57,6 +62,8 @@ Hazards = Callable[[Survival, int], list[float]]
 
 
 MEMORY = Memory()
+WARM: WeakSet[nn.Module] = WeakSet()
+"""Targets that have run in this process."""
 
 
 def clear_memory() -> None:
@@ -214,9 +221,10 @@ class Working(Schedule):
     def observe(self, rounds: Sequence[Round], draft_seconds: float, score_seconds: float) -> None:
         ledger, drafted = self.ledger, max(r.drafted for r in rounds)
         self.rounds += 1
-        fed = self.call.session(self.call.target).runner.fed
-        # The first round also reads the prompt: a far point, without which wide drafts look dearer than they are.
-        ledger.target.add(1 + drafted if self.rounds > 1 else _bucket(fed // len(rounds)), score_seconds)
+        if self.rounds > 1:
+            ledger.target.add(1 + drafted, score_seconds)
+        else:
+            self._learn_far(len(rounds), score_seconds)
         for survival in ledger.survivals.values():
             survival.wait -= draft_seconds + score_seconds
         if self.depth == 0:
@@ -226,6 +234,17 @@ class Working(Schedule):
         for r, asked, evidence in zip(rounds, self._asked, self.evidence, strict=True):
             ledger.survival(evidence, self.skip).add(asked, r.depth, r.accepted)
         self._learn_costs(max(r.depth for r in rounds), draft_seconds)
+
+    def _learn_far(self, rows: int, seconds: float) -> None:
+        """The first round also reads the prompt: a far point, without which wide drafts look dearer than they are.
+
+        If it is far. A model's first forward in a process is slow as no other is, and says nothing.
+        """
+        target = self.call.target
+        width = _bucket(self.call.session(target).runner.fed // rows)
+        if target in WARM and width >= FAR:
+            self.ledger.target.add(width, seconds)
+        WARM.add(target)
 
     def _learn_costs(self, depth: int, draft_seconds: float) -> None:
         """Seconds a level of every stage that drafted: what its cascade charged, or all for a lone drafter."""

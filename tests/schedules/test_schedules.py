@@ -94,6 +94,16 @@ def test_a_dear_stage_is_left_out_of_a_cascade(cost, accepted, offers, copied):
     assert speedup(cascade, CostModel(remember=False), jitter=0.1) > 0.85 * alone
 
 
+@pytest.mark.parametrize("prompt", [2, 12, 40, 400])
+def test_a_cold_first_forward_or_a_short_prompt_does_not_price_drafts(prompt):
+    """Found with a prompt of two tokens: one slow forward, taken for the cost of width 2, and nothing was drafted."""
+    writer = max_gram(0.95, 0.9)
+    for cold in (1.0, 50.0):
+        world = World(writer, prompt=prompt, cold=cold)
+        world.decode(CostModel(remember=False), 96)
+        assert sum(world.depths) > 96, (cold, world.depths)
+
+
 def test_a_useless_tail_does_not_hide_a_good_drafter():
     neural, useless = Writer(0.15, 0.7), max_gram(0.0, 0.5)
     cascade = Stages((neural, useless), (5, 15))

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Context, Drafter, Round, Verdict
+from csdraft.schedules.cost_model import WARM
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,10 @@ class Text(list):
 
 @dataclass(eq=False)
 class World:
-    """One row's decoding: a target of `base` seconds a forward plus `wide` a further token."""
+    """One row's decoding: a target of `base` seconds a forward plus `wide` a further token.
+
+    Unless it has run before, its first forward takes `cold` times as long.
+    """
 
     drafter: Drafter
     base: float = 1.0
@@ -56,6 +60,7 @@ class World:
     prompt: int = 200
     jitter: float = 0.0
     seed: int = 0
+    cold: float = 1.0
     seconds: float = 0.0
     plain_rounds: int = 0
     depths: list[int] = field(default_factory=list)
@@ -66,6 +71,8 @@ class World:
         self.read: dict[int, int] = {}
         self.fed = 0
         self.target = SimpleNamespace(runner=self)
+        if self.cold == 1:
+            WARM.add(self)  # type: ignore[arg-type]
         self.call = SimpleNamespace(
             rows=1,
             target=self,
@@ -121,6 +128,7 @@ class World:
             self.read[id(self)] = len(self.text) + accepted
             self.fed += unread + drafted
             score = self.noisy(self.base + self.wide * (unread - 1 + drafted))
+            score, self.cold = score * self.cold, 1.0
             draft = Draft.chain([0] * drafted)
             verdict = Verdict(list(range(accepted)), 0, len(self.text) + accepted + 1 >= end)
             finished = Round(context, draft, verdict, 0, None)  # type: ignore[arg-type]
