@@ -79,9 +79,6 @@ MAKE: dict[str, Callable[[str, Wrap], Drafter]] = {
 """How to make the drafters that do not come with their defaults: with models of a family, each drafter inside
 another one wrapped."""
 
-BRANCHING = {"datastore", "lookahead", "merged", "n_grammys", "ouroboros", "token_recycling"}
-"""Drafters whose drafts may branch as they are made here."""
-
 DRAFTERS = spec.types("drafters")
 SCHEDULES = spec.types("schedules")
 TREES = spec.types("trees")
@@ -99,6 +96,12 @@ def drafter(type: str, family: str = "llama", wrap: Wrap = unwrapped) -> Drafter
             f"csdraft/drafters/{type}.py cannot be made with its defaults ({error}); "
             "give it defaults, or say how to make one in MAKE of tests/contracts/methods.py"
         )
+
+
+def branches(type: str) -> bool:
+    """Whether a drafter's drafts may have more tokens than they are deep, as it says itself."""
+    made = drafter(type)
+    return any(made.width(depth) > depth for depth in range(1, made.depth + 1))
 
 
 def verifier(type: str) -> Verifier:

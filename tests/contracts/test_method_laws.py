@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from methods import BRANCHING, DRAFTERS, LOSSLESS, SCHEDULES, Watched, drafter, schedule, verifier
+from methods import DRAFTERS, LOSSLESS, SCHEDULES, Watched, branches, drafter, schedule, verifier
 
 from csdraft import Drafter, MaxGram, spec
 from csdraft.decoding.draft import Draft
@@ -44,6 +44,7 @@ def test_methods_are_values(family: str) -> None:
         kind = spec.find(family, type)
         assert kind.__dataclass_params__.frozen, f"{type}: state of a call lives in the call"
         assert kind.__doc__, type
+        assert not kind.__doc__.startswith(f"{kind.__name__}("), f"{type}: only dataclass's own docstring"
 
 
 # Law 2: dropping any session's cache changes speed, never output.
@@ -158,7 +159,7 @@ def balanced(watched: Drafter) -> None:
 @pytest.mark.parametrize("type", DRAFTERS)
 def test_the_accounts_balance_with_any_drafter(type: str) -> None:
     for rule in LOSSLESS:
-        if verifier(rule).chains_only and type in BRANCHING:
+        if verifier(rule).chains_only and branches(type):
             continue
         for watched in (drafter(type, wrap=Watched), forgetful(type)):
             options = SAMPLED if verifier(rule).draws == "independent" else GREEDY
