@@ -133,6 +133,10 @@ PLANNED_FOR = ("do_sample", "temperature", "top_k", "top_p", "min_p", "pad_token
 """Of a call's generation config, what a plan is made for."""
 
 
+OTHER_DRAFTERS = ("assistant_model", "assistant_tokenizer", "prompt_lookup_num_tokens")
+"""Keywords of `generate` that ask transformers itself to draft."""
+
+
 _stock_generate = GenerationMixin.generate
 
 
@@ -142,6 +146,8 @@ def _generate(self: Any, *args: Any, assistant: Any = None, **kwargs: Any) -> An
         return _stock_generate(self, *args, **kwargs)
     if kwargs.get("custom_generate") is decode:  # the unpatched spelling, which may as well have everything
         del kwargs["custom_generate"]
+    if others := [name for name in OTHER_DRAFTERS if kwargs.get(name) is not None]:
+        raise ValueError(f"assistant= and {' and '.join(others)}= are two ways to draft; drop one of them")
     bound = inspect.signature(_stock_generate).bind_partial(self, *args, **kwargs).arguments
     options = {key: kwargs.pop(key) for key in OPTIONS if key in kwargs}
     if bound.get("custom_generate") is not None:  # a saved cascade's own shim, which calls back with `assistant`

@@ -13,6 +13,7 @@ from time import perf_counter
 
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter
+from csdraft.drafters._parts import check_parts
 
 __all__ = ["Horizontal"]
 
@@ -35,6 +36,7 @@ class Horizontal(Drafter):
     def __post_init__(self) -> None:
         object.__setattr__(self, "drafters", tuple(self.drafters))
         object.__setattr__(self, "lengths", tuple(self.lengths))
+        check_parts(self)
         if len(self.drafters) != len(self.lengths) or min(self.lengths, default=0) < 0:
             raise ValueError(
                 f"lengths={list(self.lengths)} for {len(self.drafters)} drafters; give each drafter one number >= 0"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from csdraft.decoding.draft import ROOT, Draft, Kind, Law
 from csdraft.decoding.interfaces import Budget, Context, Drafter
+from csdraft.drafters._parts import check_parts
 
 __all__ = ["Merged"]
 
@@ -33,6 +34,7 @@ class Merged(Drafter):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "drafters", tuple(self.drafters))
+        check_parts(self)
         if not self.drafters:
             raise ValueError("drafters=() of a Merged drafter must be one at least")
 

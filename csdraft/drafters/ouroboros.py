@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round
+from csdraft.drafters._parts import check_parts
 from csdraft.drafters._trie import Trie, until
 from csdraft.tables.phrases import PhrasePool
 
@@ -40,6 +41,7 @@ class Ouroboros(Drafter):
     remember: bool = True
 
     def __post_init__(self) -> None:
+        check_parts(self)
         for name, least in (("phrases", 1), ("ngram", 2), ("pool", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} of an Ouroboros must be at least {least}")

@@ -20,6 +20,7 @@ from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, ScoresView, Verdict, Verifier
 from csdraft.decoding.rounds import run_round
 from csdraft.decoding.sampling import Sampler
+from csdraft.drafters._parts import check_parts
 from csdraft.drafters.model import base_model, check_reviewer, context_length, load_model
 from csdraft.verifiers.lenient import Lenient
 from csdraft.verifiers.rejection import Rejection
@@ -49,6 +50,7 @@ class Vertical(Drafter):
     depth: int = 8  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
+        check_parts(self)
         if not self.lenience >= 1:
             raise ValueError(f"lenience={self.lenience} must be 1 (strict) or more; the papers' l = 1/lenience")
         if isinstance(self.reviewer, str | os.PathLike):

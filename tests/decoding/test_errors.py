@@ -10,8 +10,10 @@ from transformers import LogitsProcessor, StaticCache
 from transformers.cache_utils import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
-from csdraft import CascadeDrafter, Drafter, MaxGram, ModelDrafter
+from csdraft import CascadeDrafter, Drafter, Horizontal, MaxGram, ModelDrafter, Vertical
 from csdraft.decoding.draft import Draft
+from csdraft.drafters.merged import Merged
+from csdraft.drafters.ouroboros import Ouroboros
 from csdraft.schedules.fixed import Fixed
 from tests import tiny
 from tests.tiny import Scripted
@@ -77,6 +79,11 @@ def test_flags_that_drafted_decoding_has_no_use_for(forwards) -> None:
     message = refused(forwards, "output_attentions", output_attentions=True, return_dict_in_generate=True)
     assert "plain generate" in message
     assert "gather" in refused(forwards, "synced_gpus=True", synced_gpus=True)
+
+
+def test_two_ways_to_draft_at_once(forwards) -> None:
+    refused(forwards, "two ways to draft; drop one", assistant_model=tiny.drafter_of("llama"))
+    refused(forwards, "prompt_lookup_num_tokens= are two ways", prompt_lookup_num_tokens=3)
 
 
 def test_a_streamer_takes_one_row(forwards) -> None:
@@ -250,6 +257,22 @@ def test_cascades_that_are_none() -> None:
         CascadeDrafter([])
     with pytest.raises(ValueError, match="depth=0"):
         ModelDrafter(model, depth=0)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Horizontal(("max_gram",), (4,)),  # type: ignore[arg-type]
+        lambda: Merged((MaxGram(), "max_gram")),  # type: ignore[arg-type]
+        lambda: Vertical(tiny.tiny("llama"), "max_gram"),  # type: ignore[arg-type]
+        lambda: Ouroboros("max_gram"),  # type: ignore[arg-type]
+    ],
+)
+def test_parts_that_are_no_drafters(make) -> None:
+    with pytest.raises(ValueError, match=r"got 'max_gram' for a drafter; give an object, such as MaxGram\(\)"):
+        make()
+    with pytest.raises(ValueError, match="Merged got a LlamaForCausalLM for a drafter"):
+        Merged((tiny.tiny("llama"),))  # type: ignore[arg-type]
 
 
 def test_past_the_drafters_context_decoding_goes_on() -> None:
