@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--prompts", required=True, metavar="FILE", help="JSON lines with a `prompt`, or a data set")
     parser.add_argument("--limit", type=int, metavar="N", help="use so many prompts at most")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: %(default)s")
+    parser.add_argument("--verifier", metavar="TYPE", help="acceptance rule that the head will be used with")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
     parser.add_argument(
         "--depth", type=int, default=8, metavar="N", help="draft tokens a round (default: %(default)s)"

@@ -64,7 +64,11 @@ def test_tune_says_what_it_expects_and_measures_and_saves_the_fastest(folder, mo
     assert measured == sorted(measured, reverse=True)
     assert {row[3] for row in rows[2:]} == {"cost_model", "fixed"}
     cascade = csdraft.CascadeDrafter.from_pretrained(tmp_path / "tuned")
-    assert [list(row) for row in cascade.k_matrix] == json.loads(rows[2][1])
+    (chosen,) = re.findall(r"^chosen: (.*), lenience ([\d.]+), (\w+)$", out, re.MULTILINE)
+    (row,) = [row for row in rows[2:] if (row[1], row[2], row[3]) == chosen]
+    assert float(row[-1].split()[0]) >= 0.97 * measured[0] - 0.01
+    assert [list(lengths) for lengths in cascade.k_matrix] == json.loads(chosen[0])
+    assert json.loads((tmp_path / "tuned" / "provenance.json").read_text())["measured"]["calls"] >= 2
     alone = [row for row in rows[2:] if row[0] == "target"]
     assert alone
     for row in alone:
@@ -246,6 +250,7 @@ class Hasty(Match):
 def opened(models) -> _models.Opened:
     parser = argparse.ArgumentParser()
     _models.add_model_arguments(parser)
+    _models.add_drafting_arguments(parser)
     opened = _models.open_models(parser.parse_args([*models, "--schedule", "fixed"]))
     opened.target.generation_config = check._bare(opened.target.generation_config)
     return opened

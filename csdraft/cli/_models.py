@@ -18,7 +18,7 @@ from csdraft.cascade import CascadeDrafter
 from csdraft.decoding.interfaces import Drafter
 from csdraft.drafters.model import ModelDrafter, load_model
 
-__all__ = ["Opened", "add_model_arguments", "encode", "open_models"]
+__all__ = ["Opened", "add_drafting_arguments", "add_model_arguments", "encode", "open_models"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16")
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -36,7 +36,7 @@ class Opened:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which models, on what, how drafted."""
+    """Which models, on what."""
     parser.add_argument("--target", required=True, metavar="MODEL", help="path or Hub id of the model to decode with")
     parser.add_argument("--tokenizer", metavar="PATH", help="path or Hub id; the target's own by default")
     assistant = parser.add_mutually_exclusive_group()
@@ -48,14 +48,18 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="path or Hub id of a model, or the type of a drafter that needs none, such as max_gram; "
         "repeat for a cascade, largest first",
     )
-    parser.add_argument("--k-matrix", type=_json, metavar="JSON", help="e.g. 5, [5, 10] or [[5, 8], [0, 10]]")
-    parser.add_argument("--lenience", type=float, metavar="X", help="of inner reviewers, 1 (strict, default) or more")
-    parser.add_argument("--verifier", metavar="TYPE", help="acceptance rule at the target, e.g. match or rejection")
-    parser.add_argument("--schedule", metavar="TYPE", help="how much to draft, e.g. fixed or cost_model")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of all models; their own by default")
     parser.add_argument("--device", default="cpu", help="of all models: cpu, cuda, cuda:1, mps, ...")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of torch")
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
+
+
+def add_drafting_arguments(parser: argparse.ArgumentParser) -> None:
+    """How they draft."""
+    parser.add_argument("--k-matrix", type=_json, metavar="JSON", help="e.g. 5, [5, 10] or [[5, 8], [0, 10]]")
+    parser.add_argument("--lenience", type=float, metavar="X", help="of inner reviewers, 1 (strict, default) or more")
+    parser.add_argument("--verifier", metavar="TYPE", help="acceptance rule at the target, e.g. match or rejection")
+    parser.add_argument("--schedule", metavar="TYPE", help="how much to draft, e.g. fixed or cost_model")
 
 
 def _json(text: str) -> Any:
@@ -75,14 +79,18 @@ def open_models(args: argparse.Namespace) -> Opened:
     dtype = SHORT.get(args.dtype) or str(args.dtype)
     target = load_model(args.target, dtype=dtype).to(args.device)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.target)
-    chosen = {"verifier": args.verifier, "schedule": args.schedule}
-    options = {name: value for name, value in chosen.items() if value is not None}
+    options = _given(args, "verifier", "schedule")
     return Opened(target, tokenizer, _assistant(args, target, dtype), options)
+
+
+def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Those of the arguments that the command has and the user gave."""
+    return {name: value for name in names if (value := getattr(args, name, None)) is not None}
 
 
 def _shape(args: argparse.Namespace) -> dict[str, Any]:
     """Options of the cascade to build, where the user named one; ValueError if there is none to build."""
-    given = {name: getattr(args, name) for name in ("k_matrix", "lenience") if getattr(args, name) is not None}
+    given = _given(args, "k_matrix", "lenience")
     if given and not args.drafter:
         flags = " and ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
         why = "a saved cascade has its own: drop --cascade, and" if args.cascade else "nothing drafts:"

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from csdraft.cli._models import Opened, add_model_arguments, encode, open_models
+from csdraft.cli._models import Opened, add_drafting_arguments, add_model_arguments, encode, open_models
 
 __all__ = ["add_arguments", "chi_square", "run"]
 
@@ -58,6 +58,7 @@ class Outcome:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
+    add_drafting_arguments(parser)
     parser.add_argument("--prompts", metavar="FILE", help='one a line; in a .jsonl file under the key "prompt"')
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="of the greedy texts")
     parser.add_argument("--samples", type=int, default=1000, metavar="N", help="for the law; 0 skips it")

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from torch import Tensor
 
-from csdraft.cli._models import Opened, add_model_arguments, encode, open_models
+from csdraft.cli._models import Opened, add_drafting_arguments, add_model_arguments, encode, open_models
 from csdraft.decoding.interfaces import Round
 from csdraft.decoding.output import RoundStreamer
 from csdraft.decoding.pieces import Pieces
@@ -78,6 +78,7 @@ class Printer(RoundStreamer):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
+    add_drafting_arguments(parser)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT")
     source.add_argument("--file", metavar="PATH", help="read the prompt from a file; standard input by default")

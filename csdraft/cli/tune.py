@@ -2,7 +2,8 @@
 
 The target writes once on every prompt, every drafter is compared with it place by place, and each K matrix is replayed
 on those texts with measured seconds. The best are then timed against plain generate, side by side, and the table shows
-both figures: what was expected of the whole matrix each round, and what was measured.
+both figures: what was expected of the whole matrix each round at lenience 1, and what was measured. Of cascades within
+3 % of the fastest, a strict one is chosen, and one that leaves lengths to the cost model.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from csdraft.cli._models import Opened, add_model_arguments, open_models
 from csdraft.decoding.interfaces import Drafter
 from csdraft.decoding.names import name_of
 from csdraft.drafters.model import ModelDrafter
-from csdraft.planner.tune import Candidate, tune
+from csdraft.planner.tune import Candidate, preferred, tune
 from csdraft.progress import Progress
 from csdraft.trees.best_first import BestFirst
 
@@ -58,14 +59,17 @@ def run(args: argparse.Namespace) -> int:
         opened.target, drafters, prompts, args.finalists, args.lenience_values, args.repetitions, Progress(), **options
     )
     print(table(found, [label(drafter) for drafter in drafters]))
-    best = found[0]
+    best = preferred(found)
+    print(f"\nchosen: {best.k_matrix}, lenience {best.options['lenience']:g}, {best.options['schedule']}")
     dropped = [label(drafter) for j, drafter in enumerate(drafters) if j not in best.kept]
     if dropped:
-        print(f"\nleft out of the fastest: {', '.join(dropped)}")
+        print(f"left out: {', '.join(dropped)}")
+    if any(one.expected.speedup > one.expected.tokens_per_round for one in found):
+        print("expected speed-ups above tokens a round: the machine was busy meanwhile, do not believe them")
     if best.measured.median <= 1:
         print("nothing beats plain generate on these prompts: leave assistant= out")
     if args.save:
-        best.cascade(drafters).save_pretrained(args.save, opened.tokenizer, opened.target)
+        best.cascade.save_pretrained(args.save, opened.tokenizer, opened.target)
         print(f"saved: {args.save}")
     return 0
 
@@ -92,7 +96,7 @@ def label(drafter: Drafter) -> str:
 
 
 def table(found: Sequence[Candidate], labels: Sequence[str]) -> str:
-    """Markdown, the fastest measured first."""
+    """Markdown, the fastest measured first; expectations are those of the whole matrix each round, lenience 1."""
     lines = [
         "| drafters | k_matrix | lenience | schedule | tokens a round, expected | speed-up expected | measured |",
         "|---|---|---|---|---|---|---|",

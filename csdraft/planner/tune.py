@@ -15,9 +15,11 @@ from csdraft.planner.expect import Expectation
 from csdraft.planner.search import Plan, alternatives, search
 from csdraft.planner.trace import observe_world
 
-__all__ = ["Candidate", "tune"]
+__all__ = ["Candidate", "preferred", "tune"]
 
 SCHEDULES = ("cost_model", "fixed")
+AS_GOOD = 0.97
+"""Share of the best speed-up that a clock cannot tell from it."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Candidate:
         options: lenience and schedule.
         expected: with the whole matrix every round and lenience 1.
         measured: speed-up over plain `generate`, median over prompts and repetitions, paired.
+        cascade: itself, with the report of what was timed.
     """
 
     kept: Sequence[int]
@@ -37,10 +40,7 @@ class Candidate:
     options: Mapping[str, Any]
     expected: Expectation
     measured: Interval
-
-    def cascade(self, drafters: Sequence[Drafter]) -> CascadeDrafter:
-        """The cascade itself, out of the drafters that were given."""
-        return CascadeDrafter([drafters[j] for j in self.kept], k_matrix=self.k_matrix, **self.options)
+    cascade: CascadeDrafter
 
 
 def tune(
@@ -72,19 +72,30 @@ def tune(
     encoded = [encode(setup, [prompt]) for prompt in prompts]
     world = observe_world(target, drafters, encoded, progress, **options)
     plans = alternatives(search(world), finalists)
-    made = {f"{n}": plan for n, plan in enumerate(variants(plans, leniences))}
+    made = {
+        f"{n}": (plan, extra, CascadeDrafter([drafters[j] for j in plan.kept], k_matrix=plan.trimmed(), **extra))
+        for n, (plan, extra) in enumerate(variants(plans, leniences))
+    }
     cells = [Cell(Method("plain", {}))]
-    for name, (plan, extra) in made.items():
-        cascade = CascadeDrafter([drafters[j] for j in plan.kept], k_matrix=plan.trimmed(), **extra)
-        cells.append(Cell(Method(name, {"assistant": cascade})))
+    cells += [Cell(Method(name, {"assistant": cascade})) for name, (_, _, cascade) in made.items()]
     run = measure(setup, cells, prompts, repetitions, progress, look=False)
     times = {(s.cell, s.group, s.repetition): s.seconds for s in run.samples}
     places = range(len({s.group for s in run.samples}))
     candidates = []
-    for name, (plan, extra) in made.items():
+    for name, (plan, extra, cascade) in made.items():
         ratios = [[times["plain", g, r] / times[name, g, r] for r in range(repetitions)] for g in places]
-        candidates.append(Candidate(plan.kept, plan.trimmed(), extra, plan.expected, bootstrap_median(ratios)))
+        measured = bootstrap_median(ratios)
+        candidates.append(Candidate(plan.kept, plan.trimmed(), extra, plan.expected, measured, cascade))
     return sorted(candidates, key=lambda candidate: -candidate.measured.median)
+
+
+def preferred(found: Sequence[Candidate]) -> Candidate:
+    """The fastest; of those that are as good, one that is strict, and leaves lengths to the cost model."""
+    bar = AS_GOOD * max(candidate.measured.median for candidate in found)
+    return min(
+        (candidate for candidate in found if candidate.measured.median >= bar),
+        key=lambda c: (c.options["lenience"] > 1, c.options["schedule"] != SCHEDULES[0], -c.measured.median),
+    )
 
 
 def variants(plans: Sequence[Plan], leniences: Sequence[float]) -> list[tuple[Plan, dict[str, Any]]]:
