@@ -64,7 +64,7 @@ class CascadeDrafter(Drafter):
         k_matrix: (n, n) upper triangular increments. Row i is the cascade that reviewer i reviews (0: the target,
             i: `drafters[i-1]`), entry j how many tokens stage j (`drafters[j]`) adds to it. A list is row 0 alone
             (all models draft token by token); a number is that many tokens for every drafter of row 0; "auto" lets
-            the planner choose: the first call with a target also writes a few texts on its prompt (see `planned`).
+            the planner choose: the first call with a target also writes a short text on its first prompt (`planned`).
         lenience: >= 1, for inner reviewers only; one number, or one for each drafter that reviews, largest first.
         verifier: the acceptance rule at the target, by name or as an object.
         schedule: how much of the cascade to use each round, by name or as an object.
@@ -90,6 +90,8 @@ class CascadeDrafter(Drafter):
         drafters = tuple(_unwrapped(as_drafter(drafter)) for drafter in self.drafters)
         auto = isinstance(self.k_matrix, str) and self.k_matrix == AUTO
         matrix = first_guess(drafters) if auto and drafters else check_k_matrix(self.k_matrix, drafters)
+        if auto and not isinstance(self.lenience, int | float):
+            raise ValueError(f"lenience={self.lenience!r} with k_matrix='auto': give one number, for whoever reviews")
         root = build(drafters, matrix, spread_lenience(1.0 if auto else self.lenience, drafters, matrix))
         lenience = float(self.lenience) if isinstance(self.lenience, int | float) else tuple(map(float, self.lenience))
         values = {
@@ -148,7 +150,7 @@ class CascadeDrafter(Drafter):
         a few seconds of decoding, once. `csdraft tune` does the same on many prompts, and measures what it finds.
 
         Args:
-            input_ids: (1, length) of one prompt, without padding; the encoder's, if there is one.
+            input_ids: (1, length) of one prompt, a batch's first, without padding; the encoder's, if there is one.
             options: of `generate`: sampling, the ids of padding and end.
         """
         if self.k_matrix != AUTO:
@@ -164,8 +166,7 @@ class CascadeDrafter(Drafter):
                 world = observe_world(target, list(self.drafters), [prompt] * 2, max_new_tokens=PLANNED, **options)
             best = search(world)[0]
             kept = [self.drafters[j] for j in best.kept]
-            lenience = self.lenience if isinstance(self.lenience, float) else 1.0
-            known = CascadeDrafter(kept, best.trimmed(), lenience, self.verifier, self.schedule)
+            known = CascadeDrafter(kept, best.trimmed(), self.lenience, self.verifier, self.schedule)
             tokens, plain = sum(t.length for t in world.traces), sum(t.plain for t in world.traces)
             about = best.expected.tokens_per_round, best.expected.speedup, plain / tokens
             object.__setattr__(known, "_plan", Planned([*map(_short, kept)], best.trimmed(), *about))

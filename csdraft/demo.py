@@ -166,14 +166,15 @@ def introduce(setup: Setup, options: argparse.Namespace, count: int, ways: int) 
     print(f"target  {options.target}: {size(setup.target)}")
     print(f"drafter {options.drafter}: {size(setup.drafter)}")
     print(
-        f"Completing {count} prompts in {ways} ways, {REPETITIONS + 1} times each, in turns, greedily, "
+        f"Completing {count} prompts in {ways} ways, once to look and {REPETITIONS} times timed, in turns, greedily, "
         f"{setup.options['max_new_tokens']} tokens, {torch.get_num_threads()} threads ...",
         flush=True,
     )
 
 
 def size(model: PreTrainedModel) -> str:
-    return f"{model.num_parameters() / 1e6:.1f} M parameters, {model.config.num_hidden_layers} layers"
+    layers = model.config.num_hidden_layers
+    return f"{model.num_parameters() / 1e6:.1f} M parameters, {layers} layer{'s' * (layers != 1)}"
 
 
 def showpiece(run: Run) -> tuple[int, Report]:
@@ -218,6 +219,7 @@ def show_table(found: Sequence[Figures]) -> None:
         text = "the same" if not f.different else "DIFFERENT"
         numbers = f"{f.tokens_per_second:>9.1f}{f.speedup.median:>9.2f}x{f.block_efficiency or 0:>14.2f}"
         print(f"{LABELS[f.name]:38}{numbers}  {text:12}{kept}")
+    print("Medians: tokens/s over all calls, speed-up over calls against plain's on the same prompt in the same turn.")
 
 
 def say_verdict(found: Sequence[Figures], same: bool, page: Path) -> None:

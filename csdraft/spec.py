@@ -110,7 +110,8 @@ def _method(family: str, spec: Any, names: Names) -> Any:
     check_keys(options, [f.name for f in known], where)
     required = {f.name for f in known if f.default is MISSING and f.default_factory is MISSING}
     if missing := sorted(required - options.keys()):
-        raise ValueError(f"{where} needs {', '.join(missing)}, which it was not given; it has {sorted(options)}")
+        given = f"; it has {', '.join(sorted(options))}" if options else ""
+        raise ValueError(f"{where} needs {', '.join(missing)}, which it was not given{given}")
     hints = get_type_hints(method)
     return method(**{k: _read(v, _leaves(hints[k]), names, f"{spec['type']}.{k}") for k, v in options.items()})
 

@@ -45,4 +45,4 @@ class Line(TrainerCallback):
     def _show(self, state: Any) -> None:
         if state.is_world_process_zero and state.max_steps:
             figures = ", ".join(SHOWN[name].format(float(self.seen[name])) for name in SHOWN if name in self.seen)
-            self.progress(f"step {state.global_step}: {figures}", state.global_step / state.max_steps)
+            self.progress(f"step {state.global_step}{figures and ': '}{figures}", state.global_step / state.max_steps)

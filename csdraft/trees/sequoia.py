@@ -65,7 +65,9 @@ class Sequoia(Tree):
             tried = sum(times for (children, _), times in counts.items() if children > rank)
             rates.append(sum(times for (_, kept), times in counts.items() if kept == rank) / tried)
         if not rates:
-            raise ValueError(f"{reviewer!r} of this report was shown no branch; measure with a tree, Template() say")
+            raise ValueError(
+                f"{reviewer!r} of this report was shown no branch; measure with a tree, such as Template()"
+            )
         within = takewhile(lambda total: total <= 1, accumulate(rates))  # rates come from different places
         return cls(nodes, tuple(rates[: len(list(within))]))
 

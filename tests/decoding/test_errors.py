@@ -253,6 +253,8 @@ def test_cascades_that_are_none() -> None:
         CascadeDrafter([model, model], k_matrix=[[1, 1], [2, 1]])
     with pytest.raises(ValueError, match=r"lenience=0.5 must be 1"):
         CascadeDrafter([model], k_matrix=3, lenience=0.5)
+    with pytest.raises(ValueError, match=r"lenience=\[2.0\] with k_matrix='auto': give one number"):
+        CascadeDrafter([model], k_matrix="auto", lenience=[2.0])
     with pytest.raises(ValueError, match="at least one drafter"):
         CascadeDrafter([])
     with pytest.raises(ValueError, match="depth=0"):
