@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Context
 
-__all__ = ["Trie", "until"]
+__all__ = ["Trie"]
 
 
 class Trie:
@@ -43,10 +43,3 @@ class Trie:
         if tip != ROOT:
             parents = [tip if parent == ROOT else tip + 1 + parent for parent in parents]
         return context.draft.attach(tokens, parents, level)
-
-
-def until(ends: frozenset[int], tokens: Sequence[int]) -> Sequence[int]:
-    """The tokens up to the first that ends a text, that one included."""
-    if ends.isdisjoint(tokens):
-        return tokens
-    return tokens[: 1 + next(i for i, token in enumerate(tokens) if token in ends)]

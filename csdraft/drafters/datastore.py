@@ -14,12 +14,10 @@ from pathlib import Path
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter
+from csdraft.drafters._copying import match_evidence, until
 from csdraft.tables.corpus import SPAN, CorpusIndex
 
 __all__ = ["Datastore"]
-
-LONG_MATCHES = (4, 8)
-"""Matches of at least so many tokens are evidence of their own kinds."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ class Datastore(Drafter):
 
     def evidence(self, context: Context) -> int:
         matched, _, _ = self._corpus.find(context.text.tail(SPAN), self.min_match)
-        return 0 if not matched else 1 + sum(matched >= length for length in LONG_MATCHES)
+        return match_evidence(matched)
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
         return [self._propose(c, min(b.depth, b.room)) for c, b in zip(contexts, budgets, strict=True)]
@@ -81,25 +79,22 @@ class Datastore(Drafter):
             return draft
         ahead = self._corpus.continuations(first, last, depth, self.matches)
         if eos and any(not eos.isdisjoint(tokens) for tokens in ahead):
-            ahead = [_up_to(tokens, eos) for tokens in ahead]
+            ahead = [until(eos, tokens) for tokens in ahead]
         tokens, parents = _merged(ahead, self.nodes)
         tip, old = context.tip, len(draft)
         return draft.attach(tokens, [tip if p < 0 else old + p for p in parents], context.call.level(self))
 
 
-def _up_to(tokens: list[int], eos: frozenset[int]) -> list[int]:
-    """`tokens` up to the first that ends a text."""
-    return tokens[: next((i + 1 for i, token in enumerate(tokens) if token in eos), len(tokens))]
-
-
-def _merged(sequences: list[list[int]], nodes: int) -> tuple[list[int], list[int]]:
+def _merged(sequences: Sequence[Sequence[int]], nodes: int) -> tuple[list[int], list[int]]:
     """Tokens and parents of the `nodes` most frequent nodes of the sequences' trie, nearest first among equals."""
     tokens: list[int] = []
     parents: list[int] = []
-    waiting: list[tuple[int, int, int, int, list[list[int]]]] = []  # -count, depth, order, parent, those that go there
+    waiting: list[
+        tuple[int, int, int, int, Sequence[Sequence[int]]]
+    ] = []  # -count, depth, order, parent, those that go there
     order, node, depth, here = 0, -1, 0, sequences
     while True:
-        by_token: dict[int, list[list[int]]] = {}
+        by_token: dict[int, list[Sequence[int]]] = {}
         for sequence in here:
             if depth < len(sequence):
                 by_token.setdefault(sequence[depth], []).append(sequence)
@@ -113,7 +108,7 @@ def _merged(sequences: list[list[int]], nodes: int) -> tuple[list[int], list[int
         tokens.append(here[0][depth])
         parents.append(parent)
         depth += 1
-    starting: dict[int, list[tuple[int, list[int]]]] = {}
+    starting: dict[int, list[tuple[int, Sequence[int]]]] = {}
     for _, depth, _, parent, those in sorted(waiting):
         starting.setdefault(depth, []).append((parent, those[0]))
     depth, alone = 0, []

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round
-from csdraft.drafters._trie import Trie, until
+from csdraft.drafters._copying import until
+from csdraft.drafters._trie import Trie
 from csdraft.tables.phrases import PhrasePool
 
 __all__ = ["Lookahead"]

@@ -14,13 +14,11 @@ from pathlib import Path
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter
+from csdraft.drafters._copying import match_evidence, until
 from csdraft.drafters._history import History, history
 from csdraft.tables.bigram import BigramTable
 
 __all__ = ["MaxGram"]
-
-LONG_MATCHES = (2, 4, 8)
-"""Matches of at least so many tokens are evidence of their own kinds."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class MaxGram(Drafter):
 
     def evidence(self, context: Context) -> int:
         matched = history(context).automaton.matched
-        return 0 if matched < self.min_match else 1 + sum(matched >= length for length in LONG_MATCHES)
+        return match_evidence(matched, self.min_match)
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
         return [self._propose(c, min(b.depth, b.room)) for c, b in zip(contexts, budgets, strict=True)]
@@ -70,9 +68,7 @@ class MaxGram(Drafter):
         if not tokens and isinstance(self.bigram, BigramTable):
             last = path[-1:] or context.text.tail(1)
             tokens = self.bigram.after(last[0], depth) if last else []
-        if not eos.isdisjoint(tokens):
-            tokens = tokens[: 1 + next(i for i, token in enumerate(tokens) if token in eos)]
-        return context.draft.extend(tokens, call.level(self))
+        return context.draft.extend(until(eos, tokens), call.level(self))
 
 
 def _copied(known: History, path: list[int], depth: int, min_match: int) -> list[int]:

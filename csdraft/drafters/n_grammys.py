@@ -15,7 +15,8 @@ from pathlib import Path
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter
-from csdraft.drafters._trie import Trie, until
+from csdraft.drafters._copying import until
+from csdraft.drafters._trie import Trie
 from csdraft.tables.successors import SuccessorTable
 
 __all__ = ["NGrammys"]

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round
+from csdraft.drafters._copying import until
 from csdraft.drafters._parts import check_parts
-from csdraft.drafters._trie import Trie, until
+from csdraft.drafters._trie import Trie
 from csdraft.tables.phrases import PhrasePool
 
 __all__ = ["Ouroboros"]

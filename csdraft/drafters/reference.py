@@ -14,13 +14,12 @@ from pathlib import Path
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter
+from csdraft.drafters._copying import match_evidence, until
 from csdraft.tables.documents import DocumentTable
 from csdraft.tables.suffix_automaton import START
 
 __all__ = ["Reference"]
 
-LONG_MATCHES = (2, 4, 8)
-"""Matches of at least so many tokens are evidence of their own kinds."""
 
 NEAR = 32
 """Tokens of the prompt that may open a match."""
@@ -63,7 +62,7 @@ class Reference(Drafter):
 
     def evidence(self, context: Context) -> int:
         matched = self._cursor(context).matched
-        return 0 if matched < self.min_match else 1 + sum(matched >= length for length in LONG_MATCHES)
+        return match_evidence(matched, self.min_match)
 
     def _cursor(self, context: Context) -> _Cursor:
         """Where the row's text stands in the documents, up to date."""
@@ -91,9 +90,7 @@ class Reference(Drafter):
         if matched < self.min_match:
             return context.draft
         tokens = self._documents.after(self._documents.automaton.recent[state], depth)
-        if not eos.isdisjoint(tokens):
-            tokens = tokens[: 1 + next(i for i, token in enumerate(tokens) if token in eos)]
-        return context.draft.extend(tokens, context.call.level(self))
+        return context.draft.extend(until(eos, tokens), context.call.level(self))
 
 
 @dataclass

@@ -14,14 +14,12 @@ from pathlib import Path
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round
+from csdraft.drafters._copying import match_evidence
 from csdraft.drafters._history import history
 from csdraft.tables.outputs import OutputTable, Place
 from csdraft.tables.speculation import NOTHING, Rule
 
 __all__ = ["Suffix"]
-
-LONG_MATCHES = (2, 4, 8)
-"""Matches of at least so many tokens are evidence of their own kinds."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ class Suffix(Drafter):
         matched = history(context).automaton.matched
         if self._outputs is not None:
             matched = max(matched, self._outputs.match(context.text.tokens, self._place(context)))
-        return 0 if not matched else 1 + sum(matched >= length for length in LONG_MATCHES)
+        return match_evidence(matched)
 
     def _place(self, context: Context) -> Place:
         """Where the row's text stands in the table."""
