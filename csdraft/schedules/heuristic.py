@@ -7,7 +7,7 @@ that drafting does not pay: it never goes below one token. Use it to compare; `c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from csdraft.decoding.call import Call
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Schedule
@@ -26,7 +26,6 @@ class Heuristic(Schedule):
 
     depth: int | None = None
     most: int = 64
-    _depths: dict[int, float] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.most < 1:
@@ -35,15 +34,22 @@ class Heuristic(Schedule):
             raise ValueError(f"depth={self.depth} must lie between 1 and most={self.most}")
 
     def start(self, call: Call, drafter: Drafter) -> Schedule:
-        return Heuristic(self.depth, self.most)
+        return Moving(self, drafter.depth if self.depth is None else self.depth)
+
+
+class Moving(Schedule):
+    """One call's depths, one a row."""
+
+    def __init__(self, options: Heuristic, first: int):
+        self.options, self.first = options, first
+        self.depths: dict[int, int] = {}
 
     def budgets(self, contexts: Sequence[Context], rooms: Sequence[int], drafter: Drafter) -> list[Budget]:
-        first = drafter.depth if self.depth is None else self.depth
-        depths = [int(self._depths.setdefault(context.row, first)) for context in contexts]
+        depths = [self.depths.setdefault(context.row, self.first) for context in contexts]
         return [Budget(min(depth, room), min(depth, room)) for depth, room in zip(depths, rooms, strict=True)]
 
     def observe(self, rounds: Sequence[Round], draft_seconds: float, score_seconds: float) -> None:
         for r in rounds:
-            depth = self._depths[r.context.row]
-            kept_all = r.depth >= int(depth) and r.accepted == r.depth  # no credit for what was not drafted
-            self._depths[r.context.row] = min(depth + 2, self.most) if kept_all else max(depth - 1, 1)
+            depth = self.depths[r.context.row]
+            kept_all = r.depth >= depth and r.accepted == r.depth  # no credit for what was not drafted
+            self.depths[r.context.row] = min(depth + 2, self.options.most) if kept_all else max(depth - 1, 1)
