@@ -326,8 +326,17 @@ def _stored(path: str, target: nn.Module | None) -> Drafter:
 def _load(path: str, target: nn.Module | None) -> Drafter:
     if (folder := hub.find_cascade(path)) is not None:
         return CascadeDrafter(**hub.load(folder, target, None))
-    model = load_model(path)
+    model = drafter_model(path)
     return ModelDrafter(model if target is None else model.to(home(target)[0]))
+
+
+def drafter_model(path: str, **options: Any) -> nn.Module:
+    """`load_model`, for a word that might have been meant for a drafter's type; OSError if it is neither."""
+    try:
+        return load_model(path, **options)
+    except OSError as error:
+        types = spec.nearest(path, spec.types("drafters"))
+        raise OSError(f"{path!r} is no model's folder, no Hub id in reach, and no type of drafter; {types}") from error
 
 
 def choose_verifier(verifier: Verifier | str | Mapping[str, Any] | None, drafter: Drafter | None) -> Verifier:

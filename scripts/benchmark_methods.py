@@ -1,6 +1,7 @@
 """Measure every method of the folders on the bundled pair, for the table in docs/methods.md.
 
-Two need more than the pair: a datastore of the standard library, and a stop head, which is trained on other prompts.
+Some need more than the pair: documents, here the standard library's; a stop head, which is trained on other prompts;
+another tokenizer, for which the drafter's own stands in, so that the way there and back is all that is added.
 
 python scripts/benchmark_methods.py --limit 12 --out docs/figures/methods.json && python docs/build_tables.py
 """
@@ -21,16 +22,12 @@ from csdraft.benchmark import read_prompts, tokenized
 from csdraft.data.sources import read_rows
 from csdraft.drafters.datastore import Datastore
 from csdraft.drafters.model import ModelDrafter
+from csdraft.drafters.reference import Reference
+from csdraft.drafters.translated import Translated
 from csdraft.progress import Progress
 from csdraft.schedules.stop_head import StopHead
 from csdraft.tables.corpus import CorpusIndex
 from csdraft.trainers.stop_head import fit, harvest
-
-
-def stdlib_datastore(tokenizer: Any, documents: int) -> Datastore:
-    """Of the first documents of the standard library."""
-    rows = read_rows("stdlib", tokenizer, 1 << 20, limit=documents)
-    return Datastore(CorpusIndex.build(row["input_ids"] for row in rows))
 
 
 def trained_stop_head(setup: Setup, tokenizer: Any, prompts: list[str]) -> StopHead:
@@ -47,7 +44,7 @@ def main() -> None:
     parser.add_argument(
         "--tune-prompts", default="recipes/smol/prompts_tune.jsonl", help="that the stop head learns from"
     )
-    parser.add_argument("--documents", type=int, default=150, help="of the datastore (default: %(default)s)")
+    parser.add_argument("--documents", type=int, default=150, help="to look things up in (default: %(default)s)")
     parser.add_argument("--limit", type=int, default=12, help="prompts (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--repetitions", type=int, default=2)
@@ -63,8 +60,11 @@ def main() -> None:
     )
     target = configured(target, pad_token_id=tokenizer.eos_token_id, eos_token_id=None)
     setup = Setup(target, drafter, options={"max_new_tokens": options.max_new_tokens})
+    documents = [row["input_ids"] for row in read_rows("stdlib", tokenizer, 1 << 20, limit=options.documents)]
     given = {
-        "datastore": stdlib_datastore(tokenizer, options.documents),
+        "datastore": Datastore(CorpusIndex.build(documents)),
+        "reference": Reference(documents),
+        "translated": Translated(ModelDrafter(drafter), tokenizer, tokenizer),
         "stop_head": trained_stop_head(setup, tokenizer, read_prompts(options.tune_prompts)),
     }
     prompts = tokenized(tokenizer, read_prompts(options.prompts, options.limit))

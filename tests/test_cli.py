@@ -92,6 +92,11 @@ def test_every_command_explains_itself():
         assert "main" in module.__all__ or {"add_arguments", "run"} <= set(module.__all__), name
 
 
+def test_a_misspelt_drafter_is_told_its_name(models, capsys):
+    assert main(["generate", *models[:2], "--drafter", "maxgram", "--prompt", PROMPT]) == 2
+    assert "did you mean 'max_gram'" in capsys.readouterr().err
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from csdraft import spec
-from csdraft.cascade import CascadeDrafter
+from csdraft.cascade import CascadeDrafter, drafter_model
 from csdraft.decoding.interfaces import Drafter
 from csdraft.drafters.model import ModelDrafter, load_model
 
@@ -112,7 +112,7 @@ def _drafter(name: str, dtype: str, device: str) -> Drafter:
     """A drafter by its type, unless there is a folder of that name; else a model."""
     if name in spec.types("drafters") and not Path(name).exists():
         return spec.resolve("drafters", name)
-    return ModelDrafter(load_model(name, dtype=dtype).to(device))
+    return ModelDrafter(drafter_model(name, dtype=dtype).to(device))
 
 
 def encode(opened: Opened, prompt: str, chat: bool = False) -> dict[str, torch.Tensor]:
