@@ -32,14 +32,15 @@ class Datastore(Drafter):
         depth: most tokens in a row unless a schedule or a cascade says otherwise.
         nodes: most tokens of a draft: the most frequent, of equals the nearest.
         min_match: shortest match worth drafting from; the longest that is found is 16.
-        matches: places looked at, spread evenly where a match has more. The paper looks at 5000.
+        matches: places looked at, spread evenly where a match has more. The paper looks at 5000; 64 would keep 0.7 %
+            more tokens of source code than 32 and take a third longer.
     """
 
     corpus: CorpusIndex | str | Path
     depth: int = 10  # type: ignore[assignment]
     nodes: int = 64
     min_match: int = 2
-    matches: int = 64
+    matches: int = 32
 
     def __post_init__(self) -> None:
         for name in ("depth", "nodes", "min_match", "matches"):
