@@ -239,7 +239,7 @@ def say_verdict(found: Sequence[Figures], same: bool, page: Path) -> None:
     print(f"Fastest here: {LABELS[best.name]}, {best.speedup.median:.2f}x plain generate; "
           f"transformers' best {stock.speedup.median:.2f}x.")  # fmt: skip
     print(f"The coloured text as a page: {page}\n")
-    print("To try next:")
+    print("To try next (first: source .venv/bin/activate):")
     print("  csdraft generate --target models/smol-target --drafter models/smol-drafter --drafter max_gram \\")
     print("      --prompt 'def main(' --color                               your own prompt, drawn as it is drafted")
     print("  make bench                                                    the same with intervals, JSON and a plot")
