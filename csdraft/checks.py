@@ -11,6 +11,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import MaxLengthCriteria, MaxTimeCriteria
 
 from csdraft.decoding.cache import holds
+from csdraft.decoding.cache_names import GENERATE_CACHE
 from csdraft.decoding.interfaces import Verifier
 from csdraft.decoding.runner import refusal
 from csdraft.decoding.sampling import Processing
@@ -20,7 +21,7 @@ __all__ = ["check_processors", "check_request"]
 KNOWN_INPUTS = {
     "attention_mask",
     "position_ids",
-    "past_key_values",
+    GENERATE_CACHE,
     "use_cache",
     "logits_to_keep",
     "encoder_outputs",
@@ -49,7 +50,7 @@ def check_request(
     _check_inputs(model, input_ids, inputs)
     _check_rows(input_ids.shape[0], config, criteria, streamer, synced_gpus, row_seeds)
     _check_mask(model, input_ids, inputs)
-    _check_cache(input_ids, config, inputs.get("past_key_values"))
+    _check_cache(input_ids, config, inputs.get(GENERATE_CACHE))
     _check_positions(model, input_ids, inputs)
 
 
@@ -162,13 +163,13 @@ def _check_cache(input_ids: Tensor, config: Any, cache: Any) -> None:
         return
     if not holds(cache):
         raise ValueError(
-            f"past_key_values is a {type(cache).__name__} whose layers cannot be taken over; pass a DynamicCache (or "
+            f"{GENERATE_CACHE} is a {type(cache).__name__} whose layers cannot be taken over; pass a DynamicCache (or "
             "an EncoderDecoderCache of them), or none"
         )
     seen, length = cache.get_seq_length(), input_ids.shape[1]
     if seen and (seen >= length or getattr(config, "_mask_length", length) != length):
         raise ValueError(
-            f"past_key_values holds {seen} tokens and input_ids has {length}: pass the whole text, the cached part "
+            f"{GENERATE_CACHE} holds {seen} tokens and input_ids has {length}: pass the whole text, the cached part "
             "included, and at least one token more (drafters read it too)"
         )
 

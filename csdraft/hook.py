@@ -15,6 +15,7 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 
 from csdraft.checks import check_processors, check_request
 from csdraft.decoding.cache import cross_attention_cache, export_cache
+from csdraft.decoding.cache_names import GENERATE_CACHE
 from csdraft.decoding.interfaces import Drafter, Schedule, Verifier
 from csdraft.decoding.loop import open_call, run
 from csdraft.decoding.output import Output
@@ -74,7 +75,7 @@ def decode(
     )
     mask = model_kwargs.get("decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask")
     mask = None if mask is None or bool(mask.all()) else mask
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(GENERATE_CACHE)
     past = cache if cache is not None and cache.get_seq_length() > 0 else None
     if isinstance(drafter, CascadeDrafter):
         read = input_ids if encoder_input_ids is None else encoder_input_ids
@@ -115,7 +116,7 @@ def _sources(
     rows = input_ids.shape[0]
     if encoder_input_ids is not None and encoder_input_ids.shape[0] != rows:
         encoder_input_ids = encoder_input_ids.repeat_interleave(rows // encoder_input_ids.shape[0], 0)
-    cross = cross_attention_cache(inputs.get("past_key_values"))
+    cross = cross_attention_cache(inputs.get(GENERATE_CACHE))
     return Sources(encoder_input_ids, inputs.get("attention_mask"), inputs["encoder_outputs"], cross)
 
 

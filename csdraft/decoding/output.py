@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
+from csdraft.decoding.cache_names import GENERATE_CACHE
 from csdraft.decoding.draft import ROOT
 from csdraft.decoding.interfaces import Round
 from csdraft.decoding.text import Text
@@ -117,7 +118,7 @@ class Output:
             "sequences": sequences,
             "scores": self._stack(self.scores, True),
             "logits": self._stack(self.logits, False),
-            "past_key_values": past,
+            GENERATE_CACHE: past,
             "report": report,
         }
         if encoder_outputs is None:

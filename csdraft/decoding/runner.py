@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from csdraft.decoding.cache import SlotCache, encoder_decoder_cache
+from csdraft.decoding.cache_names import GENERATE_CACHE, cache_name
 
 __all__ = ["Feed", "Runner", "Sources", "home", "refusal"]
 
@@ -109,6 +110,7 @@ class Runner:
             self.window = None
         self.encoder_decoder = config.is_encoder_decoder
         self.keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._cache_name = cache_name(model.forward) or GENERATE_CACHE
         layers = text.num_decoder_layers if self.encoder_decoder else text.num_hidden_layers
         self.cache = SlotCache(layers, capacity)
         self._lower = torch.ones(SHORT, SHORT, dtype=torch.bool, device=self.device).tril_()
@@ -251,7 +253,7 @@ class Runner:
                 "input_ids": ids,
                 "position_ids": positions,
                 "attention_mask": mask,
-                "past_key_values": self.cache,
+                self._cache_name: self.cache,
             }
         sources = self.sources
         assert sources is not None
@@ -262,7 +264,7 @@ class Runner:
             "attention_mask": sources.attention_mask,
             "decoder_input_ids": ids,
             "decoder_attention_mask": mask,
-            "past_key_values": self._past,
+            self._cache_name: self._past,
         }
 
     def _reserve(self, end: int) -> None:

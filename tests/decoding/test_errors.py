@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from csdraft import CascadeDrafter, Drafter, Horizontal, MaxGram, ModelDrafter, Vertical
+from csdraft.decoding.cache_names import GENERATE_CACHE
 from csdraft.decoding.draft import Draft
 from csdraft.drafters.merged import Merged
 from csdraft.drafters.ouroboros import Ouroboros
@@ -152,20 +153,20 @@ def test_rows_that_may_end_apart_without_a_pad_token(forwards) -> None:
 
 def test_caches_that_cannot_be_taken_over(forwards) -> None:
     cache = StaticCache(config=tiny.tiny("llama").config, max_cache_len=64)
-    assert "DynamicCache" in refused(forwards, "StaticCache", past_key_values=cache)
+    assert "DynamicCache" in refused(forwards, "StaticCache", **{GENERATE_CACHE: cache})
 
 
 def test_a_cache_without_its_text(forwards) -> None:
     model, inputs, cache = tiny.tiny("llama"), tiny.prompt(), DynamicCache()
     with torch.no_grad():
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **{GENERATE_CACHE: cache})
     for new in (1, 20):
         ids = inputs["input_ids"][:, -new:]
-        message = refused(forwards, "holds 20 tokens", inputs={"input_ids": ids}, past_key_values=cache)
+        message = refused(forwards, "holds 20 tokens", inputs={"input_ids": ids}, **{GENERATE_CACHE: cache})
         assert "whole text" in message
     longer = torch.ones(1, 23, dtype=torch.long)
     inputs = {"input_ids": inputs["input_ids"][:, :3], "attention_mask": longer}
-    refused(forwards, "holds 20 tokens", inputs=inputs, past_key_values=cache)
+    refused(forwards, "holds 20 tokens", inputs=inputs, **{GENERATE_CACHE: cache})
 
 
 # Models.

@@ -24,6 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import csdraft
 from csdraft import ModelDrafter
+from csdraft.decoding.cache_names import GENERATE_CACHE
 from csdraft.schedules.fixed import Fixed
 from tests import tiny
 from tests.tiny import EOS, PAD, Scripted
@@ -432,7 +433,7 @@ def test_a_users_cache_is_filled_and_continued(family: str, rows: int, kind: str
         turn = inputs
         for who in order:
             assistant = {} if who == "p" else {"assistant": tiny.drafter_of(family), **FIXED}
-            options = {"do_sample": False, "max_new_tokens": 9, "past_key_values": cache, **assistant}
+            options = {"do_sample": False, "max_new_tokens": 9, GENERATE_CACHE: cache, **assistant}
             output = model.generate(**turn, **options, eos_token_id=ends)
             said.append(output.tolist())
             halves = [cache.self_attention_cache, cache.cross_attention_cache] if family == "t5" else [cache]
@@ -452,10 +453,10 @@ def test_the_returned_cache_holds_what_plain_generates_does(family: str) -> None
     ends = {"eos_token_id": [int(told[0, -13]), int(told[1, -9])], "return_dict_in_generate": True}
     wanted, ours = pair(model, inputs, branches=2, family=family, **ends)
     assert ours.sequences.tolist() == wanted.sequences.tolist()
-    halves = [(wanted.past_key_values, ours.past_key_values)]
+    halves = [(wanted[GENERATE_CACHE], ours[GENERATE_CACHE])]
     if family == "t5":
         halves = [(a.self_attention_cache, b.self_attention_cache) for a, b in halves]
-        halves.append((wanted.past_key_values.cross_attention_cache, ours.past_key_values.cross_attention_cache))
+        halves.append((wanted[GENERATE_CACHE].cross_attention_cache, ours[GENERATE_CACHE].cross_attention_cache))
     for plain, own in halves:
         assert type(own) is type(plain)
         for theirs, layer in zip(plain.layers, own.layers, strict=True):
@@ -502,7 +503,7 @@ def test_sampling_goes_on_alike_from_a_users_cache() -> None:
     texts = []
     for cache in (None, DynamicCache()):
         if cache is not None:
-            model.generate(**{k: v[:, :-2] for k, v in inputs.items()}, max_new_tokens=1, past_key_values=cache)
-        options |= {"row_seeds": [1, 2, 3], "past_key_values": cache, "assistant": tiny.drafter_of("llama")}
+            model.generate(**{k: v[:, :-2] for k, v in inputs.items()}, max_new_tokens=1, **{GENERATE_CACHE: cache})
+        options |= {"row_seeds": [1, 2, 3], GENERATE_CACHE: cache, "assistant": tiny.drafter_of("llama")}
         texts.append(model.generate(**inputs, **options, **FIXED).tolist())
     assert texts[0] == texts[1]

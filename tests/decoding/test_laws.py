@@ -20,6 +20,7 @@ from transformers import DynamicCache
 import csdraft
 import csdraft.verifiers
 from csdraft import Drafter, Horizontal, ModelDrafter, Vertical
+from csdraft.decoding.cache_names import GENERATE_CACHE
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Request, Verifier
 from csdraft.decoding.roll import roll
@@ -148,9 +149,9 @@ def test_a_users_cache_is_in_the_accounts() -> None:
     cache = DynamicCache()
     with torch.no_grad():
         short = {key: value[:, :-4] for key, value in inputs.items()}
-        model(**short, past_key_values=cache)
+        model(**short, **{GENERATE_CACHE: cache})
     watched = Watched(drafters("llama")["vertical"])
-    model.generate(**inputs, **GREEDY, past_key_values=cache, assistant=watched, **FIXED)
+    model.generate(**inputs, **GREEDY, **{GENERATE_CACHE: cache}, assistant=watched, **FIXED)
     target, *others = watched.sessions
     assert target.imported == int(short["attention_mask"].sum())
     assert all(session.imported == 0 for session in others)
