@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Mapping, Sequence, Sized
 from typing import Any
 
@@ -78,11 +79,12 @@ def _check_inputs(model: Any, input_ids: Tensor, inputs: Mapping[str, Any], give
         if key not in KNOWN_INPUTS and not _is_empty(value, zeros=key in text_only)
     }
     for key, value in unknown.items():
-        by_user = given is None or key in given
-        source = "was passed to generate" if by_user else f"is what generate adds for {type(model).__name__}"
+        takes = inspect.signature(model.forward).parameters.keys() - KNOWN_INPUTS - {"input_ids"}
+        passed = sorted(takes & set(given or ())) or ([key] if given is None else [])
+        source = f"comes of {', '.join(passed)}, which generate was given" if passed else "is what generate adds"
         raise ValueError(
-            f"input {key} ({_shown(value)}) {source}, but csdraft decodes text from input_ids and an attention_mask "
-            "(images, audio and inputs_embeds not yet); leave assistant= out for it"
+            f"{type(model).__name__}'s input {key} ({_shown(value)}) {source}; csdraft decodes text from input_ids and "
+            "an attention_mask (images, audio and inputs_embeds not yet): leave assistant= out"
         )
     if input_ids.numel() == 0:
         raise ValueError("the prompt is empty: give at least one token, such as the tokenizer's bos_token")

@@ -88,7 +88,14 @@ REFUSED = {
 
 
 PLAIN = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-BEFORE_DECODING = ("use_mtp", "prompt_lookup_num_tokens", "assistant_early_exit", "token_healing")
+BEFORE_DECODING = (
+    "use_mtp",
+    "prompt_lookup_num_tokens",
+    "assistant_early_exit",
+    "token_healing",
+    "cache_implementation",
+    "cache_config",
+)
 """Refused options that `generate` acts upon before any decoding begins."""
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from csdraft.decoding.call import Call
 from csdraft.decoding.guard import Guarded
-from csdraft.decoding.interfaces import Context, Drafter, Schedule, Verifier
+from csdraft.decoding.interfaces import Budget, Context, Drafter, Schedule, Verifier
 from csdraft.decoding.output import Output
 from csdraft.decoding.report import Report
 from csdraft.decoding.rounds import run_round
@@ -62,28 +62,37 @@ def run(
     started = time.perf_counter()
     while live:
         contexts = [Context(row, call.texts[row], call) for row in live]
-        padding = call.rows_of_padding
-        rooms = [0 if row in padding else _room(call, target, row) for row in live]
-        budgets = guarded.budgets(schedule, contexts, rooms)
+        writing = [context for context in contexts if context.row not in call.rows_of_padding]
+        rooms = [_room(call, target, context.row) for context in writing]
+        told = dict(zip(writing, guarded.budgets(schedule, writing, rooms), strict=True))
+        budgets = [told.get(context, Budget(0, 0)) for context in contexts]
         began, drafting = time.perf_counter(), guarded.seconds
         rounds = run_round(contexts, target, 0, guarded, verifier, budgets)
         drafting = guarded.seconds - drafting
         scoring = time.perf_counter() - began - drafting
         output.take(rounds)
-        told = [finished for finished in rounds if finished.context.row not in padding]
-        report.add(told)
-        guarded.observe(told)
+        of_text = [finished for finished in rounds if finished.context in told]
+        report.add(of_text)
+        guarded.observe(of_text)
         for context, finished in zip(contexts, rounds, strict=True):
             context.text.append(finished.tokens)
             call.sampler.forget(context.row, len(context.text))
         if guarded.failure is None:
-            schedule.observe(told, drafting, scoring)
+            schedule.observe(of_text, drafting, scoring)
         ended = {r.context.row for r in rounds if r.verdict.ended}
         if ended:
             live = [row for row in live if row not in ended]
             if live:
                 call.retire(live)
-        del contexts, rounds, told, context, finished  # what was scored is large, and the next forward needs as much
+        del (
+            contexts,
+            writing,
+            told,
+            rounds,
+            of_text,
+            context,
+            finished,
+        )  # what was scored is large, and the next forward needs as much
     if guarded.failure is None:
         schedule.finish()
     report.finish(call, time.perf_counter() - started, guarded.failure)

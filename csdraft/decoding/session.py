@@ -347,12 +347,12 @@ class Session:
         reach = self.factors.switch.length
         if ids is not None or not (short and long):  # as nearly always
             return self._forward(plans, keep, ids, reach if long else 0)
-        logits = self._forward(short, keep)
-        later = self._forward(long, max(min(keep, len(feed.tokens)) for feed in long.values()), None, reach)
-        for row, feed in long.items():
-            logits[self.place(row)] = torch.cat(
-                [logits[self.place(row)], later[self.place(row)][-len(feed.tokens) :]]
-            )[-keep:]
+        parts = [(short, self._forward(short, keep)), (long, self._forward(long, keep, None, reach))]
+        logits = parts[0][1].new_zeros(len(self._batch), keep, self.vocab)
+        for row in plans:
+            own = [found[self.place(row), -len(part[row].tokens) :] for part, found in parts if row in part]
+            joined = torch.cat(own)[-keep:]
+            logits[self.place(row), -len(joined) :] = joined
         return logits
 
     def _forward(self, plans: dict[int, Feed], keep: int, ids: Tensor | None = None, reach: int = 0) -> Tensor:

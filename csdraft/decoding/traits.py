@@ -105,10 +105,9 @@ def traits_of(model: nn.Module) -> Traits:
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
-    """The module that reads tokens and makes the masks: the text model inside the others."""
-    getter = getattr(model, "get_decoder", None)
-    inner = getter() if getter is not None else None
-    return model if inner is None else unwrapped(inner)
+    """The module that reads tokens and makes the masks: the one that holds the token embedding."""
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    return next(m for m in model.modules() if any(child is embedding for child in m.children()))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
