@@ -83,8 +83,8 @@ def _check_inputs(model: Any, input_ids: Tensor, inputs: Mapping[str, Any], give
         passed = sorted(takes & set(given or ())) or ([key] if given is None else [])
         source = f"comes of {', '.join(passed)}, which generate was given" if passed else "is what generate adds"
         raise ValueError(
-            f"{type(model).__name__}'s input {key} ({_shown(value)}) {source}; csdraft decodes text from input_ids and "
-            "an attention_mask (images, audio and inputs_embeds not yet): leave assistant= out"
+            f"{type(model).__name__}'s input {key} ({_shown(value)}) {source}; csdraft decodes text from input_ids "
+            "and an attention_mask (images, audio and inputs_embeds not yet): leave assistant= out"
         )
     if input_ids.numel() == 0:
         raise ValueError("the prompt is empty: give at least one token, such as the tokenizer's bos_token")

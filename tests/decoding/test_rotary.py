@@ -104,7 +104,7 @@ def test_room_ends_where_one_forward_would_mix_factors() -> None:
 def test_dynamic_factors_are_refused_where_they_would_change() -> None:
     model = tiny.fresh("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
     inputs = tiny.prompt(20)
-    with pytest.raises(ValueError, match="dynamic NTK.*max_length=256"):
+    with pytest.raises(ValueError, match=r"dynamic NTK.*max_length=256"):
         model.generate(**inputs, max_new_tokens=300, assistant=MaxGram())
     options = {**inputs, "max_new_tokens": 40, "do_sample": False}
     ours = model.generate(**options, assistant=MaxGram(), schedule="fixed")

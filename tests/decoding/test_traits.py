@@ -1,4 +1,4 @@
-"""What a model's code does decides, not the fields of its config; what cannot be exact is refused for a true reason."""
+"""What a model's code does decides, not its config's fields; what cannot be exact is refused for a true reason."""
 
 from __future__ import annotations
 
