@@ -12,7 +12,7 @@ from torch import Tensor
 from csdraft.decoding.cache import holds
 from csdraft.decoding.cache_names import GENERATE_CACHE
 from csdraft.decoding.interfaces import Verifier
-from csdraft.decoding.probe import difference
+from csdraft.decoding.probe import difference, padding_difference
 from csdraft.decoding.refusals import refusal
 from csdraft.decoding.sampling import Processing
 from csdraft.decoding.stopping import Stopping
@@ -172,6 +172,8 @@ def _check_mask(model: Any, input_ids: Tensor, inputs: Mapping[str, Any]) -> Non
             f"row {int(holes.nonzero()[0])} has masked tokens between others, across which {type(model).__name__} "
             "measures distances differently; leave them out and pad on the left"
         )
+    if not encoder_decoder and not bool(mask.all()) and (reason := padding_difference(model)):
+        raise ValueError(reason)
     ends = mask[:, -1].bool()
     if not bool(ends.all()):
         row = int((~ends).nonzero()[0])

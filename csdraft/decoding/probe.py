@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Request
-from csdraft.decoding.runner import NoCache
+from csdraft.decoding.runner import NoCache, home
 from csdraft.decoding.sampling import Processing, Sampler
 from csdraft.decoding.scores import Head
 from csdraft.decoding.session import Session
@@ -26,7 +26,9 @@ from csdraft.decoding.stopping import Stopping
 from csdraft.decoding.text import Text
 from csdraft.decoding.traits import traits_of
 
-__all__ = ["difference"]
+__all__ = ["difference", "padding_difference"]
+
+Question = Callable[[nn.Module], str | None]
 
 KNOWN_EXACT = {
     "Gemma2ForCausalLM",
@@ -49,12 +51,15 @@ KNOWN_EXACT = {
 LONGEST_SPAN = 64
 """A window or chunk up to which the probe's texts reach beyond it."""
 
+STEPS = 3
+"""Tokens that plain `generate` writes for a comparison."""
+
 TREE = Draft((11, 12, 13, 14), (ROOT, ROOT, 1, 2), (0,) * 4, (float("nan"),) * 4)
 """Two branches, of which the second goes on."""
 
 _LOCK = threading.Lock()
 _answers: dict[str, str | None] = {}
-_models: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+_models: WeakKeyDictionary[nn.Module, dict[Question, str | None]] = WeakKeyDictionary()
 
 
 def difference(model: nn.Module) -> str | None:
@@ -63,21 +68,28 @@ def difference(model: nn.Module) -> str | None:
     A model in training mode is not asked: dropout makes its text another one each time anyway. Nor is an
     encoder-decoder: those that are not refused are known.
     """
+    return _answer(model, _compare)
+
+
+def padding_difference(model: nn.Module) -> str | None:
+    """Why a padded row of `model` is read otherwise in plain `generate` than with drafts; None if it is not."""
+    return _answer(model, _compare_padded)
+
+
+def _answer(model: nn.Module, question: Question) -> str | None:
+    """Asked once for each model class and config."""
     if type(model).__name__ in KNOWN_EXACT and type(model).__module__.startswith("transformers."):
         return None
     if model.training or model.config.is_encoder_decoder:  # type: ignore[union-attr]
         return None
     with _LOCK:
-        if model in _models:
-            return _models[model]
-    key = f"{type(model).__module__}.{type(model).__qualname__} {_described(model)}"
-    if key not in _answers:
-        answer = _compare(model)
-        with _LOCK:
-            _answers[key] = answer
-    with _LOCK:
-        _models[model] = _answers[key]
-    return _answers[key]
+        known = _models.setdefault(model, {})
+    if question not in known:
+        key = f"{question.__name__} {type(model).__module__}.{type(model).__qualname__} {_described(model)}"
+        if key not in _answers:
+            _answers[key] = question(model)
+        known[question] = _answers[key]
+    return known[question]
 
 
 def _described(model: nn.Module) -> str:
@@ -97,17 +109,42 @@ def _compare(model: nn.Module) -> str | None:
         return str(error)
     except Exception as error:  # whatever a model does with what it cannot read
         return (
-            f"{name} cannot read ragged rows and trees from a cache ({type(error).__name__}: {error}), as drafted "
-            "decoding does; call generate without assistant="
+            f"{name} cannot read rows of different lengths, or the branches of a draft, together from its cache "
+            f"({type(error).__name__}: {error}), as drafted decoding does; call generate without assistant="
         )
     scale = wanted.max() - wanted.min()
     off = float((found - wanted).abs().max() / scale)
     if off <= torch.finfo(model.dtype).eps ** 0.5:  # type: ignore[arg-type]
         return None
     return (
-        f"{name} computes other logits (off by {off:.1%} of their range) when rows of different lengths and the "
-        "branches of a draft are read together: its attention goes by slots of the cache rather than by positions; "
-        "call generate without assistant="
+        f"{name} computes other logits (off by {off:.1%} of their range) when it reads rows of different lengths, and "
+        "the branches of a draft, together from its cache than when it reads each text alone, so that drafts would "
+        "change its text; call generate without assistant="
+    )
+
+
+@torch.no_grad()
+def _compare_padded(model: nn.Module) -> str | None:
+    """Of two rows, one with padding before it: the first logits of plain `generate`, and those of each row alone."""
+    tokens = _tokens(model, 8)
+    prompts = [tokens, tokens[3:]]
+    ids = torch.tensor([tokens, [tokens[0]] * 3 + tokens[3:]], device=_home(model))
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    options = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False, "pad_token_id": 0}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    output = model.generate(input_ids=ids, attention_mask=mask, **options)  # type: ignore[operator]
+    worst = 0.0
+    for row, prompt in enumerate(prompts):
+        for step, logits in enumerate(output.logits):
+            wanted = _alone(model, [*prompt, *output.sequences[row, 8 : 8 + step].tolist()]).float()
+            worst = max(worst, float((logits[row].to(wanted) - wanted).abs().max() / (wanted.max() - wanted.min())))
+    if worst <= torch.finfo(model.dtype).eps ** 0.5:  # type: ignore[arg-type]
+        return None
+    return (
+        f"plain generate computes other logits (off by {worst:.1%} of their range) for the rows of a padded batch of "
+        f"{type(model).__name__} than for each row alone, as which drafted decoding reads them; call generate row by "
+        "row, or without assistant="
     )
 
 
@@ -137,8 +174,13 @@ def _paths(draft: Draft) -> list[list[int]]:
 
 def _alone(model: nn.Module, tokens: Sequence[int]) -> Tensor:
     """(vocab,) logits after `tokens`, read in one forward without a cache."""
-    ids = torch.tensor([tokens], device=model.get_input_embeddings().weight.device)  # type: ignore[operator,union-attr]
-    return model(input_ids=ids, use_cache=False, return_dict=True).logits[0, -1]
+    ids = torch.tensor([tokens], device=_home(model))
+    positions = torch.arange(len(tokens), device=ids.device)[None]  # as `generate` passes them
+    return model(input_ids=ids, position_ids=positions, use_cache=False, return_dict=True).logits[0, -1]
+
+
+def _home(model: nn.Module) -> torch.device:
+    return home(model)[0]
 
 
 def _tokens(model: nn.Module, count: int) -> list[int]:

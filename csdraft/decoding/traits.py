@@ -7,6 +7,7 @@ So the code is asked: which masks its decoder's file makes, and what its functio
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -105,7 +106,7 @@ def traits_of(model: nn.Module) -> Traits:
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
-    """The module that reads tokens and makes the masks: the one that holds the token embedding."""
+    """The module that holds the token embedding; masks are made in the file of its class."""
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     return next(m for m in model.modules() if any(child is embedding for child in m.children()))
 
@@ -123,7 +124,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Code:
-    """What a decoder's file does: masks it can make, whether its forward takes several, whether it rotates."""
+    """What a decoder's file does: which masks it makes, whether its forward takes several, whether it rotates."""
 
     windows: bool
     chunks: bool
@@ -133,15 +134,16 @@ class Code:
 
 @cache
 def _code_of(decoder: type) -> Code:
-    names = vars(sys.modules[decoder.__module__])
+    file = sys.modules[decoder.__module__]
+    names = vars(file)
     try:
-        source = inspect.getsource(decoder)
+        source = inspect.getsource(file)
     except (OSError, TypeError):  # made at run time: nothing to read
         source = ""
     return Code(
         "create_sliding_window_causal_mask" in names,
         "create_chunked_causal_mask" in names,
-        "dict)" in source,
+        re.search(r"isinstance\([^()]*mask[^()]*, dict\)", source) is not None,
         any("Rotary" in name for name in names),
     )
 
