@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from csdraft.heads.layers import fingerprint, shared_layers
+from csdraft.stored import is_hub_id
 
 __all__ = [
     "DOCUMENT",
@@ -71,11 +72,6 @@ def own_layers(target: Any, layers: Sequence[int], encoder_layers: Sequence[int]
     )
     network.config._name_or_path = ""
     return network
-
-
-def is_hub_id(path: str) -> bool:
-    """Whether this can be a model of the Hub and is no file or folder here."""
-    return re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path) is not None and not os.path.exists(path)
 
 
 class SelfDraft(nn.Module):
