@@ -214,7 +214,7 @@ def is_hub_id(path: str) -> bool:
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder whose documents may name files inside it and no others, not even by way of a symbolic link.
+    """A cascade's folder, whose documents may name files inside it and no others, not even by way of a symbolic link.
 
     A snapshot in the Hub's cache is made of links to the `blobs` beside `snapshots`: these count as inside.
     """
@@ -225,12 +225,12 @@ class Folder:
         """What the folder calls `name`, a relative path; ValueError if that, or anything below it, lies outside."""
         found = self.path / name
         if Path(name).is_absolute() or not self._holds(found):
-            raise ValueError(f"{shown(name)} lies outside {str(self.path)!r}; give a path inside it")
+            raise ValueError(f"{shown(name)} lies outside the cascade's folder; give a relative path inside it")
         for below in found.rglob("*") if found.is_dir() else ():
             if not self._holds(below):
                 raise ValueError(
-                    f"{str(below.relative_to(self.path))!r} is a link to {os.path.realpath(below)!r}, outside "
-                    f"{str(self.path)!r}; put the file itself there"
+                    f"{str(below.relative_to(self.path))!r} is a link to a place outside the cascade's folder; put "
+                    "the file itself there"
                 )
         return found
 

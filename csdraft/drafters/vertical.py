@@ -22,6 +22,7 @@ from csdraft.decoding.rounds import run_round
 from csdraft.decoding.sampling import Sampler
 from csdraft.drafters._parts import check_parts
 from csdraft.drafters.model import base_model, check_reviewer, context_length, load_model
+from csdraft.verifiers._lenience import check_lenience
 from csdraft.verifiers.lenient import Lenient
 from csdraft.verifiers.rejection import Rejection
 from csdraft.verifiers.spec_hub import SpecHub
@@ -51,8 +52,7 @@ class Vertical(Drafter):
 
     def __post_init__(self) -> None:
         check_parts(self)
-        if not self.lenience >= 1:
-            raise ValueError(f"lenience={self.lenience} must be 1 (strict) or more; the papers' l = 1/lenience")
+        check_lenience(self.lenience)
         if isinstance(self.reviewer, str | os.PathLike):
             object.__setattr__(self, "reviewer", load_model(os.fspath(self.reviewer)))
         object.__setattr__(self, "reviewer", base_model(self.reviewer))  # type: ignore[arg-type]
