@@ -37,7 +37,7 @@ def check_k_matrix(k_matrix: Any, drafters: Sequence[Drafter]) -> KMatrix:
     """
     n = len(drafters)
     if n == 0:
-        raise ValueError("a cascade needs at least one drafter; leave assistant= out to decode without")
+        raise ValueError("drafters=[]: a cascade needs at least one drafter; leave assistant= out to decode without")
     rows = _rows(k_matrix, n)
     for i, row in enumerate(rows):
         for j, k in enumerate(row):

@@ -239,4 +239,5 @@ def _named(names: Names, document: bool, value: Any, arms: Sequence[Any], at: st
         return known[value]
     if known is names.places and is_hub_id(value):
         return value
-    raise ValueError(f"{at} names {shown(value)}, which is not there: {nearest(value, known)}")
+    there = "models" if known is names.models else "tables" if known is names.tables else "tokenizers"
+    raise ValueError(f"{at} names {shown(value)}, which is not there: {nearest(value, known)} ({there})")
