@@ -95,7 +95,8 @@ class CascadeDrafter(Drafter):
         auto = isinstance(self.k_matrix, str) and self.k_matrix == AUTO
         matrix = first_guess(drafters) if auto and drafters else check_k_matrix(self.k_matrix, drafters)
         check_lenience(self.lenience)
-        lenience = float(self.lenience) if isinstance(self.lenience, Real) else tuple(map(float, self.lenience))
+        one = isinstance(self.lenience, Real)
+        lenience: Any = float(self.lenience) if one else tuple(map(float, self.lenience))  # type: ignore[arg-type]
         if auto and not isinstance(lenience, float):
             raise ValueError(f"lenience={self.lenience!r} with k_matrix='auto': give one number, for whoever reviews")
         root = build(drafters, matrix, spread_lenience(1.0 if auto else lenience, drafters, matrix))

@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tiny import fresh, noisy, prompt, tiny, tokenizer
 
 from csdraft import CascadeDrafter, Horizontal, MaxGram, ModelDrafter, Vertical, loading, spec
+from csdraft.decoding.report import Planned, Report
 from csdraft.drafters.datastore import Datastore
 from csdraft.drafters.model import load_model
 from csdraft.drafters.n_grammys import NGrammys
@@ -33,6 +35,7 @@ from csdraft.tables.corpus import CorpusIndex
 from csdraft.tables.documents import DocumentTable
 from csdraft.tables.outputs import OutputTable
 from csdraft.tables.successors import SuccessorTable
+from csdraft.trainers.students import make_student, save_student
 from csdraft.trees.best_first import BestFirst
 from csdraft.trees.sequoia import Sequoia
 from csdraft.verifiers.deferral import Deferral
@@ -124,15 +127,7 @@ def test_every_key_with_every_kind_of_wrong_value(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(loading, "load_model", lambda path, **options: small)
     loaded = Translated(MaxGram(), tokenizer(), tokenizer())
     monkeypatch.setattr("csdraft.drafters.translated.Tongue", lambda where: loaded.own)
-    for table in (
-        AcceptanceHead,
-        AdjacencyTable,
-        BigramTable,
-        CorpusIndex,
-        DocumentTable,
-        OutputTable,
-        SuccessorTable,
-    ):
+    for table in TABLES:
         monkeypatch.setattr(table, "load", functools.cache(table.load))
     for name in ("types", "get_type_hints"):  # which makes this test four times as fast
         monkeypatch.setattr(spec, name, functools.cache(getattr(spec, name)))
@@ -419,3 +414,113 @@ def test_adapters_that_are_not_whole(tmp_path, damage, says):
     damage(tmp_path / "adapter" / "adapter_model.safetensors")
     with pytest.raises(ValueError, match=says):
         load_model(str(tmp_path / "adapter"))
+
+
+# Other documents, and tables.
+
+
+def test_every_key_of_a_report(tmp_path):
+    """A report loads and can be shown, or one ValueError names the file and the key."""
+    tiny("llama").generate(**prompt(), assistant=(cascade := CascadeDrafter([MaxGram()])), max_new_tokens=12)
+    cascade.report.planned = Planned(["a"], [[3]], 2.0, 1.5, 0.01)
+    cascade.report.save(tmp_path / "report.json")
+    document, file, wrong = json.loads((tmp_path / "report.json").read_text()), tmp_path / "x.json", []
+    for at in places(document):
+        key = next(key for key in reversed(at) if isinstance(key, str))
+        for value in VALUES if at[0] != "summary" else ():
+            file.write_text(json.dumps(changed(document, at, value)))
+            try:
+                loaded = Report.load(file)
+                loaded.to_html(tmp_path / "x.html")
+                str(loaded + cascade.report)
+            except ValueError as error:
+                if str(file) not in str(error) or key not in str(error):
+                    wrong.append(f"{at} = {value!r:.20}: {error}")
+            except Exception as error:  # all others are the fault that is looked for
+                wrong.append(f"{at} = {value!r:.20}: {type(error).__name__}: {error}")
+    assert not wrong, f"{len(wrong)} faults, such as\n" + "\n".join(wrong[:20])
+    for how, content in BROKEN.items():
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"x\.json"):
+            Report.load(file)
+        assert how
+
+
+@pytest.mark.parametrize("name", ["drafter.json", "adapter_config.json"])
+def test_every_key_of_an_adapters_documents(tmp_path, name):
+    """A self-drafting adapter drafts, or one ValueError says what is wrong, where PEFT's own values are not taken."""
+    target = fresh("llama", num_hidden_layers=3)
+    options = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False, "layers": [0, 2]}
+    save_student(make_student(target, peft=options), tmp_path)
+    document, wrong = json.loads((tmp_path / name).read_text()), []
+    keys = [at for at in places(document) if name == "drafter.json" or at[0] in ("r", "peft_type", "target_modules")]
+    for at in keys:
+        key = next(key for key in reversed(at) if isinstance(key, str))
+        for value in VALUES:
+            (tmp_path / name).write_text(json.dumps(changed(document, at, value)))
+            try:
+                load_model(str(tmp_path)).bind(target)
+            except ValueError as error:
+                if str(tmp_path) not in str(error) or (key not in str(error) and name == "drafter.json"):
+                    wrong.append(f"{at} = {value!r:.20}: {error}")
+            except Exception as error:  # as above
+                wrong.append(f"{at} = {value!r:.20}: {type(error).__name__}: {error}")
+    assert not wrong, f"{len(wrong)} faults, such as\n" + "\n".join(wrong[:20])
+
+
+def test_a_self_drafting_adapter_that_is_not_whole(tmp_path):
+    target = fresh("llama", num_hidden_layers=3)
+    options = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False, "layers": [0, 2]}
+    for number, (damage, says) in enumerate(
+        [(lose("lora_B"), "lacks 1 "), (resize("lora_A"), "fit"), (cut, "cannot")]
+    ):
+        save_student(make_student(target, peft=options), tmp_path / str(number))
+        damage(tmp_path / str(number) / "adapter_model.safetensors")
+        with pytest.raises(ValueError, match=says):
+            load_model(str(tmp_path / str(number))).bind(target)
+
+
+def test_a_broken_provenance_is_named(tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "provenance.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"provenance\.json holds \[\], expected an object"):
+        CascadeDrafter([str(tmp_path / "model")]).save_pretrained(tmp_path / "c")
+
+
+TABLES = [AcceptanceHead, AdjacencyTable, BigramTable, CorpusIndex, DocumentTable, OutputTable, SuccessorTable]
+
+
+def wrong_tables(arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> Iterator[tuple[str, dict, dict]]:
+    """(what is wrong, arrays, metadata), each array and each word of metadata wrong in turn."""
+    yield "no metadata", arrays, {}
+    for key in metadata:
+        for value in ("", "x", "-1", "1e9"):
+            yield f"{key}={value}", arrays, metadata | {key: value}
+    for key, values in arrays.items():
+        yield f"{key} left out", {k: v for k, v in arrays.items() if k != key}, metadata
+        others = [values[:0], values[None], np.full_like(values, -5), np.full_like(values, 2**31 - 1)]
+        for other in [*others, *(values.astype(kind) for kind in (np.float64, np.int64, np.int8))]:
+            yield f"{key}={other.dtype} {other.shape}", arrays | {key: np.ascontiguousarray(other)}, metadata
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.__name__)
+def test_every_part_of_a_table(saved, tmp_path, table):
+    """A table loads, or one ValueError names the file."""
+    file, stored = tmp_path / "x.safetensors", saved / "tables" / f"{table.__module__.rpartition('.')[2]}.safetensors"
+    with safe_open(stored, "np") as opened:
+        metadata, wrong = opened.metadata(), []
+    for what, arrays, words in wrong_tables(load_file(stored), metadata):
+        save_file(arrays, file, words)
+        try:
+            table.load(file)
+        except ValueError as error:
+            if str(file) not in str(error):
+                wrong.append(f"{what}: {error}")
+        except Exception as error:  # as above
+            wrong.append(f"{what}: {type(error).__name__}: {error}")
+    assert not wrong, f"{len(wrong)} faults, such as\n" + "\n".join(wrong)
+    whole = stored.read_bytes()
+    for broken in (b"", whole[:4], whole[: len(whole) // 2], whole[:-4], b"x" * 100, b"\xff" * 100):
+        file.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"x\.safetensors"):
+            table.load(file)

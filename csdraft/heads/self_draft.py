@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from csdraft.heads.layers import fingerprint, shared_layers
-from csdraft.stored import fit, is_hub_id, read_object, shown
+from csdraft.stored import fit, is_hub_id, naming, read_object, shown
 
 __all__ = [
     "DOCUMENT",
@@ -146,7 +146,8 @@ class SelfDraft(nn.Module):
 
     def layers_of(self, target: Any) -> Any:
         """The layers of the target that the adapter stands on, without it; `check` the target first."""
-        network = shared_layers(target, self.base.layers, self.base.encoder_layers)
+        with naming(self._name):
+            network = shared_layers(target, self.base.layers, self.base.encoder_layers)
         network.self_draft = self.base
         return network
 

@@ -97,7 +97,9 @@ class AdjacencyTable:
         values = parts["successors"]
         if values.shape[1] != KEPT:
             raise ValueError(f"{path} holds successors of shape {values.shape}; they must be (vocab, {KEPT})")
-        if not UNKNOWN <= values.min(initial=0) <= values.max(initial=0) < len(values):
+        if not len(values):
+            raise ValueError(f"{path} holds successors of no token")
+        if not UNKNOWN <= values.min() <= values.max() < len(values):
             raise ValueError(
                 f"{path} holds successors from {values.min()} to {values.max()}, of a vocabulary of {len(values)}"
             )

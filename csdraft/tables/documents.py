@@ -81,7 +81,7 @@ class DocumentTable:
         wanted = {"tokens": ("I32", 1), "ends": ("I64", 1)}
         parts, _ = read_arrays(path, FORMAT, wanted, "save one with DocumentTable.save")
         tokens, ends = parts["tokens"], parts["ends"]
-        if (np.diff(ends, prepend=0, append=len(tokens)) < 0).any() or (len(tokens) and ends[-1:] != len(tokens)):
+        if (np.diff(ends, prepend=0, append=len(tokens)) < 0).any() or (ends[-1] if len(ends) else 0) != len(tokens):
             raise ValueError(f"{path}: ends must rise to the number of tokens, {len(tokens)}, one a document")
         with naming(path):
             return cls([part.tolist() for part in np.split(tokens, ends[:-1])])

@@ -16,8 +16,10 @@ MOST = 1e9
 
 def check_lenience(lenience: Any) -> None:
     """Raises ValueError unless it is a number, or a sequence of numbers, from 1 (strict) to `MOST`."""
-    given = lenience if isinstance(lenience, Iterable) and not isinstance(lenience, str | Mapping) else [lenience]
-    if not all(isinstance(value, Real) and not isinstance(value, bool) and 1 <= value <= MOST for value in given):
+    several = isinstance(lenience, Iterable) and not isinstance(lenience, str | Mapping)
+    given = list(lenience) if several else [lenience]
+    numbers: list[Any] = [value for value in given if isinstance(value, Real) and not isinstance(value, bool)]
+    if len(numbers) < len(given) or not all(1 <= value <= MOST for value in numbers):
         raise ValueError(
             f"lenience={shown(lenience)} must be 1 (strict) or more, at most {MOST:.0e}; the papers' l <= 1 is "
             "1/lenience"
