@@ -195,9 +195,9 @@ class CascadeDrafter(Drafter):
 
     def keep_report(self, report: Report) -> None:
         """Takes in a finished call's report."""
-        super().keep_report(report)
         report.planned = self._plan
         self._reports.add(report)
+        super().keep_report(report)
 
     # Saving.
 

@@ -18,7 +18,7 @@ from torch import nn
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, ScoresView, Verdict, Verifier
-from csdraft.decoding.rounds import run_round
+from csdraft.decoding.rounds import review
 from csdraft.decoding.sampling import Sampler
 from csdraft.drafters._parts import check_parts
 from csdraft.drafters.model import base_model, check_reviewer, context_length, load_model
@@ -81,7 +81,9 @@ class Vertical(Drafter):
             rooms = [limits[i] - (len(drafts[i]) - len(contexts[i].draft)) for i in live]
             # One less than the room: the reviewer adds a token itself.
             asked = [self._inner_budget(room - 1, coupled) for room in rooms]
-            rounds = run_round(inner, session, level, self.drafter, verifier, asked, confidence)
+            proposed = self.drafter.propose(inner, asked)
+            _check_laws(inner, proposed, verifier)
+            rounds = review(inner, proposed, session, level, verifier, confidence)
             call.tallies[level].add(rounds)
             going = []
             for i, finished in zip(live, rounds, strict=True):
@@ -126,6 +128,13 @@ class ByDraws(Verifier):
     def _rule(draft: Draft) -> Verifier:
         kind = "iid" if draft.law is None else draft.law.kind
         return {"iid": Rejection, "without_replacement": WithoutReplacement, "pair": SpecHub}[kind]()
+
+
+def _check_laws(contexts: Sequence[Context], drafts: Sequence[Draft], verifier: Verifier) -> None:
+    """Raises ValueError for a token drawn from what is no distribution: it is handed on, and would bias the text."""
+    for context, draft in zip(contexts, drafts, strict=True) if verifier.draws == "independent" else ():
+        if draft.law is not None and (flaw := draft.law.flaw(context.call.vocab, len(context.draft))):
+            raise ValueError(flaw)
 
 
 def _stops(budget: Budget, finished: Round) -> bool:
