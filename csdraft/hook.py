@@ -16,6 +16,7 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 from csdraft.checks import check_processors, check_request
 from csdraft.decoding.cache import cross_attention_cache, export_cache
 from csdraft.decoding.cache_names import GENERATE_CACHE
+from csdraft.decoding.guard import Guarded
 from csdraft.decoding.interfaces import Drafter, Schedule, Verifier
 from csdraft.decoding.loop import open_call, run
 from csdraft.decoding.output import Output
@@ -71,7 +72,7 @@ def decode(
 
     drafter = as_drafter(assistant, model)
     rule = choose_verifier(verifier, drafter)
-    policy = choose_schedule(schedule, drafter)
+    policy, guarded = choose_schedule(schedule, drafter), Guarded(drafter, rule, strict)
     row_seeds = None if row_seeds is None else [int(seed) for seed in row_seeds]
     check_request(
         model, input_ids, generation_config, model_kwargs, given, stopping_criteria, streamer, synced_gpus, row_seeds
@@ -84,20 +85,20 @@ def decode(
         read = input_ids if encoder_input_ids is None else encoder_input_ids
         seen = mask if encoder_input_ids is None else model_kwargs.get("attention_mask")
         prompt = read[0] if seen is None else read[0][seen[0].bool()]
-        drafter = drafter.planned(model, prompt[None], {key: getattr(generation_config, key) for key in PLANNED_FOR})
-    sources = _sources(model, input_ids, encoder_input_ids, model_kwargs, drafter)
+        options = {key: getattr(generation_config, key) for key in PLANNED_FOR}
+        guarded.drafter = guarded.attempt(lambda cascade: cascade.planned(model, prompt[None], options), drafter)
+    sources = _sources(model, input_ids, encoder_input_ids, model_kwargs, guarded)
     call = open_call(
         model, input_ids, logits_processor, stopping_criteria, generation_config, rule, row_seeds, sources, mask, past
     )
     check_processors(rule, call.head.processing)
-    if drafter is not None:
-        drafter.check(call)
-        policy = policy.start(call, drafter)
+    guarded.check(call)
+    policy = guarded.start(policy, call)
     output = Output(generation_config, call.rows, streamer)
     call.head.stopping.kept = output.scores
     target = call.session(model)
     target.pinned = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
-    report = run(call, drafter, rule, policy, output, strict, diagnose)
+    report = run(call, guarded, rule, policy, output, strict, diagnose)
     sequences = output.sequences(input_ids, call.texts)
     if target.pinned and cache is not None:
         target.settle(call.texts, sequences.shape[1] - 1)
@@ -106,12 +107,12 @@ def decode(
 
 
 def _sources(
-    model: PreTrainedModel, input_ids: Tensor, encoder_input_ids: Tensor | None, inputs: dict, drafter: Drafter | None
+    model: PreTrainedModel, input_ids: Tensor, encoder_input_ids: Tensor | None, inputs: dict, drafter: Drafter
 ) -> Sources | None:
     """What an encoder-decoder reads besides its own text, one row a batch row; None for a decoder-only model."""
     if not model.config.is_encoder_decoder:
         return None
-    if encoder_input_ids is None and drafter is not None and drafter.models():
+    if encoder_input_ids is None and drafter.models():
         raise ValueError(
             "the drafter's models read the encoder's input too, but only encoder_outputs is known: "
             "pass encoder_input_ids=, the (rows, source) ids that encoder_outputs was made from"

@@ -42,7 +42,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="stop after so many tokens")
     parser.add_argument("--max-length", type=int, default=1 << 20, help="tokens of a document; longer ones are cut")
     options = parser.parse_args()
-    tokenizer, progress, started = AutoTokenizer.from_pretrained(options.tokenizer), Progress(), time.perf_counter()
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer, trust_remote_code=False)
+    progress, started = Progress(), time.perf_counter()
     index = CorpusIndex.build(documents(options, tokenizer, progress), progress)
     index.save(options.out)
     seconds = time.perf_counter() - started

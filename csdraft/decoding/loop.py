@@ -56,7 +56,7 @@ def run(
         diagnose: compare the laws of target and drafts at every judged token (`Report.rejections`).
     """
     target = call.session(call.target)
-    guarded = Guarded(drafter, verifier, call.vocab, strict)
+    guarded = drafter if isinstance(drafter, Guarded) else Guarded(drafter, verifier, strict)
     report = Report.begin(call, diagnose)
     live = list(range(call.rows))
     started = time.perf_counter()
@@ -77,24 +77,15 @@ def run(
         for context, finished in zip(contexts, rounds, strict=True):
             context.text.append(finished.tokens)
             call.sampler.forget(context.row, len(context.text))
-        if guarded.failure is None:
-            schedule.observe(of_text, drafting, scoring)
+        guarded.learn(schedule, of_text, drafting, scoring)
         ended = {r.context.row for r in rounds if r.verdict.ended}
         if ended:
             live = [row for row in live if row not in ended]
             if live:
                 call.retire(live)
-        del (
-            contexts,
-            writing,
-            told,
-            rounds,
-            of_text,
-            context,
-            finished,
-        )  # what was scored is large, and the next forward needs as much
-    if guarded.failure is None:
-        schedule.finish()
+        # Scores are large, and the next forward needs as much room.
+        del contexts, writing, told, rounds, of_text, context, finished
+    guarded.finish(schedule)
     report.finish(call, time.perf_counter() - started, guarded.failure)
     guarded.keep_report(report)
     return report

@@ -7,11 +7,9 @@ few tokens one by one, KV-cached and batched, and the target checks them all in 
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -24,12 +22,12 @@ from csdraft.decoding.names import name_of
 from csdraft.decoding.refusals import refusal
 from csdraft.decoding.roll import roll
 from csdraft.decoding.traits import unwrapped
-from csdraft.heads.self_draft import SELF_DRAFT, SelfDraft, read_document
+from csdraft.drafters._load import load_model
+from csdraft.heads.self_draft import SelfDraft
 
 __all__ = ["ModelDrafter"]
 
 MOST_VOCABULARY_PADDING = 1024
-HUB_OPTIONS = {"revision", "token", "cache_dir", "local_files_only", "force_download"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,32 +88,6 @@ class ModelDrafter(Drafter):
             return grow(session, self.tree, contexts, steps, level, confidence)
         rolled = roll(session, contexts, steps, confidence, [b.stop for b in budgets])
         return [c.draft.extend(r.tokens, level, r.confidence, r.laws) for c, r in zip(contexts, rolled, strict=True)]
-
-
-def load_model(path: str, **options: Any) -> nn.Module:
-    """Loads a model folder, a PEFT folder on top of its base, or a Hub id, with the auto class its config asks for.
-
-    A self-drafting adapter has no base of its own: it comes as a `SelfDraft`, which waits for a target.
-
-    Args:
-        path: folder or Hub id.
-        options: of `from_pretrained`: dtype, device_map, revision, ...
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
-    from transformers.utils import find_adapter_config_file
-
-    hub = {key: value for key, value in options.items() if key in HUB_OPTIONS}
-    adapter = find_adapter_config_file(path, **hub)
-    if adapter is None:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=options.get("trust_remote_code"), **hub)
-    else:
-        document = read_document(path, **hub)
-        if document is not None and document["kind"] == SELF_DRAFT:
-            return SelfDraft.load(path, document, **hub)
-        base = json.loads(Path(adapter).read_text())["base_model_name_or_path"]
-        config = AutoConfig.from_pretrained(base, **{**hub, "revision": None})
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return auto.from_pretrained(path, **options).eval()
 
 
 def base_model(model: nn.Module) -> nn.Module:

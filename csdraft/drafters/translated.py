@@ -119,7 +119,9 @@ class Tongue:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | str | Path):
-        loaded: Any = AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
+        loaded: Any = tokenizer
+        if isinstance(tokenizer, str | Path):
+            loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
         if not loaded.is_fast:
             raise ValueError(f"{type(loaded).__name__} is a slow tokenizer; load the fast one (use_fast=True)")
         self.backend = Tokenizer.from_str(loaded.backend_tokenizer.to_str())
