@@ -22,8 +22,8 @@ from csdraft.decoding.call import Call
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Schedule, Verifier
 from csdraft.decoding.names import name_of
+from csdraft.decoding.reader import home
 from csdraft.decoding.report import Planned, Report
-from csdraft.decoding.runner import home
 from csdraft.drafters._load import HUB_OPTIONS, load_model
 from csdraft.drafters.horizontal import Horizontal
 from csdraft.drafters.model import ModelDrafter, bound

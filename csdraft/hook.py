@@ -20,7 +20,7 @@ from csdraft.decoding.guard import Guarded
 from csdraft.decoding.interfaces import Drafter, Schedule, Verifier
 from csdraft.decoding.loop import open_call, run
 from csdraft.decoding.output import Output
-from csdraft.decoding.runner import Sources
+from csdraft.decoding.reader import Sources
 from csdraft.decoding.text import Text
 from csdraft.generate_options import check_early, effective
 
@@ -102,7 +102,7 @@ def decode(
     sequences = output.sequences(input_ids, call.texts)
     if target.pinned and cache is not None:
         target.settle(call.texts, sequences.shape[1] - 1)
-        export_cache(target.runner.cache, _kept(mask, sequences, call.texts)[:, :-1], cache)
+        export_cache(target.reader.cache, _kept(mask, sequences, call.texts)[:, :-1], cache)
     return output.pack(sequences, report, cache, model_kwargs.get("encoder_outputs"))
 
 

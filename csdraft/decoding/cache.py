@@ -25,9 +25,6 @@ __all__ = [
     "windows_of_cache",
 ]
 
-Slots = slice | Tensor
-"""Where a forward writes: one range for all rows, or (rows, queries) slot indices."""
-
 
 class SlotLayer(DynamicLayer):
     """Keys and values of one layer: (rows, heads, capacity, head_dim), of which the model sees the first `visible`."""
@@ -54,11 +51,11 @@ class SlotLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         elif self.key_buffer.shape[2] < self.cache.capacity:
             self._grow()
-        slots, visible = self.cache.slots, self.cache.visible
-        if isinstance(slots, slice):  # narrow: half the price of indexing, and this runs in every layer of every step
-            queries = slots.stop - slots.start
-            self.key_buffer.narrow(2, slots.start, queries).copy_(key_states)
-            self.value_buffer.narrow(2, slots.start, queries).copy_(value_states)
+        shared, visible = self.cache.shared, self.cache.visible
+        if shared is not None:  # narrow: half the price of indexing, and this runs in every layer of every step
+            queries = shared.stop - shared.start
+            self.key_buffer.narrow(2, shared.start, queries).copy_(key_states)
+            self.value_buffer.narrow(2, shared.start, queries).copy_(value_states)
         else:
             index = self.cache.index_for(key_states)
             self.key_buffer.scatter_(2, index, key_states)
@@ -86,40 +83,63 @@ class SlotCache(Cache):
 
     Args:
         layers: number of self-attention layers.
+        rows: batch size.
         capacity: slots to reserve; grows by doubling when a forward needs more.
+        device: where slots are numbered; keys and values lie where they arrive.
+        by_position: whether masks need to know where the token of each slot stands.
+
+    Attributes:
+        positions: (rows, capacity) int64, where the token of each slot stands; None if nobody needs it.
     """
 
-    def __init__(self, layers: int, capacity: int):
+    def __init__(self, layers: int, rows: int, capacity: int, device: torch.device, by_position: bool):
         self.capacity = capacity
-        self.slots: Slots = slice(0, 0)
+        self.slots = torch.empty(0)
+        self.shared: slice | None = slice(0, 0)
         self.start = self.visible = 0
+        self.positions: Tensor | None = None
+        if by_position:
+            self.positions = torch.arange(capacity, device=device).repeat(rows, 1)
         self._indices: dict[tuple, Tensor] = {}
         super().__init__(layers=[SlotLayer(self) for _ in range(layers)])
 
-    def place(self, slots: Slots, start: int, visible: int) -> None:
+    def place(self, slots: Tensor, positions: Tensor, visible: int, shared: slice | None = None) -> None:
         """Before a forward: its queries write `slots`, and the model sees slots 0 to `visible`.
 
         Args:
-            slots: a range shared by all rows, or (rows, queries) indices.
-            start: what `get_seq_length` answers (T5 computes its position bias from it).
+            slots, positions: (rows, queries) where each query is written, and where it stands.
             visible: number of leading slots the mask covers.
+            shared: the range that all rows write, if it is one.
         """
-        if visible > self.capacity:
-            self.capacity = max(visible, 2 * self.capacity)
-        self.slots, self.start, self.visible = slots, start, visible
+        self.reserve(visible)
+        self.slots, self.shared, self.visible = slots, shared, visible
+        self.start = visible - slots.shape[1] if shared is None else shared.start
         self._indices.clear()
+        if self.positions is not None:
+            self.positions.scatter_(1, slots, positions)
+
+    def reserve(self, slots: int) -> None:
+        """Makes room for so many slots; layers follow when they are next written."""
+        if slots <= self.capacity:
+            return
+        self.capacity = max(slots, 2 * self.capacity)
+        if self.positions is not None:
+            more = torch.arange(self.capacity, device=self.positions.device).repeat(len(self.positions), 1)
+            more[:, : self.positions.shape[1]] = self.positions
+            self.positions = more
 
     def index_for(self, states: Tensor) -> Tensor:
         """(rows, heads, queries, head_dim) view of the slots, made once a forward and shape."""
         key = (states.device, states.shape)
         if key not in self._indices:
-            assert isinstance(self.slots, Tensor)
             self._indices[key] = self.slots.to(states.device)[:, None, :, None].expand(states.shape)
         return self._indices[key]
 
     def move(self, row: int, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copies slot `sources[i]` of a row to `targets[i]`, all at once."""
         indices: dict[torch.device, Tensor] = {}  # layers may be on several devices: one copy each
+        if self.positions is not None:
+            self.positions[row, list(targets)] = self.positions[row, list(sources)]
         for layer in self._filled():
             for buffer in (layer.key_buffer, layer.value_buffer):
                 if buffer.device not in indices:
@@ -129,6 +149,8 @@ class SlotCache(Cache):
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Drops all batch rows but `rows`, in that order."""
+        if self.positions is not None:
+            self.positions = self.positions[list(rows)]
         for layer in self._filled():
             index = torch.tensor(rows, device=layer.key_buffer.device)
             layer.key_buffer, layer.value_buffer = layer.key_buffer[index], layer.value_buffer[index]
@@ -184,7 +206,7 @@ def import_cache(cache: Cache, own: SlotCache, kept: Tensor) -> None:
     length = kept.shape[1]
     counts = kept.sum(1).tolist()
     source = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-    own.place(slice(0, 0), 0, max(max(counts), 1))
+    own.reserve(max(max(counts), 1))
     for old, new in zip(source.layers, own.layers, strict=True):
         if not old.is_initialized or old.keys is None:  # type: ignore[union-attr]
             continue

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from csdraft.decoding.names import distinct, name_of
-from csdraft.decoding.runner import Sources
+from csdraft.decoding.reader import Sources
 from csdraft.decoding.sampling import Sampler
 from csdraft.decoding.scores import Head
 from csdraft.decoding.session import Session
@@ -70,7 +70,7 @@ class Call:
             if sources is not None and not is_target:
                 sources = Sources(sources.input_ids, sources.attention_mask)
             session = Session(model, self.drafting, self.rows, self.capacity, sources, self.vocab, self.texts)
-            session.runner.encode()
+            session.reader.encode()
             self._sessions[id(model)] = session
         return self._sessions[id(model)]
 

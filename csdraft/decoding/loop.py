@@ -13,9 +13,9 @@ from csdraft.decoding.call import Call
 from csdraft.decoding.guard import Guarded
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Schedule, Verifier
 from csdraft.decoding.output import Output
+from csdraft.decoding.reader import Sources
 from csdraft.decoding.report import Report
 from csdraft.decoding.rounds import run_round
-from csdraft.decoding.runner import Sources
 from csdraft.decoding.sampling import Processing, Sampler
 from csdraft.decoding.scores import Head
 from csdraft.decoding.session import Session

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Request
-from csdraft.decoding.runner import NoCache, home
+from csdraft.decoding.reader import NoCache, home
 from csdraft.decoding.sampling import Processing, Sampler
 from csdraft.decoding.scores import Head
 from csdraft.decoding.session import Session

@@ -152,15 +152,15 @@ class Report:
             self.failures[failure] += 1
         self.reviews = {self.level_names[i]: call.tallies[i].named(self.level_names) for i in sorted(call.tallies)}
         for session in call.sessions:
-            runner, use = session.runner, self.models[_session_name(call, session.model)]
-            use.forwards, use.fed, use.seconds = runner.forwards, runner.fed, runner.seconds
+            reader, use = session.reader, self.models[_session_name(call, session.model)]
+            use.forwards, use.fed, use.seconds = reader.forwards, reader.fed, reader.seconds
             use.rolled_back = session.rolled_back
 
     def _note_memory(self, call: Call) -> None:
         for session in call.sessions:
             name = _session_name(call, session.model)
             use = self.models.setdefault(name, ModelUse(name_of(session.model)))
-            use.cache_bytes = max(use.cache_bytes, session.runner.cache.bytes)
+            use.cache_bytes = max(use.cache_bytes, session.reader.cache.bytes)
 
     # Reading.
 

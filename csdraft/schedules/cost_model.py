@@ -241,7 +241,7 @@ class Working(Schedule):
         If it is far. A model's first forward in a process is slow as no other is, and says nothing.
         """
         target = self.call.target
-        width = _bucket(self.call.session(target).runner.fed // rows)
+        width = _bucket(self.call.session(target).reader.fed // rows)
         if target in WARM and width >= FAR:
             self.ledger.target.add(width, seconds)
         WARM.add(target)

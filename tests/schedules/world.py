@@ -70,7 +70,7 @@ class World:
         self.text = Text([0] * self.prompt)
         self.read: dict[int, int] = {}
         self.fed = 0
-        self.target = SimpleNamespace(runner=self)
+        self.target = SimpleNamespace(reader=self)
         if self.cold == 1:
             WARM.add(self)  # type: ignore[arg-type]
         self.call = SimpleNamespace(

@@ -1,0 +1,272 @@
+"""One model and its cache, reading: from plans to inputs, masks and logits, for every family."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from csdraft.decoding.cache import SlotCache, encoder_decoder_cache
+from csdraft.decoding.inputs import Inputs, Plan
+from csdraft.decoding.traits import Span, traits_of
+
+__all__ = ["NoCache", "Reader", "Sources", "home"]
+
+KEPT_BUFFERS = 64
+"""Inputs of so many queries or fewer are kept for the next forward of their shape."""
+
+
+class NoCache(ValueError):
+    """A model has kept no keys and values of what it read."""
+
+
+@dataclass
+class Sources:
+    """What an encoder-decoder model reads besides its own text: one row a batch row."""
+
+    input_ids: Tensor | None
+    attention_mask: Tensor | None
+    encoder_outputs: object = None
+    cross_cache: object = None
+
+
+class Reader:
+    """Runs one model on batches of plans, over its own cache, and keeps count of what that costs.
+
+    Args:
+        model: a causal LM or a T5-like encoder-decoder.
+        rows: batch size.
+        capacity: slots to reserve a row.
+        sources: the encoder's inputs, for encoder-decoders.
+    """
+
+    def __init__(self, model: nn.Module, rows: int, capacity: int, sources: Sources | None = None):
+        config: Any = model.config
+        text = config.get_text_config(decoder=True)
+        self.model, self.rows, self.sources = model, rows, sources
+        self.device, self.dtype = home(model)
+        self.on_host = self.device.type == "cpu"  # what the model computes is at hand without a copy
+        if sources is not None and sources.attention_mask is not None:
+            sources.attention_mask = sources.attention_mask.to(self.device)
+        self.vocab, self.traits = text.vocab_size, traits_of(model)
+        self.encoder_decoder = config.is_encoder_decoder
+        layers = text.num_decoder_layers if self.encoder_decoder else text.num_hidden_layers
+        by_position = not self.traits.sees_all or self.encoder_decoder
+        self.cache = SlotCache(layers, rows, capacity, self.device, by_position)
+        self.lacks_tokens = False  # whether it may be given tokens that only padding rows of other models have
+        self.seconds, self.forwards, self.fed = 0.0, 0, 0
+        self.last_position = (self.traits.positions or 1 << 30) - 1
+        self._buffers: dict[tuple[int, int, int], Inputs] = {}
+        self._past = None
+        self._prompts = torch.zeros(rows, 2, dtype=torch.long, device=self.device)
+        self._steps = torch.arange(capacity, device=self.device)
+
+    def read(self, plans: Sequence[Plan], keep: int, reach: int = 0) -> Tensor:
+        """(rows, keep, vocab) logits of the last `keep` queries of each row; short rows are padded on the left.
+
+        Args:
+            plans: one a batch row, in batch order.
+            keep: how many trailing queries need logits.
+            reach: a position that the model must see in this forward, as a masked query if no token stands there.
+
+        Raises:
+            NoCache: the model kept no keys and values.
+        """
+        queries = max(len(plan.tokens) for plan in plans)
+        if reach and max(max(plan.positions) for plan in plans) < reach:
+            queries += 1
+        padded = any(len(plan.tokens) < queries for plan in plans)
+        deepest = max(max(plan.deepest for plan in plans), int(padded))
+        inputs = self._inputs(queries, deepest)
+        inputs.load(plans, reach)
+        shared = None if padded else _range_of_all(plans)
+        unmasked = not deepest and shared is not None and self._masks_itself(shared, queries)
+        return self._forward(inputs, keep, shared, unmasked)
+
+    def follow(self, plans: Sequence[Plan], tokens: Any) -> Inputs:
+        """The inputs of one more token in every row, behind those that `plans` have read."""
+        nexts = []
+        for plan in plans:
+            slot, idle = plan.slots[-1] + 1, not plan.sees[-1]
+            position, sees = plan.positions[-1] + 1, 0 if idle else slot + 1
+            nexts.append(Plan((0,), (position,), (slot,), (sees,), ((slot,),) if idle else None, slot + 1))
+        inputs = self._inputs(1, max(plan.deepest for plan in nexts))
+        inputs.load(nexts)
+        inputs.put(tokens)
+        return inputs
+
+    def step(self, inputs: Inputs) -> Tensor:
+        """(rows, vocab) logits after one more token in every row: inputs of `follow`, or moved on since."""
+        if self.rows > 1 or inputs.paths is not None:
+            return self._forward(inputs, 1, None, False)[:, 0]
+        slots = slice(inputs.end - 1, inputs.end)
+        return self._forward(inputs, 1, slots, self._masks_itself(slots, 1))[:, 0]
+
+    def _inputs(self, queries: int, deepest: int) -> Inputs:
+        """The buffers of a shape."""
+        key = (self.rows, queries, deepest)
+        if key in self._buffers:
+            return self._buffers[key]
+        made = Inputs(*key, self.device)
+        if queries <= KEPT_BUFFERS:
+            self._buffers[key] = made
+        return made
+
+    def _masks_itself(self, slots: slice, queries: int) -> bool:
+        """Whether the model's own mask is right for a chain in these slots: an ordinary prefill, or one more token."""
+        if self.traits.cache_windows:
+            return False
+        return slots.start == 0 or (queries == 1 and self.traits.sees_all and not self.traits.additive)
+
+    def _forward(self, inputs: Inputs, keep: int, shared: slice | None, unmasked: bool) -> Tensor:
+        started, end = time.perf_counter(), inputs.end
+        self.forwards += 1
+        self._reserve(end)
+        self.cache.place(inputs.slots, inputs.positions, end, shared)
+        arguments = self._arguments(inputs, None if unmasked else self._masks(inputs, end))
+        if self.traits.keeps_logits:
+            arguments["logits_to_keep"] = keep
+        logits = self.model(**arguments, use_cache=True, return_dict=True).logits
+        if self.forwards == 1 and not self.cache.is_written:
+            raise NoCache(
+                f"{type(self.model).__name__} kept no keys and values of what it read, which drafted decoding goes on "
+                "from; if it is in training mode, call model.eval() first, otherwise leave assistant= out"
+            )
+        self.seconds += time.perf_counter() - started
+        return logits[:, -keep:]
+
+    def _masks(self, inputs: Inputs, end: int) -> Tensor | dict[str | None, Tensor]:
+        """What the model's attention takes: True and False for sdpa, 0 and -inf for eager; a dict if it takes several.
+
+        Each mask is (rows, 1, queries, slots), over the first `end` slots.
+        """
+        allowed = self._steps[:end] < inputs.sees[..., None]  # (rows, queries, slots)
+        if inputs.paths is not None:
+            allowed.scatter_(2, inputs.paths, True)
+        standing = self.cache.positions[:, :end] if self.cache.positions is not None else None  # (rows, slots)
+        for window in self.traits.cache_windows:  # at most one: `refusals`
+            assert window is not None
+            allowed = self._in_cache(allowed, window, inputs.positions, standing)
+        bias = self._position_bias(inputs.positions, standing) if self.encoder_decoder else None
+        made: dict[Span, Tensor] = {}
+        for span in self.traits.spans.values():
+            if span not in made:
+                mask = _spanned(allowed, span, inputs.positions, standing)[:, None]  # (rows, 1, queries, slots)
+                mask = self._additive(mask) if bias is not None or self.traits.additive else mask
+                made[span] = mask if bias is None else mask + bias
+        masks = {key: made[span] for key, span in self.traits.spans.items()}
+        return masks.get(None, masks)
+
+    def _in_cache(self, allowed: Tensor, window: int, positions: Tensor, standing: Any) -> Tensor:
+        """(rows, queries, slots) bool: of what is allowed, what plain `generate` still has in its cache.
+
+        The prompt is read in one forward, before anything is dropped; each later token sees the last `window`.
+        """
+        prompts, kept = self._prompts[..., None].unbind(1)  # (rows, 1) each
+        first = torch.where(positions < prompts, kept, positions) - window  # (rows, queries)
+        near = allowed & (standing[:, None] > first[..., None])
+        return near | (~near.any(-1, keepdim=True) & allowed)  # a padding query must see something
+
+    def set_prompts(self, prompts: Sequence[int], kept: Sequence[int]) -> None:
+        """Says how long each row's prompt is, and how much of it a cache of the user's held."""
+        self._prompts = torch.tensor([prompts, kept], device=self.device).T
+
+    def _additive(self, allowed: Tensor) -> Tensor:
+        low = torch.finfo(self.dtype).min
+        return torch.zeros(allowed.shape, dtype=self.dtype, device=allowed.device).masked_fill_(~allowed, low)
+
+    def _position_bias(self, positions: Tensor, standing: Any) -> Tensor:
+        """(rows, heads, queries, slots) bias(positions) - bias(slots), for T5, which computes its bias from slots."""
+        attention = self.model.get_decoder().block[0].layer[0].SelfAttention  # type: ignore[operator,union-attr]
+        buckets = attention._relative_position_bucket(  # type: ignore[union-attr,operator]
+            standing[:, None, :] - positions[..., None],
+            bidirectional=False,
+            num_buckets=attention.relative_attention_num_buckets,  # type: ignore[union-attr]
+            max_distance=attention.relative_attention_max_distance,  # type: ignore[union-attr]
+        )
+        wanted = attention.relative_attention_bias(buckets).permute(0, 3, 1, 2)  # type: ignore[union-attr,operator]
+        given = attention.compute_bias(  # type: ignore[union-attr,operator]
+            positions.shape[1], standing.shape[1], device=self.device, past_seen_tokens=self.cache.start
+        )
+        return (wanted - given).to(self.dtype)
+
+    def _arguments(self, inputs: Inputs, mask: Any) -> dict:
+        ids = inputs.ids.clamp(max=self.vocab - 1) if self.lacks_tokens else inputs.ids
+        if not self.encoder_decoder:
+            return {
+                "input_ids": ids,
+                "position_ids": inputs.positions,
+                "attention_mask": mask,
+                self.traits.cache_name: self.cache,
+            }
+        sources = self.sources
+        assert sources is not None
+        if self._past is None:
+            self._past = encoder_decoder_cache(self.cache, sources.cross_cache)  # type: ignore[arg-type]
+        return {
+            "encoder_outputs": sources.encoder_outputs,
+            "attention_mask": sources.attention_mask,
+            "decoder_input_ids": ids,
+            "decoder_attention_mask": mask,
+            self.traits.cache_name: self._past,
+        }
+
+    def _reserve(self, end: int) -> None:
+        if end > len(self._steps):
+            self._steps = torch.arange(2 * end, device=self.device)
+
+    def encode(self) -> None:
+        """Runs the encoder once, if the model has one and nobody has run it yet."""
+        sources = self.sources
+        if not self.encoder_decoder or sources is None or sources.encoder_outputs is not None:
+            return
+        encoder = self.model.get_encoder()  # type: ignore[operator]
+        sources.encoder_outputs = encoder(
+            input_ids=sources.input_ids.to(self.device),  # type: ignore[union-attr]
+            attention_mask=sources.attention_mask,
+            return_dict=True,
+        )
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Drops all batch rows but `rows`."""
+        self.cache.keep_rows(rows)
+        self.rows = len(rows)
+        index = torch.tensor(rows, device=self.device)
+        self._prompts = self._prompts[index]
+        if self.encoder_decoder and self.sources is not None:
+            if self._past is not None:
+                self._past.cross_attention_cache.batch_select_indices(index)
+            sources = self.sources
+            outputs = sources.encoder_outputs
+            outputs = type(outputs)(last_hidden_state=outputs.last_hidden_state[index])  # type: ignore
+            mask = None if sources.attention_mask is None else sources.attention_mask[index]
+            self.sources = Sources(sources.input_ids, mask, outputs, sources.cross_cache)
+
+
+def _range_of_all(plans: Sequence[Plan]) -> slice | None:
+    """The one range of slots that all rows write, if they do."""
+    first, count = plans[0].slots[0], len(plans[0].slots)
+    wanted = range(first, first + count)
+    return slice(first, first + count) if all(list(wanted) == list(plan.slots) for plan in plans) else None
+
+
+def _spanned(allowed: Tensor, span: Span, positions: Tensor, standing: Any) -> Tensor:
+    """(rows, queries, slots) bool: of what is allowed, what lies in the span of each query."""
+    if span.window is not None and allowed.shape[-1] > span.window:
+        return allowed & (standing[:, None] > positions[..., None] - span.window)
+    if span.chunk is not None and allowed.shape[-1] > span.chunk:
+        return allowed & (standing[:, None] // span.chunk == positions[..., None] // span.chunk)
+    return allowed
+
+
+def home(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where a model takes its token ids, and the dtype it computes in."""
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    device = embeddings.weight.device
+    if device.type == "meta":  # offloaded: accelerate brings the weights there for each forward
+        device = torch.device(embeddings._hf_hook.execution_device)
+    return device, model.dtype  # type: ignore[return-value]
