@@ -7,12 +7,13 @@ value is null is a missing key, as transformers has it from 5.24 on.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from csdraft.data.tally import Unusable
 
-__all__ = ["Message", "as_messages", "as_tools", "in_parts", "kind_of", "says_something", "text_of_parts"]
+__all__ = ["Message", "as_messages", "as_tools", "in_parts", "is_broken", "kind_of", "says_something", "text_of_parts"]
 
 Message = Mapping[str, Any]
 """`role` and `content`."""
@@ -23,6 +24,7 @@ SPEAKERS = {
 }  # fmt: skip
 """ShareGPT's names, and those of tools that write its format."""
 
+SURROGATE = re.compile("[\ud800-\udfff]")
 TEXT_PARTS = ("text", "input_text", "output_text")
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names that transformers knows for an assistant's reasoning."""
@@ -62,6 +64,11 @@ def kind_of(value: Any) -> str:
     names = ((str, "text"), (bool, "true or false"), (int | float, "a number"), (Mapping, "an object"))
     found = (name for kind, name in names if isinstance(value, kind))
     return next(found, "a list" if isinstance(value, Sequence) else f"a {type(value).__name__}")
+
+
+def is_broken(text: str) -> bool:
+    """Whether there is half a character, as JSON has it of an emoji that was cut: tokenizers refuse it."""
+    return not text.isascii() and SURROGATE.search(text) is not None
 
 
 def in_parts(message: Message) -> bool:
@@ -162,6 +169,8 @@ def _with_content(message: dict[str, Any]) -> dict[str, Any]:
         kept = {name: value for name, value in message.items() if name != "content"}
         return kept if role == "assistant" else {**kept, "content": ""}
     if isinstance(content, str):
+        if is_broken(content):
+            raise Unusable(f"half a character in {_a(role)} turn")
         return message
     if isinstance(content, list) and (role != "tool" or all(_is_part(part) for part in content)):
         return {**message, "content": [_text_part(part) for part in content]}
@@ -189,4 +198,4 @@ def _text_part(part: Any) -> dict[str, str]:
 
 
 def _a(noun: Any) -> str:
-    return f"{'an' if str(noun)[:1].lower() in tuple('aeiou') else 'a'} {noun}"
+    return f"{'an' if str(noun)[:1].lower() in ('a', 'e', 'i', 'o') else 'a'} {noun}"

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import lzma
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +18,7 @@ from csdraft.data.json_lines import OPENERS, first_line, is_lines, read_objects
 from csdraft.data.text import LIBRARIES, TEXT_SUFFIXES, read_corpus
 from csdraft.data.text import split as parted
 
-__all__ = ["Kind", "Source", "open_source"]
+__all__ = ["TOOLS", "Kind", "Source", "named", "open_source"]
 
 Kind = Literal["tokens", "chat", "prompt", "text"]
 
@@ -79,7 +80,18 @@ def open_source(source: str, split: str = "train", limit: int | None = None, in_
         examples = (
             examples[:limit] if isinstance(examples, list) else examples.select(range(min(limit, len(examples))))
         )
-    return _described(source, examples)
+    with named(source):
+        return _described(source, examples)
+
+
+@contextmanager
+def named(source: str) -> Iterator[None]:
+    """Bytes that are no UTF-8 become an error that says where: Arrow stores them, and fails when they are read."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        _name_broken_line(Path(source))
+        raise ValueError(f"{source!r} has text that is not UTF-8 ({error}); convert it, or remove that row") from error
 
 
 # What the columns hold.
@@ -96,8 +108,7 @@ def _described(source: str, examples: Any) -> Source:
         raise ValueError(f"{source!r} has {found}; one of them must be {wanted}: rename it")
     filled = (found for found in known if _first(examples, found[1]) is not None)
     kind, column = next(filled, known[0])  # if no row has anything, reading it says so
-    value = _first(examples, column)
-    turns = kind == "chat" or (kind == "prompt" and value is not None and not _is_plain(value))
+    turns = kind == "chat" or (kind == "prompt" and _is_turns(_first(examples, column, _is_usual)))
     response = _response(examples, columns, turns) if kind == "prompt" else None
     others = {"tokens": GIVEN, "text": ()}.get(kind, (TOOLS,))
     read = (column, *([response] if response else []), *(name for name in others if name in columns))
@@ -106,16 +117,23 @@ def _described(source: str, examples: Any) -> Source:
 
 
 def _response(examples: Any, columns: Sequence[str], turns: bool) -> str | None:
-    """The first column that holds answers: text, or what was meant as text, unless prompts are conversations."""
-    for name in RESPONSES:
-        value = _first(examples, name) if name in columns else None
-        if value is not None and (turns or _is_plain(value)):
-            return name
+    """The first column of answers: texts, or, after conversations, messages. A column of other objects is not one."""
+    for name in (name for name in RESPONSES if name in columns):
+        value = _first(examples, name, _is_usual)
+        other = _first(examples, name) if value is None else None
+        if (turns or isinstance(value, str)) if value is not None else not isinstance(other, list | Mapping):
+            return name  # numbers, or nothing: reading them says so
     return None
 
 
-def _is_plain(value: Any) -> bool:
-    return not isinstance(value, list | Mapping)
+def _is_usual(value: Any) -> bool:
+    """Whether it is a text or looks like a conversation."""
+    return _is_turns(value) or (isinstance(value, str) and value != "")
+
+
+def _is_turns(value: Any) -> bool:
+    turn = value[0] if isinstance(value, list) and value else value
+    return isinstance(turn, Mapping) and ("role" in turn or "from" in turn)
 
 
 def _columns(examples: Any) -> list[str]:
@@ -124,11 +142,13 @@ def _columns(examples: Any) -> list[str]:
     return examples.column_names
 
 
-def _first(examples: Any, column: str) -> Any:
-    """The first value that is not null or empty; None if there is none."""
-    return next(
-        (value for value in _values(examples, column) if value is not None and value not in ("", [], {})), None
-    )
+def _is_filled(value: Any) -> bool:
+    return value is not None and value not in ("", [], {})
+
+
+def _first(examples: Any, column: str, wanted: Callable[[Any], bool] = _is_filled) -> Any:
+    """The first value of a column that is wanted; None if there is none."""
+    return next(filter(wanted, _values(examples, column)), None)
 
 
 def _values(examples: Any, column: str) -> Iterator[Any]:
@@ -171,17 +191,25 @@ def _dataset(source: str, split: str) -> Any:
     except ImportError as error:
         raise ValueError(f"reading {source!r} needs datasets: pip install csdraft[train]") from error
     path = Path(source)
+    if not path.exists() and path.suffix in BUILDERS:
+        raise ValueError(f"there is no file {source!r}; give an existing file or folder, or a Hub id")
     if path.is_file() and _suffix(path) in (".json", ".jsonl"):
         return _json(path, split, datasets)
     try:
         return _loaded(source, split, datasets)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        for file in sorted(path.rglob("*.jsonl")) if path.is_dir() and not _is_saved(path) else ():
-            read_objects(file)  # names a broken line, if there is one
+        _name_broken_line(path)
         raise ValueError(
             f"split {split!r} of the data set {source!r} cannot be read: {_reason(error)}. Where it has others, "
             "choose with split= (eval_split= of evaluation prompts)"
         ) from error
+
+
+def _name_broken_line(path: Path) -> None:
+    """Raises ValueError if a file of JSON lines, or one in a folder of them, has a line that is wrong."""
+    for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
+        if is_lines(file):
+            read_objects(file)
 
 
 def _suffix(path: Path) -> str | None:

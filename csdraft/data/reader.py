@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from csdraft.data.chat import ChatFormat, scored_chat
-from csdraft.data.messages import as_messages, as_tools, kind_of
+from csdraft.data.messages import as_messages, as_tools, is_broken, kind_of
 from csdraft.data.opening import TOOLS, Source
 from csdraft.data.tally import Tally, Unusable, attempt
 
@@ -48,6 +48,8 @@ def text_of(value: Any, what: str) -> str:
         raise Unusable(f"no {what}")
     if not isinstance(value, str):
         raise Unusable(f"{kind_of(value)} as {what}")
+    if is_broken(value):
+        raise Unusable(f"half a character in its {what}")
     return value
 
 

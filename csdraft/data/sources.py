@@ -13,7 +13,7 @@ from typing import Any
 
 from csdraft.data.chat import ChatFormat, chat_prompt, check_template
 from csdraft.data.messages import as_tools
-from csdraft.data.opening import TOOLS, Source, open_source
+from csdraft.data.opening import TOOLS, Source, named, open_source
 from csdraft.data.reader import OUTCOME, RowReader, conversation_of, count, opened, text_of, tokens_of, without_filled
 from csdraft.data.tally import Counted, Tally, Unusable, attempt, tally_of
 
@@ -57,7 +57,8 @@ def read_rows(
         check_template(tokenizer, f"{source!r} holds conversations", chat)
     reader = RowReader(found._replace(examples=None), tokenizer, max_length, chat)
     tally = Tally(source, len(found.examples), max_length)
-    rows = (_listed if isinstance(found.examples, list) else _mapped)(found.examples, reader, tally)
+    with named(source):
+        rows = (_listed if isinstance(found.examples, list) else _mapped)(found.examples, reader, tally)
     if not len(rows):
         raise ValueError(
             f"{source!r} holds {found.kind} rows, but none with a token to train on: {tally.read:,} read, "
