@@ -18,7 +18,7 @@ from csdraft.data.json_lines import OPENERS, first_line, is_lines, read_objects
 from csdraft.data.text import LIBRARIES, TEXT_SUFFIXES, read_corpus
 from csdraft.data.text import split as parted
 
-__all__ = ["TOOLS", "Kind", "Source", "named", "open_source"]
+__all__ = ["GIVEN", "TOOLS", "Kind", "Source", "named", "open_source"]
 
 Kind = Literal["tokens", "chat", "prompt", "text"]
 
@@ -112,7 +112,10 @@ def _described(source: str, examples: Any) -> Source:
     response = _response(examples, columns, turns) if kind == "prompt" else None
     others = {"tokens": GIVEN, "text": ()}.get(kind, (TOOLS,))
     read = (column, *([response] if response else []), *(name for name in others if name in columns))
-    features = None if isinstance(examples, list) else {name: examples.features[name] for name in read}
+    features = None
+    if not isinstance(examples, list):  # others, images perhaps, are not even decoded
+        examples = examples.select_columns(list(read))
+        features = dict(examples.features)
     return Source(source, examples, kind, column, response, turns, read, features)
 
 
@@ -197,7 +200,7 @@ def _dataset(source: str, split: str) -> Any:
         return _json(path, split, datasets)
     try:
         return _loaded(source, split, datasets)
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, KeyError, TypeError, datasets.exceptions.DatasetsError) as error:
         _name_broken_line(path)
         raise ValueError(
             f"split {split!r} of the data set {source!r} cannot be read: {_reason(error)}. Where it has others, "
@@ -247,11 +250,19 @@ def _json(path: Path, split: str, datasets: Any) -> Any:
             return read_objects(path)
         try:
             return datasets.load_dataset("json", data_files={split: str(path)}, split=split)
-        except (ValueError, KeyError, datasets.exceptions.DatasetsError):
+        except (ValueError, KeyError, TypeError, AttributeError, datasets.exceptions.DatasetsError):
             if not readable:
                 raise
             return read_objects(path)
-    except (OSError, EOFError, lzma.LZMAError, KeyError, datasets.exceptions.DatasetsError) as error:
+    except (
+        OSError,
+        EOFError,
+        lzma.LZMAError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        datasets.exceptions.DatasetsError,
+    ) as error:
         raise ValueError(f"the file {str(path)!r} cannot be read: {_reason(error)}; write it again") from error
 
 

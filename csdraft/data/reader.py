@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from csdraft.data.chat import ChatFormat, scored_chat
 from csdraft.data.messages import as_messages, as_tools, is_broken, kind_of
-from csdraft.data.opening import TOOLS, Source
+from csdraft.data.opening import GIVEN, TOOLS, Source
 from csdraft.data.tally import Tally, Unusable, attempt
 
 __all__ = [
@@ -67,9 +67,11 @@ def tokens_of(example: Mapping[str, Any], number: int, source: Source, tokenizer
         ValueError: they are of another tokenizer.
     """
     ids = example.get(source.column)
-    if ids is None or isinstance(ids, str) or not isinstance(ids, Sequence):
-        raise Unusable("no tokens" if ids is None else f"{kind_of(ids)} in place of tokens")
-    if not all(isinstance(token, int) for token in ids):
+    if ids is None:
+        raise Unusable("no tokens")
+    if not isinstance(ids, list):
+        raise Unusable(f"{kind_of(ids)} in place of tokens")
+    if not all(type(token) is int for token in ids):
         raise Unusable("tokens that are not whole numbers")
     if len(ids) and not 0 <= min(ids) <= max(ids) < len(tokenizer):
         foreign = min(ids) if min(ids) < 0 else max(ids)
@@ -77,13 +79,17 @@ def tokens_of(example: Mapping[str, Any], number: int, source: Source, tokenizer
             f"row {number} of {source.name!r} has token {foreign} in {source.column!r}, and the tokenizer has "
             f"{len(tokenizer)} tokens; the data was made with another tokenizer: make it again with this one"
         )
-    prompt = example.get("prompt_length") or 0
-    if not isinstance(prompt, int) or prompt < 0:
-        raise Unusable("a prompt_length that is not a number of tokens", str(prompt))
-    more = {name: value for name in ("scored", "index") if (value := example.get(name)) is not None}
-    if len(scored := more.get("scored", ids)) != len(ids):
+    given = {name: value for name in GIVEN if (value := example.get(name)) is not None}
+    for name in given.keys() & {"prompt_length", "index"}:
+        if type(given[name]) is not int or given[name] < 0:
+            raise Unusable(f"{kind_of(given[name])} as {name}", f"{given[name]}: it counts from 0")
+    if "scored" in given and not (
+        isinstance(given["scored"], list) and all(each in (0, 1) for each in given["scored"])
+    ):
+        raise Unusable(f"{kind_of(given['scored'])} as scored", "it is a list of 0 and 1")
+    if len(scored := given.get("scored", ids)) != len(ids):
         raise Unusable("a scored list that is not as long as its tokens", f"{len(scored)} for {len(ids)}")
-    return Encoded(list(ids), prompt, more)
+    return Encoded(ids, given.pop("prompt_length", 0), given)
 
 
 def without_filled(value: Any, feature: Any) -> Any:
@@ -218,7 +224,9 @@ class RowReader:
                 f"max_length={size}",
             )
         scored = found.more.get("scored")
-        if len(ids) <= found.prompt_length or (scored is not None and 1 not in scored[:size]):
+        if len(ids) <= found.prompt_length or (
+            scored is not None and 1 not in scored[max(found.prompt_length, 1) : size]
+        ):
             raise Unusable("no token to train on")
         more = found.more if scored is None else {**found.more, "scored": list(scored)[:size]}
         yield self._row(number, Encoded(ids[:size], found.prompt_length, more), cut=len(ids) > size)

@@ -155,20 +155,20 @@ def prompts_of(
         what = f"{source.name!r} holds conversations" if source.turns else "prompts are to be put into a chat template"
         check_template(tokenizer, what, chat)
     prompts, tally = [], Tally(source.name, len(source.examples), longest)
-    for number, example in enumerate(source.examples):
-        try:
-            ids = _prompt_ids(source, example, number, tokenizer, chat, wrapped)
-        except Unusable as why:
-            tally.leave_out(number, why)
-            continue
-        if source.kind == "text":
-            ids = ids[:longest]
-        if longest is not None and len(ids) > longest:
-            raise ValueError(
-                f"prompt {number} of {source.name!r} (row {number}, column {source.column!r}) has {len(ids)} tokens, "
-                f"of which {longest} fit; leave it out, or ask for fewer new tokens"
-            )
-        prompts.append(ids)
+    with named(source.name):
+        for number, example in enumerate(source.examples):
+            ids = attempt(partial(_prompt_ids, source, tokenizer, chat, wrapped), (number, example))
+            if isinstance(ids, Unusable):
+                tally.leave_out(number, ids)
+            elif source.kind == "text":
+                prompts.append(ids[:longest])
+            elif longest is not None and len(ids) > longest:
+                raise ValueError(
+                    f"prompt {number} of {source.name!r} (row {number}, column {source.column!r}) has {len(ids)} "
+                    f"tokens, of which {longest} fit; leave it out, or ask for fewer new tokens"
+                )
+            else:
+                prompts.append(ids)
     if not prompts:
         raise ValueError(
             f"{source.name!r} holds no prompt that can be used: {tally.read:,} rows read, {tally.reasons}; "
@@ -179,9 +179,9 @@ def prompts_of(
 
 
 def _prompt_ids(
-    source: Source, example: Mapping[str, Any], number: int, tokenizer: Any, chat: ChatFormat, wrapped: bool
+    source: Source, tokenizer: Any, chat: ChatFormat, wrapped: bool, row: tuple[int, Mapping[str, Any]]
 ) -> list[int]:
-    features = source.features or {}
+    (number, example), features = row, source.features or {}
     value = without_filled(example.get(source.column), features.get(source.column))
     if source.kind == "tokens":
         tokens = tokens_of(example, number, source, tokenizer)
@@ -205,7 +205,8 @@ def texts_of(source: Source, tokenizer: Any, longer_than: int) -> Counted:
     """Token ids of texts, in their order, without those that have no more than `longer_than` tokens."""
     texts, tally = [], Tally(source.name, len(source.examples))
     for start in range(0, len(source.examples), BATCH):
-        found = [source.examples[i].get(source.column) for i in range(start, min(start + BATCH, tally.read))]
+        with named(source.name):
+            found = [source.examples[i].get(source.column) for i in range(start, min(start + BATCH, tally.read))]
         found = [attempt(partial(text_of, what="text"), value) for value in found]
         encoded = iter(tokenizer([text for text in found if isinstance(text, str)] or [""])["input_ids"])
         for number, text in enumerate(found, start):

@@ -64,6 +64,15 @@ OUT = {
         [{"input_ids": [5, 6], "scored": [0, 1]}, {"input_ids": [5, 6], "scored": [1]}],
         "a scored list that is not as long as its tokens",
     ),
+    "score before the prompt's end": (
+        [{"input_ids": [5, 6, 7], "scored": [0, 1, 0]}, {"input_ids": [5, 6, 7], "scored": [1, 0, 0]}],
+        "no token to train on",
+    ),
+    "number as scores": (
+        [{"input_ids": [5, 6], "scored": None}, {"input_ids": [5, 6], "scored": 1}],
+        "a number as scored",
+    ),
+    "text as index": ([{"input_ids": [5, 6], "index": 0}, {"input_ids": [5, 6], "index": "w"}], "text as index"),
     "null conversation": ([GOOD, {"messages": None}], "a null conversation"),
     "empty conversation": ([GOOD, talk()], "an empty conversation"),
     "text as conversation": ([GOOD, {"messages": "w1"}], "text in place of a conversation"),
@@ -179,6 +188,21 @@ def test_a_broken_line_is_named(name, tmp_path):
         with pytest.raises(ValueError, match=message) as error:
             read()
         assert "rows.jsonl" in str(error.value)
+
+
+def test_what_datasets_cannot_read_is_read_all_the_same(tmp_path):
+    """A row that is null, where a column's values differ in kind: `datasets` 5.2 ends with an AttributeError."""
+    rows = [GOOD | {"tools": 5}, None, GOOD | {"tools": []}]
+    rows = read_rows(write_lines(tmp_path / "rows.jsonl", rows), make_tokenizer(PLAIN), 16)
+    assert reasons(rows) == {"a number in place of a list of tools": 1, "a null conversation": 1}
+
+
+def test_a_corpus_that_is_not_text_is_named(tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "cut.txt.xz").write_bytes(b"\xfd7zXZ")
+    for name in ("latin.txt", "cut.txt.xz"):
+        with pytest.raises(ValueError, match=f"{name}' cannot be read as UTF-8 text"):
+            read_rows(str(tmp_path / name), make_tokenizer(), 8)
 
 
 def test_files_of_other_makes(tmp_path):
