@@ -167,7 +167,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
             f"no folder {path!r} here: run from the repository, or name models with --target and --drafter"
         )
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise SystemExit(f"no tokenizer at {path!r}; --target names a model with one, by path or Hub id") from error
 
@@ -175,11 +175,11 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 def load_model(path: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """A causal LM or T5-like model, ready to generate; SystemExit with the way out if there is none."""
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except OSError as error:
         raise SystemExit(f"no model at {path!r} ({str(error).splitlines()[0]}); name one by path or Hub id") from error
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return auto.from_pretrained(path, dtype=dtype).to(device).eval()  # type: ignore[arg-type]
+    return auto.from_pretrained(path, dtype=dtype, trust_remote_code=False).to(device).eval()  # type: ignore[arg-type]
 
 
 def read_prompts(source: str, limit: int | None = None) -> list[str]:

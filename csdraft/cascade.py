@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Hashable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -16,19 +17,22 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from csdraft import hub, spec
+from csdraft import hub, loading, spec
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Schedule, Verifier
 from csdraft.decoding.names import name_of
 from csdraft.decoding.report import Planned, Report
 from csdraft.decoding.runner import home
+from csdraft.drafters._load import HUB_OPTIONS, load_model
 from csdraft.drafters.horizontal import Horizontal
-from csdraft.drafters.model import ModelDrafter, bound, load_model
+from csdraft.drafters.model import ModelDrafter, bound
 from csdraft.kmatrix import AUTO, build, check_k_matrix, first_guess, spread_lenience
 from csdraft.schedules.cost_model import CostModel
 from csdraft.schedules.fixed import Fixed
+from csdraft.stored import naming
 from csdraft.upload import upload
+from csdraft.verifiers._lenience import check_lenience
 from csdraft.verifiers.match import Match
 
 if TYPE_CHECKING:
@@ -90,10 +94,12 @@ class CascadeDrafter(Drafter):
         drafters = tuple(_unwrapped(as_drafter(drafter)) for drafter in self.drafters)
         auto = isinstance(self.k_matrix, str) and self.k_matrix == AUTO
         matrix = first_guess(drafters) if auto and drafters else check_k_matrix(self.k_matrix, drafters)
-        if auto and not isinstance(self.lenience, int | float):
+        check_lenience(self.lenience)
+        one = isinstance(self.lenience, Real)
+        lenience: Any = float(self.lenience) if one else tuple(map(float, self.lenience))  # type: ignore[arg-type]
+        if auto and not isinstance(lenience, float):
             raise ValueError(f"lenience={self.lenience!r} with k_matrix='auto': give one number, for whoever reviews")
-        root = build(drafters, matrix, spread_lenience(1.0 if auto else self.lenience, drafters, matrix))
-        lenience = float(self.lenience) if isinstance(self.lenience, int | float) else tuple(map(float, self.lenience))
+        root = build(drafters, matrix, spread_lenience(1.0 if auto else lenience, drafters, matrix))
         values = {
             "drafters": drafters,
             "k_matrix": AUTO if auto else matrix,
@@ -189,9 +195,9 @@ class CascadeDrafter(Drafter):
 
     def keep_report(self, report: Report) -> None:
         """Takes in a finished call's report."""
-        super().keep_report(report)
         report.planned = self._plan
         self._reports.add(report)
+        super().keep_report(report)
 
     # Saving.
 
@@ -241,6 +247,7 @@ class CascadeDrafter(Drafter):
         path: str | os.PathLike[str],
         target: nn.Module | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        local_bases: bool = False,
         **options: Any,
     ) -> CascadeDrafter:
         """Loads what `save_pretrained` wrote.
@@ -249,15 +256,18 @@ class CascadeDrafter(Drafter):
             path: folder or Hub id.
             target: what the cascade is to draft for: its vocabulary is compared, and models go to its device.
             tokenizer: the target's, compared with the one that the cascade was saved with.
-            options: of transformers' `from_pretrained`: dtype, device_map, ...; revision is that of the cascade.
+            local_bases: whether adapters may be put on bases at paths of this machine, which their folders name; by
+                default only on models of the Hub, since a cascade that somebody shares could name any path.
+            options: of transformers' `from_pretrained`: dtype, device_map, ...; revision is that of the cascade, and
+                trust_remote_code is False unless given.
         """
-        folder = hub.find_cascade(os.fspath(path), **{k: v for k, v in options.items() if k in hub.HUB_OPTIONS})
+        folder = loading.find_cascade(os.fspath(path), **{k: v for k, v in options.items() if k in HUB_OPTIONS})
         if folder is None:
             raise ValueError(
                 f"{os.fspath(path)!r} holds no {hub.DOCUMENT}: give a folder that save_pretrained wrote or the Hub id "
                 "of one; a model's folder goes into CascadeDrafter([...]) or ModelDrafter(...)"
             )
-        return cls(**hub.load(folder, target, tokenizer, **options))
+        return _opened(folder, target, tokenizer, local_bases, **options)
 
 
 def _unwrapped(drafter: Drafter) -> Drafter:
@@ -324,10 +334,17 @@ def _stored(path: str, target: nn.Module | None) -> Drafter:
 
 
 def _load(path: str, target: nn.Module | None) -> Drafter:
-    if (folder := hub.find_cascade(path)) is not None:
-        return CascadeDrafter(**hub.load(folder, target, None))
+    if (folder := loading.find_cascade(path)) is not None:
+        return _opened(folder, target, None)
     model = drafter_model(path)
     return ModelDrafter(model if target is None else model.to(home(target)[0]))
+
+
+def _opened(folder: Path, target: nn.Module | None, tokenizer: Any, *bases: bool, **options: Any) -> CascadeDrafter:
+    """The cascade that a folder holds; the arguments are those of `loading.load`."""
+    arguments = loading.load(folder, target, tokenizer, *bases, **options)
+    with naming(hub.DOCUMENT):
+        return CascadeDrafter(**arguments)
 
 
 def drafter_model(path: str, **options: Any) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +16,13 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 from csdraft.checks import check_processors, check_request
 from csdraft.decoding.cache import cross_attention_cache, export_cache
 from csdraft.decoding.cache_names import GENERATE_CACHE
+from csdraft.decoding.guard import Guarded
 from csdraft.decoding.interfaces import Drafter, Schedule, Verifier
 from csdraft.decoding.loop import open_call, run
 from csdraft.decoding.output import Output
 from csdraft.decoding.runner import Sources
 from csdraft.decoding.text import Text
+from csdraft.generate_options import check_early, effective
 
 __all__ = ["decode", "enable", "install"]
 
@@ -42,6 +44,7 @@ def decode(
     strict: bool = False,
     diagnose: bool = False,
     encoder_input_ids: Tensor | None = None,
+    given: Collection[str] | None = None,
     streamer: Any = None,
     synced_gpus: bool = False,
     **model_kwargs: Any,
@@ -63,15 +66,16 @@ def decode(
             the price of a comparison of laws a judged token.
         encoder_input_ids: (rows, source) the encoder's input, which an encoder-decoder's drafters read too; the
             patched spelling fills it in.
+        given: the names of the keywords that the user passed to `generate`; the patched spelling fills them in.
     """
     from csdraft.cascade import CascadeDrafter, as_drafter, choose_schedule, choose_verifier
 
     drafter = as_drafter(assistant, model)
     rule = choose_verifier(verifier, drafter)
-    policy = choose_schedule(schedule, drafter)
+    policy, guarded = choose_schedule(schedule, drafter), Guarded(drafter, rule, strict)
     row_seeds = None if row_seeds is None else [int(seed) for seed in row_seeds]
     check_request(
-        model, input_ids, generation_config, model_kwargs, stopping_criteria, streamer, synced_gpus, row_seeds
+        model, input_ids, generation_config, model_kwargs, given, stopping_criteria, streamer, synced_gpus, row_seeds
     )
     mask = model_kwargs.get("decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask")
     mask = None if mask is None or bool(mask.all()) else mask
@@ -81,20 +85,20 @@ def decode(
         read = input_ids if encoder_input_ids is None else encoder_input_ids
         seen = mask if encoder_input_ids is None else model_kwargs.get("attention_mask")
         prompt = read[0] if seen is None else read[0][seen[0].bool()]
-        drafter = drafter.planned(model, prompt[None], {key: getattr(generation_config, key) for key in PLANNED_FOR})
-    sources = _sources(model, input_ids, encoder_input_ids, model_kwargs, drafter)
+        options = {key: getattr(generation_config, key) for key in PLANNED_FOR}
+        guarded.drafter = guarded.attempt(lambda cascade: cascade.planned(model, prompt[None], options), drafter)
+    sources = _sources(model, input_ids, encoder_input_ids, model_kwargs, guarded)
     call = open_call(
         model, input_ids, logits_processor, stopping_criteria, generation_config, rule, row_seeds, sources, mask, past
     )
     check_processors(rule, call.head.processing)
-    if drafter is not None:
-        drafter.check(call)
-        policy = policy.start(call, drafter)
+    guarded.check(call)
+    policy = guarded.start(policy, call)
     output = Output(generation_config, call.rows, streamer)
     call.head.stopping.kept = output.scores
     target = call.session(model)
     target.pinned = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
-    report = run(call, drafter, rule, policy, output, strict, diagnose)
+    report = run(call, guarded, rule, policy, output, strict, diagnose)
     sequences = output.sequences(input_ids, call.texts)
     if target.pinned and cache is not None:
         target.settle(call.texts, sequences.shape[1] - 1)
@@ -103,12 +107,12 @@ def decode(
 
 
 def _sources(
-    model: PreTrainedModel, input_ids: Tensor, encoder_input_ids: Tensor | None, inputs: dict, drafter: Drafter | None
+    model: PreTrainedModel, input_ids: Tensor, encoder_input_ids: Tensor | None, inputs: dict, drafter: Drafter
 ) -> Sources | None:
     """What an encoder-decoder reads besides its own text, one row a batch row; None for a decoder-only model."""
     if not model.config.is_encoder_decoder:
         return None
-    if encoder_input_ids is None and drafter is not None and drafter.models():
+    if encoder_input_ids is None and drafter.models():
         raise ValueError(
             "the drafter's models read the encoder's input too, but only encoder_outputs is known: "
             "pass encoder_input_ids=, the (rows, source) ids that encoder_outputs was made from"
@@ -134,7 +138,7 @@ PLANNED_FOR = ("do_sample", "temperature", "top_k", "top_p", "min_p", "pad_token
 """Of a call's generation config, what a plan is made for."""
 
 
-OTHER_DRAFTERS = ("assistant_model", "assistant_tokenizer", "prompt_lookup_num_tokens")
+OTHER_DRAFTERS = ("assistant_model", "assistant_tokenizer")
 """Keywords of `generate` that ask transformers itself to draft."""
 
 
@@ -153,9 +157,9 @@ def _generate(self: Any, *args: Any, assistant: Any = None, **kwargs: Any) -> An
     options = {key: kwargs.pop(key) for key in OPTIONS if key in kwargs}
     if bound.get("custom_generate") is not None:  # a saved cascade's own shim, which calls back with `assistant`
         return _stock_generate(self, *args, assistant=assistant, **options, **kwargs)
-    extra = bound.get("kwargs", {})
-    config = bound.get("generation_config") or self.generation_config
-    strings = extra.get("stop_strings") or config.stop_strings or self.generation_config.stop_strings
+    extra, config = bound.get("kwargs", {}), bound.get("generation_config")
+    check_early(extra, config, self.generation_config)
+    strings = effective("stop_strings", extra, config, self.generation_config)
     tokenizer = extra.get("tokenizer")
     if strings and tokenizer is not None:  # transformers drops the tokenizer for callables
         criteria = StoppingCriteriaList(bound.get("stopping_criteria") or [])
@@ -171,6 +175,7 @@ def _generate(self: Any, *args: Any, assistant: Any = None, **kwargs: Any) -> An
         streamer=bound.get("streamer"),
         synced_gpus=bool(bound.get("synced_gpus")),
         encoder_input_ids=encoder_ids,
+        given=tuple(extra),
         **options,
     )
     return _stock_generate(self, *args, custom_generate=bound_decode, **kwargs)

@@ -1,4 +1,4 @@
-"""A cascade on disk and on the Hub: cascade.json, models, tables, provenance, model card, custom_generate shim."""
+"""A cascade to disk and to the Hub: cascade.json, models, tables, provenance, model card, custom_generate shim."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import tempfile
 import warnings
 import weakref
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +24,9 @@ from torch import nn
 from csdraft import spec
 from csdraft.card import SHIM, SIGNATURE, model_card
 from csdraft.decoding.names import name_of
-from csdraft.decoding.runner import home
-from csdraft.drafters.model import HUB_OPTIONS, MOST_VOCABULARY_PADDING, base_model, load_model
-from csdraft.heads.self_draft import SelfDraft, is_hub_id
+from csdraft.drafters.model import base_model
+from csdraft.heads.self_draft import SelfDraft
+from csdraft.stored import is_hub_id, read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,22 +35,21 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DOCUMENT",
-    "HUB_OPTIONS",
+    "FORMAT",
     "Target",
     "command",
-    "find_cascade",
+    "csdraft_version",
     "fingerprint",
     "generate",
-    "load",
     "save",
+    "vocab_size",
     "without_folders",
 ]
 
 DOCUMENT, FORMAT = "cascade.json", 1
-OWN_FOLDERS = ("models", "tables", "custom_generate")
+OWN_FOLDERS = ("models", "tables", "tokenizers", "custom_generate")
 ABSOLUTE = re.compile(r"(?<![^\s=\[{(,'\"])(?:~|\.{1,2}|[A-Za-z]:)?[/\\][^\s,\]})'\"]+")
 SECRET = re.compile(r"(token|secret|password|api[-_]?key|credentials?)(=|$)", re.IGNORECASE)
-KEYS = ("format", "csdraft", "target", "models", "drafters", "k_matrix", "lenience", "verifier", "schedule")
 
 
 @dataclass(frozen=True)
@@ -109,8 +108,9 @@ def save(
         )
     models: dict[str, nn.Module] = {}
     tables: dict[str, Any] = {}
-    document: dict[str, Any] = {"format": FORMAT, "csdraft": _csdraft_version(), "target": {}, "models": {}}
-    document["drafters"] = [spec.to_json(drafter, models, tables) for drafter in cascade.drafters]
+    places: dict[str, Any] = {}
+    document: dict[str, Any] = {"format": FORMAT, "csdraft": csdraft_version(), "target": {}, "models": {}}
+    document["drafters"] = [spec.to_json(drafter, models, tables, places) for drafter in cascade.drafters]
     document |= {"k_matrix": cascade.k_matrix, "lenience": cascade.lenience}
     document["verifier"] = spec.to_json(cascade.verifier, models, tables)
     document["schedule"] = spec.to_json(cascade.schedule, models, tables)
@@ -130,6 +130,8 @@ def save(
         for name, table in tables.items():
             (scratch / name).parent.mkdir(exist_ok=True)
             table.save(scratch / name)
+        for name, place in places.items():
+            _write_tokenizer(place, scratch / name)
         (scratch / "custom_generate").mkdir()
         (scratch / "custom_generate" / "generate.py").write_text(SHIM)
         provenance = _provenance(models, cascade)
@@ -161,6 +163,15 @@ def _write_model(model: nn.Module, folder: str, scratch: Path, target: Target | 
     else:
         model.save_pretrained(scratch / folder)
     return {"folder": folder}
+
+
+def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Copies a tokenizer, or the one at a path, since a path says nothing on another machine."""
+    from transformers import AutoTokenizer
+
+    if isinstance(tokenizer, str | os.PathLike):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+    tokenizer.save_pretrained(folder)
 
 
 def _own_revision(model: nn.Module) -> str | None:
@@ -196,8 +207,9 @@ def _write_adapter(model: nn.Module, adapters: dict[str, Any], folder: Path) -> 
         )
     if os.path.exists(base):
         warnings.warn(
-            f"adapter {name!r} needs its base {base!r}, which is not saved with the cascade: where that path does not "
-            "exist it cannot be loaded. Merge the adapter (merge_and_unload) to save both.",
+            f"adapter {name!r} needs its base {base!r}, which is not saved with the cascade: it can be loaded only "
+            "where that path exists, with CascadeDrafter.from_pretrained(..., local_bases=True). Merge the adapter "
+            "(merge_and_unload) to save both.",
             UserWarning,
             stacklevel=5,
         )
@@ -227,9 +239,9 @@ def _provenance(models: dict[str, nn.Module], cascade: CascadeDrafter) -> dict[s
         figures = ("calls", "emitted", "rounds", "target_calls", "block_efficiency", "acceptance_rate")
         measured = {figure: getattr(report, figure) for figure in figures}
     return {
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command(),
-        "versions": {"csdraft": _csdraft_version(), "python": platform.python_version()}
+        "versions": {"csdraft": csdraft_version(), "python": platform.python_version()}
         | {package: version(package) for package in ("torch", "transformers")},
         "models": described,
         "measured": measured,
@@ -241,7 +253,7 @@ def _trained(model: nn.Module) -> dict[str, Any] | None:
     folder = str(getattr(model.config, "_name_or_path", ""))
     if not folder or not (path := Path(folder, "provenance.json")).is_file():
         return None
-    origin = json.loads(path.read_text(encoding="utf-8"))
+    origin = read_object(path)
     return {key: origin.get(key) for key in ("command", "target", "data", "steps")}
 
 
@@ -261,7 +273,7 @@ def without_folders(text: str) -> str:
     return ABSOLUTE.sub(lambda path: re.split(r"[/\\]", path[0].rstrip("/\\"))[-1], text)
 
 
-def _csdraft_version() -> str:
+def csdraft_version() -> str:
     from csdraft import __version__
 
     return __version__
@@ -280,106 +292,6 @@ def _move_in(scratch: Path, path: Path) -> None:
         (scratch / card.name).unlink()
     for entry in sorted(scratch.iterdir(), key=lambda entry: entry.name == DOCUMENT):
         os.replace(entry, path / entry.name)
-
-
-# Reading.
-
-
-def find_cascade(path: str, **options: Any) -> Path | None:
-    """The local folder of a saved cascade, downloaded if `path` is a Hub id; None if it is something else."""
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    if not is_hub_id(path):
-        return Path(path) if Path(path, DOCUMENT).is_file() else None
-    try:
-        hf_hub_download(path, DOCUMENT, **options)
-    except EntryNotFoundError:
-        return None
-    return Path(snapshot_download(path, **options))
-
-
-def load(
-    folder: Path, target: nn.Module | None, tokenizer: PreTrainedTokenizerBase | None, **options: Any
-) -> dict[str, Any]:
-    """The arguments of the CascadeDrafter that `folder` holds.
-
-    Args:
-        options: of transformers' `from_pretrained`; a revision has been used for the folder and is not passed on.
-    """
-    document = read(folder)
-    check_target(document["target"], target, tokenizer)
-    options.pop("revision", None)
-    models = {name: _read_model(name, entry, folder, target, options) for name, entry in document["models"].items()}
-    tables = {f"tables/{file.name}": str(file) for file in sorted(folder.glob("tables/*.safetensors"))}
-    return {
-        "drafters": [spec.from_json("drafters", drafter, models, tables) for drafter in document["drafters"]],
-        "k_matrix": document["k_matrix"],
-        "lenience": document["lenience"],
-        "verifier": spec.from_json("verifiers", document["verifier"], models, tables),
-        "schedule": spec.from_json("schedules", document["schedule"], models, tables),
-    }
-
-
-def read(folder: Path) -> dict[str, Any]:
-    """cascade.json, checked for its format and keys."""
-    document = json.loads((folder / DOCUMENT).read_text(encoding="utf-8"))
-    found = document.get("format")
-    if not isinstance(found, int) or found < 1:
-        raise ValueError(f"{DOCUMENT} has format {found!r}, expected {FORMAT}; did csdraft write it?")
-    if found > FORMAT:
-        raise ValueError(
-            f"{DOCUMENT} has format {found}, written by csdraft {document.get('csdraft')}; csdraft "
-            f"{_csdraft_version()} reads formats up to {FORMAT}: pip install -U csdraft"
-        )
-    spec.check_keys(document, KEYS, DOCUMENT)
-    if missing := [key for key in KEYS if key not in document]:
-        raise ValueError(f"{DOCUMENT} lacks {', '.join(missing)}; save the cascade again")
-    return document
-
-
-def check_target(saved: dict[str, Any], target: nn.Module | None, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Raises ValueError if a cascade was saved for another vocabulary."""
-    spec.check_keys(saved, ("name", "revision", "vocab_size", "tokenizer"), f"{DOCUMENT}: target")
-    name, wanted, print_of_saved = saved.get("name") or "its target", saved.get("vocab_size"), saved.get("tokenizer")
-    compared = tokenizer is not None and print_of_saved is not None
-    if compared and (own := fingerprint(tokenizer)) != print_of_saved:  # type: ignore[arg-type]
-        raise ValueError(
-            f"the tokenizer has fingerprint {own}, the cascade was saved for {name} with {print_of_saved}; "
-            "drafts would be other words: use a target with the same tokenizer, or train drafters with this one"
-        )
-    # Models of one tokenizer may differ in padding rows; without tokenizers to compare, only equality is safe.
-    slack = MOST_VOCABULARY_PADDING if compared else 0
-    if target is not None and wanted is not None and abs(vocab_size(target) - wanted) > slack:
-        raise ValueError(
-            f"target {name_of(target)} has {vocab_size(target)} tokens, the cascade was saved for {name} with "
-            f"{wanted}; use a target with the same vocabulary"
-            + ("" if compared else ", or, if only padding differs, save and load with tokenizer=")
-        )
-
-
-def _read_model(name: str, entry: Any, folder: Path, target: nn.Module | None, options: dict[str, Any]) -> nn.Module:
-    """A model of the table, on the target's device unless a device_map says otherwise."""
-    where = f"{DOCUMENT}: model {name!r}"
-    if not isinstance(entry, dict) or sum(key in entry for key in ("folder", "id", "target")) != 1:
-        raise ValueError(f"{where} is {entry!r}; give a folder, an id of the Hub (and revision), or target: true")
-    spec.check_keys(entry, ("folder", "id", "revision", "target"), where)
-    if "target" in entry:
-        if target is None:
-            raise ValueError(f"{where} is the target itself: pass target=, the model that is to be decoded")
-        return target
-    if "id" in entry:
-        model = load_model(entry["id"], **options, revision=entry.get("revision"))
-    else:
-        path = Path(os.path.normpath(folder / entry["folder"]))
-        if not path.is_relative_to(os.path.normpath(folder)):
-            raise ValueError(f"{where} lies in {entry['folder']!r}, outside the cascade; give a folder inside it")
-        model = load_model(str(path), **options)
-    if isinstance(model, SelfDraft) and target is not None:
-        model.check(base_model(target))
-    if target is not None and "device_map" not in options:
-        model = model.to(home(target)[0])
-    return model
 
 
 # Running.

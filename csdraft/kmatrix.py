@@ -18,6 +18,7 @@ from csdraft.decoding.interfaces import Drafter
 from csdraft.drafters.horizontal import Horizontal
 from csdraft.drafters.model import ModelDrafter
 from csdraft.drafters.vertical import Vertical
+from csdraft.stored import shown
 
 __all__ = ["AUTO", "build", "check_k_matrix", "first_guess", "spread_lenience"]
 
@@ -36,17 +37,19 @@ def check_k_matrix(k_matrix: Any, drafters: Sequence[Drafter]) -> KMatrix:
     """
     n = len(drafters)
     if n == 0:
-        raise ValueError("a cascade needs at least one drafter; leave assistant= out to decode without")
+        raise ValueError("drafters=[]: a cascade needs at least one drafter; leave assistant= out to decode without")
     rows = _rows(k_matrix, n)
     for i, row in enumerate(rows):
         for j, k in enumerate(row):
             if not _whole(k) or k < 0 or (j < i and k != 0):
                 raise ValueError(
-                    f"k_matrix[{i}][{j}]={k!r}: entries are whole numbers >= 0, and 0 below the diagonal "
+                    f"k_matrix[{i}][{j}]={shown(k)}: entries are whole numbers >= 0, and 0 below the diagonal "
                     "(row i is what reviewer i reviews: drafters i and later)"
                 )
     if not any(rows[0]):
-        raise ValueError(f"k_matrix={k_matrix} drafts nothing: give row 0 a number > 0, or leave assistant= out")
+        raise ValueError(
+            f"k_matrix={shown(k_matrix)} drafts nothing: give row 0 a number > 0, or leave assistant= out"
+        )
     for j, drafter in enumerate(drafters[:-1]):
         if any(rows[j + 1]) and not isinstance(drafter, ModelDrafter):
             raise ValueError(
@@ -65,8 +68,8 @@ def first_guess(drafters: Sequence[Drafter]) -> KMatrix:
 def _rows(k_matrix: Any, n: int) -> list[Sequence[Any]]:
     if isinstance(k_matrix, str):
         raise ValueError(
-            f"k_matrix={k_matrix!r} is no matrix: give 'auto', or numbers, such as 5, {[5] * n} (tokens a drafter), "
-            f"or {n} rows of {n}"
+            f"k_matrix={shown(k_matrix)} is no matrix: give 'auto', or numbers, such as 5, {[5] * n} (tokens a "
+            f"drafter), or {n} rows of {n}"
         )
     rows = k_matrix.tolist() if isinstance(k_matrix, np.ndarray | Tensor) else k_matrix
     if isinstance(rows, Real):
@@ -75,7 +78,8 @@ def _rows(k_matrix: Any, n: int) -> list[Sequence[Any]]:
         rows = [rows, *([0] * n for _ in range(n - 1))]
     if not isinstance(rows, Sequence) or len(rows) != n or any(not _is_row(row, n) for row in rows):
         raise ValueError(
-            f"k_matrix={k_matrix} does not fit {n} drafters: give {n} rows of {n} numbers, one row, or one number"
+            f"k_matrix={shown(k_matrix)} does not fit {n} drafters: give {n} rows of {n} numbers, one row, or one "
+            "number"
         )
     return list(rows)
 
@@ -99,8 +103,6 @@ def spread_lenience(
             f"lenience={lenience} has {len(given)} numbers for the {len(reviewing)} drafters that review (whose row "
             "of the k_matrix is not zero); give one each, largest first, or one number for all"
         )
-    if any(not x >= 1 for x in [*given, *([lenience] if isinstance(lenience, Real) else [])]):
-        raise ValueError(f"lenience={lenience} must be 1 (strict) or more; the papers' l <= 1 is 1/lenience")
     spread = [1.0] * len(drafters)
     for j, value in zip(reviewing, given, strict=True):
         spread[j] = float(value)

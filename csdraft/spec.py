@@ -9,9 +9,10 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
+from contextlib import nullcontext
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from difflib import get_close_matches
+from functools import partial
 from pathlib import PurePath
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -19,6 +20,7 @@ from torch import nn
 
 from csdraft.decoding.interfaces import Drafter, Schedule, Tree, Verifier
 from csdraft.decoding.names import name_of
+from csdraft.stored import UNFIT, check_keys, fit, is_hub_id, naming, nearest, shown
 
 __all__ = ["FAMILIES", "check_keys", "find", "from_json", "nearest", "resolve", "to_json", "type_of", "types"]
 
@@ -28,10 +30,17 @@ FAMILIES: dict[str, type] = {"drafters": Drafter, "trees": Tree, "verifiers": Ve
 
 @dataclass(frozen=True)
 class Names:
-    """What names in a JSON document stand for; None: names are left to the methods, as paths or Hub ids."""
+    """What names in a JSON document stand for; None: names are left to the methods, as paths or Hub ids.
 
-    models: MutableMapping[str, nn.Module] | None
-    tables: MutableMapping[str, Any] | None
+    Attributes:
+        models: by name.
+        tables: by the path of their file in the document's folder, themselves or the path to load them from.
+        places: the same for what a method loads itself, such as a tokenizer; all others must be ids of the Hub.
+    """
+
+    models: MutableMapping[str, nn.Module] | None = None
+    tables: MutableMapping[str, Any] | None = None
+    places: MutableMapping[str, Any] | None = None
 
 
 def types(family: str) -> list[str]:
@@ -64,7 +73,10 @@ def type_of(method: Any) -> tuple[str, str]:
 
 
 def to_json(
-    method: Any, models: MutableMapping[str, nn.Module], tables: MutableMapping[str, Any] | None = None
+    method: Any,
+    models: MutableMapping[str, nn.Module],
+    tables: MutableMapping[str, Any] | None = None,
+    places: MutableMapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A method and its options, all of them, so that later defaults do not change what was saved.
 
@@ -72,14 +84,21 @@ def to_json(
         method: a drafter, tree, verifier or schedule.
         models: by name; the method's models are added.
         tables: by the path of the file that a table should be saved as, relative to the document; they are added too.
+        places: by the folder that they should be saved in, what the method loads from paths of this machine; added
+            too. None writes these paths down as they are.
     """
-    return _method_json(method, Names(models, {} if tables is None else tables))
+    return _method_json(method, Names(models, {} if tables is None else tables, places))
 
 
 def _method_json(method: Any, names: Names) -> dict[str, Any]:
     _, type = type_of(method)
     assert is_dataclass(method)
-    options = {f.name: _write(getattr(method, f.name), names, f"{type}.{f.name}") for f in fields(method) if f.init}
+    hints, options = get_type_hints(method.__class__), {}
+    for field in fields(method):
+        if field.init:
+            value = getattr(method, field.name)
+            place = names.places is not None and _is_place(hints[field.name])
+            options[field.name] = _placed(value, names) if place else _write(value, names, f"{type}.{field.name}")
     return {"type": type, **options}
 
 
@@ -88,6 +107,8 @@ def from_json(
     spec: str | Mapping[str, Any],
     models: MutableMapping[str, nn.Module] | None = None,
     tables: MutableMapping[str, Any] | None = None,
+    places: MutableMapping[str, Any] | None = None,
+    at: str = "",
 ) -> Any:
     """The method that `spec` describes; ValueError for an unknown type, key or model, and for a wrong kind of value.
 
@@ -96,15 +117,21 @@ def from_json(
         spec: a type and options, or a type alone, which is that type with its defaults.
         models: by name; None leaves names to the method, which takes them for paths or Hub ids.
         tables: by name, themselves or the paths to load them from; None as above.
+        places: by name, the paths of what methods load themselves; None as above.
+        at: the file, and the key there, that `spec` was read from: messages begin with it.
     """
-    return _method(family, spec, Names(models, tables))
+    return _method(family, spec, Names(models, tables, places), at)
 
 
-def _method(family: str, spec: Any, names: Names) -> Any:
+def _method(family: str, spec: Any, names: Names, at: str) -> Any:
     spec = {"type": spec} if isinstance(spec, str) else spec
+    prefix = f"{at}: " if at else ""
     if not isinstance(spec, Mapping) or "type" not in spec:
-        raise ValueError(f"{spec!r} is no {family[:-1]}: give {{'type': ..., options}} with one of {types(family)}")
-    method, where = find(family, spec["type"]), f"{family[:-1]} {spec['type']!r}"
+        raise ValueError(
+            f"{prefix}{shown(spec)} is no {family[:-1]}: give {{'type': ..., options}} with one of {types(family)}"
+        )
+    with naming(f"{at}.type") if at else nullcontext():
+        method, where = find(family, spec["type"]), f"{prefix}{family[:-1]} {spec['type']!r}"
     known = [f for f in fields(method) if f.init]
     options = {key: value for key, value in spec.items() if key != "type"}
     check_keys(options, [f.name for f in known], where)
@@ -112,8 +139,11 @@ def _method(family: str, spec: Any, names: Names) -> Any:
     if missing := sorted(required - options.keys()):
         given = f"; it has {', '.join(sorted(options))}" if options else ""
         raise ValueError(f"{where} needs {', '.join(missing)}, which it was not given{given}")
-    hints = get_type_hints(method)
-    return method(**{k: _read(v, _leaves(hints[k]), names, f"{spec['type']}.{k}") for k, v in options.items()})
+    hints, inside = get_type_hints(method), at or spec["type"]
+    reader = partial(_named, names, bool(at))
+    read = {key: fit(value, hints[key], f"{inside}.{key}", reader) for key, value in options.items()}
+    with naming(at) if at else nullcontext():
+        return method(**read)
 
 
 def resolve(family: str, method: Any) -> Any:
@@ -125,21 +155,6 @@ def resolve(family: str, method: Any) -> Any:
     raise ValueError(
         f"{family[:-1]}={method!r} is a {type(method).__name__}; give an object, or a name of {types(family)}"
     )
-
-
-def check_keys(given: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Raises ValueError for a key that is not known, naming the nearest one that is."""
-    known = list(known)
-    for key in given:
-        if key not in known:
-            raise ValueError(f"{where} has no option {key!r}: {nearest(key, known)}")
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The end of an error message: what may have been meant, and all there is."""
-    known = list(known)
-    close = " or ".join(map(repr, get_close_matches(str(word), known, 3, 0.5)))
-    return f"{f'did you mean {close}? ' if close else ''}known: {', '.join(known) or 'none'}"
 
 
 def _write(value: Any, names: Names, where: str) -> Any:
@@ -183,39 +198,46 @@ def _enter(value: Any, names: MutableMapping[str, Any] | None, stem: str, patter
 
 def _leaves(hint: Any) -> list[Any]:
     """The types inside an annotation: `tuple[Drafter, ...] | None` -> Drafter and NoneType; a Literal's values."""
-    if get_origin(hint) is Literal:
-        return list(get_args(hint))
     inner = [arg for arg in get_args(hint) if arg is not Ellipsis]
-    return [leaf for arg in inner for leaf in _leaves(arg)] if inner else [hint]
+    if not inner:
+        return [hint]
+    return inner if get_origin(hint) is Literal else [leaf for arg in inner for leaf in _leaves(arg)]
 
 
-def _read(value: Any, leaves: list[Any], names: Names, where: str) -> Any:
-    if isinstance(value, list | tuple):
-        return tuple(_read(item, leaves, names, where) for item in value)
-    classes = [leaf for leaf in leaves if isinstance(leaf, type)]
-    family = next((f for f, base in FAMILIES.items() if any(issubclass(c, base) for c in classes)), None)
+def _is_place(hint: Any) -> bool:
+    """Whether an option is a file or folder that the method loads itself: not a table, nor a model."""
+    leaves = [leaf for leaf in _leaves(hint) if isinstance(leaf, type)]
+    return any(issubclass(leaf, PurePath) for leaf in leaves) and not any(map(_is_table, leaves))
+
+
+def _placed(value: Any, names: Names) -> str:
+    """The value itself if it is an id of the Hub; else the folder of the document that it goes to."""
+    assert names.places is not None
+    if isinstance(value, str) and is_hub_id(value):
+        return value
+    stem = PurePath(value).name if isinstance(value, str | PurePath) else type(value).__name__
+    return _enter(value, names.places, stem, "tokenizers/{}")
+
+
+def _named(names: Names, document: bool, value: Any, arms: Sequence[Any], at: str) -> Any:
+    """The method, model, table or place that a value of a document stands for where these types are allowed."""
+    kinds = [arm for arm in arms if isinstance(arm, type)]
+    family = next((f for f, base in FAMILIES.items() if any(issubclass(kind, base) for kind in kinds)), None)
     if family is not None and isinstance(value, str | Mapping):
-        return _method(family, value, names)
-    if isinstance(value, str):
-        known = names.models if any(issubclass(c, nn.Module) for c in classes) else None
-        known = names.tables if any(map(_is_table, classes)) else known
-        if known is not None:
-            if value not in known:
-                raise ValueError(f"{where} names {value!r}, which is not there: {nearest(value, known)}")
-            return known[value]
-    if not any(_fits(value, leaf) for leaf in leaves):
-        wanted = " or ".join(leaf.__name__ if isinstance(leaf, type) else repr(leaf) for leaf in leaves)
-        raise ValueError(f"{where}={value!r} is a {type(value).__name__}; it takes {wanted}")
-    return value
-
-
-def _fits(value: Any, leaf: Any) -> bool:
-    if not isinstance(leaf, type):
-        return leaf is Any or value == leaf
-    if isinstance(value, bool):
-        return leaf is bool
-    return (
-        isinstance(value, leaf)
-        or (leaf is float and isinstance(value, int))
-        or (issubclass(leaf, PurePath) and isinstance(value, str))
-    )
+        return _method(family, value, names, at if document else "")
+    if not isinstance(value, str):
+        return UNFIT
+    if any(map(_is_table, kinds)):
+        known = names.tables
+    elif any(issubclass(kind, nn.Module) for kind in kinds):
+        known = names.models
+    else:
+        known = names.places if any(issubclass(kind, PurePath) for kind in kinds) else None
+    if known is None:
+        return UNFIT
+    if value in known:
+        return known[value]
+    if known is names.places and is_hub_id(value):
+        return value
+    there = "models" if known is names.models else "tables" if known is names.tables else "tokenizers"
+    raise ValueError(f"{at} names {shown(value)}, which is not there: {nearest(value, known)} ({there})")

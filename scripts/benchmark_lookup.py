@@ -20,7 +20,7 @@ if __name__ == "__main__":
     parser.add_argument("--history", type=int, default=HISTORY, help="tokens of the text (default: %(default)s)")
     parser.add_argument("--proposals", type=int, default=PROPOSALS, help="timed (default: %(default)s)")
     options = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer, trust_remote_code=False)
     rows = read_rows(options.source, tokenizer, 1 << 20, limit=options.limit)
     tokens = [token for row in rows for token in row["input_ids"]]
     found = measure_lookups(tokens, len(tokenizer), options.history, options.proposals)

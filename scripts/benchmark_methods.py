@@ -53,9 +53,9 @@ def main() -> None:
     options = parser.parse_args()
     logging.disable_progress_bar()
     torch.set_num_threads(options.threads)
-    tokenizer = AutoTokenizer.from_pretrained(options.target)
+    tokenizer = AutoTokenizer.from_pretrained(options.target, trust_remote_code=False)
     target, drafter = (
-        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False).eval()
         for path in (options.target, options.drafter)
     )
     target = configured(target, pad_token_id=tokenizer.eos_token_id, eos_token_id=None)

@@ -39,14 +39,14 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="the safetensors file to write")
     options = parser.parse_args()
     if options.model:
-        model = AutoModelForCausalLM.from_pretrained(options.model).eval()
+        model = AutoModelForCausalLM.from_pretrained(options.model, trust_remote_code=False).eval()
         successors = SuccessorTable.build(model, options.rows, options.length)
         successors.save(options.out)
         print(f"{options.out}: {options.rows} continuations of each of {len(successors)} tokens")
         return
     if not (options.tokenizer and options.text):
         parser.error("give --tokenizer and --text, or --model")
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer, trust_remote_code=False)
     texts = [document.text for corpus in options.text for document in read_corpus(corpus)]
     table = BigramTable.build(tokenize(tokenizer, texts), len(tokenizer))
     table.save(options.out)

@@ -46,7 +46,8 @@ def main() -> None:
     parser.add_argument("--chat-template", help="of conversations: a Jinja file; the tokenizer's own by default")
     parser.add_argument("--chat-template-options", type=json.loads, help="what it reads besides messages, as JSON")
     options = parser.parse_args()
-    tokenizer, progress, started = AutoTokenizer.from_pretrained(options.tokenizer), Progress(), time.perf_counter()
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer, trust_remote_code=False)
+    progress, started = Progress(), time.perf_counter()
     index = CorpusIndex.build(documents(options, tokenizer, progress), progress)
     index.save(options.out)
     seconds = time.perf_counter() - started

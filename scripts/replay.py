@@ -28,7 +28,7 @@ def load_tokenizer(path: str, eos: str) -> PreTrainedTokenizerFast:
     """From a folder, a Hub id or a tokenizer.json, which does not say what ends a text."""
     if path.endswith(".json"):
         return PreTrainedTokenizerFast(tokenizer_file=path, bos_token="<s>", eos_token=eos)
-    return AutoTokenizer.from_pretrained(path)
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
 def drafters(wanted: Sequence[str] | None) -> Iterator[tuple[str, Drafter]]:

@@ -2,12 +2,15 @@
 
 import gc
 import threading
+import warnings
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from tiny import fresh, tiny
 
-from csdraft import CascadeDrafter, Drafter, MaxGram, ModelDrafter
+from csdraft import CascadeDrafter, Drafter, MaxGram, ModelDrafter, Vertical
 from csdraft.decoding.draft import Draft, Law
 from csdraft.schedules.fixed import Fixed
 
@@ -149,6 +152,9 @@ MALFORMED = [
     Draft((1, 2), (-1,), (0, 0), (0.0, 0.0)),
     Draft((1.5,), (-1,), (0,), (0.0,)),  # type: ignore[arg-type]
     Draft((1,), (3,), (0,), (0.0,)),
+    Draft((1, 2), (-1, -0.5), (0, 0), (0.0, 0.0)),  # type: ignore[arg-type]
+    Draft((1,), (-1,), (0.5,), (0.0,)),  # type: ignore[arg-type]
+    Draft([1], (-1,), (0,), (0.0,)),  # type: ignore[arg-type]
 ]
 
 
@@ -208,20 +214,190 @@ def test_match_judges_any_draft(target, plain, wrong):
         assert torch.equal(out, target.generate(PROMPT, assistant=MaxGram(), **options, **seeds))
 
 
-class Unhelpful(MaxGram):
-    """Fails whenever somebody other than the round asks it something."""
+METHODS = {
+    "propose": ("fixed", "cost_model"),
+    "observe": ("fixed", "cost_model"),
+    "models": ("cost_model", "bandit"),
+    "stages": ("cost_model", "bandit"),
+    "width": ("cost_model",),
+    "evidence": ("cost_model",),
+    "signature": ("cost_model", "bandit"),
+    "parts": ("fixed", "cost_model"),
+    "check": ("fixed", "cost_model"),
+    "keep_report": ("fixed", "cost_model"),
+    "depth": ("fixed", "heuristic"),
+}
+"""What a call asks a drafter, and schedules under which it does."""
 
-    def evidence(self, context):
-        raise KeyError("no clue")
 
-    def keep_report(self, report):
-        raise KeyError("no report")
+class Plain(Drafter):
+    """Drafts something, and has options in no dataclass."""
+
+    def propose(self, contexts, budgets):
+        return [c.draft.extend([1] * b.depth, c.call.level(self)) for c, b in zip(contexts, budgets, strict=True)]
+
+    def check(self, call):
+        self.parts()
 
 
-def test_a_drafter_that_fails_outside_the_round_loses_no_text(target, plain):
+def failing(method: str, error: Exception) -> Drafter:
+    """A drafter that raises whenever it is asked for one thing."""
+
+    def fail(*_):
+        raise error
+
+    return type("Failing", (Plain,), {method: property(fail) if method == "depth" else fail})()
+
+
+ASKED = [
+    (method, schedule, nested)
+    for method, schedules in METHODS.items()
+    for schedule in schedules
+    for nested in ((False,) if method in ("depth", "stages") else (False, True))  # of these a cascade has its own
+]
+
+
+@pytest.mark.parametrize(("method", "schedule", "nested"), ASKED)
+def test_a_drafter_that_fails_whatever_it_is_asked(target, plain, method, schedule, nested):
+    """The text is what it is without, there is one warning, the report counts it; strict raises."""
+    assistant = failing(method, KeyError("lost"))
+    if nested:
+        assistant = CascadeDrafter([assistant, MaxGram()], [3, 3])
+    options = WANTED | {"assistant": assistant, "schedule": schedule, "return_dict_in_generate": True}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        out = target.generate(PROMPT, **options)
+    assert torch.equal(out.sequences, plain)
+    said = [w for w in caught if w.category is RuntimeWarning and "left out" in str(w.message)]
+    assert len(said) == 1
+    assert out.report.failures == {"KeyError: 'lost'": 1}
+    with pytest.raises(KeyError, match="lost"):
+        target.generate(PROMPT, **options, strict=True)
+
+
+def test_an_encoder_decoders_drafter_is_asked_for_its_models():
+    """Before there is a call, if what the encoder read is not known."""
+    t5 = tiny("t5")
+    options = {"encoder_outputs": t5.get_encoder()(PROMPT), "attention_mask": torch.ones_like(PROMPT)}
+    wanted = t5.generate(**options, max_new_tokens=8)
     with pytest.warns(RuntimeWarning, match="left out"):
-        out = target.generate(PROMPT, assistant=Unhelpful(), schedule="cost_model", **WANTED)
+        out = t5.generate(**options, assistant=failing("models", KeyError("lost")), schedule="fixed", max_new_tokens=8)
+    assert torch.equal(out, wanted)
+
+
+def test_a_users_mistake_is_no_failure(target):
+    """What `check` says on purpose reaches the user."""
+    with pytest.raises(ValueError, match="wrong tokenizer"):
+        target.generate(PROMPT, assistant=failing("check", ValueError("wrong tokenizer")), **WANTED)
+
+
+def test_a_drafter_that_fails_while_a_plan_is_made(target, plain, monkeypatch):
+    monkeypatch.setattr("csdraft.cascade.PLANNED", 4)
+    with pytest.warns(RuntimeWarning, match="left out"):
+        out = target.generate(
+            PROMPT, assistant=CascadeDrafter([failing("propose", KeyError("lost"))], "auto"), **WANTED
+        )
     assert torch.equal(out, plain)
+
+
+def test_the_report_of_a_cascade_is_kept_though_a_part_of_it_fails(target):
+    cascade = CascadeDrafter([failing("keep_report", KeyError("lost"))])
+    with pytest.warns(RuntimeWarning, match="left out"):
+        target.generate(PROMPT, assistant=cascade, **WANTED)
+    assert cascade.report.calls == 1
+
+
+EVEN = torch.full((97,), 1 / 97)
+NO_LAWS = {
+    "nan": EVEN * float("nan"),
+    "infinite": EVEN * float("inf"),
+    "negative": torch.cat([EVEN[:1] * -1, EVEN[1:] + 2 / 97 / 96]),
+    "zero": EVEN * 0,
+    "half": EVEN / 2,
+    "logits": torch.linspace(-3, 3, 97),
+    "whole": torch.ones(97, dtype=torch.long),
+    "short": EVEN[:96],
+    "other type": [1 / 97] * 97,
+}
+
+
+@dataclass(frozen=True)
+class Lawless(Drafter):
+    """Says that its tokens were drawn from what is no distribution."""
+
+    law: Any
+    depth: int = 2  # type: ignore[assignment]
+
+    def propose(self, contexts, budgets):
+        return [
+            c.draft.extend([5, 6][: b.depth], c.call.level("lawless"), None, [self.law] * min(b.depth, 2))
+            for c, b in zip(contexts, budgets, strict=True)
+        ]
+
+    def signature(self):
+        return ("lawless",)
+
+
+@pytest.mark.parametrize("inner", [False, True], ids=["at the target", "at an inner reviewer"])
+@pytest.mark.parametrize("what", NO_LAWS)
+def test_what_is_no_distribution_costs_the_drafter(target, what, inner):
+    """Also below an inner reviewer, whose own tokens would else not be what it says."""
+    drafter = Lawless(NO_LAWS[what])
+    if inner:
+        drafter = Vertical(fresh("llama", seed=2), drafter, depth=3)
+    options = {"do_sample": True, "max_new_tokens": 12, "pad_token_id": 0, "row_seeds": [3], "eos_token_id": None}
+    options |= {"verifier": "rejection", "schedule": Fixed(3), "assistant": drafter}
+    with pytest.warns(RuntimeWarning, match="left out"):
+        out = target.generate(PROMPT, **options, return_dict_in_generate=True)
+    assert out.sequences.shape[1] == PROMPT.shape[1] + 12
+    assert out.report.block_efficiency == 1
+    with pytest.raises(ValueError, match=r"distribution|law"):
+        target.generate(PROMPT, **options, strict=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_distributions_in_half_precision_are_distributions(dtype):
+    for seed in range(20):
+        logits = 4 * torch.randn(32_000, generator=torch.Generator().manual_seed(seed))
+        assert Law("iid", (logits.softmax(-1).to(dtype),)).flaw(32_000) is None
+
+
+def test_a_drafters_laws_are_not_read_where_no_rule_reads_them(target, plain):
+    """Coupled and greedy draws."""
+    out = target.generate(PROMPT, assistant=Lawless(NO_LAWS["nan"]), schedule=Fixed(2), strict=True, **WANTED)
+    assert torch.equal(out, plain)
+
+
+def sure(confidence):
+    def propose(contexts, budgets):
+        level, size = contexts[0].call.level("sure"), min(budgets[0].depth, 2)
+        return [Draft((5, 6)[:size], (-1, 0)[:size], (level,) * size, (confidence,) * size) for _ in contexts]
+
+    return propose
+
+
+@pytest.mark.parametrize("confidence", [float("nan"), -1.0, 2.0, float("inf"), None, "x"])
+def test_confidence_that_is_no_probability(target, confidence):
+    """nan is a point mass, which nobody vouches for; all else costs the drafter."""
+    options = WANTED | {"verifier": {"type": "lenient", "lenience": 3.0}, "schedule": Fixed(2)}
+    drafter = Broken(sure(confidence))
+    if confidence is not None and confidence != "x" and confidence != confidence:
+        assert target.generate(PROMPT, assistant=drafter, strict=True, **options).shape[1] > PROMPT.shape[1]
+        return
+    with pytest.warns(RuntimeWarning, match="confidence .* must be a probability"):
+        out = target.generate(PROMPT, assistant=drafter, return_dict_in_generate=True, **options)
+    assert out.sequences.shape[1] == PROMPT.shape[1] + WANTED["max_new_tokens"]
+
+
+def test_a_pair_without_the_likeliest_token(target):
+    law = torch.full((97,), 0.5 / 96).index_fill(0, torch.tensor([7]), 0.5)
+    pair = lambda c, b: [  # noqa: E731
+        Draft((1, 2), (-1, -1), (c[0].call.level("pair"),) * 2, (0.1,) * 2, Law("pair", (law, law))) for _ in c
+    ]
+    options = WANTED | {"do_sample": True, "verifier": "spec_hub", "schedule": Fixed(2), "eos_token_id": None}
+    with pytest.warns(RuntimeWarning, match="must hold the likeliest token 7 once"):
+        out = target.generate(PROMPT, assistant=Broken(pair), **options)
+    assert out.shape[1] == PROMPT.shape[1] + WANTED["max_new_tokens"]
 
 
 def test_a_reviewer_with_learned_positions_stops_at_its_context():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 import csdraft
 from csdraft import cascade as cascade_module
-from csdraft import hub
+from csdraft import hub, loading
 from csdraft.drafters.suffix import Suffix
 from csdraft.schedules.stop_head import StopHead
 from csdraft.tables.acceptance_head import AcceptanceHead
@@ -53,10 +54,11 @@ def saved(tmp_path_factory) -> Path:
 
 
 def edited(folder: Path, to: Path, **changes) -> Path:
-    """A copy of a saved cascade without its models, with another document."""
+    """A copy of a saved cascade with another document."""
     document = json.loads((folder / hub.DOCUMENT).read_text()) | changes
     to.mkdir()
-    (to / "models").symlink_to(folder / "models")
+    shutil.copytree(folder / "models", to / "models")
+    shutil.copytree(folder / "tables", to / "tables")
     (to / hub.DOCUMENT).write_text(json.dumps(document))
     return to
 
@@ -252,7 +254,7 @@ def test_another_tokenizer_is_refused(saved):
         ({"models": {"LlamaForCausalLM": {"folder": "/models/x"}}}, r"outside the cascade"),
         ({"models": {"LlamaForCausalLM": "models/x"}}, r"give a folder, an id of the Hub"),
         ({"models": {"LlamaForCausalLM": {"folder": "a", "id": "b"}}}, r"give a folder, an id of the Hub"),
-        ({"models": {}}, r"model.model names 'LlamaForCausalLM', which is not there"),
+        ({"models": {}}, r"cascade.json: drafters\[0\].model names 'LlamaForCausalLM', which is not there"),
         ({"drafters": [{"type": "max_gran"}]}, r"did you mean 'max_gram'"),
         ({"target": {"vocab": 3}}, r"no option 'vocab': did you mean 'vocab_size'"),
     ],
@@ -277,7 +279,7 @@ def test_assistant_as_a_path_is_loaded_once(saved, monkeypatch):
     expected = target.generate(**prompt(), max_new_tokens=12)
     loads = []
     monkeypatch.setattr(cascade_module, "_LAST", [])
-    monkeypatch.setattr(hub, "load_model", lambda path, **o: loads.append(path) or noisy(target))
+    monkeypatch.setattr(loading, "load_model", lambda path, **o: loads.append(path) or noisy(target))
     for _ in range(2):
         output = target.generate(**prompt(), assistant=str(saved), max_new_tokens=12)
         assert output.tolist() == expected.tolist()
@@ -315,12 +317,11 @@ def test_hub_ids(saved, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, file, **o: asked.append((repo, file, o)))
     models = {name: {"id": "me/small", "revision": "abc"} for name in ("LlamaForCausalLM", "LlamaForCausalLM-2")}
     folder = edited(saved, tmp_path / "snapshot", models=models)
-    (folder / "tables").symlink_to(saved / "tables")
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, **o: str(folder))
-    monkeypatch.setattr(hub, "load_model", lambda path, **o: asked.append((path, o)) or noisy(tiny("llama")))
+    monkeypatch.setattr(loading, "load_model", lambda path, **o: asked.append((path, o)) or noisy(tiny("llama")))
     csdraft.CascadeDrafter.from_pretrained("me/my-cascade", revision="v2", dtype="auto")
     assert asked[0] == ("me/my-cascade", hub.DOCUMENT, {"revision": "v2"})
-    assert asked[1:] == [("me/small", {"dtype": "auto", "revision": "abc"})] * 2
+    assert asked[1:] == [("me/small", {"dtype": "auto", "local_base": False, "revision": "abc"})] * 2
 
 
 def test_what_comes_from_the_hub_is_pinned_to_its_own_revision(tmp_path, monkeypatch):
@@ -373,7 +374,9 @@ def test_adapter(tmp_path):
         first.save_pretrained(tmp_path / "c")
     files = {path.name for path in (tmp_path / "c" / "models").rglob("*") if path.is_file()}
     assert files == {"adapter_config.json", "adapter_model.safetensors"}
-    second = csdraft.CascadeDrafter.from_pretrained(tmp_path / "c", target=target)
+    with pytest.raises(ValueError, match=r"adapter_config.json.*base_model_name_or_path.*local_bases=True"):
+        target.generate(**prompt(), assistant=str(tmp_path / "c"), max_new_tokens=4)
+    second = csdraft.CascadeDrafter.from_pretrained(tmp_path / "c", target=target, local_bases=True)
     inputs = prompt()
     logits = [cascade.models()[0](**inputs).logits for cascade in (first, second)]
     assert torch.equal(*logits)
@@ -381,7 +384,7 @@ def test_adapter(tmp_path):
     target.generate(**inputs, assistant=second, max_new_tokens=12)
     with pytest.warns(UserWarning, match="needs its base"):
         second.save_pretrained(tmp_path / "again")  # a model that transformers itself gave the adapter
-    third = csdraft.CascadeDrafter.from_pretrained(tmp_path / "again")
+    third = csdraft.CascadeDrafter.from_pretrained(tmp_path / "again", local_bases=True)
     assert torch.equal(third.models()[0](**inputs).logits, logits[0])
 
 

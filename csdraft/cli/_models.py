@@ -92,7 +92,7 @@ def open_models(args: argparse.Namespace) -> Opened:
     torch.manual_seed(args.seed)
     dtype = SHORT.get(args.dtype) or str(args.dtype)
     target = load_model(args.target, dtype=dtype).to(args.device)
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.target)
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.target, trust_remote_code=False)
     options = _given(args, "verifier", "schedule")
     return Opened(target, tokenizer, _assistant(args, target, dtype), options)
 

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     if args.tokenizer:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, trust_remote_code=False)
     report.to_html(args.html, tokenizer)
     print(f"wrote {args.html}")
     return 0

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 __all__ = ["ROOT", "Draft", "Kind", "Law"]
@@ -16,6 +17,8 @@ ROOT = -1
 """The node that stands for the text itself."""
 
 NAN = float("nan")
+ROUNDING = 0.02
+"""By which the probabilities of a distribution in half precision may miss 1."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +35,30 @@ class Law:
 
     kind: Kind
     rows: tuple[Tensor | None, ...]
+
+    def flaw(self, vocab: int, start: int = 0) -> str | None:
+        """Why rows from `start` on are no distributions of so many tokens; None if they are.
+
+        One reduction and one copy to the host for all of them.
+        """
+        rows = list({id(row): row for row in self.rows[start:] if row is not None}.values())
+        if not rows:
+            return None
+        for row in rows:
+            if not isinstance(row, Tensor) or not row.is_floating_point():
+                kind = row.dtype if isinstance(row, Tensor) else type(row).__name__
+                return f"a draft's distribution is of type {kind}; give a tensor of probabilities"
+            if row.shape != (vocab,):
+                return f"a draft's law has shape {tuple(row.shape)}, the target's laws ({vocab},)"
+        stacked = torch.stack(rows)  # (distinct rows, vocab)
+        sums, least = stacked.sum(-1, dtype=torch.float32), stacked.amin(-1)
+        found = torch.stack([sums, least.float()]).tolist()
+        for total, lowest in zip(*found, strict=True):
+            if not abs(total - 1) <= ROUNDING or not lowest >= 0:  # nan is neither
+                return (
+                    f"a draft's distribution sums to {total:.4g}, its least value is {lowest:.4g}; give probabilities"
+                )
+        return None
 
 
 @dataclass(frozen=True, eq=False)

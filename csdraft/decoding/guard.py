@@ -2,97 +2,146 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from numbers import Real
+from typing import TypeVar
 
+from csdraft.decoding.call import Call
 from csdraft.decoding.draft import ROOT, Draft, Law
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Schedule, Verifier
 from csdraft.decoding.report import Report
 
 __all__ = ["Guarded"]
 
+T = TypeVar("T")
+
 
 class Guarded(Drafter):
-    """Runs a drafter, times it, and goes on without it once it has failed.
+    """Runs a drafter, times it, and continues without it once it has failed.
+
+    Everything that a call asks a drafter goes through here, what its schedule asks included.
 
     Args:
         drafter: what to run; None never drafts, which is plain decoding.
         verifier: who judges its drafts at the target.
-        vocab: the target's number of tokens.
-        strict: raise instead of going on.
+        strict: raise instead of continuing.
     """
 
-    def __init__(self, drafter: Drafter | None, verifier: Verifier, vocab: int, strict: bool = False):
-        self.drafter, self.verifier, self.vocab, self.strict = drafter, verifier, vocab, strict
+    def __init__(self, drafter: Drafter | None, verifier: Verifier, strict: bool = False):
+        self.drafter, self.verifier, self.strict = drafter, verifier, strict
         self.failure: str | None = None
         self.seconds = 0.0
 
-    def budgets(self, schedule: Schedule, contexts: Sequence[Context], rooms: Sequence[int]) -> list[Budget]:
-        """What the schedule allows; nothing once the drafter has failed, perhaps while the schedule asked it."""
+    def attempt(self, action: Callable[[Drafter], T], otherwise: T) -> T:
+        """What `action` makes of the drafter; `otherwise` if that fails, or if the drafter has failed before."""
         if self.drafter is None or self.failure:
-            return [Budget(0, 0) for _ in rooms]
+            return otherwise
         try:
-            budgets = schedule.budgets(contexts, rooms, self.drafter)
+            return action(self.drafter)
         except Exception as error:  # whatever a drafter does wrong must not cost the user the text
             self._give_up(error)
-            return [Budget(0, 0) for _ in rooms]
-        return [replace(b, confidence=True) for b in budgets] if self.verifier.reads_confidence else budgets
+            return otherwise
 
-    def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
-        if self.drafter is None or self.failure or not any(b.depth > 0 for b in budgets):
-            return [c.draft for c in contexts]
-        started = time.perf_counter()
+    # Before the first round.
+
+    def models(self) -> list[object]:
+        return self.attempt(lambda drafter: drafter.models(), [])
+
+    def check(self, call: Call) -> None:
+        """Raises ValueError for a mistake of the user's; any other exception is a failure like all others."""
         try:
-            drafts = self.drafter.propose(contexts, budgets)
-            self._check(drafts, budgets, len(contexts[0].call.level_owners))
+            if self.drafter is not None:
+                self.drafter.check(call)
+        except ValueError:
+            raise
         except Exception as error:  # as above
             self._give_up(error)
-            drafts = [c.draft for c in contexts]
+
+    def start(self, schedule: Schedule, call: Call) -> Schedule:
+        """The schedule's working copy for this call."""
+        return self.attempt(lambda drafter: schedule.start(call, drafter), schedule)
+
+    # In every round.
+
+    def budgets(self, schedule: Schedule, contexts: Sequence[Context], rooms: Sequence[int]) -> list[Budget]:
+        """What the schedule allows; nothing once the drafter has failed, perhaps while the schedule asked it."""
+
+        def allowed(drafter: Drafter) -> list[Budget]:
+            budgets = schedule.budgets(contexts, rooms, drafter)
+            return [replace(b, confidence=True) for b in budgets] if self.verifier.reads_confidence else budgets
+
+        return self.attempt(allowed, [Budget(0, 0) for _ in rooms])
+
+    def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
+        nothing = [context.draft for context in contexts]
+        if not any(budget.depth > 0 for budget in budgets):
+            return nothing
+
+        def checked(drafter: Drafter) -> list[Draft]:
+            drafts = drafter.propose(contexts, budgets)
+            self._check(drafts, budgets, contexts[0].call)
+            return drafts
+
+        started = time.perf_counter()
+        drafts = self.attempt(checked, nothing)
         self.seconds += time.perf_counter() - started
         return drafts
 
     def observe(self, rounds: Sequence[Round]) -> None:
-        if self.drafter is not None and not self.failure:
-            try:
-                self.drafter.observe(rounds)
-            except Exception as error:  # as above
-                self._give_up(error)
+        self.attempt(lambda drafter: drafter.observe(rounds), None)
+
+    def learn(self, schedule: Schedule, rounds: Sequence[Round], draft_seconds: float, score_seconds: float) -> None:
+        """Tells the schedule what came of a round."""
+        self.attempt(lambda drafter: schedule.observe(rounds, draft_seconds, score_seconds), None)
+
+    # After the last round.
+
+    def finish(self, schedule: Schedule) -> None:
+        """Tells the schedule that the call is over."""
+        self.attempt(lambda drafter: schedule.finish(), None)
 
     def keep_report(self, report: Report) -> None:
-        if self.drafter is not None:
+        if self.drafter is not None:  # even if it has failed: the report says so
             try:
                 self.drafter.keep_report(report)
             except Exception as error:  # as above
-                self._give_up(error)
+                if self.failure is None:
+                    self._give_up(error)
+                    report.failures[str(self.failure)] += 1
 
-    def _check(self, drafts: Sequence[Draft], budgets: Sequence[Budget], levels: int) -> None:
+    # What it hands up.
+
+    def _check(self, drafts: Sequence[Draft], budgets: Sequence[Budget], call: Call) -> None:
         """Raises ValueError for what would be an exception in the round, where it would cost the text."""
         for draft, budget in zip(drafts, budgets, strict=True):
-            if flaw := self._flaw(draft, budget.room, levels) or self.verifier.refusal(draft):
+            if flaw := self._flaw(draft, budget.room, call) or self.verifier.refusal(draft):
                 raise ValueError(flaw)
 
-    def _flaw(self, draft: Draft, room: int, levels: int) -> str | None:
-        size = len(draft.tokens)
-        if {len(draft.parents), len(draft.levels), len(draft.confidence)} != {size}:
-            return f"a draft of {size} tokens must have as many parents, levels and confidences"
-        if any(not isinstance(t, int) or not 0 <= t < self.vocab for t in draft.tokens):
-            bad = next(t for t in draft.tokens if not isinstance(t, int) or not 0 <= t < self.vocab)
-            return f"token {bad!r} was drafted, but the target's vocabulary has {self.vocab} tokens"
-        if any(not ROOT <= parent < node for node, parent in enumerate(draft.parents)):
+    def _flaw(self, draft: Draft, room: int, call: Call) -> str | None:
+        size, levels = len(draft.tokens), len(call.level_owners)
+        columns = (draft.tokens, draft.parents, draft.levels, draft.confidence)
+        if not all(isinstance(column, tuple) and len(column) == size for column in columns):
+            return f"a draft of {size} tokens must have as many parents, levels and confidences, all of them tuples"
+        if (bad := _outside(draft.tokens, call.vocab)) is not None:
+            return f"token {bad!r} was drafted, but the target's vocabulary has {call.vocab} tokens"
+        if any(not isinstance(parent, int) or not ROOT <= parent < node for node, parent in enumerate(draft.parents)):
             return f"parents {draft.parents} are out of order: a node's parent comes before it"
-        if any(not 0 <= level < levels for level in draft.levels):
+        if _outside(draft.levels, levels) is not None:
             return f"levels {sorted(set(draft.levels))} are unknown; take numbers from Call.level"
         if size and max(draft.depths) >= room:
             return f"a draft is {max(draft.depths) + 1} tokens deep, but its room was {room}"
-        return None if draft.law is None else self._flaw_of_law(draft.law, size)
+        if self.verifier.reads_confidence and (odd := [c for c in draft.confidence if not _is_confidence(c)]):
+            return f"confidence {odd[0]!r} of a drafted token must be a probability, or nan where there is none"
+        return None if draft.law is None else self._flaw_of_law(draft.law, size, call.vocab)
 
-    def _flaw_of_law(self, law: Law, size: int) -> str | None:
+    def _flaw_of_law(self, law: Law, size: int, vocab: int) -> str | None:
         if len(law.rows) != size:
             return f"a draft of {size} tokens has laws for {len(law.rows)}"
-        odd = [tuple(row.shape) for row in law.rows if row is not None and row.shape != (self.vocab,)]
-        return f"a draft's law has shape {odd[0]}, the target's laws ({self.vocab},)" if odd else None
+        return law.flaw(vocab) if self.verifier.draws == "independent" else None  # nobody reads it otherwise
 
     def _give_up(self, error: Exception) -> None:
         """Leaves the drafter out for the rest of the call, or raises when strict."""
@@ -103,5 +152,18 @@ class Guarded(Drafter):
             f"the drafter {type(self.drafter).__name__} failed and is left out for the rest of this call "
             f"({self.failure}); the text is not affected. Pass strict=True to raise instead.",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
+
+
+def _outside(numbers: Sequence[int], end: int) -> object:
+    """The first that is no whole number from 0 up to `end`; None if there is none."""
+    return next((n for n in numbers if not isinstance(n, int) or not 0 <= n < end), None)
+
+
+def _is_confidence(value: object) -> bool:
+    return isinstance(value, Real) and (math.isnan(value) or 0 <= value <= 1 + ROUNDING)  # type: ignore[operator]
+
+
+ROUNDING = 1e-3
+"""By which the softmax of a model in half precision may exceed 1."""

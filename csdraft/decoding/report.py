@@ -14,6 +14,7 @@ from csdraft.decoding.interfaces import Round
 from csdraft.decoding.names import name_of
 from csdraft.decoding.rejections import Rejections
 from csdraft.decoding.tally import Tally
+from csdraft.stored import check_keys, fit, naming, read_object, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["ModelUse", "Planned", "Report"]
 
 FORMAT = 1
+MOST_TOKENS = 1 << 31
 MOST_FAILURES = 16
 """Different messages that an accumulated report keeps."""
 
@@ -251,17 +253,37 @@ class Report:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Report:
-        """The inverse of `to_dict`; ValueError for anything else."""
+        """The inverse of `to_dict`; ValueError for anything else, which names the key."""
         found = data.get("csdraft_report") if isinstance(data, Mapping) else None
-        if found != FORMAT:
-            raise ValueError(f"csdraft_report={found!r}, expected {FORMAT}; is this a report that csdraft saved?")
-        values = {key: value for key, value in data.items() if key not in ("csdraft_report", "summary")}
-        values["reviews"] = {name: Tally.from_dict(tally) for name, tally in data["reviews"].items()}
-        values["models"] = {name: ModelUse(**use) for name, use in data["models"].items()}
-        for name, kind in (("rejections", Rejections), ("planned", Planned)):
-            found = data.get(name)
-            values[name] = None if found is None else kind(**found)
-        return cls(**{**values, "failures": Counter(data["failures"])})
+        if found is True or found != FORMAT:
+            raise ValueError(f"csdraft_report={shown(found)}, expected {FORMAT}; is this a report that csdraft saved?")
+        given = {"rejections": None, "planned": None, **data}
+        check_keys(given, (*STORED, "csdraft_report", "summary"), "the report")
+        if missing := [key for key in STORED if key not in given]:
+            raise ValueError(f"the report lacks {', '.join(missing)}")
+        values = {key: fit(given[key], kind, key) for key, kind in STORED.items()}
+        values["reviews"] = {
+            name: Tally.from_dict(tally, f"reviews.{name}") for name, tally in values["reviews"].items()
+        }
+        report = cls(**{**values, "failures": Counter(values["failures"])})
+        report._check_texts()
+        return report
+
+    def _check_texts(self) -> None:
+        """Raises ValueError unless every token has a level and belongs to a round."""
+        if not len(self.tokens) == len(self.levels) == len(self.lengths):
+            raise ValueError("tokens, levels and lengths of a report must have equally many rows")
+        for row, (tokens, levels, lengths) in enumerate(zip(self.tokens, self.levels, self.lengths, strict=True)):
+            if not len(tokens) == len(levels) == sum(lengths) or min(lengths, default=0) < 0:
+                raise ValueError(
+                    f"tokens[{row}] must have as many entries as levels[{row}] and as lengths[{row}] add up to"
+                )
+            if tokens and not 0 <= min(tokens) <= max(tokens) < MOST_TOKENS:
+                raise ValueError(f"tokens[{row}] must be ids from 0 to {MOST_TOKENS - 1}")
+            if levels and not 0 <= min(levels) <= max(levels) < len(self.level_names):
+                raise ValueError(
+                    f"levels[{row}] must be places in level_names, of which there are {len(self.level_names)}"
+                )
 
     def save(self, path: str | Path) -> None:
         """Writes the report as JSON, which `load` and `csdraft report` read."""
@@ -269,8 +291,9 @@ class Report:
 
     @classmethod
     def load(cls, path: str | Path) -> Report:
-        """A report from the JSON that `save` wrote."""
-        return cls.from_dict(json.loads(Path(path).read_text()))
+        """A report from the JSON that `save` wrote; ValueError that names the file for any other."""
+        with naming(path):
+            return cls.from_dict(read_object(path))
 
     # Showing.
 
@@ -293,6 +316,20 @@ class Report:
         from csdraft.decoding.report_view import page
 
         Path(path).write_text(page(self, tokenizer), encoding="utf-8")
+
+
+STORED: dict[str, Any] = {
+    **dict.fromkeys(("calls", "target_calls", "cut"), int),
+    "seconds": float,
+    **dict.fromkeys(("tokens", "levels", "lengths"), list[list[int]]),
+    "level_names": list[str],
+    "reviews": dict[str, dict[str, Any]],
+    "models": dict[str, ModelUse],
+    "failures": dict[str, int],
+    "rejections": Rejections | None,
+    "planned": Planned | None,
+}
+"""What `Report.to_dict` writes."""
 
 
 def _session_name(call: Call, model: Any) -> str:

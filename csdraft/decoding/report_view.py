@@ -29,7 +29,7 @@ class Bar:
     share: float
 
     def __str__(self) -> str:
-        eighths = round(self.share * BAR_WIDTH * 8)
+        eighths = round(min(max(self.share, 0.0), 1.0) * BAR_WIDTH * 8)
         return ("█" * (eighths // 8) + EIGHTHS[eighths % 8]).rstrip()
 
 

@@ -9,6 +9,7 @@ from itertools import zip_longest
 from typing import Any
 
 from csdraft.decoding.interfaces import Round
+from csdraft.stored import check_keys, fit
 
 __all__ = ["Tally"]
 
@@ -93,9 +94,11 @@ class Tally:
         deepest = max((tried for _, tried in self.outcomes), default=0)
         table = [[0, 0] for _ in range(deepest)]
         for (accepted, tried), rounds in self.outcomes.items():
-            for depth in range(tried):
-                table[depth][0] += rounds
-                table[depth][1] += rounds * (depth < accepted)
+            for column, length in enumerate((tried, accepted)):
+                if length:
+                    table[length - 1][column] += rounds
+        for depth in reversed(range(deepest - 1)):  # a round that got further was here too
+            table[depth] = [here + further for here, further in zip(table[depth], table[depth + 1], strict=True)]
         return [(tried, accepted) for tried, accepted in table]
 
     def to_dict(self) -> dict[str, Any]:
@@ -107,12 +110,36 @@ class Tally:
         return {**sums, **counts, "outcomes": outcomes, "ranks": ranks}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Tally:
-        """The inverse of `to_dict`."""
-        drafted, tried, accepted = (Counter(data[name]) for name in ("drafted", "tried", "accepted"))
-        outcomes = Counter({(accepted, tried): rounds for accepted, tried, rounds in data["outcomes"]})
-        ranks = Counter({(children, rank): times for children, rank, times in data.get("ranks", ())})
-        return cls(data["rounds"], data["plain"], data["emitted"], drafted, tried, accepted, outcomes, ranks)
+    def from_dict(cls, data: Mapping[str, Any], at: str = "tally") -> Tally:
+        """The inverse of `to_dict`.
+
+        Args:
+            at: how messages call it.
+
+        Raises:
+            ValueError: a key is missing or unknown, or its value is of another kind.
+        """
+        data = {"ranks": [], **data}
+        check_keys(data, STORED, at)
+        if missing := [key for key in STORED if key not in data]:
+            raise ValueError(f"{at} lacks {', '.join(missing)}")
+        read = {key: fit(data[key], kind, f"{at}.{key}") for key, kind in STORED.items()}
+        if not all(0 <= accepted <= tried <= MOST_DEPTH for accepted, tried, _ in read["outcomes"]):
+            raise ValueError(f"{at}.outcomes: 0 <= accepted <= tried <= {MOST_DEPTH} does not hold everywhere")
+        pairs = {key: {(one, other): times for one, other, times in read[key]} for key in ("outcomes", "ranks")}
+        counts = {key: Counter(read[key]) for key in ("drafted", "tried", "accepted")}
+        return cls(
+            read["rounds"], read["plain"], read["emitted"], **counts, **{k: Counter(v) for k, v in pairs.items()}
+        )
+
+
+STORED: dict[str, Any] = {
+    **dict.fromkeys(("rounds", "plain", "emitted"), int),
+    **dict.fromkeys(("drafted", "tried", "accepted"), dict[str, int]),
+    **dict.fromkeys(("outcomes", "ranks"), list[tuple[int, int, int]]),
+}
+"""What `Tally.to_dict` writes."""
+MOST_DEPTH = 1 << 20
 
 
 def _ranks(finished: Round) -> list[tuple[int, int]]:

@@ -14,10 +14,14 @@ from pathlib import Path
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter
+from csdraft.decoding.limits import MOST_NODES, check_range
 from csdraft.drafters._copying import match_evidence, until
 from csdraft.tables.corpus import SPAN, CorpusIndex
 
 __all__ = ["Datastore"]
+
+MOST_MATCHES = 5000
+"""What the paper looks at."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,7 @@ class Datastore(Drafter):
     matches: int = 32
 
     def __post_init__(self) -> None:
-        for name in ("depth", "nodes", "min_match", "matches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} of a Datastore must be at least 1")
+        check_range("a Datastore", self, depth=None, nodes=MOST_NODES, min_match=None, matches=MOST_MATCHES)
         if isinstance(self.corpus, (str, Path)):
             object.__setattr__(self, "corpus", CorpusIndex.load(self.corpus))
 

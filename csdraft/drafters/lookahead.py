@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round
+from csdraft.decoding.limits import MOST_BRANCHES, check_range
 from csdraft.drafters._copying import until
 from csdraft.drafters._trie import Trie
 from csdraft.tables.phrases import PhrasePool
@@ -45,9 +46,9 @@ class Lookahead(Drafter):
     prompt: bool = True
 
     def __post_init__(self) -> None:
-        for name, least in (("window", 0), ("ngram", 2), ("guesses", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} of a Lookahead must be at least {least}")
+        check_range("a Lookahead", self, 0, window=MOST_BRANCHES)
+        check_range("a Lookahead", self, 2, ngram=None)
+        check_range("a Lookahead", self, 1, guesses=MOST_BRANCHES)
 
     @property
     def depth(self) -> int:  # type: ignore[override]

@@ -14,6 +14,7 @@ from pathlib import Path
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter
+from csdraft.decoding.limits import check_range
 from csdraft.drafters._copying import match_evidence, until
 from csdraft.drafters._history import History, history
 from csdraft.tables.bigram import BigramTable
@@ -39,9 +40,7 @@ class MaxGram(Drafter):
     bigram: BigramTable | str | Path | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("depth", 1), ("min_match", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} of a MaxGram must be at least {least}")
+        check_range("a MaxGram", self, depth=None, min_match=None)
         if isinstance(self.bigram, (str, Path)):
             object.__setattr__(self, "bigram", BigramTable.load(self.bigram))
 

@@ -7,11 +7,9 @@ few tokens one by one, KV-cached and batched, and the target checks them all in 
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -21,14 +19,15 @@ from csdraft.decoding.draft import Draft
 from csdraft.decoding.grow import grow
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Tree
 from csdraft.decoding.names import name_of
+from csdraft.decoding.refusals import refusal
 from csdraft.decoding.roll import roll
-from csdraft.decoding.runner import refusal
-from csdraft.heads.self_draft import SELF_DRAFT, SelfDraft, read_document
+from csdraft.decoding.traits import unwrapped
+from csdraft.drafters._load import load_model
+from csdraft.heads.self_draft import SelfDraft
 
 __all__ = ["ModelDrafter"]
 
 MOST_VOCABULARY_PADDING = 1024
-HUB_OPTIONS = {"revision", "token", "cache_dir", "local_files_only", "force_download"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,13 +76,13 @@ class ModelDrafter(Drafter):
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
         call = contexts[0].call
-        limit = context_length(self.network)
+        session, level = call.session(self.network), call.level(self.network)
+        limit = session.positions  # past it the model stops drafting, and decoding goes on
         steps = [
             min(b.depth, b.room, limit - len(c.text) - len(c.path)) for c, b in zip(contexts, budgets, strict=True)
         ]
         if all(wanted <= 0 for wanted in steps):
             return [c.draft for c in contexts]
-        session, level = call.session(self.network), call.level(self.network)
         confidence = any(b.confidence for b in budgets)
         if self.tree is not None:
             return grow(session, self.tree, contexts, steps, level, confidence)
@@ -91,36 +90,11 @@ class ModelDrafter(Drafter):
         return [c.draft.extend(r.tokens, level, r.confidence, r.laws) for c, r in zip(contexts, rolled, strict=True)]
 
 
-def load_model(path: str, **options: Any) -> nn.Module:
-    """Loads a model folder, a PEFT folder on top of its base, or a Hub id, with the auto class its config asks for.
-
-    A self-drafting adapter has no base of its own: it comes as a `SelfDraft`, which waits for a target.
-
-    Args:
-        path: folder or Hub id.
-        options: of `from_pretrained`: dtype, device_map, revision, ...
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
-    from transformers.utils import find_adapter_config_file
-
-    hub = {key: value for key, value in options.items() if key in HUB_OPTIONS}
-    adapter = find_adapter_config_file(path, **hub)
-    if adapter is None:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=options.get("trust_remote_code"), **hub)
-    else:
-        document = read_document(path, **hub)
-        if document is not None and document["kind"] == SELF_DRAFT:
-            return SelfDraft.load(path, document, **hub)
-        base = json.loads(Path(adapter).read_text())["base_model_name_or_path"]
-        config = AutoConfig.from_pretrained(base, **{**hub, "revision": None})
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return auto.from_pretrained(path, **options).eval()
-
-
 def base_model(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT wrapper (its adapters stay active); any other model unchanged."""
+    """The transformers model inside wrappers: torch.compile's, data parallelism's, PEFT's (adapters stay active)."""
+    model = unwrapped(model)
     inner = getattr(model, "get_base_model", None)
-    return inner() if inner is not None else model
+    return unwrapped(inner()) if inner is not None else model
 
 
 def bound(drafter: Any, target: nn.Module, seen: dict[int, Any] | None = None) -> Any:
@@ -149,17 +123,6 @@ def bound(drafter: Any, target: nn.Module, seen: dict[int, Any] | None = None) -
         for name, value in changed.items():
             object.__setattr__(twin, name, value)
     return seen[id(drafter)]
-
-
-def context_length(model: nn.Module) -> int:
-    """Positions the model can stand on; past them it stops drafting and decoding goes on.
-
-    Rotary models have no end: past their training length they draft worse, which schedules notice by themselves.
-    """
-    config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr]
-    rotary = getattr(config, "rope_parameters", None) is not None
-    limit = None if rotary else getattr(config, "max_position_embeddings", None)
-    return limit or 1 << 30
 
 
 def check_reviewer(model: nn.Module, call: Call) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter
+from csdraft.decoding.limits import MOST_BRANCHES, check_range
 from csdraft.drafters._copying import until
 from csdraft.drafters._trie import Trie
 from csdraft.tables.successors import SuccessorTable
@@ -39,9 +40,7 @@ class NGrammys(Drafter):
     table: SuccessorTable | str | Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("depth", "rows", "match"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} of a NGrammys must be at least 1")
+        check_range("a NGrammys", self, depth=None, rows=MOST_BRANCHES, match=None)
         if isinstance(self.table, str | Path):
             object.__setattr__(self, "table", SuccessorTable.load(self.table))
 

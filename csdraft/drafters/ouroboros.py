@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round
+from csdraft.decoding.limits import MOST_BRANCHES, check_range
 from csdraft.drafters._copying import until
 from csdraft.drafters._parts import check_parts
 from csdraft.drafters._trie import Trie
@@ -43,9 +44,8 @@ class Ouroboros(Drafter):
 
     def __post_init__(self) -> None:
         check_parts(self)
-        for name, least in (("phrases", 1), ("ngram", 2), ("pool", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} of an Ouroboros must be at least {least}")
+        check_range("an Ouroboros", self, phrases=MOST_BRANCHES, pool=None)
+        check_range("an Ouroboros", self, 2, ngram=None)
 
     @property
     def depth(self) -> int:  # type: ignore[override]

@@ -11,9 +11,13 @@ from dataclasses import dataclass, field
 
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter
+from csdraft.decoding.limits import check_range
 from csdraft.decoding.text import Text
 
 __all__ = ["PromptLookup"]
+
+MOST_NGRAM = 64
+"""Every n-gram of the text up to that length is kept; `max_gram` finds matches of any length without that."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +35,7 @@ class PromptLookup(Drafter):
     max_ngram: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("depth", "max_ngram"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} of a PromptLookup must be at least 1")
+        check_range("a PromptLookup", self, depth=None, max_ngram=MOST_NGRAM)
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
         return [self._propose(c, min(b.depth, b.room)) for c, b in zip(contexts, budgets, strict=True)]

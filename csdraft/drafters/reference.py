@@ -14,6 +14,7 @@ from pathlib import Path
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter
+from csdraft.decoding.limits import check_range
 from csdraft.drafters._copying import match_evidence, until
 from csdraft.tables.documents import DocumentTable
 from csdraft.tables.suffix_automaton import START
@@ -40,9 +41,7 @@ class Reference(Drafter):
     min_match: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("depth", "min_match"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} of a Reference must be at least 1")
+        check_range("a Reference", self, depth=None, min_match=None)
         if isinstance(self.documents, (str, Path)):
             object.__setattr__(self, "documents", DocumentTable.load(self.documents))
         elif not isinstance(self.documents, DocumentTable):

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf, isfinite
 from pathlib import Path
 
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round
+from csdraft.decoding.limits import MOST_NODES, check_range
 from csdraft.drafters._copying import match_evidence
 from csdraft.drafters._history import history
 from csdraft.tables.outputs import OutputTable, Place
@@ -46,12 +48,11 @@ class Suffix(Drafter):
     outputs: OutputTable | str | Path | None = None
 
     def __post_init__(self) -> None:
-        if self.depth < 1 or (self.nodes is not None and self.nodes < 1):
-            raise ValueError(f"depth={self.depth} and nodes={self.nodes} of a Suffix must be at least 1")
-        if self.factor < 0 or not 0 < self.min_prob <= 1:
+        check_range("a Suffix", self, depth=None, **({} if self.nodes is None else {"nodes": MOST_NODES}))
+        if not 0 <= self.factor < inf or not 0 < self.min_prob <= 1 or not isfinite(self.offset):
             raise ValueError(
-                f"factor={self.factor} and min_prob={self.min_prob} of a Suffix: factor must be 0 or more, min_prob "
-                "above 0 and at most 1"
+                f"factor={self.factor}, offset={self.offset} and min_prob={self.min_prob} of a Suffix: factor must be "
+                "0 or more, min_prob above 0 and at most 1"
             )
         if isinstance(self.outputs, (str, Path)):
             object.__setattr__(self, "outputs", OutputTable.load(self.outputs))

@@ -19,6 +19,7 @@ import numpy as np
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round
+from csdraft.decoding.limits import check_range
 from csdraft.tables.adjacency import KEPT, AdjacencyTable
 
 __all__ = ["TokenRecycling"]
@@ -54,9 +55,7 @@ class TokenRecycling(Drafter):
     table: AdjacencyTable | str | Path | None = None
 
     def __post_init__(self) -> None:
-        for name, most in (("depth", len(CHILDREN)), ("nodes", NODES)):
-            if not 1 <= getattr(self, name) <= most:
-                raise ValueError(f"{name}={getattr(self, name)} of a TokenRecycling must be from 1 to {most}")
+        check_range("a TokenRecycling", self, depth=len(CHILDREN), nodes=NODES)
         if isinstance(self.table, str | Path):
             object.__setattr__(self, "table", AdjacencyTable.load(self.table))
 

@@ -102,7 +102,7 @@ class Translated(Drafter):
     def _open(self, call: Call) -> Call:
         models: list[Any] = self.drafter.models()
         vocab = models[0].config.get_text_config(decoder=True).vocab_size if models else self.own.size
-        stopping = Stopping([], call.rows)
+        stopping = Stopping([])
         stopping.eos = self.own.eos
         head = Head(Processing([], call.rows), stopping, Sampler(True, [0] * call.rows, vocab))
         texts = [Text(torch.tensor(self.own.opening, dtype=torch.long)) for _ in range(call.rows)]
@@ -119,7 +119,9 @@ class Tongue:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | str | Path):
-        loaded: Any = AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
+        loaded: Any = tokenizer
+        if isinstance(tokenizer, str | Path):
+            loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
         if not loaded.is_fast:
             raise ValueError(f"{type(loaded).__name__} is a slow tokenizer; load the fast one (use_fast=True)")
         self.backend = Tokenizer.from_str(loaded.backend_tokenizer.to_str())

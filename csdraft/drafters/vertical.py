@@ -18,10 +18,11 @@ from torch import nn
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, ScoresView, Verdict, Verifier
-from csdraft.decoding.rounds import run_round
+from csdraft.decoding.rounds import review
 from csdraft.decoding.sampling import Sampler
 from csdraft.drafters._parts import check_parts
-from csdraft.drafters.model import base_model, check_reviewer, context_length, load_model
+from csdraft.drafters.model import base_model, check_reviewer, load_model
+from csdraft.verifiers._lenience import check_lenience
 from csdraft.verifiers.lenient import Lenient
 from csdraft.verifiers.rejection import Rejection
 from csdraft.verifiers.spec_hub import SpecHub
@@ -51,8 +52,7 @@ class Vertical(Drafter):
 
     def __post_init__(self) -> None:
         check_parts(self)
-        if not self.lenience >= 1:
-            raise ValueError(f"lenience={self.lenience} must be 1 (strict) or more; the papers' l = 1/lenience")
+        check_lenience(self.lenience)
         if isinstance(self.reviewer, str | os.PathLike):
             object.__setattr__(self, "reviewer", load_model(os.fspath(self.reviewer)))
         object.__setattr__(self, "reviewer", base_model(self.reviewer))  # type: ignore[arg-type]
@@ -81,7 +81,9 @@ class Vertical(Drafter):
             rooms = [limits[i] - (len(drafts[i]) - len(contexts[i].draft)) for i in live]
             # One less than the room: the reviewer adds a token itself.
             asked = [self._inner_budget(room - 1, coupled) for room in rooms]
-            rounds = run_round(inner, session, level, self.drafter, verifier, asked, confidence)
+            proposed = self.drafter.propose(inner, asked)
+            _check_laws(inner, proposed, verifier)
+            rounds = review(inner, proposed, session, level, verifier, confidence)
             call.tallies[level].add(rounds)
             going = []
             for i, finished in zip(live, rounds, strict=True):
@@ -105,7 +107,8 @@ class Vertical(Drafter):
 
     def _positions_left(self, context: Context) -> int:
         """Tokens it can still hand up before its context is full: the last one is never fed."""
-        return context_length(self.reviewer) - len(context.text) - len(context.path)  # type: ignore[arg-type]
+        session = context.call.session(self.reviewer)  # type: ignore[arg-type]
+        return session.positions - len(context.text) - len(context.path)
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,13 @@ class ByDraws(Verifier):
     def _rule(draft: Draft) -> Verifier:
         kind = "iid" if draft.law is None else draft.law.kind
         return {"iid": Rejection, "without_replacement": WithoutReplacement, "pair": SpecHub}[kind]()
+
+
+def _check_laws(contexts: Sequence[Context], drafts: Sequence[Draft], verifier: Verifier) -> None:
+    """Raises ValueError for a token drawn from what is no distribution: it is handed on, and would bias the text."""
+    for context, draft in zip(contexts, drafts, strict=True) if verifier.draws == "independent" else ():
+        if draft.law is not None and (flaw := draft.law.flaw(context.call.vocab, len(context.draft))):
+            raise ValueError(flaw)
 
 
 def _stops(budget: Budget, finished: Round) -> bool:

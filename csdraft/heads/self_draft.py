@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from csdraft.heads.layers import fingerprint, shared_layers
+from csdraft.stored import fit, is_hub_id, naming, read_object, shown
 
 __all__ = [
     "DOCUMENT",
@@ -71,11 +72,6 @@ def own_layers(target: Any, layers: Sequence[int], encoder_layers: Sequence[int]
     )
     network.config._name_or_path = ""
     return network
-
-
-def is_hub_id(path: str) -> bool:
-    """Whether this can be a model of the Hub and is no file or folder here."""
-    return re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path) is not None and not os.path.exists(path)
 
 
 class SelfDraft(nn.Module):
@@ -139,13 +135,8 @@ class SelfDraft(nn.Module):
 
     @torch.inference_mode(False)
     def _put_on(self, target: Any) -> Any:
-        peft = peft_package()
-        network, options, state = self.layers_of(target), copy.deepcopy(self.options), self.state
-        options.inference_mode = True
-        peft.inject_adapter_in_model(options, network, low_cpu_mem_usage=True)  # draws no random numbers
-        result = peft.set_peft_model_state_dict(network, state, low_cpu_mem_usage=True)
-        if result.unexpected_keys:
-            raise ValueError(f"{self._name} has tensors for modules that its base lacks: {result.unexpected_keys[:4]}")
+        network, state = self.layers_of(target), self.state
+        put_adapter(network, self.options, state, self._name)
         for name, parameter in network.named_parameters():  # PEFT has cast them to the base's dtype
             stored = state.get(PREFIX + re.sub(r"\.default(\.|$)", r"\1", name))
             if stored is not None and stored.dtype != parameter.dtype:
@@ -155,7 +146,8 @@ class SelfDraft(nn.Module):
 
     def layers_of(self, target: Any) -> Any:
         """The layers of the target that the adapter stands on, without it; `check` the target first."""
-        network = shared_layers(target, self.base.layers, self.base.encoder_layers)
+        with naming(self._name):
+            network = shared_layers(target, self.base.layers, self.base.encoder_layers)
         network.self_draft = self.base
         return network
 
@@ -192,12 +184,57 @@ class SelfDraft(nn.Module):
             document: its drafter.json.
             options: of the Hub: revision, token, ...
         """
-        peft = peft_package()
-        base = dict(document["base"])
-        encoder = document["encoder_layers"]
-        base |= {"layers": tuple(document["layers"]), "encoder_layers": None if encoder is None else tuple(encoder)}
+        return cls(_base(document, DOCUMENT), *read_adapter(path, **options), path).eval()
+
+
+def read_adapter(path: str, **options: Any) -> tuple[Any, dict[str, Tensor]]:
+    """Config and tensors of a PEFT folder.
+
+    Args:
+        path: folder or Hub id.
+        options: of the Hub: revision, token, ...
+
+    Raises:
+        ValueError: one of its files is broken.
+    """
+    from safetensors import SafetensorError
+
+    peft, where = peft_package(), f"adapter_config.json of {path!r}"
+    try:
         config = peft.PeftConfig.from_pretrained(path, **options)
-        return cls(Base(**base), config, peft.load_peft_weights(path, device="cpu", **options), path).eval()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # it takes what the file says on trust
+        raise ValueError(f"{where} is no adapter's config ({type(error).__name__}: {error})") from error
+    try:
+        return config, peft.load_peft_weights(path, device="cpu", **options)
+    except SafetensorError as error:
+        file = Path(path, "adapter_model.safetensors")
+        raise ValueError(f"{file} cannot be read ({error}); it may be cut short: get it again") from error
+
+
+def put_adapter(network: Any, options: Any, state: dict[str, Tensor], name: str) -> None:
+    """Puts an adapter on a model, in place; no random number is drawn.
+
+    Args:
+        options: its PEFT config.
+        state: its tensors by the names of a PEFT folder.
+        name: what messages call it.
+
+    Raises:
+        ValueError: the tensors are not just those that such an adapter has on this model.
+    """
+    peft, options = peft_package(), copy.deepcopy(options)
+    options.inference_mode = True
+    try:
+        peft.inject_adapter_in_model(options, network, low_cpu_mem_usage=True)
+        result = peft.set_peft_model_state_dict(network, state, low_cpu_mem_usage=True)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{name} does not fit its base: {error}") from error
+    if result.unexpected_keys:
+        raise ValueError(f"{name} has tensors for modules that its base lacks: {result.unexpected_keys[:4]}")
+    if missing := [key for key, parameter in network.named_parameters() if parameter.is_meta]:
+        raise ValueError(
+            f"{name} lacks {len(missing)} of its weights, such as {', '.join(missing[:4])}; save it whole"
+        )
 
 
 def adapter_state(network: nn.Module, name: str = "default") -> dict[str, Tensor]:
@@ -239,13 +276,24 @@ def read_document(path: str, **options: Any) -> dict[str, Any] | None:
     file = cached_file(path, DOCUMENT, **options, **quiet)
     if file is None:
         return None
-    document = json.loads(Path(file).read_text(encoding="utf-8"))
-    if document.get("format") != FORMAT or document.get("kind") not in (FULL, SELF_DRAFT):
+    document = read_object(file)
+    found, kind = document.get("format"), document.get("kind")
+    if found is True or found != FORMAT or kind not in (FULL, SELF_DRAFT):
         raise ValueError(
-            f"{DOCUMENT} of {path!r} has format {document.get('format')!r} and kind {document.get('kind')!r}; this "
-            f"csdraft reads format {FORMAT} and kinds {FULL!r} and {SELF_DRAFT!r}: pip install -U csdraft"
+            f"{DOCUMENT} of {path!r} has format {shown(found)} and kind {shown(kind)}; this csdraft reads format "
+            f"{FORMAT} and kinds {FULL!r} and {SELF_DRAFT!r}: pip install -U csdraft"
         )
+    if kind == SELF_DRAFT:
+        _base(document, file)
     return document
+
+
+def _base(document: Mapping[str, Any], file: str) -> Base:
+    """What a self-drafting adapter's drafter.json says of its base; ValueError that names file and key."""
+    base = fit(document.get("base"), dict[str, Any], f"{file}: base")
+    layers = fit(document.get("layers"), tuple[int, ...], f"{file}: layers")
+    encoder = fit(document.get("encoder_layers"), tuple[int, ...] | None, f"{file}: encoder_layers")
+    return fit({**base, "layers": layers, "encoder_layers": encoder}, Base, f"{file}: base")
 
 
 def peft_package() -> Any:

@@ -31,7 +31,7 @@ __all__ = ["Costs", "Offer", "Trace", "World", "observe_world"]
 WIDTHS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 """Draft lengths at which a reviewer is timed."""
 DEEPEST = 32
-"""Tokens that drafters without a model are asked for; trees are grown to their own depth."""
+"""Tokens that drafters without a model are asked for; trees are grown to their own depth, or to this one."""
 MOST_STEPS = 8
 """Tokens that a model may be asked to write."""
 STEPS = (1, 6)
@@ -181,7 +181,12 @@ def writes(drafter: Drafter) -> bool:
 def lengths(drafter: Drafter) -> Sequence[int]:
     if writes(drafter):
         return range(1, MOST_STEPS + 1)
-    return (drafter.depth,) if drafter.models() else WIDTHS[1:]
+    return (own_depth(drafter),) if drafter.models() else WIDTHS[1:]
+
+
+def own_depth(drafter: Drafter) -> int:
+    """The depth that a drafter likes, as far as plans go."""
+    return min(drafter.depth, DEEPEST)
 
 
 @dataclass(frozen=True)
@@ -293,7 +298,7 @@ class Watch:
     def _offers(self, drafter: Drafter, prompt: Sequence[int], new: Sequence[int], cost: Costs) -> list[Offer]:
         assert self.call is not None
         context, offers = Context(0, Text(torch.tensor(prompt)), self.call), []
-        depth = drafter.depth if drafter.models() else DEEPEST
+        depth = own_depth(drafter) if drafter.models() else DEEPEST
         for place, token in enumerate(new):
             began = time.perf_counter()
             (draft,) = drafter.propose([context], [Budget(depth, depth)])

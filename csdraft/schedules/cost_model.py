@@ -104,7 +104,7 @@ class Working(Schedule):
         for survival in self.ledger.survivals.values():
             survival.fade(CARRIED)
         self.most = options.most or (self.limits[-1] if len(self.stages) > 1 else max(2 * self.limits[-1], LONE_DEPTH))
-        self._widths = [self._draft_widths(skip) for skip in range(len(self.stages))]
+        self._widths = [[0] for _ in self.stages]
         self.rounds = self.skip = self.depth = 0
         self.evidence: list[int] = []  # by row
         self._asked: list[int] = []
@@ -167,10 +167,10 @@ class Working(Schedule):
         self, skip: int, contexts: Sequence[Context], remaining: int, hazards: Hazards = Survival.hazards
     ) -> tuple[float, int]:
         """Tokens a second and row, and the depth that gives the most, when the first `skip` stages are left out."""
-        target, rows, widths = self.ledger.target, len(contexts), self._widths[skip]
+        target, rows = self.ledger.target, len(contexts)
         counts = [(self.ledger.survival(e, skip), self.evidence.count(e)) for e in set(self.evidence)]
         most = min(self.most, 2 * max(len(stages.asked) for stages, _ in counts) + 2, remaining - 1)
-        reading = self._reading_seconds(skip, contexts)
+        reading, widths = self._reading_seconds(skip, contexts), self._draft_widths(skip, most)
         seconds, tokens, best = target.seconds(1), 1.0, (0.0, 0)
         chances = [(hazards(stages, most), stages.shares_offered(most), number) for stages, number in counts]
         survival = [1.0] * len(counts)
@@ -190,10 +190,10 @@ class Working(Schedule):
         """The stage that writes draft token `i`."""
         return next((s for s in range(skip, len(self.limits)) if i < self.limits[s]), len(self.limits) - 1)
 
-    def _draft_widths(self, skip: int) -> list[int]:
-        """(most + 1,) tokens under review when the stages from `skip` on draft so deep: more if they branch."""
-        widths = [0]
-        for i in range(self.most):
+    def _draft_widths(self, skip: int, most: int) -> list[int]:
+        """(> most,) tokens under review when the stages from `skip` on draft so deep: more if they branch."""
+        widths = self._widths[skip]
+        for i in range(len(widths) - 1, most):
             stage = self._stage_at(skip, i)
             start = self.limits[stage - 1] if stage > skip else 0
             widths.append(widths[start] + self.stages[stage][0].width(i + 1 - start))

@@ -13,8 +13,10 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+
+from csdraft.stored import naming
+from csdraft.tables._file import read_arrays
 
 __all__ = ["AcceptanceHead"]
 
@@ -22,6 +24,7 @@ FORMAT = "csdraft-acceptance-head-1"
 FEATURES = 3
 LEAST = 1e-9
 PARTS = ("mean", "scale", "w1", "b1", "w2", "b2")
+STORED = {name: ("F32", 2 if name == "w1" else 1) for name in PARTS}
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +54,11 @@ class AcceptanceHead:
         shapes = [getattr(self, name).shape for name in PARTS]
         if shapes != wanted:
             raise ValueError(f"an acceptance head's parts {PARTS} have shapes {shapes}; expected {wanted}")
+        for name in PARTS:
+            if not np.isfinite(getattr(self, name)).all():
+                raise ValueError(f"an acceptance head's {name} has numbers that are not finite; train it again")
+        if not self.scale.all():
+            raise ValueError("an acceptance head's scale, by which features are divided, must not be 0")
 
     @staticmethod
     def features(confidence: float, entropy: float, depth: int) -> tuple[float, float, float]:
@@ -83,11 +91,6 @@ class AcceptanceHead:
     @classmethod
     def load(cls, path: str | Path) -> AcceptanceHead:
         """A head from the file that `save` wrote; ValueError for any other file."""
-        try:
-            with safe_open(path, "np") as file:
-                if (file.metadata() or {}).get("format") == FORMAT:
-                    parts = {name: file.get_tensor(name) for name in PARTS}
-                    return cls(**{**parts, "b2": parts["b2"].reshape(())})
-        except SafetensorError as error:
-            raise ValueError(f"{path} is no safetensors file; train a head: csdraft.trainers.stop_head") from error
-        raise ValueError(f"{path} is no acceptance head; train one: csdraft.trainers.stop_head")
+        parts, _ = read_arrays(path, FORMAT, STORED, "train a head: csdraft.trainers.stop_head")
+        with naming(path):
+            return cls(**{**parts, "b2": parts["b2"].reshape(())})

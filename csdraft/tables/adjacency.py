@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+
+from csdraft.tables._file import read_arrays
 
 __all__ = ["AdjacencyTable"]
 
@@ -92,18 +93,18 @@ class AdjacencyTable:
     @classmethod
     def load(cls, path: str | Path) -> AdjacencyTable:
         """Reads what `save` wrote."""
-        try:
-            with safe_open(path, framework="numpy") as file:
-                found = (file.metadata() or {}).get("format")
-                values = file.get_tensor("successors") if found == FORMAT else None
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a safetensors file: write one with AdjacencyTable.save") from error
-        if values is None:
-            raise ValueError(f"{path} has format {found!r}, not {FORMAT!r}: write one with AdjacencyTable.save")
-        if values.ndim != 2 or values.shape[1] != KEPT:
+        parts, _ = read_arrays(path, FORMAT, {"successors": ("I32", 2)}, "write one with AdjacencyTable.save")
+        values = parts["successors"]
+        if values.shape[1] != KEPT:
             raise ValueError(f"{path} holds successors of shape {values.shape}; they must be (vocab, {KEPT})")
-        if not UNKNOWN <= values.min(initial=0) <= values.max(initial=0) < len(values):
-            raise ValueError(f"{path} holds successors up to {values.max()}, of a vocabulary of {len(values)}")
+        if not len(values):
+            raise ValueError(f"{path} holds successors of no token")
+        if not UNKNOWN <= values.min() <= values.max() < len(values):
+            raise ValueError(
+                f"{path} holds successors from {values.min()} to {values.max()}, of a vocabulary of {len(values)}"
+            )
+        if ((values == UNKNOWN).any(1) != (values == UNKNOWN).all(1)).any():
+            raise ValueError(f"{path} knows some successors of a token and not all {KEPT} of them")
         table = cls(len(values))
         table.successors[:-1] = values
         return table

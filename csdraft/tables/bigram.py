@@ -12,8 +12,10 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+
+from csdraft.stored import naming
+from csdraft.tables._file import read_arrays
 
 __all__ = ["BigramTable"]
 
@@ -105,16 +107,10 @@ class BigramTable:
     @classmethod
     def load(cls, path: str | Path) -> BigramTable:
         """Reads what `save` wrote."""
-        try:
-            with safe_open(path, framework="numpy") as file:
-                found = (file.metadata() or {}).get("format")
-                if found == FORMAT:
-                    return cls(file.get_tensor("successor"), file.get_tensor("count"))
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} is not a safetensors file: build a table with scripts/build_bigrams.py"
-            ) from error
-        raise ValueError(f"{path} has format {found!r}, not {FORMAT!r}: build a table with scripts/build_bigrams.py")
+        wanted = {"successor": ("I32", 1), "count": ("I64", 1)}
+        parts, _ = read_arrays(path, FORMAT, wanted, "build a table with scripts/build_bigrams.py")
+        with naming(path):
+            return cls(**parts)
 
 
 def _merge(pairs: np.ndarray, counts: np.ndarray, waiting: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

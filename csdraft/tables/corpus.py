@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 import shutil
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
+
+from csdraft.stored import fit, naming, shown
 
 __all__ = ["CorpusIndex"]
 
 FORMAT = "csdraft-corpus-1"
 JUNCTION = -1
+MOST_HEADER = 1 << 20
 SPAN = 16
 """Tokens by which positions are sorted, and so the longest match."""
 
@@ -114,21 +119,31 @@ class CorpusIndex:
     @classmethod
     def load(cls, path: str | Path) -> CorpusIndex:
         """Maps what `save` wrote into memory; nothing is read before it is needed."""
-        with open(path, "rb") as file:
+        way_out = "build an index with scripts/build_datastore.py"
+        with naming(path), open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size < 8:
+                raise ValueError(f"it is no safetensors file: {way_out}")
             size = int.from_bytes(file.read(8), "little")
             try:
-                header = json.loads(file.read(size)) if size < 1 << 20 else {}
-            except ValueError:
+                header = fit(json.loads(file.read(size)) if size < MOST_HEADER else {}, dict[str, dict], "header")
+            except (ValueError, RecursionError):
                 header = {}
             metadata = header.get("__metadata__", {})
             if metadata.get("format") != FORMAT:
-                raise ValueError(
-                    f"{path} has format {metadata.get('format')!r}, not {FORMAT!r}: build an index with "
-                    "scripts/build_datastore.py"
-                )
+                raise ValueError(f"it has format {metadata.get('format')!r}, not {FORMAT!r}: {way_out}")
             view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))[8 + size :]
-        parts = {name: view[slice(*header[name]["data_offsets"])].cast("i") for name in ("backwards", "order")}
-        return cls(parts["backwards"], parts["order"], int(metadata["largest"]), Path(path))
+            backwards, order = (_part(view, header.get(name, {}), name) for name in ("backwards", "order"))
+            if not str(metadata.get("largest")).isdecimal():
+                raise ValueError(f"it has largest={metadata.get('largest')!r}, expected a token id: {way_out}")
+        return cls(backwards, order, int(metadata["largest"]), Path(path))
+
+
+def _part(view: memoryview, described: dict[str, Any], name: str) -> memoryview:
+    """An int32 array of a safetensors file, whose header describes it so."""
+    start, end = fit(described.get("data_offsets"), tuple[int, int], f"{name}.data_offsets")
+    if described.get("dtype") != "I32" or not 0 <= start <= end <= len(view) or (end - start) % 4:
+        raise ValueError(f"{name} is no int32 array inside the file: {shown(described)}")
+    return view[start:end].cast("i")
 
 
 def _agreeing(wanted: list[int], found: list[int]) -> int:

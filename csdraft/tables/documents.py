@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from csdraft.stored import naming
+from csdraft.tables._file import read_arrays
 from csdraft.tables.suffix_automaton import JUNCTION, SuffixAutomaton
 
 __all__ = ["DocumentTable"]
@@ -77,12 +78,10 @@ class DocumentTable:
     @classmethod
     def load(cls, path: str | Path) -> DocumentTable:
         """Reads what `save` wrote."""
-        try:
-            with safe_open(path, framework="numpy") as file:
-                found = (file.metadata() or {}).get("format")
-                if found == FORMAT:
-                    parts = np.split(file.get_tensor("tokens"), file.get_tensor("ends")[:-1])
-                    return cls([part.tolist() for part in parts])
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a safetensors file: save one with DocumentTable.save") from error
-        raise ValueError(f"{path} has format {found!r}, not {FORMAT!r}: save one with DocumentTable.save")
+        wanted = {"tokens": ("I32", 1), "ends": ("I64", 1)}
+        parts, _ = read_arrays(path, FORMAT, wanted, "save one with DocumentTable.save")
+        tokens, ends = parts["tokens"], parts["ends"]
+        if (np.diff(ends, prepend=0, append=len(tokens)) < 0).any() or (ends[-1] if len(ends) else 0) != len(tokens):
+            raise ValueError(f"{path}: ends must rise to the number of tokens, {len(tokens)}, one a document")
+        with naming(path):
+            return cls([part.tolist() for part in np.split(tokens, ends[:-1])])

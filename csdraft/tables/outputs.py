@@ -8,15 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from csdraft.stored import naming
+from csdraft.tables._file import read_arrays
 from csdraft.tables.speculation import NOTHING, Rule, Speculation
 from csdraft.tables.suffix_automaton import JUNCTION, START, SuffixAutomaton
 
 __all__ = ["OutputTable", "Place"]
 
 FORMAT = "csdraft-outputs-1"
+MOST_GENERATIONS = 2
 NEAR = 24
 """Tokens before the first look at a text that may open a match."""
 
@@ -143,21 +145,23 @@ class OutputTable:
     @classmethod
     def load(cls, path: str | Path) -> OutputTable:
         """Reads what `save` wrote; it then proposes what the saved table did."""
-        try:
-            with safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise ValueError(
-                        f"{path} has format {metadata.get('format')!r}, not {FORMAT!r}: save one with OutputTable.save"
-                    )
-                table = cls(int(metadata["max_tokens"]))
-                for i in range(int(file.get_tensor("count")[0])):
-                    table._restore(file.get_tensor(f"generation.{i}").tolist())
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a safetensors file: save one with OutputTable.save") from error
+        way_out = "save one with OutputTable.save"
+        count = int(read_arrays(path, FORMAT, {"count": ("I64", 1)}, way_out)[0]["count"].sum())
+        if not 0 <= count <= MOST_GENERATIONS:
+            raise ValueError(f"{path}: count={count}, a table has at most {MOST_GENERATIONS} generations: {way_out}")
+        names = [f"generation.{i}" for i in range(count)]
+        parts, metadata = read_arrays(path, FORMAT, {name: ("I32", 1) for name in names}, way_out)
+        if not (most := metadata.get("max_tokens", "")).isdecimal():
+            raise ValueError(f"{path} has max_tokens {most!r}, expected a number: {way_out}")
+        with naming(path):
+            table = cls(int(most))
+            for name in names:
+                table._restore(parts[name].tolist())
         return table
 
     def _restore(self, tokens: list[int]) -> None:
+        if not tokens or min(tokens) < JUNCTION or tokens[-1] != JUNCTION:
+            raise ValueError(f"a generation must be outputs of token ids, a {JUNCTION} behind each")
         automaton = SuffixAutomaton()
         automaton.extend(tokens)
         self._generations.insert(0, (automaton, tokens))

@@ -61,8 +61,8 @@ class Rule:
         if followed != state:
             state, matched = followed, automaton.length[followed]
         for _ in range(MOST_TRIED):
-            most = min(
-                int(self.factor * matched + self.offset + 1e-6), self.depth if self.nodes is None else self.nodes
+            most = int(
+                min(self.factor * matched + self.offset + 1e-6, self.depth if self.nodes is None else self.nodes)
             )
             if state == START or most <= found.score:  # a chance is at most 1
                 break

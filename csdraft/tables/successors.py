@@ -14,9 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import nn
+
+from csdraft.stored import naming
+from csdraft.tables._file import read_arrays
 
 __all__ = ["SuccessorTable"]
 
@@ -100,18 +102,10 @@ class SuccessorTable:
     @classmethod
     def load(cls, path: str | Path) -> SuccessorTable:
         """Reads what `save` wrote."""
-        try:
-            with safe_open(path, framework="numpy") as file:
-                found = (file.metadata() or {}).get("format")
-                if found == FORMAT:
-                    return cls(file.get_tensor("successors"))
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} is not a safetensors file: build a table with scripts/build_bigrams.py --model"
-            ) from error
-        raise ValueError(
-            f"{path} has format {found!r}, not {FORMAT!r}: build a table with scripts/build_bigrams.py --model"
-        )
+        way_out = "build a table with scripts/build_bigrams.py --model"
+        parts, _ = read_arrays(path, FORMAT, {"successors": ("I32", 3)}, way_out)
+        with naming(path):
+            return cls(**parts)
 
 
 def _last_logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:

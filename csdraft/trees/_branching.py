@@ -10,6 +10,8 @@ from operator import mul
 from csdraft.decoding.draft import ROOT
 from csdraft.decoding.grow import Growth
 from csdraft.decoding.interfaces import Step, Tree
+from csdraft.decoding.limits import MOST_BRANCHES, MOST_NODES
+from csdraft.stored import shown
 
 __all__ = ["Branching"]
 
@@ -26,9 +28,14 @@ class Branching(Tree):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "branching", tuple(self.branching))
+        name = type(self).__name__
         if min(self.branching, default=1) < 1:
-            name = type(self).__name__
-            raise ValueError(f"branching={list(self.branching)} of a {name} tree must be numbers of at least 1")
+            raise ValueError(f"branching={shown(list(self.branching))} of a {name} tree must be numbers of at least 1")
+        if max(self.branching, default=1) > MOST_BRANCHES or self.width(len(self.branching)) > MOST_NODES:
+            raise ValueError(
+                f"branching={shown(list(self.branching))} of a {name} tree must be at most {MOST_BRANCHES} each, and "
+                f"{MOST_NODES} nodes together"
+            )
 
     def children(self, depth: int) -> list[int]:
         """Children of a node, level by level, in a tree so deep."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from csdraft.decoding.draft import ROOT
 from csdraft.decoding.grow import Growth
 from csdraft.decoding.interfaces import Step, Tree
+from csdraft.decoding.limits import MOST_BRANCHES, MOST_NODES, check_range
 
 __all__ = ["BestFirst"]
 
@@ -30,9 +31,7 @@ class BestFirst(Tree):
     nodes: int = 24
 
     def __post_init__(self) -> None:
-        for name in ("branches", "nodes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} of a best_first tree must be at least 1")
+        check_range("a best_first tree", self, branches=MOST_BRANCHES, nodes=MOST_NODES)
 
     def width(self, depth: int) -> int:
         return min(self.nodes, self.branches + (depth - 1) * self.branches**2) if depth else 0

@@ -19,6 +19,7 @@ from math import inf, log
 from csdraft.decoding.draft import ROOT
 from csdraft.decoding.grow import Growth
 from csdraft.decoding.interfaces import Step, Tree
+from csdraft.decoding.limits import MOST_BRANCHES, MOST_NODES, check_range
 
 __all__ = ["Gsd"]
 
@@ -42,9 +43,8 @@ class Gsd(Tree):
     context: int = 1
 
     def __post_init__(self) -> None:
-        for name, smallest in {"branches": 1, "nodes": 1, "context": 0}.items():
-            if getattr(self, name) < smallest:
-                raise ValueError(f"{name}={getattr(self, name)} of a gsd tree must be at least {smallest}")
+        check_range("a gsd tree", self, branches=MOST_BRANCHES, nodes=MOST_NODES)
+        check_range("a gsd tree", self, 0, context=None)
         for name in ("sibling_share", "least"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} of a gsd tree is a probability, 0 to 1")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from csdraft.decoding.draft import ROOT
 from csdraft.decoding.grow import Growth
 from csdraft.decoding.interfaces import Step, Tree
+from csdraft.decoding.limits import MOST_BRANCHES, check_range
 
 __all__ = ["Lead"]
 
@@ -28,8 +29,7 @@ class Lead(Tree):
     children: int = 8
 
     def __post_init__(self) -> None:
-        if self.children < 1:
-            raise ValueError(f"children={self.children} of a lead tree must be at least 1")
+        check_range("a lead tree", self, children=MOST_BRANCHES)
 
     def width(self, depth: int) -> int:
         return self.children * depth

@@ -14,6 +14,7 @@ from math import exp
 from csdraft.decoding.draft import ROOT
 from csdraft.decoding.grow import Growth
 from csdraft.decoding.interfaces import Step, Tree
+from csdraft.decoding.limits import MOST_NODES, check_range
 
 __all__ = ["OptTree"]
 
@@ -32,8 +33,7 @@ class OptTree(Tree):
     threshold: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.nodes < 1:
-            raise ValueError(f"nodes={self.nodes} of an opt_tree must be at least 1")
+        check_range("an opt_tree", self, nodes=MOST_NODES)
         if not self.threshold >= 0:
             raise ValueError(f"threshold={self.threshold} of an opt_tree must be tokens, 0 or more")
 

@@ -18,12 +18,16 @@ import numpy as np
 
 from csdraft.decoding.grow import Growth
 from csdraft.decoding.interfaces import Step, Tree
+from csdraft.decoding.limits import MOST_NODES, check_range
 from csdraft.trees.template import Path, Template
 
 if TYPE_CHECKING:
     from csdraft.decoding.report import Report
 
 __all__ = ["Sequoia"]
+
+MOST_RANKS, MOST_LEVELS = 32, 64
+"""Children of a node, and levels of a tree: the time that a shape takes to find grows with both."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +46,10 @@ class Sequoia(Tree):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "acceptance", tuple(self.acceptance))
-        if self.nodes < 1:
-            raise ValueError(f"nodes={self.nodes} of a sequoia tree must be at least 1")
-        if not self.acceptance or not min(self.acceptance) >= 0 or not sum(self.acceptance) <= 1 + 1e-9:
+        check_range("a sequoia tree", self, nodes=MOST_NODES)
+        if not 0 < len(self.acceptance) <= MOST_RANKS:
+            raise ValueError(f"acceptance of a sequoia tree must be of 1 to {MOST_RANKS} ranks")
+        if not min(self.acceptance) >= 0 or not sum(self.acceptance) <= 1 + 1e-9:
             raise ValueError(
                 f"acceptance={list(self.acceptance)} of a sequoia tree must be chances, each >= 0, at most 1 together "
                 "since one sibling at most is accepted; measure it with Sequoia.measured"
@@ -73,7 +78,7 @@ class Sequoia(Tree):
 
     def plan(self, depth: int) -> tuple[Path, ...]:
         """The best tree of at most so many levels, as a `Template` names it."""
-        return best_shape(self.nodes, depth, self.acceptance)
+        return best_shape(self.nodes, min(depth, self.nodes, MOST_LEVELS), self.acceptance)
 
     def width(self, depth: int) -> int:
         return len(self.plan(depth)) if depth else 0

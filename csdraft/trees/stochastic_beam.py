@@ -15,6 +15,7 @@ from typing import ClassVar
 from csdraft.decoding.draft import ROOT
 from csdraft.decoding.grow import Growth
 from csdraft.decoding.interfaces import Step, Tree
+from csdraft.decoding.limits import MOST_BRANCHES, check_range
 
 __all__ = ["StochasticBeam"]
 
@@ -32,8 +33,7 @@ class StochasticBeam(Tree):
     beams: int = 4
 
     def __post_init__(self) -> None:
-        if self.beams < 1:
-            raise ValueError(f"beams={self.beams} of a stochastic beam must be at least 1")
+        check_range("a stochastic beam", self, beams=MOST_BRANCHES)
 
     def width(self, depth: int) -> int:
         return self.beams * depth

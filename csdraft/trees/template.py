@@ -13,6 +13,8 @@ from functools import cached_property
 from csdraft.decoding.draft import ROOT
 from csdraft.decoding.grow import Growth
 from csdraft.decoding.interfaces import Step, Tree
+from csdraft.decoding.limits import MOST_BRANCHES, MOST_NODES
+from csdraft.stored import shown
 
 __all__ = ["Template"]
 
@@ -40,7 +42,12 @@ class Template(Tree):
     def __post_init__(self) -> None:
         object.__setattr__(self, "paths", tuple(tuple(path) for path in self.paths))
         if not any(self.paths) or min((rank for path in self.paths for rank in path), default=0) < 0:
-            raise ValueError(f"paths={self.paths} of a template tree must be paths of ranks >= 0, one at least")
+            raise ValueError(f"paths={shown(self.paths)} of a template tree must be paths of ranks >= 0, one at least")
+        if max(map(max, filter(None, self.paths))) >= MOST_BRANCHES or sum(map(len, self.shape.values())) > MOST_NODES:
+            raise ValueError(
+                f"paths={shown(self.paths)} of a template tree must be of ranks below {MOST_BRANCHES}, and of "
+                f"{MOST_NODES} nodes at most"
+            )
 
     @cached_property
     def shape(self) -> dict[Path, set[int]]:

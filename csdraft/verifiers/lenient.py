@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import ScoresView
 from csdraft.decoding.sampling import Sampler
+from csdraft.verifiers._lenience import check_lenience
 from csdraft.verifiers.match import Match
 
 __all__ = ["Lenient"]
@@ -32,8 +33,7 @@ class Lenient(Match):
     level: int = 0
 
     def __post_init__(self) -> None:
-        if not self.lenience >= 1:
-            raise ValueError(f"lenience={self.lenience} must be 1 (strict) or more; the papers' l <= 1 is 1/lenience")
+        check_lenience(self.lenience)
 
     @property
     def lossless(self) -> bool:  # type: ignore[override]

@@ -19,6 +19,7 @@ from torch import Tensor
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Verifier
 from csdraft.decoding.sampling import Sampler
+from csdraft.verifiers._lenience import check_lenience
 from csdraft.verifiers._stepwise import Stepwise, drawn_from, ratio, residual
 from csdraft.verifiers.lenient import Lenient
 
@@ -39,10 +40,7 @@ class Rejection(Stepwise):
     lenience: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.lenience >= 1:
-            raise ValueError(
-                f"lenience={self.lenience} must be 1 (lossless) or more; the papers' l <= 1 is 1/lenience"
-            )
+        check_lenience(self.lenience)
 
     @property
     def lossless(self) -> bool:  # type: ignore[override]

@@ -38,8 +38,6 @@ class SpecHub(Stepwise):
         assert draft_probs is not None
         draft_probs, hub = draft_probs.to(left), int(draft_probs.argmax())
         tokens = [draft.tokens[child] for child in group]
-        if tokens.count(hub) != 1:
-            raise ValueError(f"the pair {tokens} must hold the likeliest token {hub} once, SpecHub knows no others")
         hub_second = draft_probs.clone()  # probability of each pair (x, hub), then what nobody has accepted of it
         hub_second[hub] = 0
         hub_first = draft_probs[hub] * law_without(draft_probs, [hub])  # the same for (hub, x)
@@ -75,4 +73,19 @@ def not_pairs(draft: Draft) -> str | None:
         return None
     drawn = [parent for parent, law in zip(draft.parents, draft.law.rows, strict=True) if law is not None]
     most = max(map(drawn.count, drawn))
-    return None if most <= 2 else f"{most} siblings were drawn together, SpecHub judges pairs; draw two a node"
+    return f"{most} siblings were drawn together, SpecHub judges pairs; draw two a node" if most > 2 else no_hub(draft)
+
+
+def no_hub(draft: Draft) -> str | None:
+    """Why a pair of `draft` is not drawn as SpecHub needs it: it must hold the likeliest token once."""
+    pairs: dict[int, list[int]] = {}
+    laws: dict[int, Tensor] = {}
+    for token, parent, law in zip(draft.tokens, draft.parents, draft.law.rows, strict=True):  # type: ignore[union-attr]
+        if law is not None:
+            pairs.setdefault(parent, []).append(token)
+            laws[parent] = law
+    hubs = torch.stack(list(laws.values())).argmax(-1).tolist()  # one copy to the host for all pairs
+    for tokens, hub in zip(pairs.values(), hubs, strict=True):
+        if len(tokens) > 1 and tokens.count(hub) != 1:
+            return f"the pair {tokens} must hold the likeliest token {hub} once, SpecHub knows no others"
+    return None

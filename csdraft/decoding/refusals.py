@@ -1,0 +1,96 @@
+"""Why a model cannot be decoded with drafts, as far as its class and config say; `probe` asks the model itself."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from csdraft.decoding.traits import CHUNKED, FULL, SLIDING, traits_of
+
+__all__ = ["refusal"]
+
+STATES = {"conv", "linear_attention", "hybrid", "hybrid_sliding"}
+"""Kinds of layer that keep a state instead of keys and values."""
+
+ENCODER_DECODERS = {"t5", "mt5"}
+ROLLED_BACK = (
+    "cannot be rolled back when a draft is rejected; csdraft decodes models of attention alone (call generate without "
+    "assistant=)"
+)
+PLAINLY = "call generate without assistant="
+
+
+def refusal(model: nn.Module) -> str | None:
+    """Why a model cannot be decoded with drafts; None if nothing speaks against it."""
+    found = _state(model) or _placing(model) or _attention(model) or _mode(model)
+    return found and f"{type(model).__name__} ({model.config.model_type}) {found}"  # type: ignore[union-attr]
+
+
+def _text_config(model: nn.Module) -> Any:
+    return model.config.get_text_config(decoder=True)  # type: ignore[operator,union-attr]
+
+
+def _state(model: nn.Module) -> str | None:
+    """What it keeps besides keys and values."""
+    kinds = set(getattr(_text_config(model), "layer_types", None) or ()) - {FULL, SLIDING, CHUNKED}
+    if states := kinds & STATES:
+        return f"has layers of kind {', '.join(sorted(states))}, whose state {ROLLED_BACK}"
+    if getattr(model, "_is_stateful", False):
+        return f"keeps a recurrent state, which {ROLLED_BACK}"
+    if kinds:
+        return f"has layers of kind {', '.join(sorted(kinds))}, for which csdraft makes no mask; {PLAINLY}"
+    return None
+
+
+def _placing(model: nn.Module) -> str | None:
+    """Whether each token can be told its position."""
+    config: Any = model.config
+    if config.is_encoder_decoder:
+        known = config.model_type in ENCODER_DECODERS
+        families = " and ".join(sorted(ENCODER_DECODERS))
+        return None if known else f"is an encoder-decoder outside {families}, and cannot be told positions; {PLAINLY}"
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return f"takes no position_ids, which rows of different lengths and branches of a draft need; {PLAINLY}"
+    if getattr(_text_config(model), "alibi", False):
+        return f"uses ALiBi, which goes by slots of the cache instead of positions; {PLAINLY}"
+    return None
+
+
+def _attention(model: nn.Module) -> str | None:
+    """Whether it heeds the masks that it is given, and only these."""
+    if any(_has_window(buffer) for buffer in model.buffers()):
+        return (
+            "limits how far back it sees by a table of its own, which goes by slots of the cache instead of "
+            f"positions; {PLAINLY}"
+        )
+    implementation = _text_config(model)._attn_implementation
+    if implementation not in ("sdpa", "eager"):
+        return (
+            f"runs attention by {implementation!r}, which takes no 4D mask; call "
+            "model.set_attn_implementation('sdpa') first"
+        )
+    if len(traits_of(model).cache_windows) > 1:
+        return (
+            "has layer_types or windows in its config that its code makes no mask for, so that plain generate forgets "
+            "tokens in some layers only; remove these fields from the config"
+        )
+    return None
+
+
+def _mode(model: nn.Module) -> str | None:
+    """The state that its owner has put it in."""
+    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return (
+            "is in training mode with gradient checkpointing, where it keeps no keys and values (before transformers "
+            "5.24); call model.eval() or model.gradient_checkpointing_disable() first"
+        )
+    return None
+
+
+def _has_window(buffer: Tensor) -> bool:
+    """Whether a buffer is a square table of what sees what, in which the last token does not see the first."""
+    square = buffer.dim() >= 2 and buffer.shape[-1] == buffer.shape[-2] > 1
+    return square and buffer.dtype in (torch.bool, torch.uint8) and not bool(buffer.flatten(0, -3)[0][-1, 0])

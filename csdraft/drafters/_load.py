@@ -1,0 +1,111 @@
+"""Models from folders and the Hub: whole ones, adapters on their base, and self-drafting adapters.
+
+Files may come from strangers. Their code is run only if the caller says so, and nothing is asked on the terminal.
+Weights that a file lacks are an error, where transformers would put random numbers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from csdraft.heads.self_draft import SELF_DRAFT, SelfDraft, put_adapter, read_adapter, read_document
+from csdraft.stored import is_hub_id, read_object, shown
+
+__all__ = ["HUB_OPTIONS", "load_model"]
+
+HUB_OPTIONS = {"revision", "token", "cache_dir", "local_files_only", "force_download"}
+SOME = 4
+"""Names of weights that a message lists."""
+
+
+def load_model(path: str, local_base: bool = True, **options: Any) -> nn.Module:
+    """Loads a model folder, a PEFT folder on top of its base, or a Hub id, with the auto class its config asks for.
+
+    A self-drafting adapter has no base of its own: it comes as a `SelfDraft`, which waits for a target.
+
+    Args:
+        path: folder or Hub id.
+        local_base: whether an adapter may name a path of this machine as its base; else it must be a Hub id.
+        options: of `from_pretrained`: dtype, device_map, revision, ...; trust_remote_code is False unless given.
+
+    Raises:
+        ValueError: weights are missing, of another shape or cut short; the folder and the first names are given.
+    """
+    from transformers.utils import find_adapter_config_file
+
+    hub = {key: value for key, value in options.items() if key in HUB_OPTIONS}
+    adapter = find_adapter_config_file(path, **hub)
+    if adapter is None:
+        return _load_whole(path, options)
+    document = read_document(path, **hub)
+    if document is not None and document["kind"] == SELF_DRAFT:
+        return SelfDraft.load(path, document, **hub)
+    if Path(path, "config.json").is_file():
+        raise ValueError(
+            f"{path!r} holds a model (config.json) and an adapter (adapter_config.json), so it is not clear which is "
+            "meant: put the adapter into a folder of its own, or merge it (merge_and_unload)"
+        )
+    base, revision = _base_of(adapter, local_base)
+    config, state = read_adapter(path, **hub)
+    model: Any = _load_whole(base, {**options, "revision": revision})
+    if vars(model).get("peft_config"):
+        raise ValueError(f"{adapter}: its base {base!r} has an adapter itself; merge that one (merge_and_unload)")
+    put_adapter(model, config, state, f"the adapter {path!r}")
+    model._hf_peft_config_loaded = True  # as transformers' own `load_adapter` does
+    return model.eval()
+
+
+def _base_of(adapter: str, local_base: bool) -> tuple[str, str | None]:
+    """What an adapter_config.json names as the base, and its revision."""
+    document = read_object(adapter)
+    base, revision = document.get("base_model_name_or_path"), document.get("revision")
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"{adapter}: base_model_name_or_path={shown(base)}; expected the base's Hub id or path")
+    if not local_base and not is_hub_id(base):
+        raise ValueError(
+            f"{adapter}: base_model_name_or_path={shown(base)} is a path of some machine, which a cascade must not "
+            "open by itself; if it is yours, pass local_bases=True to CascadeDrafter.from_pretrained"
+        )
+    return base, revision if isinstance(revision, str) else None
+
+
+def _load_whole(path: str, options: dict[str, Any]) -> nn.Module:
+    """A model with all of its weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    options = {"trust_remote_code": False} | options | {"ignore_mismatched_sizes": True}  # which we check below
+    kept = {key: value for key, value in options.items() if key in HUB_OPTIONS or key == "trust_remote_code"}
+    config = AutoConfig.from_pretrained(path, **kept)
+    auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    try:
+        model, found = auto.from_pretrained(path, **options, output_loading_info=True)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{_broken_file(path)} cannot be read ({error}); it may be cut short: get it again"
+        ) from error
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"{path!r} lacks {len(missing)} weights, such as {', '.join(missing[:SOME])}: a model with random numbers "
+            "in their place would be of no use; save it whole"
+        )
+    if wrong := sorted(found["mismatched_keys"]):
+        shapes = [f"{name} of shape {tuple(stored)}, not {tuple(own)}" for name, stored, own in wrong[:SOME]]
+        raise ValueError(f"{path!r} has weights that do not fit its config.json: {', '.join(shapes)}")
+    if found["error_msgs"]:
+        raise ValueError(f"{path!r}: {'; '.join(map(str, found['error_msgs'][:SOME]))}")
+    return model.eval()
+
+
+def _broken_file(path: str) -> str:
+    """The file of a folder's weights that is no safetensors file; the folder or Hub id if it cannot be told."""
+    for file in sorted(Path(path).glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError):
+            return str(file)
+    return repr(path)

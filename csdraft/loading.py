@@ -1,0 +1,229 @@
+"""A saved cascade, read back: cascade.json, and the models, tables and tokenizers in its folder.
+
+All of it may come from strangers. What is wrong with it is one ValueError that names the file and the key; nothing
+outside the folder is opened but models of the Hub; no code of theirs is run.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from csdraft import spec
+from csdraft.decoding.names import name_of
+from csdraft.decoding.runner import home
+from csdraft.drafters._load import load_model
+from csdraft.drafters.model import MOST_VOCABULARY_PADDING, base_model
+from csdraft.heads.self_draft import SelfDraft
+from csdraft.hub import DOCUMENT, FORMAT, csdraft_version, fingerprint, vocab_size
+from csdraft.stored import Folder, check_keys, fit, is_hub_id, naming, read_object, shown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["find_cascade", "load", "read"]
+
+KINDS: dict[str, Any] = {
+    "format": int,
+    "csdraft": str,
+    "target": dict[str, Any],
+    "models": dict[str, Any],
+    "drafters": list[Any],
+    "k_matrix": Any,
+    "lenience": float | tuple[float, ...],
+    "verifier": Any,
+    "schedule": Any,
+}
+"""The keys of cascade.json."""
+MOST_DRAFTERS = 64
+"""Of a cascade: each of its rows of the K matrix has as many entries."""
+
+
+@dataclass(frozen=True)
+class SavedTarget:
+    """What cascade.json says of the model that a cascade was saved for."""
+
+    name: str | None = None
+    revision: str | None = None
+    vocab_size: int | None = None
+    tokenizer: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """Where a model is: one of a folder of the cascade, an id of the Hub, and the target itself."""
+
+    folder: str | None = None
+    id: str | None = None
+    revision: str | None = None
+    target: bool | None = None
+
+
+def find_cascade(path: str, **options: Any) -> Path | None:
+    """The local folder of a saved cascade, downloaded if `path` is a Hub id; None if it is something else."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    if not is_hub_id(path):
+        return Path(path) if Path(path, DOCUMENT).is_file() else None
+    try:
+        hf_hub_download(path, DOCUMENT, **options)
+    except EntryNotFoundError:
+        return None
+    return Path(snapshot_download(path, **options))
+
+
+def load(
+    folder: Path,
+    target: nn.Module | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    local_bases: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """The arguments of the CascadeDrafter that `folder` holds.
+
+    Args:
+        local_bases: whether adapters may name paths of this machine as their bases.
+        options: of transformers' `from_pretrained`; a revision has been used for the folder and is not passed on.
+    """
+    document = read(folder)
+    check_target(fit(document["target"], SavedTarget, f"{DOCUMENT}: target"), target, tokenizer)
+    options.pop("revision", None)
+    try:
+        return _Reader(Folder(folder), target, {**options, "local_base": local_bases}).arguments(document)
+    except RecursionError as error:
+        raise ValueError(f"{DOCUMENT}: its drafters are nested too deep") from error
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """cascade.json, checked for its format, its keys and their kinds."""
+    Folder(folder).find(DOCUMENT)
+    document = read_object(folder / DOCUMENT, DOCUMENT)
+    found = document.get("format")
+    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+        raise ValueError(f"{DOCUMENT} has format {shown(found)}, expected {FORMAT}; did csdraft write it?")
+    if found > FORMAT:
+        raise ValueError(
+            f"{DOCUMENT} has format {shown(found)}, written by csdraft {str(document.get('csdraft'))[:40]}; csdraft "
+            f"{csdraft_version()} reads formats up to {FORMAT}: pip install -U csdraft"
+        )
+    check_keys(document, KINDS, DOCUMENT)
+    if missing := [key for key in KINDS if key not in document]:
+        raise ValueError(f"{DOCUMENT} lacks {', '.join(missing)}; save the cascade again")
+    document = {key: fit(value, KINDS[key], f"{DOCUMENT}: {key}") for key, value in document.items()}
+    if len(document["drafters"]) > MOST_DRAFTERS:
+        raise ValueError(f"{DOCUMENT}: drafters has {len(document['drafters'])} entries, at most {MOST_DRAFTERS} go")
+    return document
+
+
+def check_target(saved: SavedTarget, target: nn.Module | None, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Raises ValueError if a cascade was saved for another vocabulary."""
+    name, wanted = saved.name or "its target", saved.vocab_size
+    compared = tokenizer is not None and saved.tokenizer is not None
+    if compared and (own := fingerprint(tokenizer)) != saved.tokenizer:  # type: ignore[arg-type]
+        raise ValueError(
+            f"{DOCUMENT}: target.tokenizer: the tokenizer has fingerprint {own}, the cascade was saved for {name} "
+            f"with {saved.tokenizer}; drafts would be other words: use a target with the same tokenizer, or train "
+            "drafters with this one"
+        )
+    # Models of one tokenizer may differ in padding rows; without tokenizers to compare, only equality is safe.
+    slack = MOST_VOCABULARY_PADDING if compared else 0
+    if target is not None and wanted is not None and abs(vocab_size(target) - wanted) > slack:
+        raise ValueError(
+            f"{DOCUMENT}: target.vocab_size: target {name_of(target)} has {vocab_size(target)} tokens, the cascade "
+            f"was saved for {name} with {wanted}; use a target with the same vocabulary"
+            + ("" if compared else ", or, if only padding differs, save and load with tokenizer=")
+        )
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Makes the parts of a cascade.
+
+    Args:
+        folder: of the cascade.
+        target: what it is to draft for.
+        options: of `load_model`.
+    """
+
+    folder: Folder
+    target: nn.Module | None
+    options: dict[str, Any]
+
+    def arguments(self, document: dict[str, Any]) -> dict[str, Any]:
+        models = {name: self._model(name, entry) for name, entry in document["models"].items()}
+        tables = {name: str(path) for name, path in self._inside("tables", "*.safetensors").items()}
+        places = {name: str(path) for name, path in self._inside("tokenizers", "*").items()}
+        made = lambda family, value, key: spec.from_json(  # noqa: E731 - three uses on three lines
+            family, value, models, tables, places, f"{DOCUMENT}: {key}"
+        )
+        return {
+            "drafters": [made("drafters", one, f"drafters[{i}]") for i, one in enumerate(document["drafters"])],
+            "k_matrix": document["k_matrix"],
+            "lenience": document["lenience"],
+            "verifier": made("verifiers", document["verifier"], "verifier"),
+            "schedule": made("schedules", document["schedule"], "schedule"),
+        }
+
+    def _inside(self, name: str, pattern: str) -> dict[str, Path]:
+        """What a part of the folder holds, by the names that documents call it."""
+        found = sorted(self.folder.path.glob(f"{name}/{pattern}"))
+        with naming(DOCUMENT):
+            return {f"{name}/{path.name}": _closed(self.folder.find(f"{name}/{path.name}")) for path in found}
+
+    def _model(self, name: str, value: Any) -> nn.Module:
+        """A model of the table, on the target's device unless a device_map says otherwise."""
+        at, target = f"{DOCUMENT}: models.{name}", self.target
+        entry = fit(value, ModelEntry, at) if isinstance(value, dict) else None
+        given = entry and [key for key in ("folder", "id", "target") if getattr(entry, key) is not None]
+        if entry is None or given is None or len(given) != 1 or entry.target is False:
+            raise ValueError(
+                f"{at} is {shown(value)}; give a folder, an id of the Hub (and revision), or target: true"
+            )
+        if entry.target:
+            if target is None:
+                raise ValueError(f"{at} is the target itself: pass target=, the model that is to be decoded")
+            return target
+        model = self._loaded(entry, f"{at}.{given[0]}")
+        if isinstance(model, SelfDraft) and target is not None:
+            with naming(at):
+                model.check(base_model(target))
+        if target is not None and "device_map" not in self.options:
+            model = model.to(home(target)[0])
+        return model
+
+    def _loaded(self, entry: ModelEntry, at: str) -> nn.Module:
+        options, path = self.options, self.folder.path
+        with naming(at):
+            if entry.id is not None and not is_hub_id(entry.id):
+                raise ValueError(f"{shown(entry.id)} is no id of the Hub; a folder of the cascade is given as folder")
+            if entry.folder is not None:
+                path = _closed(self.folder.find(entry.folder))
+                if not path.is_dir():
+                    raise ValueError(f"there is no folder {shown(entry.folder)}")
+        try:
+            if entry.id is not None:
+                return load_model(entry.id, **options, revision=entry.revision)
+            return load_model(str(path), **options)
+        except (ImportError, MemoryError, torch.OutOfMemoryError):  # the machine's fault, not the document's
+            raise
+        except Exception as error:  # transformers raises all kinds about a config.json that is wrong
+            raise ValueError(f"{at}: {error}") from error
+
+
+def _closed(path: Path) -> Path:
+    """The same folder, or file; ValueError if a document in it names files by a path, which could lie anywhere."""
+    for index in sorted(path.glob("*.index.json")):
+        for name in fit(read_object(index).get("weight_map"), dict[str, str], f"{index}: weight_map").values():
+            if os.path.basename(name) != name:
+                raise ValueError(f"{index} names {shown(name)}; a part of the weights lies beside it")
+    config = path / "tokenizer_config.json"
+    for key, value in read_object(config).items() if config.is_file() else ():
+        if key.endswith(("_file", "_files")) and value is not None:
+            raise ValueError(f"{config}: {key}={shown(value)}; a tokenizer's files have their usual names")
+    return path

@@ -1,0 +1,241 @@
+"""Files and folders that strangers may have written: whatever is wrong with one is a ValueError that names it.
+
+JSON objects (`read_object`), values compared with an annotation (`fit`), and folders outside of which nothing is
+opened (`Folder`). It imports nothing of csdraft, so that every part may use it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path, PurePath
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+__all__ = ["UNFIT", "Folder", "check_keys", "fit", "is_hub_id", "naming", "nearest", "read_object", "shown"]
+
+LARGEST = 1 << 63
+"""Whole numbers of a document are smaller than that: they fit into 64 bits."""
+MOST_SHOWN = 120
+"""Characters of a value that a message repeats."""
+UNFIT = object()
+"""What a reader of `fit` answers about a value that it does not take."""
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it, shortened."""
+    text = repr(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 3]}..."
+
+
+@contextmanager
+def naming(where: object) -> Iterator[None]:
+    """Puts a file's name, or a key, in front of what a ValueError says."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+# JSON.
+
+
+def read_object(path: str | os.PathLike[str], name: object = None) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Args:
+        name: how messages call the file; its path if None.
+
+    Raises:
+        ValueError: it is no UTF-8, no JSON, no object, has a key twice, or a number that is not finite.
+    """
+    name = os.fspath(path) if name is None else name
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")  # some editors put a byte order mark in front
+        found = json.loads(text, object_pairs_hook=_object)
+    except RecursionError as error:
+        raise ValueError(f"{name} is nested too deep") from error
+    except ValueError as error:  # not UTF-8, not JSON, or a key twice
+        raise ValueError(f"{name} is no JSON document: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{name} holds {shown(found)}, expected an object: {{...}}")
+    if (at := _not_finite(found)) is not None:
+        raise ValueError(f"{name}: {at} is not a finite number")
+    return found
+
+
+def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    return made
+
+
+def _not_finite(document: Any) -> str | None:
+    """The place of a number that is nan or infinite; None if there is none."""
+    waiting = [("", document)]
+    while waiting:
+        at, value = waiting.pop()
+        if isinstance(value, float) and not math.isfinite(value):
+            return at
+        if isinstance(value, dict):
+            waiting += [(f"{at}.{key}" if at else key, inner) for key, inner in value.items()]
+        elif isinstance(value, list):
+            waiting += [(f"{at}[{i}]", inner) for i, inner in enumerate(value)]
+    return None
+
+
+# Values and annotations.
+
+Reader = Callable[[Any, Sequence[Any], str], Any]
+"""(value, types, place) -> what the value stands for there, or UNFIT: for types that `fit` does not know itself."""
+
+
+def fit(value: Any, hint: Any, at: str, reader: Reader = lambda value, arms, at: UNFIT) -> Any:
+    """The value that an annotation asks for, from what JSON has: lists become tuples, objects dataclasses.
+
+    Args:
+        hint: a class, `X | Y`, `Literal`, `tuple[X, ...]`, `Sequence[X]`, `list[X]`, `dict[str, X]` or a dataclass.
+        at: the place, which messages name.
+        reader: asked first, with the types that the annotation allows there.
+
+    Raises:
+        ValueError: the value is of another kind; `at` and the value are named.
+    """
+    arms = _arms(hint)
+    found = reader(value, arms, at)
+    for arm in arms:
+        if found is not UNFIT:
+            return found
+        found = _as(value, arm, at, reader)
+    if found is not UNFIT:
+        return found
+    wanted = " or ".join(dict.fromkeys(map(_name, arms)))
+    kind = "number too large" if _too_large(value) else type(value).__name__
+    raise ValueError(f"{at}={shown(value)} is a {kind}; it takes {wanted}")
+
+
+def _arms(hint: Any) -> list[Any]:
+    """The members of a union; the values of a Literal, as Literals of their own."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return [arm for member in get_args(hint) for arm in _arms(member)]
+    if get_origin(hint) is Literal:
+        return [Literal[value] for value in get_args(hint)]
+    return [hint]
+
+
+def _as(value: Any, arm: Any, at: str, reader: Reader) -> Any:
+    """The value as this type, or UNFIT."""
+    kind, inner = get_origin(arm) or arm, get_args(arm)
+    if kind is Literal:
+        return value if type(value) is type(inner[0]) and value == inner[0] else UNFIT
+    if inner and isinstance(value, list | tuple) and kind in (tuple, list, Sequence):
+        return _sequence(value, kind, inner, at, reader)
+    if inner and isinstance(value, Mapping) and kind in (dict, Mapping):
+        return {key: fit(item, inner[1], f"{at}.{key}", reader) for key, item in value.items()}
+    if is_dataclass(kind) and isinstance(value, Mapping):
+        return _made(value, kind, at, reader)
+    return _plain(value, kind)
+
+
+def _sequence(value: Sequence[Any], kind: Any, inner: tuple[Any, ...], at: str, reader: Reader) -> Any:
+    hints = inner if kind is tuple and inner[-1] is not Ellipsis else inner[:1] * len(value)
+    if len(hints) != len(value):
+        return UNFIT
+    items = (fit(item, hint, f"{at}[{i}]", reader) for i, (item, hint) in enumerate(zip(value, hints, strict=True)))
+    return list(items) if kind is list else tuple(items)
+
+
+def _made(value: Mapping[str, Any], kind: Any, at: str, reader: Reader) -> Any:
+    """A dataclass from its fields."""
+    known, hints = [field for field in fields(kind) if field.init], get_type_hints(kind)
+    check_keys(value, [field.name for field in known], at)
+    for field in known:
+        if field.default is MISSING and field.default_factory is MISSING and field.name not in value:
+            raise ValueError(f"{at} lacks {field.name}")
+    return kind(**{key: fit(item, hints[key], f"{at}.{key}", reader) for key, item in value.items()})
+
+
+def _plain(value: Any, kind: Any) -> Any:
+    """A number, a string, None, or an object that is of the type already."""
+    if kind is Any:
+        return value
+    if isinstance(value, bool):
+        return value if kind is bool else UNFIT
+    if _too_large(value):
+        return UNFIT
+    if kind is float and isinstance(value, int):
+        return value
+    if isinstance(kind, type) and issubclass(kind, PurePath) and isinstance(value, str):
+        return value
+    return value if isinstance(kind, type) and isinstance(value, kind) else UNFIT
+
+
+def _too_large(value: Any) -> bool:
+    return isinstance(value, int) and abs(value) >= LARGEST
+
+
+def _name(arm: Any) -> str:
+    if get_origin(arm) is Literal:
+        return repr(get_args(arm)[0])
+    return arm.__name__ if isinstance(arm, type) and not get_args(arm) else str(arm).replace("typing.", "")
+
+
+def check_keys(given: Any, known: Any, where: str) -> None:
+    """Raises ValueError for a key that is not known, naming the nearest one that is."""
+    known = list(known)
+    for key in given:
+        if key not in known:
+            raise ValueError(f"{where} has no option {shown(key)}: {nearest(key, known)}")
+
+
+def nearest(word: object, known: Any) -> str:
+    """The end of an error message: what may have been meant, and all there is."""
+    known = list(known)
+    close = " or ".join(map(repr, get_close_matches(str(word)[:MOST_SHOWN], known, 3, 0.5)))
+    return f"{f'did you mean {close}? ' if close else ''}known: {', '.join(known) or 'none'}"
+
+
+# Places.
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether this can be a model of the Hub and is no file or folder here."""
+    named = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) is not None and ".." not in path
+    return named and not os.path.exists(path)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A cascade's folder, whose documents may name files inside it and no others, not even by way of a symbolic link.
+
+    A snapshot in the Hub's cache is made of links to the `blobs` beside `snapshots`: these count as inside.
+    """
+
+    path: Path
+
+    def find(self, name: str) -> Path:
+        """What the folder calls `name`, a relative path; ValueError if that, or anything below it, lies outside."""
+        found = self.path / name
+        if Path(name).is_absolute() or not self._holds(found):
+            raise ValueError(f"{shown(name)} lies outside the cascade's folder; give a relative path inside it")
+        for below in found.rglob("*") if found.is_dir() else ():
+            if not self._holds(below):
+                raise ValueError(
+                    f"{str(below.relative_to(self.path))!r} is a link to a place outside the cascade's folder; put "
+                    "the file itself there"
+                )
+        return found
+
+    def _holds(self, path: Path) -> bool:
+        root = Path(os.path.realpath(self.path))
+        roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+        inside = os.path.realpath(path)
+        return any(Path(inside).is_relative_to(one) for one in roots)
