@@ -186,7 +186,7 @@ def read_prompts(source: str, limit: int | None = None) -> list[str]:
     """The `prompt` column of a JSON lines file or of a Hub data set's train split."""
     if Path(source).exists():
         try:
-            prompts = [row.get("prompt") for row in read_objects(source, limit)]
+            prompts: list[Any] = [row.get("prompt") for row in read_objects(source, limit)]
         except ValueError as error:
             raise SystemExit(str(error)) from error
     elif source.endswith((".jsonl", ".json")):
