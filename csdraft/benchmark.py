@@ -25,6 +25,7 @@ from csdraft.bench.measure import Prompt
 from csdraft.bench.methods import K_MATRIX, METHODS, Setup, configured
 from csdraft.bench.render import machine, plot, save, table
 from csdraft.bench.suites import SUITES, Outcome, Work, methods_suite
+from csdraft.data.json_lines import read_objects
 from csdraft.progress import Progress
 
 __all__ = ["load_model", "main", "read_prompts"]
@@ -184,8 +185,10 @@ def load_model(path: str, device: torch.device, dtype: torch.dtype) -> PreTraine
 def read_prompts(source: str, limit: int | None = None) -> list[str]:
     """The `prompt` column of a JSON lines file or of a Hub data set's train split."""
     if Path(source).exists():
-        lines = Path(source).read_text(encoding="utf-8").splitlines()
-        prompts = [json.loads(line)["prompt"] for line in lines if line.strip()]
+        try:
+            prompts: list[Any] = [row.get("prompt") for row in read_objects(source, limit)]
+        except ValueError as error:
+            raise SystemExit(str(error)) from error
     elif source.endswith((".jsonl", ".json")):
         raise SystemExit(f'no prompts at {source!r}; give --prompts a file with {{"id", "prompt"}} on each line')
     else:
@@ -194,7 +197,11 @@ def read_prompts(source: str, limit: int | None = None) -> list[str]:
         prompts = list(load_dataset(source, split="train")["prompt"])
     if not prompts:
         raise SystemExit(f"{source!r} holds no prompt")
-    return prompts[:limit]
+    prompts = prompts[:limit]
+    for number, prompt in enumerate(prompts):
+        if not isinstance(prompt, str) or not prompt:
+            raise SystemExit(f"row {number} of {source!r} has {prompt!r} as prompt; give a text there, or remove it")
+    return prompts
 
 
 def tokenized(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int = 0) -> list[Prompt]:

@@ -8,12 +8,14 @@ data set, or a Hub id, name[:config][@revision].
 """
 
 import argparse
+import json
 import time
 from collections.abc import Iterator
 from typing import Any
 
 from transformers import AutoTokenizer
 
+from csdraft.data.chat import ChatFormat
 from csdraft.data.sources import read_rows
 from csdraft.progress import Progress
 from csdraft.tables.corpus import CorpusIndex
@@ -21,9 +23,9 @@ from csdraft.tables.corpus import CorpusIndex
 
 def documents(options: argparse.Namespace, tokenizer: Any, progress: Progress) -> Iterator[list[int]]:
     """Token ids of each row of the sources, until there are enough."""
-    tokens = 0
+    tokens, chat = 0, ChatFormat.read(options.chat_template, options.chat_template_options)
     for source in options.source:
-        rows = read_rows(source, tokenizer, options.max_length, options.split, options.limit)
+        rows = read_rows(source, tokenizer, options.max_length, options.split, options.limit, chat)
         for number, row in enumerate(rows):
             progress(f"{source}: {tokens / 1e6:.1f} M tokens", number / len(rows))
             tokens += len(row["input_ids"])
@@ -41,6 +43,8 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="examples of each source at most")
     parser.add_argument("--tokens", type=int, help="stop after so many tokens")
     parser.add_argument("--max-length", type=int, default=1 << 20, help="tokens of a document; longer ones are cut")
+    parser.add_argument("--chat-template", help="of conversations: a Jinja file; the tokenizer's own by default")
+    parser.add_argument("--chat-template-options", type=json.loads, help="what it reads besides messages, as JSON")
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer, trust_remote_code=False)
     progress, started = Progress(), time.perf_counter()

@@ -357,7 +357,20 @@ def emptied(file: Path) -> None:
     file.write_bytes(b"")
 
 
+def absurd(**sizes: int) -> Callable[[Path], None]:
+    """Sizes in a config.json that would take all time or memory to build."""
+
+    def change(file: Path) -> None:
+        config = file.parent / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | sizes))
+
+    return change
+
+
 DAMAGE = [
+    (absurd(num_hidden_layers=10**9), r"num_hidden_layers=1000000000 of its config.json"),
+    (absurd(vocab_size=10**10), r"vocab_size=10000000000 of its config.json"),
+    (absurd(intermediate_size=10**10), r"intermediate_size=10000000000 of its config.json"),
     (lose("layers.0.mlp.up_proj"), r"lacks 1 weights, such as model.layers.0.mlp.up_proj"),
     (lose("lm_head"), r"lacks 1 weights, such as lm_head"),
     (resize("embed"), r"do not fit its config.json: model.embed_tokens.weight of shape \(3, 5\), not \(97, 32\)"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,23 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from csdraft import spec
 from csdraft.cascade import CascadeDrafter, drafter_model
+from csdraft.data.chat import ChatFormat, chat_prompt, check_template
+from csdraft.data.sources import read_prompts
 from csdraft.decoding.interfaces import Drafter
 from csdraft.drafters.model import ModelDrafter, load_model
 
-__all__ = ["Opened", "add_drafting_arguments", "add_model_arguments", "encode", "open_models"]
+__all__ = [
+    "Opened",
+    "add_chat_arguments",
+    "add_drafting_arguments",
+    "add_model_arguments",
+    "as_inputs",
+    "chat_format",
+    "chat_of_text",
+    "encode",
+    "open_models",
+    "prompts_of_file",
+]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16")
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -115,13 +129,54 @@ def _drafter(name: str, dtype: str, device: str) -> Drafter:
     return ModelDrafter(drafter_model(name, dtype=dtype).to(device))
 
 
-def encode(opened: Opened, prompt: str, chat: bool = False) -> dict[str, torch.Tensor]:
-    """A prompt as `generate` takes it, on the target's device."""
-    tokenizer, messages = opened.tokenizer, [{"role": "user", "content": prompt}]
-    if chat:  # which writes special tokens as text
-        prompt = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-    encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
-    if not encoded["input_ids"].numel():
+def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
+    """How prompts go through the chat template."""
+    parser.add_argument("--chat", action="store_true", help="put prompts that are text into the chat template")
+    parser.add_argument("--chat-template", metavar="FILE", help="a Jinja template; the tokenizer's own by default")
+    parser.add_argument(
+        "--chat-template-options",
+        type=_json,
+        metavar="JSON",
+        help="""what the template reads besides messages, e.g. '{"enable_thinking": false}'""",
+    )
+
+
+def chat_format(args: argparse.Namespace) -> ChatFormat:
+    """How conversations become tokens, as the arguments say."""
+    return ChatFormat.read(args.chat_template, args.chat_template_options)
+
+
+def chat_of_text(args: argparse.Namespace) -> ChatFormat | None:
+    """How prompts that are text go through the template; None if they do not."""
+    if not args.chat and (args.chat_template is not None or args.chat_template_options is not None):
+        raise ValueError("--chat-template and --chat-template-options do nothing to a text without --chat: add it")
+    return chat_format(args) if args.chat else None
+
+
+def encode(opened: Opened, prompt: str, chat: ChatFormat | None = None) -> dict[str, torch.Tensor]:
+    """A prompt as `generate` takes it, on the target's device.
+
+    Args:
+        chat: how it goes through the chat template, as a user's turn; None leaves it as it is.
+    """
+    if chat is None:
+        ids = list(opened.tokenizer(prompt)["input_ids"])
+    else:
+        check_template(opened.tokenizer, "--chat was given", chat)
+        ids = chat_prompt([{"role": "user", "content": prompt}], opened.tokenizer, chat)
+    if not ids:
         raise ValueError("the prompt is empty; give --prompt, --file, or text on the standard input")
-    wanted = ("input_ids", "attention_mask")
-    return {name: encoded[name].to(opened.target.device) for name in wanted if name in encoded}
+    return as_inputs(opened, ids)
+
+
+def as_inputs(opened: Opened, ids: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Token ids as `generate` takes them: `input_ids` and `attention_mask`, both (1, length) int64."""
+    row = torch.tensor([ids], dtype=torch.long, device=opened.target.device)
+    return {"input_ids": row, "attention_mask": torch.ones_like(row)}
+
+
+def prompts_of_file(
+    opened: Opened, source: str, args: argparse.Namespace, limit: int | None = None
+) -> list[list[int]]:
+    """Token ids of a source's prompts; those that are conversations, and with --chat all, through the template."""
+    return read_prompts(source, opened.tokenizer, limit, None, "train", chat_format(args), args.chat)

@@ -15,7 +15,6 @@ The exit status is 0 if all passed and 1 if not.
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,7 +25,17 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from csdraft.cli._models import Opened, add_drafting_arguments, add_model_arguments, encode, open_models
+from csdraft.cli._models import (
+    Opened,
+    add_chat_arguments,
+    add_drafting_arguments,
+    add_model_arguments,
+    as_inputs,
+    chat_of_text,
+    encode,
+    open_models,
+    prompts_of_file,
+)
 
 __all__ = ["add_arguments", "chi_square", "run"]
 
@@ -59,7 +68,10 @@ class Outcome:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_drafting_arguments(parser)
-    parser.add_argument("--prompts", metavar="FILE", help='one a line; in a .jsonl file under the key "prompt"')
+    parser.add_argument(
+        "--prompts", metavar="FILE", help="one a line; in a .jsonl file under the key `prompt` or `messages`"
+    )
+    add_chat_arguments(parser)
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="of the greedy texts")
     parser.add_argument("--samples", type=int, default=1000, metavar="N", help="for the law; 0 skips it")
     parser.add_argument(
@@ -74,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     if opened.assistant is None:
         raise ValueError("there is nothing to check: name an assistant with --cascade or --drafter")
     opened.target.generation_config = _bare(opened.target.generation_config)  # no penalty, no warper
-    prompts = _prompts(args.prompts)
+    prompts = _prompts(opened, args)
     passed = True
     for outcome in _outcomes(opened, prompts, args):
         print(outcome, flush=True)
@@ -83,22 +95,23 @@ def run(args: argparse.Namespace) -> int:
     return 0 if passed else 1
 
 
-def _outcomes(opened: Opened, prompts: list[str], args: argparse.Namespace) -> Iterator[Outcome]:
-    for number, prompt in enumerate(prompts, 1):
-        yield greedy(opened, encode(opened, prompt), args.max_new_tokens, f"greedy, prompt {number}")
+def _outcomes(opened: Opened, prompts: list[dict[str, Tensor]], args: argparse.Namespace) -> Iterator[Outcome]:
+    for number, inputs in enumerate(prompts, 1):
+        yield greedy(opened, inputs, args.max_new_tokens, f"greedy, prompt {number}")
     if args.samples:
-        for number, prompt in enumerate(prompts[:LAW_PROMPTS], 1):
-            yield from law(opened, encode(opened, prompt), args, f"prompt {number}")
+        for number, inputs in enumerate(prompts[:LAW_PROMPTS], 1):
+            yield from law(opened, inputs, args, f"prompt {number}")
 
 
-def _prompts(path: str | None) -> list[str]:
-    if path is None:
-        return list(PROMPTS)
-    lines = [line for line in Path(path).read_text().splitlines() if line.strip()]
-    prompts = [json.loads(line)["prompt"] for line in lines] if path.endswith(".jsonl") else lines
-    if not prompts:
+def _prompts(opened: Opened, args: argparse.Namespace) -> list[dict[str, Tensor]]:
+    path = args.prompts
+    if path is not None and path.endswith(".jsonl"):
+        return [as_inputs(opened, ids) for ids in prompts_of_file(opened, path, args)]
+    lines = PROMPTS if path is None else [line for line in Path(path).read_text().splitlines() if line.strip()]
+    if not lines:
         raise ValueError(f"{path} holds no prompt; write one a line")
-    return prompts
+    chat = chat_of_text(args)
+    return [encode(opened, line, chat) for line in lines]
 
 
 def _bare(config: GenerationConfig) -> GenerationConfig:

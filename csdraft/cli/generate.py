@@ -10,7 +10,15 @@ from typing import Any, TextIO
 
 from torch import Tensor
 
-from csdraft.cli._models import Opened, add_drafting_arguments, add_model_arguments, encode, open_models
+from csdraft.cli._models import (
+    Opened,
+    add_chat_arguments,
+    add_drafting_arguments,
+    add_model_arguments,
+    chat_of_text,
+    encode,
+    open_models,
+)
 from csdraft.decoding.interfaces import Round
 from csdraft.decoding.output import RoundStreamer
 from csdraft.decoding.pieces import Pieces
@@ -82,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT")
     source.add_argument("--file", metavar="PATH", help="read the prompt from a file; standard input by default")
-    parser.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
+    add_chat_arguments(parser)
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (the default) is greedy")
     parser.add_argument("--top-k", type=int, metavar="N")
@@ -93,6 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    chat = chat_of_text(args)
     if args.prompt is not None:
         prompt = args.prompt
     else:
@@ -100,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     opened = open_models(args)
     if opened.assistant is None and (args.report or args.save_report):
         raise ValueError("without --cascade or --drafter nothing is drafted: there is no report")
-    report = _generate(opened, encode(opened, prompt, args.chat), args)
+    report = _generate(opened, encode(opened, prompt, chat), args)
     if args.report:
         print(f"\n{report}", file=sys.stderr)
     if args.save_report:

@@ -11,9 +11,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from csdraft.benchmark import read_prompts
 from csdraft.cascade import CascadeDrafter
-from csdraft.cli._models import Opened, add_model_arguments, open_models
+from csdraft.cli._models import Opened, add_chat_arguments, add_model_arguments, open_models, prompts_of_file
 from csdraft.decoding.interfaces import Drafter
 from csdraft.decoding.names import name_of
 from csdraft.drafters.model import ModelDrafter
@@ -27,8 +26,9 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument(
-        "--prompts", required=True, metavar="FILE", help="JSON lines with a `prompt`, or a Hub data set"
+        "--prompts", required=True, metavar="FILE", help="JSON lines with a `prompt` or `messages`, or a Hub data set"
     )
+    add_chat_arguments(parser)
     parser.add_argument("--limit", type=int, default=12, metavar="N", help="prompts to use (default 12)")
     parser.add_argument("--max-new-tokens", type=int, default=96, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     opened = open_models(args)
     drafters = candidates(opened, args.tree_nodes)
-    prompts = [tuple(opened.tokenizer(prompt)["input_ids"]) for prompt in read_prompts(args.prompts, args.limit)]
+    prompts = [tuple(ids) for ids in prompts_of_file(opened, args.prompts, args, args.limit)]
     sampling = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}
     options = sampling if args.temperature else {"do_sample": False}
     options |= {"max_new_tokens": args.max_new_tokens}

@@ -1,70 +1,253 @@
-"""Conversations through a tokenizer's chat template, and which of their tokens the assistant wrote."""
+"""Conversations through a tokenizer's chat template, and which of their tokens the assistant wrote.
+
+A drafter must be trained on what decoding will show it, so one value, `ChatFormat`, says which template is used and
+with which options, wherever conversations are read: writing data, training, evaluation and the command line.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
-__all__ = ["Message", "as_messages", "chat_prompt", "check_template", "scored_chat"]
+from jinja2 import TemplateError, TemplateSyntaxError
 
-Message = Mapping[str, Any]
-"""`role` and `content`."""
+from csdraft.data.messages import Message, as_tools, in_parts, says_something, text_of_parts
+from csdraft.data.tally import Unusable
+
+__all__ = ["ChatFormat", "NamesChat", "chat_of", "chat_prompt", "check_template", "scored_chat"]
+
+T = TypeVar("T")
+Tools = Sequence[Mapping[str, Any]] | None
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-SPEAKERS = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
+CALLS = re.compile(r"\btool_calls\b")
+PROBE = "csdraft7probe"
+OURS = {
+    "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "max_length", "messages",
+    "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "sanitize_control_tokens", "tokenize",
+    "tokenizer_kwargs", "truncation",
+}  # fmt: skip
+"""Arguments of `apply_chat_template` that are not the user's to set here."""
 
 
-def check_template(tokenizer: Any, source: str) -> None:
-    """Raises ValueError if the tokenizer cannot write conversations."""
-    if not tokenizer.chat_template:
+class NamesChat(Protocol):
+    """Arguments that say how conversations become tokens."""
+
+    chat_template: str | None
+    chat_template_options: dict | None
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How conversations become tokens.
+
+    Attributes:
+        template: Jinja text, or the name of one of the tokenizer's templates; None is the tokenizer's own.
+        options: what the template reads besides messages, such as `enable_thinking`, `tools` or `documents`. Tools
+            of a row win over these.
+    """
+
+    template: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, template: str | None = None, options: Mapping[str, Any] | None = None) -> ChatFormat:
+        """From what a user wrote.
+
+        Args:
+            template: a file, Jinja text, or the name of one of the tokenizer's templates.
+            options: see above.
+
+        Raises:
+            ValueError: there is no such file, or the options are no keywords for a template.
+        """
+        options = {} if options is None else options
+        if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
+            raise ValueError(
+                f"chat_template_options={options!r} must be what a template reads, as {{enable_thinking: false}}"
+            )
+        if taken := sorted(OURS & options.keys()):
+            raise ValueError(
+                f"chat_template_options has {', '.join(taken)}, which csdraft sets itself; leave it out, and give a "
+                "template as chat_template"
+            )
+        try:
+            tools = {"tools": as_tools(options["tools"])} if "tools" in options else {}
+        except Unusable as error:
+            raise ValueError(f"chat_template_options has {error}; give a list of JSON schemas as tools") from error
+        return cls(None if template is None else _template_text(template), {**options, **tools})
+
+    def text_for(self, tokenizer: Any, tools: Tools = None) -> str:
+        """The template's Jinja text."""
+        return tokenizer.get_chat_template(self.template, tools)
+
+    def tools_of(self, tools: Tools) -> Tools:
+        """A row's own tools, or else those of the options."""
+        return self.options.get("tools") if tools is None else tools
+
+
+def chat_of(args: NamesChat) -> ChatFormat:
+    """The format that arguments name."""
+    return ChatFormat.read(args.chat_template, args.chat_template_options)
+
+
+def _template_text(template: str) -> str:
+    if not isinstance(template, str):
+        raise ValueError(f"chat_template={template!r} must be a file's path, or a template's text or name")
+    if _is_jinja(template):
+        return template
+    path = Path(template)
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    if path.suffix or len(path.parts) != 1:
+        raise ValueError(f"chat_template={template!r}: there is no such file; give the path of a Jinja template")
+    return template
+
+
+def _is_jinja(template: str) -> bool:
+    return "{%" in template or "{{" in template
+
+
+def check_template(tokenizer: Any, what: str, chat: ChatFormat | None = None) -> None:
+    """Raises ValueError if the tokenizer cannot write conversations.
+
+    Args:
+        what: needs a template, such as "'chats.jsonl' holds conversations".
+    """
+    chat = chat or ChatFormat()
+    if chat.template is None and not tokenizer.chat_template:
         raise ValueError(
-            f"{source!r} holds conversations, but the tokenizer {tokenizer.name_or_path!r} has no chat template; use "
-            "an instruction-tuned model's tokenizer, or data with 'prompt' and 'response'"
+            f"{what}, but the tokenizer {tokenizer.name_or_path!r} has no chat template; give one as chat_template, "
+            "use an instruction-tuned model's tokenizer, or data with 'prompt' and 'response'"
         )
+    named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    if chat.template is not None and not _is_jinja(chat.template) and chat.template not in named:
+        raise ValueError(
+            f"chat_template={chat.template!r} is no file, no Jinja text and no name of one of the tokenizer's "
+            f"templates ({', '.join(named) or 'it has no named ones'}); give one of these"
+        )
+    text = chat.text_for(tokenizer, chat.tools_of(None))
+    if unread := [name for name in chat.options if not re.search(rf"\b{re.escape(name)}\b", text)]:
+        raise ValueError(
+            f"chat_template_options has {', '.join(unread)}, which the chat template does not read; correct the name, "
+            "or leave it out"
+        )
+    try:
+        _render([{"role": "user", "content": PROBE}], tokenizer, chat, None, tokenize=False)
+    except Unusable as error:
+        if isinstance(error.__cause__, TemplateSyntaxError):
+            raise ValueError(f"the chat template is not valid Jinja: {error.__cause__}; mend it") from error
 
 
-def as_messages(turns: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """`{"from": "human", "value": ...}` becomes `{"role": "user", "content": ...}`; the latter stays as it is."""
-    if not turns or "from" not in turns[0]:
-        return [dict(turn) for turn in turns]
-    return [{"role": SPEAKERS.get(turn["from"], turn["from"]), "content": turn["value"]} for turn in turns]
+def chat_prompt(
+    messages: Sequence[Message], tokenizer: Any, chat: ChatFormat | None = None, tools: Tools = None
+) -> list[int]:
+    """Token ids of the conversation up to its last user turn, and of the header that the assistant writes after.
 
-
-def chat_prompt(messages: Sequence[Message], tokenizer: Any) -> list[int]:
-    """Token ids of the conversation up to its last user turn, and of the header that the assistant writes after."""
+    Raises:
+        Unusable: there is no user turn, or the template cannot write the conversation.
+    """
     users = [i for i, message in enumerate(messages) if message["role"] == "user"]
     if not users:
-        raise ValueError(
-            f"a conversation of {len(messages)} turns has none of role 'user'; there is nothing to answer"
-        )
-    return _ids(messages[: users[-1] + 1], tokenizer, add_generation_prompt=True)
+        raise Unusable("no user turn")
+    chat = chat or ChatFormat()
+    asked = _fitted(messages[: users[-1] + 1], tokenizer, chat, tools)
+    return _as_it_can(asked, lambda kept: _ids(kept, tokenizer, chat, tools, add_generation_prompt=True))
 
 
-def scored_chat(messages: Sequence[Message], tokenizer: Any) -> tuple[list[int], list[int]]:
+def scored_chat(
+    messages: Sequence[Message], tokenizer: Any, chat: ChatFormat | None = None, tools: Tools = None
+) -> tuple[list[int], list[int]]:
     """Token ids of a conversation, and for each whether the assistant wrote it (1) or not (0).
 
     A template that marks the assistant's words with `{% generation %}` is believed. Otherwise a turn begins where the
     conversation before it, with the assistant's header, ends, and ends where the conversation up to it does. Where a
-    template rewrites an earlier turn (some drop its reasoning), what it rewrote is not scored.
+    template rewrites an earlier turn (some drop its reasoning), what it rewrote is not scored. Nor are an empty turn
+    and an assistant's turn that begins a conversation: nothing asks for them when decoding.
+
+    Raises:
+        Unusable: no token is scored, or the template cannot write the conversation.
     """
-    if GENERATION.search(tokenizer.get_chat_template()):
-        made = tokenizer.apply_chat_template(list(messages), return_dict=True, return_assistant_tokens_mask=True)
-        return list(made["input_ids"]), list(made["assistant_masks"])
-    ids = _ids(messages, tokenizer)
-    scored = [0] * len(ids)
-    for turn, message in enumerate(messages):
-        if message["role"] == "assistant":
-            start = _shared(ids, _ids(messages[:turn], tokenizer, add_generation_prompt=True))
-            end = _shared(ids, _ids(messages[: turn + 1], tokenizer))
-            scored[start:end] = [1] * max(end - start, 0)
+    if all(message["role"] != "assistant" for message in messages):
+        raise Unusable("no assistant turn")
+    if not any(says_something(message) for message in messages if message["role"] == "assistant"):
+        raise Unusable("only empty assistant turns")
+    chat = chat or ChatFormat()
+    fitted = _fitted(messages, tokenizer, chat, tools)
+    ids, scored = _as_it_can(fitted, lambda kept: _scored(kept, tokenizer, chat, tools))
+    if 1 not in scored:
+        raise Unusable("no assistant turn that the chat template writes after a question")
     return ids, scored
 
 
-def _ids(messages: Sequence[Message], tokenizer: Any, **options: Any) -> list[int]:
-    if not messages:
-        return []
-    return list(tokenizer.apply_chat_template(list(messages), return_dict=True, **options)["input_ids"])
+def _scored(
+    messages: Sequence[Message], tokenizer: Any, chat: ChatFormat, tools: Tools
+) -> tuple[list[int], list[int]]:
+    marked = GENERATION.search(chat.text_for(tokenizer, chat.tools_of(tools))) is not None
+    if marked:
+        made = _render(messages, tokenizer, chat, tools, return_dict=True, return_assistant_tokens_mask=True)
+        ids, scored = list(made["input_ids"]), list(made["assistant_masks"])
+    else:
+        ids = _ids(messages, tokenizer, chat, tools)
+        scored = [0] * len(ids)
+    for turn, message in enumerate(messages):
+        counts = turn > 0 and says_something(message)
+        if message["role"] == "assistant" and (not marked or not counts):
+            before = _ids(messages[:turn], tokenizer, chat, tools, add_generation_prompt=True)
+            start, end = _shared(ids, before), _shared(ids, _ids(messages[: turn + 1], tokenizer, chat, tools))
+            scored[start:end] = [int(counts)] * max(end - start, 0)
+    return ids, scored
+
+
+# What templates can write.
+
+
+def _fitted(messages: Sequence[Message], tokenizer: Any, chat: ChatFormat, tools: Tools) -> list[Message]:
+    """The messages, with text parts as one text unless the template takes parts; no tool call may be lost."""
+    has_calls = any("tool_calls" in message for message in messages)
+    if has_calls and not CALLS.search(chat.text_for(tokenizer, chat.tools_of(tools))):
+        raise Unusable("tool calls, which the chat template does not write")
+    if not any(map(in_parts, messages)) or _takes_parts(tokenizer, chat):
+        return list(messages)
+    return [text_of_parts(message) if in_parts(message) else message for message in messages]
+
+
+def _takes_parts(tokenizer: Any, chat: ChatFormat) -> bool:
+    """Whether the template writes the text of parts, rather than fail or write them as Python shows a list."""
+    message = {"role": "user", "content": [{"type": "text", "text": PROBE}]}
+    try:
+        text = _render([message], tokenizer, chat, None, tokenize=False)
+    except Unusable:
+        return False
+    return PROBE in text and "'text'" not in text and '"text"' not in text
+
+
+def _as_it_can(messages: Sequence[Message], write: Callable[[Sequence[Message]], T]) -> T:
+    """What `write` gives; where it fails on an assistant's turn without content, with empty content there."""
+    try:
+        return write(messages)
+    except Unusable:
+        if all("content" in message for message in messages):
+            raise
+        return write([{"content": "", **message} for message in messages])
+
+
+def _ids(messages: Sequence[Message], tokenizer: Any, chat: ChatFormat, tools: Tools, **options: Any) -> list[int]:
+    return (
+        list(_render(messages, tokenizer, chat, tools, return_dict=True, **options)["input_ids"]) if messages else []
+    )
+
+
+def _render(messages: Sequence[Message], tokenizer: Any, chat: ChatFormat, tools: Tools, **options: Any) -> Any:
+    """`apply_chat_template`; `Unusable` with the template's own words where it refuses or fails."""
+    given = {**chat.options, "tools": chat.tools_of(tools), "chat_template": chat.template}
+    try:
+        return tokenizer.apply_chat_template(list(messages), **given, **options)
+    except (TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
+        raise Unusable("a conversation that the chat template cannot write", str(error)) from error
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:

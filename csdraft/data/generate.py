@@ -21,13 +21,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from csdraft.data.shards import Place, Shard, batches, finished, store, stored, write_whole
-from csdraft.data.sources import open_source, read_prompts
+from csdraft.data.sources import open_source, prompts_of, texts_of
+from csdraft.data.tally import Counted, Tally
 from csdraft.data.target import TargetArguments
 from csdraft.data.text import END
 
 __all__ = ["GenerateArguments", "beginnings", "generate"]
 
-FIXED = ("target", "target_revision", "max_new_tokens", "sampled", "temperature", "seed")
+FIXED = ("target", "target_revision", "chat_template", "chat_template_options", "max_new_tokens", "sampled",
+         "temperature", "seed")  # fmt: skip
 """What must not change between runs that write one data set. That prompts do not is checked row by row."""
 
 OF_A_RUN = ("rank", "world_size", "threads")
@@ -83,7 +85,7 @@ def generate(args: GenerateArguments, assistant: Any) -> Any:
         torch.set_num_threads(args.threads)
     folder, (config, tokenizer) = args.folder(), args.read_target()
     prompts = read_starts(args, config, tokenizer)
-    check_same(folder / "arguments.json", args)
+    check_same(folder / "arguments.json", args, prompts.tally)
     if stored(folder) != len(prompts):
         places = find_rows(folder / "parts", prompts)
         kinds = [is_sampled(row, args.sampled) for row in range(len(prompts))]
@@ -99,27 +101,27 @@ def generate(args: GenerateArguments, assistant: Any) -> Any:
     return load(args, folder, prompts, tokenizer)
 
 
-def read_starts(args: GenerateArguments, config: Any, tokenizer: Any) -> list[list[int]]:
+def read_starts(args: GenerateArguments, config: Any, tokenizer: Any) -> Counted:
     """Token ids of what the target writes on from: prompts, or beginnings of texts."""
     context = getattr(config, "max_position_embeddings", None)
     longest = None if config.is_encoder_decoder or not context else context - args.max_new_tokens
-    opened = open_source(args.dataset, args.split, args.dataset_limit)
+    opened = open_source(args.dataset, args.split, args.dataset_limit, in_memory=True)
     if opened.kind == "text":
         if longest is not None and args.begin > longest:
             raise ValueError(
                 f"begin={args.begin} and max_new_tokens={args.max_new_tokens} tokens do not fit into the target's "
                 f"context of {context}; lower one of them"
             )
-        texts = tokenizer([example[opened.column] or "" for example in opened.examples])["input_ids"]
+        texts = texts_of(opened, tokenizer, args.begin)
         starts = beginnings(texts, args.begin, args.seed, tokenizer.bos_token_id)
-        return list(islice(starts, args.count or len(texts)))
-    prompts = read_prompts(args.dataset, tokenizer, args.dataset_limit, longest, args.split)
+        return Counted(islice(starts, args.count or len(opened.examples)), texts.tally)
+    prompts = prompts_of(opened, tokenizer, longest, args.chat)
     if args.count is not None and args.count > len(prompts):
         raise ValueError(
             f"count={args.count}, but {args.dataset!r} has {len(prompts)} prompts; give fewer, or another seed and "
             "output_dir for other continuations of the same"
         )
-    return prompts[: args.count]
+    return Counted(prompts[: args.count], prompts.tally)
 
 
 def beginnings(
@@ -150,18 +152,18 @@ def is_sampled(row: int, share: float) -> bool:
     return int((row + 1) * share) > int(row * share)
 
 
-def check_same(path: Path, args: GenerateArguments) -> None:
-    """Raises ValueError if what is there was written with other arguments, and notes these."""
+def check_same(path: Path, args: GenerateArguments, tally: Tally) -> None:
+    """Raises ValueError if what is there was written with other arguments; notes these, and the counts of the data."""
     document = {name: value for name, value in asdict(args).items() if name not in OF_A_RUN}
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else document
     for name in FIXED:
-        if before[name] != document[name]:
+        if before.get(name) != document[name]:
             raise ValueError(
-                f"{path.parent} holds rows of {name}={before[name]!r}, now it is {document[name]!r}; give another "
+                f"{path.parent} holds rows of {name}={before.get(name)!r}, now it is {document[name]!r}; give another "
                 "output_dir, or remove that folder"
             )
     with write_whole(path) as file:
-        file.write(json.dumps(document, indent=2).encode())
+        file.write(json.dumps(document | {"data": tally.described()}, indent=2).encode())
 
 
 def find_rows(folder: Path, prompts: Sequence[list[int]]) -> dict[int, Place]:

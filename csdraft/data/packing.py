@@ -132,7 +132,7 @@ def _check_prompts(rows: Any, lengths: Sequence[int]) -> None:
 
 def _labels(row: Mapping[str, Any], ids: Tensor) -> Tensor:
     labels = ids.clone()
-    labels[: max(row.get("prompt_length", 0), 1)] = IGNORED
+    labels[: max(row.get("prompt_length") or 0, 1)] = IGNORED
     if row.get("scored") is not None:
         labels[torch.tensor(row["scored"]) == 0] = IGNORED
     return labels

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from csdraft.data.chat import ChatFormat, chat_of
 from csdraft.data.shards import Part
 
 __all__ = ["NamesTarget", "TargetArguments", "check_writable", "load_weights", "read_target", "target_name"]
@@ -71,6 +72,12 @@ class TargetArguments:
     dataset: str = field(default="stdlib", metadata={"help": "A Hub id, file, folder, or 'stdlib'."})
     dataset_limit: int | None = field(default=None, metadata={"help": "Texts, prompts or conversations read at most."})
     split: str = field(default="train", metadata={"help": "Of the data set."})
+    chat_template: str | None = field(
+        default=None, metadata={"help": "File, text or name of a chat template; None is the tokenizer's."}
+    )
+    chat_template_options: dict | None = field(
+        default=None, metadata={"help": "What it reads besides messages: {enable_thinking: false}, tools, ..."}
+    )
     output_dir: str = field(default="", metadata={"help": "Folder for the results; a run goes on from what it holds."})
     batch_size: int = field(default=8, metadata={"help": "Rows at once."})
     threads: int | None = field(default=None, metadata={"help": "torch CPU threads; None leaves torch's default."})
@@ -79,6 +86,7 @@ class TargetArguments:
 
     def __post_init__(self) -> None:
         self.check_at_least(1, "batch_size")
+        _ = self.chat  # ValueError now, rather than after the target has been loaded
         if not self.output_dir:
             raise ValueError("output_dir is missing: name a folder for the results")
         if not 0 <= self.part.rank < self.part.world_size:
@@ -88,6 +96,11 @@ class TargetArguments:
         for name in names:
             if not isinstance(value := getattr(self, name), int) or value < least:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+
+    @property
+    def chat(self) -> ChatFormat:
+        """How conversations become tokens."""
+        return chat_of(self)
 
     @property
     def part(self) -> Part:

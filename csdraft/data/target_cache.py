@@ -231,7 +231,7 @@ def cache_logits(args: CacheArguments) -> None:
     context = getattr(config, "max_position_embeddings", None)
     if context and args.max_length > context:
         raise ValueError(f"max_length={args.max_length} is longer than the target's context of {context} tokens")
-    rows = read_rows(args.dataset, tokenizer, args.max_length, args.split, args.dataset_limit)
+    rows = read_rows(args.dataset, tokenizer, args.max_length, args.split, args.dataset_limit, args.chat)
     write_target_cache(args.load_target, rows, folder, target_name(args), args.k, args.batch_size, args.part)
 
 

@@ -82,8 +82,11 @@ def _read_folder(root: Path, paths: Iterable[Path]) -> Iterator[Document]:
 
 def _read_file(path: Path) -> Iterator[Document]:
     read = lzma.open if path.suffix == ".xz" else open
-    with read(path, "rt", encoding="utf-8") as file:
-        parts = file.read().split(END)
+    try:
+        with read(path, "rt", encoding="utf-8") as file:
+            parts = file.read().split(END)
+    except (UnicodeDecodeError, lzma.LZMAError, EOFError) as error:
+        raise ValueError(f"corpus {str(path)!r} cannot be read as UTF-8 text ({error}); convert it") from error
     return (Document(f"{path.name}#{i}", part.lstrip("\n")) for i, part in enumerate(parts) if part.strip())
 
 

@@ -18,6 +18,11 @@ from csdraft.stored import is_hub_id, read_object, shown
 __all__ = ["HUB_OPTIONS", "load_model"]
 
 HUB_OPTIONS = {"revision", "token", "cache_dir", "local_files_only", "force_download"}
+LAYERS = ("num_hidden_layers", "num_decoder_layers")
+WIDTHS = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+"""Keys of a config.json that say how large a model is."""
+PACKED = 16
+"""Numbers that quantised weights may hold in one."""
 SOME = 4
 """Names of weights that a message lists."""
 
@@ -82,6 +87,7 @@ def _load_whole(path: str, options: dict[str, Any]) -> nn.Module:
     config = AutoConfig.from_pretrained(path, **kept)
     auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     try:
+        _check_sizes(path, config.get_text_config(decoder=True))
         model, found = auto.from_pretrained(path, **options, output_loading_info=True)
     except SafetensorError as error:
         raise ValueError(
@@ -98,6 +104,26 @@ def _load_whole(path: str, options: dict[str, Any]) -> nn.Module:
     if found["error_msgs"]:
         raise ValueError(f"{path!r}: {'; '.join(map(str, found['error_msgs'][:SOME]))}")
     return model.eval()
+
+
+def _check_sizes(path: str, config: Any) -> None:
+    """Raises ValueError if a folder's config.json speaks of more than its weights can hold, before it is built.
+
+    A model of a billion layers, or tokens, would take all time, or memory, until its weights are found to be missing.
+    """
+    count, largest = 0, 1
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118 - no dictionary
+        count, largest = count + len(shapes), max([largest, *(size for shape in shapes for size in shape)])
+    limits = dict.fromkeys(LAYERS, count) | dict.fromkeys(WIDTHS, PACKED * largest)
+    for key, limit in limits.items() if count else ():
+        value = getattr(config, key, None)
+        if isinstance(value, int) and value > limit:
+            raise ValueError(
+                f"{path!r}: {key}={value} of its config.json, but its weights are {count} tensors, the largest size "
+                f"among them {largest}"
+            )
 
 
 def _broken_file(path: str) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 
+from csdraft.data.chat import chat_of
 from csdraft.data.packing import IGNORED
 from csdraft.drafters.model import base_model
 from csdraft.trainers.checkpoints import note_student
@@ -64,6 +65,12 @@ class DistillArguments(TrainingArguments):
     dataset: str = field(default="stdlib", metadata={"help": "Texts: a Hub id, file, folder, or 'stdlib'."})
     split: str = field(default="train", metadata={"help": "Of the data set."})
     dataset_limit: int | None = field(default=None, metadata={"help": "Texts used at most."})
+    chat_template: str | None = field(
+        default=None, metadata={"help": "File, text or name of a chat template; None is the tokenizer's."}
+    )
+    chat_template_options: dict | None = field(
+        default=None, metadata={"help": "What it reads besides messages: {enable_thinking: false}, tools, ..."}
+    )
     max_length: int = field(default=512, metadata={"help": "Tokens of a packed block, and of a text at most."})
     target_cache: str | None = field(
         default=None, metadata={"help": "The target's top-k logits for these texts (scripts/cache_logits.py)."}
@@ -96,6 +103,7 @@ class DistillArguments(TrainingArguments):
             raise ValueError("deepspeed is needed and not installed: pip install csdraft[deepspeed]")
         super().__post_init__()
         self._check_numbers()
+        _ = chat_of(self)
         if self.target_cache and self.on_policy:
             raise ValueError(f"target_cache with on_policy={self.on_policy}: new texts are in no cache; leave one out")
         if self.target_sharded and (self.target_device_map is not None or self.target_quantization is not None):

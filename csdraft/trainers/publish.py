@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainingArguments
 
 from csdraft.data.packing import Packed, Padded
-from csdraft.data.sources import revision_of
+from csdraft.data.sources import revision_of, tally_of
 from csdraft.data.target_cache import checksum
 from csdraft.hub import command, public_name, without_folders
 from csdraft.trainers.students import added_share
@@ -68,11 +68,15 @@ def provenance(trainer: DrafterTrainer) -> dict[str, Any]:
 
 
 def described_data(trainer: DrafterTrainer) -> dict[str, Any] | None:
-    """What was trained on: its source, the Hub's revision of it if it is from there, and what tells rows apart."""
+    """What was trained on: its source, the Hub's revision of it if it is from there, and what tells rows apart.
+
+    `read`, `left_out` and `cut` count the source's rows: those looked at, left out by reason, and cut to `max_length`.
+    """
     texts: Any = trainer.train_dataset
     if not isinstance(texts, Packed | Padded):
         return None
     args: Any = trainer.args
+    tally = tally_of(texts.rows)
     return {
         "name": without_folders(args.dataset),
         "split": args.split,
@@ -80,6 +84,7 @@ def described_data(trainer: DrafterTrainer) -> dict[str, Any] | None:
         "rows": len(texts.rows),
         "tokens": texts.tokens,
         "checksum": checksum(texts.rows),
+        **({} if tally is None else tally.described()),
     }
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
+from csdraft.data.chat import chat_of
 from csdraft.data.packing import Packed, Padded, check_packing, collate, collate_seq2seq
 from csdraft.data.sources import read_prompts, read_rows
 from csdraft.data.target import check_writable, load_weights, read_target, target_name
@@ -76,7 +77,7 @@ def prepare(args: DistillArguments) -> tuple[PreTrainedConfig, PreTrainedTokeniz
         torch.set_num_threads(args.threads)
     config, tokenizer = read_target(args)
     check(args, config, tokenizer)
-    rows = read_rows(args.dataset, tokenizer, args.max_length, args.split, args.dataset_limit)
+    rows = read_rows(args.dataset, tokenizer, args.max_length, args.split, args.dataset_limit, chat_of(args))
     return config, tokenizer, make_batches(args, config, tokenizer, rows)
 
 
@@ -178,7 +179,7 @@ def make_exam(args: DistillArguments, config: PreTrainedConfig, tokenizer: PreTr
         return None
     context = context_length(config)
     longest = context - args.eval_new_tokens - args.eval_depth
-    prompts = read_prompts(args.eval_prompts, tokenizer, args.eval_limit, longest, args.eval_split)
+    prompts = read_prompts(args.eval_prompts, tokenizer, args.eval_limit, longest, args.eval_split, chat_of(args))
     return Exam(
         prompts, pad_of(tokenizer), args.eval_depth, args.eval_new_tokens, args.temperature, args.eval_batch_size
     )

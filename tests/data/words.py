@@ -20,7 +20,7 @@ HEADER = "{% if add_generation_prompt %}<assistant> {% endif %}"
 PLAIN = "{% for message in messages %}" + TURN + "{% endfor %}" + HEADER
 MARKED = (
     "{% for message in messages %}<{{ message['role'] }}> {% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] }} </s>{% endgeneration %}"
+    "{% generation %}{% if message['content'] %}{{ message['content'] }} {% endif %}</s>{% endgeneration %}"
     "{% else %}{{ message['content'] }} </s>{% endif %} {% endfor %}" + HEADER
 )
 FORGETFUL = PLAIN.replace(
@@ -28,6 +28,25 @@ FORGETFUL = PLAIN.replace(
     "{{ message['content'] }}{% endif %} </s> "
 )  # fmt: skip
 """Drops what an assistant thought (up to w9) in earlier turns."""
+
+CALLING = (
+    "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}{% for message in messages %}"
+    "{{ '<' + message['role'] + '>' if message['role'] != 'tool' else '<user>' }} "
+    "{% for call in message.tool_calls or [] %}{{ call.function.name }} "
+    "{% for name, value in call.function.arguments.items() %}{{ name }} {{ value }} {% endfor %}{% endfor %}"
+    "{% if message.content is string %}{{ message.content + ' ' }}{% endif %}</s> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> "
+    "{% if enable_thinking is defined and not enable_thinking %}w0 {% endif %}{% endif %}"
+)
+"""Writes tools and tool calls; without thinking, the assistant's header ends with w0."""
+NEEDS_CONTENT = CALLING.replace("{% if message.content is string %}", "").replace("{% endif %}</s>", "</s>")
+"""Fails on a message without content."""
+PARTED = PLAIN.replace("{{ message['content'] }}", "{% for part in message['content'] %}{{ part.text }} {% endfor %}")
+"""Takes content in parts alone."""
+STRICT = PLAIN.replace(
+    TURN,
+    "{% if message['role'] not in ['user', 'assistant'] %}{{ raise_exception('no such role') }}{% endif %}" + TURN,
+)
 
 
 def make_tokenizer(template: str | None = None, opens: bool = False) -> PreTrainedTokenizerFast:

@@ -1,0 +1,201 @@
+"""Conversations as data sets spell them, made into the messages that chat templates read.
+
+A message has `role` and `content`; an assistant's may have `tool_calls` instead, or reasoning beside it. A key whose
+value is null is a missing key, as transformers has it from 5.24 on.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from csdraft.data.tally import Unusable
+
+__all__ = ["Message", "as_messages", "as_tools", "in_parts", "is_broken", "kind_of", "says_something", "text_of_parts"]
+
+Message = Mapping[str, Any]
+"""`role` and `content`."""
+
+SPEAKERS = {
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
+    "model": "assistant", "function_call": "assistant", "observation": "tool", "function_response": "tool",
+}  # fmt: skip
+"""ShareGPT's names, and those of tools that write its format."""
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+TEXT_PARTS = ("text", "input_text", "output_text")
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names that transformers knows for an assistant's reasoning."""
+
+
+def as_messages(turns: Any) -> list[dict[str, Any]]:
+    """The messages of a conversation; `Unusable` says what is wrong with it.
+
+    Args:
+        turns: a list of `{"role": ..., "content": ...}` or of ShareGPT's `{"from": ..., "value": ...}`; that list as
+            JSON text; or, as older data sets store it, an object of lists.
+    """
+    turns = _unzipped(_from_json(turns))
+    if isinstance(turns, str) or not isinstance(turns, Sequence):
+        raise Unusable(f"{kind_of(turns)} in place of a conversation")
+    if not turns:
+        raise Unusable("an empty conversation")
+    return [_message(turn) for turn in turns]
+
+
+def as_tools(tools: Any) -> list[dict[str, Any]] | None:
+    """Descriptions of tools for a chat template, from a list of objects or its JSON text; None if there are none."""
+    tools = _from_json(tools)
+    if tools is None or tools == "" or tools == []:
+        return None
+    if isinstance(tools, str) or not isinstance(tools, Sequence):
+        raise Unusable(f"{kind_of(tools)} in place of a list of tools")
+    if other := [tool for tool in tools if not isinstance(tool, Mapping)]:
+        raise Unusable("a tool that is not an object", kind_of(other[0]))
+    return [dict(tool) for tool in tools]
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, for messages."""
+    if value is None:
+        return "null"
+    names = ((str, "text"), (bool, "true or false"), (int | float, "a number"), (Mapping, "an object"))
+    found = (name for kind, name in names if isinstance(value, kind))
+    return next(found, "a list" if isinstance(value, Sequence) else f"a {type(value).__name__}")
+
+
+def is_broken(text: str) -> bool:
+    """Whether there is half a character, as JSON has it of an emoji that was cut: tokenizers refuse it."""
+    return not text.isascii() and SURROGATE.search(text) is not None
+
+
+def in_parts(message: Message) -> bool:
+    """Whether the content is a list of text parts, as `as_messages` leaves it."""
+    content = message.get("content")
+    return isinstance(content, list) and bool(content) and all(_is_text_part(part) for part in content)
+
+
+def text_of_parts(message: Message) -> dict[str, Any]:
+    """The message with its text parts as one text, a line break between two of them."""
+    return {**message, "content": "\n".join(part["text"] for part in message["content"])}
+
+
+def says_something(message: Message) -> bool:
+    """Whether an assistant's message has text, reasoning or tool calls."""
+    texts = [message.get(name) for name in ("content", *REASONING)]
+    texts += [part["text"] for part in message["content"]] if in_parts(message) else []
+    return "tool_calls" in message or any(isinstance(text, str) and text.strip() for text in texts)
+
+
+def _from_json(value: Any) -> Any:
+    """A list that was stored as JSON text; anything else as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def _unzipped(turns: Any) -> Any:
+    """`{"role": [...], "content": [...]}` as a list of objects."""
+    if not isinstance(turns, Mapping) or not turns or not all(isinstance(column, list) for column in turns.values()):
+        return turns
+    if len({len(column) for column in turns.values()}) != 1:
+        raise Unusable("a conversation whose lists differ in length", ", ".join(turns))
+    return [dict(zip(turns, values, strict=True)) for values in zip(*turns.values(), strict=True)]
+
+
+def _message(turn: Any) -> dict[str, Any]:
+    if not isinstance(turn, Mapping):
+        raise Unusable("a turn that is not an object", kind_of(turn))
+    message = {name: value for name, value in turn.items() if value is not None}
+    speaker, said = message.pop("from", None), message.pop("value", None)
+    role = message.get("role", SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker)
+    if not isinstance(role, str) or not role:
+        raise Unusable("a turn without a role", kind_of(role))
+    message["role"] = role
+    if "content" not in message and said is not None:
+        message["content"] = said
+    if speaker == "function_call" and isinstance(said, str) and (calls := _called(said)):
+        message = {"role": role, "tool_calls": calls}
+    return _with_content(_with_calls(message))
+
+
+def _called(said: str) -> list[dict[str, Any]]:
+    """LLaMA-Factory's tool calls: JSON text of `{"name": ..., "arguments": ...}`, or of a list of these."""
+    try:
+        calls = json.loads(said)
+    except ValueError:
+        return []
+    calls = calls if isinstance(calls, list) else [calls]
+    if not all(isinstance(call, dict) and "name" in call for call in calls):
+        return []
+    return [{"type": "function", "function": call} for call in calls]
+
+
+def _with_calls(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with `tool_calls` as templates read them: objects whose arguments are objects, or no such key."""
+    old = message.pop("function_call", None)
+    calls = _from_json(message.pop("tool_calls", [{"type": "function", "function": old}] if old else []))
+    if not calls:
+        return message
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise Unusable("tool calls that are not a list of objects")
+    return {**message, "tool_calls": [_call(call) for call in calls]}
+
+
+def _call(call: Mapping[str, Any]) -> dict[str, Any]:
+    made = {name: value for name, value in call.items() if value is not None}
+    if isinstance(made.get("function"), Mapping):
+        made["function"] = _call(made["function"])
+    if isinstance(text := made.get("arguments"), str):  # OpenAI's API has them as JSON text, templates write objects
+        try:
+            arguments = json.loads(text)
+        except ValueError:
+            return made
+        made["arguments"] = arguments if isinstance(arguments, dict) else text
+    return made
+
+
+def _with_content(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with content that is text or text parts; an assistant's may have none, a tool's may be anything."""
+    role, content = message["role"], message.get("content")
+    if content is None or content == []:
+        if role not in ("assistant", "tool"):
+            raise Unusable(f"{_a(role)} turn without content")
+        kept = {name: value for name, value in message.items() if name != "content"}
+        return kept if role == "assistant" else {**kept, "content": ""}
+    if isinstance(content, str):
+        if is_broken(content):
+            raise Unusable(f"half a character in {_a(role)} turn")
+        return message
+    if isinstance(content, list) and (role != "tool" or all(_is_part(part) for part in content)):
+        return {**message, "content": [_text_part(part) for part in content]}
+    if role == "tool":
+        return message
+    raise Unusable(f"{kind_of(content)} as the content of {_a(role)} turn")
+
+
+def _is_part(value: Any) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("type"), str)
+
+
+def _is_text_part(value: Any) -> bool:
+    return _is_part(value) and value["type"] == "text" and isinstance(value.get("text"), str)
+
+
+def _text_part(part: Any) -> dict[str, str]:
+    part = {"type": "text", "text": part} if isinstance(part, str) else part
+    if not isinstance(part, Mapping):
+        raise Unusable("content in parts that are not objects", kind_of(part))
+    kind = part.get("type") or ("text" if part.get("text") is not None else "nameless")
+    if kind in TEXT_PARTS and isinstance(part.get("text"), str):
+        return {"type": "text", "text": part["text"]}
+    raise Unusable(f"{_a(kind)} part" if kind not in TEXT_PARTS else "a text part without text")
+
+
+def _a(noun: Any) -> str:
+    return f"{'an' if str(noun)[:1].lower() in ('a', 'e', 'i', 'o') else 'a'} {noun}"

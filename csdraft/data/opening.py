@@ -1,0 +1,272 @@
+"""Where rows are stored, and what they hold: a corpus, a file, a saved data set, or a Hub id, opened but not read.
+
+Columns are recognised by name; the first of these that is not empty in every row decides what a source holds:
+`input_ids` (and `prompt_length`): tokens; `messages`: conversations; `prompt` (and `response`): prompts; `text`:
+texts.
+"""
+
+from __future__ import annotations
+
+import lzma
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from csdraft.data.json_lines import OPENERS, first_line, is_lines, read_objects
+from csdraft.data.text import LIBRARIES, TEXT_SUFFIXES, read_corpus
+from csdraft.data.text import split as parted
+
+__all__ = ["GIVEN", "TOOLS", "Kind", "Source", "named", "open_source"]
+
+Kind = Literal["tokens", "chat", "prompt", "text"]
+
+NAMES: dict[Kind, tuple[str, ...]] = {
+    "tokens": ("input_ids",),
+    "chat": ("messages", "conversations", "conversation"),
+    "prompt": ("prompt", "question", "query"),
+    "text": ("text", "content", "code"),
+}
+RESPONSES = ("response", "completion", "answer", "output")
+TOOLS = "tools"
+"""The column of the tools that a row's conversation may call."""
+GIVEN = ("prompt_length", "scored", "index")
+"""Columns that tokens may already have."""
+BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+SAVED = ("dataset_info.json", "dataset_dict.json")
+"""What `save_to_disk` leaves in a folder."""
+
+
+class Source(NamedTuple):
+    """Opened, but not read.
+
+    Attributes:
+        examples: a list of dicts or a `datasets.Dataset`.
+        column: what decided on `kind`.
+        response: the column of what follows prompts, if there is one.
+        turns: whether prompts or texts are lists of messages.
+        columns: those that are read.
+        features: of a `datasets.Dataset`, by column.
+    """
+
+    name: str
+    examples: Any
+    kind: Kind
+    column: str
+    response: str | None
+    turns: bool
+    columns: tuple[str, ...]
+    features: Mapping[str, Any] | None = None
+
+
+def open_source(source: str, split: str = "train", limit: int | None = None, in_memory: bool = False) -> Source:
+    """The examples of a source as they are stored, and what they hold.
+
+    Args:
+        source, split, limit: as for `csdraft.data.sources.read_rows`.
+        in_memory: a local file of JSON lines is read without `datasets`; for prompts, which are few.
+
+    Raises:
+        ValueError: the source cannot be read, is empty, or has no column of a known name.
+    """
+    if in_memory and is_lines(Path(source)):
+        examples: Any = read_objects(source, limit)
+    else:
+        examples = _corpus(source, split) if _is_corpus(source) else _dataset(source, split)
+    if not len(examples):
+        raise ValueError(f"{source!r} is empty; give a data set with at least one row")
+    if limit is not None:
+        examples = (
+            examples[:limit] if isinstance(examples, list) else examples.select(range(min(limit, len(examples))))
+        )
+    with named(source):
+        return _described(source, examples)
+
+
+@contextmanager
+def named(source: str) -> Iterator[None]:
+    """Bytes that are no UTF-8 become an error that says where: Arrow stores them, and fails when they are read."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        _name_broken_line(Path(source))
+        raise ValueError(f"{source!r} has text that is not UTF-8 ({error}); convert it, or remove that row") from error
+
+
+# What the columns hold.
+
+
+def _described(source: str, examples: Any) -> Source:
+    columns = _columns(examples)
+    known: list[tuple[Kind, str]] = [
+        (kind, name) for kind, names in NAMES.items() for name in names if name in columns
+    ]
+    if not known:
+        wanted = ", ".join(name for names in NAMES.values() for name in names)
+        found = f"columns {', '.join(columns)}" if columns else "no columns"
+        raise ValueError(f"{source!r} has {found}; one of them must be {wanted}: rename it")
+    filled = (found for found in known if _first(examples, found[1]) is not None)
+    kind, column = next(filled, known[0])  # if no row has anything, reading it says so
+    turns = kind == "chat" or (kind == "prompt" and _is_turns(_first(examples, column, _is_usual)))
+    response = _response(examples, columns, turns) if kind == "prompt" else None
+    others = {"tokens": GIVEN, "text": ()}.get(kind, (TOOLS,))
+    read = (column, *([response] if response else []), *(name for name in others if name in columns))
+    features = None
+    if not isinstance(examples, list):  # others, images perhaps, are not even decoded
+        examples = examples.select_columns(list(read))
+        features = dict(examples.features)
+    return Source(source, examples, kind, column, response, turns, read, features)
+
+
+def _response(examples: Any, columns: Sequence[str], turns: bool) -> str | None:
+    """The first column of answers: texts, or, after conversations, messages. A column of other objects is not one."""
+    for name in (name for name in RESPONSES if name in columns):
+        value = _first(examples, name, _is_usual)
+        other = _first(examples, name) if value is None else None
+        if (turns or isinstance(value, str)) if value is not None else not isinstance(other, list | Mapping):
+            return name  # numbers, or nothing: reading them says so
+    return None
+
+
+def _is_usual(value: Any) -> bool:
+    """Whether it is a text or looks like a conversation."""
+    return _is_turns(value) or (isinstance(value, str) and value != "")
+
+
+def _is_turns(value: Any) -> bool:
+    turn = value[0] if isinstance(value, list) and value else value
+    return isinstance(turn, Mapping) and ("role" in turn or "from" in turn)
+
+
+def _columns(examples: Any) -> list[str]:
+    if isinstance(examples, list):
+        return list(dict.fromkeys(name for example in examples for name in example))
+    return examples.column_names
+
+
+def _is_filled(value: Any) -> bool:
+    return value is not None and value not in ("", [], {})
+
+
+def _first(examples: Any, column: str, wanted: Callable[[Any], bool] = _is_filled) -> Any:
+    """The first value of a column that is wanted; None if there is none."""
+    return next(filter(wanted, _values(examples, column)), None)
+
+
+def _values(examples: Any, column: str) -> Iterator[Any]:
+    if isinstance(examples, list):
+        yield from (example.get(column) for example in examples)
+    else:
+        for batch in examples.select_columns([column]).iter(256):
+            yield from batch[column]
+
+
+# Where they are.
+
+
+def _is_corpus(source: str) -> bool:
+    """Whether `read_corpus` reads it: not a folder that `datasets` understands better."""
+    path = Path(source)
+    if path.is_dir():
+        return not _is_saved(path) and not any(file.suffix in BUILDERS for file in path.rglob("*.*"))
+    return source in LIBRARIES or (path.is_file() and set(path.suffixes[-2:]) & TEXT_SUFFIXES != set())
+
+
+def _is_saved(path: Path) -> bool:
+    return any((path / name).is_file() for name in SAVED)
+
+
+def _corpus(source: str, split: str) -> list[dict[str, str]]:
+    """Documents in the order of `Blocks`."""
+    documents = read_corpus(source)
+    if source in LIBRARIES:
+        parts = dict(zip(("train", "test"), parted(documents), strict=True))
+        if split not in parts:
+            raise ValueError(f"{source!r} has the splits 'train' and 'test', not {split!r}")
+        documents = parts[split]
+    return [{"text": document.text} for document in random.Random(0).sample(documents, len(documents))]
+
+
+def _dataset(source: str, split: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(f"reading {source!r} needs datasets: pip install csdraft[train]") from error
+    path = Path(source)
+    if not path.exists() and path.suffix in BUILDERS:
+        raise ValueError(f"there is no file {source!r}; give an existing file or folder, or a Hub id")
+    if path.is_file() and _suffix(path) in (".json", ".jsonl"):
+        return _json(path, split, datasets)
+    try:
+        return _loaded(source, split, datasets)
+    except (OSError, ValueError, KeyError, TypeError, datasets.exceptions.DatasetsError) as error:
+        _name_broken_line(path)
+        raise ValueError(
+            f"split {split!r} of the data set {source!r} cannot be read: {_reason(error)}. Where it has others, "
+            "choose with split= (eval_split= of evaluation prompts)"
+        ) from error
+
+
+def _name_broken_line(path: Path) -> None:
+    """Raises ValueError if a file of JSON lines, or one in a folder of them, has a line that is wrong."""
+    for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
+        if is_lines(file):
+            read_objects(file)
+
+
+def _suffix(path: Path) -> str | None:
+    return next((part for part in path.suffixes[::-1] if part in BUILDERS), None)
+
+
+def _loaded(source: str, split: str, datasets: Any) -> Any:
+    path = Path(source)
+    if _is_saved(path):
+        saved = datasets.load_from_disk(source)
+        if not isinstance(saved, datasets.DatasetDict):
+            return saved
+        if split not in saved:
+            raise ValueError(f"it has {', '.join(map(str, saved))}")
+        return saved[split]
+    if path.is_file():
+        suffix = _suffix(path)
+        if suffix is None:
+            raise ValueError(f"its name ends in none of {', '.join([*BUILDERS, *sorted(TEXT_SUFFIXES)])}")
+        if not path.stat().st_size:
+            return []
+        return datasets.load_dataset(BUILDERS[suffix], data_files={split: source}, split=split)
+    if path.is_dir():
+        return datasets.load_dataset(source, split=split)
+    name, _, revision = source.partition("@")
+    name, _, config = name.partition(":")
+    return datasets.load_dataset(name, config or None, split=split, revision=revision or None)
+
+
+def _json(path: Path, split: str, datasets: Any) -> Any:
+    """A file of JSON rows. What `datasets` cannot read is read here, which names the line that is wrong."""
+    readable = path.suffix in (".json", ".jsonl", *OPENERS)
+    try:
+        if readable and first_line(path) in (b"", b"null"):  # pyarrow 26 ends the process if the first row is null
+            return read_objects(path)
+        try:
+            return datasets.load_dataset("json", data_files={split: str(path)}, split=split)
+        except (ValueError, KeyError, TypeError, AttributeError, datasets.exceptions.DatasetsError):
+            if not readable:
+                raise
+            return read_objects(path)
+    except (
+        OSError,
+        EOFError,
+        lzma.LZMAError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        datasets.exceptions.DatasetsError,
+    ) as error:
+        raise ValueError(f"the file {str(path)!r} cannot be read: {_reason(error)}; write it again") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What an error says, and what caused it."""
+    said = [str(each) for each in (error, error.__cause__) if each is not None and str(each)]
+    return " ".join("; ".join(said).split())

@@ -1,0 +1,113 @@
+"""What became of a source's rows: how many were read, left out and why, and cut."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from csdraft.data.shards import Part
+
+__all__ = ["Counted", "LeftOut", "Tally", "Unusable", "attempt", "tally_of"]
+
+T = TypeVar("T")
+LONGEST_DETAIL = 160
+
+
+class Unusable(ValueError):
+    """Why one row cannot be used.
+
+    Args:
+        what: completes "the row has ...", such as "no response"; rows are counted by it.
+        detail: of this row alone, such as the message of an error.
+    """
+
+    def __init__(self, what: str, detail: str = ""):
+        super().__init__(f"{what}: {detail}" if detail else what)
+        self.what, self.detail = what, " ".join(detail.split())[:LONGEST_DETAIL]
+
+
+def attempt(function: Callable[[Any], T], value: Any) -> T | Unusable:
+    """What the function gives, or why it cannot."""
+    try:
+        return function(value)
+    except Unusable as error:
+        return error
+
+
+@dataclass
+class LeftOut:
+    """Rows that were left out for one reason: how many, the number of the first (from 0), and what it had."""
+
+    rows: int
+    first: int
+    detail: str = ""
+
+
+@dataclass
+class Tally:
+    """Counts of one reading of a source.
+
+    Attributes:
+        source: its name.
+        read: rows looked at.
+        left_out: reason -> rows.
+        cut: rows of which only the first `max_length` tokens were kept. A text in several pieces is not cut.
+    """
+
+    source: str
+    read: int
+    max_length: int | None = None
+    cut: int = 0
+    left_out: dict[str, LeftOut] = field(default_factory=dict)
+
+    def leave_out(self, number: int, why: Unusable) -> None:
+        """Counts row `number` of the source as left out."""
+        found = self.left_out.setdefault(why.what, LeftOut(0, number, why.detail))
+        found.rows += 1
+
+    @property
+    def missing(self) -> int:
+        """Rows left out."""
+        return sum(reason.rows for reason in self.left_out.values())
+
+    @property
+    def reasons(self) -> str:
+        """Such as "2 have no response, first row 7; 1 has a null conversation, row 31"."""
+        return "; ".join(
+            f"{reason.rows:,} {'has' if reason.rows == 1 else 'have'} {what}, "
+            f"{'' if reason.rows == 1 else 'first '}row {reason.first}{reason.detail and f': {reason.detail}'}"
+            for what, reason in self.left_out.items()
+        )
+
+    def __str__(self) -> str:
+        parts = [f"{self.source}: {self.read:,} {'row' if self.read == 1 else 'rows'} read"]
+        if self.left_out:
+            parts.append(f"{self.missing:,} left out ({self.reasons})")
+        if self.cut:
+            parts.append(f"{self.cut:,} cut to {self.max_length:,} tokens")
+        return "; ".join(parts)
+
+    def show(self) -> None:
+        """One line on the standard error, if rows were left out or cut; the first process of a machine writes it."""
+        if (self.left_out or self.cut) and not Part.of_environment().local_rank:
+            print(self, file=sys.stderr)
+
+    def described(self) -> dict[str, Any]:
+        """For provenance: numbers only, none of the source's text."""
+        left_out = {what: reason.rows for what, reason in self.left_out.items()}
+        return {"read": self.read, "left_out": left_out, "cut": self.cut}
+
+
+class Counted(list):
+    """Rows or prompts, and the `tally` of how they were read."""
+
+    def __init__(self, items: Iterable[Any], tally: Tally):
+        super().__init__(items)
+        self.tally = tally
+
+
+def tally_of(rows: Any) -> Tally | None:
+    """The counts of rows or prompts that `csdraft.data.sources` has read; None for others."""
+    return getattr(rows, "tally", None)
