@@ -4,6 +4,7 @@ import os
 
 from csdraft.cascade import CascadeDrafter
 from csdraft.decoding.interfaces import Drafter
+from csdraft.decoding.readers import release
 from csdraft.decoding.report import Report
 from csdraft.drafters.horizontal import Horizontal
 from csdraft.drafters.max_gram import MaxGram
@@ -25,6 +26,7 @@ __all__ = [
     "decode",
     "enable",
     "install",
+    "release",
 ]
 
 if os.environ.get("CSDRAFT_NO_PATCH", "") in ("", "0"):

@@ -26,7 +26,7 @@ from csdraft.generate_options import check_early, effective
 
 __all__ = ["decode", "enable", "install"]
 
-OPTIONS = ("verifier", "schedule", "row_seeds", "strict", "diagnose")
+OPTIONS = ("verifier", "schedule", "row_seeds", "strict", "diagnose", "reuse")
 """Keywords of `generate` that csdraft adds beside `assistant`."""
 
 
@@ -43,6 +43,7 @@ def decode(
     row_seeds: Sequence[int] | None = None,
     strict: bool = False,
     diagnose: bool = False,
+    reuse: bool = True,
     encoder_input_ids: Tensor | None = None,
     given: Collection[str] | None = None,
     streamer: Any = None,
@@ -64,6 +65,8 @@ def decode(
         strict: raise when a drafter fails instead of going on without it.
         diagnose: count expected rejections beside measured ones in the report; for verifiers of independent draws, at
             the price of a comparison of laws a judged token.
+        reuse: whether models go on from what they have read of the same text in earlier calls, as in a chat's next
+            turn, and keep what they read now; `csdraft.release()` frees it.
         encoder_input_ids: (rows, source) the encoder's input, which an encoder-decoder's drafters read too; the
             patched spelling fills it in.
         given: the names of the keywords that the user passed to `generate`; the patched spelling fills them in.
@@ -89,7 +92,17 @@ def decode(
         guarded.drafter = guarded.attempt(lambda cascade: cascade.planned(model, prompt[None], options), drafter)
     sources = _sources(model, input_ids, encoder_input_ids, model_kwargs, guarded)
     call = open_call(
-        model, input_ids, logits_processor, stopping_criteria, generation_config, rule, row_seeds, sources, mask, past
+        model,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        rule,
+        row_seeds,
+        sources,
+        mask,
+        past,
+        reuse,
     )
     check_processors(rule, call.head.processing)
     guarded.check(call)
@@ -103,6 +116,7 @@ def decode(
     if target.pinned and cache is not None:
         target.settle(call.texts, sequences.shape[1] - 1)
         export_cache(target.reader.cache, _kept(mask, sequences, call.texts)[:, :-1], cache)
+    call.close()
     return output.pack(sequences, report, cache, model_kwargs.get("encoder_outputs"))
 
 

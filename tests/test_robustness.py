@@ -130,6 +130,7 @@ def test_two_hundred_calls_leave_nothing_behind(target):
     cascade = CascadeDrafter([small, MaxGram()], [[2, 4], [0, 3]])
 
     def live():
+        csdraft.release()
         gc.collect()
         return sum(1 for thing in gc.get_objects() if isinstance(thing, torch.Tensor)), len(gc.get_objects())
 

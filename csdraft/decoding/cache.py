@@ -147,6 +147,10 @@ class SlotCache(Cache):
                 source, target = indices[buffer.device]
                 buffer[row].index_copy_(1, target, buffer[row].index_select(1, source))
 
+    def at(self, row: int, slot: int) -> list[Tensor]:
+        """Copies of the keys and values of one token, layer after layer; each (heads, head_dim)."""
+        return [b[row, :, slot].clone() for layer in self._filled() for b in (layer.key_buffer, layer.value_buffer)]
+
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Drops all batch rows but `rows`, in that order."""
         if self.positions is not None:

@@ -30,6 +30,7 @@ class Call:
         capacity: slots that a session reserves a row.
         sources: the encoder's inputs as the target reads them, if it is an encoder-decoder.
         together: chooses for all rows at once, if something must see all of them.
+        reuse: whether models go on from what they have read in earlier calls.
 
     Attributes:
         drafting: how models that draft turn logits into tokens, the target among them where it drafts for itself: no
@@ -44,9 +45,10 @@ class Call:
         capacity: int,
         sources: Sources | None,
         together: Together | None = None,
+        reuse: bool = False,
     ):
         self.target, self.head, self.texts, self.capacity, self.sources = target, head, texts, capacity, sources
-        self.together = together
+        self.together, self.reuse = together, reuse
         self.rows = len(texts)
         self.vocab = head.sampler.vocab
         self.drafting = Head(head.processing.for_drafters(), head.stopping.for_drafters(), head.sampler)
@@ -69,9 +71,9 @@ class Call:
             sources = self.sources
             if sources is not None and not is_target:
                 sources = Sources(sources.input_ids, sources.attention_mask)
-            session = Session(model, self.drafting, self.rows, self.capacity, sources, self.vocab, self.texts)
-            session.reader.encode()
-            self._sessions[id(model)] = session
+            self._sessions[id(model)] = Session(
+                model, self.drafting, self.rows, self.capacity, sources, self.vocab, self.texts, self.reuse
+            )
         return self._sessions[id(model)]
 
     @property
@@ -119,6 +121,11 @@ class Call:
     def level_names(self) -> list[str]:
         """A distinct name for each level number, in order."""
         return distinct(self._names.get(owner) or name_of(owner) for owner in self._levels)
+
+    def close(self) -> None:
+        """The end of a call that went well: models keep what they have read for the next one."""
+        for session in self._sessions.values() if self.reuse else ():
+            session.close()
 
     def retire(self, live: Sequence[int]) -> None:
         """Tells every session which rows go on."""

@@ -64,20 +64,20 @@ def draft_chain(
         confidence: whether to compute each token's softmax probability.
         stops: per row, asked about each token kept; see `Budget`.
     """
-    head, plans, rows = session.head, {}, []
+    head, requests, rows = session.head, [], []
     independent = not head.sampler.greedy and not head.sampler.coupled
     result = [Drawn([], [] if confidence else None, [] if independent else None) for _ in contexts]
     for context, number, stop, drawn in zip(contexts, wanted, stops or [None] * len(contexts), result, strict=True):
         if number > 0:
             chain = context.draft.only(context.draft.path(context.tip))
-            plans[context.row], _ = session.plan(Request(context.row, context.text, chain, (chain.tip,)))
+            requests.append(Request(context.row, context.text, chain, (chain.tip,)))
             rows.append(Row(context, session.place(context.row), number, stop, drawn))
     if not rows:
         return result
     on_host = session.reader.on_host or not head.processing.text_blind
     growing: Growing = OnHost(head, rows) if on_host else OnDevice(head, rows)
-    logits, inputs = session.read(plans, 1)[:, -1], None  # (batch, vocab)
-    steps = 1
+    plans, _, logits = session.ask(requests)
+    logits, inputs, steps = logits[:, -1], None, 1  # (batch, vocab)
     while True:
         tokens = growing.choose(logits)  # (batch,)
         if steps == max(wanted) or growing.all_ended:

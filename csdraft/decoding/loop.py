@@ -108,6 +108,7 @@ def open_call(
     sources: Sources | None,
     mask: Tensor | None,
     past: Any,
+    reuse: bool = False,
 ) -> Call:
     """The call that `generate` has prepared: texts without padding, the target's head, its cache if the user gave one.
 
@@ -115,6 +116,7 @@ def open_call(
         input_ids: (rows, length) prompts, or decoder starts.
         mask: (rows, length) 1 where a token counts; None if all do.
         past: the user's own filled cache, or None.
+        reuse: whether models go on from what they have read in earlier calls.
     """
     rows = input_ids.shape[0]
     texts = [Text(ids, None if mask is None else mask[row]) for row, ids in enumerate(input_ids)]
@@ -129,7 +131,7 @@ def open_call(
     if rows > 1 and (custom := names_of_custom_code(head.processing, stopping)):
         check_rule(verifier, sampler.greedy, custom)
         together = Together(head, input_ids, config)
-    call = Call(model, head, texts, capacity, sources, together)
+    call = Call(model, head, texts, capacity, sources, together, reuse and past is None)
     if past is not None:
         kept = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
         call.session(model).preload(past, texts, kept[:, : past.get_seq_length()])

@@ -41,29 +41,40 @@ class Reader:
         model: a causal LM or a T5-like encoder-decoder.
         rows: batch size.
         capacity: slots to reserve a row.
-        sources: the encoder's inputs, for encoder-decoders.
     """
 
-    def __init__(self, model: nn.Module, rows: int, capacity: int, sources: Sources | None = None):
+    def __init__(self, model: nn.Module, rows: int, capacity: int):
         config: Any = model.config
         text = config.get_text_config(decoder=True)
-        self.model, self.rows, self.sources = model, rows, sources
+        self.model, self.rows = model, rows
+        self.sources: Sources | None = None
         self.device, self.dtype = home(model)
         self.on_host = self.device.type == "cpu"  # what the model computes is at hand without a copy
-        if sources is not None and sources.attention_mask is not None:
-            sources.attention_mask = sources.attention_mask.to(self.device)
         self.vocab, self.traits = text.vocab_size, traits_of(model)
         self.encoder_decoder = config.is_encoder_decoder
         layers = text.num_decoder_layers if self.encoder_decoder else text.num_hidden_layers
         by_position = not self.traits.sees_all or self.encoder_decoder
         self.cache = SlotCache(layers, rows, capacity, self.device, by_position)
-        self.lacks_tokens = False  # whether it may be given tokens that only padding rows of other models have
+        self.lacks_tokens = False
         self.seconds, self.forwards, self.fed = 0.0, 0, 0
         self.last_position = (self.traits.positions or 1 << 30) - 1
         self._buffers: dict[tuple[int, int, int], Inputs] = {}
         self._past = None
         self._prompts = torch.zeros(rows, 2, dtype=torch.long, device=self.device)
         self._steps = torch.arange(capacity, device=self.device)
+
+    def begin(self, sources: Sources | None, lacks_tokens: bool) -> None:
+        """Another call: counts from nothing.
+
+        Args:
+            sources: the encoder's inputs, for encoder-decoders; they are encoded if they are not yet.
+            lacks_tokens: whether it may be given tokens that only the padding rows of other models have.
+        """
+        self.sources, self.lacks_tokens = sources, lacks_tokens
+        self.seconds, self.forwards, self.fed = 0.0, 0, 0
+        if sources is not None and sources.attention_mask is not None:
+            sources.attention_mask = sources.attention_mask.to(self.device)
+        self._encode()
 
     def read(self, plans: Sequence[Plan], keep: int, reach: int = 0) -> Tensor:
         """(rows, keep, vocab) logits of the last `keep` queries of each row; short rows are padded on the left.
@@ -219,7 +230,7 @@ class Reader:
         if end > len(self._steps):
             self._steps = torch.arange(2 * end, device=self.device)
 
-    def encode(self) -> None:
+    def _encode(self) -> None:
         """Runs the encoder once, if the model has one and nobody has run it yet."""
         sources = self.sources
         if not self.encoder_decoder or sources is None or sources.encoder_outputs is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,8 @@ from csdraft.decoding.cache import cross_attention_cache, import_cache
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.inputs import Inputs, Plan
 from csdraft.decoding.interfaces import Request
-from csdraft.decoding.reader import Reader, Sources
+from csdraft.decoding.reader import Sources
+from csdraft.decoding.readers import borrow, take_back
 from csdraft.decoding.rotary import RotaryFactors
 from csdraft.decoding.scores import Head, Scores
 from csdraft.decoding.text import Text
@@ -53,6 +54,7 @@ class Session:
         sources: the encoder's inputs of an encoder-decoder model.
         vocab: width that logits are cut or padded (with -inf) to; the target's.
         texts: one a row; needed by models whose rotary factors depend on the length of the longest.
+        reuse: whether to go on from what the model has read of these texts in earlier calls.
     """
 
     def __init__(
@@ -64,18 +66,37 @@ class Session:
         sources: Sources | None,
         vocab: int,
         texts: Sequence[Text] = (),
+        reuse: bool = False,
     ):
         self.model, self.head, self.vocab = model, head, vocab
-        self.reader = Reader(model, rows, capacity, sources)
-        self.reader.lacks_tokens = self.reader.vocab < vocab
+        reuse = reuse and sources is None
+        self.reader, held = borrow(model, rows, capacity, [text.tokens for text in texts] if reuse else ())
+        self.reader.begin(sources, lacks_tokens=self.reader.vocab < vocab)
         switch = self.reader.traits.switch
         self.factors = RotaryFactors(switch, texts) if switch and texts and not switch.every_token else None
         if texts:
             self.reader.set_prompts([text.prompt_length for text in texts], [0] * rows)
         self._batch = list(range(rows))  # which row each batch index of the cache holds
         self._readings = {row: Reading() for row in range(rows)}
+        self._unproven: dict[int, tuple[int, list[Tensor]]] = {}  # by row: the last token held, its keys and values
         self.pinned = False  # whether ended rows must stay, since the cache will be handed out
         self.rolled_back = self.imported = 0
+        for row, count in enumerate(held):
+            if count:
+                self._take_over(row, texts[row], count)
+
+    def _take_over(self, row: int, text: Text, count: int) -> None:
+        """Trusts that the cache holds the first `count` tokens, on probation: the last of them is read again."""
+        self._readings[row] = Reading(text, count - 1)
+        self._unproven[row] = count - 1, self.reader.cache.at(row, count - 1)
+        self.imported += count
+        self.rolled_back += 1
+
+    def close(self) -> None:
+        """The end of a call that went well: the model's next call goes on from what its cache holds."""
+        if self._batch == list(self._readings) and all(reading.text for reading in self._readings.values()):
+            texts = [reading.text.tokens[: reading.read] for reading in self._readings.values()]  # type: ignore
+            take_back(self.reader, texts)
 
     @property
     def kept(self) -> int:
@@ -126,6 +147,7 @@ class Session:
 
     def forget(self) -> None:
         """Drops everything the cache holds (speed, never output)."""
+        self._unproven.clear()
         for reading in self._readings.values():
             self.rolled_back += reading.used
             reading.text, reading.read, reading.draft = None, 0, Draft()
@@ -150,6 +172,7 @@ class Session:
         """Repacks the batch once at most half of its rows are still wanted."""
         if self.pinned or 2 * len(live) > len(self._batch):
             return
+        self._unproven.clear()
         self.reader.keep_rows([self.place(row) for row in live])
         self._batch = list(live)
 
@@ -163,14 +186,10 @@ class Session:
             head: how logits become tokens; the session's own way if None.
         """
         head = head or self.head
-        plans, queries = {}, {}
-        for request in requests:
-            plans[request.row], queries[request.row] = self.plan(request)
-        keep = max(len(plans[row].tokens) - min(at) for row, at in queries.items())
-        logits = self.read(plans, keep)
+        plans, queries, logits = self.ask(requests)
         views = []
         for request in requests:
-            rows, before = logits[self.place(request.row)], len(plans[request.row].tokens) - keep
+            rows, before = logits[self.place(request.row)], len(plans[request.row].tokens) - logits.shape[1]
             at = [query - before for query in queries[request.row]]  # a batch is aligned at the end
             views.append(rows[at[0] : at[-1] + 1] if at == list(range(at[0], at[-1] + 1)) else rows[at])
         chains = all(request.draft.is_chain for request in requests)
@@ -179,6 +198,32 @@ class Session:
             Scores(head, request.row, request.text, request.draft, _wanted(request), rows, chosen)
             for request, rows, chosen in zip(requests, views, choices, strict=True)
         ]
+
+    def ask(self, requests: Sequence[Request]) -> tuple[dict[int, Plan], dict[int, list[int]], Tensor]:
+        """Reads what is missing, in one forward of the whole batch.
+
+        Returns: by row, what was read and which of its queries the wanted nodes are; and the (batch, queries, vocab)
+            logits of the last queries, of as many as are wanted of any row.
+        """
+        plans, queries = {}, {}
+        for request in requests:
+            plans[request.row], queries[request.row] = self.plan(request)
+        keep = max(len(plans[row].tokens) - min(at) for row, at in queries.items())
+        logits = self.read(plans, keep)
+        if self._unproven and not self._prove(plans):  # the model is another one than it was
+            self.forget()
+            return self.ask(requests)
+        return plans, queries, logits
+
+    def _prove(self, rows: Iterable[int]) -> bool:
+        """Whether the tokens that were read again have left the same keys and values."""
+        for row in rows:
+            slot, before = self._unproven.pop(row, (0, []))
+            close = 2 * torch.finfo(self.reader.dtype).eps ** 0.75
+            for old, new in zip(before, self.reader.cache.at(self.place(row), slot) if before else [], strict=True):
+                if float((new - old).norm()) > close * float(old.norm()):
+                    return False
+        return True
 
     def _choose(self, views: Sequence[Tensor], chains: bool, head: Head) -> list[list[int] | None]:
         """All choices of the batch at once, where that is the cheaper way: of a tree most are never asked for."""
