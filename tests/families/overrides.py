@@ -1,0 +1,76 @@
+"""What making a config small needs to be told about single families; keys of nested configs have a dot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["DEFAULTS_NEED", "OVERRIDES"]
+
+SLIDING = ["sliding_attention", "full_attention"] * 2
+EXPERTS = {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48}
+SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
+SPEECH = {"hidden_dim": 32, "num_heads": 4, "dim_head": 8, "output_dim": 32, "context_size": 16}
+SPEECH |= {"max_pos_emb": 64, "input_dim": 16}
+TOKENS = {"image_token_id": 201, "video_token_id": 202, "audio_token_id": 203, "vision_start_token_id": 204}
+
+DEFAULTS_NEED: dict[str, dict[str, Any]] = {}
+"""model_type -> what the config class cannot be made without."""
+
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "bamba": {"mamba_n_heads": 8},
+    "granitemoehybrid": {"mamba_n_heads": 8},
+    "mamba2": {"num_heads": 8},
+    "cohere_compass_text": {
+        "layer_types": SLIDING,
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1]} for kind in set(SLIDING)
+        },
+    },
+    "dory": {"n_input_layers": 1, "n_output_layers": 1, "n_recurrent_layers": 2, "num_hidden_layers": 4}
+    | {"layer_types": SLIDING},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "gemma4_text": {"num_kv_shared_layers": 2, "layer_types": SLIDING},
+    "gemma4_unified_text": {"num_kv_shared_layers": 2, "layer_types": SLIDING},
+    "diffusion_gemma_text": EXPERTS,
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"], "num_experts_per_tok": 2},
+    "ernie4_5_vl_moe_text": {"moe_intermediate_size": [48, 48]}
+    | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5, "mrope_section": [1, 1, 2]}},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_hidden_layers": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "mistral4": {"head_dim": 16},
+    "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
+    "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8}
+    | {"indexer_compress_ratio": 2, "ngram_vocab_size_base": 100, "hc_lowrank": 16},
+    "reformer": {"axial_pos_shape": [16, 16], "axial_pos_embds_dim": [16, 16], "attn_layers": ["local", "lsh"] * 2}
+    | {"local_attn_chunk_length": 16, "lsh_attn_chunk_length": 16},
+    "xlm": {"n_langs": 2, "causal": True},
+    "xmod": {"default_language": "en_XX"},
+    "evolla": {"token_dropout": False},
+    "glm4v_text": SECTIONS,
+    "glm4v_moe_text": {"head_dim": 16} | SECTIONS,
+    "glm_ocr_text": SECTIONS,
+    "qwen2_vl_text": SECTIONS,
+    "qwen2_5_vl_text": SECTIONS,
+    "paddleocr_vl_text": SECTIONS,
+    "hunyuan_vl_text": SECTIONS,
+    "qwen2_5_omni_thinker": TOKENS,
+    "qwen3_omni_moe_thinker": TOKENS,
+    "blt": {"encoder_hash_byte_group_vocab": 500},
+    "granite_speech_encoder": SPEECH,
+    "granite_speech_plus_encoder": SPEECH,
+    "musicgen_decoder": {"num_codebooks": 1},
+    "musicgen_melody_decoder": {"num_codebooks": 1},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "attention_hidden_size": 64}
+    | {"num_key_value_heads": 4},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_key_value_heads": 4, "mamba_ngroups": 1}
+    | {"chunk_size": 4, "n_mamba_heads": 2, "mamba_expand": 2},
+    "glm5_next_text": {"index_topk": 8, "index_kpool": 2, "qk_rope_head_dim": 0},
+    "granite4_vision": {"deepstack_layer_map": [[1, 1]], "spatial_target_layers": [0, 1, 2, 3]},
+    "xlstm": {"num_blocks": 4, "ffn_round_up_to_multiple_of": 16, "chunk_size": 4, "qk_dim_factor": 1.0},
+    "dots3_note_vision": {"adapter_in_dim": 32, "mlp_layer_types": ["dense"] * 4},
+    "dots3_note_audio": {"adapter_input_size": 32},
+    "emu3": {"vocabulary_map": {"<image>": 90, "<|extra_200|>": 91, "<|visual token 000000|>": 92}},
+    "chameleon": {"vocabulary_map": {"<image>": 90}},
+    "gemma4_assistant": {},
+}
