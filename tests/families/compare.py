@@ -80,6 +80,10 @@ def examine(model_class: Any, config_class: type, **changes: Any) -> dict[str, A
     for attention in ["sdpa", "eager"] if model_class._supports_sdpa else ["eager"]:
         notes: list[str] = []
         try:
+            refused = refusals(loud_model(model_class, config, attention, *TRIES[0]))
+            if refused:
+                found["cases"] |= {f"{attention}, {name}": case for name, case in refused.items()}
+                continue
             model, options = chosen_model(model_class, config, attention, notes)
         except Exception as error:  # as above
             reason = f"plain generate fails: {_said(error)}"
@@ -93,6 +97,15 @@ def examine(model_class: Any, config_class: type, **changes: Any) -> dict[str, A
                 found["cases"][f"{attention}, {rows} row{'s' * (rows > 1)}, {kind}"] = case
         found["notes"] += [f"{attention}: {note}" for note in dict.fromkeys(notes)]
     return found | verdict(found["cases"])
+
+
+def refusals(model: nn.Module) -> dict[str, dict]:
+    """A chain for one row and for several, if both are refused: nothing else need be tried."""
+    cases = {}
+    for rows in DRAFTERS:
+        plain = generate(model, inputs_of(model.config, rows), {})
+        cases[f"{rows} row{'s' * (rows > 1)}, chain"] = one_case(model, model, plain, "chain")
+    return cases if all(case["result"] == "refused" for case in cases.values()) else {}
 
 
 def inputs_of(config: Any, rows: int) -> dict[str, Tensor]:

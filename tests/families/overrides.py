@@ -17,8 +17,8 @@ DEFAULTS_NEED: dict[str, dict[str, Any]] = {}
 """model_type -> what the config class cannot be made without."""
 
 OVERRIDES: dict[str, dict[str, Any]] = {
-    "bamba": {"mamba_n_heads": 8},
-    "granitemoehybrid": {"mamba_n_heads": 8},
+    "bamba": {"mamba_n_heads": 8, "attn_layer_indices": [1, 3]},
+    "granitemoehybrid": {"mamba_n_heads": 8, "layer_types": ["linear_attention", "full_attention"] * 2},
     "mamba2": {"num_heads": 8},
     "cohere_compass_text": {
         "layer_types": SLIDING,
@@ -43,16 +43,17 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     | {"indexer_compress_ratio": 2, "ngram_vocab_size_base": 100, "hc_lowrank": 16},
     "reformer": {"axial_pos_shape": [16, 16], "axial_pos_embds_dim": [16, 16], "attn_layers": ["local", "lsh"] * 2}
     | {"local_attn_chunk_length": 16, "lsh_attn_chunk_length": 16},
-    "xlm": {"n_langs": 2, "causal": True},
+    "xlm": {"n_langs": 2, "causal": True, "mask_token_id": 3},
     "xmod": {"default_language": "en_XX"},
-    "evolla": {"token_dropout": False},
+    "evolla": {"protein_encoder_config.token_dropout": False},
     "glm4v_text": SECTIONS,
     "glm4v_moe_text": {"head_dim": 16} | SECTIONS,
-    "glm_ocr_text": SECTIONS,
+    "glm_ocr_text": {"head_dim": 16} | SECTIONS,
     "qwen2_vl_text": SECTIONS,
     "qwen2_5_vl_text": SECTIONS,
     "paddleocr_vl_text": SECTIONS,
     "hunyuan_vl_text": SECTIONS,
+    "qwen2_5_omni_text": SECTIONS,
     "qwen2_5_omni_thinker": TOKENS,
     "qwen3_omni_moe_thinker": TOKENS,
     "blt": {"encoder_hash_byte_group_vocab": 500},
@@ -64,13 +65,30 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "attention_hidden_size": 64}
     | {"num_key_value_heads": 4},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_key_value_heads": 4, "mamba_ngroups": 1}
-    | {"chunk_size": 4, "n_mamba_heads": 2, "mamba_expand": 2},
+    | {"mamba_headdim": 32, "attention_hidden_size": 64},
     "glm5_next_text": {"index_topk": 8, "index_kpool": 2, "qk_rope_head_dim": 0},
-    "granite4_vision": {"deepstack_layer_map": [[1, 1]], "spatial_target_layers": [0, 1, 2, 3]},
+    "granite4_vision": {"downsample_rate": "1/2", "vision_config.hidden_size": 64, "deepstack_layer_map": [[1, 1]], "spatial_target_layers": [0, 1, 2, 3]},
     "xlstm": {"num_blocks": 4, "ffn_round_up_to_multiple_of": 16, "chunk_size": 4, "qk_dim_factor": 1.0},
-    "dots3_note_vision": {"adapter_in_dim": 32, "mlp_layer_types": ["dense"] * 4},
-    "dots3_note_audio": {"adapter_input_size": 32},
-    "emu3": {"vocabulary_map": {"<image>": 90, "<|extra_200|>": 91, "<|visual token 000000|>": 92}},
+    "dots3_note_text": {f"swa_{name}": 16 for name in ("q_lora_rank", "kv_lora_rank", "head_dim")}
+    | {f"swa_{name}": 4 for name in ("num_attention_heads", "num_key_value_heads")}
+    | {"swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8},
+    "dots3_note": {"vision_config.adapter_in_dim": 32, "vision_config.mlp_layer_types": ["dense"] * 4}
+    | {"audio_config.adapter_input_size": 32},
+    "janus": {"vq_config.base_channels": 32, "vq_config.channel_multiplier": [1, 1]},
+    "florence2": {"vision_config.embed_dim": [32] * 4, "vision_config.num_heads": [4] * 4}
+    | {"vision_config.num_groups": [4] * 4, "vision_config.depths": [1] * 4},
+    "muse_spark": {"audio_config.hidden_sizes": [32] * 4},
+    "vibevoice_asr": {"acoustic_tokenizer_encoder_config.num_filters": 2}
+    | {"semantic_tokenizer_encoder_config.num_filters": 2},
+    "molmo2": {"adapter_config.vision_feature_layer": [3, 1]},
+    "apertus1p5": {"audio_config.codebook_dim": 32, "audio_config.codebook_size": 8, "audio_token_offset": 88}
+    | {"vision_config.codebook_size": 8, "image_token_offset": 80, "vision_config.base_channels": 32}
+    | {"vision_config.channel_multiplier": [1, 1], "vision_config.num_res_blocks": 1},
+    "nemo_speechlm": {"text_config.n_group": 1, "text_config.topk_group": 1, "word_timestamp_config.blank_token_id": 96},
+    "dbrx": {"attn_config.rope_theta": 1e4, "attn_config.clip_qkv": 8.0},
+    "unlimited_ocr_text": {"num_key_value_heads": 4},
+    "gemma4_assistant": {"text_config.hidden_size_per_layer_input": 0, "text_config.vocab_size_per_layer_input": 0}
+    | {"text_config.num_kv_shared_layers": 4},
+    "emu3": {"vq_config.base_channels": 32, "vq_config.channel_multiplier": [1, 1], "vocabulary_map": {"<image>": 90, "<|extra_200|>": 91, "<|visual token 000000|>": 92}},
     "chameleon": {"vocabulary_map": {"<image>": 90}},
-    "gemma4_assistant": {},
 }
