@@ -239,7 +239,8 @@ def difference(ours: Plain, plain: Plain, tolerance: float, near: float) -> dict
 
 def verdict(cases: dict[str, dict]) -> dict[str, Any]:
     """The one word for a class, from its cases; the worst counts."""
-    for word in ("error", "different", "tie", "refused", "skipped"):
+    done = {case["result"] for case in cases.values()} - {"skipped"}
+    for word in ("error", "different", "tie", "refused") if done else ("skipped",):
         reasons = dict.fromkeys(case["reason"] for case in cases.values() if case["result"] == word)
         if reasons:
             partly = {case["result"] for case in cases.values()} - {word, "skipped"}
@@ -258,5 +259,6 @@ def _frame(error: BaseException) -> traceback.FrameSummary:
 def _where(error: BaseException) -> str:
     """The last frames in transformers' modelling files, and the very last."""
     frames = traceback.extract_tb(error.__traceback__)
-    kept = [f for f in frames if "modeling_" in f.filename or "configuration_" in f.filename][-2:] + [frames[-1]]
+    kept = [f for f in frames if "modeling_" in f.filename or "configuration_" in f.filename][-2:]
+    kept.append(frames[-1])
     return " < ".join(f"{'/'.join(f.filename.split('/')[-2:])}:{f.lineno}" for f in reversed(kept))

@@ -50,7 +50,7 @@ _BY_SIZE = {
     "d_head linear_key_head_dim linear_value_head_dim linear_head_dim attention_head_size mamba_d_head mamba_head_dim "
     "mamba_headdim ssm_state_size state_size mamba_d_state rotary_dim adapter_rank o_lora_rank index_topk "
     "hidden_size_per_layer_input d_rel relative_attention_num_buckets num_buckets laurel_rank "
-    "gated_norm_rank router_hidden_size",
+    "gated_norm_rank router_hidden_size floor_scale log_scaling_n_floor",
     16: "qk_head_dim kv_lora_rank q_lora_rank relative_attention_max_distance relative_max_distance image_size "
     "attention_head_dim",
     WINDOW: "sliding_window sliding_window_size window_size attention_chunk_size local_attention "
@@ -101,9 +101,9 @@ def small_config(config_class: type, given: PretrainedConfig | None = None, **ch
     wanted: dict[str, Any] = {}
     values = default.to_dict()
     if given is not None:
-        values_given = given.to_dict()
-        wanted |= {key: values_given[key] for key in values if key in values_given and values_given[key] != values[key]}
-        wanted = {key: value for key, value in wanted.items() if not isinstance(value, dict)}
+        own = {key: value for key, value in given.to_dict().items() if not isinstance(value, dict)}
+        wanted = {key: value for key, value in own.items() if key in values and value != values[key]}
+        values |= wanted
     if values.get("use_sliding_window") is False:
         wanted |= {key: value for key, value in WINDOWS_ON.items() if key in values}
         wanted["layer_types"] = None
@@ -127,9 +127,7 @@ def _small_values(values: dict[str, Any]) -> dict[str, Any]:
     small: dict[str, Any] = {}
     spare = VOCAB + 100  # ids of pictures and sounds: no token of a text
     for key, value in values.items():
-        if key in SIZES and isinstance(value, int) and not isinstance(value, bool) and value > SIZES[key]:
-            small[key] = SIZES[key]
-        elif key in SIZES and value is None and key in ("sliding_window", "head_dim"):
+        if key in SIZES and _larger(value, SIZES[key], key in ("sliding_window", "head_dim")):
             small[key] = SIZES[key]
         elif key in LAYER_COUNTS + ENCODER_LAYERS and isinstance(value, int):
             small[key] = LAYERS  # alike, since caches of decoders alone are sized by the encoder's count
@@ -143,17 +141,23 @@ def _small_values(values: dict[str, Any]) -> dict[str, Any]:
             small[key] = OFF.get(key, 0.0)
         elif key in SCALES and isinstance(value, float):
             small[key] = SCALES[key]
-        elif key == "rope_parameters" and "mrope_section" in str(value):
-            small[key] = _short_sections(value)
+        elif key == "rope_parameters" and isinstance(value, dict):
+            small[key] = _short_rope(value)
     if "kv_lora_rank" in values:  # latent attention has one key a head
         small["num_key_value_heads"] = SIZES["num_attention_heads"]
     return small
 
 
-def _short_sections(rope: dict[str, Any]) -> dict[str, Any]:
-    """Rotary parameters whose sections, by axis, fill the half of a head of 8."""
-    short = {key: _short_sections(value) if isinstance(value, dict) else value for key, value in rope.items()}
-    return short | ({"mrope_section": [2, 1, 1]} if "mrope_section" in short else {})
+def _larger(value: object, size: int, default: bool) -> bool:
+    """Whether a number of a config is larger than `size`; `default` for None."""
+    return default if value is None else isinstance(value, int) and not isinstance(value, bool) and value > size
+
+
+def _short_rope(rope: dict[str, Any]) -> dict[str, Any]:
+    """Rotary parameters for heads of 8, whose sections by axis fill the half, and that change within the texts."""
+    short = {key: _short_rope(value) if isinstance(value, dict) else value for key, value in rope.items()}
+    small = {"mrope_section": [2, 1, 1], "original_max_position_embeddings": 32}
+    return short | {key: value for key, value in small.items() if key in short}
 
 
 def _sampled_layers(values: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
