@@ -46,7 +46,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     | {"local_attn_chunk_length": 16, "lsh_attn_chunk_length": 16},
     "xlm": {"n_langs": 2, "causal": True, "mask_token_id": 3},
     "xmod": {"default_language": "en_XX"},
-    "evolla": {"protein_encoder_config.token_dropout": False},
     "glm4v_text": SECTIONS,
     "glm4v_moe_text": {"head_dim": 16} | SECTIONS,
     "glm_ocr_text": {"head_dim": 16, "rope_parameters": {**ROPE, "mrope_section": [4, 2, 2]}},

@@ -65,6 +65,7 @@ LAYERS = 4
 ENCODER_LAYERS = ("encoder_layers", "num_encoder_layers")
 OFF = {"tie_word_embeddings": False, "scale_embedding": False, "use_cache": True}
 SCALES = {"initializer_range": 0.3, "init_std": 0.3, "init_method_std": 0.3, "initializer_std": 0.3}
+IDS = ("_token_id", "_token_index")
 TOKENS = {"pad_token_id": PAD, "eos_token_id": 1, "bos_token_id": 2, "decoder_start_token_id": 2, "sep_token_id": 1}
 WINDOWS_ON = {"use_sliding_window": True, "max_window_layers": 1}
 
@@ -124,28 +125,30 @@ def _nested(changes: dict[str, Any], part: str) -> dict[str, Any]:
 
 def _small_values(values: dict[str, Any]) -> dict[str, Any]:
     """What a config's own numbers become."""
-    small: dict[str, Any] = {}
-    spare = VOCAB + 100  # ids of pictures and sounds: no token of a text
-    for key, value in values.items():
-        if key in SIZES and _larger(value, SIZES[key], key in ("sliding_window", "head_dim")):
-            small[key] = SIZES[key]
-        elif key in LAYER_COUNTS + ENCODER_LAYERS and isinstance(value, int):
-            small[key] = LAYERS  # alike, since caches of decoders alone are sized by the encoder's count
-        elif key == "is_decoder" and value is False and not values.get("is_encoder_decoder"):
-            small[key] = True
-        elif key in TOKENS:
-            small[key] = TOKENS[key]
-        elif key.endswith(("_token_id", "_token_index")) and isinstance(value, int):
-            small[key] = spare = spare + 1
-        elif (key in OFF or "dropout" in key) and value is not None and not isinstance(value, str):
-            small[key] = OFF.get(key, 0.0)
-        elif key in SCALES and isinstance(value, float):
-            small[key] = SCALES[key]
-        elif key == "rope_parameters" and isinstance(value, dict):
-            small[key] = _short_rope(value)
+    small = {key: new for key, value in values.items() if (new := _small_value(key, value)) is not None}
+    others = [key for key, value in values.items() if key.endswith(IDS) and isinstance(value, int)]
+    small |= {key: VOCAB + 100 + i for i, key in enumerate(others) if key not in TOKENS}  # of pictures and sounds
+    small |= {key: TOKENS[key] for key in values if key in TOKENS}
+    if values.get("is_decoder") is False and not values.get("is_encoder_decoder"):
+        small["is_decoder"] = True
     if "kv_lora_rank" in values:  # latent attention has one key a head
         small["num_key_value_heads"] = SIZES["num_attention_heads"]
     return small
+
+
+def _small_value(key: str, value: Any) -> Any:
+    """What one of a config's values becomes; None: it stays."""
+    if key in SIZES and _larger(value, SIZES[key], key in ("sliding_window", "head_dim")):
+        return SIZES[key]
+    if key in LAYER_COUNTS + ENCODER_LAYERS and isinstance(value, int):
+        return LAYERS  # alike, since caches of decoders alone are sized by the encoder's count
+    if (key in OFF or "dropout" in key) and isinstance(value, bool | int | float):
+        return OFF.get(key, type(value)(0))
+    if key in SCALES and isinstance(value, float):
+        return SCALES[key]
+    if key == "rope_parameters" and isinstance(value, dict):
+        return _short_rope(value)
+    return None
 
 
 def _larger(value: object, size: int, default: bool) -> bool:
