@@ -12,7 +12,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: setup lock style check test slow gpu demo bench docs
+.PHONY: setup lock style check test slow gpu demo bench families docs
 
 setup: $(READY)
 
@@ -56,6 +56,10 @@ demo: $(READY)
 
 bench: $(READY)
 	$(BIN)/python scripts/benchmark.py $(ARGS)
+
+# Half an hour on one core; out/families.jsonl keeps what is done, delete it to start again.
+families: $(READY)
+	$(BIN)/python -m scripts.families --out out/families.jsonl --page docs/families.md $(ARGS)
 
 docs: $(READY)
 	$(BIN)/python docs/build_tables.py
