@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import fresh, tiny
 
+import csdraft
 from csdraft import CascadeDrafter, Drafter, MaxGram, ModelDrafter, Vertical
 from csdraft.decoding.draft import Draft, Law
 from csdraft.schedules.fixed import Fixed
