@@ -16,6 +16,7 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 from csdraft.checks import check_processors, check_request
 from csdraft.decoding.cache import cross_attention_cache, export_cache
 from csdraft.decoding.cache_names import GENERATE_CACHE
+from csdraft.decoding.graphs import Mode
 from csdraft.decoding.guard import Guarded
 from csdraft.decoding.interfaces import Drafter, Schedule, Verifier
 from csdraft.decoding.loop import open_call, run
@@ -26,7 +27,7 @@ from csdraft.generate_options import check_early, effective
 
 __all__ = ["decode", "enable", "install"]
 
-OPTIONS = ("verifier", "schedule", "row_seeds", "strict", "diagnose", "reuse")
+OPTIONS = ("verifier", "schedule", "row_seeds", "strict", "diagnose", "reuse", "graphs")
 """Keywords of `generate` that csdraft adds beside `assistant`."""
 
 
@@ -44,6 +45,7 @@ def decode(
     strict: bool = False,
     diagnose: bool = False,
     reuse: bool = True,
+    graphs: Mode = "auto",
     encoder_input_ids: Tensor | None = None,
     given: Collection[str] | None = None,
     streamer: Any = None,
@@ -67,6 +69,9 @@ def decode(
             the price of a comparison of laws a judged token.
         reuse: whether models go on from what they have read of the same text in earlier calls, as in a chat's next
             turn, and keep what they read now; `csdraft.release()` frees it.
+        graphs: how forwards of drafted tokens run: "auto" records them where the device has graphs (CUDA), "compile"
+            compiles them too, once a shape, which takes half a minute each; False runs them eagerly. `csdraft.prepare`
+            does either beforehand.
         encoder_input_ids: (rows, source) the encoder's input, which an encoder-decoder's drafters read too; the
             patched spelling fills it in.
         given: the names of the keywords that the user passed to `generate`; the patched spelling fills them in.
@@ -76,6 +81,8 @@ def decode(
     drafter = as_drafter(assistant, model)
     rule = choose_verifier(verifier, drafter)
     policy, guarded = choose_schedule(schedule, drafter), Guarded(drafter, rule, strict)
+    if graphs not in ("auto", "compile", False):
+        raise ValueError(f"graphs={graphs!r} must be 'auto', 'compile' or False")
     row_seeds = None if row_seeds is None else [int(seed) for seed in row_seeds]
     check_request(
         model, input_ids, generation_config, model_kwargs, given, stopping_criteria, streamer, synced_gpus, row_seeds
@@ -103,6 +110,7 @@ def decode(
         mask,
         past,
         reuse,
+        graphs,
     )
     check_processors(rule, call.head.processing)
     guarded.check(call)

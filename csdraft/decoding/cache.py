@@ -49,8 +49,6 @@ class SlotLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        elif self.key_buffer.shape[2] < self.cache.capacity:
-            self._grow()
         shared, visible = self.cache.shared, self.cache.visible
         if shared is not None:  # narrow: half the price of indexing, and this runs in every layer of every step
             queries = shared.stop - shared.start
@@ -64,7 +62,8 @@ class SlotLayer(DynamicLayer):
         self.keys, self.values = self.key_buffer.narrow(2, 0, visible), self.value_buffer.narrow(2, 0, visible)
         return self.keys, self.values
 
-    def _grow(self) -> None:
+    def grow(self) -> None:
+        """Takes the cache's new capacity."""
         for name in ("key_buffer", "value_buffer"):
             old = getattr(self, name)
             new = old.new_zeros(*old.shape[:2], self.cache.capacity, old.shape[3])
@@ -111,22 +110,24 @@ class SlotCache(Cache):
             visible: number of leading slots the mask covers.
             shared: the range that all rows write, if it is one.
         """
-        self.reserve(visible)
         self.slots, self.shared, self.visible = slots, shared, visible
         self.start = visible - slots.shape[1] if shared is None else shared.start
         self._indices.clear()
         if self.positions is not None:
             self.positions.scatter_(1, slots, positions)
 
-    def reserve(self, slots: int) -> None:
-        """Makes room for so many slots; layers follow when they are next written."""
+    def reserve(self, slots: int) -> bool:
+        """Makes room for so many slots, and says whether it had to: keys and values then lie elsewhere."""
         if slots <= self.capacity:
-            return
+            return False
         self.capacity = max(slots, 2 * self.capacity)
         if self.positions is not None:
             more = torch.arange(self.capacity, device=self.positions.device).repeat(len(self.positions), 1)
             more[:, : self.positions.shape[1]] = self.positions
             self.positions = more
+        for layer in self._filled():
+            layer.grow()
+        return True
 
     def index_for(self, states: Tensor) -> Tensor:
         """(rows, heads, queries, head_dim) view of the slots, made once a forward and shape."""

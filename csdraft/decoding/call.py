@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from csdraft.decoding.graphs import Mode
 from csdraft.decoding.names import distinct, name_of
 from csdraft.decoding.reader import Sources
 from csdraft.decoding.sampling import Sampler
@@ -31,6 +32,7 @@ class Call:
         sources: the encoder's inputs as the target reads them, if it is an encoder-decoder.
         together: chooses for all rows at once, if something must see all of them.
         reuse: whether models go on from what they have read in earlier calls.
+        graphs: how forwards of fixed shape run.
 
     Attributes:
         drafting: how models that draft turn logits into tokens, the target among them where it drafts for itself: no
@@ -46,9 +48,11 @@ class Call:
         sources: Sources | None,
         together: Together | None = None,
         reuse: bool = False,
+        graphs: Mode = False,
     ):
         self.target, self.head, self.texts, self.capacity, self.sources = target, head, texts, capacity, sources
         self.together, self.reuse = together, reuse
+        self.graphs: Mode = graphs
         self.rows = len(texts)
         self.vocab = head.sampler.vocab
         self.drafting = Head(head.processing.for_drafters(), head.stopping.for_drafters(), head.sampler)
@@ -72,7 +76,15 @@ class Call:
             if sources is not None and not is_target:
                 sources = Sources(sources.input_ids, sources.attention_mask)
             self._sessions[id(model)] = Session(
-                model, self.drafting, self.rows, self.capacity, sources, self.vocab, self.texts, self.reuse
+                model,
+                self.drafting,
+                self.rows,
+                self.capacity,
+                sources,
+                self.vocab,
+                self.texts,
+                self.reuse,
+                self.graphs,
             )
         return self._sessions[id(model)]
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from csdraft.decoding.call import Call
+from csdraft.decoding.graphs import Mode
 from csdraft.decoding.guard import Guarded
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Schedule, Verifier
 from csdraft.decoding.output import Output
@@ -109,6 +110,7 @@ def open_call(
     mask: Tensor | None,
     past: Any,
     reuse: bool = False,
+    graphs: Mode = False,
 ) -> Call:
     """The call that `generate` has prepared: texts without padding, the target's head, its cache if the user gave one.
 
@@ -117,6 +119,7 @@ def open_call(
         mask: (rows, length) 1 where a token counts; None if all do.
         past: the user's own filled cache, or None.
         reuse: whether models go on from what they have read in earlier calls.
+        graphs: how forwards of fixed shape run.
     """
     rows = input_ids.shape[0]
     texts = [Text(ids, None if mask is None else mask[row]) for row, ids in enumerate(input_ids)]
@@ -131,7 +134,7 @@ def open_call(
     if rows > 1 and (custom := names_of_custom_code(head.processing, stopping)):
         check_rule(verifier, sampler.greedy, custom)
         together = Together(head, input_ids, config)
-    call = Call(model, head, texts, capacity, sources, together, reuse and past is None)
+    call = Call(model, head, texts, capacity, sources, together, reuse and past is None, graphs)
     if past is not None:
         kept = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
         call.session(model).preload(past, texts, kept[:, : past.get_seq_length()])

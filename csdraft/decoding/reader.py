@@ -5,19 +5,31 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from csdraft.decoding.cache import SlotCache, encoder_decoder_cache
+from csdraft.decoding.graphs import (
+    FEWEST_SLOTS,
+    Forward,
+    Graphs,
+    Mode,
+    Shape,
+    bucket,
+    forward,
+    make_graphs,
+    slots_bucket,
+)
 from csdraft.decoding.inputs import Inputs, Plan
 from csdraft.decoding.traits import Span, traits_of
 
 __all__ = ["NoCache", "Reader", "Sources", "home"]
 
-KEPT_BUFFERS = 64
-"""Inputs of so many queries or fewer are kept for the next forward of their shape."""
+WIDEST = 64
+"""Inputs of so many queries or fewer are kept for the next forward of their shape, and may have a fixed one."""
 
 
 class NoCache(ValueError):
@@ -57,19 +69,26 @@ class Reader:
         self.cache = SlotCache(layers, rows, capacity, self.device, by_position)
         self.lacks_tokens = False
         self.seconds, self.forwards, self.fed = 0.0, 0, 0
+        self.mode: Mode = False
+        self.graphs: Graphs | None = None  # while it is None, shapes are exact and forwards eager
         self.last_position = (self.traits.positions or 1 << 30) - 1
         self._buffers: dict[tuple[int, int, int], Inputs] = {}
         self._past = None
         self._prompts = torch.zeros(rows, 2, dtype=torch.long, device=self.device)
         self._steps = torch.arange(capacity, device=self.device)
 
-    def begin(self, sources: Sources | None, lacks_tokens: bool) -> None:
+    def begin(self, sources: Sources | None, lacks_tokens: bool, graphs: Mode = False) -> None:
         """Another call: counts from nothing.
 
         Args:
             sources: the encoder's inputs, for encoder-decoders; they are encoded if they are not yet.
             lacks_tokens: whether it may be given tokens that only the padding rows of other models have.
+            graphs: how forwards of fixed shape run, see `graphs`.
         """
+        graphs = graphs if sources is None else False  # each call has an encoder's output of its own
+        if graphs != self.mode:
+            self.mode, self.graphs = graphs, make_graphs(self, graphs)
+            self.reserve(self.cache.capacity)
         self.sources, self.lacks_tokens = sources, lacks_tokens
         self.seconds, self.forwards, self.fed = 0.0, 0, 0
         if sources is not None and sources.attention_mask is not None:
@@ -90,13 +109,18 @@ class Reader:
         queries = max(len(plan.tokens) for plan in plans)
         if reach and max(max(plan.positions) for plan in plans) < reach:
             queries += 1
+        fixed = self.graphs is not None and not reach and queries <= WIDEST
+        if fixed:
+            queries = bucket(queries)
         padded = any(len(plan.tokens) < queries for plan in plans)
         deepest = max(max(plan.deepest for plan in plans), int(padded))
-        inputs = self._inputs(queries, deepest)
+        inputs = self._inputs(queries, bucket(deepest) if fixed else deepest)
         inputs.load(plans, reach)
+        if fixed:
+            return self._run_fixed(inputs)[:, -keep:]
         shared = None if padded else _range_of_all(plans)
         unmasked = not deepest and shared is not None and self._masks_itself(shared, queries)
-        return self._forward(inputs, keep, shared, unmasked)
+        return self._run(inputs, keep, inputs.end, shared, unmasked)
 
     def follow(self, plans: Sequence[Plan], tokens: Any) -> Inputs:
         """The inputs of one more token in every row, behind those that `plans` have read."""
@@ -105,17 +129,20 @@ class Reader:
             slot, idle = plan.slots[-1] + 1, not plan.sees[-1]
             position, sees = plan.positions[-1] + 1, 0 if idle else slot + 1
             nexts.append(Plan((0,), (position,), (slot,), (sees,), ((slot,),) if idle else None, slot + 1))
-        inputs = self._inputs(1, max(plan.deepest for plan in nexts))
+        fixed = self.graphs is not None
+        inputs = self._inputs(1, 1 if fixed else max(plan.deepest for plan in nexts))
         inputs.load(nexts)
         inputs.put(tokens)
         return inputs
 
     def step(self, inputs: Inputs) -> Tensor:
         """(rows, vocab) logits after one more token in every row: inputs of `follow`, or moved on since."""
+        if self.graphs is not None:
+            return self._run_fixed(inputs)[:, 0]
         if self.rows > 1 or inputs.paths is not None:
-            return self._forward(inputs, 1, None, False)[:, 0]
+            return self._run(inputs, 1, inputs.end)[:, 0]
         slots = slice(inputs.end - 1, inputs.end)
-        return self._forward(inputs, 1, slots, self._masks_itself(slots, 1))[:, 0]
+        return self._run(inputs, 1, inputs.end, slots, self._masks_itself(slots, 1))[:, 0]
 
     def _inputs(self, queries: int, deepest: int) -> Inputs:
         """The buffers of a shape."""
@@ -123,7 +150,7 @@ class Reader:
         if key in self._buffers:
             return self._buffers[key]
         made = Inputs(*key, self.device)
-        if queries <= KEPT_BUFFERS:
+        if queries <= WIDEST:
             self._buffers[key] = made
         return made
 
@@ -133,32 +160,71 @@ class Reader:
             return False
         return slots.start == 0 or (queries == 1 and self.traits.sees_all and not self.traits.additive)
 
-    def _forward(self, inputs: Inputs, keep: int, shared: slice | None, unmasked: bool) -> Tensor:
-        started, end = time.perf_counter(), inputs.end
+    def _run_fixed(self, inputs: Inputs, at_once: bool = False) -> Tensor:
+        """(rows, queries, vocab) logits of a forward of fixed shape, which may be recorded and replayed."""
+        rows, queries = inputs.ids.shape
+        assert self.graphs is not None
+        self.reserve(inputs.end)
+        slots = slots_bucket(inputs.end, self.cache.capacity)
+        shape = Shape(rows, queries, slots, 0 if inputs.paths is None else inputs.paths.shape[2])
+        if not self.cache.is_written:  # its buffers are made by the first forward
+            return self._run(inputs, queries, slots)
+        started = time.perf_counter()
         self.forwards += 1
-        self._reserve(end)
-        self.cache.place(inputs.slots, inputs.positions, end, shared)
-        arguments = self._arguments(inputs, None if unmasked else self._masks(inputs, end))
-        if self.traits.keeps_logits:
-            arguments["logits_to_keep"] = keep
-        logits = self.model(**arguments, use_cache=True, return_dict=True).logits
+        body = partial(self._body, inputs, queries, slots, forward=self.graphs.forward)
+        logits = self.graphs.run(shape, body, at_once)
+        self.seconds += time.perf_counter() - started
+        return logits
+
+    def _run(
+        self, inputs: Inputs, keep: int, slots: int, shared: slice | None = None, unmasked: bool = False
+    ) -> Tensor:
+        started = time.perf_counter()
+        self.forwards += 1
+        self.reserve(slots)
+        logits = self._body(inputs, keep, slots, shared, unmasked)
         if self.forwards == 1 and not self.cache.is_written:
             raise NoCache(
                 f"{type(self.model).__name__} kept no keys and values of what it read, which drafted decoding goes on "
                 "from; if it is in training mode, call model.eval() first, otherwise leave assistant= out"
             )
         self.seconds += time.perf_counter() - started
-        return logits[:, -keep:]
+        return logits
 
-    def _masks(self, inputs: Inputs, end: int) -> Tensor | dict[str | None, Tensor]:
+    def _body(
+        self,
+        inputs: Inputs,
+        keep: int,
+        slots: int,
+        shared: slice | None = None,
+        unmasked: bool = False,
+        forward: Forward = forward,
+    ) -> Tensor:
+        """(rows, keep, vocab) logits of the last `keep` queries: the one forward, run, recorded or compiled.
+
+        Nothing in it looks at the values of `inputs`, which differ when it is replayed.
+
+        Args:
+            slots: how many leading slots it sees.
+            shared: the range of slots that all rows write, if it is one.
+            unmasked: whether the model's own mask is the right one.
+            forward: of the model; compiled, it may be.
+        """
+        self.cache.place(inputs.slots, inputs.positions, slots, shared)
+        arguments = self._arguments(inputs, None if unmasked else self._masks(inputs, slots))
+        if self.traits.keeps_logits:
+            arguments["logits_to_keep"] = keep
+        return forward(self.model, arguments)[:, -keep:]
+
+    def _masks(self, inputs: Inputs, slots: int) -> Tensor | dict[str | None, Tensor]:
         """What the model's attention takes: True and False for sdpa, 0 and -inf for eager; a dict if it takes several.
 
-        Each mask is (rows, 1, queries, slots), over the first `end` slots.
+        Each mask is (rows, 1, queries, slots), over the first `slots` slots.
         """
-        allowed = self._steps[:end] < inputs.sees[..., None]  # (rows, queries, slots)
+        allowed = self._steps[:slots] < inputs.sees[..., None]  # (rows, queries, slots)
         if inputs.paths is not None:
             allowed.scatter_(2, inputs.paths, True)
-        standing = self.cache.positions[:, :end] if self.cache.positions is not None else None  # (rows, slots)
+        standing = self.cache.positions[:, :slots] if self.cache.positions is not None else None  # (rows, slots)
         for window in self.traits.cache_windows:  # at most one: `refusals`
             assert window is not None
             allowed = self._in_cache(allowed, window, inputs.positions, standing)
@@ -226,9 +292,14 @@ class Reader:
             self.traits.cache_name: self._past,
         }
 
-    def _reserve(self, end: int) -> None:
-        if end > len(self._steps):
-            self._steps = torch.arange(2 * end, device=self.device)
+    def reserve(self, slots: int) -> None:
+        """Makes room for so many slots a row; what was recorded is forgotten if that moves the cache."""
+        if self.graphs is not None:
+            slots = bucket(slots, FEWEST_SLOTS)  # so that the next text need not move it
+        if self.cache.reserve(slots):
+            self._steps = torch.arange(self.cache.capacity, device=self.device)
+            if self.graphs is not None:
+                self.graphs.clear()
 
     def _encode(self) -> None:
         """Runs the encoder once, if the model has one and nobody has run it yet."""
@@ -245,6 +316,8 @@ class Reader:
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Drops all batch rows but `rows`."""
         self.cache.keep_rows(rows)
+        if self.graphs is not None:
+            self.graphs.clear()
         self.rows = len(rows)
         index = torch.tensor(rows, device=self.device)
         self._prompts = self._prompts[index]

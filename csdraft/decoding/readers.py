@@ -65,7 +65,7 @@ def borrow(model: nn.Module, rows: int, capacity: int, texts: Sequence[Sequence[
     if best is None:
         return Reader(model, rows, capacity), [0] * rows
     best.reader.model = model
-    best.reader.cache.reserve(capacity)
+    best.reader.reserve(capacity)
     same = best.state == state_of(model)
     return best.reader, [_common(*pair) if same else 0 for pair in zip(best.texts, texts, strict=True)]
 

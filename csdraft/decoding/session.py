@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from csdraft.decoding.cache import cross_attention_cache, import_cache
 from csdraft.decoding.draft import ROOT, Draft
+from csdraft.decoding.graphs import Mode
 from csdraft.decoding.inputs import Inputs, Plan
 from csdraft.decoding.interfaces import Request
 from csdraft.decoding.reader import Sources
@@ -55,6 +56,7 @@ class Session:
         vocab: width that logits are cut or padded (with -inf) to; the target's.
         texts: one a row; needed by models whose rotary factors depend on the length of the longest.
         reuse: whether to go on from what the model has read of these texts in earlier calls.
+        graphs: how forwards of fixed shape run.
     """
 
     def __init__(
@@ -67,11 +69,12 @@ class Session:
         vocab: int,
         texts: Sequence[Text] = (),
         reuse: bool = False,
+        graphs: Mode = False,
     ):
         self.model, self.head, self.vocab = model, head, vocab
         reuse = reuse and sources is None
         self.reader, held = borrow(model, rows, capacity, [text.tokens for text in texts] if reuse else ())
-        self.reader.begin(sources, lacks_tokens=self.reader.vocab < vocab)
+        self.reader.begin(sources, self.reader.vocab < vocab, graphs)
         switch = self.reader.traits.switch
         self.factors = RotaryFactors(switch, texts) if switch and texts and not switch.every_token else None
         if texts:
