@@ -12,6 +12,7 @@ from csdraft.drafters.model import ModelDrafter
 from csdraft.drafters.prompt_lookup import PromptLookup
 from csdraft.drafters.vertical import Vertical
 from csdraft.hook import decode, enable, install
+from csdraft.prepare import prepare
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "decode",
     "enable",
     "install",
+    "prepare",
     "release",
 ]
 

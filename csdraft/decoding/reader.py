@@ -95,13 +95,14 @@ class Reader:
             sources.attention_mask = sources.attention_mask.to(self.device)
         self._encode()
 
-    def read(self, plans: Sequence[Plan], keep: int, reach: int = 0) -> Tensor:
+    def read(self, plans: Sequence[Plan], keep: int, reach: int = 0, at_once: bool = False) -> Tensor:
         """(rows, keep, vocab) logits of the last `keep` queries of each row; short rows are padded on the left.
 
         Args:
             plans: one a batch row, in batch order.
             keep: how many trailing queries need logits.
             reach: a position that the model must see in this forward, as a masked query if no token stands there.
+            at_once: whether a new shape is recorded now, rather than when it is asked for again.
 
         Raises:
             NoCache: the model kept no keys and values.
@@ -117,7 +118,7 @@ class Reader:
         inputs = self._inputs(queries, bucket(deepest) if fixed else deepest)
         inputs.load(plans, reach)
         if fixed:
-            return self._run_fixed(inputs)[:, -keep:]
+            return self._run_fixed(inputs, at_once)[:, -keep:]
         shared = None if padded else _range_of_all(plans)
         unmasked = not deepest and shared is not None and self._masks_itself(shared, queries)
         return self._run(inputs, keep, inputs.end, shared, unmasked)

@@ -128,3 +128,32 @@ def test_the_stand_in_finds_what_a_graph_forbids(fault):
         kept[:] = [buffer.clone()]
         with pytest.raises(AssertionError, match="lies elsewhere"):
             replay()
+
+
+def test_what_is_prepared_is_replayed_by_the_first_call(graphs, monkeypatch):
+    target, drafter = tiny("llama"), ModelDrafter(fresh("llama", seed=1))
+    said = []
+    prepared = csdraft.prepare(target, drafter, rows=2, slots=300, progress=lambda what, share: said.append(share))
+    assert [model.recorded for model in prepared.models] == [14, 14]  # widths to 64, of 256 and 512 slots
+    assert not prepared.why_not_captured
+    assert said[0] == 0
+    assert said[-1] == 1
+    assert "512" in str(prepared)
+    assert "64 tokens" in str(prepared)
+    count = replays(monkeypatch)
+    inputs = {"inputs": PROMPTS, "attention_mask": MASK} | WANTED
+    output = target.generate(
+        **inputs, assistant=drafter, schedule="fixed", verifier="match", return_dict_in_generate=True
+    )
+    assert torch.equal(output.sequences, target.generate(**inputs))
+    assert len(graphs) == 2
+    assert count[0] >= 2 * output.report.target_calls
+
+
+def test_without_graphs_forwards_are_timed():
+    prepared = csdraft.prepare(tiny("llama"), slots=64, progress=lambda what, share: None)
+    assert prepared.why_not_captured == {"LlamaForCausalLM": "no graphs on cpu"}
+    assert all(seconds > 0 for seconds in prepared.models[0].costs.values())
+    with pytest.raises(ValueError, match="rows=0"):
+        csdraft.prepare(tiny("llama"), rows=0)
+    csdraft.release()
