@@ -191,14 +191,14 @@ class OnDevice(Growing):
 
     def _noise(self, scores: Tensor) -> Tensor:
         """(batch, vocab) of the position that comes next, or fresh where draws are independent."""
-        noise = torch.zeros_like(scores)
+        noise, sampler = torch.zeros_like(scores), self.head.sampler
+        if sampler.coupled:
+            places = [(row.context.row, row.position + len(self._columns)) for row in self.rows]
+            noise[[row.place for row in self.rows]] = sampler.noise(places, scores.device)
+            return noise
         for row in self.rows:
-            number, position = row.context.row, row.position + len(self._columns)
-            if row.drawn.laws is None:
-                noise[row.place] = self.head.sampler.log_exponential(number, position, scores.device)
-            else:
-                noise[row.place] = self.head.sampler.fresh_log_exponential(number, scores.device)
-                row.drawn.laws.append(scores[row.place].softmax(-1))
+            noise[row.place] = sampler.fresh_log_exponential(row.context.row, scores.device)
+            row.drawn.laws.append(scores[row.place].softmax(-1))  # type: ignore[union-attr]
         return noise
 
     def finish(self) -> None:

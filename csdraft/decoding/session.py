@@ -195,8 +195,7 @@ class Session:
             rows, before = logits[self.place(request.row)], len(plans[request.row].tokens) - logits.shape[1]
             at = [query - before for query in queries[request.row]]  # a batch is aligned at the end
             views.append(rows[at[0] : at[-1] + 1] if at == list(range(at[0], at[-1] + 1)) else rows[at])
-        chains = all(request.draft.is_chain for request in requests)
-        choices = self._choose(views, chains, head) if choose else [None] * len(requests)
+        choices = self._choose(requests, views, head) if choose else [None] * len(requests)
         return [
             Scores(head, request.row, request.text, request.draft, _wanted(request), rows, chosen)
             for request, rows, chosen in zip(requests, views, choices, strict=True)
@@ -228,11 +227,17 @@ class Session:
                     return False
         return True
 
-    def _choose(self, views: Sequence[Tensor], chains: bool, head: Head) -> list[list[int] | None]:
-        """All choices of the batch at once, where that is the cheaper way: of a tree most are never asked for."""
-        if not (head.processing.text_blind and head.sampler.greedy) or (self.reader.on_host and not chains):
+    def _choose(self, requests: Sequence[Request], views: Sequence[Tensor], head: Head) -> Sequence[list[int] | None]:
+        """All choices of the batch at once, where that is the cheaper way.
+
+        On the host it is not of a tree, of which most are never asked for, nor where each needs noise of its own.
+        """
+        chosen = head.sampler.greedy or head.sampler.coupled
+        lazily = self.reader.on_host and not (head.sampler.greedy and all(r.draft.is_chain for r in requests))
+        if lazily or not chosen or not head.processing.text_blind:
             return [None] * len(views)
-        return head.choose_all(views)  # type: ignore[return-value]
+        places = [[(r.row, len(r.text) + r.draft.depth(node)) for node in _wanted(r)] for r in requests]
+        return head.choose_all(views, places)
 
     def follow(self, plans: dict[int, Plan], tokens: Tensor) -> Inputs:
         """The inputs of a step of a chain: (batch,) tokens behind what `plans` have read. See `Reader.follow`."""

@@ -93,7 +93,7 @@ def test_the_noise_is_the_cpus(device: str) -> None:
     vocab = 50_000
     here, there = (Sampler(False, [3, 2**61 + 5], vocab) for _ in range(2))
     for row, position in ((0, 0), (0, 4097), (1, 77)):
-        uniforms = [s.hashed(row, position, torch.device(d)).cpu() for s, d in ((here, "cpu"), (there, device))]
+        uniforms = [s.hashed([(row, position)], torch.device(d))[0].cpu() for s, d in ((here, "cpu"), (there, device))]
         assert torch.equal(*uniforms)
         noise = [s.log_exponential(row, position, torch.device(d)).cpu() for s, d in ((here, "cpu"), (there, device))]
         torch.testing.assert_close(*noise, rtol=ROUNDING, atol=ROUNDING)
