@@ -3,16 +3,15 @@
 python scripts/compare_arms.py --config recipes/smol/arms.yaml
 """
 
-import argparse
 import sys
 
 from csdraft.bench.arms import compare_arms
 from csdraft.trainers.arguments import read_values
+from csdraft.trainers.command import recipe_parser
+from csdraft.trainers.distill_arguments import DistillArguments
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="a YAML file: arms, baseline, and keys of a distillation")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="win over the file")
+    parser = recipe_parser(__doc__, DistillArguments, required=True)
     options = parser.parse_args()
     values = read_values(options.config, options.overrides)
     if missing := [key for key in ("arms", "baseline", "output_dir") if key not in values]:
@@ -21,4 +20,5 @@ if __name__ == "__main__":
     try:
         print(compare_arms(values, arms, baseline))
     except KeyboardInterrupt:
-        sys.exit(f"\nstopped; the same command goes on from {values['output_dir']}")
+        print(f"\nstopped; the same command goes on from {values['output_dir']}", file=sys.stderr)
+        sys.exit(130)

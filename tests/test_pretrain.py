@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from csdraft.data.text import Blocks, read_corpus, split
 from csdraft.trainers.arguments import read_arguments
-from csdraft.trainers.pretrain import PretrainArguments, last_checkpoint, pretrain
+from csdraft.trainers.checkpoints import last_checkpoint
+from csdraft.trainers.pretrain import PretrainArguments, pretrain
 from csdraft.trainers.tokenizer import TokenizerArguments, train_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -87,14 +88,6 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(folder):
     train(folder, "straight", max_steps=stopped + 5)
     killed, straight = (load_file(folder / name / "model.safetensors") for name in ("killed", "straight"))
     assert all(torch.equal(killed[name], straight[name]) for name in straight)
-
-
-def test_a_checkpoint_cut_short_is_passed_over(tmp_path):
-    for step in (5, 10, 15):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    (tmp_path / "checkpoint-5/trainer_state.json").write_text("{}")
-    (tmp_path / "checkpoint-10/trainer_state.json").write_text('{"global_step": 1')
-    assert last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-5")
 
 
 def test_a_second_stage_continues_from_the_first(folder):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from csdraft.data.changes import check_unchanged
 from csdraft.data.shards import Place, Shard, batches, finished, store, stored, write_whole
 from csdraft.data.sources import open_source, read_prompts
 from csdraft.data.target import TargetArguments
@@ -153,13 +154,13 @@ def is_sampled(row: int, share: float) -> bool:
 def check_same(path: Path, args: GenerateArguments) -> None:
     """Raises ValueError if what is there was written with other arguments, and notes these."""
     document = {name: value for name, value in asdict(args).items() if name not in OF_A_RUN}
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else document
-    for name in FIXED:
-        if before[name] != document[name]:
-            raise ValueError(
-                f"{path.parent} holds rows of {name}={before[name]!r}, now it is {document[name]!r}; give another "
-                "output_dir, or remove that folder"
-            )
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    check_unchanged(
+        f"{path.parent} holds rows of",
+        {name: before[name] for name in FIXED if name in before},
+        document,
+        "give another output_dir, or remove that folder",
+    )
     with write_whole(path) as file:
         file.write(json.dumps(document, indent=2).encode())
 

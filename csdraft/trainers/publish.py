@@ -21,7 +21,7 @@ from csdraft.trainers.students import added_share
 if TYPE_CHECKING:
     from csdraft.trainers.distill import DrafterTrainer
 
-__all__ = ["describe"]
+__all__ = ["describe", "identity"]
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "deepspeed")
 FIGURES = {
@@ -50,7 +50,7 @@ def provenance(trainer: DrafterTrainer) -> dict[str, Any]:
     target = trainer.target
     measured = [entry for entry in trainer.state.log_history if "eval_block_efficiency" in entry]
     start = measured[0] if measured and measured[0].get("step") == 0 else None
-    if args.load_best_model_at_end and trainer.state.best_global_step:
+    if args.load_best_model_at_end and trainer.state.best_global_step is not None:
         measured = [entry for entry in measured if entry.get("step") == trainer.state.best_global_step]
     return {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -69,18 +69,17 @@ def provenance(trainer: DrafterTrainer) -> dict[str, Any]:
 
 def described_data(trainer: DrafterTrainer) -> dict[str, Any] | None:
     """What was trained on: its source, the Hub's revision of it if it is from there, and what tells rows apart."""
-    texts: Any = trainer.train_dataset
+    texts: Any = trainer.train_dataset and trainer.train_dataset.data  # type: ignore[union-attr]
     if not isinstance(texts, Packed | Padded):
         return None
     args: Any = trainer.args
-    return {
-        "name": without_folders(args.dataset),
-        "split": args.split,
-        "revision": revision_of(texts.rows),
-        "rows": len(texts.rows),
-        "tokens": texts.tokens,
-        "checksum": checksum(texts.rows),
-    }
+    source = {"name": without_folders(args.dataset), "split": args.split, "revision": revision_of(texts.rows)}
+    return source | (trainer.noted.get("data") or identity(texts))
+
+
+def identity(texts: Packed | Padded) -> dict[str, Any]:
+    """What tells one set of rows from another."""
+    return {"rows": len(texts.rows), "tokens": texts.tokens, "checksum": checksum(texts.rows)}
 
 
 def card(name: str, origin: dict[str, Any]) -> str:
