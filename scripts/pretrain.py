@@ -7,7 +7,7 @@ The same command goes on where an interrupted run stopped. Exit status: 0 finish
 
 from csdraft.trainers.command import run_script
 from csdraft.trainers.pretrain import PretrainArguments, pretrain
-from csdraft.trainers.runs import is_finished
+from csdraft.trainers.run_folder import is_finished
 
 
 def main(args: PretrainArguments) -> int:

@@ -108,7 +108,9 @@ def test_a_drafter_is_uploaded_with_its_card(folder, hub):
     program(hub, str(script))
     sent, saved = hub.repos["me/drafter"], contents(folder / "pushed")
     sent.pop(".gitattributes", None)
-    assert sent == {name: content for name, content in saved.items() if not name.startswith("checkpoint-")}
+    assert sent == {
+        name: content for name, content in saved.items() if not name.startswith(("checkpoint-", "finished"))
+    }
     text, origin = sent["README.md"].decode(), json.loads(sent["provenance.json"])
     assert "speculative-decoding" in text
     assert "| block efficiency, greedy |" in text

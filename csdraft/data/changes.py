@@ -17,12 +17,12 @@ def check_unchanged(begun: str, before: Mapping[str, Any], now: Mapping[str, Any
         begun: what was begun before, in words: the message opens with "`begun` key=value".
         before: options that were noted; see `plain`.
         now: options of this call.
-        way_out: what the user can do about it.
+        way_out: what the user can do about it, as a sentence.
     """
     other = [key for key in before if key in now and before[key] != now[key]]
     if other:
-        was, is_now = (", ".join(f"{key}={values[key]!r}" for key in other) for values in (before, now))
-        raise ValueError(f"{begun} {was}, now it is {is_now}; {way_out}")
+        differences = "; ".join(f"{key}={before[key]!r}, now it is {now[key]!r}" for key in other)
+        raise ValueError(f"{begun} {differences}. {way_out}")
 
 
 def plain(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -159,7 +159,7 @@ def check_same(path: Path, args: GenerateArguments) -> None:
         f"{path.parent} holds rows of",
         {name: before[name] for name in FIXED if name in before},
         document,
-        "give another output_dir, or remove that folder",
+        "Give another output_dir, or remove that folder",
     )
     with write_whole(path) as file:
         file.write(json.dumps(document, indent=2).encode())

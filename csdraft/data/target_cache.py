@@ -271,7 +271,7 @@ def _prepare(folder: Path, description: dict[str, Any], lengths: np.ndarray, siz
     """Files of full size, which take no place before they are written; the same from every process."""
     path = folder / DESCRIPTION
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    check_unchanged(f"{folder} holds the cache of", found, description, "give another folder, or remove it")
+    check_unchanged(f"{folder} holds the cache of", found, description, "Give another folder, or remove it")
     positions = int(sizes.sum())
     wanted = {LOG_PROBS: 2 * description["k"], IDS: 4 * description["k"], LOGSUMEXP: 4}
     for name, size in [*((name, positions * each) for name, each in wanted.items()), (DONE, len(sizes))]:

@@ -27,7 +27,7 @@ FREE = {
         eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size eval_accumulation_steps
         eval_do_concat_batches eval_use_gather_object prediction_loss_only include_for_metrics batch_eval_metrics
         bf16_full_eval fp16_full_eval load_best_model_at_end metric_for_best_model greater_is_better eval_prompts
-        eval_split eval_limit eval_depth eval_new_tokens eval_blocks""",
+        do_train do_eval do_predict eval_split eval_limit eval_depth eval_new_tokens eval_blocks""",
     "Which devices do the work, and how they save memory: results are the same but for rounding.": """
         use_cpu threads chunk target_device_map target_sharded tf32 full_determinism torch_compile
         torch_compile_backend torch_compile_mode activation_checkpointing activation_checkpointing_kwargs
@@ -71,7 +71,7 @@ def check_options(folder: str, before: dict[str, Any], now: dict[str, Any]) -> N
         f"{folder} holds a run with",
         before,
         now,
-        "resume with the options that it was begun with, give another output_dir, or begin again with "
+        "Resume with the options that it was begun with, give another output_dir, or begin again with "
         "resume_from_checkpoint=false. To train its weights further with other options, start from its folder in "
         "another output_dir",
     )

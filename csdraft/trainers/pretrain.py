@@ -19,7 +19,7 @@ from csdraft.data.text import Blocks, read_corpus, split
 from csdraft.trainers.base import BaseTrainer
 from csdraft.trainers.muon import MuonAdamW
 from csdraft.trainers.run_arguments import RunArguments
-from csdraft.trainers.runs import Run
+from csdraft.trainers.run_folder import RunFolder
 from csdraft.trainers.tokenizer import save_tokenizer
 
 __all__ = ["PretrainArguments", "pretrain"]
@@ -53,7 +53,7 @@ def pretrain(args: PretrainArguments) -> BaseTrainer:
     """
     if args.threads:
         torch.set_num_threads(args.threads)
-    run = Run(args)
+    run = RunFolder(args)
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     train, held_out = (Blocks(part, tokenizer, args.block_size) for part in split(read_corpus(args.corpus)))

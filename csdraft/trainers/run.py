@@ -24,7 +24,7 @@ from csdraft.trainers.exam import Exam
 from csdraft.trainers.muon import MuonAdamW
 from csdraft.trainers.progress import Line
 from csdraft.trainers.publish import identity
-from csdraft.trainers.runs import Run
+from csdraft.trainers.run_folder import RunFolder
 from csdraft.trainers.students import check_engine, check_student, load_student_weights, make_student
 
 __all__ = ["distill"]
@@ -43,7 +43,7 @@ def distill(args: DistillArguments) -> DrafterTrainer:
         csdraft.trainers.stops.Stopped: a loss or gradient is not finite, or the disk takes no more.
     """
     config, tokenizer, batches = prepare(args)
-    run = Run(args)
+    run = RunFolder(args)
     run.check_data(identity(batches["train_dataset"]))
     run.say_where()
     trainer = make_trainer(args, config, tokenizer, batches)
@@ -110,7 +110,7 @@ def check(args: DistillArguments, config: PreTrainedConfig, tokenizer: PreTraine
     if args.max_length > (context := context_length(config)):
         raise ValueError(f"max_length={args.max_length} is longer than the target's context of {context} tokens")
     check_writable(args.output_dir)
-    Run(args)  # whether its folder holds another run
+    RunFolder(args)  # whether its folder holds another run
     if args.student is not None:
         check_context(args)
         check_tokenizers(args.student, args.target, tokenizer)

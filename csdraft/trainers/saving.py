@@ -23,7 +23,7 @@ class SavingTrainer(Trainer):
     """`transformers.Trainer` with safe writing.
 
     Attributes:
-        noted: what checkpoints keep of the run in their `run.json`; see `csdraft.trainers.runs`.
+        noted: what checkpoints keep of the run in their `run.json`; see `csdraft.trainers.run_folder`.
     """
 
     def __init__(self, model: nn.Module, args: Any, **options: Any):

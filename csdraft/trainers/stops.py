@@ -73,8 +73,12 @@ def _message(folder: Path, error: Exception) -> str:
     while not place.is_dir() and place != place.parent:
         place = place.parent
     free = shutil.disk_usage(place).free / 1e9
+    reason = " ".join(str(error).split())
+    if "inline_container" in reason:
+        reason = f"torch.save wrote less than it was given ({reason})"
+    name = getattr(error, "filename", None) or folder
     return (
-        f"{getattr(error, 'filename', None) or folder} cannot be written: {' '.join(str(error).split())}; {free:.2f} "
-        f"GB are free in {place}. Make room and give the same command again, or give another output_dir; "
-        "save_total_limit=1 keeps fewer checkpoints"
+        f"{name} cannot be written: {reason}; {free:.2f} GB are free in {place}. "
+        "Make room and give the same command again, or give another output_dir; save_total_limit=1 keeps fewer "
+        "checkpoints"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from csdraft.trainers.base import BaseTrainer
 from csdraft.trainers.checkpoints import chosen_checkpoint, passed_over, read_mark
 from csdraft.trainers.options import check_options, options_of
 
-__all__ = ["Run", "is_finished", "say"]
+__all__ = ["RunFolder", "forget", "is_finished", "say"]
 
 FINISHED = "finished.json"
 STATE = ("global_step", "max_steps", "epoch", "log_history", "best_metric", "best_global_step")
@@ -28,15 +29,22 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+def forget(folder: Path) -> None:
+    """Removes what a run in a folder would be resumed from: its checkpoints, and the note that it is finished."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    (folder / FINISHED).unlink(missing_ok=True)
+
+
 def is_finished(args: TrainingArguments) -> bool:
     """Whether there is nothing to do, which is then said; asked before any data or model is read."""
-    run = Run(args)
+    run = RunFolder(args)
     if run.finished:
         run.say_where()
     return run.finished
 
 
-class Run:
+class RunFolder:
     """What the folder of a training holds.
 
     Args:
@@ -81,7 +89,7 @@ class Run:
                 f"{self.checkpoint or self.folder} holds a run on data with",
                 self._before["data"],
                 data,
-                "the data set, or how it is read, has changed: give another output_dir, or begin again with "
+                "The data set, or how it is read, has changed: give another output_dir, or begin again with "
                 "resume_from_checkpoint=false",
             )
 
