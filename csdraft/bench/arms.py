@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from csdraft.bench.statistics import bootstrap_mean
 from csdraft.data.shards import write_whole
+from csdraft.metrics.intervals import bootstrap_mean
 from csdraft.trainers.arguments import make_arguments
 from csdraft.trainers.distill import DistillArguments
 from csdraft.trainers.exam import Exam

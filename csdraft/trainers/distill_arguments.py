@@ -6,7 +6,9 @@ import importlib.util
 from dataclasses import dataclass, field
 
 from csdraft.trainers.engines import uses
+from csdraft.trainers.exam import check_figure
 from csdraft.trainers.objective import Objective
+from csdraft.trainers.rates import RATES, kind_of
 from csdraft.trainers.run_arguments import RunArguments
 
 __all__ = ["DistillArguments"]
@@ -62,12 +64,27 @@ class DistillArguments(RunArguments):
     eval_depth: int = field(default=5, metadata={"help": "Drafted tokens a round when evaluating."})
     eval_new_tokens: int = field(default=64, metadata={"help": "Tokens of each text when evaluating."})
 
+    learning_rate: float = field(
+        default=None,  # type: ignore[arg-type]
+        metadata={"help": "None takes one for the kind of student; see docs/distilling.md."},
+    )
+    metric_for_best_model: str | None = field(
+        default=None,
+        metadata={"help": "Figure that load_best_model_at_end keeps the best of; None is block_efficiency."},
+    )
+    license: str | None = field(
+        default=None, metadata={"help": "Of the drafter, for its card, such as 'apache-2.0'; None is the target's."}
+    )
     use_cache: bool = field(default=True, metadata={"help": "The student decodes while it is trained."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Batches are made for the trainer."})
 
     def __post_init__(self) -> None:
         if (self.deepspeed or uses("DeepSpeed")) and importlib.util.find_spec("deepspeed") is None:
             raise ValueError("deepspeed is needed and not installed: pip install csdraft[deepspeed]")
+        if self.learning_rate is None:
+            self.learning_rate = RATES[kind_of(self.student, self.init, self.peft)]
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "block_efficiency"
         super().__post_init__()
         self._check_numbers()
         if self.target_cache and self.on_policy:
@@ -95,6 +112,9 @@ class DistillArguments(RunArguments):
             raise ValueError(f"dataset_limit={self.dataset_limit} leaves no text; give at least 1, or leave it out")
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature} must be above 0; greedy drafting is measured anyway")
+
+        if self.metric_for_best_model is not None:
+            check_figure(self.metric_for_best_model.removeprefix("eval_"), self.eval_depth, self.eval_new_tokens)
 
     @property
     def objective(self) -> Objective:

@@ -10,7 +10,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import metadata_load
 from transformers import TrainingArguments
+from transformers.utils import cached_file
+from yaml import YAMLError
 
 from csdraft.data.packing import Packed, Padded
 from csdraft.data.sources import revision_of
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["describe", "identity"]
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "deepspeed")
+LICENSE = ("license", "license_name", "license_link")
 FIGURES = {
     "eval_block_efficiency": "block efficiency, greedy",
     "eval_block_efficiency_sampled": "block efficiency, sampled",
@@ -57,6 +61,7 @@ def provenance(trainer: DrafterTrainer) -> dict[str, Any]:
         "command": command(),
         "versions": {"python": platform.python_version()} | _versions(),
         "target": {"name": public_name(target), "revision": getattr(target.config, "_commit_hash", None)},
+        "license": {"license": args.license} if args.license else license_of(args.target, args.target_revision),
         "data": described_data(trainer),
         "arguments": {k: _named(v) for k, v in own.items()} | {k: getattr(args, k) for k in chosen},
         "added_parameters": None if trainer.is_fsdp_enabled else added_share(trainer.student, target),
@@ -65,6 +70,18 @@ def provenance(trainer: DrafterTrainer) -> dict[str, Any]:
         "before": start,
         "measured": measured[-1] if measured else None,
     }
+
+
+def license_of(target: str, revision: str | None = None) -> dict[str, str] | None:
+    """What the card of a model's folder or Hub id says of its licence; None if it says nothing."""
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    try:
+        file = cached_file(target, "README.md", revision=revision, **quiet)
+        card: dict[str, Any] = (metadata_load(file) if file else None) or {}
+    except (OSError, ValueError, YAMLError):  # no such folder or id, or a card that cannot be read
+        return None
+    found = {key: str(card[key]) for key in LICENSE if card.get(key)}
+    return found if "license" in found else None
 
 
 def described_data(trainer: DrafterTrainer) -> dict[str, Any] | None:
@@ -85,11 +102,10 @@ def identity(texts: Packed | Padded) -> dict[str, Any]:
 def card(name: str, origin: dict[str, Any]) -> str:
     """README.md of a drafter."""
     target = origin["target"]["name"]
-    base = f"base_model: {target}\n" if "/" in target else ""
     arguments = origin["arguments"]
     return f"""---
 library_name: transformers
-{base}tags:
+{_metadata(origin)}tags:
 - csdraft
 - speculative-decoding
 - drafter
@@ -113,7 +129,26 @@ output = model.generate(**inputs, assistant="{name}")  # this folder's path or H
 Trained for {origin["steps"]} steps on `{arguments["dataset"]}` with losses `{json.dumps(arguments["losses"])}`; the
 share of the texts that the drafter wrote itself was {arguments["on_policy"]}. All
 arguments, versions and revisions are in `provenance.json`.
+
+{_licence(origin)}
 """
+
+
+def _metadata(origin: dict[str, Any]) -> str:
+    """Lines of YAML: licence and models that it is made from, as far as they are known."""
+    lines = [f"{key}: {value}" for key, value in (origin["license"] or {}).items()]
+    ids = [name for name in (origin["target"]["name"], origin["arguments"].get("student")) if name and "/" in name]
+    if ids:
+        lines += ["base_model:", *(f"- {name}" for name in dict.fromkeys(ids))]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _licence(origin: dict[str, Any]) -> str:
+    target, found = origin["target"]["name"], origin["license"]
+    if found is None:
+        return f"Licence: not known. It is made from what {target} has learned: see that model's licence."
+    given = "as given by its author" if origin["arguments"].get("license") else f"that of {target}"
+    return f"Licence: {found.get('license_name') or found['license']}, {given}."
 
 
 def _added(share: float | None) -> str:
@@ -130,14 +165,21 @@ def _table(origin: dict[str, Any]) -> str:
     depth = origin["arguments"]["eval_depth"]
     head = "| | before | after |\n|---|---|---|" if before else "| | measured |\n|---|---|"
     lines = [
-        f"| {words} | " + " | ".join(f"{figures[key]:.2f}" for figures in (before, after) if figures) + " |"
+        f"| {words} | " + " | ".join(_figure(figures, key) for figures in (before, after) if figures) + " |"
         for key, words in FIGURES.items()
         if key in after
     ]
     note = (
-        f"On held-out prompts, chains of {depth}; block efficiency is tokens a call of the target, 1 without drafts."
+        f"On {after['eval_prompts']:.0f} held-out prompts, chains of {depth}; block efficiency is tokens a call of "
+        "the target, 1 without drafts. In brackets the 95 % interval of a bootstrap over prompts."
     )
     return "\n".join([head, *lines, "", note])
+
+
+def _figure(figures: dict[str, float], key: str) -> str:
+    """A figure and its interval, if it has one."""
+    interval = [f"{figures[f'{key}_{end}']:.2f}" for end in ("low", "high") if f"{key}_{end}" in figures]
+    return f"{figures[key]:.2f}" + (f" [{', '.join(interval)}]" if interval else "")
 
 
 def _versions() -> dict[str, str]:
