@@ -1,23 +1,37 @@
-# Every target makes .venv when there is none and starts at once when there is.
+# Every target makes the environment when there is none and starts at once when there is.
+VENV ?= .venv
 TORCH ?= 2.13.0
 PYTHON ?= python3
+# Exact versions of all packages but torch; `make LOCK= setup` takes the newest that pyproject.toml admits.
+LOCK ?= requirements.lock
+# More for pip, with LOCK=: `make LOCK= WITH=transformers==5.23.0 setup`.
+WITH ?=
 WORKERS ?= 2
 ARGS ?=
 
-BIN := .venv/bin
-READY := .venv/.installed
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
 
-.PHONY: setup style check test slow gpu demo bench docs
+.PHONY: setup lock style check test slow gpu demo bench docs
 
 setup: $(READY)
 
 # torch first: whatever build is wanted, the other requirements then keep it.
-$(READY): pyproject.toml
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@echo "installing torch $(TORCH), csdraft and its tools into .venv (once, minutes)"
+$(READY): pyproject.toml $(LOCK)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing torch $(TORCH), csdraft and its tools into $(VENV) (once, minutes)"
 	@$(BIN)/python -m pip install --quiet "torch==$(TORCH)"
-	@$(BIN)/python -m pip install --quiet -e ".[dev,train]"
+ifeq ($(LOCK),)
+	@$(BIN)/python -m pip install --quiet -e ".[dev,train]" $(WITH)
+else
+	@$(BIN)/python -m pip install --quiet -r $(LOCK)
+	@$(BIN)/python -m pip install --quiet --no-deps -e .
+endif
 	@touch $@
+
+lock:
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python scripts/make_lock.py $(TORCH) requirements.lock
 
 style: $(READY)
 	$(BIN)/ruff check --fix .
@@ -26,7 +40,7 @@ style: $(READY)
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright csdraft scripts
+	$(BIN)/pyright --pythonpath $(BIN)/python csdraft scripts
 
 test: $(READY)
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow and not gpu" $(ARGS)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Collection, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation.configuration_utils import GenerationMode
-from transformers.generation.stopping_criteria import MaxLengthCriteria, MaxTimeCriteria
 
 from csdraft.decoding.cache import holds
 from csdraft.decoding.cache_names import GENERATE_CACHE
 from csdraft.decoding.interfaces import Verifier
-from csdraft.decoding.runner import refusal
+from csdraft.decoding.probe import difference
+from csdraft.decoding.refusals import refusal
 from csdraft.decoding.sampling import Processing
+from csdraft.decoding.stopping import Stopping
+from csdraft.decoding.traits import traits_of
+from csdraft.generate_options import check_options
 
 __all__ = ["check_processors", "check_request"]
 
@@ -33,7 +36,8 @@ def check_request(
     model: Any,
     input_ids: Tensor,
     config: Any,
-    inputs: dict[str, Any],
+    inputs: Mapping[str, Any],
+    given: Collection[str] | None,
     criteria: Sequence[Any],
     streamer: Any,
     synced_gpus: bool,
@@ -43,11 +47,13 @@ def check_request(
 
     Args:
         inputs: what `generate` would pass to the model's forward.
+        given: the keywords that the user passed to `generate`; None if that is not known.
         criteria: the stopping criteria that `generate` prepared.
     """
     _check_model(model)
-    _check_mode(config)
-    _check_inputs(model, input_ids, inputs)
+    check_options(config)
+    _check_inputs(model, input_ids, inputs, given)
+    _check_length(model, input_ids, config)
     _check_rows(input_ids.shape[0], config, criteria, streamer, synced_gpus, row_seeds)
     _check_mask(model, input_ids, inputs)
     _check_cache(input_ids, config, inputs.get(GENERATE_CACHE))
@@ -55,7 +61,7 @@ def check_request(
 
 
 def _check_model(model: Any) -> None:
-    if reason := refusal(model):
+    if reason := refusal(model) or difference(model):
         raise ValueError(reason)
     if getattr(model.prepare_inputs_for_generation, "__self__", model) is not model:  # PEFT has put its own in place
         raise ValueError(
@@ -64,48 +70,66 @@ def _check_model(model: Any) -> None:
         )
 
 
-def _check_mode(config: Any) -> None:
-    mode = config.get_generation_mode()
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+def _check_inputs(model: Any, input_ids: Tensor, inputs: Mapping[str, Any], given: Collection[str] | None) -> None:
+    """What `generate` adds of its own and leaves empty is nobody's input."""
+    text_only = {"mm_token_type_ids"} | ({"token_type_ids"} if model.config.model_type.startswith("gemma") else set())
+    unknown = {
+        key: value
+        for key, value in inputs.items()
+        if key not in KNOWN_INPUTS and not _is_empty(value, zeros=key in text_only)
+    }
+    for key, value in unknown.items():
+        takes = inspect.signature(model.forward).parameters.keys() - KNOWN_INPUTS - {"input_ids"}
+        passed = sorted(takes & set(given or ())) or ([key] if given is None else [])
+        source = f"comes of {', '.join(passed)}, which generate was given" if passed else "is what generate adds"
         raise ValueError(
-            f"generation mode {mode.value!r} cannot be drafted for: csdraft reproduces greedy search and sampling "
-            "(num_beams=1, no constraints); leave assistant= out for other modes"
-        )
-    if not config.use_cache:
-        raise ValueError("use_cache=False leaves nothing to speed up: csdraft keeps its own KV cache; drop the flag")
-    if config.output_attentions or config.output_hidden_states:
-        raise ValueError(
-            "output_attentions and output_hidden_states are not kept by drafted decoding; ask plain generate for them"
-        )
-    if config.cache_implementation not in (None, "dynamic", "hybrid"):
-        raise ValueError(
-            f"cache_implementation={config.cache_implementation!r} is not used: csdraft brings its own preallocated "
-            "cache; drop the flag"
-        )
-
-
-def _check_inputs(model: Any, input_ids: Tensor, inputs: dict[str, Any]) -> None:
-    given = {key for key, value in inputs.items() if value is not None}
-    types = inputs.get("token_type_ids")
-    if types is not None and not bool(types.any()) and model.config.model_type.startswith("gemma"):
-        given.discard("token_type_ids")  # no images: the ordinary causal mask
-    if unknown := given - KNOWN_INPUTS:
-        raise ValueError(
-            f"inputs {sorted(unknown)} are not supported with assistant=: csdraft decodes text from input_ids and an "
-            "attention_mask (images, audio and inputs_embeds not yet); leave assistant= out for them"
+            f"{type(model).__name__}'s input {key} ({_shown(value)}) {source}; csdraft decodes text from input_ids "
+            "and an attention_mask (images, audio and inputs_embeds not yet): leave assistant= out"
         )
     if input_ids.numel() == 0:
         raise ValueError("the prompt is empty: give at least one token, such as the tokenizer's bos_token")
 
 
-def _check_positions(model: Any, input_ids: Tensor, inputs: dict[str, Any]) -> None:
+def _is_empty(value: Any, zeros: bool) -> bool:
+    """Whether an input says nothing; `zeros`: whether zeros say so, as of token types that tell images from text."""
+    if value is None or value is False:
+        return True
+    if isinstance(value, Tensor):
+        return value.numel() == 0 or (zeros and not bool(value.any()))
+    return isinstance(value, Sized) and len(value) == 0
+
+
+def _shown(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def _check_length(model: Any, input_ids: Tensor, config: Any) -> None:
+    """Models whose rotary factors change with the length of a text."""
+    switch = traits_of(model).switch
+    if switch is None:
+        return
+    name, longest = type(model).__name__, max(config.max_length or 0, input_ids.shape[1])
+    if switch.every_token and longest > switch.length:
+        raise ValueError(
+            f"{name} changes its rotary factors with every token past {switch.length} (dynamic NTK), and they depend "
+            f"on earlier calls, but this text may reach {longest} tokens: give at most max_length={switch.length}, or "
+            "leave assistant= out"
+        )
+    if config.prefill_chunk_size is not None:
+        raise ValueError(
+            f"prefill_chunk_size={config.prefill_chunk_size} changes which rotary factors {name} reads a prompt with; "
+            "unset it, or leave assistant= out"
+        )
+
+
+def _check_positions(model: Any, input_ids: Tensor, inputs: Mapping[str, Any]) -> None:
     positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
     if positions is None or model.config.is_encoder_decoder:
         return
     mask = (torch.ones_like(input_ids) if mask is None else mask).to(positions.device)
     width = min(positions.shape[-1], mask.shape[1])
     usual, counts = (mask.long().cumsum(-1) - 1)[:, -width:], mask[:, -width:].bool()
-    if positions.dim() != 2 or bool(((positions[:, -width:] != usual) & counts).any()):
+    if bool(((positions[..., -width:] != usual) & counts).any()):  # of M-RoPE one row an axis: alike without images
         raise ValueError(
             f"position_ids of shape {tuple(positions.shape)} are not 0, 1, 2, ... along each row's tokens, as "
             "drafted decoding counts them; drop them, or leave assistant= out"
@@ -124,15 +148,14 @@ def _check_rows(
         raise ValueError(f"a streamer takes one row, this batch has {rows}; generate row by row or drop the streamer")
     if row_seeds is not None and len(row_seeds) != rows:
         raise ValueError(f"row_seeds has {len(row_seeds)} seeds for {rows} rows (num_return_sequences counted)")
-    alike = all(type(criterion) in (MaxLengthCriteria, MaxTimeCriteria) for criterion in criteria)
-    if rows > 1 and not alike and config._pad_token_tensor is None:
+    if rows > 1 and Stopping(criteria).pads and config._pad_token_tensor is None:
         raise ValueError(
             f"pad_token_id is None, but {rows} rows may end at different lengths; set pad_token_id, such as to the "
             "tokenizer's pad or end-of-text token"
         )
 
 
-def _check_mask(model: Any, input_ids: Tensor, inputs: dict[str, Any]) -> None:
+def _check_mask(model: Any, input_ids: Tensor, inputs: Mapping[str, Any]) -> None:
     encoder_decoder = model.config.is_encoder_decoder
     mask = inputs.get("decoder_attention_mask" if encoder_decoder else "attention_mask")
     if mask is None:

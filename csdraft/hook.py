@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from csdraft.decoding.loop import open_call, run
 from csdraft.decoding.output import Output
 from csdraft.decoding.runner import Sources
 from csdraft.decoding.text import Text
+from csdraft.generate_options import check_early, effective
 
 __all__ = ["decode", "enable", "install"]
 
@@ -42,6 +43,7 @@ def decode(
     strict: bool = False,
     diagnose: bool = False,
     encoder_input_ids: Tensor | None = None,
+    given: Collection[str] | None = None,
     streamer: Any = None,
     synced_gpus: bool = False,
     **model_kwargs: Any,
@@ -63,6 +65,7 @@ def decode(
             the price of a comparison of laws a judged token.
         encoder_input_ids: (rows, source) the encoder's input, which an encoder-decoder's drafters read too; the
             patched spelling fills it in.
+        given: the names of the keywords that the user passed to `generate`; the patched spelling fills them in.
     """
     from csdraft.cascade import CascadeDrafter, as_drafter, choose_schedule, choose_verifier
 
@@ -71,7 +74,7 @@ def decode(
     policy = choose_schedule(schedule, drafter)
     row_seeds = None if row_seeds is None else [int(seed) for seed in row_seeds]
     check_request(
-        model, input_ids, generation_config, model_kwargs, stopping_criteria, streamer, synced_gpus, row_seeds
+        model, input_ids, generation_config, model_kwargs, given, stopping_criteria, streamer, synced_gpus, row_seeds
     )
     mask = model_kwargs.get("decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask")
     mask = None if mask is None or bool(mask.all()) else mask
@@ -134,7 +137,7 @@ PLANNED_FOR = ("do_sample", "temperature", "top_k", "top_p", "min_p", "pad_token
 """Of a call's generation config, what a plan is made for."""
 
 
-OTHER_DRAFTERS = ("assistant_model", "assistant_tokenizer", "prompt_lookup_num_tokens")
+OTHER_DRAFTERS = ("assistant_model", "assistant_tokenizer")
 """Keywords of `generate` that ask transformers itself to draft."""
 
 
@@ -153,9 +156,9 @@ def _generate(self: Any, *args: Any, assistant: Any = None, **kwargs: Any) -> An
     options = {key: kwargs.pop(key) for key in OPTIONS if key in kwargs}
     if bound.get("custom_generate") is not None:  # a saved cascade's own shim, which calls back with `assistant`
         return _stock_generate(self, *args, assistant=assistant, **options, **kwargs)
-    extra = bound.get("kwargs", {})
-    config = bound.get("generation_config") or self.generation_config
-    strings = extra.get("stop_strings") or config.stop_strings or self.generation_config.stop_strings
+    extra, config = bound.get("kwargs", {}), bound.get("generation_config")
+    check_early(extra, config, self.generation_config)
+    strings = effective("stop_strings", extra, config, self.generation_config)
     tokenizer = extra.get("tokenizer")
     if strings and tokenizer is not None:  # transformers drops the tokenizer for callables
         criteria = StoppingCriteriaList(bound.get("stopping_criteria") or [])
@@ -171,6 +174,7 @@ def _generate(self: Any, *args: Any, assistant: Any = None, **kwargs: Any) -> An
         streamer=bound.get("streamer"),
         synced_gpus=bool(bound.get("synced_gpus")),
         encoder_input_ids=encoder_ids,
+        given=tuple(extra),
         **options,
     )
     return _stock_generate(self, *args, custom_generate=bound_decode, **kwargs)

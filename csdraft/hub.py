@@ -14,7 +14,7 @@ import tempfile
 import warnings
 import weakref
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -227,7 +227,7 @@ def _provenance(models: dict[str, nn.Module], cascade: CascadeDrafter) -> dict[s
         figures = ("calls", "emitted", "rounds", "target_calls", "block_efficiency", "acceptance_rate")
         measured = {figure: getattr(report, figure) for figure in figures}
     return {
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command(),
         "versions": {"csdraft": _csdraft_version(), "python": platform.python_version()}
         | {package: version(package) for package in ("torch", "transformers")},

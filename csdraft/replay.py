@@ -108,7 +108,7 @@ def _replay(
             "replay drafters that have none"
         )
     prompt, tokens = torch.tensor(recording.prompt), [*recording.prompt, *recording.output]
-    stopping = Stopping([] if tokens[-1] in eos else [MaxLengthCriteria(len(tokens))], 1)
+    stopping = Stopping([] if tokens[-1] in eos else [MaxLengthCriteria(len(tokens))])
     stopping.eos = eos
     head = Head(Processing([], 1), stopping, Sampler(True, [0], vocab))
     call = RecordedCall(Record([tokens]), head, [Text(prompt)], len(tokens), None)
@@ -138,9 +138,12 @@ class RecordedSession(Session):
         self.pinned = False
         self.rolled_back = self.imported = 0
 
-    def score(self, requests: Sequence[Request]) -> list[Any]:
+    def score(self, requests: Sequence[Request], choose: bool = True, head: Head | None = None) -> list[Any]:
         self.runner.forwards += 1
         return [RecordedScores(self.head, self.texts[r.row], r) for r in requests]
+
+    def room(self, row: int, text: Text) -> int:
+        return 1 << 30
 
     def unread(self, row: int, text: Text) -> int:
         return 1

@@ -84,10 +84,10 @@ class ScriptedSession:
     """A reviewer that runs no model: how many tokens each of its forwards accepts is written down."""
 
     def __init__(self, head: Head, *agrees: int):
-        self.head, self.agrees = head, agrees
+        self.head, self.agrees, self.positions = head, agrees, 1 << 30
         self.rows: list[int] = []
 
-    def score(self, requests):
+    def score(self, requests, head=None):
         (request,) = requests
         agrees = self.agrees[len(self.rows)]
         self.rows.append(len(request.after))
@@ -98,7 +98,7 @@ class ScriptedCall(Call):
     """A call whose sessions are scripted."""
 
     def __init__(self, target: nn.Module):
-        self.head_of_all = Head(Processing([], 1), Stopping([], 1), Sampler(True, [0], VOCAB, "coupled"))
+        self.head_of_all = Head(Processing([], 1), Stopping([]), Sampler(True, [0], VOCAB, "coupled"))
         super().__init__(target, self.head_of_all, [Text(torch.arange(3, 13))], 256, None)
         self.scripted: dict[int, ScriptedSession] = {}
 

@@ -80,7 +80,7 @@ def test_what_follows_a_token_that_was_never_written_is_never_kept():
 
 def test_a_view_knows_nothing_after_a_token_that_was_never_written():
     """Whatever rule asks: also of nodes that match never comes to."""
-    head = Head(Processing([], 1), Stopping([], 1), Sampler(True, [0], VOCAB))
+    head = Head(Processing([], 1), Stopping([]), Sampler(True, [0], VOCAB))
     draft = Draft((99, 20, 21, 21), (-1, -1, 0, 1), (1,) * 4, (math.nan,) * 4)
     text = Text(torch.tensor(RECORDING.prompt))
     view = RecordedScores(head, [*RECORDING.prompt, *RECORDING.output], Request(0, text, draft))

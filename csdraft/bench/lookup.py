@@ -169,7 +169,7 @@ def _proposed(
 
 def _opened(drafter: Drafter, tokens: Sequence[int], vocab: int) -> Context:
     """A call's only row, after a first proposal, which reads the text."""
-    head = Head(Processing([], 1), Stopping([], 1), Sampler(True, [0], vocab))
+    head = Head(Processing([], 1), Stopping([]), Sampler(True, [0], vocab))
     text = Text(torch.tensor(tokens))
     context = Context(0, text, Call(nn.Identity(), head, [text], len(tokens), None))
     drafter.propose([context], [Budget(1, 1)])

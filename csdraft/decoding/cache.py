@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,15 @@ from transformers.cache_utils import (
     EncoderDecoderCache,
 )
 
-__all__ = ["SlotCache", "cross_attention_cache", "encoder_decoder_cache", "export_cache", "holds", "import_cache"]
+__all__ = [
+    "SlotCache",
+    "cross_attention_cache",
+    "encoder_decoder_cache",
+    "export_cache",
+    "holds",
+    "import_cache",
+    "windows_of_cache",
+]
 
 Slots = slice | Tensor
 """Where a forward writes: one range for all rows, or (rows, queries) slot indices."""
@@ -128,6 +137,11 @@ class SlotCache(Cache):
         return [layer for layer in self.layers if layer.is_initialized]  # type: ignore[misc]
 
     @property
+    def is_written(self) -> bool:
+        """Whether a forward has put keys and values into it."""
+        return bool(self._filled())
+
+    @property
     def bytes(self) -> int:
         """Memory held by keys and values."""
         return sum(b.numel() * b.element_size() for x in self._filled() for b in (x.key_buffer, x.value_buffer))
@@ -149,6 +163,15 @@ def holds(cache: Cache) -> bool:
     return isinstance(cache, DynamicCache) and all(
         type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
     )
+
+
+def windows_of_cache(config: Any) -> set[int | None]:
+    """How many of the last tokens the layers of plain `generate`'s cache keep; None for all.
+
+    Args:
+        config: of the text model. Its fields decide, whether or not the model's own masks heed them.
+    """
+    return {getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers}
 
 
 def import_cache(cache: Cache, own: SlotCache, kept: Tensor) -> None:

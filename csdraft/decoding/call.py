@@ -15,6 +15,7 @@ from csdraft.decoding.scores import Head
 from csdraft.decoding.session import Session
 from csdraft.decoding.tally import Tally
 from csdraft.decoding.text import Text
+from csdraft.decoding.together import Together
 
 __all__ = ["Call"]
 
@@ -28,13 +29,27 @@ class Call:
         texts: one a row.
         capacity: slots that a session reserves a row.
         sources: the encoder's inputs as the target reads them, if it is an encoder-decoder.
+        together: chooses for all rows at once, if something must see all of them.
+
+    Attributes:
+        drafting: how models that draft turn logits into tokens, the target among them where it drafts for itself: no
+            processor or criterion of the user's, which may keep state, is ever shown a drafted token.
     """
 
-    def __init__(self, target: nn.Module, head: Head, texts: Sequence[Text], capacity: int, sources: Sources | None):
+    def __init__(
+        self,
+        target: nn.Module,
+        head: Head,
+        texts: Sequence[Text],
+        capacity: int,
+        sources: Sources | None,
+        together: Together | None = None,
+    ):
         self.target, self.head, self.texts, self.capacity, self.sources = target, head, texts, capacity, sources
+        self.together = together
         self.rows = len(texts)
         self.vocab = head.sampler.vocab
-        self._inner = Head(head.processing.for_drafters(), head.stopping.for_drafters(), head.sampler)
+        self.drafting = Head(head.processing.for_drafters(), head.stopping.for_drafters(), head.sampler)
         self._sessions: dict[int, Session] = {}
         self._memos: dict[Hashable, Any] = {}
         self._levels: dict[Hashable, int] = {"target": 0}
@@ -54,12 +69,17 @@ class Call:
             sources = self.sources
             if sources is not None and not is_target:
                 sources = Sources(sources.input_ids, sources.attention_mask)
-            session = Session(
-                model, self.head if is_target else self._inner, self.rows, self.capacity, sources, self.vocab
-            )
+            session = Session(model, self.drafting, self.rows, self.capacity, sources, self.vocab, self.texts)
             session.runner.encode()
             self._sessions[id(model)] = session
         return self._sessions[id(model)]
+
+    @property
+    def rows_of_padding(self) -> set[int]:
+        """Rows that have ended and are filled up while others go on, of a batch that goes in step."""
+        if self.together is None or self.together.pad is None:
+            return set()
+        return set(self.together.ended.nonzero()[:, 0].tolist())
 
     @property
     def sessions(self) -> list[Session]:

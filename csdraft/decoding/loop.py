@@ -11,15 +11,17 @@ from torch import Tensor, nn
 
 from csdraft.decoding.call import Call
 from csdraft.decoding.guard import Guarded
-from csdraft.decoding.interfaces import Context, Drafter, Schedule, Verifier
+from csdraft.decoding.interfaces import Budget, Context, Drafter, Schedule, Verifier
 from csdraft.decoding.output import Output
 from csdraft.decoding.report import Report
 from csdraft.decoding.rounds import run_round
 from csdraft.decoding.runner import Sources
 from csdraft.decoding.sampling import Processing, Sampler
 from csdraft.decoding.scores import Head
+from csdraft.decoding.session import Session
 from csdraft.decoding.stopping import Stopping
 from csdraft.decoding.text import Text
+from csdraft.decoding.together import Together, check_rule, names_of_custom_code
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -60,31 +62,48 @@ def run(
     started = time.perf_counter()
     while live:
         contexts = [Context(row, call.texts[row], call) for row in live]
-        rooms = [call.head.stopping.remaining(context.text) - 1 for context in contexts]
-        budgets = guarded.budgets(schedule, contexts, rooms)
+        writing = [context for context in contexts if context.row not in call.rows_of_padding]
+        rooms = [_room(call, target, context.row) for context in writing]
+        told = dict(zip(writing, guarded.budgets(schedule, writing, rooms), strict=True))
+        budgets = [told.get(context, Budget(0, 0)) for context in contexts]
         began, drafting = time.perf_counter(), guarded.seconds
         rounds = run_round(contexts, target, 0, guarded, verifier, budgets)
         drafting = guarded.seconds - drafting
         scoring = time.perf_counter() - began - drafting
         output.take(rounds)
-        report.add(rounds)
-        guarded.observe(rounds)
+        of_text = [finished for finished in rounds if finished.context in told]
+        report.add(of_text)
+        guarded.observe(of_text)
         for context, finished in zip(contexts, rounds, strict=True):
             context.text.append(finished.tokens)
             call.sampler.forget(context.row, len(context.text))
         if guarded.failure is None:
-            schedule.observe(rounds, drafting, scoring)
+            schedule.observe(of_text, drafting, scoring)
         ended = {r.context.row for r in rounds if r.verdict.ended}
         if ended:
             live = [row for row in live if row not in ended]
             if live:
                 call.retire(live)
-        del contexts, rounds, context, finished  # what was scored is large, and the next forward needs as much
+        del (
+            contexts,
+            writing,
+            told,
+            rounds,
+            of_text,
+            context,
+            finished,
+        )  # what was scored is large, and the next forward needs as much
     if guarded.failure is None:
         schedule.finish()
     report.finish(call, time.perf_counter() - started, guarded.failure)
     guarded.keep_report(report)
     return report
+
+
+def _room(call: Call, target: Session, row: int) -> int:
+    """Drafted tokens that a row can still take in: one less than may follow, since the target adds one itself."""
+    text = call.texts[row]
+    return min(call.head.stopping.remaining(text) - 1, target.room(row, text))
 
 
 def open_call(
@@ -110,11 +129,16 @@ def open_call(
     texts = [Text(ids, None if mask is None else mask[row]) for row, ids in enumerate(input_ids)]
     vocab = model.config.get_text_config(decoder=True).vocab_size  # type: ignore[union-attr,operator]
     sampler = Sampler(not config.do_sample, row_seeds or _row_seeds(rows, config), vocab, verifier.draws)
-    stopping = Stopping(criteria, rows)
+    stopping = Stopping(criteria)
     longest = max(len(text) for text in texts)
     ahead = min(max(stopping.remaining(text) for text in texts), CAPACITY_AHEAD)
     capacity = -(-(longest + ahead + BUCKET) // BUCKET) * BUCKET
-    call = Call(model, Head(Processing(processors, rows), stopping, sampler), texts, capacity, sources)
+    head = Head(Processing(processors, rows), stopping, sampler)
+    together = None
+    if rows > 1 and (custom := names_of_custom_code(head.processing, stopping)):
+        check_rule(verifier, sampler.greedy, custom)
+        together = Together(head, input_ids, config)
+    call = Call(model, head, texts, capacity, sources, together)
     if past is not None:
         kept = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
         call.session(model).preload(past, texts, kept[:, : past.get_seq_length()])

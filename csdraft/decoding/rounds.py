@@ -10,6 +10,9 @@ from csdraft.decoding.session import Session
 
 __all__ = ["review", "run_round"]
 
+TARGET = 0
+"""The target's level number."""
+
 
 def run_round(
     contexts: Sequence[Context],
@@ -39,14 +42,24 @@ def review(
         level: the reviewer's level number.
         confidence: whether the emitted tokens' confidence will be read by somebody above.
     """
+    call, together = contexts[0].call, contexts[0].call.together if level == TARGET else None
+    if together is not None:
+        drafts = together.drafts(contexts, drafts)
     for context, draft in zip(contexts, drafts, strict=True):
         _check_continued(context.draft, draft)
     requests = [
         Request(c.row, c.text, d, (c.tip, *range(len(c.draft), len(d)))) for c, d in zip(contexts, drafts, strict=True)
     ]
+    views = reviewer.score(requests, head=call.head if level == TARGET else call.drafting)
+    if together is not None:
+        verdicts = together.verify(drafts, views)
+    else:
+        verdicts = [
+            verifier.verify(draft, scores, call.sampler, context.tip)
+            for context, draft, scores in zip(contexts, drafts, views, strict=True)
+        ]
     rounds = []
-    for context, draft, scores in zip(contexts, drafts, reviewer.score(requests), strict=True):
-        verdict = verifier.verify(draft, scores, reviewer.head.sampler, context.tip)
+    for context, draft, scores, verdict in zip(contexts, drafts, views, verdicts, strict=True):
         sure = _confidence(context, draft, scores, verdict) if confidence else None
         rounds.append(Round(context, draft, verdict, level, scores, sure))
     return rounds

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,14 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from csdraft.decoding.cache import SlotCache, encoder_decoder_cache
-from csdraft.decoding.cache_names import GENERATE_CACHE, cache_name
+from csdraft.decoding.traits import Span, traits_of
 
-__all__ = ["Feed", "Runner", "Sources", "home", "refusal"]
+__all__ = ["Feed", "NoCache", "Runner", "Sources", "home"]
 
-ATTENTION_KINDS = {"full_attention", "sliding_attention"}
-ENCODER_DECODERS = {"t5", "mt5"}
 SHORT = 64
 """A chain of so many nodes needs no mask of its own to be computed."""
+
+
+class NoCache(ValueError):
+    """A model has kept no keys and values of what it read."""
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Feed:
         end: one past the last slot in use, fed or cached.
         extra: per query, further slots it sees (its ancestors in a tree, itself); None if `sees` says all.
         elsewhere: (slot, position) pairs of cached nodes whose slot is not their position.
+        length: tokens of the row's text.
     """
 
     tokens: list[int]
@@ -53,35 +55,14 @@ class Feed:
     end: int
     extra: list[tuple[int, ...]] | None = None
     elsewhere: list[tuple[int, int]] = field(default_factory=list)
+    length: int = 0
 
-
-def refusal(model: nn.Module) -> str | None:
-    """Why a model cannot be decoded with drafts; None if it can."""
-    config: Any = model.config
-    name = f"{type(model).__name__} ({config.model_type})"
-    text = config.get_text_config(decoder=True)
-    kinds = set(getattr(text, "layer_types", None) or ()) - ATTENTION_KINDS
-    if getattr(model, "_is_stateful", False) or kinds:
-        what = f"layers of kind {', '.join(sorted(kinds))}" if kinds else "recurrent state"
-        return (
-            f"{name} has {what}, whose state cannot be rolled back when a draft is rejected; "
-            "csdraft decodes attention-only models (call generate without assistant=)"
-        )
-    if config.is_encoder_decoder and config.model_type not in ENCODER_DECODERS:
-        return f"{name} is an encoder-decoder outside {sorted(ENCODER_DECODERS)}; its positions cannot be set per row"
-    if not config.is_encoder_decoder and "position_ids" not in inspect.signature(model.forward).parameters:
-        return f"{name} takes no position_ids, which ragged rows and trees need (ALiBi models such as Bloom do not)"
-    if getattr(text, "alibi", False):
-        return f"{name} uses ALiBi, which is computed from slots instead of positions; use a rotary checkpoint"
-    if "mrope_section" in str(getattr(text, "rope_parameters", "")):
-        return f"{name} uses multi-dimensional rotary positions (M-RoPE), which are not supported yet"
-    implementation = text._attn_implementation
-    if implementation not in ("sdpa", "eager"):
-        return (
-            f"{name} runs attention by {implementation!r}, which takes no 4D mask; "
-            "call model.set_attn_implementation('sdpa') first"
-        )
-    return None
+    def only(self, queries: Sequence[int]) -> Feed:
+        """The same with these queries alone; they are in order."""
+        pick = lambda values: [values[query] for query in queries]  # noqa: E731 - five uses on two lines
+        extra = None if self.extra is None else pick(self.extra)
+        tokens, slots, positions, sees = map(pick, (self.tokens, self.slots, self.positions, self.sees))
+        return Feed(tokens, slots, positions, sees, self.end, extra, self.elsewhere, self.length)
 
 
 class Runner:
@@ -102,42 +83,45 @@ class Runner:
         if sources is not None and sources.attention_mask is not None:
             sources.attention_mask = sources.attention_mask.to(self.device)
         self.vocab = text.vocab_size
-        self.eager = text._attn_implementation == "eager"
-        self.window = getattr(text, "sliding_window", None)
-        kinds = set(getattr(text, "layer_types", None) or ())
-        self.kinds = kinds if "sliding_attention" in kinds else set()
-        if kinds and not self.kinds:
-            self.window = None
+        self.traits = traits_of(model)
         self.encoder_decoder = config.is_encoder_decoder
-        self.keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._cache_name = cache_name(model.forward) or GENERATE_CACHE
         layers = text.num_decoder_layers if self.encoder_decoder else text.num_hidden_layers
         self.cache = SlotCache(layers, capacity)
         self._lower = torch.ones(SHORT, SHORT, dtype=torch.bool, device=self.device).tril_()
         self._single = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-        self._plain = self.window is None and not self.eager and not self.kinds  # all layers see alike
+        self._plain = self.traits.sees_all and not self.traits.additive
         self._past = None
+        self._prompts = torch.zeros(rows, 2, dtype=torch.long, device=self.device)
         self._steps = torch.arange(capacity, device=self.device)
         self._seen = torch.ones(1, 1, 1, capacity, dtype=torch.bool, device=self.device)
         self.seconds, self.forwards, self.fed = 0.0, 0, 0
 
-    def forward(self, feeds: Sequence[Feed], keep: int, ids: Tensor | None = None) -> Tensor:
+    def forward(self, feeds: Sequence[Feed], keep: int, ids: Tensor | None = None, reach: int = 0) -> Tensor:
         """Feeds the rows, right-aligned; (rows, keep, vocab) logits of the last `keep` queries.
 
         Args:
             feeds: one a batch row, in batch order.
             keep: how many trailing queries need logits.
             ids: (rows, 1) tokens already on the device, instead of the feeds' own.
+            reach: a position that the model must see in this forward, as a masked query if no token stands there.
+
+        Raises:
+            NoCache: the model kept no keys and values.
         """
         started = time.perf_counter()
         self.forwards += 1
-        if len(feeds) == 1 and feeds[0].extra is None:
+        if len(feeds) == 1 and feeds[0].extra is None and feeds[0].positions[-1] >= reach:
             arguments = self._chain(feeds[0], ids)
         else:
-            arguments = self._ragged(feeds, ids)
-        if self.keeps_logits:
+            arguments = self._ragged(feeds, ids, reach)
+        if self.traits.keeps_logits:
             arguments["logits_to_keep"] = keep
         logits = self.model(**arguments, use_cache=True, return_dict=True).logits
+        if self.forwards == 1 and not self.cache.is_written:
+            raise NoCache(
+                f"{type(self.model).__name__} kept no keys and values of what it read, which drafted decoding goes on "
+                "from; if it is in training mode, call model.eval() first, otherwise leave assistant= out"
+            )
         if logits.shape[1] > keep:
             logits = logits[:, -keep:]
         self.seconds += time.perf_counter() - started
@@ -153,23 +137,21 @@ class Runner:
         if ids is None:  # one token needs no new tensor: every step of a drafter comes by here
             one = queries == 1
             ids = self._single.fill_(feed.tokens[0]) if one else torch.tensor([feed.tokens], device=self.device)
-        if start == 0 or (queries == 1 and self._plain):
+        if (start == 0 and not self.traits.cache_windows) or (queries == 1 and self._plain):
             return self._arguments(ids, positions, None)  # an ordinary prefill or step: the model masks it itself
         if queries == 1:
-            allowed = self._seen.narrow(3, 0, end)
+            allowed = self._seen.narrow(3, 0, end)[0]
         else:
-            allowed = torch.ones(queries, end, dtype=torch.bool, device=self.device)
-            allowed[:, start:] = self._lower[:queries, :queries] if queries <= SHORT else allowed[:, start:].tril()
-        windowed = None
-        if self.window is not None and end > self.window:
-            windowed = allowed & (self._steps[:end] > positions[..., None] - self.window)
-            windowed = windowed.view(1, 1, queries, end)
-        allowed = allowed.view(1, 1, queries, end)
-        return self._arguments(ids, positions, self._mask(allowed, allowed if windowed is None else windowed))
+            allowed = torch.ones(1, queries, end, dtype=torch.bool, device=self.device)
+            earlier = self._lower[:queries, :queries] if queries <= SHORT else allowed[0, :, start:].tril()
+            allowed[0, :, start:] = earlier
+        return self._arguments(ids, positions, self._masks(allowed, positions, self._steps[:end]))
 
-    def _ragged(self, feeds: Sequence[Feed], ids: Tensor | None) -> dict:
+    def _ragged(self, feeds: Sequence[Feed], ids: Tensor | None, reach: int = 0) -> dict:
         """Any rows and trees: per-row slots, a mask from (slot, position) pairs; short rows padded on the left."""
         queries = max(len(feed.tokens) for feed in feeds)
+        if reach and max(max(feed.positions) for feed in feeds) < reach:
+            queries += 1
         padded = any(len(feed.tokens) < queries for feed in feeds)
         end = max(feed.end for feed in feeds) + padded
         self._reserve(end)
@@ -180,7 +162,7 @@ class Runner:
                 (
                     [0] * pad + feed.tokens,
                     [feed.end] * pad + feed.slots,
-                    [0] * pad + feed.positions,
+                    [reach] * pad + feed.positions,
                     [0] * pad + feed.sees,
                 )
             )
@@ -195,20 +177,19 @@ class Runner:
             allowed.view(-1).index_fill_(0, torch.from_numpy(extra).to(self.device), True)
         shared = self._shared_range(feeds, queries)
         self.cache.place(shared if shared is not None else slots, min(f.slots[0] for f in feeds), end)
-        windowed, bias = allowed, None
-        if self.window is not None or self.encoder_decoder:
-            standing = steps.expand(len(feeds), end).clone()  # (rows, slots) -> position
+        standing, bias = steps.expand(len(feeds), end), None  # (rows, slots) -> position
+        if not self.traits.sees_all or self.encoder_decoder:
             odd = [(r, s, p) for r, feed in enumerate(feeds) for s, p in feed.elsewhere]
+            odd += [(r, feed.end, reach) for r, feed in enumerate(feeds) if len(feed.tokens) < queries]  # padding
             if odd:
+                standing = standing.clone()
                 rows, at, values = torch.tensor(odd, device=self.device).unbind(1)
                 standing[rows, at] = values
-            if self.window is not None:
-                windowed = allowed & (standing[:, None, :] > positions[..., None] - self.window)
-                windowed |= ~windowed.any(-1, keepdim=True) & allowed  # a padding query must see something
-            if self.encoder_decoder:
-                bias = self._position_bias(positions, standing)
-        mask = self._mask(allowed[:, None], windowed[:, None], bias)
-        return self._arguments(tokens if ids is None else ids, positions, mask)
+        if self.encoder_decoder:
+            bias = self._position_bias(positions, standing)
+        return self._arguments(
+            tokens if ids is None else ids, positions, self._masks(allowed, positions, standing, bias)
+        )
 
     def _shared_range(self, feeds: Sequence[Feed], queries: int) -> slice | None:
         """The one range that all rows write, if they do."""
@@ -217,16 +198,42 @@ class Runner:
             return slice(first[0], first[0] + queries)
         return None
 
-    def _mask(self, allowed: Tensor, windowed: Tensor, bias: Tensor | None = None) -> Tensor | dict[str, Tensor]:
-        """(rows, 1, queries, slots) bool -> what the model's attention takes: bool for sdpa, additive for eager."""
-        if bias is not None or self.eager:
-            allowed, same = self._additive(allowed), windowed is allowed
-            windowed = allowed if same else self._additive(windowed)
-            if bias is not None:
-                return allowed + bias
-        if self.kinds:
-            return {"full_attention": allowed, "sliding_attention": windowed}
-        return windowed if self.window is not None else allowed
+    def _masks(
+        self, allowed: Tensor, positions: Tensor, standing: Tensor, bias: Tensor | None = None
+    ) -> Tensor | dict[str | None, Tensor]:
+        """What the model's attention takes: True and False for sdpa, 0 and -inf for eager; a dict if it takes several.
+
+        Args:
+            allowed: (rows, queries, slots) bool, by order alone.
+            positions: (rows, queries) of the queries.
+            standing: (rows, slots) or (slots,) positions of the slots.
+            bias: (rows, heads, queries, slots) added to the scores.
+        """
+        made: dict[Span, Tensor] = {}
+        for window in self.traits.cache_windows:  # at most one: `refusals`
+            assert window is not None
+            allowed = self._in_cache(allowed, window, positions, standing)
+        for span in self.traits.spans.values():
+            if span not in made:
+                mask = _spanned(allowed, span, positions, standing)[:, None]  # (rows, 1, queries, slots)
+                mask = self._additive(mask) if bias is not None or self.traits.additive else mask
+                made[span] = mask if bias is None else mask + bias
+        masks = {key: made[span] for key, span in self.traits.spans.items()}
+        return masks.get(None, masks)
+
+    def _in_cache(self, allowed: Tensor, window: int, positions: Tensor, standing: Tensor) -> Tensor:
+        """(rows, queries, slots) bool: of what is allowed, what plain `generate` still has in its cache.
+
+        The prompt is read in one forward, before anything is dropped; each later token sees the last `window`.
+        """
+        prompts, kept = self._prompts[..., None].unbind(1)  # (rows, 1) each
+        first = torch.where(positions < prompts, kept, positions) - window  # (rows, queries)
+        near = allowed & (standing[..., None, :] > first[..., None])
+        return near | (~near.any(-1, keepdim=True) & allowed)  # a padding query must see something
+
+    def set_prompts(self, prompts: Sequence[int], kept: Sequence[int]) -> None:
+        """Says how long each row's prompt is, and how much of it a cache of the user's held."""
+        self._prompts = torch.tensor([prompts, kept], device=self.device).T
 
     def _additive(self, allowed: Tensor) -> Tensor:
         low = torch.finfo(self.dtype).min
@@ -247,13 +254,13 @@ class Runner:
         )
         return (wanted - given).to(self.dtype)
 
-    def _arguments(self, ids: Tensor, positions: Tensor, mask: Tensor | dict[str, Tensor] | None) -> dict:
+    def _arguments(self, ids: Tensor, positions: Tensor, mask: Tensor | dict[str | None, Tensor] | None) -> dict:
         if not self.encoder_decoder:
             return {
                 "input_ids": ids,
                 "position_ids": positions,
                 "attention_mask": mask,
-                self._cache_name: self.cache,
+                self.traits.cache_name: self.cache,
             }
         sources = self.sources
         assert sources is not None
@@ -264,7 +271,7 @@ class Runner:
             "attention_mask": sources.attention_mask,
             "decoder_input_ids": ids,
             "decoder_attention_mask": mask,
-            self._cache_name: self._past,
+            self.traits.cache_name: self._past,
         }
 
     def _reserve(self, end: int) -> None:
@@ -288,6 +295,7 @@ class Runner:
         """Drops all batch rows but `rows`."""
         self.cache.keep_rows(rows)
         self.rows = len(rows)
+        self._prompts = self._prompts[torch.tensor(rows, device=self.device)]
         if self.encoder_decoder and self.sources is not None:
             index = torch.tensor(rows, device=self.device)
             if self._past is not None:
@@ -297,6 +305,17 @@ class Runner:
             outputs = type(outputs)(last_hidden_state=outputs.last_hidden_state[index])  # type: ignore
             mask = None if sources.attention_mask is None else sources.attention_mask[index]
             self.sources = Sources(sources.input_ids, mask, outputs, sources.cross_cache)
+
+
+def _spanned(allowed: Tensor, span: Span, positions: Tensor, standing: Tensor) -> Tensor:
+    """(rows, queries, slots) bool: of what is allowed, what lies in the span of each query."""
+    if span.window is not None and standing.shape[-1] > span.window:
+        near = standing[..., None, :] > positions[..., None] - span.window
+    elif span.chunk is not None and standing.shape[-1] > span.chunk:
+        near = standing[..., None, :] // span.chunk == positions[..., None] // span.chunk
+    else:
+        return allowed
+    return allowed & near
 
 
 def _extra(feeds: Sequence[Feed], queries: int, end: int) -> np.ndarray:

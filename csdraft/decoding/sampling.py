@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from transformers.generation import logits_process as hf
 
-from csdraft.decoding.copies import row_copy
-
 __all__ = ["Processing", "Sampler"]
 
 MASK64 = (1 << 64) - 1
@@ -183,26 +181,10 @@ class Processing:
         self.text_blind = all(type(p) in TEXT_BLIND for p in self.processors)
         self.stateful = [p for p in self.processors if type(p) not in TEXT_BLIND + STATELESS]
         self.temperature = math.prod(p.temperature for p in self.processors if type(p) is hf.TemperatureLogitsWarper)
-        self._per_row = [self._for_row(row) for row in range(rows)] if rows > 1 and not self.text_blind else []
 
     def for_drafters(self) -> Processing:
         """The part that drafters may apply: the text-blind and the stateless ones of transformers."""
         return Processing([p for p in self.processors if type(p) in TEXT_BLIND + STATELESS], self.rows)
-
-    def _for_row(self, row: int) -> list:
-        """This row's own processors: a copy of everything that might keep state."""
-        own = []
-        for processor in self.processors:
-            if type(processor) is hf.PrefixConstrainedLogitsProcessor:
-                processor = _constrained_row(processor, row)
-            elif type(processor) not in TEXT_BLIND + STATELESS:
-                processor = row_copy(processor)
-            if type(processor) is hf.UnbatchedClassifierFreeGuidanceLogitsProcessor:
-                context = processor.unconditional_context
-                for key in ("input_ids", "attention_mask"):
-                    context[key] = None if context[key] is None else context[key][row : row + 1]
-            own.append(processor)
-        return own
 
     def all_at_once(self, logits: Tensor) -> Tensor:
         """(n, vocab) raw logits of any rows and positions -> processed; only when `text_blind`."""
@@ -217,18 +199,23 @@ class Processing:
         return scores
 
     def one(self, row: int, ids: Tensor, logits: Tensor) -> Tensor:
-        """(vocab,) raw logits after the text `ids` (1, length) of `row` -> processed."""
+        """(vocab,) raw logits after the text `ids` (1, length) of `row` -> processed.
+
+        Of a batch only what asks each row by itself comes here; for other processors see `together`.
+        """
         scores = logits.to(torch.float32, copy=True)[None]
-        for processor in self._per_row[row] if self._per_row else self.processors:
+        for processor in self.processors:
             if self.rows > 1 and type(processor) in BATCH_INDEXED:
                 wide = processor(ids.expand(self.rows, -1), scores.repeat(self.rows, 1))
                 scores = wide[row : row + 1]
+            elif self.rows > 1 and type(processor) is hf.PrefixConstrainedLogitsProcessor:
+                scores = _constrained(processor, row)(ids, scores)  # type: ignore[arg-type]
             else:
                 scores = processor(ids, scores)
         return scores[0]
 
 
-def _constrained_row(processor: hf.PrefixConstrainedLogitsProcessor, row: int) -> hf.PrefixConstrainedLogitsProcessor:
-    """The same constraint for one row: the user's function is told the row's own number."""
-    allowed = processor._prefix_allowed_tokens_fn
-    return hf.PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), num_beams=1)
+def _constrained(processor: hf.PrefixConstrainedLogitsProcessor, row: int) -> hf.PrefixConstrainedLogitsProcessor:
+    """The same constraint for one row: the user's function is told the number of the row's prompt."""
+    allowed, prompt = processor._prefix_allowed_tokens_fn, row // processor._num_beams
+    return hf.PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(prompt, ids), num_beams=1)

@@ -142,6 +142,10 @@ class Scores:
             self._processed[node] = self.head.processed(self.row, self.text, path, self.raw(node))
         return self._processed[node]
 
+    def note(self, node: int, scores: Tensor) -> None:
+        """Takes (vocab,) scores after `node` that were processed elsewhere."""
+        self._processed[node] = scores
+
     def choice(self, node: int) -> int:
         if self.choices is not None:
             return self.choices[self._index(node)]
@@ -173,7 +177,7 @@ class Scores:
 
     def ends(self, node: int, token: int) -> bool:
         stopping = self.head.stopping
-        if not stopping.others and stopping.max_length is None:
+        if stopping.by_token:
             return token in stopping.eos
         chosen_from = lambda: [self.processed(above) for above in (ROOT, *self.draft.path(node))]  # noqa: E731
         return stopping.ends(self.row, self.text, self.path(node), token, chosen_from)

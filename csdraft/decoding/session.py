@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from csdraft.decoding.cache import cross_attention_cache, import_cache
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Request
+from csdraft.decoding.rotary import RotaryFactors
 from csdraft.decoding.runner import Feed, Runner, Sources
 from csdraft.decoding.scores import Head, Scores
 from csdraft.decoding.text import Text
@@ -26,6 +27,7 @@ class Reading:
     read: int = 0
     draft: Draft = Draft()
     slots: list[int] = field(default_factory=list)
+    long: bool = False  # whether its first token was read with the rotary factors for long texts
 
 
 class Session:
@@ -37,16 +39,30 @@ class Session:
 
     Args:
         model: a causal LM or T5-like model.
-        head: how its logits become tokens.
+        head: how its logits become tokens, unless `score` is told otherwise.
         rows: batch size.
         capacity: slots to reserve a row.
         sources: the encoder's inputs of an encoder-decoder model.
         vocab: width that logits are cut or padded (with -inf) to; the target's.
+        texts: one a row; needed by models whose rotary factors depend on the length of the longest.
     """
 
-    def __init__(self, model: nn.Module, head: Head, rows: int, capacity: int, sources: Sources | None, vocab: int):
+    def __init__(
+        self,
+        model: nn.Module,
+        head: Head,
+        rows: int,
+        capacity: int,
+        sources: Sources | None,
+        vocab: int,
+        texts: Sequence[Text] = (),
+    ):
         self.model, self.head, self.vocab = model, head, vocab
         self.runner = Runner(model, rows, capacity, sources)
+        switch = self.runner.traits.switch
+        self.factors = RotaryFactors(switch, texts) if switch and texts and not switch.every_token else None
+        if texts:
+            self.runner.set_prompts([text.prompt_length for text in texts], [0] * rows)
         self._batch = list(range(rows))  # which row each batch index of the cache holds
         self._readings = {row: Reading() for row in range(rows)}
         self.pinned = False  # whether ended rows must stay, since the cache will be handed out
@@ -70,6 +86,24 @@ class Session:
             reading = self._readings[row]
             reading.text, reading.read = text, min(int(kept[row].sum()), len(text) - 1)
             self.imported += reading.read
+            if self.factors is not None:
+                reading.long = self.factors.kept_are_long(row, len(text), kept.shape[1])
+        self.runner.set_prompts(
+            [text.prompt_length for text in texts], [self._readings[row].read for row in range(len(texts))]
+        )
+
+    @property
+    def positions(self) -> int:
+        """How many positions the model can stand on; a large number if there is no limit.
+
+        Rotary models have none: past their training length they draft worse, which schedules notice.
+        """
+        return self.runner.traits.positions or 1 << 30
+
+    def room(self, row: int, text: Text) -> int:
+        """How many drafted tokens may follow `text`, so that one forward can read both."""
+        room = max(self.positions - len(text), 0)
+        return room if self.factors is None else min(room, self.factors.room(row, len(text)))
 
     def unread(self, row: int, text: Text) -> int:
         """Tokens of `text` that the model has not read yet: the price of asking it anything."""
@@ -108,12 +142,14 @@ class Session:
         self.runner.keep_rows(places)
         self._batch = list(live)
 
-    def score(self, requests: Sequence[Request], choose: bool = True) -> list[Scores]:
+    def score(self, requests: Sequence[Request], choose: bool = True, head: Head | None = None) -> list[Scores]:
         """The logits after the wanted nodes of each request, from one forward of the whole batch.
 
         Args:
             choose: whether somebody will ask for the choices along a branch, so that they may be made beforehand.
+            head: how logits become tokens; the session's own way if None.
         """
+        head = head or self.head
         plans, queries = {}, {}
         for request in requests:
             plans[request.row], queries[request.row] = self.plan(request)
@@ -126,9 +162,9 @@ class Session:
             at = [query - before for query in queries[request.row]]  # a batch is aligned at the end
             views.append(rows[at[0] : at[-1] + 1] if at == list(range(at[0], at[-1] + 1)) else rows[at])
         chains = all(request.draft.is_chain for request in requests)
-        choices = self._choose(views, chains) if choose else [None] * len(requests)
+        choices = self._choose(views, chains, head) if choose else [None] * len(requests)
         return [
-            Scores(self.head, request.row, request.text, request.draft, after, rows, chosen)
+            Scores(head, request.row, request.text, request.draft, after, rows, chosen)
             for request, after, rows, chosen in zip(requests, wanted, views, choices, strict=True)
         ]
 
@@ -136,9 +172,8 @@ class Session:
     def _wanted(request: Request) -> Sequence[int]:
         return range(ROOT, len(request.draft)) if request.after is None else request.after
 
-    def _choose(self, views: Sequence[Tensor], chains: bool) -> list[list[int] | None]:
+    def _choose(self, views: Sequence[Tensor], chains: bool, head: Head) -> list[list[int] | None]:
         """All choices of the batch at once, where that is the cheaper way: of a tree most are never asked for."""
-        head = self.head
         on_host = self.runner.device.type == "cpu"
         if not (head.processing.text_blind and head.sampler.greedy) or (on_host and not chains):
             return [None] * len(views)
@@ -155,14 +190,15 @@ class Session:
         if reading.text is not text:
             self._restart(reading, text)
         length = len(text)
+        self._check_factors(request.row, reading, length)
         old, nodes = len(reading.draft), self._wanted(request)
         wanted = set(nodes)
         if old and reading.read == length and draft.goes_on(reading.draft) and min(nodes) >= old:  # a tree that grows
-            feed = Feed([], [], [], [], length)
+            feed = Feed([], [], [], [], length, length=length)
             self._feed_nodes(reading, draft, range(old, len(draft)), feed)
             return feed, [node - old for node in nodes]
         cached, root = self._advance(request.row, reading)
-        feed = Feed([], [], [], [], length)
+        feed = Feed([], [], [], [], length, length=length)
         first = min(reading.read, length - 1) if ROOT in wanted else reading.read
         self.rolled_back += reading.read - first
         for position in range(first, length):
@@ -244,6 +280,15 @@ class Session:
             seen[node] = (*seen[parent], slots[node])
         feed.extra = [()] * texts + [seen[node] for node in nodes]
 
+    def _check_factors(self, row: int, reading: Reading, length: int) -> None:
+        """Forgets a text that the model must read again, since other rotary factors apply to all of it now."""
+        if self.factors is None:
+            return
+        long = self.factors.long(row, 0, length)
+        if long != reading.long:
+            self.rolled_back += reading.read + len(reading.draft)
+            reading.read, reading.draft, reading.slots, reading.long = 0, Draft(), [], long
+
     def _restart(self, reading: Reading, text: Text) -> None:
         """Another text in this row: keep what both have in common."""
         common = 0
@@ -287,19 +332,43 @@ class Session:
         return below, tip
 
     def forward(self, plans: dict[int, Feed], keep: int, ids: Tensor | None = None) -> Tensor:
+        """(rows, keep, vocab) logits of the last `keep` queries of each row.
+
+        One forward; two where rotary factors change between the queries, those for short texts first.
+
+        Args:
+            plans: what each row feeds, by row; of the others nothing is read.
+            keep: how many trailing queries need logits.
+            ids: (rows, 1) tokens already on the device, instead of the plans' own.
+        """
+        if self.factors is None:
+            return self._forward(plans, keep, ids)
+        short, long = (self.factors.part(plans, long) for long in (False, True))
+        reach = self.factors.switch.length
+        if ids is not None or not (short and long):  # as nearly always
+            return self._forward(plans, keep, ids, reach if long else 0)
+        parts = [(short, self._forward(short, keep)), (long, self._forward(long, keep, None, reach))]
+        logits = parts[0][1].new_zeros(len(self._batch), keep, self.vocab)
+        for row in plans:
+            own = [found[self.place(row), -len(part[row].tokens) :] for part, found in parts if row in part]
+            joined = torch.cat(own)[-keep:]
+            logits[self.place(row), -len(joined) :] = joined
+        return logits
+
+    def _forward(self, plans: dict[int, Feed], keep: int, ids: Tensor | None = None, reach: int = 0) -> Tensor:
         feeds = []
         for row in self._batch:
             plan = plans.get(row)
             if plan is None:  # a row nobody asked about: one masked token in a slot of no use
                 reading = self._readings[row]
                 free = max([reading.read, *(slot + 1 for slot in reading.slots)])
-                feeds.append(Feed([0], [free], [0], [0], free + 1, extra=[(free,)]))
+                feeds.append(Feed([0], [free], [0], [0], free + 1, [(free,)], [(free, 0)]))
             else:
                 self.runner.fed += len(plan.tokens)
                 if self.runner.vocab < self.vocab:  # padding rows that only the target's vocabulary has
                     plan.tokens = [min(token, self.runner.vocab - 1) for token in plan.tokens]
                 feeds.append(plan)
-        logits = self.runner.forward(feeds, keep, ids)
+        logits = self.runner.forward(feeds, keep, ids, reach)
         if logits.shape[-1] > self.vocab:
             logits = logits[..., : self.vocab]
         elif logits.shape[-1] < self.vocab:
@@ -320,10 +389,9 @@ class Session:
         slot, position = slots[-1] + 1 if slots else reading.read, reading.read + len(slots)
         slots.append(slot)
         if slot == position:
-            return Feed([token], [slot], [position], [slot + 1], slot + 1)
-        feed = Feed([token], [slot], [position], [reading.read], slot + 1, [tuple(slots)])  # behind a gap
-        feed.elsewhere = [(s, reading.read + i) for i, s in enumerate(slots)]
-        return feed
+            return Feed([token], [slot], [position], [slot + 1], slot + 1, length=reading.read)
+        standing = [(s, reading.read + i) for i, s in enumerate(slots)]  # behind a gap
+        return Feed([token], [slot], [position], [reading.read], slot + 1, [tuple(slots)], standing, reading.read)
 
     def appended(self, row: int, tokens: Sequence[int]) -> None:
         """Says which tokens the last appended ones were."""

@@ -10,16 +10,16 @@ from transformers.generation.stopping_criteria import (
     MaxLengthCriteria,
     MaxTimeCriteria,
     StoppingCriteria,
+    StoppingCriteriaList,
     StopStringCriteria,
 )
 
-from csdraft.decoding.copies import row_copy
 from csdraft.decoding.text import Text
 
 __all__ = ["Stopping"]
 
-STATELESS = (MaxTimeCriteria, StopStringCriteria)
-"""Criteria that all rows may share."""
+KNOWN = (MaxTimeCriteria, StopStringCriteria)
+"""Criteria that ask each row by itself and keep no state."""
 
 
 class Stopping:
@@ -27,33 +27,42 @@ class Stopping:
 
     Args:
         criteria: what `generate` prepared.
-        rows: batch size; criteria that may keep state get one copy a row.
 
     Attributes:
+        max_length: of a row with its padding; None for no limit.
+        eos: tokens that end a text.
+        pads: whether an ended row is filled up with padding while others go on; without a criterion for end-of-text
+            tokens plain `generate` lets it write on.
+        known, custom: the other criteria, those of transformers that ask each row by itself, and all that are left.
         kept: per row the (vocab,) processed scores of its tokens so far, which criteria see if they are returned.
     """
 
-    def __init__(self, criteria: Sequence[StoppingCriteria], rows: int):
+    def __init__(self, criteria: Sequence[StoppingCriteria]):
+        self.criteria = StoppingCriteriaList(criteria)
         self.max_length: int | None = None
         self.eos: frozenset[int] = frozenset()
-        others = []
+        self.known: list[StoppingCriteria] = []
+        self.custom: list[StoppingCriteria] = []
         for criterion in criteria:
             if type(criterion) is MaxLengthCriteria:
                 self.max_length = min(self.max_length or criterion.max_length, criterion.max_length)
             elif type(criterion) is EosTokenCriteria:
                 self.eos |= frozenset(criterion.eos_token_id.tolist())
             else:
-                others.append(criterion)
-        self.others: list[list[StoppingCriteria]] = [others] if others else []
-        for _ in range(rows - 1 if others else 0):
-            self.others.append([c if type(c) in STATELESS else row_copy(c) for c in others])
+                (self.known if type(criterion) in KNOWN else self.custom).append(criterion)
+        self.pads = any("eos_token_id" in dir(criterion) for criterion in criteria)  # as plain `generate` decides
         self.kept: list[list[Tensor]] | None = None
 
     def for_drafters(self) -> Stopping:
         """End-of-text tokens only: a drafter need not know more to stop in time."""
-        inner = Stopping([], 1)
+        inner = Stopping([])
         inner.eos = self.eos
         return inner
+
+    @property
+    def by_token(self) -> bool:
+        """Whether the last token alone says that a text has ended."""
+        return not self.known and not self.custom and self.max_length is None
 
     def remaining(self, text: Text) -> int:
         """Tokens that may still follow `text`, at least one; a large number if there is no limit."""
@@ -68,12 +77,16 @@ class Stopping:
             scores: makes the (vocab,) processed scores that `path` and `token` were chosen from.
         """
         ended = token in self.eos or self.remaining(text) - len(path) <= 1
-        if not self.others:
+        if not self.known and not self.custom:
             return ended
         ids, seen = text.padded([*path, token]), None
         if self.kept is not None and scores is not None:
             seen = tuple(step[None] for step in [*self.kept[row], *scores()])
-        for criterion in self.others[row]:
+        for criterion in (*self.known, *self.custom):
             answer = criterion(ids, seen)  # type: ignore[arg-type]
             ended |= bool(answer.any() if isinstance(answer, Tensor) else answer)
         return ended
+
+    def ended(self, ids: Tensor, scores: tuple[Tensor, ...] | None) -> Tensor:
+        """(rows,) bool on the host: which rows of (rows, length) `ids` have ended, as plain `generate` asks."""
+        return self.criteria(ids, scores).cpu()  # type: ignore[arg-type]

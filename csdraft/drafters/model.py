@@ -21,8 +21,9 @@ from csdraft.decoding.draft import Draft
 from csdraft.decoding.grow import grow
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Tree
 from csdraft.decoding.names import name_of
+from csdraft.decoding.refusals import refusal
 from csdraft.decoding.roll import roll
-from csdraft.decoding.runner import refusal
+from csdraft.decoding.traits import unwrapped
 from csdraft.heads.self_draft import SELF_DRAFT, SelfDraft, read_document
 
 __all__ = ["ModelDrafter"]
@@ -77,13 +78,13 @@ class ModelDrafter(Drafter):
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
         call = contexts[0].call
-        limit = context_length(self.network)
+        session, level = call.session(self.network), call.level(self.network)
+        limit = session.positions  # past it the model stops drafting, and decoding goes on
         steps = [
             min(b.depth, b.room, limit - len(c.text) - len(c.path)) for c, b in zip(contexts, budgets, strict=True)
         ]
         if all(wanted <= 0 for wanted in steps):
             return [c.draft for c in contexts]
-        session, level = call.session(self.network), call.level(self.network)
         confidence = any(b.confidence for b in budgets)
         if self.tree is not None:
             return grow(session, self.tree, contexts, steps, level, confidence)
@@ -118,9 +119,10 @@ def load_model(path: str, **options: Any) -> nn.Module:
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT wrapper (its adapters stay active); any other model unchanged."""
+    """The transformers model inside wrappers: torch.compile's, data parallelism's, PEFT's (adapters stay active)."""
+    model = unwrapped(model)
     inner = getattr(model, "get_base_model", None)
-    return inner() if inner is not None else model
+    return unwrapped(inner()) if inner is not None else model
 
 
 def bound(drafter: Any, target: nn.Module, seen: dict[int, Any] | None = None) -> Any:
@@ -149,17 +151,6 @@ def bound(drafter: Any, target: nn.Module, seen: dict[int, Any] | None = None) -
         for name, value in changed.items():
             object.__setattr__(twin, name, value)
     return seen[id(drafter)]
-
-
-def context_length(model: nn.Module) -> int:
-    """Positions the model can stand on; past them it stops drafting and decoding goes on.
-
-    Rotary models have no end: past their training length they draft worse, which schedules notice by themselves.
-    """
-    config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr]
-    rotary = getattr(config, "rope_parameters", None) is not None
-    limit = None if rotary else getattr(config, "max_position_embeddings", None)
-    return limit or 1 << 30
 
 
 def check_reviewer(model: nn.Module, call: Call) -> None:

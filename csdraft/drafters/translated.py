@@ -102,7 +102,7 @@ class Translated(Drafter):
     def _open(self, call: Call) -> Call:
         models: list[Any] = self.drafter.models()
         vocab = models[0].config.get_text_config(decoder=True).vocab_size if models else self.own.size
-        stopping = Stopping([], call.rows)
+        stopping = Stopping([])
         stopping.eos = self.own.eos
         head = Head(Processing([], call.rows), stopping, Sampler(True, [0] * call.rows, vocab))
         texts = [Text(torch.tensor(self.own.opening, dtype=torch.long)) for _ in range(call.rows)]

@@ -21,7 +21,7 @@ from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, ScoresV
 from csdraft.decoding.rounds import run_round
 from csdraft.decoding.sampling import Sampler
 from csdraft.drafters._parts import check_parts
-from csdraft.drafters.model import base_model, check_reviewer, context_length, load_model
+from csdraft.drafters.model import base_model, check_reviewer, load_model
 from csdraft.verifiers.lenient import Lenient
 from csdraft.verifiers.rejection import Rejection
 from csdraft.verifiers.spec_hub import SpecHub
@@ -105,7 +105,8 @@ class Vertical(Drafter):
 
     def _positions_left(self, context: Context) -> int:
         """Tokens it can still hand up before its context is full: the last one is never fed."""
-        return context_length(self.reviewer) - len(context.text) - len(context.path)  # type: ignore[arg-type]
+        session = context.call.session(self.reviewer)  # type: ignore[arg-type]
+        return session.positions - len(context.text) - len(context.path)
 
 
 @dataclass(frozen=True)

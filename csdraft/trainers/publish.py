@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from dataclasses import fields
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,7 +57,7 @@ def provenance(trainer: DrafterTrainer) -> dict[str, Any]:
     if args.load_best_model_at_end and trainer.state.best_global_step is not None:
         measured = [entry for entry in measured if entry.get("step") == trainer.state.best_global_step]
     return {
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command(),
         "versions": {"python": platform.python_version()} | _versions(),
         "target": {"name": public_name(target), "revision": getattr(target.config, "_commit_hash", None)},

@@ -20,7 +20,7 @@ VOCAB = 50
 
 def head() -> Head:
     processing = Processing(LogitsProcessorList([TemperatureLogitsWarper(0.5)]), 3)
-    return Head(processing, Stopping([], 3), Sampler(True, [0] * 3, VOCAB))
+    return Head(processing, Stopping([]), Sampler(True, [0] * 3, VOCAB))
 
 
 @pytest.fixture

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
+from csdraft.decoding import runner
 from csdraft.decoding.cache import SlotCache
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.runner import Feed, Runner
@@ -87,9 +88,9 @@ def padding_over_cached_slots(patch: pytest.MonkeyPatch) -> None:
             feed, tokens=tokens, slots=[slot] * pad + feed.slots, positions=positions, sees=sees, extra=extra, end=end
         )
 
-    def mutant(self: Runner, feeds: Sequence[Feed], ids: Tensor | None) -> dict:
+    def mutant(self: Runner, feeds: Sequence[Feed], *others: Any) -> dict:
         queries = max(len(feed.tokens) for feed in feeds)
-        return ragged(self, [padded(feed, queries) for feed in feeds], ids)
+        return ragged(self, [padded(feed, queries) for feed in feeds], *others)
 
     patch.setattr(Runner, "_ragged", mutant)
 
@@ -98,19 +99,13 @@ def window_by_slot(patch: pytest.MonkeyPatch) -> None:
     """A sliding window is measured in slots, not positions."""
     ragged = Runner._ragged
     patch.setattr(
-        Runner, "_ragged", lambda self, feeds, ids: ragged(self, [replace(f, elsewhere=[]) for f in feeds], ids)
+        Runner, "_ragged", lambda self, feeds, *more: ragged(self, [replace(f, elsewhere=[]) for f in feeds], *more)
     )
 
 
 def no_window(patch: pytest.MonkeyPatch) -> None:
     """A sliding window is forgotten."""
-    start = Runner.__init__
-
-    def unwindowed(self, *args):
-        start(self, *args)
-        self.window = None
-
-    patch.setattr(Runner, "__init__", unwindowed)
+    patch.setattr(runner, "_spanned", lambda allowed, *spans: allowed)
 
 
 def no_position_bias(patch: pytest.MonkeyPatch) -> None:

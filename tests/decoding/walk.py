@@ -33,7 +33,7 @@ def open_session(model: nn.Module, rows: int) -> Session:
         inputs = tiny.inputs_of("t5", rows)
         with torch.no_grad():
             sources = Sources(*inputs.values(), model.get_encoder()(**inputs))
-    head = Head(Processing([], rows), Stopping([], rows), Sampler(True, [0] * rows, tiny.VOCAB))
+    head = Head(Processing([], rows), Stopping([]), Sampler(True, [0] * rows, tiny.VOCAB))
     return Session(model, head, rows, 64, sources, tiny.VOCAB)
 
 

@@ -1,0 +1,184 @@
+"""What a model's own code does with masks, positions and its cache, as far as decoding with drafts depends on it.
+
+A config field says little: `sliding_window` in the config of a model whose code never makes such a mask does nothing.
+So the code is asked: which masks its decoder's file makes, and what its functions take.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from csdraft.decoding.cache import windows_of_cache
+from csdraft.decoding.cache_names import GENERATE_CACHE, cache_name
+
+__all__ = ["Span", "Switch", "Traits", "decoder_of", "traits_of", "unwrapped"]
+
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
+
+
+@dataclass(frozen=True)
+class Span:
+    """How far back a query sees in one kind of layer, itself included.
+
+    Attributes:
+        window: so many tokens; None for all.
+        chunk: the tokens of its own chunk, where chunks of so many tokens follow one another; None for all.
+    """
+
+    window: int | None = None
+    chunk: int | None = None
+
+
+@dataclass(frozen=True)
+class Switch:
+    """A text length at which a model's rotary factors change, for all positions of a forward at once.
+
+    Attributes:
+        length: the longest text that is read with the factors for short texts.
+        rereads: whether plain `generate` drops its cache there and reads the whole text again.
+        every_token: whether each length past it has factors of its own (dynamic NTK).
+    """
+
+    length: int
+    rereads: bool = False
+    every_token: bool = False
+
+
+@dataclass(frozen=True)
+class Traits:
+    """Of one model.
+
+    Attributes:
+        cache_name: the forward's argument for the KV cache.
+        keeps_logits: whether the forward takes `logits_to_keep`.
+        additive: whether attention adds its mask to the scores (eager) instead of taking True and False.
+        spans: what each mask lets a query see, by the key of the dict of masks that the forward takes; one entry with
+            the key None where it takes one mask.
+        cache_windows: how many of the last tokens plain `generate`'s cache keeps of a layer, though no mask of the
+            model's says so (a field that its code ignores): they bind the tokens that are read after the prompt.
+            Empty if it keeps all.
+        positions: how many positions it has an embedding for; None for no limit (rotary and relative ones).
+        switch: where its rotary factors change, if they do.
+    """
+
+    cache_name: str
+    keeps_logits: bool
+    additive: bool
+    spans: Mapping[str | None, Span]
+    cache_windows: frozenset[int | None]
+    positions: int | None
+    switch: Switch | None
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether every layer sees all earlier tokens."""
+        return not self.cache_windows and all(span == Span() for span in self.spans.values())
+
+    @property
+    def longest_span(self) -> int:
+        """The largest window or chunk; 0 if there is none."""
+        return max((span.window or span.chunk or 0 for span in self.spans.values()), default=0)
+
+
+def traits_of(model: nn.Module) -> Traits:
+    """The traits of a causal LM, a vision-language model with text alone, or a T5-like model."""
+    config: Any = model.config
+    text = config.get_text_config(decoder=True)
+    code = _code_of(type(decoder_of(model)))
+    rotary = code.rotary or config.is_encoder_decoder
+    return Traits(
+        cache_name(model.forward) or GENERATE_CACHE,
+        "logits_to_keep" in inspect.signature(model.forward).parameters,
+        text._attn_implementation == "eager",
+        _spans(text, code),
+        _cache_windows(text, code),
+        None if rotary else getattr(text, "max_position_embeddings", None),
+        _switch(model, text) if code.rotary else None,
+    )
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The module that reads tokens and makes the masks: the one that holds the token embedding."""
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    return next(m for m in model.modules() if any(child is embedding for child in m.children()))
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside what `torch.compile` or data parallelism has put around it."""
+    while True:
+        if "_orig_mod" in model._modules:  # torch.compile's wrapper, whose class is costly to import
+            model = model._modules["_orig_mod"]  # type: ignore[assignment]
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+@dataclass(frozen=True)
+class Code:
+    """What a decoder's file does: masks it can make, whether its forward takes several, whether it rotates."""
+
+    windows: bool
+    chunks: bool
+    several: bool
+    rotary: bool
+
+
+@cache
+def _code_of(decoder: type) -> Code:
+    names = vars(sys.modules[decoder.__module__])
+    try:
+        source = inspect.getsource(decoder)
+    except (OSError, TypeError):  # made at run time: nothing to read
+        source = ""
+    return Code(
+        "create_sliding_window_causal_mask" in names,
+        "create_chunked_causal_mask" in names,
+        "dict)" in source,
+        any("Rotary" in name for name in names),
+    )
+
+
+def _spans(text: Any, code: Code) -> dict[str | None, Span]:
+    window = getattr(text, "sliding_window", None) if code.windows else None
+    chunk = getattr(text, "attention_chunk_size", None) if code.chunks else None
+    known = {FULL: Span(), SLIDING: Span(window=window), CHUNKED: Span(chunk=chunk)}
+    kinds = set(getattr(text, "layer_types", None) or ()) & known.keys()
+    if code.several and kinds - {FULL}:
+        return {kind: known[kind] for kind in sorted(kinds | {FULL})}
+    if code.several and kinds:  # full layers alone: one mask serves them
+        return {None: Span()}
+    return {None: Span(window=window)}
+
+
+def _cache_windows(text: Any, code: Code) -> frozenset[int | None]:
+    fields = ("sliding_window", "attention_chunk_size", "layer_types")
+    if code.windows or code.chunks or all(getattr(text, name, None) is None for name in fields):
+        return frozenset()
+    windows = windows_of_cache(text)
+    return frozenset() if windows == {None} else frozenset(windows)
+
+
+def _switch(model: nn.Module, text: Any) -> Switch | None:
+    parameters = getattr(text, "rope_parameters", None) or {}
+    if "rope_type" not in parameters:  # one set a kind of layer
+        parameters = next((p for p in parameters.values() if isinstance(p, Mapping) and _changes(p)), {})
+    if not _changes(parameters):
+        return None
+    if parameters["rope_type"] == "longrope":
+        preparing = inspect.getsource(type(model).prepare_inputs_for_generation)  # type: ignore[attr-defined]
+        length = parameters.get("original_max_position_embeddings") or text.original_max_position_embeddings
+        return Switch(length, rereads="original_max_position_embeddings" in preparing)
+    return Switch(text.max_position_embeddings, every_token=True)
+
+
+def _changes(parameters: Mapping[str, Any]) -> bool:
+    kind = parameters.get("rope_type", "default")
+    return kind == "longrope" or "dynamic" in kind

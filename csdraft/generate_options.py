@@ -1,0 +1,147 @@
+"""What becomes of each option of `generate` under `assistant=`: carried, without effect, or refused by its name.
+
+Options reach csdraft in two ways: through processors and criteria, which `generate` has made of them, and through the
+generation config. An option that is in none of the lists here is one of a newer transformers: set, it is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import GenerationConfig, __version__
+from transformers.generation.configuration_utils import GenerationMode
+
+__all__ = ["CARRIED", "REFUSED", "WITHOUT_EFFECT", "check_early", "check_options", "effective"]
+
+
+def _names(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
+CARRIED = _names(
+    # processors
+    "bad_words_ids begin_suppress_tokens encoder_no_repeat_ngram_size encoder_repetition_penalty epsilon_cutoff "
+    "eta_cutoff exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id guidance_scale min_length "
+    "min_new_tokens min_p no_repeat_ngram_size remove_invalid_values renormalize_logits repetition_penalty "
+    "sequence_bias suppress_tokens temperature top_h top_k top_p typical_p watermarking_config "
+    # criteria
+    "eos_token_id max_length max_new_tokens max_time stop_strings "
+    # the call
+    "bos_token_id decoder_start_token_id do_sample num_return_sequences output_logits output_scores pad_token_id "
+    "return_dict_in_generate"
+)
+"""Heeded as plain `generate` does."""
+
+WITHOUT_EFFECT = _names(
+    # of transformers' own drafting, which only another option or an assistant_model turns on
+    "assistant_confidence_threshold assistant_ensemble_weight assistant_lookbehind is_assistant "
+    "max_matching_ngram_size num_assistant_tokens num_assistant_tokens_schedule speculation_type target_lookbehind "
+    # of beams and contrastive search
+    "diversity_penalty early_stopping length_penalty low_memory num_beam_groups "
+    # of how plain generate reads, where csdraft has ways of its own
+    "compile_config continuous_batching_config disable_compile max_cache_len prefill_chunk_size "
+    "_from_model_config transformers_version"
+)
+"""They change no text that csdraft writes."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """An option that asks for what csdraft does not do.
+
+    Attributes:
+        neutral: values that ask for nothing.
+        reason: what it asks for.
+    """
+
+    neutral: tuple[Any, ...]
+    reason: str
+
+
+OTHER_DRAFTING = "asks transformers to draft, and assistant= is another way to draft"
+OTHER_SEARCH = "asks for another search than csdraft reproduces, which is greedy search and sampling"
+NOT_KEPT = "asks for what drafted decoding does not keep"
+REFUSED = {
+    "use_mtp": Refused((None, False), OTHER_DRAFTING),
+    "prompt_lookup_num_tokens": Refused((None,), OTHER_DRAFTING),
+    "assistant_early_exit": Refused((None,), OTHER_DRAFTING),
+    "num_beams": Refused((None, 1), OTHER_SEARCH),
+    "penalty_alpha": Refused((None, 0, 0.0), OTHER_SEARCH),
+    "dola_layers": Refused((None,), OTHER_SEARCH),
+    "constraints": Refused((None,), OTHER_SEARCH),
+    "force_words_ids": Refused((None,), OTHER_SEARCH),
+    "token_healing": Refused(
+        (None, False),
+        "needs the tokenizer, which transformers does not pass on: call model.heal_tokens(input_ids, tokenizer) first",
+    ),
+    "use_cache": Refused((None, True), "leaves nothing to speed up: csdraft keeps its own KV cache"),
+    "output_attentions": Refused((None, False), NOT_KEPT),
+    "output_hidden_states": Refused((None, False), NOT_KEPT),
+    "cache_implementation": Refused(
+        (None, "dynamic", "hybrid"), "asks for another cache: csdraft brings its own preallocated one"
+    ),
+    "cache_config": Refused((None,), "is of another cache: csdraft brings its own preallocated one"),
+}
+"""Refused unless neutral."""
+
+
+PLAIN = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+BEFORE_DECODING = (
+    "use_mtp",
+    "prompt_lookup_num_tokens",
+    "assistant_early_exit",
+    "token_healing",
+    "cache_implementation",
+    "cache_config",
+)
+"""Refused options that `generate` acts upon before any decoding begins."""
+
+
+def check_early(keywords: Mapping[str, Any], config: GenerationConfig | None, own: GenerationConfig) -> None:
+    """Raises ValueError for an option on which `generate` itself would fail, for a reason that is not the true one.
+
+    Args:
+        keywords: of the call.
+        config: the generation config that was passed, if any.
+        own: the model's.
+    """
+    for name in BEFORE_DECODING:
+        _check(name, effective(name, keywords, config, own))
+
+
+def check_options(config: GenerationConfig) -> None:
+    """Raises ValueError for an option that cannot be heeded, by its name.
+
+    Args:
+        config: the options of a call, those of the model's own generation config filled in.
+    """
+    for name in REFUSED:
+        ours = REFUSED[name].reason == OTHER_SEARCH and config.get_generation_mode() in PLAIN
+        if not ours:  # penalty_alpha, say, is no search of its own without a top_k
+            _check(name, getattr(config, name, None))
+    for name in vars(GenerationConfig()).keys() - (CARRIED | WITHOUT_EFFECT | REFUSED.keys()):
+        if (value := getattr(config, name, None)) not in (None, False):
+            raise ValueError(
+                f"{name}={value!r} is an option of transformers {__version__} that this csdraft does not know, so "
+                f"that the text might differ; {_way_out(name)}"
+            )
+
+
+def effective(name: str, keywords: Mapping[str, Any], config: GenerationConfig | None, own: GenerationConfig) -> Any:
+    """The value of an option of a call: the keyword's, the given config's, or that of the model's own config."""
+    for value in (keywords.get(name), getattr(config, name, None), getattr(own, name, None)):
+        if value is not None:
+            return value
+    return None
+
+
+def _check(name: str, value: Any) -> None:
+    refused = REFUSED[name]
+    if not any(value is neutral or value == neutral for neutral in refused.neutral):
+        raise ValueError(f"{name}={value!r} {refused.reason}; {_way_out(name)}")
+
+
+def _way_out(name: str) -> str:
+    return f"unset {name} (also in model.generation_config), or leave assistant= out"
