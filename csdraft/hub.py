@@ -26,7 +26,9 @@ from csdraft.card import SHIM, SIGNATURE, model_card
 from csdraft.decoding.names import name_of
 from csdraft.decoding.runner import home
 from csdraft.drafters.model import HUB_OPTIONS, MOST_VOCABULARY_PADDING, base_model, load_model
-from csdraft.heads.self_draft import SelfDraft, is_hub_id
+from csdraft.heads.on_target import OnTarget
+from csdraft.heads.self_draft import is_hub_id
+from csdraft.heads.tied import stored_form
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -146,8 +148,9 @@ def _write_model(model: nn.Module, folder: str, scratch: Path, target: Target | 
 
     if target is not None and target.model() is model:
         return {"target": True}
-    if isinstance(model, SelfDraft) or "self_draft" in vars(model):
-        (model if isinstance(model, SelfDraft) else SelfDraft.of(model)).save(scratch / folder)
+    stored: Any = stored_form(model)
+    if stored is not None:
+        stored.save(scratch / folder)
         return {"folder": folder}
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"{type(model).__name__} is no transformers model, so its weights cannot be saved")
@@ -375,7 +378,7 @@ def _read_model(name: str, entry: Any, folder: Path, target: nn.Module | None, o
         if not path.is_relative_to(os.path.normpath(folder)):
             raise ValueError(f"{where} lies in {entry['folder']!r}, outside the cascade; give a folder inside it")
         model = load_model(str(path), **options)
-    if isinstance(model, SelfDraft) and target is not None:
+    if isinstance(model, OnTarget) and target is not None:
         model.check(base_model(target))
     if target is not None and "device_map" not in options:
         model = model.to(home(target)[0])

@@ -24,7 +24,9 @@ from csdraft.decoding.names import name_of
 from csdraft.decoding.refusals import refusal
 from csdraft.decoding.roll import roll
 from csdraft.decoding.traits import unwrapped
-from csdraft.heads.self_draft import SELF_DRAFT, SelfDraft, read_document
+from csdraft.heads.on_target import OnTarget
+from csdraft.heads.self_draft import SELF_DRAFT, TIED, SelfDraft, read_document
+from csdraft.heads.tied import TiedDraft
 
 __all__ = ["ModelDrafter"]
 
@@ -95,7 +97,8 @@ class ModelDrafter(Drafter):
 def load_model(path: str, **options: Any) -> nn.Module:
     """Loads a model folder, a PEFT folder on top of its base, or a Hub id, with the auto class its config asks for.
 
-    A self-drafting adapter has no base of its own: it comes as a `SelfDraft`, which waits for a target.
+    A self-drafting adapter, or a student tied to its target, is not complete: it comes as an `OnTarget`, which waits
+    for a target.
 
     Args:
         path: folder or Hub id.
@@ -106,10 +109,12 @@ def load_model(path: str, **options: Any) -> nn.Module:
 
     hub = {key: value for key, value in options.items() if key in HUB_OPTIONS}
     adapter = find_adapter_config_file(path, **hub)
+    document = read_document(path, **hub)
+    if document is not None and document["kind"] == TIED:
+        return TiedDraft.load(path, document, options.get("dtype"), **hub)
     if adapter is None:
         config = AutoConfig.from_pretrained(path, trust_remote_code=options.get("trust_remote_code"), **hub)
     else:
-        document = read_document(path, **hub)
         if document is not None and document["kind"] == SELF_DRAFT:
             return SelfDraft.load(path, document, **hub)
         base = json.loads(Path(adapter).read_text())["base_model_name_or_path"]
@@ -126,7 +131,7 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def bound(drafter: Any, target: nn.Module, seen: dict[int, Any] | None = None) -> Any:
-    """The same drafter with every self-drafting adapter in it put on the target; itself if it has none.
+    """The same drafter with every drafter in it that stands on a target put on this one; itself if it has none.
 
     Args:
         drafter: a drafter, or a tuple of them.
@@ -137,7 +142,7 @@ def bound(drafter: Any, target: nn.Module, seen: dict[int, Any] | None = None) -
         ValueError: an adapter was trained on another base.
     """
     seen = {} if seen is None else seen
-    if isinstance(drafter, SelfDraft):
+    if isinstance(drafter, OnTarget):
         return drafter.bind(target)
     if isinstance(drafter, tuple):
         parts = tuple(bound(part, target, seen) for part in drafter)
@@ -155,7 +160,7 @@ def bound(drafter: Any, target: nn.Module, seen: dict[int, Any] | None = None) -
 
 def check_reviewer(model: nn.Module, call: Call) -> None:
     """Raises ValueError if `model` cannot draft or review for this call's target."""
-    if isinstance(model, SelfDraft):
+    if isinstance(model, OnTarget):
         model()  # which says that it is not bound
     if reason := refusal(model):
         raise ValueError(reason)

@@ -18,6 +18,8 @@ from yaml import YAMLError
 from csdraft.data.packing import Packed, Padded
 from csdraft.data.sources import revision_of
 from csdraft.data.target_cache import checksum
+from csdraft.drafters.model import base_model
+from csdraft.heads.tied import borrowed
 from csdraft.hub import command, public_name, without_folders
 from csdraft.trainers.students import added_share
 
@@ -65,6 +67,7 @@ def provenance(trainer: DrafterTrainer) -> dict[str, Any]:
         "data": described_data(trainer),
         "arguments": {k: _named(v) for k, v in own.items()} | {k: getattr(args, k) for k in chosen},
         "added_parameters": None if trainer.is_fsdp_enabled else added_share(trainer.student, target),
+        "tied_to_target": bool(borrowed(base_model(trainer.student))),
         "processes": args.world_size,
         "steps": trainer.state.global_step,
         "before": start,
@@ -124,7 +127,7 @@ output = model.generate(**inputs, assistant="{name}")  # this folder's path or H
 
 {_table(origin)}
 
-{_added(origin["added_parameters"])}
+{_added(origin["added_parameters"])}{_tied(origin)}
 
 Trained for {origin["steps"]} steps on `{arguments["dataset"]}` with losses `{json.dumps(arguments["losses"])}`; the
 share of the texts that the drafter wrote itself was {arguments["on_policy"]}. All
@@ -156,6 +159,12 @@ def _added(share: float | None) -> str:
     if share is None:
         return "What it adds to the target's parameters was not counted: they were kept in parts."
     return f"It adds {100 * share:.2f} % of the target's parameters to those in memory."
+
+
+def _tied(origin: dict[str, Any]) -> str:
+    if not origin["tied_to_target"]:
+        return ""
+    return " Its embedding and output layer are the target's and are not in this folder: load it with csdraft."
 
 
 def _table(origin: dict[str, Any]) -> str:

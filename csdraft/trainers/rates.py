@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from csdraft.heads.self_draft import SELF_DRAFT, TIED, read_document
+
 __all__ = ["RATES", "kind_of"]
 
 RATES = {"whole": 2e-5, "cut": 1e-4, "scratch": 3e-4, "lora": 2e-4, "self_draft": 4e-4}
@@ -22,13 +24,8 @@ def kind_of(student: Any, init: Mapping[str, Any] | None, peft: Mapping[str, Any
         return "self_draft" if "layers" in peft else "lora"
     if init is not None:
         return "scratch" if "config" in init else "cut"
-    if student is not None and Path(student, "adapter_config.json").is_file():
-        return "self_draft" if _drafts_itself(Path(student)) else "lora"
-    return "whole"
-
-
-def _drafts_itself(folder: Path) -> bool:
-    from csdraft.heads.self_draft import SELF_DRAFT, read_document
-
-    document = read_document(str(folder))
-    return document is not None and document["kind"] == SELF_DRAFT
+    if student is None or not Path(student).is_dir():
+        return "whole"
+    kind = (read_document(str(student)) or {}).get("kind")
+    adapter = Path(student, "adapter_config.json").is_file()
+    return {SELF_DRAFT: "self_draft", TIED: "cut"}.get(kind, "lora" if adapter else "whole")  # type: ignore[arg-type]
