@@ -111,7 +111,7 @@ def test_another_target_is_refused(tmp_path):
     save_student(tied_to(target), tmp_path / "tied")
     for other in (target_of("llama", seed=1), noisy(target), target_of("qwen3")):
         with pytest.raises(
-            ValueError, match=r"uses embedding and output layer of LlamaForCausalLM, with fingerprint sha256"
+            ValueError, match=r"uses the embedding and output layer of LlamaForCausalLM, with fingerprint sha256"
         ):
             other.generate(**prompt(), assistant=str(tmp_path / "tied"), max_new_tokens=4)
         with pytest.raises(ValueError, match="Decode with that target, or train a drafter for this one"):

@@ -21,8 +21,8 @@ class OnTarget(nn.Module):
     """
 
     config: Any
-    what = "drafter"
-    """What it is, in messages."""
+    what, use = "drafter", "uses the target's own weights"
+    """What it is and what it needs, in messages."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class OnTarget(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError(
-            f"{self._name} uses the target's own weights and cannot run alone; pass it to generate as assistant= (in "
+            f"{self._name} {self.use} and cannot run alone; pass it to generate as assistant= (in "
             "a ModelDrafter or a CascadeDrafter), or use bind(target)"
         )
 

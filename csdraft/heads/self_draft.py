@@ -93,7 +93,7 @@ class SelfDraft(OnTarget):
         source: the folder or Hub id it was loaded from.
     """
 
-    what = "self-drafting adapter"
+    what, use = "self-drafting adapter", "is an adapter for a target's own layers"
 
     def __init__(self, base: Base, options: Any, state: Mapping[str, Tensor], source: str = ""):
         from transformers import PreTrainedConfig

@@ -64,7 +64,7 @@ class TiedDraft(OnTarget):
         names: of the others, see `borrowed`.
     """
 
-    what = "drafter with the target's embedding"
+    what, use = "tied drafter", "uses a target's embedding and output layer"
 
     def __init__(self, lender: Lender, config: Any, state: Mapping[str, Tensor], names: Mapping[str, str]):
         super().__init__()
@@ -80,7 +80,7 @@ class TiedDraft(OnTarget):
         found = embedding_fingerprint(target, self.lender.vocab_size) if kind == self.config.model_type else kind
         if found != self.lender.fingerprint:
             raise ValueError(
-                f"{self._name} uses embedding and output layer of {self.lender.name}, with fingerprint "
+                f"{self._name} uses the embedding and output layer of {self.lender.name}, with fingerprint "
                 f"{self.lender.fingerprint}; those of the target {type(target).__name__} "
                 f"{getattr(target.config, '_name_or_path', '')!r} have {found}. Decode with that target, or train a "
                 "drafter for this one"

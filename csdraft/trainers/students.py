@@ -165,9 +165,8 @@ def _opened(student: Any) -> nn.Module:
     """The base of an adapter, in its own dtype."""
     model = load_model(os.fspath(student), dtype="auto") if isinstance(student, str | os.PathLike) else student
     if isinstance(model, OnTarget) or vars(model).get("peft_config"):
-        raise ValueError(
-            f"student {student!r} is an adapter, or tied to its target; leave peft out to train on, or give its base"
-        )
+        kind = "tied to its target" if isinstance(model, TiedDraft) else "an adapter already"
+        raise ValueError(f"student {student!r} is {kind}; leave peft out to train on, or give its base")
     return model
 
 
