@@ -24,7 +24,7 @@ from csdraft.trainers.exam import Exam
 from csdraft.trainers.muon import MuonAdamW
 from csdraft.trainers.progress import Line
 from csdraft.trainers.publish import identity
-from csdraft.trainers.run_folder import RunFolder
+from csdraft.trainers.run_folder import RunFolder, say
 from csdraft.trainers.students import check_engine, check_student, load_student_weights, make_student
 
 __all__ = ["distill"]
@@ -150,6 +150,11 @@ def check_engines(args: DistillArguments) -> None:
     if (args.fsdp or uses("FSDP")) and version != 2:
         raise ValueError(
             f"fsdp_version={version} is not supported; set fsdp_version: 2, as recipes/accelerate/fsdp.yaml"
+        )
+    if {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= os.environ.keys() and "LOCAL_RANK" not in os.environ:
+        say(
+            "accelerate launch was asked for several processes and has started one; leave out --cpu and take "
+            "recipes/accelerate/cpu.yaml"
         )
     if not args.target_sharded:
         return

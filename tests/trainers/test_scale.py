@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from trainers.launch import ROOT
 from trainers.launch import launch as launched
-from trainers.pair import arguments, make_pair
+from trainers.pair import arguments, make_pair, settings
 from transformers import AutoModelForCausalLM
 
 from csdraft.trainers.run import distill
@@ -68,6 +73,32 @@ def test_data_parallel_processes_are_one(folder, alone, ddp):
     assert shares(ddp) == [{"student": 1, "target": 1}] * 2
     launch(folder, "ddp", max_steps=4)  # goes on from its checkpoint
     assert (ddp / "checkpoint-4").is_dir()
+
+
+@pytest.mark.parametrize("recipe", ["cpu", pytest.param("ddp", marks=pytest.mark.slow)])
+def test_recipes_start_two_processes_without_gpus(folder, recipe):
+    """As the docs say it, with the script itself: each process has its random numbers in the checkpoint."""
+    options = folder / f"two-{recipe}.yaml"
+    options.write_text(yaml.safe_dump(settings(folder, f"two-{recipe}", max_steps=1)))
+    command = ["--config_file", str(ROOT / f"recipes/accelerate/{recipe}.yaml"), "--num_processes", "2"]
+    command += ["--main_process_port", "0", "--mixed_precision", "no"]
+    command += [str(ROOT / "scripts/distill_drafter.py"), "--config", str(options)]
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *command], capture_output=True, text=True, timeout=200,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    noted = json.loads((folder / f"two-{recipe}/checkpoint-1/run.json").read_text())
+    assert noted["options"]["processes"] == 2
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= noted["files"].keys()
+
+
+def test_one_process_where_several_were_asked_for_is_said(folder, monkeypatch, capsys):
+    """What accelerate leaves in the environment for --cpu --num_processes 2."""
+    for name, value in (("ACCELERATE_USE_CPU", "True"), ("MASTER_ADDR", "127.0.0.1")):
+        monkeypatch.setenv(name, value)
+    distill(arguments(folder, "one", max_steps=1))
+    assert "asked for several processes and has started one; leave out --cpu" in capsys.readouterr().out
 
 
 @pytest.mark.slow
