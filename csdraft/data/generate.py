@@ -38,17 +38,21 @@ OF_A_RUN = ("rank", "world_size", "threads")
 class GenerateArguments(TargetArguments):
     """What a target writes, and after what."""
 
-    count: int | None = field(default=None, metadata={"help": "Rows to write; None is one an example of the data."})
+    count: int | None = field(
+        default=None, metadata={"help": "Rows to write; none is one for each example of the data."}
+    )
     begin: int = field(default=128, metadata={"help": "Tokens of a beginning; prompts are used as they are."})
     max_new_tokens: int = field(default=128, metadata={"help": "Tokens that the target adds at most."})
     sampled: float = field(default=0.5, metadata={"help": "Share of the rows written at `temperature`, not greedily."})
-    temperature: float = field(default=1.0, metadata={"help": "At which the target will be used."})
-    seed: int = field(default=0, metadata={"help": "Of the choice of beginnings, and of sampling."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature at which the target will be used."})
+    seed: int = field(default=0, metadata={"help": "Seed of the choice of beginnings, and of sampling."})
     assistant: Any = field(
         default="max_gram",
-        metadata={"help": "Drafter: a type or {type: ..., options}, or where one is stored; for speed alone."},
+        metadata={"help": "Drafter, for speed alone: a type, {type: ..., options}, a folder or a Hub id."},
     )
-    text_file: str | None = field(default=None, metadata={"help": "The texts as .txt, too, for pretrain.py."})
+    text_file: str | None = field(
+        default=None, metadata={"help": "File for the same texts as plain text, for pretrain.py."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

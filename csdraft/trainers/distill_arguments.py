@@ -22,61 +22,89 @@ class DistillArguments(RunArguments):
     target_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the target."})
     target_dtype: str = field(default="auto", metadata={"help": "dtype of the frozen target's weights."})
     target_device_map: str | None = field(
-        default=None, metadata={"help": "Where the target lives, such as 'auto'; None is the student's device."}
+        default=None, metadata={"help": "Where the target's layers go, such as 'auto'; none is the student's device."}
     )
     target_quantization: dict | None = field(
-        default=None, metadata={"help": "{quant_method: bitsandbytes, load_in_8bit: true}, for example."}
+        default=None,
+        metadata={"help": "How the target is quantised, such as {quant_method: bitsandbytes, load_in_8bit: true}."},
     )
     target_sharded: bool = field(
-        default=False, metadata={"help": "Its weights spread over the processes by ZeRO-3; the student as it is."}
+        default=False,
+        metadata={"help": "ZeRO-3 spreads the target's weights over the processes; the student's stay as they are."},
     )
 
-    student: str | None = field(default=None, metadata={"help": "Folder or Hub id of the drafter to start from."})
+    student: str | None = field(default=None, metadata={"help": "Folder or Hub id of the model to start from."})
     init: dict | None = field(
-        default=None, metadata={"help": "Or a new one: {from_target: {layers: [0, 15]}} or {config: {...}}."}
+        default=None,
+        metadata={"help": "Makes a new student instead: {from_target: {layers: [0, 15]}} or {config: {...}}."},
     )
     peft: dict | None = field(
-        default=None, metadata={"help": "LoRA options; with `layers`, on the target's own layers and shared weights."}
+        default=None,
+        metadata={"help": "Options of LoRA on the student; with `layers`, LoRA on those layers of the target itself."},
     )
 
-    dataset: str = field(default="stdlib", metadata={"help": "Texts: a Hub id, file, folder, or 'stdlib'."})
-    split: str = field(default="train", metadata={"help": "Of the data set."})
-    dataset_limit: int | None = field(default=None, metadata={"help": "Texts used at most."})
-    max_length: int = field(default=512, metadata={"help": "Tokens of a packed block, and of a text at most."})
-    target_cache: str | None = field(
-        default=None, metadata={"help": "The target's top-k logits for these texts (scripts/cache_logits.py)."}
+    dataset: str = field(
+        default="stdlib", metadata={"help": "Texts to train on: a Hub id, a file, a folder, or 'stdlib'."}
     )
-    packing: bool = field(default=True, metadata={"help": "Several texts in a block, kept apart by their positions."})
+    split: str = field(default="train", metadata={"help": "Split of the data set."})
+    dataset_limit: int | None = field(
+        default=None, metadata={"help": "Texts of the data set that are used at most; none is all."}
+    )
+    max_length: int = field(default=512, metadata={"help": "Tokens of a packed block; longer texts are cut."})
+    target_cache: str | None = field(
+        default=None,
+        metadata={"help": "Folder of the target's largest logits for these texts, see scripts/cache_logits.py."},
+    )
+    packing: bool = field(
+        default=True, metadata={"help": "Puts several texts into a block, where they do not see each other."}
+    )
 
     losses: dict = field(
-        default_factory=lambda: {"forward_kl": 1.0}, metadata={"help": "Weights by name, of csdraft/losses."}
+        default_factory=lambda: {"forward_kl": 1.0},
+        metadata={"help": "Losses of csdraft/losses by name, with their weights."},
     )
     student_temperature: float = field(default=1.0, metadata={"help": "Divides the student's logits in the loss."})
     target_temperature: float = field(default=1.0, metadata={"help": "Divides the target's logits in the loss."})
     chunk: int = field(default=256, metadata={"help": "Positions whose logits are held in memory at once."})
-    on_policy: float = field(default=0.0, metadata={"help": "Share of the texts that the student writes anew."})
-    on_policy_prompt: int = field(default=64, metadata={"help": "Tokens of a text that stay, at least."})
+    on_policy: float = field(
+        default=0.0, metadata={"help": "Share of the texts that the student writes itself, after their first tokens."}
+    )
+    on_policy_prompt: int = field(
+        default=64, metadata={"help": "Tokens at the start of such a text that are kept at least."}
+    )
 
-    temperature: float = field(default=1.0, metadata={"help": "At which drafts will be used; for sampling here."})
-    eval_prompts: str | None = field(default=None, metadata={"help": "Held-out prompts; None is no evaluation."})
-    eval_split: str = field(default="test", metadata={"help": "Of the held-out prompts' data set."})
+    temperature: float = field(
+        default=1.0,
+        metadata={
+            "help": "Temperature at which drafts will be used: of the student's own texts and of sampled evaluation."
+        },
+    )
+    eval_prompts: str | None = field(
+        default=None, metadata={"help": "Held-out prompts to evaluate on, from any source; none is no evaluation."}
+    )
+    eval_split: str = field(default="test", metadata={"help": "Split of the held-out prompts."})
     eval_limit: int = field(default=24, metadata={"help": "Held-out prompts used at most."})
     eval_depth: int = field(default=5, metadata={"help": "Drafted tokens a round when evaluating."})
     eval_new_tokens: int = field(default=64, metadata={"help": "Tokens of each text when evaluating."})
 
     learning_rate: float = field(
         default=None,  # type: ignore[arg-type]
-        metadata={"help": "None takes one for the kind of student; see docs/distilling.md."},
+        metadata={"help": "Rate at its highest; none takes one for the kind of student, see docs/distilling.md."},
     )
     metric_for_best_model: str | None = field(
         default=None,
-        metadata={"help": "Figure that load_best_model_at_end keeps the best of; None is block_efficiency."},
+        metadata={"help": "Figure by which load_best_model_at_end chooses; none is block_efficiency."},
     )
     license: str | None = field(
-        default=None, metadata={"help": "Of the drafter, for its card, such as 'apache-2.0'; None is the target's."}
+        default=None,
+        metadata={"help": "Licence of the drafter, for its card, such as 'apache-2.0'; none is the target's."},
     )
-    use_cache: bool = field(default=True, metadata={"help": "The student decodes while it is trained."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Batches are made for the trainer."})
+    use_cache: bool = field(
+        default=True, metadata={"help": "Whether the student's config says so; it decodes while it is trained."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Without effect: batches hold what the trainer needs."}
+    )
 
     def __post_init__(self) -> None:
         if (self.deepspeed or uses("DeepSpeed")) and importlib.util.find_spec("deepspeed") is None:

@@ -14,7 +14,9 @@ class RunArguments(TrainingArguments):
     """`transformers.TrainingArguments`, and what a training here needs besides."""
 
     muon: bool = field(default=False, metadata={"help": "Muon for the weight matrices instead of `optim`."})
-    threads: int | None = field(default=None, metadata={"help": "torch CPU threads; None leaves torch's default."})
+    threads: int | None = field(
+        default=None, metadata={"help": "Threads of torch on the CPU; none leaves torch's default."}
+    )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Without effect: a loss that is not finite stops the run."}
     )
