@@ -3,11 +3,9 @@
 python scripts/compare_arms.py --config recipes/smol/arms.yaml
 """
 
-import sys
-
 from csdraft.bench.arms import compare_arms
 from csdraft.trainers.arguments import read_values
-from csdraft.trainers.command import recipe_parser
+from csdraft.trainers.command import one_line_errors, recipe_parser
 from csdraft.trainers.distill_arguments import DistillArguments
 
 if __name__ == "__main__":
@@ -17,8 +15,5 @@ if __name__ == "__main__":
     if missing := [key for key in ("arms", "baseline", "output_dir") if key not in values]:
         parser.error(f"{options.config} lacks {', '.join(missing)}; recipes/smol/arms.yaml is an example")
     arms, baseline = values.pop("arms"), values.pop("baseline")
-    try:
+    with one_line_errors(values["output_dir"]):
         print(compare_arms(values, arms, baseline))
-    except KeyboardInterrupt:
-        print(f"\nstopped; the same command goes on from {values['output_dir']}", file=sys.stderr)
-        sys.exit(130)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from csdraft.data.shards import Part
 from csdraft.trainers.arguments import read_arguments
 from csdraft.trainers.keys import help_of
-from csdraft.trainers.stops import Stopped
+from csdraft.trainers.stops import FULL, Stopped, unwritable
 
-__all__ = ["recipe_parser", "run_script"]
+__all__ = ["one_line_errors", "recipe_parser", "run_script"]
 
 T = TypeVar("T")
 
@@ -29,15 +30,30 @@ def run_script(doc: str | None, kind: type[T], work: Callable[[T], int | None]) 
         work: what the script does.
     """
     options = recipe_parser(doc, kind).parse_args()
+    with one_line_errors():
+        args: Any = read_arguments(kind, options.config, options.overrides)
+    with one_line_errors(args.output_dir):
+        status = work(args)
+    sys.exit(status or 0)
+
+
+@contextmanager
+def one_line_errors(folder: str = "") -> Iterator[None]:
+    """While entered, an error that the user can put right ends the program with a line and status 1, Ctrl-C with 130.
+
+    Args:
+        folder: that is written to.
+    """
     try:
-        status = work(read_arguments(kind, options.config, options.overrides))
+        yield
     except KeyboardInterrupt:
         _exit(130, "stopped at once; the same command goes on from what is there")
     except (ValueError, OSError, Stopped) as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            _exit(1, f"error: {unwritable(folder, error)}")
         if not _is_ours(error):
             raise
         _exit(1, f"error: {error}")
-    sys.exit(status or 0)
 
 
 def recipe_parser(doc: str | None, kind: type, required: bool = False) -> argparse.ArgumentParser:

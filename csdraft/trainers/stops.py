@@ -12,12 +12,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-__all__ = ["NonFinite", "Stopped", "Unwritable", "first_non_finite", "shown", "writing"]
+__all__ = ["FULL", "NonFinite", "Stopped", "Unwritable", "first_non_finite", "shown", "unwritable", "writing"]
 
 MOST_SHOWN = 20
 """Rows that a message lists."""
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT}
-"""Numbers of the OSErrors that a disk gives; those of the network have others, or none."""
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""Numbers of the OSErrors of a disk that is full."""
+DISK = FULL | {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT}
+"""All that writing may meet; OSErrors of the network have other numbers, or none."""
 OF_WRITERS = ("inline_container", "iostream error", "I/O error", "os error")
 """Words in the errors of torch.save and safetensors, which are no OSErrors."""
 
@@ -59,7 +61,7 @@ def writing(folder: str | Path) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:
         if not _is_of_the_disk(error):
             raise
-        raise Unwritable(_message(Path(folder), error)) from error
+        raise Unwritable(unwritable(folder, error)) from error
 
 
 def _is_of_the_disk(error: Exception) -> bool:
@@ -68,8 +70,9 @@ def _is_of_the_disk(error: Exception) -> bool:
     return any(words in str(error) for words in OF_WRITERS)
 
 
-def _message(folder: Path, error: Exception) -> str:
-    place = folder.absolute()
+def unwritable(folder: str | Path, error: Exception) -> str:
+    """An error of the disk with the file or folder, what is free there, and the way out."""
+    place = Path(folder).absolute()
     while not place.is_dir() and place != place.parent:
         place = place.parent
     free = shutil.disk_usage(place).free / 1e9
