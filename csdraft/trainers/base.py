@@ -23,6 +23,8 @@ __all__ = ["BaseTrainer"]
 
 MOST_SKIPPED = 100
 """Steps in a row that fp16's loss scaling may skip while it looks for a scale."""
+MOST_QUOTED = 3
+"""Rows whose beginning a message quotes."""
 
 
 class BaseTrainer(SavingTrainer):
@@ -155,12 +157,17 @@ class BaseTrainer(SavingTrainer):
         """Rows of the data set in one item of `train_dataset`."""
         return [item]
 
+    def begin_of(self, row: int) -> str:
+        """The first words of a row of the data set; empty if they are not known."""
+        return ""
+
     def _message(self, what: str, rows: list[int]) -> str:
         last = last_checkpoint(self.args.output_dir or "")
         kept = f"The last whole checkpoint is {last}" if last else "There is no checkpoint yet"
+        begin = "; ".join(f"row {row} begins {text!r}" for row in rows[:MOST_QUOTED] if (text := self.begin_of(row)))
         return (
-            f"step {self.state.global_step + 1}: {what} with rows {shown(rows)} of the data set. No weight was "
-            f"changed by it, and nothing was saved. {kept}. {self._way_out()}"
+            f"step {self.state.global_step + 1}: {what} with rows {shown(rows)} of the data set"
+            f"{f' ({begin})' if begin else ''}. Nothing of this step was saved. {kept}. {self._way_out()}"
         )
 
     def _way_out(self) -> str:

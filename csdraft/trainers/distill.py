@@ -29,6 +29,9 @@ from csdraft.trainers.students import load_student_weights, save_student
 
 __all__ = ["DistillArguments", "DrafterTrainer"]
 
+QUOTED = 16
+"""Tokens of a row that messages quote."""
+
 
 class DrafterTrainer(BaseTrainer):
     """Trains a student on a frozen target's distributions; evaluates by decoding; saves drafters.
@@ -77,6 +80,10 @@ class DrafterTrainer(BaseTrainer):
     def rows_of(self, item: int) -> list[int]:
         texts: Any = self.train_dataset.data  # type: ignore[union-attr]
         return texts.blocks[item] if isinstance(texts, Packed) else [item]
+
+    def begin_of(self, row: int) -> str:
+        texts: Any = self.train_dataset.data  # type: ignore[union-attr]
+        return self.processing_class.decode(texts.rows[row]["input_ids"][:QUOTED])  # type: ignore[union-attr]
 
     # A step: batches, the number of their target tokens, the loss.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -11,10 +13,11 @@ from transformers import TrainingArguments
 from csdraft.data.generate import GenerateArguments
 from csdraft.data.target_cache import CacheArguments
 from csdraft.trainers.arguments import make_arguments
-from csdraft.trainers.command import recipe_parser
+from csdraft.trainers.command import one_line_errors, recipe_parser
 from csdraft.trainers.distill_arguments import DistillArguments
 from csdraft.trainers.keys import help_of, keys_of, markdown
 from csdraft.trainers.pretrain import PretrainArguments
+from csdraft.trainers.rates import RATES
 from csdraft.trainers.tokenizer import TokenizerArguments
 
 ROOT = Path(__file__).parent.parent.parent
@@ -67,3 +70,33 @@ def test_none_is_what_the_help_says_it_is():
     assert make_arguments(DistillArguments, given | {"dataset_limit": "1e3"}).dataset_limit == 1000
     with pytest.raises(ValueError, match="dataset_limit='few' must be a number"):
         make_arguments(DistillArguments, given | {"dataset_limit": "few"})
+
+
+def test_a_script_says_in_one_line_what_the_user_can_put_right(tmp_path, capsys):
+    """Errors of its own, of a full disk and Ctrl-C; a fault in the program keeps its traceback."""
+
+    def ended(work: Callable[[], object]) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as end, one_line_errors(str(tmp_path)):
+            work()
+        return end.value.code, capsys.readouterr().err
+
+    def fails(error: BaseException) -> None:
+        raise error
+
+    status, said = ended(lambda: make_arguments(DistillArguments, {"losess": {}}))
+    assert (status, said.count("\n")) == (1, 1)
+    assert said.startswith("error: unknown key 'losess' for DistillArguments; the nearest known keys are losses")
+    status, said = ended(lambda: fails(OSError(errno.ENOSPC, "No space left on device")))
+    assert (status, said[:30]) == (1, f"error: {tmp_path} cannot be written"[:30])
+    assert "Make room and give the same command again" in said
+    assert ended(lambda: fails(KeyboardInterrupt())) == (
+        130, "stopped at once; the same command goes on from what is there\n"
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="a fault"), one_line_errors():
+        fails(ValueError("a fault"))
+
+
+def test_the_docs_have_the_default_rates():
+    page = (ROOT / "docs/distilling.md").read_text(encoding="utf-8")
+    for kind, rate in RATES.items():
+        assert f"| `{rate:.0e}` |".replace("e-0", "e-") in page, kind

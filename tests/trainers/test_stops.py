@@ -64,6 +64,7 @@ def test_a_loss_of_nan_names_its_rows_and_leaves_the_last_checkpoint(folder, pac
     message = str(caught.value)
     rows = [int(row) for row in re.search(r"with rows ([\d, ]+) of", message)[1].split(", ")]
     assert 31 in rows
+    assert f"(row {rows[0]} begins '<|endoftext|>" in message
     assert len(rows) < 12
     assert "The target has weights that are not finite (model.embed_tokens.weight)" in message
     assert not (folder / f"nan-{packing}" / "model.safetensors").exists()
