@@ -104,11 +104,17 @@ def _shown(value: Any) -> str:
 
 
 def _check_length(model: Any, input_ids: Tensor, config: Any) -> None:
-    """Models whose rotary factors change with the length of a text."""
-    switch = traits_of(model).switch
+    """Models that compute otherwise from some length of a text on."""
+    switch, text = traits_of(model).switch, model.config.get_text_config(decoder=True)
+    name, longest = type(model).__name__, max(config.max_length or 0, input_ids.shape[1])
+    scale = getattr(text, "floor_scale", None) if getattr(text, "attn_temperature_tuning", False) else None
+    if scale is not None and longest >= scale:
+        raise ValueError(
+            f"{name} scales its attention by slots of the cache from {scale} tokens on (floor_scale), but this text "
+            f"may reach {longest}: give at most max_length={scale - 1:.0f}, or leave assistant= out"
+        )
     if switch is None:
         return
-    name, longest = type(model).__name__, max(config.max_length or 0, input_ids.shape[1])
     if switch.every_token and longest > switch.length:
         raise ValueError(
             f"{name} changes its rotary factors with every token past {switch.length} (dynamic NTK), and they depend "

@@ -78,7 +78,7 @@ def padding_difference(model: nn.Module) -> str | None:
 
 def _answer(model: nn.Module, question: Question) -> str | None:
     """Asked once for each model class and config."""
-    if type(model).__name__ in KNOWN_EXACT and type(model).__module__.startswith("transformers."):
+    if type(model).__name__ in KNOWN_EXACT and type(model).__module__.startswith("transformers.") and _causal(model):
         return None
     if model.training or model.config.is_encoder_decoder:  # type: ignore[union-attr]
         return None
@@ -90,6 +90,13 @@ def _answer(model: nn.Module, question: Question) -> str | None:
             _answers[key] = question(model)
         known[question] = _answers[key]
     return known[question]
+
+
+def _causal(model: nn.Module) -> bool:
+    """Whether its config asks for nothing but attention to earlier tokens."""
+    text: Any = model.config.get_text_config(decoder=True)  # type: ignore[operator,union-attr]
+    both_ways = any(value for key, value in vars(text).items() if "bidirectional" in key or "prefix_lm" in key)
+    return not both_ways and getattr(text, "is_causal", True) is not False
 
 
 def _described(model: nn.Module) -> str:
@@ -109,8 +116,8 @@ def _compare(model: nn.Module) -> str | None:
         return str(error)
     except Exception as error:  # whatever a model does with what it cannot read
         return (
-            f"{name} cannot read rows of different lengths, or the branches of a draft, together from its cache "
-            f"({type(error).__name__}: {error}), as drafted decoding does; call generate without assistant="
+            f"{name} fails ({type(error).__name__}) when it reads rows of different lengths, and the branches of a "
+            "draft, together from its cache, as drafted decoding does; call generate without assistant="
         )
     scale = wanted.max() - wanted.min()
     off = float((found - wanted).abs().max() / scale)
@@ -172,11 +179,15 @@ def _paths(draft: Draft) -> list[list[int]]:
     return [[draft.tokens[node] for node in draft.path(end)] for end in (ROOT, 0, 3)]
 
 
-def _alone(model: nn.Module, tokens: Sequence[int]) -> Tensor:
-    """(vocab,) logits after `tokens`, read in one forward without a cache."""
+def _alone(model: Any, tokens: Sequence[int]) -> Tensor:
+    """(vocab,) logits after `tokens`, read in one forward without a cache, with the inputs that `generate` gives."""
     ids = torch.tensor([tokens], device=_home(model))
-    positions = torch.arange(len(tokens), device=ids.device)[None]  # as `generate` passes them
-    return model(input_ids=ids, position_ids=positions, use_cache=False, return_dict=True).logits[0, -1]
+    given = {
+        "position_ids": torch.arange(len(tokens), device=ids.device)[None],
+        "attention_mask": torch.ones_like(ids),
+    }
+    inputs = model.prepare_inputs_for_generation(ids, **given, use_cache=False, is_first_iteration=True)
+    return model(**inputs | {"use_cache": False, "return_dict": True}).logits[0, -1]
 
 
 def _home(model: nn.Module) -> torch.device:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from csdraft.decoding.cache_names import cache_name
 from csdraft.decoding.traits import CHUNKED, FULL, SLIDING, traits_of
 
 __all__ = ["refusal"]
@@ -38,10 +39,12 @@ def _state(model: nn.Module) -> str | None:
     kinds = set(getattr(_text_config(model), "layer_types", None) or ()) - {FULL, SLIDING, CHUNKED}
     if states := kinds & STATES:
         return f"has layers of kind {', '.join(sorted(states))}, whose state {ROLLED_BACK}"
-    if getattr(model, "_is_stateful", False):
-        return f"keeps a recurrent state, which {ROLLED_BACK}"
     if kinds:
         return f"has layers of kind {', '.join(sorted(kinds))}, for which csdraft makes no mask; {PLAINLY}"
+    if getattr(model, "_is_stateful", False):
+        return f"keeps a recurrent state, which {ROLLED_BACK}"
+    if cache_name(model.forward) is None:
+        return f"keeps no keys and values of what it has read, which drafts are read against; {PLAINLY}"
     return None
 
 
@@ -51,7 +54,7 @@ def _placing(model: nn.Module) -> str | None:
     if config.is_encoder_decoder:
         known = config.model_type in ENCODER_DECODERS
         families = " and ".join(sorted(ENCODER_DECODERS))
-        return None if known else f"is an encoder-decoder outside {families}, and cannot be told positions; {PLAINLY}"
+        return None if known else f"is an encoder-decoder, and csdraft can place drafts in those of {families} only"
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return f"takes no position_ids, which rows of different lengths and branches of a draft need; {PLAINLY}"
     if getattr(_text_config(model), "alibi", False):

@@ -21,6 +21,7 @@ from csdraft.decoding.cache_names import GENERATE_CACHE, cache_name
 
 __all__ = ["Span", "Switch", "Traits", "decoder_of", "traits_of", "unwrapped"]
 
+MAKES_MASKS = re.compile(r"create_\w*mask")
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 
 
@@ -106,9 +107,14 @@ def traits_of(model: nn.Module) -> Traits:
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
-    """The module that holds the token embedding; masks are made in the file of its class."""
+    """The module that makes the masks: the innermost around the token embedding whose code names one."""
     embedding = model.get_input_embeddings()  # type: ignore[operator]
-    return next(m for m in model.modules() if any(child is embedding for child in m.children()))
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    around = [model.get_submodule(name.rpartition(".")[0])]
+    while around[-1] is not model:
+        name = name.rpartition(".")[0]
+        around.append(model.get_submodule(name.rpartition(".")[0]))
+    return next((module for module in around if MAKES_MASKS.search(_source(type(module)))), around[0])
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -124,7 +130,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Code:
-    """What a decoder's file does: which masks it makes, whether its forward takes several, whether it rotates."""
+    """What a decoder's code does: which masks it makes, whether its forward takes several, whether it rotates."""
 
     windows: bool
     chunks: bool
@@ -133,18 +139,22 @@ class Code:
 
 
 @cache
-def _code_of(decoder: type) -> Code:
-    file = sys.modules[decoder.__module__]
-    names = vars(file)
+def _source(made: type) -> str:
+    """The text of a class; empty if it was made at run time."""
     try:
-        source = inspect.getsource(file)
-    except (OSError, TypeError):  # made at run time: nothing to read
-        source = ""
+        return inspect.getsource(made)
+    except (OSError, TypeError):
+        return ""
+
+
+@cache
+def _code_of(decoder: type) -> Code:
+    source = _source(decoder)
     return Code(
-        "create_sliding_window_causal_mask" in names,
-        "create_chunked_causal_mask" in names,
+        "sliding_window_causal_mask" in source or "masks_for_generate" in source,
+        "chunked_causal_mask" in source,
         re.search(r"isinstance\([^()]*mask[^()]*, dict\)", source) is not None,
-        any("Rotary" in name for name in names),
+        any("Rotary" in name for name in vars(sys.modules[decoder.__module__])),
     )
 
 

@@ -185,8 +185,8 @@ WHY = {
     "mamba": "state",
     "bloom": "position_ids",
     "alibi": "ALiBi",
-    "umt5": "encoder-decoder outside",
-    "bart": "encoder-decoder outside",
+    "umt5": "in those of mt5 and t5 only",
+    "bart": "in those of mt5 and t5 only",
 }
 
 
