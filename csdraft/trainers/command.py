@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
+
+from torch import distributed
 
 from csdraft.data.shards import Part
 from csdraft.trainers.arguments import read_arguments
 from csdraft.trainers.keys import help_of
 from csdraft.trainers.stops import FULL, Stopped, unwritable
 
-__all__ = ["one_line_errors", "recipe_parser", "run_script"]
+__all__ = ["leave_group", "one_line_errors", "recipe_parser", "run_script"]
 
 T = TypeVar("T")
+LETTING_GO = 0.5
+"""Seconds; the thread needs the interpreter for microseconds."""
 
 
 def run_script(doc: str | None, kind: type[T], work: Callable[[T], int | None]) -> None:
@@ -34,7 +39,19 @@ def run_script(doc: str | None, kind: type[T], work: Callable[[T], int | None]) 
         args: Any = read_arguments(kind, options.config, options.overrides)
     with one_line_errors(args.output_dir):
         status = work(args)
+    leave_group()
     sys.exit(status or 0)
+
+
+def leave_group() -> None:
+    """Ends the connections to other processes, of a program that has ended well.
+
+    A thread of gloo's (torch 2.13) that still holds a tensor of the last exchange aborts the program when Python is
+    gone: it gets the time to let go.
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+        time.sleep(LETTING_GO)
 
 
 @contextmanager
