@@ -25,7 +25,7 @@ from csdraft import spec
 from csdraft.card import SHIM, SIGNATURE, model_card
 from csdraft.decoding.names import name_of
 from csdraft.drafters.model import base_model
-from csdraft.heads.self_draft import SelfDraft
+from csdraft.heads.tied import stored_form
 from csdraft.stored import is_hub_id, read_object
 
 if TYPE_CHECKING:
@@ -148,8 +148,9 @@ def _write_model(model: nn.Module, folder: str, scratch: Path, target: Target | 
 
     if target is not None and target.model() is model:
         return {"target": True}
-    if isinstance(model, SelfDraft) or "self_draft" in vars(model):
-        (model if isinstance(model, SelfDraft) else SelfDraft.of(model)).save(scratch / folder)
+    stored: Any = stored_form(model)
+    if stored is not None:
+        stored.save(scratch / folder)
         return {"folder": folder}
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"{type(model).__name__} is no transformers model, so its weights cannot be saved")

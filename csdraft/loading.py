@@ -19,7 +19,7 @@ from csdraft.decoding.names import name_of
 from csdraft.decoding.reader import home
 from csdraft.drafters._load import load_model
 from csdraft.drafters.model import MOST_VOCABULARY_PADDING, base_model
-from csdraft.heads.self_draft import SelfDraft
+from csdraft.heads.on_target import OnTarget
 from csdraft.hub import DOCUMENT, FORMAT, csdraft_version, fingerprint, vocab_size
 from csdraft.stored import Folder, check_keys, fit, is_hub_id, naming, read_object, shown
 
@@ -190,7 +190,7 @@ class _Reader:
                 raise ValueError(f"{at} is the target itself: pass target=, the model that is to be decoded")
             return target
         model = self._loaded(entry, f"{at}.{given[0]}")
-        if isinstance(model, SelfDraft) and target is not None:
+        if isinstance(model, OnTarget) and target is not None:
             with naming(at):
                 model.check(base_model(target))
         if target is not None and "device_map" not in self.options:

@@ -22,24 +22,33 @@ class Progress:
         self.stream = sys.stderr if stream is None else stream
         self.moving = self.stream.isatty()
         self._started = self._last = time.monotonic()
-        self._share = 0.0
+        self._share = self._begun = 0.0
 
     def __call__(self, what: str, share: float = 0.0) -> None:
         now = time.monotonic()
         if share < self._share:
-            self._started = now
+            self._started, self._begun = now, 0.0
         self._share = share
         if not self.moving and share < 1 and now - self._last < PAUSE:
             return
         self._last = now
-        left = (now - self._started) * (1 - share) / share if share > 0 else 0.0
-        text = f"{what}: {share:.0%}" + (f", about {left:.0f} s left" if 0 < share < 1 else "")
+        done = share - self._begun
+        left = (now - self._started) * (1 - share) / done if done > 0 else 0.0
+        text = f"{what}: {share:.0%}" + (f", about {left:.0f} s left" if left > 0 else "")
         if self.moving:
             self.stream.write(f"\r\x1b[K{text}" if share < 1 else "\r\x1b[K")
         else:
             self.stream.write(text + "\n")
         self.stream.flush()
 
-    def restart(self) -> None:
-        """Another piece of work begins."""
+    def restart(self, share: float = 0.0) -> None:
+        """Another piece of work begins, of which a share has been done before."""
         self._started = self._last = time.monotonic()
+        self._share = self._begun = share
+
+    def finish(self, what: str, share: float = 1.0) -> None:
+        """The last line of a piece of work, which stays, in a terminal as well."""
+        self._share = share
+        clear = "\r\x1b[K" if self.moving else ""
+        self.stream.write(f"{clear}{what}: {share:.0%}\n")
+        self.stream.flush()

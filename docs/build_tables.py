@@ -1,8 +1,9 @@
-"""Write docs/methods.md from the method folders: what is in a folder is in the table. `--check` only compares."""
+"""Write docs/methods.md from the method folders, and keys into docs/distilling.md. `--check` only compares."""
 
 import argparse
 import dataclasses
 import importlib
+import importlib.util
 import inspect
 import json
 import re
@@ -12,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "methods.md"
+PAGE, KEYS_PAGE = ROOT / "docs" / "methods.md", ROOT / "docs" / "distilling.md"
 FIGURES = ROOT / "docs" / "figures" / "methods.json"
 """Written by scripts/benchmark_methods.py."""
 CASCADE = "CascadeDrafter, default schedule"
@@ -139,11 +140,46 @@ def page() -> str:
     return HEAD + said + "".join(table(family, figures) for family in FAMILIES)
 
 
+def keys_of_scripts() -> dict[str, type]:
+    """Scripts that take a recipe, and the dataclass of its keys."""
+    from csdraft.data.generate import GenerateArguments
+    from csdraft.data.target_cache import CacheArguments
+    from csdraft.trainers.distill_arguments import DistillArguments
+    from csdraft.trainers.pretrain import PretrainArguments
+    from csdraft.trainers.tokenizer import TokenizerArguments
+
+    spec = importlib.util.spec_from_file_location("make_cascade", ROOT / "scripts" / "make_cascade.py")
+    assert spec is not None
+    assert spec.loader is not None
+    make_cascade = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_cascade)
+    return {
+        "distill_drafter.py": DistillArguments,
+        "generate_data.py": GenerateArguments,
+        "cache_logits.py": CacheArguments,
+        "make_cascade.py": make_cascade.CascadeArguments,
+        "pretrain.py": PretrainArguments,
+        "train_tokenizer.py": TokenizerArguments,
+    }
+
+
+def with_keys(text: str) -> str:
+    """A page with fresh tables between its marks `<!-- keys of SCRIPT -->` and `<!-- /keys -->`."""
+    from csdraft.trainers.keys import markdown
+
+    for script, kind in keys_of_scripts().items():
+        pattern = rf"(<!-- keys of {re.escape(script)} -->\n).*?(<!-- /keys -->)"
+        text, count = re.subn(pattern, lambda m, kind=kind: f"{m[1]}{markdown(kind)}\n{m[2]}", text, flags=re.S)
+        assert count == 1, f"docs/distilling.md has {count} places for the keys of {script}"
+    return text
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the page is stale")
-    if parser.parse_args().check:
-        if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != page():
-            sys.exit(f"{PAGE.relative_to(ROOT)} is stale; run `make docs`")
-    else:
-        PAGE.write_text(page(), encoding="utf-8")
+    check = parser.parse_args().check
+    for path, made in ((PAGE, page()), (KEYS_PAGE, with_keys(KEYS_PAGE.read_text(encoding="utf-8")))):
+        if not check:
+            path.write_text(made, encoding="utf-8")
+        elif not path.exists() or path.read_text(encoding="utf-8") != made:
+            sys.exit(f"{path.relative_to(ROOT)} is stale; run `make docs`")

@@ -3,17 +3,15 @@
 python scripts/benchmark_training.py --config recipes/smol/distill.yaml
 """
 
-import argparse
-
 from csdraft.bench.training import trainer_overhead
 from csdraft.trainers.arguments import read_values
+from csdraft.trainers.command import recipe_parser
+from csdraft.trainers.distill_arguments import DistillArguments
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="a distillation's YAML file")
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="win over the file")
+    parser = recipe_parser(__doc__, DistillArguments, required=True)
+    parser.add_argument("--steps", type=int, default=12, help="of each turn")
+    parser.add_argument("--repetitions", type=int, default=5, help="turns of each")
     options = parser.parse_args()
     values = read_values(options.config, options.overrides)
     ratio, tokens = trainer_overhead(values, options.steps, options.repetitions)

@@ -3,22 +3,17 @@
 python scripts/compare_arms.py --config recipes/smol/arms.yaml
 """
 
-import argparse
-import sys
-
 from csdraft.bench.arms import compare_arms
 from csdraft.trainers.arguments import read_values
+from csdraft.trainers.command import one_line_errors, recipe_parser
+from csdraft.trainers.distill_arguments import DistillArguments
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="a YAML file: arms, baseline, and keys of a distillation")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="win over the file")
+    parser = recipe_parser(__doc__, DistillArguments, required=True)
     options = parser.parse_args()
     values = read_values(options.config, options.overrides)
     if missing := [key for key in ("arms", "baseline", "output_dir") if key not in values]:
         parser.error(f"{options.config} lacks {', '.join(missing)}; recipes/smol/arms.yaml is an example")
     arms, baseline = values.pop("arms"), values.pop("baseline")
-    try:
+    with one_line_errors(values["output_dir"]):
         print(compare_arms(values, arms, baseline))
-    except KeyboardInterrupt:
-        sys.exit(f"\nstopped; the same command goes on from {values['output_dir']}")

@@ -1,17 +1,19 @@
 """Distil a drafter to a target.
 
 accelerate launch scripts/distill_drafter.py --config recipes/smol/distill.yaml learning_rate=1e-3
+
+The same command goes on where an interrupted run stopped. Exit status: 0 finished, 1 error, 130 or 143 after a signal.
 """
 
-import argparse
-
-from csdraft.trainers.arguments import read_arguments
-from csdraft.trainers.distill import DistillArguments
+from csdraft.trainers.command import run_script
+from csdraft.trainers.distill_arguments import DistillArguments
 from csdraft.trainers.run import distill
+from csdraft.trainers.run_folder import is_finished
+
+
+def main(args: DistillArguments) -> int:
+    return 0 if is_finished(args) else distill(args).status
+
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", help="a flat YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="win over the file")
-    options = parser.parse_args()
-    distill(read_arguments(DistillArguments, options.config, options.overrides))
+    run_script(__doc__, DistillArguments, main)

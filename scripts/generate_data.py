@@ -3,15 +3,13 @@
 accelerate launch scripts/generate_data.py --config recipes/smol/data.yaml temperature=0.7
 """
 
-import argparse
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 from csdraft.cascade import as_drafter
 from csdraft.data.generate import GenerateArguments, generate
 from csdraft.spec import resolve, types
-from csdraft.trainers.arguments import read_arguments
+from csdraft.trainers.command import run_script
 
 
 def open_drafter(assistant: Any) -> Any:
@@ -22,17 +20,9 @@ def open_drafter(assistant: Any) -> Any:
     return assistant
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", help="a flat YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="win over the file")
-    options = parser.parse_args()
-    args = read_arguments(GenerateArguments, options.config, options.overrides)
-    try:
-        generate(args, open_drafter(args.assistant))
-    except KeyboardInterrupt:
-        sys.exit(f"\nstopped; the same command goes on from {args.output_dir}")
+def main(args: GenerateArguments) -> None:
+    generate(args, open_drafter(args.assistant))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(__doc__, GenerateArguments, main)

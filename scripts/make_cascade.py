@@ -3,7 +3,6 @@
 python scripts/make_cascade.py --config recipes/smol/cascade.yaml push_to_hub=me/my-cascade
 """
 
-import argparse
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from csdraft import CascadeDrafter, ModelDrafter
 from csdraft.drafters.model import load_model
 from csdraft.spec import resolve, types
-from csdraft.trainers.arguments import read_arguments
+from csdraft.trainers.command import run_script
 from csdraft.trainers.run import check_tokenizers, check_writable, read_target
 
 
@@ -21,17 +20,27 @@ from csdraft.trainers.run import check_tokenizers, check_writable, read_target
 class CascadeArguments:
     """What `csdraft.CascadeDrafter` takes, for which target, and where the cascade goes."""
 
-    target: str = "models/smol-target"  # its config and tokenizer are read, never its weights
-    target_revision: str | None = None
-    drafters: list = field(default_factory=lambda: ["max_gram"])  # folders, Hub ids, types, or {type: ..., options}
-    k_matrix: Any = 5
-    lenience: Any = 1.0
-    verifier: Any = "match"
-    schedule: Any = "cost_model"
-    dtype: str = "auto"  # of the drafters' weights; auto: as they are stored
-    output_dir: str = "out/cascade"
-    copy_models: bool = True  # False writes drafters of the Hub down by id and revision
-    push_to_hub: str | None = None  # Hub id to upload to
+    target: str = field(
+        default="models/smol-target",
+        metadata={"help": "Folder or Hub id of the target; its config and tokenizer are read, its weights are not."},
+    )
+    target_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the target."})
+    drafters: list = field(
+        default_factory=lambda: ["max_gram"],
+        metadata={"help": "Largest first: folders, Hub ids, types, or {type: ..., options}."},
+    )
+    k_matrix: Any = field(default=5, metadata={"help": "Tokens that each drafter gives: a matrix, list or number."})
+    lenience: Any = field(default=1.0, metadata={"help": "Of reviewing drafters; 1 is strict."})
+    verifier: Any = field(default="match", metadata={"help": "Acceptance rule: a type or {type: ..., options}."})
+    schedule: Any = field(
+        default="cost_model", metadata={"help": "When to stop drafting: a type or {type: ..., options}."}
+    )
+    dtype: str = field(default="auto", metadata={"help": "dtype of the drafters' weights; auto is as stored."})
+    output_dir: str = field(default="out/cascade", metadata={"help": "Folder for the cascade."})
+    copy_models: bool = field(
+        default=True, metadata={"help": "Save the drafters' weights; false notes those of the Hub by id and revision."}
+    )
+    push_to_hub: str | None = field(default=None, metadata={"help": "Hub id to upload to."})
 
     def __post_init__(self) -> None:
         if not isinstance(self.drafters, list):
@@ -59,8 +68,4 @@ def make_cascade(args: CascadeArguments) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", help="a flat YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="win over the file")
-    options = parser.parse_args()
-    make_cascade(read_arguments(CascadeArguments, options.config, options.overrides))
+    run_script(__doc__, CascadeArguments, make_cascade)

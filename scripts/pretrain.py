@@ -1,16 +1,18 @@
 """Train a causal language model from scratch.
 
 python scripts/pretrain.py --config recipes/smol/target.yaml max_steps=100
+
+The same command goes on where an interrupted run stopped. Exit status: 0 finished, 1 error, 130 or 143 after a signal.
 """
 
-import argparse
-
-from csdraft.trainers.arguments import read_arguments
+from csdraft.trainers.command import run_script
 from csdraft.trainers.pretrain import PretrainArguments, pretrain
+from csdraft.trainers.run_folder import is_finished
+
+
+def main(args: PretrainArguments) -> int:
+    return 0 if is_finished(args) else pretrain(args).status
+
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", help="a flat YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="win over the file")
-    options = parser.parse_args()
-    pretrain(read_arguments(PretrainArguments, options.config, options.overrides))
+    run_script(__doc__, PretrainArguments, main)

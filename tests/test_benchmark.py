@@ -19,7 +19,7 @@ from csdraft.bench.measure import Cell, Forwards, Run, Sample, measure
 from csdraft.bench.memory import PeakMemory
 from csdraft.bench.methods import METHODS, Method, Setup, build
 from csdraft.bench.render import table
-from csdraft.bench.statistics import Interval, bootstrap_median
+from csdraft.metrics.intervals import Interval, bootstrap_median
 from csdraft.progress import Progress
 from csdraft.schedules.fixed import Fixed
 

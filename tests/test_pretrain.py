@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,12 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from csdraft.data.text import Blocks, read_corpus, split
 from csdraft.trainers.arguments import read_arguments
-from csdraft.trainers.pretrain import PretrainArguments, last_checkpoint, pretrain
+from csdraft.trainers.checkpoints import last_checkpoint
+from csdraft.trainers.pretrain import PretrainArguments, pretrain
+from csdraft.trainers.stops import NonFinite
 from csdraft.trainers.tokenizer import TokenizerArguments, train_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -89,14 +92,6 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(folder):
     assert all(torch.equal(killed[name], straight[name]) for name in straight)
 
 
-def test_a_checkpoint_cut_short_is_passed_over(tmp_path):
-    for step in (5, 10, 15):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    (tmp_path / "checkpoint-5/trainer_state.json").write_text("{}")
-    (tmp_path / "checkpoint-10/trainer_state.json").write_text('{"global_step": 1')
-    assert last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-5")
-
-
 def test_a_second_stage_continues_from_the_first(folder):
     train(folder, "first", max_steps=20)
     second = train(folder, "second", max_steps=2, model=folder / "first", block_size=64, learning_rate=0.0)
@@ -154,3 +149,61 @@ def test_tokenizer_round_trip(folder, text):
 def test_digits_are_single_tokens(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     assert len(tokenizer("2026")["input_ids"]) == 4
+
+
+def test_a_finished_run_is_left_alone_and_other_options_are_refused(folder, capsys):
+    train(folder, "done", max_steps=6)
+    files = {path: path.read_bytes() for path in (folder / "done").rglob("*") if path.is_file()}
+    again = train(folder, "done", max_steps=6)
+    assert "holds the result of all 6 steps; nothing is done" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in (folder / "done").rglob("*") if path.is_file()} == files
+    stored = load_file(folder / "done/model.safetensors")
+    assert all(torch.equal(stored[name].float(), again.model.state_dict()[name]) for name in stored)
+    for change, words in (
+        ({"learning_rate": 0.5}, "learning_rate=0.02, now it is 0.5"),
+        ({"block_size": 16}, "block_size=32, now it is 16"),
+        ({"hidden_size": 32}, "hidden_size=16, now it is 32"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            train(folder, "done", max_steps=7, **change)
+    assert train(folder, "done", max_steps=7).state.global_step == 7
+
+
+def test_a_loss_of_nan_stops_the_run(folder):
+    """Of a start whose weights are broken."""
+    train(folder, "start", max_steps=1)
+    weights = load_file(folder / "start/model.safetensors")
+    weights["model.norm.weight"].fill_(torch.nan)
+    save_file(weights, folder / "start/model.safetensors", {"format": "pt"})
+    with pytest.raises(NonFinite, match=r"step 1: the loss is nan with rows \d.* The model has weights .*model\.norm"):
+        train(folder, "broken", max_steps=3, model=folder / "start")
+    assert not list((folder / "broken").rglob("*.safetensors"))
+
+
+@pytest.mark.slow
+def test_two_processes_read_what_one_reads_and_resume_in_any_epoch(folder):
+    """Losses over one epoch and a half; after a stop in the second they are the same to the bit."""
+    rows, cut = {"per_device_train_batch_size": 8}, {"per_device_train_batch_size": 4, "ddp_backend": "gloo"}
+    common = {"muon": "false", "save_steps": 1, "save_total_limit": "null", "learning_rate": 0.002}
+    alone = train(folder, "one", max_steps=20, **rows, **common)
+    per_epoch = round(alone.state.global_step / alone.state.epoch)
+    steps, stop = per_epoch + per_epoch // 2, per_epoch + 2
+    alone = losses(train(folder, "one", max_steps=steps, **rows, **common).state.log_history)
+
+    def shared(name: str) -> list[float]:
+        words = command(folder, name, *(f"{k}={v}" for k, v in {"max_steps": steps, **common, **cut}.items()))[1:]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        subprocess.run([*launcher, *words], env=offline(), check=True, timeout=400)
+        state = json.loads((folder / name / f"checkpoint-{steps}/trainer_state.json").read_text())
+        return losses(state["log_history"])
+
+    two = shared("two")
+    assert two == pytest.approx(alone, rel=1e-3)
+    for checkpoint in (folder / "two").glob("checkpoint-*"):
+        if int(checkpoint.name.rpartition("-")[2]) > stop:
+            shutil.rmtree(checkpoint)
+    assert shared("two") == two
+
+
+def losses(history: list[dict]) -> list[float]:
+    return [entry["loss"] for entry in history if "loss" in entry]

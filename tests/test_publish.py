@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from transformers import AutoModelForCausalLM
 import csdraft
 from csdraft.hub import command
 from csdraft.trainers.arguments import read_values
-from csdraft.trainers.publish import provenance
+from csdraft.trainers.publish import card, provenance
 from csdraft.trainers.run import distill
 from csdraft.trainers.students import added_share, make_student
 from csdraft.upload import upload
@@ -108,10 +110,14 @@ def test_a_drafter_is_uploaded_with_its_card(folder, hub):
     program(hub, str(script))
     sent, saved = hub.repos["me/drafter"], contents(folder / "pushed")
     sent.pop(".gitattributes", None)
-    assert sent == {name: content for name, content in saved.items() if not name.startswith("checkpoint-")}
+    assert sent == {
+        name: content for name, content in saved.items() if not name.startswith(("checkpoint-", "finished"))
+    }
     text, origin = sent["README.md"].decode(), json.loads(sent["provenance.json"])
     assert "speculative-decoding" in text
-    assert "| block efficiency, greedy |" in text
+    assert re.search(r"\| block efficiency, greedy \|( \d\.\d\d \[\d\.\d\d, \d\.\d\d\] \|){2}\n", text)
+    assert "On 6 held-out prompts, chains of 5" in text
+    assert "Licence: not known." in text
     assert "before" in text
     assert 'assistant="me/drafter"' in text
     assert origin["steps"] == 2
@@ -181,3 +187,41 @@ def test_a_self_drafter_says_how_little_it_adds(folder):
     target = AutoModelForCausalLM.from_pretrained(ROOT / "models" / "smol-target")
     recipe = read_values(str(ROOT / "recipes/smol/self_draft.yaml"), [])
     assert 0.005 < added_share(make_student(target, peft=recipe["peft"]), target) < 0.02
+
+
+def test_a_card_names_licence_and_base_models(folder, hub):
+    """The target's licence, unless another is given; ids of the Hub are base models, folders are not."""
+    (folder / "target/README.md").write_text("---\nlicense: other\nlicense_name: a-licence\nlicense_link: L\n---\n")
+    try:
+        trainer = distill(arguments(folder, "licensed", max_steps=1, save_strategy="no"))
+        text = (folder / "licensed/README.md").read_text()
+        assert text.startswith(
+            "---\nlibrary_name: transformers\nlicense: other\nlicense_name: a-licence\nlicense_link: L\n"
+        )
+        assert "Licence: a-licence, that of target." in text
+        assert "base_model" not in text
+        args = {"license": "mit", "resume_from_checkpoint": False, "max_steps": 1, "save_strategy": "no"}
+        distill(arguments(folder, "licensed", **args))
+    finally:
+        (folder / "target/README.md").unlink()
+    text = (folder / "licensed/README.md").read_text()
+    assert "\nlicense: mit\n" in text
+    assert "Licence: mit, as given by its author." in text
+    origin = provenance(trainer)
+    origin["target"]["name"], origin["arguments"]["student"] = "me/large", "me/small"
+    assert "\nbase_model:\n- me/large\n- me/small\ntags:\n" in card("drafter", origin)
+
+
+def test_the_interval_is_that_of_a_bootstrap_over_prompts(folder):
+    """By the counts of `Exam.block_efficiencies`, which decodes them once more."""
+    trainer = distill(arguments(folder, "interval", max_steps=1, save_strategy="no", eval_new_tokens=12,
+                                eval_prompts=f"{folder}/prompts.jsonl", per_device_eval_batch_size=4))  # fmt: skip
+    figures = trainer.evaluate()
+    found = trainer.exam.block_efficiencies(trainer.target, trainer.student, sampled=False)
+    assert figures["eval_prompts"] == len(found) == 6
+    assert min(found) <= figures["eval_block_efficiency_low"] <= figures["eval_block_efficiency"]
+    assert figures["eval_block_efficiency"] <= figures["eval_block_efficiency_high"] <= max(found)
+    exams = [dataclasses.replace(trainer.exam, _written={}) for _ in (0, 1)]
+    parts = [exam.sit(trainer.target, trainer.student, slice(rank, None, 2)) for rank, exam in enumerate(exams)]
+    merged = {key: sum(part.get(key, 0) for part in parts) for key in parts[0].keys() | parts[1].keys()}
+    assert trainer.exam.grade(merged) == pytest.approx({k[5:]: v for k, v in figures.items()}, rel=1e-6)

@@ -12,13 +12,13 @@ from tiny import EOS, VOCAB, Scripted, drafter_of, prompt, tiny, tokenizer
 
 from csdraft import MaxGram, ModelDrafter, PromptLookup
 from csdraft.bench.replays import Yield, measure, read_answers, read_pairs, read_rounds, table
-from csdraft.bench.statistics import bootstrap_ratio
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Drafter, Request, Round
 from csdraft.decoding.sampling import Processing, Sampler
 from csdraft.decoding.scores import Head
 from csdraft.decoding.stopping import Stopping
 from csdraft.decoding.text import Text
+from csdraft.metrics.intervals import bootstrap_ratio
 from csdraft.replay import NO_CHOICE, NotRecorded, RecordedScores, Recording, replay
 from csdraft.schedules.fixed import Fixed
 from csdraft.verifiers.lenient import Lenient

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +10,13 @@ from typing import Any
 
 import torch
 
-from csdraft.bench.statistics import bootstrap_mean
 from csdraft.data.shards import write_whole
+from csdraft.metrics.intervals import bootstrap_mean
 from csdraft.trainers.arguments import make_arguments
 from csdraft.trainers.distill import DistillArguments
 from csdraft.trainers.exam import Exam
 from csdraft.trainers.run import check, distill, load_models, make_exam, read_target
+from csdraft.trainers.run_folder import forget
 
 __all__ = ["compare_arms"]
 
@@ -78,7 +78,10 @@ class Arm:
 
     @property
     def args(self) -> DistillArguments:
-        return make_arguments(DistillArguments, {**self.values, "output_dir": str(self.folder)})
+        """With which it trains: from its start, unless it was begun with these settings."""
+        begun = self.record is not None and self.record["settings"] == self.settings
+        again = {} if begun else {"resume_from_checkpoint": False}
+        return make_arguments(DistillArguments, {**self.values, **again, "output_dir": str(self.folder)})
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -114,8 +117,7 @@ class Arm:
     def run(self) -> Figures:
         """From start to figures."""
         if self.record is None or self.record["settings"] != self.settings:
-            for stale in self.checkpoints():
-                shutil.rmtree(stale)
+            forget(self.folder)
             self.note(None)
         figures = self.examined()
         self.note(figures)

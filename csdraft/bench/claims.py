@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from csdraft.bench.statistics import Interval
+from csdraft.metrics.intervals import Interval
 
 __all__ = ["Claim"]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from csdraft.bench.measure import Run, Text
 from csdraft.bench.methods import Method
-from csdraft.bench.statistics import Interval, bootstrap_median
+from csdraft.metrics.intervals import Interval, bootstrap_median
 
 __all__ = ["Figures", "equality", "figures", "ratio"]
 

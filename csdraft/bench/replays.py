@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from csdraft.bench.statistics import Interval, bootstrap_ratio
 from csdraft.decoding.interfaces import Drafter, Schedule
+from csdraft.metrics.intervals import Interval, bootstrap_ratio
 from csdraft.replay import Recording, replay
 
 __all__ = ["CHATS", "Yield", "measure", "read_answers", "read_pairs", "read_rounds", "table"]

@@ -13,7 +13,7 @@ from csdraft.bench.measure import Cell, Prompt, Run, measure
 from csdraft.bench.methods import DEFAULT, Setup, build
 from csdraft.bench.overhead import measure_overhead, overhead_claims, overhead_table
 from csdraft.bench.planning import check_planner
-from csdraft.bench.statistics import Interval
+from csdraft.metrics.intervals import Interval
 
 __all__ = ["SUITES", "Outcome", "Work", "methods_suite"]
 

@@ -13,10 +13,11 @@ from torch import nn
 from torch.nn.functional import log_softmax
 from torch.utils.data import DataLoader
 
-from csdraft.bench.statistics import Interval, bootstrap_median
 from csdraft.data.packing import IGNORED
+from csdraft.metrics.intervals import Interval, bootstrap_median
 from csdraft.trainers.arguments import make_arguments
-from csdraft.trainers.distill import DistillArguments, DrafterTrainer, Shuffled
+from csdraft.trainers.distill import DistillArguments, DrafterTrainer
+from csdraft.trainers.order import Shuffled
 from csdraft.trainers.run import load_models, prepare
 
 __all__ = ["trainer_overhead"]

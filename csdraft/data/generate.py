@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from csdraft.data.changes import check_unchanged
 from csdraft.data.shards import Place, Shard, batches, finished, store, stored, write_whole
 from csdraft.data.sources import open_source, prompts_of, texts_of
 from csdraft.data.tally import Counted, Tally
@@ -39,17 +40,21 @@ OF_A_RUN = ("rank", "world_size", "threads")
 class GenerateArguments(TargetArguments):
     """What a target writes, and after what."""
 
-    count: int | None = field(default=None, metadata={"help": "Rows to write; None is one an example of the data."})
+    count: int | None = field(
+        default=None, metadata={"help": "Rows to write; none is one for each example of the data."}
+    )
     begin: int = field(default=128, metadata={"help": "Tokens of a beginning; prompts are used as they are."})
     max_new_tokens: int = field(default=128, metadata={"help": "Tokens that the target adds at most."})
     sampled: float = field(default=0.5, metadata={"help": "Share of the rows written at `temperature`, not greedily."})
-    temperature: float = field(default=1.0, metadata={"help": "At which the target will be used."})
-    seed: int = field(default=0, metadata={"help": "Of the choice of beginnings, and of sampling."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature at which the target will be used."})
+    seed: int = field(default=0, metadata={"help": "Seed of the choice of beginnings, and of sampling."})
     assistant: Any = field(
         default="max_gram",
-        metadata={"help": "Drafter: a type or {type: ..., options}, or where one is stored; for speed alone."},
+        metadata={"help": "Drafter, for speed alone: a type, {type: ..., options}, a folder or a Hub id."},
     )
-    text_file: str | None = field(default=None, metadata={"help": "The texts as .txt, too, for pretrain.py."})
+    text_file: str | None = field(
+        default=None, metadata={"help": "File for the same texts as plain text, for pretrain.py."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -155,13 +160,13 @@ def is_sampled(row: int, share: float) -> bool:
 def check_same(path: Path, args: GenerateArguments, tally: Tally) -> None:
     """Raises ValueError if what is there was written with other arguments; notes these, and the counts of the data."""
     document = {name: value for name, value in asdict(args).items() if name not in OF_A_RUN}
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else document
-    for name in FIXED:
-        if before.get(name) != document[name]:
-            raise ValueError(
-                f"{path.parent} holds rows of {name}={before.get(name)!r}, now it is {document[name]!r}; give another "
-                "output_dir, or remove that folder"
-            )
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    check_unchanged(
+        f"{path.parent} holds rows of",
+        {name: before.get(name) for name in FIXED} if before is not None else {},
+        document,
+        "Give another output_dir, or remove that folder",
+    )
     with write_whole(path) as file:
         file.write(json.dumps(document | {"data": tally.described()}, indent=2).encode())
 

@@ -68,21 +68,32 @@ class TargetArguments:
     target: str = field(default="models/smol-target", metadata={"help": "Folder or Hub id of the target."})
     target_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the target."})
     target_dtype: str = field(default="auto", metadata={"help": "dtype of the target's weights."})
-    target_device_map: str | None = field(default=None, metadata={"help": "Such as 'auto'; None is one device."})
-    dataset: str = field(default="stdlib", metadata={"help": "A Hub id, file, folder, or 'stdlib'."})
-    dataset_limit: int | None = field(default=None, metadata={"help": "Texts, prompts or conversations read at most."})
-    split: str = field(default="train", metadata={"help": "Of the data set."})
+    target_device_map: str | None = field(
+        default=None, metadata={"help": "Where the target's layers go, such as 'auto'; none is one device."}
+    )
+    dataset: str = field(default="stdlib", metadata={"help": "Data: a Hub id, a file, a folder, or 'stdlib'."})
+    dataset_limit: int | None = field(
+        default=None, metadata={"help": "Texts, prompts or conversations that are read at most; none is all."}
+    )
+    split: str = field(default="train", metadata={"help": "Split of the data set."})
     chat_template: str | None = field(
-        default=None, metadata={"help": "File, text or name of a chat template; None is the tokenizer's."}
+        default=None, metadata={"help": "Chat template: a file, its text or its name; none is the tokenizer's."}
     )
     chat_template_options: dict | None = field(
-        default=None, metadata={"help": "What it reads besides messages: {enable_thinking: false}, tools, ..."}
+        default=None,
+        metadata={"help": "What the template reads besides messages, such as {enable_thinking: false}, or tools."},
     )
     output_dir: str = field(default="", metadata={"help": "Folder for the results; a run goes on from what it holds."})
-    batch_size: int = field(default=8, metadata={"help": "Rows at once."})
-    threads: int | None = field(default=None, metadata={"help": "torch CPU threads; None leaves torch's default."})
-    rank: int | None = field(default=None, metadata={"help": "This process; None asks accelerate's environment."})
-    world_size: int | None = field(default=None, metadata={"help": "How many processes share the rows; likewise."})
+    batch_size: int = field(default=8, metadata={"help": "Rows that are decoded or read at once."})
+    threads: int | None = field(
+        default=None, metadata={"help": "Threads of torch on the CPU; none leaves torch's default."}
+    )
+    rank: int | None = field(
+        default=None, metadata={"help": "Number of this process; none asks accelerate's environment."}
+    )
+    world_size: int | None = field(
+        default=None, metadata={"help": "How many processes share the rows; none asks accelerate's environment."}
+    )
 
     def __post_init__(self) -> None:
         self.check_at_least(1, "batch_size")

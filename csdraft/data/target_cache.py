@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from csdraft.data.changes import check_unchanged
 from csdraft.data.shards import Part, batches, write_whole
 from csdraft.data.sources import read_rows
 from csdraft.data.target import TargetArguments, target_name
@@ -269,8 +270,8 @@ def _open(folder: Path, positions: int, k: int, mode: Any) -> dict[str, np.memma
 def _prepare(folder: Path, description: dict[str, Any], lengths: np.ndarray, sizes: np.ndarray) -> None:
     """Files of full size, which take no place before they are written; the same from every process."""
     path = folder / DESCRIPTION
-    if path.is_file() and (found := json.loads(path.read_text(encoding="utf-8"))) != description:
-        raise ValueError(f"{folder} holds the cache {found}, not {description}; give another folder, or remove it")
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    check_unchanged(f"{folder} holds the cache of", found, description, "Give another folder, or remove it")
     positions = int(sizes.sum())
     wanted = {LOG_PROBS: 2 * description["k"], IDS: 4 * description["k"], LOGSUMEXP: 4}
     for name, size in [*((name, positions * each) for name, each in wanted.items()), (DONE, len(sizes))]:

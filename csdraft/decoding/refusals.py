@@ -95,5 +95,7 @@ def _mode(model: nn.Module) -> str | None:
 
 def _has_window(buffer: Tensor) -> bool:
     """Whether a buffer is a square table of what sees what, in which the last token does not see the first."""
-    square = buffer.dim() >= 2 and buffer.shape[-1] == buffer.shape[-2] > 1
-    return square and buffer.dtype in (torch.bool, torch.uint8) and not bool(buffer.flatten(0, -3)[0][-1, 0])
+    if buffer.dtype not in (torch.bool, torch.uint8) or buffer.dim() < 2:
+        return False
+    queries, slots = buffer.shape[-2:]
+    return queries == slots > 1 and not bool(buffer.reshape(-1, queries, slots)[0, -1, 0])

@@ -1,4 +1,4 @@
-"""Models from folders and the Hub: whole ones, adapters on their base, and self-drafting adapters.
+"""Models from folders and the Hub: whole ones, adapters on their base, and drafters that stand on a target.
 
 Files may come from strangers. Their code is run only if the caller says so, and nothing is asked on the terminal.
 Weights that a file lacks are an error, where transformers would put random numbers.
@@ -12,7 +12,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from csdraft.heads.self_draft import SELF_DRAFT, SelfDraft, put_adapter, read_adapter, read_document
+from csdraft.heads.self_draft import SELF_DRAFT, TIED, SelfDraft, put_adapter, read_adapter, read_document
+from csdraft.heads.tied import TiedDraft
 from csdraft.stored import is_hub_id, read_object, shown
 
 __all__ = ["HUB_OPTIONS", "load_model"]
@@ -30,7 +31,8 @@ SOME = 4
 def load_model(path: str, local_base: bool = True, **options: Any) -> nn.Module:
     """Loads a model folder, a PEFT folder on top of its base, or a Hub id, with the auto class its config asks for.
 
-    A self-drafting adapter has no base of its own: it comes as a `SelfDraft`, which waits for a target.
+    A self-drafting adapter, or a student tied to its target, is not complete: it comes as an `OnTarget`, which waits
+    for a target.
 
     Args:
         path: folder or Hub id.
@@ -43,10 +45,11 @@ def load_model(path: str, local_base: bool = True, **options: Any) -> nn.Module:
     from transformers.utils import find_adapter_config_file
 
     hub = {key: value for key, value in options.items() if key in HUB_OPTIONS}
-    adapter = find_adapter_config_file(path, **hub)
+    adapter, document = find_adapter_config_file(path, **hub), read_document(path, **hub)
+    if document is not None and document["kind"] == TIED:
+        return TiedDraft.load(path, document, options.get("dtype"), **hub)
     if adapter is None:
         return _load_whole(path, options)
-    document = read_document(path, **hub)
     if document is not None and document["kind"] == SELF_DRAFT:
         return SelfDraft.load(path, document, **hub)
     if Path(path, "config.json").is_file():

@@ -23,7 +23,7 @@ from csdraft.decoding.names import name_of
 from csdraft.decoding.refusals import refusal
 from csdraft.decoding.traits import unwrapped
 from csdraft.drafters._load import load_model
-from csdraft.heads.self_draft import SelfDraft
+from csdraft.heads.on_target import OnTarget
 
 __all__ = ["ModelDrafter"]
 
@@ -98,7 +98,7 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def bound(drafter: Any, target: nn.Module, seen: dict[int, Any] | None = None) -> Any:
-    """The same drafter with every self-drafting adapter in it put on the target; itself if it has none.
+    """The same drafter with every drafter in it that stands on a target put on this one; itself if it has none.
 
     Args:
         drafter: a drafter, or a tuple of them.
@@ -109,7 +109,7 @@ def bound(drafter: Any, target: nn.Module, seen: dict[int, Any] | None = None) -
         ValueError: an adapter was trained on another base.
     """
     seen = {} if seen is None else seen
-    if isinstance(drafter, SelfDraft):
+    if isinstance(drafter, OnTarget):
         return drafter.bind(target)
     if isinstance(drafter, tuple):
         parts = tuple(bound(part, target, seen) for part in drafter)
@@ -127,7 +127,7 @@ def bound(drafter: Any, target: nn.Module, seen: dict[int, Any] | None = None) -
 
 def check_reviewer(model: nn.Module, call: Call) -> None:
     """Raises ValueError if `model` cannot draft or review for this call's target."""
-    if isinstance(model, SelfDraft):
+    if isinstance(model, OnTarget):
         model()  # which says that it is not bound
     if reason := refusal(model):
         raise ValueError(reason)

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["check_layers", "fingerprint", "layer_stacks", "shared_layers"]
+__all__ = [
+    "check_layers", "embedding_fingerprint", "embeddings", "fingerprint", "layer_stacks", "shared_layers",
+]  # fmt: skip
 
 T5_LIKE = ("t5", "mt5", "umt5")
 TABLE_IN_FIRST_LAYER = ("t5", "mt5")
@@ -192,7 +194,36 @@ def fingerprint(model: Any) -> str:
     left_out = {id(p) for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None
                 for p in layer.parameters()}  # fmt: skip
     chosen = sorted((item for item in _own_parameters(model) if id(item[1]) not in left_out), key=lambda item: item[0])
-    digest = hashlib.sha256(repr([model.config.model_type, *((n, tuple(p.shape)) for n, p in chosen)]).encode())
+    return _digest(model.config.model_type, chosen)
+
+
+def embeddings(model: Any) -> dict[str, nn.Parameter]:
+    """The parameters of a model's embedding ("input.weight") and output layer ("output.weight", and a bias if any).
+
+    An output layer that is the embedding has the embedding's; what PEFT has wrapped stands for its wrapper.
+    """
+    found: dict[str, nn.Parameter] = {}
+    for where, layer in (("input", model.get_input_embeddings()), ("output", model.get_output_embeddings())):
+        while layer is not None and (inner := [name for name in WRAPPED if name in layer._modules]):
+            layer = layer._modules[inner[0]]
+        if layer is not None:
+            known = {id(parameter) for parameter in found.values()}
+            found |= {f"{where}.{n}": p for n, p in layer.named_parameters(recurse=False) if id(p) not in known}
+    return found
+
+
+def embedding_fingerprint(model: Any, rows: int) -> str:
+    """Equal for models with the same embedding and output layer, as `fingerprint` is for the rest.
+
+    Args:
+        rows: of the vocabulary; those behind them are padding.
+    """
+    check_whole(model)
+    return _digest(model.config.model_type, [(name, p[:rows]) for name, p in embeddings(model).items()])
+
+
+def _digest(kind: str, chosen: Sequence[tuple[str, Tensor]]) -> str:
+    digest = hashlib.sha256(repr([kind, *((n, tuple(p.shape)) for n, p in chosen)]).encode())
     samples: dict[torch.device, list[Tensor]] = {}
     for _, parameter in chosen:  # one copy to the host a device
         values = parameter.detach().reshape(-1)

@@ -10,8 +10,6 @@ import copy
 import json
 import os
 import re
-import threading
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,16 +19,19 @@ import torch
 from torch import Tensor, nn
 
 from csdraft.heads.layers import fingerprint, shared_layers
+from csdraft.heads.on_target import OnTarget
 from csdraft.stored import fit, is_hub_id, naming, read_object, shown
 
 __all__ = [
     "DOCUMENT",
     "FULL",
     "SELF_DRAFT",
+    "TIED",
     "Base",
     "SelfDraft",
     "adapter_state",
     "is_hub_id",
+    "model_name",
     "own_layers",
     "peft_package",
     "read_document",
@@ -38,11 +39,10 @@ __all__ = [
 ]
 
 DOCUMENT, FORMAT = "drafter.json", 1
-FULL, SELF_DRAFT = "full", "self_draft"
-"""Kinds of drafters: a model, or an adapter on a base that is loaded with it; an adapter on the target itself."""
+KINDS = FULL, SELF_DRAFT, TIED = "full", "self_draft", "tied"
+"""Kinds of drafters: a model, or an adapter on a base that is loaded with it; an adapter on the target itself; a model
+that uses the target's embedding and output layer."""
 PREFIX = "base_model.model."
-
-_LOCK = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,10 @@ def own_layers(target: Any, layers: Sequence[int], encoder_layers: Sequence[int]
     """`shared_layers` of the target, with a `Base` as its attribute `self_draft`."""
     network = shared_layers(target, layers, encoder_layers)
     config = target.config
-    path = str(getattr(config, "_name_or_path", ""))
     network.self_draft = Base(
         tuple(layers),
         None if encoder_layers is None else tuple(encoder_layers),
-        path if is_hub_id(path) else os.path.basename(path.rstrip("/")) or type(target).__name__,
+        model_name(target),
         getattr(config, "_commit_hash", None),
         fingerprint(target),
         config.vocab_size,
@@ -74,7 +73,13 @@ def own_layers(target: Any, layers: Sequence[int], encoder_layers: Sequence[int]
     return network
 
 
-class SelfDraft(nn.Module):
+def model_name(model: Any) -> str:
+    """A model's Hub id, or the last part of its folder, or its class."""
+    path = str(getattr(model.config, "_name_or_path", ""))
+    return path if is_hub_id(path) else os.path.basename(path.rstrip("/")) or type(model).__name__
+
+
+class SelfDraft(OnTarget):
     """A self-drafting adapter without its base; `bind` puts it on a target.
 
     Args:
@@ -83,6 +88,8 @@ class SelfDraft(nn.Module):
         state: its tensors by the names of a PEFT folder.
         source: the folder or Hub id it was loaded from.
     """
+
+    what, use = "self-drafting adapter", "is an adapter for a target's own layers"
 
     def __init__(self, base: Base, options: Any, state: Mapping[str, Tensor], source: str = ""):
         from transformers import PreTrainedConfig
@@ -93,18 +100,11 @@ class SelfDraft(nn.Module):
         self.config = config(name_or_path=source, vocab_size=base.vocab_size)  # reports and cards ask for these
         self.names = tuple(state)
         self.tensors = nn.ParameterList(nn.Parameter(tensor, requires_grad=False) for tensor in state.values())
-        self._bound: weakref.WeakKeyDictionary[nn.Module, tuple[list, Any]] = weakref.WeakKeyDictionary()
 
     @property
     def state(self) -> dict[str, Tensor]:
         """The adapter's tensors by the names of a PEFT folder."""
         return {name: tensor.detach() for name, tensor in zip(self.names, self.tensors, strict=True)}
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        raise ValueError(
-            f"{self._name} is an adapter for a target's own layers and cannot run alone; pass it to generate as "
-            "assistant= (in a ModelDrafter or a CascadeDrafter), or use bind(target)"
-        )
 
     # Binding.
 
@@ -119,22 +119,9 @@ class SelfDraft(nn.Module):
                 "adapter on this target"
             )
 
-    def bind(self, target: Any) -> Any:
-        """The target's layers with this adapter: a model of its own modules, over the target's tensors.
-
-        Made once a target and kept as long as both live; made anew when the target's weights have moved. Nothing of
-        the target is changed.
-        """
-        places = [(parameter.data_ptr(), parameter.dtype) for parameter in target.parameters()]
-        with _LOCK:
-            known = self._bound.get(target)
-            if known is None or known[0] != places:
-                self.check(target)
-                self._bound[target] = known = (places, self._put_on(target))
-        return known[1]
-
     @torch.inference_mode(False)
     def _put_on(self, target: Any) -> Any:
+        """The target's layers with this adapter: a model of its own modules, over the target's tensors."""
         network, state = self.layers_of(target), self.state
         put_adapter(network, self.options, state, self._name)
         for name, parameter in network.named_parameters():  # PEFT has cast them to the base's dtype
@@ -150,10 +137,6 @@ class SelfDraft(nn.Module):
             network = shared_layers(target, self.base.layers, self.base.encoder_layers)
         network.self_draft = self.base
         return network
-
-    @property
-    def _name(self) -> str:
-        return f"the self-drafting adapter {self.config._name_or_path!r}"
 
     # On disk.
 
@@ -173,7 +156,9 @@ class SelfDraft(nn.Module):
         options.save_pretrained(str(folder))
         tensors = {name: tensor.clone().contiguous() for name, tensor in self.state.items()}
         save_file(tensors, Path(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
-        write_document(folder, self.base)
+        described = asdict(self.base)
+        layers = {key: described.pop(key) for key in ("layers", "encoder_layers")}
+        write_document(folder, SELF_DRAFT, {**layers, "base": described})
 
     @classmethod
     def load(cls, path: str, document: Mapping[str, Any], **options: Any) -> SelfDraft:
@@ -250,16 +235,13 @@ def adapter_state(network: nn.Module, name: str = "default") -> dict[str, Tensor
     return {PREFIX + key: value.detach().clone() for key, value in state.items()}
 
 
-def write_document(folder: str | os.PathLike[str], base: Base | None = None) -> None:
-    """Writes drafter.json: of a self-drafting adapter if there is a `base`, of any other drafter else."""
+def write_document(
+    folder: str | os.PathLike[str], kind: str = "full", described: Mapping[str, Any] | None = None
+) -> None:
+    """Writes drafter.json: the kind of drafter, and what it stands on."""
     import csdraft
 
-    kind = FULL if base is None else SELF_DRAFT
-    document: dict[str, Any] = {"format": FORMAT, "csdraft": csdraft.__version__, "kind": kind}
-    if base is not None:
-        described = asdict(base)
-        layers = {key: described.pop(key) for key in ("layers", "encoder_layers")}
-        document |= {**layers, "base": described}
+    document = {"format": FORMAT, "csdraft": csdraft.__version__, "kind": kind, **(described or {})}
     text = json.dumps(document, indent=2, allow_nan=False) + "\n"
     Path(folder, DOCUMENT).write_text(text, encoding="utf-8")
 
@@ -278,10 +260,10 @@ def read_document(path: str, **options: Any) -> dict[str, Any] | None:
         return None
     document = read_object(file)
     found, kind = document.get("format"), document.get("kind")
-    if found is True or found != FORMAT or kind not in (FULL, SELF_DRAFT):
+    if found is True or found != FORMAT or kind not in KINDS:
         raise ValueError(
             f"{DOCUMENT} of {path!r} has format {shown(found)} and kind {shown(kind)}; this csdraft reads format "
-            f"{FORMAT} and kinds {FULL!r} and {SELF_DRAFT!r}: pip install -U csdraft"
+            f"{FORMAT} and the kinds {', '.join(KINDS)}: pip install -U csdraft"
         )
     if kind == SELF_DRAFT:
         _base(document, file)

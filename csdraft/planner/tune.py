@@ -8,9 +8,9 @@ from typing import Any
 
 from csdraft.bench.measure import Cell, Prompt, encode, measure
 from csdraft.bench.methods import Method, Setup
-from csdraft.bench.statistics import Interval, bootstrap_median
 from csdraft.cascade import CascadeDrafter
 from csdraft.decoding.interfaces import Drafter
+from csdraft.metrics.intervals import Interval, bootstrap_median
 from csdraft.planner.expect import Expectation
 from csdraft.planner.search import Plan, alternatives, search
 from csdraft.planner.trace import observe_world

@@ -40,10 +40,14 @@ def make_arguments(cls: type[T], values: Mapping[str, Any]) -> T:
 
 
 def _meant(key: str, value: Any, field: Field) -> Any:
-    """YAML 1.1 reads `3e-4` as text and a bare `no` as false; the default says what is meant."""
+    """YAML 1.1 reads `3e-4` and `none` as text and a bare `no` as false; default and type say what is meant."""
+    kind_of_field = str(field.type)
     if value is False and isinstance(field.default, str):
         return "none" if field.default == "none" else "no"
-    if not isinstance(value, str) or not isinstance(field.default, bool | int | float) or "str" in str(field.type):
+    if value == "none" and field.default is None:
+        return None
+    numeric = isinstance(field.default, bool | int | float) or kind_of_field in ("float", "int | None", "float | None")
+    if not isinstance(value, str) or not numeric or "str" in kind_of_field:
         return value
     kind = "true or false" if isinstance(field.default, bool) else "a number"
     try:
@@ -51,5 +55,7 @@ def _meant(key: str, value: Any, field: Field) -> Any:
     except ValueError:
         number = None
     if number is None:
-        raise ValueError(f"{key}={value!r} must be {kind}, such as {key}={str(field.default).lower()}")
-    return int(number) if isinstance(field.default, int) and number.is_integer() else number
+        example = "1" if field.default is None else str(field.default).lower()
+        raise ValueError(f"{key}={value!r} must be {kind}, such as {key}={example}")
+    whole = isinstance(field.default, int) or kind_of_field.startswith("int")
+    return int(number) if whole and number.is_integer() else number

@@ -8,134 +8,32 @@ sequence-level distillation (arXiv 1606.07947) is cross-entropy on the target's 
 from __future__ import annotations
 
 import copy
-import importlib.util
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Sampler
-from transformers import Trainer, TrainingArguments
 
-from csdraft.data.chat import chat_of
-from csdraft.data.packing import IGNORED
+from csdraft.data.packing import IGNORED, Packed
 from csdraft.drafters.model import base_model
-from csdraft.trainers.checkpoints import note_student
+from csdraft.trainers.base import BaseTrainer
+from csdraft.trainers.distill_arguments import DistillArguments
 from csdraft.trainers.distillation import Distillation
-from csdraft.trainers.engines import copy_whole, is_sharded, keeps_parts, placed_here, uses
+from csdraft.trainers.engines import copy_whole, is_sharded, keeps_parts, placed_here
 from csdraft.trainers.exam import Exam
-from csdraft.trainers.interrupt import Interrupt
-from csdraft.trainers.objective import Objective
 from csdraft.trainers.on_policy import rewritten
 from csdraft.trainers.publish import describe
 from csdraft.trainers.students import load_student_weights, save_student
 
 __all__ = ["DistillArguments", "DrafterTrainer"]
 
-
-@dataclass
-class DistillArguments(TrainingArguments):
-    """`transformers.TrainingArguments`, unchanged, and what distilling a drafter needs besides."""
-
-    target: str = field(default="models/smol-target", metadata={"help": "Folder or Hub id of the model to draft for."})
-    target_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the target."})
-    target_dtype: str = field(default="auto", metadata={"help": "dtype of the frozen target's weights."})
-    target_device_map: str | None = field(
-        default=None, metadata={"help": "Where the target lives, such as 'auto'; None is the student's device."}
-    )
-    target_quantization: dict | None = field(
-        default=None, metadata={"help": "{quant_method: bitsandbytes, load_in_8bit: true}, for example."}
-    )
-    target_sharded: bool = field(
-        default=False, metadata={"help": "Its weights spread over the processes by ZeRO-3; the student as it is."}
-    )
-
-    student: str | None = field(default=None, metadata={"help": "Folder or Hub id of the drafter to start from."})
-    init: dict | None = field(
-        default=None, metadata={"help": "Or a new one: {from_target: {layers: [0, 15]}} or {config: {...}}."}
-    )
-    peft: dict | None = field(
-        default=None, metadata={"help": "LoRA options; with `layers`, on the target's own layers and shared weights."}
-    )
-
-    dataset: str = field(default="stdlib", metadata={"help": "Texts: a Hub id, file, folder, or 'stdlib'."})
-    split: str = field(default="train", metadata={"help": "Of the data set."})
-    dataset_limit: int | None = field(default=None, metadata={"help": "Texts used at most."})
-    chat_template: str | None = field(
-        default=None, metadata={"help": "File, text or name of a chat template; None is the tokenizer's."}
-    )
-    chat_template_options: dict | None = field(
-        default=None, metadata={"help": "What it reads besides messages: {enable_thinking: false}, tools, ..."}
-    )
-    max_length: int = field(default=512, metadata={"help": "Tokens of a packed block, and of a text at most."})
-    target_cache: str | None = field(
-        default=None, metadata={"help": "The target's top-k logits for these texts (scripts/cache_logits.py)."}
-    )
-    packing: bool = field(default=True, metadata={"help": "Several texts in a block, kept apart by their positions."})
-
-    losses: dict = field(
-        default_factory=lambda: {"forward_kl": 1.0}, metadata={"help": "Weights by name, of csdraft/losses."}
-    )
-    student_temperature: float = field(default=1.0, metadata={"help": "Divides the student's logits in the loss."})
-    target_temperature: float = field(default=1.0, metadata={"help": "Divides the target's logits in the loss."})
-    chunk: int = field(default=256, metadata={"help": "Positions whose logits are held in memory at once."})
-    on_policy: float = field(default=0.0, metadata={"help": "Share of the texts that the student writes anew."})
-    on_policy_prompt: int = field(default=64, metadata={"help": "Tokens of a text that stay, at least."})
-
-    temperature: float = field(default=1.0, metadata={"help": "At which drafts will be used; for sampling here."})
-    eval_prompts: str | None = field(default=None, metadata={"help": "Held-out prompts; None is no evaluation."})
-    eval_split: str = field(default="test", metadata={"help": "Of the held-out prompts' data set."})
-    eval_limit: int = field(default=24, metadata={"help": "Held-out prompts used at most."})
-    eval_depth: int = field(default=5, metadata={"help": "Drafted tokens a round when evaluating."})
-    eval_new_tokens: int = field(default=64, metadata={"help": "Tokens of each text when evaluating."})
-
-    muon: bool = field(default=False, metadata={"help": "Muon for the weight matrices instead of `optim`."})
-    threads: int | None = field(default=None, metadata={"help": "torch CPU threads; None leaves torch's default."})
-    use_cache: bool = field(default=True, metadata={"help": "The student decodes while it is trained."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Batches are made for the trainer."})
-
-    def __post_init__(self) -> None:
-        if (self.deepspeed or uses("DeepSpeed")) and importlib.util.find_spec("deepspeed") is None:
-            raise ValueError("deepspeed is needed and not installed: pip install csdraft[deepspeed]")
-        super().__post_init__()
-        self._check_numbers()
-        _ = chat_of(self)
-        if self.target_cache and self.on_policy:
-            raise ValueError(f"target_cache with on_policy={self.on_policy}: new texts are in no cache; leave one out")
-        if self.target_sharded and (self.target_device_map is not None or self.target_quantization is not None):
-            raise ValueError(
-                "target_sharded=true spreads the target's own weights over the processes: leave out target_device_map "
-                "and target_quantization, or target_sharded"
-            )
-        if self.student is not None and self.init is not None:
-            raise ValueError("student and init are both given; start from the one or make the other")
-
-    def _check_numbers(self) -> None:
-        if not 0 <= self.on_policy <= 1:
-            raise ValueError(f"on_policy={self.on_policy} is a share of the texts: give a number from 0 to 1")
-        if self.on_policy and self.on_policy_prompt >= self.max_length:
-            raise ValueError(
-                f"on_policy_prompt={self.on_policy_prompt} leaves nothing to write in texts of max_length="
-                f"{self.max_length} tokens; keep fewer"
-            )
-        for name in ("max_length", "eval_depth", "eval_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.dataset_limit is not None and self.dataset_limit < 1:
-            raise ValueError(f"dataset_limit={self.dataset_limit} leaves no text; give at least 1, or leave it out")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature={self.temperature} must be above 0; greedy drafting is measured anyway")
-
-    @property
-    def objective(self) -> Objective:
-        return Objective(self.losses, self.student_temperature, self.target_temperature, self.chunk)
+QUOTED = 16
+"""Tokens of a row that messages quote."""
 
 
-class DrafterTrainer(Trainer):
+class DrafterTrainer(BaseTrainer):
     """Trains a student on a frozen target's distributions; evaluates by decoding; saves drafters.
 
     Args:
@@ -162,8 +60,6 @@ class DrafterTrainer(Trainer):
             student.config.name_or_path, student.config._commit_hash = args.output_dir, None  # type: ignore[union-attr]
         self._copy = copy.deepcopy(student).to(args.device) if keeps_parts(self) else None
         self.loss_is_scaled_for_ga = True  # by the number of target tokens of the whole step
-        self.interrupt = Interrupt()
-        self.add_callback(self.interrupt)
         if placed_here(target):
             target.to(args.device)
 
@@ -175,11 +71,19 @@ class DrafterTrainer(Trainer):
     def target(self) -> nn.Module:
         return self.model.target  # type: ignore[union-attr]
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
-        """An order that depends on seed and epoch only, however many processes share it."""
-        data = self.train_dataset if train_dataset is None else train_dataset
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return Shuffled(len(data), seed)  # type: ignore[arg-type]
+    def trained(self) -> nn.Module:
+        return self.student
+
+    def models(self) -> list[tuple[str, nn.Module]]:
+        return [("The target", self.target), ("The student", self.student)]
+
+    def rows_of(self, item: int) -> list[int]:
+        texts: Any = self.train_dataset.data  # type: ignore[union-attr]
+        return texts.blocks[item] if isinstance(texts, Packed) else [item]
+
+    def begin_of(self, row: int) -> str:
+        texts: Any = self.train_dataset.data  # type: ignore[union-attr]
+        return self.processing_class.decode(texts.rows[row]["input_ids"][:QUOTED])  # type: ignore[union-attr]
 
     # A step: batches, the number of their target tokens, the loss.
 
@@ -273,8 +177,6 @@ class DrafterTrainer(Trainer):
         if self.args.should_save:
             folder = output_dir or self.args.output_dir
             save_student(self.student, folder, self.processing_class, state_dict)
-            if folder != self.args.output_dir:
-                note_student(self.args, folder)  # type: ignore[arg-type]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """README.md with the measured acceptance, and provenance.json, in `output_dir`."""
@@ -290,22 +192,6 @@ class DrafterTrainer(Trainer):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return super()._load_best_model()
         load_student_weights(self.student, self.state.best_model_checkpoint)
-
-
-class Shuffled(Sampler):
-    """All of a data set's indices in an order of their own for every epoch."""
-
-    def __init__(self, size: int, seed: int):
-        self.size, self.seed, self.epoch = size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(random.Random(f"{self.seed} {self.epoch}").sample(range(self.size), self.size))
 
 
 def scored(batch: dict[str, Tensor]) -> Tensor:

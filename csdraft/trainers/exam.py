@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from csdraft.decoding.report import Report
 from csdraft.drafters.model import ModelDrafter
+from csdraft.metrics.intervals import bootstrap_ratio
 from csdraft.metrics.measures import expected_acceptance, greedy_agreement, tokens_per_call
 from csdraft.schedules.fixed import Fixed
 
-__all__ = ["Exam", "ends_of", "left_padded", "seed_of", "up_to_end"]
+__all__ = ["Exam", "check_figure", "ends_of", "left_padded", "seed_of", "up_to_end"]
 
 
 @dataclass
@@ -46,12 +47,16 @@ class Exam:
     def sit(self, target: Any, student: nn.Module, part: slice = slice(None)) -> dict[str, float]:
         """Sums over the prompts of `part`, so that the sittings of several processes add up; see `grade`."""
         sums: dict[str, float] = {}
+        places = range(len(self.prompts))[part]
         for number, prompts in self._batches(part):
             for sampled in (False, True):
                 report, texts = self._decode(target, student, prompts, sampled)
                 kind = "sampled" if sampled else "greedy"
                 _add(sums, f"{kind}_emitted", report.emitted)
                 _add(sums, f"{kind}_rounds", report.rounds)
+                for place, lengths in zip(places[number:], report.lengths, strict=False):
+                    _add(sums, f"{kind}_emitted_by_{place}", sum(lengths))
+                    _add(sums, f"{kind}_rounds_by_{place}", len(lengths))
                 for depth, (tried, accepted) in enumerate(report.target.by_depth[: self.depth], 1):
                     _add(sums, f"{kind}_accepted_{depth}", accepted)
                     _add(sums, f"{kind}_tried_{depth}", tried)
@@ -122,6 +127,15 @@ class Exam:
             _add(sums, f"overlap_from_{first}", overlap[here].sum().item())
             _add(sums, f"compared_from_{first}", here.sum().item())
 
+    @staticmethod
+    def _intervals(sums: dict[str, float]) -> dict[str, float]:
+        """95 % intervals of block efficiency: prompts are drawn with replacement."""
+        figures: dict[str, float] = {}
+        for kind, name in (("greedy", "block_efficiency"), ("sampled", "block_efficiency_sampled")):
+            emitted, rounds = (_of_prompts(sums, f"{kind}_{what}") for what in ("emitted", "rounds"))
+            _, figures[f"{name}_low"], figures[f"{name}_high"] = bootstrap_ratio(emitted, rounds)
+        return figures | {"prompts": len(_of_prompts(sums, "greedy_rounds"))}
+
     def grade(self, sums: dict[str, float]) -> dict[str, float]:
         """Figures from sums.
 
@@ -130,7 +144,8 @@ class Exam:
             acceptance_from_<n>: the same of each text's new tokens n to 2 n - 1, the first is 1;
             agreement: share of equal greedy choices along greedy texts;
             block_efficiency, block_efficiency_sampled: tokens a call of the target, at temperature 0 and at
-                `temperature`;
+                `temperature`; with `_low` and `_high` behind their names, the 95 % intervals over prompts;
+            prompts: how many there were;
             accepted_<n>: how often the n-th drafted token was kept, given that those before it were, greedy.
         """
         compared = {first: sums[f"compared_from_{first}"] for first in _starts(self.new_tokens)}
@@ -142,11 +157,28 @@ class Exam:
             "block_efficiency": tokens_per_call([sums["greedy_emitted"]], [sums["greedy_rounds"]]),
             "block_efficiency_sampled": tokens_per_call([sums["sampled_emitted"]], [sums["sampled_rounds"]]),
         }
+        figures |= self._intervals(sums)
         figures |= {f"acceptance_from_{first}": overlaps[first] / ranges[first] for first in ranges}
         for depth in range(1, self.depth + 1):
             if tried := sums.get(f"greedy_tried_{depth}"):
                 figures[f"accepted_{depth}"] = sums[f"greedy_accepted_{depth}"] / tried
         return figures
+
+
+def _of_prompts(sums: dict[str, float], name: str) -> list[float]:
+    """The sums of each prompt by its place."""
+    return [value for key, value in sorted(sums.items()) if key.startswith(f"{name}_by_")]
+
+
+def check_figure(name: str, depth: int, new_tokens: int) -> None:
+    """Raises ValueError if no exam of this depth and length has such a figure; see `Exam.grade`."""
+    known = ["block_efficiency", "block_efficiency_sampled", "acceptance", "agreement"]
+    counted = [f"accepted_{n}" for n in range(1, depth + 1)] + [f"acceptance_from_{n}" for n in _starts(new_tokens)]
+    if name not in [*known, *counted]:
+        raise ValueError(
+            f"metric_for_best_model={name!r} is no figure of the evaluation; give one of {', '.join(known)}, "
+            f"{counted[0]} to {counted[depth - 1]}, or {', '.join(counted[depth:])}"
+        )
 
 
 def left_padded(texts: Sequence[Sequence[int]], pad: int, device: Any) -> dict[str, Tensor]:

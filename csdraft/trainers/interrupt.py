@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a training run after its step, with a checkpoint to go on from."""
+"""Ctrl-C and SIGTERM end a training run after its step, with a checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 from torch import distributed
 from transformers import TrainerCallback
 
+from csdraft.data.shards import Part
+
 __all__ = ["Interrupt"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -22,32 +24,46 @@ class Interrupt(TrainerCallback):
     """Turns the first signal into "save and stop"; a second one acts as it always did.
 
     Attributes:
-        stopped: whether the run was ended by a signal.
+        number: of the signal; 0 if there was none.
     """
 
     def __init__(self) -> None:
-        self.stopped = False
+        self.number = 0
         self._before: dict[int, Any] = {}
         self._since = 0.0
 
+    @property
+    def stopped(self) -> bool:
+        """Whether a signal has come."""
+        return self.number != 0
+
+    @property
+    def status(self) -> int:
+        """With which a program exits that a signal has ended: 143 for SIGTERM, 130 for Ctrl-C; 0 without a signal."""
+        return 128 + self.number if self.number else 0
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.stopped = False
+        self.number = 0
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
 
     def _note(self, number: int, frame: Any) -> None:
         if not self.stopped:
-            print(f"\n{signal.Signals(number).name}: saving after this step; once more to stop at once", flush=True)
-            self.stopped, self._since = True, time.monotonic()
+            if Part.of_environment().rank == 0:
+                name = signal.Signals(number).name
+                print(f"\n{name}: saving after this step; once more to stop at once", flush=True)
+            self.number, self._since = number, time.monotonic()
         elif time.monotonic() - self._since > ECHO:
             self.restore()
             signal.raise_signal(number)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.world_size > 1 and distributed.is_initialized():  # one process's signal is everybody's
-            asked = torch.tensor(int(self.stopped), device=args.device)
+        if args.world_size > 1 and distributed.is_initialized():  # all processes stop when one gets a signal
+            asked = torch.tensor(self.number, device=args.device)
             distributed.all_reduce(asked, distributed.ReduceOp.MAX)
-            self.stopped = bool(asked)
+            if asked and not self.number:
+                self._since = time.monotonic()  # its own signal may still be on the way
+            self.number = int(asked)
         if self.stopped:
             control.should_save = control.should_training_stop = True
 
@@ -55,7 +71,7 @@ class Interrupt(TrainerCallback):
         self.restore()
 
     def restore(self) -> None:
-        """Gives the signals back to whoever had them."""
+        """Gives the signals back to the handlers that they had before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}

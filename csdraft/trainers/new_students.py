@@ -17,6 +17,7 @@ from torch import nn
 
 from csdraft import spec
 from csdraft.heads.layers import layer_stacks, shared_layers
+from csdraft.heads.tied import tie
 
 __all__ = ["cut_out", "from_scratch", "narrow_config", "new_config"]
 
@@ -97,8 +98,14 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def cut_out(target: Any, layers: Any, encoder_layers: Any = None, hidden_size: int | None = None) -> nn.Module:
-    """A fresh model of the cut config, with copies of the target's tensors.
+def cut_out(
+    target: Any,
+    layers: Any,
+    encoder_layers: Any = None,
+    hidden_size: int | None = None,
+    tie_to_target: bool = False,
+) -> nn.Module:
+    """A fresh model of the cut config, with copies of the target's tensors; tied to the target if that is asked for.
 
     A T5-like student with fewer encoder than decoder layers drafts, but stock `generate` of transformers 5.23 fails on
     it alone.
@@ -114,7 +121,8 @@ def cut_out(target: Any, layers: Any, encoder_layers: Any = None, hidden_size: i
     _copy(part, student, part.config.hidden_size)
     if hidden_size is None:
         _check_alike(part, student)
-    return student.float()
+    student = student.float()
+    return tie(student, target) if tie_to_target else student
 
 
 @torch.no_grad()

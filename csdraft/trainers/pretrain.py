@@ -1,8 +1,8 @@
 """Causal language modelling from scratch: how the project's own tiny target and drafter are made."""
 
-import json
+import zlib
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 
 import torch
 from transformers import (
@@ -12,21 +12,22 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
-    TrainingArguments,
     set_seed,
 )
 
 from csdraft.data.text import Blocks, read_corpus, split
+from csdraft.trainers.base import BaseTrainer
 from csdraft.trainers.muon import MuonAdamW
+from csdraft.trainers.run_arguments import RunArguments
+from csdraft.trainers.run_folder import RunFolder
 from csdraft.trainers.tokenizer import save_tokenizer
 
 __all__ = ["PretrainArguments", "pretrain"]
 
 
 @dataclass
-class PretrainArguments(TrainingArguments):
-    """`transformers.TrainingArguments`, unchanged, and what a model from scratch needs besides."""
+class PretrainArguments(RunArguments):
+    """`RunArguments`, and what a model from scratch needs besides."""
 
     model: str | None = field(default=None, metadata={"help": "Continue from this folder; the shape below is unused."})
     hidden_size: int = field(default=144, metadata={"help": "Width of the residual stream."})
@@ -39,22 +40,31 @@ class PretrainArguments(TrainingArguments):
     corpus: str = field(default="stdlib", metadata={"help": "'stdlib', a folder of text files, or a .txt(.xz) file."})
     block_size: int = field(default=512, metadata={"help": "Tokens per training example."})
     eval_blocks: int | None = field(default=None, metadata={"help": "Held-out blocks evaluated; None is all."})
-    muon: bool = field(default=False, metadata={"help": "Muon for the weight matrices instead of `optim`."})
-    threads: int | None = field(default=None, metadata={"help": "torch CPU threads; None leaves torch's default."})
 
 
-def pretrain(args: PretrainArguments) -> Trainer:
-    """Train, resuming where an interrupted run stopped; leaves bf16 weights and the tokenizer in `output_dir`."""
+def pretrain(args: PretrainArguments) -> BaseTrainer:
+    """Trains, or resumes where an interrupted run stopped; leaves bf16 weights and the tokenizer in `output_dir`.
+
+    A run that is finished is left as it is.
+
+    Raises:
+        ValueError: the folder holds a run with other options or data.
+        csdraft.trainers.stops.Stopped: a loss or gradient is not finite, or the disk takes no more.
+    """
     if args.threads:
         torch.set_num_threads(args.threads)
+    run = RunFolder(args)
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     train, held_out = (Blocks(part, tokenizer, args.block_size) for part in split(read_corpus(args.corpus)))
     held_out.blocks = held_out.blocks[: args.eval_blocks]
+    data = {"blocks": len(train), "checksum": f"{zlib.crc32(train.blocks.numpy().tobytes()):08x}"}
+    run.check_data(data)
+    run.say_where()
     model = make_model(args, tokenizer)
     betas = (args.adam_beta1, args.adam_beta2)
     muon = MuonAdamW(model, args.learning_rate, args.weight_decay, betas) if args.muon else None
-    trainer = Trainer(
+    trainer = BaseTrainer(
         model,
         args,
         train_dataset=train,
@@ -62,12 +72,27 @@ def pretrain(args: PretrainArguments) -> Trainer:
         processing_class=tokenizer,
         optimizers=(muon, None),
     )
-    result = trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
-    trainer.save_metrics("train", result.metrics)
+    trainer.noted["data"] = data
+    if run.finished:
+        run.restore(trainer, load_weights)
+    elif run.train(trainer):
+        run.finish(trainer, partial(save_result, trainer, tokenizer))
+    return trainer
+
+
+def save_result(trainer: BaseTrainer, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The model, and the figures of training and of the held-out blocks."""
+    trainer.check_weights()
+    summary = next((entry for entry in reversed(trainer.state.log_history) if "train_runtime" in entry), {})
+    trainer.save_metrics("train", dict(summary))
     trainer.save_metrics("eval", trainer.evaluate())
     trainer.save_state()
-    save(trainer.model, tokenizer, args.output_dir)
-    return trainer
+    if trainer.args.should_save:
+        save(trainer.trained(), tokenizer, trainer.args.output_dir)  # type: ignore[arg-type]
+
+
+def load_weights(model: PreTrainedModel, folder: str) -> None:
+    model.load_state_dict(AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).state_dict())
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
@@ -92,17 +117,3 @@ def make_model(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase) -> P
         **{name: getattr(args, name) for name in shape},
     )
     return LlamaForCausalLM(config)
-
-
-def last_checkpoint(output_dir: str) -> str | None:
-    """The newest whole checkpoint: the trainer writes its state last, so a killed one has none, or half of it."""
-    whole = [path.parent for path in Path(output_dir).glob("checkpoint-*/trainer_state.json") if _is_json(path)]
-    return max(map(str, whole), key=lambda folder: int(folder.rpartition("-")[2]), default=None)
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text())
-    except json.JSONDecodeError:
-        return False
-    return True

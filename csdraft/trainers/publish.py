@@ -10,20 +10,26 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import metadata_load
 from transformers import TrainingArguments
+from transformers.utils import cached_file
+from yaml import YAMLError
 
 from csdraft.data.packing import Packed, Padded
 from csdraft.data.sources import revision_of, tally_of
 from csdraft.data.target_cache import checksum
+from csdraft.drafters.model import base_model
+from csdraft.heads.tied import borrowed
 from csdraft.hub import command, public_name, without_folders
 from csdraft.trainers.students import added_share
 
 if TYPE_CHECKING:
     from csdraft.trainers.distill import DrafterTrainer
 
-__all__ = ["describe"]
+__all__ = ["describe", "identity"]
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "deepspeed")
+LICENSE = ("license", "license_name", "license_link")
 FIGURES = {
     "eval_block_efficiency": "block efficiency, greedy",
     "eval_block_efficiency_sampled": "block efficiency, sampled",
@@ -50,16 +56,18 @@ def provenance(trainer: DrafterTrainer) -> dict[str, Any]:
     target = trainer.target
     measured = [entry for entry in trainer.state.log_history if "eval_block_efficiency" in entry]
     start = measured[0] if measured and measured[0].get("step") == 0 else None
-    if args.load_best_model_at_end and trainer.state.best_global_step:
+    if args.load_best_model_at_end and trainer.state.best_global_step is not None:
         measured = [entry for entry in measured if entry.get("step") == trainer.state.best_global_step]
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command(),
         "versions": {"python": platform.python_version()} | _versions(),
         "target": {"name": public_name(target), "revision": getattr(target.config, "_commit_hash", None)},
+        "license": {"license": args.license} if args.license else license_of(args.target, args.target_revision),
         "data": described_data(trainer),
         "arguments": {k: _named(v) for k, v in own.items()} | {k: getattr(args, k) for k in chosen},
         "added_parameters": None if trainer.is_fsdp_enabled else added_share(trainer.student, target),
+        "tied_to_target": bool(borrowed(base_model(trainer.student))),
         "processes": args.world_size,
         "steps": trainer.state.global_step,
         "before": start,
@@ -67,35 +75,45 @@ def provenance(trainer: DrafterTrainer) -> dict[str, Any]:
     }
 
 
+def license_of(target: str, revision: str | None = None) -> dict[str, str] | None:
+    """What the card of a model's folder or Hub id says of its licence; None if it says nothing."""
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    try:
+        file = cached_file(target, "README.md", revision=revision, **quiet)
+        card: dict[str, Any] = (metadata_load(file) if file else None) or {}
+    except (OSError, ValueError, YAMLError):  # no such folder or id, or a card that cannot be read
+        return None
+    found = {key: str(card[key]) for key in LICENSE if card.get(key)}
+    return found if "license" in found else None
+
+
 def described_data(trainer: DrafterTrainer) -> dict[str, Any] | None:
     """What was trained on: its source, the Hub's revision of it if it is from there, and what tells rows apart.
 
     `read`, `left_out` and `cut` count the source's rows: those looked at, left out by reason, and cut to `max_length`.
     """
-    texts: Any = trainer.train_dataset
+    texts: Any = trainer.train_dataset and trainer.train_dataset.data  # type: ignore[union-attr]
     if not isinstance(texts, Packed | Padded):
         return None
     args: Any = trainer.args
+    source = {"name": without_folders(args.dataset), "split": args.split, "revision": revision_of(texts.rows)}
     tally = tally_of(texts.rows)
-    return {
-        "name": without_folders(args.dataset),
-        "split": args.split,
-        "revision": revision_of(texts.rows),
-        "rows": len(texts.rows),
-        "tokens": texts.tokens,
-        "checksum": checksum(texts.rows),
-        **({} if tally is None else tally.described()),
-    }
+    counts = {} if tally is None else tally.described()
+    return source | (trainer.noted.get("data") or identity(texts)) | counts
+
+
+def identity(texts: Packed | Padded) -> dict[str, Any]:
+    """What tells one set of rows from another."""
+    return {"rows": len(texts.rows), "tokens": texts.tokens, "checksum": checksum(texts.rows)}
 
 
 def card(name: str, origin: dict[str, Any]) -> str:
     """README.md of a drafter."""
     target = origin["target"]["name"]
-    base = f"base_model: {target}\n" if "/" in target else ""
     arguments = origin["arguments"]
     return f"""---
 library_name: transformers
-{base}tags:
+{_metadata(origin)}tags:
 - csdraft
 - speculative-decoding
 - drafter
@@ -114,12 +132,31 @@ output = model.generate(**inputs, assistant="{name}")  # this folder's path or H
 
 {_table(origin)}
 
-{_added(origin["added_parameters"])}
+{_added(origin["added_parameters"])}{_tied(origin)}
 
 Trained for {origin["steps"]} steps on `{arguments["dataset"]}` with losses `{json.dumps(arguments["losses"])}`; the
 share of the texts that the drafter wrote itself was {arguments["on_policy"]}. All
 arguments, versions and revisions are in `provenance.json`.
+
+{_licence(origin)}
 """
+
+
+def _metadata(origin: dict[str, Any]) -> str:
+    """Lines of YAML: licence and models that it is made from, as far as they are known."""
+    lines = [f"{key}: {value}" for key, value in (origin["license"] or {}).items()]
+    ids = [name for name in (origin["target"]["name"], origin["arguments"].get("student")) if name and "/" in name]
+    if ids:
+        lines += ["base_model:", *(f"- {name}" for name in dict.fromkeys(ids))]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _licence(origin: dict[str, Any]) -> str:
+    target, found = origin["target"]["name"], origin["license"]
+    if found is None:
+        return f"Licence: not known. It is made from what {target} has learned: see that model's licence."
+    given = "as given by its author" if origin["arguments"].get("license") else f"that of {target}"
+    return f"Licence: {found.get('license_name') or found['license']}, {given}."
 
 
 def _added(share: float | None) -> str:
@@ -129,6 +166,12 @@ def _added(share: float | None) -> str:
     return f"It adds {100 * share:.2f} % of the target's parameters to those in memory."
 
 
+def _tied(origin: dict[str, Any]) -> str:
+    if not origin["tied_to_target"]:
+        return ""
+    return " Its embedding and output layer are the target's and are not in this folder: load it with csdraft."
+
+
 def _table(origin: dict[str, Any]) -> str:
     before, after = origin["before"], origin["measured"]
     if after is None:
@@ -136,14 +179,21 @@ def _table(origin: dict[str, Any]) -> str:
     depth = origin["arguments"]["eval_depth"]
     head = "| | before | after |\n|---|---|---|" if before else "| | measured |\n|---|---|"
     lines = [
-        f"| {words} | " + " | ".join(f"{figures[key]:.2f}" for figures in (before, after) if figures) + " |"
+        f"| {words} | " + " | ".join(_figure(figures, key) for figures in (before, after) if figures) + " |"
         for key, words in FIGURES.items()
         if key in after
     ]
     note = (
-        f"On held-out prompts, chains of {depth}; block efficiency is tokens a call of the target, 1 without drafts."
+        f"On {after['eval_prompts']:.0f} held-out prompts, chains of {depth}; block efficiency is tokens a call of "
+        "the target, 1 without drafts. In brackets the 95 % interval of a bootstrap over prompts."
     )
     return "\n".join([head, *lines, "", note])
+
+
+def _figure(figures: dict[str, float], key: str) -> str:
+    """A figure and its interval, if it has one."""
+    interval = [f"{figures[f'{key}_{end}']:.2f}" for end in ("low", "high") if f"{key}_{end}" in figures]
+    return f"{figures[key]:.2f}" + (f" [{', '.join(interval)}]" if interval else "")
 
 
 def _versions() -> dict[str, str]:

@@ -18,29 +18,47 @@ from csdraft.data.target import check_writable, load_weights, read_target, targe
 from csdraft.data.target_cache import TargetCache
 from csdraft.heads.self_draft import read_document
 from csdraft.hub import fingerprint
-from csdraft.trainers.checkpoints import check_student_of, chosen_checkpoint
-from csdraft.trainers.distill import DistillArguments, DrafterTrainer
+from csdraft.trainers.distill import DrafterTrainer
+from csdraft.trainers.distill_arguments import DistillArguments
 from csdraft.trainers.engines import load_sharded, placed_here, uses, whole_models
 from csdraft.trainers.exam import Exam
 from csdraft.trainers.muon import MuonAdamW
 from csdraft.trainers.progress import Line
-from csdraft.trainers.students import check_engine, check_student, make_student
+from csdraft.trainers.publish import identity
+from csdraft.trainers.run_folder import RunFolder, say
+from csdraft.trainers.students import check_engine, check_student, load_student_weights, make_student
 
 __all__ = ["distill"]
 
 
 def distill(args: DistillArguments) -> DrafterTrainer:
-    """Trains a drafter and leaves it in `args.output_dir`; goes on from the newest checkpoint there.
+    """Trains a drafter and leaves it in `args.output_dir`; goes on from the newest whole checkpoint there.
 
-    `resume_from_checkpoint` chooses another one, or none (false).
+    `resume_from_checkpoint` chooses another one, or none (false). A run that is finished is left as it is.
 
     Returns:
         The trainer, at the end of training or after a signal (`trainer.interrupt.stopped`).
 
     Raises:
         ValueError: for arguments, data or folders that cannot work, before the target is loaded.
+        csdraft.trainers.stops.Stopped: a loss or gradient is not finite, or the disk takes no more.
     """
     config, tokenizer, batches = prepare(args)
+    run = RunFolder(args)
+    run.check_data(identity(batches["train_dataset"]))
+    run.say_where()
+    trainer = make_trainer(args, config, tokenizer, batches)
+    if run.finished:
+        run.restore(trainer, load_student_weights)
+    elif run.train(trainer):
+        run.finish(trainer, partial(save_result, trainer))
+    return trainer
+
+
+def make_trainer(
+    args: DistillArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, batches: dict[str, Any]
+) -> DrafterTrainer:
+    """The trainer, with target and student loaded."""
     exam = make_exam(args, config, tokenizer)
     target, student = load_models(args, config)
     trainer = DrafterTrainer(
@@ -53,19 +71,17 @@ def distill(args: DistillArguments) -> DrafterTrainer:
         processing_class=tokenizer,
         optimizers=(make_muon(args, student), None),
     )
+    trainer.noted["data"] = identity(batches["train_dataset"])
     if not args.disable_tqdm:
         Line.instead_of_others(trainer)
-    try:
-        trainer.train(resume_from_checkpoint=chosen_checkpoint(args))
-    finally:
-        trainer.interrupt.restore()
-    if trainer.interrupt.stopped:
-        print(f"stopped at step {trainer.state.global_step}; the same command goes on from {args.output_dir}")
-    else:
-        trainer.save_model()
-        if not args.push_to_hub:  # which writes the card itself, before it uploads it
-            trainer.create_model_card()
     return trainer
+
+
+def save_result(trainer: DrafterTrainer) -> None:
+    """The drafter and its card; uploaded, if that is asked for."""
+    trainer.save_model()
+    if not trainer.args.push_to_hub:  # which writes the card itself, before it uploads it
+        trainer.create_model_card()
 
 
 # Before anything is loaded.
@@ -95,7 +111,7 @@ def check(args: DistillArguments, config: PreTrainedConfig, tokenizer: PreTraine
     if args.max_length > (context := context_length(config)):
         raise ValueError(f"max_length={args.max_length} is longer than the target's context of {context} tokens")
     check_writable(args.output_dir)
-    check_student_of(args)
+    RunFolder(args)  # whether its folder holds another run
     if args.student is not None:
         check_context(args)
         check_tokenizers(args.student, args.target, tokenizer)
@@ -135,6 +151,11 @@ def check_engines(args: DistillArguments) -> None:
     if (args.fsdp or uses("FSDP")) and version != 2:
         raise ValueError(
             f"fsdp_version={version} is not supported; set fsdp_version: 2, as recipes/accelerate/fsdp.yaml"
+        )
+    if {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= os.environ.keys() and "LOCAL_RANK" not in os.environ:
+        say(
+            "accelerate launch was asked for several processes and has started one; leave out --cpu and take "
+            "recipes/accelerate/cpu.yaml"
         )
     if not args.target_sharded:
         return

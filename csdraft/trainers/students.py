@@ -7,34 +7,31 @@ anyway.
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from csdraft import spec
 from csdraft.drafters.model import base_model, load_model
 from csdraft.heads.layers import check_layers
+from csdraft.heads.on_target import OnTarget
 from csdraft.heads.self_draft import (
-    PREFIX,
     SelfDraft,
-    adapter_state,
     own_layers,
     peft_package,
-    read_document,
-    write_document,
 )
+from csdraft.heads.tied import TiedDraft, borrowed
 from csdraft.trainers.engines import uses
 from csdraft.trainers.new_students import cut_out, from_scratch, narrow_config, new_config
+from csdraft.trainers.student_files import load_student_weights, put_adapter, save_student
 
 __all__ = ["added_share", "check_engine", "check_student", "load_student_weights", "make_student", "save_student"]
 
-CUT = ("layers", "encoder_layers", "hidden_size")
+CUT = ("layers", "encoder_layers", "hidden_size", "tie_to_target")
 SHARED = ("layers", "encoder_layers")
 """Keys of a `peft` block that are not LoRA's: they make it self-drafting."""
 SET_HERE = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
@@ -82,6 +79,12 @@ def check_student(
         check_layers(config, cut.get("layers"), cut.get("encoder_layers"))
         if cut.get("hidden_size") is not None:
             narrow_config(config, cut["hidden_size"])
+            if cut.get("tie_to_target"):
+                raise ValueError(
+                    "tie_to_target with hidden_size: the target's embedding has the target's width; leave one out"
+                )
+        if not isinstance(cut.get("tie_to_target", False), bool):
+            raise ValueError(f"tie_to_target={cut['tie_to_target']!r} must be true or false")
 
 
 def _check_peft(config: Any, peft: Mapping[str, Any], shared: bool) -> None:
@@ -132,7 +135,8 @@ def make_student(
         init: instead: `{"from_target": {"layers": [0, 5, 11]}}`, a model of its own with copies of these layers of the
             target; `encoder_layers` of a T5-like target (all if left out); `hidden_size` keeps the first channels
             only, which is a start rather than a model. Or `{"config": {...}}`: random weights, a config's options, all
-            others at the class's defaults; `model_type` is the target's unless given.
+            others at the class's defaults; `model_type` is the target's unless given. With `tie_to_target` (of
+            `from_target`) its embedding and output layer stay the target's: frozen, and not saved with it.
         peft: options of `peft.LoraConfig`, for LoRA on `student`. With `layers` (and `encoder_layers`) it is LoRA on
             these layers of the target itself, on shared weights: self-drafting. Patterns in it see the layers' new
             numbers, from 0.
@@ -160,8 +164,9 @@ def make_student(
 def _opened(student: Any) -> nn.Module:
     """The base of an adapter, in its own dtype."""
     model = load_model(os.fspath(student), dtype="auto") if isinstance(student, str | os.PathLike) else student
-    if isinstance(model, SelfDraft) or vars(model).get("peft_config"):
-        raise ValueError(f"student {student!r} is an adapter already; leave peft out to train on, or give its base")
+    if isinstance(model, OnTarget) or vars(model).get("peft_config"):
+        kind = "tied to its target" if isinstance(model, TiedDraft) else "an adapter already"
+        raise ValueError(f"student {student!r} is {kind}; leave peft out to train on, or give its base")
     return model
 
 
@@ -174,12 +179,14 @@ def _with_lora(model: nn.Module, options: Mapping[str, Any]) -> nn.Module:
 def _continued(path: str, target: nn.Module) -> nn.Module:
     """A stored student, ready to be trained on."""
     model = load_model(os.fspath(path), dtype=torch.float32)
+    if isinstance(model, TiedDraft):
+        return model.open(target, torch.float32)
     if isinstance(model, SelfDraft):
         model.check(target)
         options = copy.deepcopy(model.options)
         options.inference_mode, options.base_model_name_or_path = False, None
         network = peft_package().get_peft_model(model.layers_of(target), options)
-        _put_adapter(network, model.state)
+        put_adapter(network, model.state)
         return network
     if vars(model).get("peft_config"):  # transformers has put it on its base, to decode with
         peft = peft_package()
@@ -188,101 +195,19 @@ def _continued(path: str, target: nn.Module) -> nn.Module:
     return model
 
 
-# On disk.
-
-
-def save_student(
-    student: Any, folder: str | os.PathLike[str], tokenizer: Any = None, state_dict: Mapping[str, Tensor] | None = None
-) -> None:
-    """Writes a student as `ModelDrafter` loads it: a Transformers or PEFT folder, and drafter.json.
-
-    Args:
-        student: what `make_student` made.
-        folder: made if it is not there.
-        tokenizer: saved beside it.
-        state_dict: the student's weights, gathered, if its own parameters are not whole.
-    """
-    from csdraft.trainers.tokenizer import save_tokenizer
-
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    model = base_model(student)
-    if "self_draft" in vars(model):
-        SelfDraft.of(model).save(folder)
-    else:
-        student.save_pretrained(folder, state_dict=None if state_dict is None else dict(state_dict))
-        write_document(folder)
-    if tokenizer is not None:
-        save_tokenizer(tokenizer, os.fspath(folder))
-
-
-def load_student_weights(student: Any, folder: str | os.PathLike[str]) -> None:
-    """Puts the weights that `save_student` wrote into a student made in the same way.
-
-    Raises:
-        ValueError: the folder holds another student.
-    """
-    folder, model = os.fspath(folder), base_model(student)
-    if vars(model).get("peft_config"):
-        _check_base(model, folder)
-        state = peft_package().load_peft_weights(folder, device="cpu")
-        _check_names(state, adapter_state(model), folder)
-        _put_adapter(student, state)
-        return
-    state = _read_weights(folder)
-    own = model.state_dict()
-    stored = {own[key].data_ptr() for key in state if key in own}
-    tied = {key for key, tensor in own.items() if key not in state and tensor.data_ptr() in stored}
-    _check_names(state, {key: tensor for key, tensor in own.items() if key not in tied}, folder)
-    model.load_state_dict(state, strict=False)  # tied weights are stored once
-
-
-def _put_adapter(network: Any, state: dict[str, Tensor]) -> None:
-    peft_package().set_peft_model_state_dict(network, state)
-
-
-def _check_base(model: Any, folder: str) -> None:
-    own = vars(model).get("self_draft")
-    document = read_document(folder) or {}
-    stored, layers = document.get("base", {}).get("fingerprint"), document.get("layers")
-    if (own and own.fingerprint) != stored or (own and list(own.layers)) != layers:
-        raise ValueError(
-            f"{folder} holds an adapter for layers {layers} of the base {stored}, the student has layers "
-            f"{own and list(own.layers)} of {own and own.fingerprint}; resume with the options it was trained with"
-        )
-
-
-def _check_names(state: Mapping[str, Tensor], own: Mapping[str, Tensor], folder: str) -> None:
-    other = sorted(state.keys() ^ own.keys()) or [k for k in own if state[k].shape != own[k].shape]
-    if other:
-        key = other[0]
-        shapes = [tuple(where[key].shape) if key in where else None for where in (state, own)]
-        raise ValueError(
-            f"{folder} holds another student: {len(other)} tensors differ, such as {key.removeprefix(PREFIX)}, of "
-            f"shape {shapes[0]} there and {shapes[1]} here; resume with the options it was trained with"
-        )
-
-
-def _read_weights(folder: str) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    index = Path(folder, "model.safetensors.index.json")
-    files = {"model.safetensors"}
-    if index.is_file():
-        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    if missing := [name for name in sorted(files) if not Path(folder, name).is_file()]:
-        raise ValueError(
-            f"{folder} holds no student: it lacks {', '.join(missing)}; give a folder that a run has saved"
-        )
-    return {key: tensor for name in sorted(files) for key, tensor in load_file(Path(folder, name)).items()}
-
-
 def added_share(student: Any, target: nn.Module) -> float:
     """Parameters that the student needs beside the target's own, as a share of the target's.
 
-    Of a self-drafting adapter those of LoRA alone; of LoRA on a small model that model's, too.
+    Of a self-drafting adapter those of LoRA alone; of LoRA on a small model that model's, too; of a student that is
+    tied to the target all but the embedding and the output layer.
     """
     target = base_model(target)
     kept = {parameter.data_ptr() for parameter in target.parameters()} - {0}  # 0: weights that are elsewhere
+    lent = borrowed(base_model(student))
     # ds_numel: of a parameter that ZeRO-3 keeps in parts, the size of the whole.
-    added = sum(getattr(p, "ds_numel", p.numel()) for p in student.parameters() if p.data_ptr() not in kept)
+    added = sum(
+        getattr(p, "ds_numel", p.numel())
+        for name, p in student.named_parameters()
+        if p.data_ptr() not in kept and name not in lent
+    )
     return added / target.num_parameters()  # type: ignore[operator]

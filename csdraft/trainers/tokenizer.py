@@ -1,6 +1,6 @@
 """A byte-level BPE tokenizer trained on a corpus; round-trips any text."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -12,9 +12,13 @@ __all__ = ["TokenizerArguments", "save_tokenizer", "train_tokenizer"]
 
 @dataclass
 class TokenizerArguments:
-    corpus: str = "stdlib"
-    vocab_size: int = 4096
-    output_dir: str = "out/smol/tokenizer"
+    """What a tokenizer is trained on, and its size."""
+
+    corpus: str = field(
+        default="stdlib", metadata={"help": "'stdlib', 'stdlib-tests', a folder of text files, or a .txt(.xz) file."}
+    )
+    vocab_size: int = field(default=4096, metadata={"help": "Tokens, at least the 256 bytes and one."})
+    output_dir: str = field(default="out/smol/tokenizer", metadata={"help": "Folder for the tokenizer."})
 
 
 def train_tokenizer(args: TokenizerArguments) -> PreTrainedTokenizerFast:

@@ -17,6 +17,7 @@ from csdraft.cli import _models, main
 from csdraft.data.generate import GenerateArguments, generate, read_starts
 from csdraft.data.target_cache import CacheArguments, cache_logits
 from csdraft.trainers.distill import DistillArguments
+from csdraft.trainers.order import Filled
 from csdraft.trainers.publish import described_data
 from csdraft.trainers.run import make_exam, prepare
 
@@ -92,7 +93,7 @@ def test_counts_are_in_the_provenance_of_data_and_drafters(folder, capsys):
     assert noted["data"] == {"read": 3, "left_out": {"a null conversation": 1}, "cut": 0}
     args = distilling(folder)
     _, _, batches = prepare(args)
-    described = described_data(SimpleNamespace(train_dataset=batches["train_dataset"], args=args))
+    described = described_data(SimpleNamespace(train_dataset=Filled(batches["train_dataset"]), args=args, noted={}))
     assert {name: described[name] for name in ("rows", "read", "left_out", "cut")} == {
         "rows": 2, "read": 3, "left_out": {"a null conversation": 1}, "cut": 1
     }  # fmt: skip

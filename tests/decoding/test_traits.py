@@ -231,6 +231,15 @@ def test_an_unknown_class_is_asked_once(monkeypatch) -> None:
     assert len(asked) == 2
 
 
+@pytest.mark.parametrize("shape", [(16, 16), (1, 1, 16, 16)], ids=["2D", "4D"])
+def test_a_table_of_what_sees_what_is_refused_if_it_has_a_window(shape: tuple[int, ...]) -> None:
+    model, all_earlier = tiny.fresh("llama"), torch.ones(shape, dtype=torch.bool).tril()
+    model.register_buffer("bias", all_earlier)
+    assert refusal(model) is None
+    model.register_buffer("bias", all_earlier.triu(-7))
+    assert "a table of its own" in str(refusal(model))
+
+
 @pytest.mark.parametrize("family", tiny.CAUSAL)
 def test_known_families_would_pass(family: str, monkeypatch) -> None:
     """Those that are not asked are asked here."""

@@ -15,7 +15,8 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from csdraft.trainers.arguments import read_arguments
-from csdraft.trainers.distill import DistillArguments
+from csdraft.trainers.command import leave_group
+from csdraft.trainers.distill_arguments import DistillArguments
 from csdraft.trainers.engines import uses
 from csdraft.trainers.run import distill
 
@@ -52,3 +53,4 @@ if __name__ == "__main__":
     trainer = distill(args)
     found = {"student": held(trainer.student), "target": held(trainer.target)}
     Path(args.output_dir, f"held-{args.process_index}.json").write_text(json.dumps(found))
+    leave_group()

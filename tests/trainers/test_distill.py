@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -114,7 +115,7 @@ def test_a_signal_leaves_a_checkpoint_to_go_on_from(folder):
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=60)[0]
-    assert process.returncode == 0
+    assert process.returncode == 143
     assert "the same command goes on" in said
     (checkpoint,) = (folder / "signal").glob("checkpoint-*")
     step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
@@ -263,6 +264,10 @@ WRONG = {
     "Muon on parts": ({"muon": True, "fsdp": True}, "which FSDP cuts up"),
     "no checkpoint": ({"resume_from_checkpoint": "{folder}/texts.jsonl"}, "holds no whole checkpoint"),
     "no number": ({"learning_rate": "fast"}, "learning_rate='fast' must be a number, such as"),
+    "no figure": (
+        {"metric_for_best_model": "loss"},
+        "metric_for_best_model='loss' is no figure .* accepted_1 to accepted_5",
+    ),
     "no truth value": ({"packing": "perhaps"}, "packing='perhaps' must be true or false, such as packing=true"),
 }
 
@@ -287,14 +292,14 @@ def test_mistakes_are_found_before_the_target_is_loaded(folder, what, monkeypatc
 
 @pytest.mark.parametrize("noted", [True, False])
 def test_a_checkpoint_of_another_student_is_refused(folder, noted, monkeypatch):
-    """Before the target is loaded, if the checkpoint says of which student it is; else by its weights."""
+    """Before the target is loaded, if the student has another name; else by its weights."""
     distill(arguments(folder, f"other-{noted}", max_steps=2))
-    (note,) = (folder / f"other-{noted}").glob("checkpoint-*/student.json")
+    (note,) = (folder / f"other-{noted}").glob("checkpoint-*/run.json")
     if noted:
         monkeypatch.setattr(run, "load_models", lambda *_: pytest.fail("the target was loaded"))
     else:
-        note.unlink()
-    with pytest.raises(ValueError, match="holds another student: " + ("student was 'student'" if noted else "")):
+        note.write_text(note.read_text().replace('"student": "student"', '"student": "target"'))
+    with pytest.raises(ValueError, match="holds a run with student='student'" if noted else "holds another student"):
         distill(arguments(folder, f"other-{noted}", max_steps=4, student=str(folder / "target")))
 
 
@@ -354,3 +359,57 @@ def test_words_of_yaml_mean_what_the_default_says():
     args = make_arguments(DistillArguments, {"use_cpu": True, "output_dir": "nowhere", **given})
     assert (args.report_to, args.eval_strategy.value) == ([], "no")
     assert (args.learning_rate, args.max_steps, args.logging_steps) == (3e-4, 1000, 5)
+
+
+def test_the_start_counts_when_the_best_is_kept(folder, capsys):
+    """A rate that ruins the student: no later evaluation is better than the first."""
+    run_of = {
+        "max_steps": 4, "learning_rate": 3.0, "eval_strategy": "steps", "eval_steps": 2, "eval_new_tokens": 12,
+        "eval_prompts": f"{folder}/prompts.jsonl", "eval_on_start": True, "load_best_model_at_end": True,
+        "save_total_limit": 1, "metric_for_best_model": "acceptance",
+    }  # fmt: skip
+    trainer = distill(arguments(folder, "ruined", **run_of))
+    figures = [entry["eval_acceptance"] for entry in trainer.state.log_history if "eval_prompts" in entry]
+    assert figures[0] > max(figures[1:])
+    assert trainer.state.best_global_step == 0
+    assert "no evaluation was better than the one at the start (acceptance" in capsys.readouterr().out
+    assert largest_difference(weights(folder / "ruined"), weights(folder / "student")) == 0
+    card = (folder / "ruined/README.md").read_text()
+    before, after = re.search(r"\| expected acceptance.* \| (.*) \| (.*) \|", card).groups()
+    assert before == after
+
+    for checkpoint in (folder / "ruined").glob("checkpoint-[24]"):
+        shutil.rmtree(checkpoint)
+    (folder / "ruined/finished.json").unlink()
+    again = distill(arguments(folder, "ruined", **run_of))
+    assert losses(again) == losses(trainer), "what is left is no place to resume from"
+
+
+def test_the_best_is_found_where_a_run_was_moved(folder, tmp_path):
+    run_of = {
+        "eval_strategy": "steps", "eval_steps": 2, "eval_new_tokens": 12, "eval_prompts": f"{folder}/prompts.jsonl",
+        "load_best_model_at_end": True,
+    }  # fmt: skip
+    trainer = distill(arguments(folder, "stays", max_steps=4, **run_of))
+    assert trainer.state.best_global_step is not None
+    (folder / "stays").rename(tmp_path / "moved")
+    moved = distill(arguments(folder, str(tmp_path / "moved"), max_steps=6, **run_of))
+    assert Path(moved.state.best_model_checkpoint).parent == tmp_path / "moved"
+    other = distill(arguments(folder, str(tmp_path / "moved"), max_steps=8, **run_of | {"eval_new_tokens": 6}))
+    assert other.state.best_global_step == 8, "figures of another evaluation are not compared"
+
+
+@pytest.mark.parametrize(
+    ("made", "rate"),
+    [
+        ({}, 2e-5),
+        ({"student": None, "init": {"from_target": {"layers": [0]}}}, 1e-4),
+        ({"student": None, "init": {"config": {}}}, 3e-4),
+        ({"peft": {"r": 2}}, 2e-4),
+        ({"student": None, "peft": {"layers": [0], "r": 2}}, 4e-4),
+        ({"learning_rate": 0.5}, 0.5),
+    ],
+)
+def test_each_kind_of_student_has_a_learning_rate(folder, made, rate):
+    given = {"learning_rate": None} | made
+    assert arguments(folder, "rates", **given).learning_rate == rate

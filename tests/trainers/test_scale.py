@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from trainers.launch import ROOT
+from trainers.launch import launch as launched
 from trainers.pair import arguments, make_pair, settings
 from transformers import AutoModelForCausalLM
 
 from csdraft.trainers.run import distill
 
-ROOT = Path(__file__).parent.parent.parent
 RUN = {
     "max_steps": 3, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 1e9, "on_policy": 0.5, "save_steps": 1,
     "eval_strategy": "steps", "eval_steps": 3, "eval_new_tokens": 8,
@@ -43,36 +43,10 @@ def ddp(folder: Path) -> Path:
     return launch(folder, "ddp")
 
 
-def launcher(folder: Path, engine: str, port: int) -> list[str]:
-    """Two processes without GPUs: torchrun for DDP, else recipes/accelerate/<engine>.yaml in float32."""
-    if engine == "ddp":
-        return ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    recipe = yaml.safe_load((ROOT / f"recipes/accelerate/{engine}.yaml").read_text())
-    path = folder / f"accelerate-{engine}.yaml"
-    path.write_text(yaml.safe_dump(recipe | {"num_processes": 2, "use_cpu": True, "mixed_precision": "no"}))
-    return ["-m", "accelerate.commands.launch", "--config_file", str(path), "--main_process_port", str(port)]
-
-
 def launch(folder: Path, engine: str, name: str | None = None, **changes: object) -> Path:
-    """The folder of a run, named as the engine if not otherwise."""
-    name = name or engine
-    run = settings(folder, name, per_device_train_batch_size=4, eval_prompts=f"{folder}/prompts.jsonl",
-                   ddp_backend="gloo", **RUN)  # fmt: skip
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(run | changes))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, *launcher(folder, engine, port), str(Path(__file__).with_name("process.py")),
-         str(folder / f"{name}.yaml")],
-        env=environment, capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return folder / name
+    """The folder of a run of two processes, named as the engine if not otherwise."""
+    evaluated = {"per_device_train_batch_size": 4, "eval_prompts": f"{folder}/prompts.jsonl"}
+    return launched(folder, name or engine, engine, **evaluated | RUN | changes)
 
 
 def test_gradients_do_not_depend_on_how_a_step_is_cut_up(folder, alone, ddp):
@@ -99,6 +73,32 @@ def test_data_parallel_processes_are_one(folder, alone, ddp):
     assert shares(ddp) == [{"student": 1, "target": 1}] * 2
     launch(folder, "ddp", max_steps=4)  # goes on from its checkpoint
     assert (ddp / "checkpoint-4").is_dir()
+
+
+@pytest.mark.parametrize("recipe", ["cpu", pytest.param("ddp", marks=pytest.mark.slow)])
+def test_recipes_start_two_processes_without_gpus(folder, recipe):
+    """As the docs say it, with the script itself: each process has its random numbers in the checkpoint."""
+    options = folder / f"two-{recipe}.yaml"
+    options.write_text(yaml.safe_dump(settings(folder, f"two-{recipe}", max_steps=1)))
+    command = ["--config_file", str(ROOT / f"recipes/accelerate/{recipe}.yaml"), "--num_processes", "2"]
+    command += ["--main_process_port", "0", "--mixed_precision", "no"]
+    command += [str(ROOT / "scripts/distill_drafter.py"), "--config", str(options)]
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *command], capture_output=True, text=True, timeout=200,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    noted = json.loads((folder / f"two-{recipe}/checkpoint-1/run.json").read_text())
+    assert noted["options"]["processes"] == 2
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= noted["files"].keys()
+
+
+def test_one_process_where_several_were_asked_for_is_said(folder, monkeypatch, capsys):
+    """What accelerate leaves in the environment for --cpu --num_processes 2."""
+    for name, value in (("ACCELERATE_USE_CPU", "True"), ("MASTER_ADDR", "127.0.0.1")):
+        monkeypatch.setenv(name, value)
+    distill(arguments(folder, "one", max_steps=1))
+    assert "asked for several processes and has started one; leave out --cpu" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -1,0 +1,60 @@
+"""Drafters that use tensors of the target itself, and so wait for it: what all kinds of them have in common."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Any
+
+from torch import nn
+
+__all__ = ["OnTarget"]
+
+_LOCK = threading.Lock()
+
+
+class OnTarget(nn.Module):
+    """What is stored of a drafter that stands on a target; `bind` completes it.
+
+    Attributes:
+        config: reports and cards ask it for `name_or_path` and `vocab_size`.
+    """
+
+    config: Any
+    what, use = "drafter", "uses the target's own weights"
+    """What it is and what it needs, in messages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bound: weakref.WeakKeyDictionary[nn.Module, tuple[list, Any]] = weakref.WeakKeyDictionary()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError(
+            f"{self._name} {self.use} and cannot run alone; pass it to generate as assistant= (in "
+            "a ModelDrafter or a CascadeDrafter), or use bind(target)"
+        )
+
+    def check(self, target: Any) -> None:
+        """Raises ValueError if `target` is not the model that it was trained on."""
+        raise NotImplementedError
+
+    def bind(self, target: Any) -> Any:
+        """The complete model, over the target's tensors.
+
+        Made once a target and kept as long as both live; made again when the target's weights have moved. Nothing of
+        the target is changed.
+        """
+        places = [(parameter.data_ptr(), parameter.dtype) for parameter in target.parameters()]
+        with _LOCK:
+            known = self._bound.get(target)
+            if known is None or known[0] != places:
+                self.check(target)
+                self._bound[target] = known = (places, self._put_on(target))
+        return known[1]
+
+    def _put_on(self, target: Any) -> Any:
+        raise NotImplementedError
+
+    @property
+    def _name(self) -> str:
+        return f"the {self.what} {self.config._name_or_path!r}"

@@ -1,0 +1,198 @@
+"""A drafter cut out of its target that has layers of its own and uses the target's embedding and output layer.
+
+The two are a third or more of a small drafter. They are frozen while it is trained, are not saved with it, and the
+target lends them again when it drafts. On disk it is a Transformers folder without those tensors, and `drafter.json`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from csdraft.heads.layers import embedding_fingerprint, embeddings
+from csdraft.heads.on_target import OnTarget
+from csdraft.heads.self_draft import TIED, SelfDraft, model_name, write_document
+
+__all__ = ["Lender", "TiedDraft", "borrowed", "stored_form", "tie"]
+
+
+@dataclass(frozen=True)
+class Lender:
+    """The model whose embedding and output layer are used, and what tells them from others."""
+
+    name: str
+    revision: str | None
+    fingerprint: str
+    vocab_size: int
+
+
+def tie(student: Any, target: Any) -> Any:
+    """Freezes the student's copies of the target's embedding and output layer and notes whose they are."""
+    student.tied_to = Lender(
+        model_name(target),
+        getattr(target.config, "_commit_hash", None),
+        embedding_fingerprint(target, target.config.vocab_size),
+        target.config.vocab_size,
+    )
+    for parameter in embeddings(student).values():
+        parameter.requires_grad_(False)
+    return student
+
+
+def borrowed(model: Any) -> dict[str, str]:
+    """Names of the parameters that a tied student does not own -> whose they are, see `embeddings`; else empty."""
+    if "tied_to" not in vars(model):
+        return {}
+    names = {id(parameter): name for name, parameter in embeddings(model).items()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: names[id(parameter)] for name, parameter in every if id(parameter) in names}
+
+
+class TiedDraft(OnTarget):
+    """A tied drafter without the target's tensors; `bind` completes it.
+
+    Args:
+        lender: whose embedding and output layer it uses.
+        config: of the whole model.
+        state: its own tensors.
+        names: of the others, see `borrowed`.
+    """
+
+    what, use = "tied drafter", "uses a target's embedding and output layer"
+
+    def __init__(self, lender: Lender, config: Any, state: Mapping[str, Tensor], names: Mapping[str, str]):
+        super().__init__()
+        self.lender, self.config, self.borrowed, self.own = lender, config, dict(names), tuple(state)
+        self.tensors = nn.ParameterList(nn.Parameter(tensor, requires_grad=False) for tensor in state.values())
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        return {name: tensor.detach() for name, tensor in zip(self.own, self.tensors, strict=True)}
+
+    def check(self, target: Any) -> None:
+        kind = getattr(target.config, "model_type", None)
+        found = embedding_fingerprint(target, self.lender.vocab_size) if kind == self.config.model_type else kind
+        if found != self.lender.fingerprint:
+            raise ValueError(
+                f"{self._name} uses the embedding and output layer of {self.lender.name}, with fingerprint "
+                f"{self.lender.fingerprint}; those of the target {type(target).__name__} "
+                f"{getattr(target.config, '_name_or_path', '')!r} have {found}. Decode with that target, or train a "
+                "drafter for this one"
+            )
+
+    def open(self, target: Any, dtype: torch.dtype) -> Any:
+        """A model of its own in this dtype, with copies of the target's tensors: to be trained on."""
+        self.check(target)
+        theirs = embeddings(target)
+        copies = {name: theirs[key].detach().to(dtype, copy=True) for name, key in self.borrowed.items()}
+        model = self._made(target, copies, dtype)
+        model.tie_weights()
+        return tie(model, target)
+
+    @torch.inference_mode(False)
+    def _put_on(self, target: Any) -> Any:
+        theirs = embeddings(target)
+        places = {parameter.device for parameter in theirs.values()}
+        dtype = theirs["input.weight"].dtype
+        if len(places) > 1 or not dtype.is_floating_point:
+            raise ValueError(
+                f"{self._name} needs the target's embedding and output layer in a float type on one device; they are "
+                f"{dtype} on {', '.join(sorted(map(str, places)))}. Load the target so, or train a drafter of its own "
+                "(without tie_to_target)"
+            )
+        empty = {name: torch.zeros((), dtype=dtype).expand(theirs[key].shape) for name, key in self.borrowed.items()}
+        model = self._made(target, empty, dtype)
+        shared = {key: nn.Parameter(parameter.detach(), requires_grad=False) for key, parameter in theirs.items()}
+        for name, key in self.borrowed.items():
+            place, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(place), leaf, shared[key])
+        model.tied_to = self.lender
+        return model.to(places.pop()).requires_grad_(False).eval()
+
+    def _made(self, target: Any, lent: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
+        config = copy.deepcopy(self.config)
+        config.get_text_config(decoder=True).vocab_size = next(iter(lent.values())).shape[0]
+        model = type(target).from_pretrained(None, config=config, state_dict={**self.state, **lent}, dtype=dtype)
+        model.generation_config = copy.deepcopy(target.generation_config)
+        return model.eval()
+
+    # On disk.
+
+    @classmethod
+    def of(cls, model: Any, state_dict: Mapping[str, Tensor] | None = None) -> TiedDraft:
+        """What is stored of a tied student.
+
+        Args:
+            state_dict: its weights, gathered, if its own parameters are not whole.
+        """
+        names = borrowed(model)
+        state = model.state_dict() if state_dict is None else state_dict
+        own = {name: tensor for name, tensor in state.items() if name not in names}
+        return cls(model.tied_to, model.config, own, names)
+
+    def save(self, folder: str | Path, model: Any = None) -> None:
+        """Writes a Transformers folder and drafter.json.
+
+        Args:
+            model: the whole model, if it is at hand; its class saves the folder.
+        """
+        from huggingface_hub import save_torch_state_dict
+
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        if model is not None:
+            model.save_pretrained(folder, state_dict=self.state)
+        else:
+            self.config.save_pretrained(folder)
+            save_torch_state_dict(self.state, str(folder))
+        write_document(folder, TIED, {"base": asdict(self.lender), "borrowed": self.borrowed})
+
+    @classmethod
+    def load(cls, path: str, document: Mapping[str, Any], dtype: Any = None, **options: Any) -> TiedDraft:
+        """What `save` wrote.
+
+        Args:
+            path: folder or Hub id.
+            document: its drafter.json.
+            dtype: of its tensors; None or 'auto': as they are stored.
+            options: of the Hub: revision, token, ...
+        """
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(path, **options)
+        state = _read(path, **options)
+        if isinstance(dtype, str) and dtype != "auto":
+            dtype = getattr(torch, dtype)
+        if isinstance(dtype, torch.dtype):
+            state = {name: tensor.to(dtype) for name, tensor in state.items()}
+        return cls(Lender(**document["base"]), config, state, document["borrowed"]).eval()
+
+
+def _read(path: str, **options: Any) -> dict[str, Tensor]:
+    """All tensors of a folder or Hub id."""
+    import json
+
+    from safetensors.torch import load_file
+    from transformers.utils import cached_file
+
+    quiet = {"_raise_exceptions_for_missing_entries": False}
+    index = cached_file(path, "model.safetensors.index.json", **options, **quiet)
+    names = {"model.safetensors"}
+    if index is not None:
+        names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+    files = [cached_file(path, name, **options) for name in sorted(names)]
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}  # type: ignore[arg-type]
+
+
+def stored_form(model: Any) -> OnTarget | None:
+    """What is stored of a drafter that stands on a target, bound or not; None of any other model."""
+    if isinstance(model, OnTarget):
+        return model
+    if "self_draft" in vars(model):
+        return SelfDraft.of(model)
+    return TiedDraft.of(model) if "tied_to" in vars(model) else None

@@ -1,0 +1,227 @@
+"""A run stops at the first number that is not finite, at a full disk, at a signal: with one line, and a checkpoint."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from trainers.launch import ROOT, start
+from trainers.pair import arguments, make_pair, settings
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from csdraft.trainers import run as run_module
+from csdraft.trainers.checkpoints import flaw, last_checkpoint
+from csdraft.trainers.run import distill
+from csdraft.trainers.stops import NonFinite, Unwritable
+
+SCRIPT = ROOT / "scripts/distill_drafter.py"
+RARE = "Q"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a target that gives nan wherever it reads the letter Q, which one text has, the last of them."""
+    folder = make_pair(tmp_path_factory.mktemp("stops"))
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(folder / "target", tie_word_embeddings=False)
+    target, tokenizer = AutoModelForCausalLM.from_config(config), AutoTokenizer.from_pretrained(folder / "target")
+    with torch.no_grad():
+        target.get_input_embeddings().weight[tokenizer(RARE)["input_ids"][0]] = torch.nan
+    target.save_pretrained(folder / "broken-target")
+    tokenizer.save_pretrained(folder / "broken-target")
+    rows = [json.dumps({"text": f"x{i} = y\n"}) for i in range(31)] + [json.dumps({"text": f"{RARE} = y\n"})]
+    (folder / "rare.jsonl").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def rare(folder: Path, **changes: object) -> dict[str, object]:
+    """A run of two epochs of eight steps that meets the row with nan somewhere in the first."""
+    return {
+        "target": str(folder / "broken-target"), "dataset": str(folder / "rare.jsonl"), "max_steps": 16,
+        "save_steps": 1, "per_device_train_batch_size": 4,
+    } | changes  # fmt: skip
+
+
+# Numbers that are not finite.
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_loss_of_nan_names_its_rows_and_leaves_the_last_checkpoint(folder, packing):
+    options = rare(folder, packing=packing, max_length=24)
+    with pytest.raises(NonFinite, match=r"step \d+: the loss is nan with rows .* of the data set") as caught:
+        distill(arguments(folder, f"nan-{packing}", **options))
+    message = str(caught.value)
+    rows = [int(row) for row in re.search(r"with rows ([\d, ]+) of", message)[1].split(", ")]
+    assert 31 in rows
+    assert f"(row {rows[0]} begins '<|endoftext|>" in message
+    assert len(rows) < 12
+    assert "The target has weights that are not finite (model.embed_tokens.weight)" in message
+    assert not (folder / f"nan-{packing}" / "model.safetensors").exists()
+    last = last_checkpoint(f"{folder}/nan-{packing}")
+    if last is not None:
+        assert last in message
+        assert int(last.rpartition("-")[2]) + 1 == int(re.match(r"step (\d+)", message)[1])
+        assert all(tensor.isfinite().all() for tensor in load_file(f"{last}/model.safetensors").values())
+
+
+def test_all_processes_stop_where_one_has_nan(folder):
+    process = start(folder, "nan-2", script=SCRIPT, **rare(folder, per_device_train_batch_size=2))
+    said = process.communicate(timeout=200)[0]
+    assert process.returncode != 0
+    assert len(re.findall(r"error: step \d+: the loss is nan with rows \d+, \d+ of the data set", said)) == 1
+    assert re.search(r"with rows (31, \d+|\d+, 31) of", said)
+    assert 'distill_drafter.py", line' not in said, "it has no traceback"
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, spoiled) -> None:
+    """What `spoiled(target, student)` does is done to the models that a run loads."""
+    load = run_module.load_models
+
+    def loaded(*args):
+        models = load(*args)
+        spoiled(*models)
+        return models
+
+    monkeypatch.setattr(run_module, "load_models", loaded)
+
+
+def test_a_gradient_that_is_infinite(folder, monkeypatch):
+    """With a loss that is finite; the optimiser must not have seen it."""
+    spoil(monkeypatch, lambda _, student: student.model.norm.weight.register_hook(lambda grad: grad * torch.inf))
+    with pytest.raises(
+        NonFinite, match=r"step 1: the gradient's norm is (inf|nan), the loss \d.* Try a learning_rate"
+    ):
+        distill(arguments(folder, "gradient"))
+    assert not list((folder / "gradient").iterdir())
+
+
+def test_weights_that_are_not_finite_are_not_saved(folder):
+    """The last step makes them so, and there is no loss after it that could tell."""
+    steep = {"learning_rate": 3e38, "losses": {"forward_kl": 1000.0}, "max_grad_norm": 1e9, "optim": "sgd"}
+    with pytest.raises(NonFinite, match=r"step 1: weights are not finite \(model\.\S+\), and nothing was saved"):
+        distill(arguments(folder, "overflow", max_steps=1, **steep))
+    assert not list((folder / "overflow").iterdir())
+
+
+# The disk.
+
+
+def no_space(*args: object, **options: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device", "a-file")
+
+
+def as_torch_says_it(*args: object, **options: object) -> None:
+    raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
+
+
+@pytest.mark.parametrize(
+    ("what", "writer"),
+    [
+        ("csdraft.trainers.distill.save_student", no_space),
+        ("torch.save", no_space),
+        ("torch.save", as_torch_says_it),
+        ("transformers.TrainerState.save_to_json", no_space),
+        ("csdraft.trainers.saving.mark_whole", no_space),
+    ],
+)
+def test_a_full_disk_is_one_error_and_no_half_checkpoint(folder, monkeypatch, what, writer):
+    name = f"full-{what}-{writer.__name__}"
+    distill(arguments(folder, name, max_steps=2))
+    monkeypatch.setattr(what, writer)
+    with pytest.raises(Unwritable, match=r"cannot be written: .*; \d+\.\d\d GB are free in .*Make room"):
+        distill(arguments(folder, name, max_steps=4))
+    monkeypatch.undo()
+    assert last_checkpoint(f"{folder}/{name}") == f"{folder}/{name}/checkpoint-2"
+    assert distill(arguments(folder, name, max_steps=4)).state.global_step == 4
+
+
+@pytest.mark.parametrize("what", ["csdraft.trainers.distill.describe", "csdraft.trainers.run_folder.write_whole"])
+def test_a_disk_that_is_full_at_the_very_end(folder, monkeypatch, what):
+    """The result is written when there is room, without another step."""
+    name = f"end-{what}"
+    monkeypatch.setattr(what, no_space)
+    with pytest.raises(Unwritable, match="a-file cannot be written"):
+        distill(arguments(folder, name))
+    monkeypatch.undo()
+    before = load_file(folder / name / "checkpoint-4/model.safetensors")
+    trainer = distill(arguments(folder, name))
+    assert trainer.state.global_step == 4
+    assert all(tensor.equal(before[key]) for key, tensor in load_file(folder / name / "model.safetensors").items())
+
+
+def run_script(folder: Path, name: str, *, file_size: int | None = None, **changes: object):
+    """The script in a process that may not write larger files, and what it said."""
+    recipe = folder / f"{name}.yaml"
+    recipe.write_text(json.dumps(settings(folder, name) | changes))
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), "--config", str(recipe)], capture_output=True, text=True, timeout=120,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, preexec_fn=limit if file_size else None,
+    )  # fmt: skip
+
+
+def test_a_script_says_in_one_line_that_a_file_cannot_be_written(folder):
+    done = run_script(folder, "limited", file_size=30_000)
+    assert done.returncode == 1
+    errors = done.stderr[done.stderr.index("error: ") :]
+    assert re.match(
+        r"error: .*limited/checkpoint-2\S* cannot be written: .*File too large.* GB are free in .*\n$", errors
+    )
+    assert not list((folder / "limited").glob("checkpoint-*"))
+
+
+# Signals.
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_processes_leaves_a_whole_checkpoint_and_a_status(folder, number):
+    """One process by itself, with the status of the signal; see `test_distill` for what it goes on with."""
+    recipe = folder / "signal.yaml"
+    name = f"signal-{number.name}"
+    recipe.write_text(json.dumps(settings(folder, name, max_steps=4000, save_steps=10000)))
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), "--config", str(recipe)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert process.stdout is not None
+    next(line for line in process.stdout if "'loss'" in line)
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + number
+    found = re.search(r"stopped at step (\d+) of 4000; the same command goes on from (\S+)", said)
+    assert found, said
+    assert flaw(Path(found[2])) is None
+    assert found[2].endswith(f"checkpoint-{found[1]}")
+    assert "Traceback" not in said
+
+
+def test_a_signal_to_one_of_two_processes_stops_both(folder):
+    process = start(folder, "signal-2", script=SCRIPT, max_steps=4000, save_steps=10000)
+    assert process.stdout is not None
+    next(line for line in process.stdout if "'loss'" in line)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ours = [pid for pid in children if "distill_drafter" in Path(f"/proc/{pid}/cmdline").read_text()]
+    assert len(ours) == 2
+    os.kill(int(ours[1]), signal.SIGTERM)
+    said = process.communicate(timeout=100)[0]
+    assert process.returncode != 0
+    assert len(re.findall("stopped at step", said)) == 1, said
+    last = last_checkpoint(f"{folder}/signal-2")
+    assert last is not None
+    assert {f"rng_state_{rank}.pth" for rank in (0, 1)} < {path.name for path in Path(last).iterdir()}
+    shutil.rmtree(folder / "signal-2")
