@@ -13,6 +13,7 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     EncoderDecoderCache,
+    StaticLayer,
 )
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "export_cache",
     "holds",
     "import_cache",
+    "slots_of",
     "windows_of_cache",
 ]
 
@@ -187,9 +189,21 @@ def cross_attention_cache(cache: Cache | None) -> Cache | None:
 def holds(cache: Cache) -> bool:
     """Whether `import_cache` and `export_cache` know this kind of cache."""
     cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-    return isinstance(cache, DynamicCache) and all(
-        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
-    )
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer) for layer in cache.layers)
+
+
+def slots_of(cache: Cache) -> int | None:
+    """How many tokens a static cache can hold; None if it grows."""
+    cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    return min((layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)), default=None)
+
+
+def _entries(layer: Any) -> tuple[Tensor, Tensor]:
+    """The keys and values that a layer of a user's cache holds."""
+    if not isinstance(layer, StaticLayer):
+        return layer.keys, layer.values
+    seen = int(layer.get_seq_length())
+    return layer.keys[:, :, :seen], layer.values[:, :, :seen]
 
 
 def windows_of_cache(config: Any) -> set[int | None]:
@@ -215,13 +229,14 @@ def import_cache(cache: Cache, own: SlotCache, kept: Tensor) -> None:
     for old, new in zip(source.layers, own.layers, strict=True):
         if not old.is_initialized or old.keys is None:  # type: ignore[union-attr]
             continue
-        new.lazy_initialization(old.keys, old.values)  # type: ignore[arg-type]
-        dropped = length - old.keys.shape[2]
+        keys, values = _entries(old)
+        new.lazy_initialization(keys, values)
+        dropped = length - keys.shape[2]
         for row, count in enumerate(counts):
-            seen = kept[row, dropped:].to(old.keys.device)
+            seen = kept[row, dropped:].to(keys.device)
             size = int(seen.sum())
-            new.key_buffer[row, :, count - size : count] = old.keys[row][:, seen]  # type: ignore[union-attr]
-            new.value_buffer[row, :, count - size : count] = old.values[row][:, seen]  # type: ignore[index,union-attr]
+            new.key_buffer[row, :, count - size : count] = keys[row][:, seen]  # type: ignore[union-attr]
+            new.value_buffer[row, :, count - size : count] = values[row][:, seen]  # type: ignore[union-attr]
 
 
 def export_cache(own: SlotCache, kept: Tensor, into: Cache) -> None:

@@ -137,7 +137,7 @@ def open_call(
     call = Call(model, head, texts, capacity, sources, together, reuse and past is None, graphs)
     if past is not None:
         kept = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
-        call.session(model).preload(past, texts, kept[:, : past.get_seq_length()])
+        call.session(model).preload(past, texts, kept[:, : int(past.get_seq_length())])
     return call
 
 
