@@ -98,6 +98,10 @@ def decode(
         options = {key: getattr(generation_config, key) for key in PLANNED_FOR}
         guarded.drafter = guarded.attempt(lambda cascade: cascade.planned(model, prompt[None], options), drafter)
     sources = _sources(model, input_ids, encoder_input_ids, model_kwargs, guarded)
+    if (taps := guarded.taps()) and model.config.is_encoder_decoder:
+        raise ValueError(
+            f"the drafter reads hidden states {sorted(taps)} of the target, and an encoder-decoder has none"
+        )
     call = open_call(
         model,
         input_ids,
@@ -111,6 +115,7 @@ def decode(
         past,
         reuse,
         graphs,
+        taps,
     )
     check_processors(rule, call.head.processing)
     guarded.check(call)

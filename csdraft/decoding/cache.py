@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -91,6 +91,8 @@ class SlotCache(Cache):
 
     Attributes:
         positions: (rows, capacity) int64, where the token of each slot stands; None if nobody needs it.
+        features: by tap, (rows, capacity, hidden) hidden states of the tokens in the slots; see `Drafter.taps`. They
+            are written, moved and dropped with keys and values.
     """
 
     def __init__(self, layers: int, rows: int, capacity: int, device: torch.device, by_position: bool):
@@ -101,6 +103,7 @@ class SlotCache(Cache):
         self.positions: Tensor | None = None
         if by_position:
             self.positions = torch.arange(capacity, device=device).repeat(rows, 1)
+        self.features: dict[int, Tensor] = {}
         self._indices: dict[tuple, Tensor] = {}
         super().__init__(layers=[SlotLayer(self) for _ in range(layers)])
 
@@ -118,6 +121,19 @@ class SlotCache(Cache):
         if self.positions is not None:
             self.positions.scatter_(1, slots, positions)
 
+    def note(self, taps: Iterable[int], states: Sequence[Tensor]) -> None:
+        """Takes the features of the tokens that a forward has just read.
+
+        Args:
+            states: (rows, queries, hidden) each, the embeddings and then the output of every block.
+        """
+        for tap in taps:
+            state = states[tap]
+            if tap not in self.features:
+                self.features[tap] = state.new_zeros(state.shape[0], self.capacity, state.shape[-1])
+            index = self.slots.to(state.device)[..., None].expand(state.shape)
+            self.features[tap].scatter_(1, index, state)
+
     def reserve(self, slots: int) -> bool:
         """Makes room for so many slots, and says whether it had to: keys and values then lie elsewhere."""
         if slots <= self.capacity:
@@ -129,6 +145,9 @@ class SlotCache(Cache):
             self.positions = more
         for layer in self._filled():
             layer.grow()
+        for tap, old in self.features.items():
+            self.features[tap] = old.new_zeros(old.shape[0], self.capacity, old.shape[2])
+            self.features[tap][:, : old.shape[1]] = old
         return True
 
     def index_for(self, states: Tensor) -> Tensor:
@@ -143,12 +162,13 @@ class SlotCache(Cache):
         indices: dict[torch.device, Tensor] = {}  # layers may be on several devices: one copy each
         if self.positions is not None:
             self.positions[row, list(targets)] = self.positions[row, list(sources)]
-        for layer in self._filled():
-            for buffer in (layer.key_buffer, layer.value_buffer):
-                if buffer.device not in indices:
-                    indices[buffer.device] = torch.tensor([sources, targets], device=buffer.device)
-                source, target = indices[buffer.device]
-                buffer[row].index_copy_(1, target, buffer[row].index_select(1, source))
+        parts = [b[row] for x in self._filled() for b in (x.key_buffer, x.value_buffer)]  # (heads, capacity, head_dim)
+        parts += [buffer[row][None] for buffer in self.features.values()]
+        for part in parts:
+            if part.device not in indices:
+                indices[part.device] = torch.tensor([sources, targets], device=part.device)
+            source, target = indices[part.device]
+            part.index_copy_(1, target, part.index_select(1, source))
 
     def at(self, row: int, slot: int) -> list[Tensor]:
         """Copies of the keys and values of one token, layer after layer; each (heads, head_dim)."""
@@ -158,6 +178,7 @@ class SlotCache(Cache):
         """Drops all batch rows but `rows`, in that order."""
         if self.positions is not None:
             self.positions = self.positions[list(rows)]
+        self.features = {tap: buffer[list(rows)] for tap, buffer in self.features.items()}
         for layer in self._filled():
             index = torch.tensor(rows, device=layer.key_buffer.device)
             layer.key_buffer, layer.value_buffer = layer.key_buffer[index], layer.value_buffer[index]
@@ -172,8 +193,9 @@ class SlotCache(Cache):
 
     @property
     def bytes(self) -> int:
-        """Memory held by keys and values."""
-        return sum(b.numel() * b.element_size() for x in self._filled() for b in (x.key_buffer, x.value_buffer))
+        """Memory held by keys, values and features."""
+        buffers = [b for x in self._filled() for b in (x.key_buffer, x.value_buffer)]
+        return sum(b.numel() * b.element_size() for b in [*buffers, *self.features.values()])
 
 
 def encoder_decoder_cache(own: SlotCache, cross: Cache | None) -> EncoderDecoderCache:

@@ -35,6 +35,7 @@ class Call:
         graphs: how forwards of fixed shape run.
 
     Attributes:
+        taps: hidden states of the target that drafters read, see `Drafter.taps`; set before its session is made.
         drafting: how models that draft turn logits into tokens, the target among them where it drafts for itself: no
             processor or criterion of the user's, which may keep state, is ever shown a drafted token.
     """
@@ -53,6 +54,7 @@ class Call:
         self.target, self.head, self.texts, self.capacity, self.sources = target, head, texts, capacity, sources
         self.together, self.reuse = together, reuse
         self.graphs: Mode = graphs
+        self.taps: frozenset[int] = frozenset()
         self.rows = len(texts)
         self.vocab = head.sampler.vocab
         self.drafting = Head(head.processing.for_drafters(), head.stopping.for_drafters(), head.sampler)
@@ -85,6 +87,7 @@ class Call:
                 self.texts,
                 self.reuse,
                 self.graphs,
+                self.taps if is_target else frozenset(),
             )
         return self._sessions[id(model)]
 

@@ -29,12 +29,12 @@ Mode = Literal["auto", "compile", False]
 """How forwards of fixed shape run: recorded where the device can, also compiled, or eagerly."""
 Replay = Callable[[], Tensor]
 Record = Callable[[Replay], Replay]
-Forward = Callable[[nn.Module, dict[str, Any]], Tensor]
+Forward = Callable[[nn.Module, dict[str, Any]], Any]
 
 
-def forward(model: nn.Module, arguments: dict[str, Any]) -> Tensor:
-    """The model's logits."""
-    return model(**arguments, use_cache=True, return_dict=True).logits
+def forward(model: nn.Module, arguments: dict[str, Any]) -> Any:
+    """The model's output."""
+    return model(**arguments, use_cache=True, return_dict=True)
 
 
 class Shape(NamedTuple):
@@ -134,7 +134,7 @@ def compiled() -> Forward:
     """A compiled forward: each shape is compiled when it first runs."""
     way = torch.compile(forward, dynamic=False)
 
-    def run(model: nn.Module, arguments: dict[str, Any]) -> Tensor:
+    def run(model: nn.Module, arguments: dict[str, Any]) -> Any:
         with torch._dynamo.config.patch(recompile_limit=MOST_COMPILED, accumulated_recompile_limit=MOST_COMPILED):
             return way(model, arguments)
 

@@ -51,6 +51,9 @@ class Guarded(Drafter):
     def models(self) -> list[object]:
         return self.attempt(lambda drafter: drafter.models(), [])
 
+    def taps(self) -> frozenset[int]:
+        return self.attempt(lambda drafter: drafter.taps(), frozenset())
+
     def check(self, call: Call) -> None:
         """Raises ValueError for a mistake of the user's; any other exception is a failure like all others."""
         try:

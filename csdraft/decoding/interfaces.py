@@ -245,6 +245,13 @@ class Drafter:
         """The models it runs, largest first (for reports, checks and cost tables)."""
         return [model for part in self.parts() for model in part.models()]
 
+    def taps(self) -> frozenset[int]:
+        """Hidden states of the target that it reads, by `call.session(call.target).features`.
+
+        0 is the embeddings, i the output of block i; of the last block many models give it after their last norm.
+        """
+        return frozenset(tap for part in self.parts() for tap in part.taps())
+
     def stages(self) -> list[tuple[Drafter, int]]:
         """Who writes the draft, in order, each with the depth up to which it does: one stage but for cascades."""
         return [(self, self.depth)]

@@ -111,6 +111,7 @@ def open_call(
     past: Any,
     reuse: bool = False,
     graphs: Mode = False,
+    taps: frozenset[int] = frozenset(),
 ) -> Call:
     """The call that `generate` has prepared: texts without padding, the target's head, its cache if the user gave one.
 
@@ -120,6 +121,7 @@ def open_call(
         past: the user's own filled cache, or None.
         reuse: whether models go on from what they have read in earlier calls.
         graphs: how forwards of fixed shape run.
+        taps: hidden states of the target that drafters read.
     """
     rows = input_ids.shape[0]
     texts = [Text(ids, None if mask is None else mask[row]) for row, ids in enumerate(input_ids)]
@@ -135,7 +137,8 @@ def open_call(
         check_rule(verifier, sampler.greedy, custom)
         together = Together(head, input_ids, config)
     call = Call(model, head, texts, capacity, sources, together, reuse and past is None, graphs)
-    if past is not None:
+    call.taps = taps
+    if past is not None and not taps:  # the user's cache has no features: then all is read again
         kept = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
         call.session(model).preload(past, texts, kept[:, : int(past.get_seq_length())])
     return call

@@ -53,12 +53,13 @@ class Reader:
         model: a causal LM or a T5-like encoder-decoder.
         rows: batch size.
         capacity: slots to reserve a row.
+        taps: the hidden states that it keeps beside keys and values, see `Drafter.taps`.
     """
 
-    def __init__(self, model: nn.Module, rows: int, capacity: int):
+    def __init__(self, model: nn.Module, rows: int, capacity: int, taps: frozenset[int] = frozenset()):
         config: Any = model.config
         text = config.get_text_config(decoder=True)
-        self.model, self.rows = model, rows
+        self.model, self.rows, self.taps = model, rows, taps
         self.sources: Sources | None = None
         self.device, self.dtype = home(model)
         self.on_host = self.device.type == "cpu"  # what the model computes is at hand without a copy
@@ -215,7 +216,12 @@ class Reader:
         arguments = self._arguments(inputs, None if unmasked else self._masks(inputs, slots))
         if self.traits.keeps_logits:
             arguments["logits_to_keep"] = keep
-        return forward(self.model, arguments)[:, -keep:]
+        if self.taps:
+            arguments["output_hidden_states"] = True
+        output = forward(self.model, arguments)
+        if self.taps:
+            self.cache.note(self.taps, output.hidden_states)
+        return output.logits[:, -keep:]
 
     def _masks(self, inputs: Inputs, slots: int) -> Tensor | dict[str | None, Tensor]:
         """What the model's attention takes: True and False for sdpa, 0 and -inf for eager; a dict if it takes several.

@@ -48,22 +48,29 @@ _LOCK = threading.Lock()
 _waiting: list[Waiting] = []
 
 
-def borrow(model: nn.Module, rows: int, capacity: int, texts: Sequence[Sequence[int]]) -> tuple[Reader, list[int]]:
+def borrow(
+    model: nn.Module,
+    rows: int,
+    capacity: int,
+    texts: Sequence[Sequence[int]],
+    taps: frozenset[int] = frozenset(),
+) -> tuple[Reader, list[int]]:
     """A reader for one call, and how many leading tokens of each row's text it holds.
 
     Args:
         rows: batch size.
         capacity: slots to reserve a row.
         texts: (rows,) the tokens of each row; empty for a reader that holds nothing.
+        taps: the hidden states that it must keep.
     """
     with _LOCK:
         _drop_dead()
-        own = [w for w in _waiting if w.model() is model and w.rows == rows] if texts else []
+        own = [w for w in _waiting if w.model() is model and w.rows == rows and w.reader.taps == taps] if texts else []
         best = max(own, key=lambda w: sum(map(_common, w.texts, texts)), default=None)
         if best is not None:
             _waiting.remove(best)
     if best is None:
-        return Reader(model, rows, capacity), [0] * rows
+        return Reader(model, rows, capacity, taps), [0] * rows
     best.reader.model = model
     best.reader.reserve(capacity)
     same = best.state == state_of(model)

@@ -57,6 +57,7 @@ class Session:
         texts: one a row; needed by models whose rotary factors depend on the length of the longest.
         reuse: whether to go on from what the model has read of these texts in earlier calls.
         graphs: how forwards of fixed shape run.
+        taps: the hidden states that `features` will be asked for.
     """
 
     def __init__(
@@ -70,10 +71,11 @@ class Session:
         texts: Sequence[Text] = (),
         reuse: bool = False,
         graphs: Mode = False,
+        taps: frozenset[int] = frozenset(),
     ):
         self.model, self.head, self.vocab = model, head, vocab
         reuse = reuse and sources is None
-        self.reader, held = borrow(model, rows, capacity, [text.tokens for text in texts] if reuse else ())
+        self.reader, held = borrow(model, rows, capacity, [text.tokens for text in texts] if reuse else (), taps)
         self.reader.begin(sources, self.reader.vocab < vocab, graphs)
         switch = self.reader.traits.switch
         self.factors = RotaryFactors(switch, texts) if switch and texts and not switch.every_token else None
@@ -238,6 +240,20 @@ class Session:
             return [None] * len(views)
         places = [[(r.row, len(r.text) + r.draft.depth(node)) for node in _wanted(r)] for r in requests]
         return head.choose_all(views, places)
+
+    def features(self, row: int, text: Text, stop: int) -> dict[int, Tensor]:
+        """By tap, (stop, hidden) the model's hidden states of the first `stop` tokens of a row's text.
+
+        They are in the cache, but for the last token or two of a text that has just grown; what is missing is read.
+        """
+        reading = self._readings[row]
+        if reading.text is not text:
+            self._restart(reading, text)
+        self._keep(row, reading, Draft())
+        if reading.read < stop or row in self._unproven:
+            self.score([Request(row, text, Draft(), (ROOT,))], choose=False)
+        place = self.place(row)
+        return {tap: buffer[place, :stop] for tap, buffer in self.reader.cache.features.items()}
 
     def follow(self, plans: dict[int, Plan], tokens: Tensor) -> Inputs:
         """The inputs of a step of a chain: (batch,) tokens behind what `plans` have read. See `Reader.follow`."""

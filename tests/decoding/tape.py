@@ -110,6 +110,6 @@ def storages(reader: Reader) -> set[int]:
     tensors += [reader._steps, reader._prompts]
     tensors += [buffer for layer in cache._filled() for buffer in (layer.key_buffer, layer.value_buffer)]
     tensors += [] if cache.positions is None else [cache.positions]
-    tensors += [*model.parameters(), *model.buffers()]
+    tensors += [*cache.features.values(), *model.parameters(), *model.buffers()]
     tensors += [x for module in model.modules() for x in vars(module).values() if isinstance(x, Tensor)]
     return {tensor.untyped_storage().data_ptr() for tensor in tensors}
