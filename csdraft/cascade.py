@@ -177,6 +177,7 @@ class CascadeDrafter(Drafter):
             about = best.expected.tokens_per_round, best.expected.speedup, plain / tokens
             object.__setattr__(known, "_plan", Planned([*map(_short, kept)], best.trimmed(), *about))
             object.__setattr__(known, "_reports", self._reports)
+            object.__setattr__(known, "memory", self.memory)
             with _LOCK:
                 self._plans[target] = known
         return known

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Inputs", "Plan"]
+__all__ = ["Inputs", "Plan", "Shape"]
 
 IDS, POSITIONS, SLOTS, SEES, PATHS = range(5)
 """Rows of the table of an `Inputs`; from PATHS on the further slots that a query sees."""
 
 FAR = 1 << 29
 """A last position that no text reaches."""
+
+
+class Shape(NamedTuple):
+    """What a forward's price depends on: batch rows, tokens read a row, and leading slots that are looked at."""
+
+    rows: int
+    queries: int
+    slots: int
 
 
 @dataclass(frozen=True)

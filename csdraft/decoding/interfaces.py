@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from csdraft.decoding.draft import ROOT, Draft, Kind
+from csdraft.decoding.memory import Memory
 from csdraft.decoding.text import Text
 
 if TYPE_CHECKING:
@@ -228,6 +229,11 @@ class Drafter:
 
     depth: int = 5
 
+    @cached_property
+    def memory(self) -> Memory:
+        """What schedules have learned of it in earlier calls; not an option, so equal drafters have their own."""
+        return Memory()
+
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
         """One draft a context: the context's own nodes first, unchanged, then at most `budget.room` new ones."""
         raise NotImplementedError
@@ -385,3 +391,7 @@ class Schedule:
 
     def finish(self) -> None:
         """Called once, after the last round."""
+
+    def why(self) -> str:
+        """One sentence for the report: why it drafts as it does; empty if it does what it was told."""
+        return ""

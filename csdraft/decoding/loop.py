@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from csdraft.decoding import clock
 from csdraft.decoding.call import Call
 from csdraft.decoding.guard import Guarded
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Schedule, Verifier
@@ -59,17 +59,17 @@ def run(
     guarded = drafter if isinstance(drafter, Guarded) else Guarded(drafter, verifier, strict)
     report = Report.begin(call, diagnose)
     live = list(range(call.rows))
-    started = time.perf_counter()
+    started = clock.now()
     while live:
+        began, drafting = clock.now(), guarded.seconds
         contexts = [Context(row, call.texts[row], call) for row in live]
         writing = [context for context in contexts if context.row not in call.rows_of_padding]
         rooms = [_room(call, target, context.row) for context in writing]
         told = dict(zip(writing, guarded.budgets(schedule, writing, rooms), strict=True))
         budgets = [told.get(context, Budget(0, 0)) for context in contexts]
-        began, drafting = time.perf_counter(), guarded.seconds
         rounds = run_round(contexts, target, 0, guarded, verifier, budgets)
         drafting = guarded.seconds - drafting
-        scoring = time.perf_counter() - began - drafting
+        scoring = clock.now() - began - drafting  # all of the round but drafting: not the streamer, which may wait
         output.take(rounds)
         of_text = [finished for finished in rounds if finished.context in told]
         report.add(of_text)
@@ -86,7 +86,7 @@ def run(
         # Scores are large, and the next forward needs as much room.
         del contexts, writing, told, rounds, of_text, context, finished
     guarded.finish(schedule)
-    report.finish(call, time.perf_counter() - started, guarded.failure)
+    report.finish(call, clock.now() - started, guarded.failure, guarded.why(schedule))
     guarded.keep_report(report)
     return report
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from csdraft.decoding import clock
 from csdraft.decoding.cache import SlotCache, encoder_decoder_cache
-from csdraft.decoding.inputs import Inputs, Plan
+from csdraft.decoding.inputs import Inputs, Plan, Shape
 from csdraft.decoding.traits import Span, traits_of
 
-__all__ = ["NoCache", "Reader", "Sources", "home"]
+__all__ = ["NoCache", "Reader", "Sources", "device_name", "home"]
 
 KEPT_BUFFERS = 64
 """Inputs of so many queries or fewer are kept for the next forward of their shape."""
@@ -41,6 +42,9 @@ class Reader:
         model: a causal LM or a T5-like encoder-decoder.
         rows: batch size.
         capacity: slots to reserve a row.
+
+    Attributes:
+        shape: of the last forward, and `warm`: whether this reader had run that shape before.
     """
 
     def __init__(self, model: nn.Module, rows: int, capacity: int):
@@ -57,6 +61,7 @@ class Reader:
         self.cache = SlotCache(layers, rows, capacity, self.device, by_position)
         self.lacks_tokens = False
         self.seconds, self.forwards, self.fed = 0.0, 0, 0
+        self.shape, self.warm = Shape(rows, 0, 0), False
         self.last_position = (self.traits.positions or 1 << 30) - 1
         self._buffers: dict[tuple[int, int, int], Inputs] = {}
         self._past = None
@@ -120,7 +125,8 @@ class Reader:
     def _inputs(self, queries: int, deepest: int) -> Inputs:
         """The buffers of a shape."""
         key = (self.rows, queries, deepest)
-        if key in self._buffers:
+        self.warm = key in self._buffers
+        if self.warm:
             return self._buffers[key]
         made = Inputs(*key, self.device)
         if queries <= KEPT_BUFFERS:
@@ -134,7 +140,8 @@ class Reader:
         return slots.start == 0 or (queries == 1 and self.traits.sees_all and not self.traits.additive)
 
     def _forward(self, inputs: Inputs, keep: int, shared: slice | None, unmasked: bool) -> Tensor:
-        started, end = time.perf_counter(), inputs.end
+        started, end = clock.now(), inputs.end
+        self.shape = Shape(*inputs.ids.shape, end)
         self.forwards += 1
         self._reserve(end)
         self.cache.place(inputs.slots, inputs.positions, end, shared)
@@ -147,7 +154,7 @@ class Reader:
                 f"{type(self.model).__name__} kept no keys and values of what it read, which drafted decoding goes on "
                 "from; if it is in training mode, call model.eval() first, otherwise leave assistant= out"
             )
-        self.seconds += time.perf_counter() - started
+        self.seconds += clock.now() - started
         return logits[:, -keep:]
 
     def _masks(self, inputs: Inputs, end: int) -> Tensor | dict[str | None, Tensor]:
@@ -281,3 +288,13 @@ def home(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     if device.type == "meta":  # offloaded: accelerate brings the weights there for each forward
         device = torch.device(embeddings._hf_hook.execution_device)
     return device, model.dtype  # type: ignore[return-value]
+
+
+def device_name(model: nn.Module) -> str:
+    """What costs are measured on: the accelerator's name, or the processor's kind and the threads in use."""
+    device, dtype = home(model)
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{device.type} {platform.machine()} with {torch.get_num_threads()} threads"
+    return f"{name}, {str(dtype).removeprefix('torch.')}"
