@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from csdraft.decoding.call import Call
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Schedule
 from csdraft.decoding.names import name_of
-from csdraft.tables.costs import Costs, Ledger, Survival, Widths
+from csdraft.tables.costs import STREAK, Costs, Ledger, Survival, Widths
 
 __all__ = ["CostModel"]
 
@@ -38,8 +38,8 @@ PROVEN = 2.0
 """With drafts that look so many times faster than plain decoding, its price need not be known."""
 PATIENCE = 3
 """Rounds before a plain step is made to measure it, if none came of itself."""
-FIRST_DEPTH, TRIAL_PAUSE = 2, 8.0
-"""Depth of a repeated trial; the pause after it, in units of what it costs, doubled after each loss."""
+FIRST_DEPTH, FIRST_COPY, TRIAL_PAUSE = 2, 8, 16.0
+"""The most depth of a first draft by a model, and by a drafter without; of a trial the first; the pause after it, in units of what it costs, doubled after each loss."""
 MOST_DOUBLINGS = 6
 """The pause between trials stops growing after so many losses."""
 TRUSTED = 4
@@ -109,12 +109,14 @@ class Working(Schedule):
         self.ledger = drafter.memory.load(call.target, self.key, self._fresh) if options.remember else Ledger()
         for survival in self.ledger.survivals.values():
             survival.fade(CARRIED)
+        self._streaky = bool(drafter.models())
         self.most = options.most or (self.limits[-1] if len(self.stages) > 1 else max(2 * self.limits[-1], LONE_DEPTH))
         self.depths = sorted({depth for depth in DEPTHS if depth < self.most} | {self.most})
         self.prices = Widths()
         self._draft_widths = [[0] for _ in self.stages]
         self.rounds = self.skip = self.depth = 0
         self.evidence: list[int] = []  # by row
+        self._whole: set[int] = set()  # rows whose last draft was kept whole: models are right, or wrong, in stretches
         self._asked: list[int] = []
         self._settled: dict[int, tuple[int, int, int]] = {}  # by evidence: skip, depth, rounds that this stands for
         self._reads = self._trial = False
@@ -131,7 +133,9 @@ class Working(Schedule):
     # What to draft.
 
     def budgets(self, contexts: Sequence[Context], rooms: Sequence[int], drafter: Drafter) -> list[Budget]:
-        self.evidence = [self.drafter.evidence(context) for context in contexts]
+        self.evidence = [
+            self.drafter.evidence(context) + (STREAK if context.row in self._whole else 0) for context in contexts
+        ]
         self._trial = False
         kind = self.evidence[0] if len(contexts) == 1 else MIXED
         self._kinds[kind] += 1
@@ -154,7 +158,7 @@ class Working(Schedule):
         survivals = [self.ledger.survival(kind, skip) for skip in range(len(self.stages))]  # keep count of trials
         plans = [plan for skip in range(len(self.stages)) for plan in self._compared(skip, contexts, remaining)]
         self._plans[kind] = plans
-        best = max(plans, key=lambda plan: plan.rate, default=None)
+        best = max(plans, key=self._preference, default=None)
         if best is None or best.rate * plain < MARGIN:
             best = None
         elif best.rate * plain < PROVEN and self.rounds >= PATIENCE and not self.prices.known(1):
@@ -186,7 +190,8 @@ class Working(Schedule):
         """What each depth would come to without the first `skip` stages."""
         rows = len(contexts)
         counts = [(self.ledger.survival(e, skip), self.evidence.count(e)) for e in set(self.evidence)]
-        most = min(self.most, 2 * max(len(stages.asked) for stages, _ in counts) + 2, remaining - 1)
+        first = FIRST_DEPTH if self.stages[skip][0].models() else FIRST_COPY
+        most = min(self.most, 2 * max(len(stages.asked) for stages, _ in counts) + first, remaining - 1)
         reading, widths = self._reading_seconds(skip, contexts), self._widths(skip, most)
         seconds, tokens, plans, before = self.prices.seconds(1), 1.0, [], 0
         chances = [(stages.hazards(most, hope), stages.shares_offered(most), number) for stages, number in counts]
@@ -205,6 +210,10 @@ class Working(Schedule):
             plans.append(Plan(skip, depth, tokens, seconds + tokens * reading / remaining))
             before = depth
         return plans
+
+    def _preference(self, plan: Plan) -> float:
+        """Its rate; a little more if its shape has run before."""
+        return plan.rate * (MARGIN if self.prices.known(1 + self._draft_widths[plan.skip][plan.depth]) else 1.0)
 
     # Prices.
 
@@ -255,6 +264,8 @@ class Working(Schedule):
             ledger.survival(self.evidence[0] if len(rounds) == 1 else MIXED, self.skip).wait = 0.0
         for r, asked, evidence in zip(rounds, self._asked, self.evidence, strict=True):
             ledger.survival(evidence, self.skip).add(asked, r.depth, r.accepted)
+            if self._streaky and r.depth:
+                (self._whole.add if r.accepted == r.depth else self._whole.discard)(r.context.row)
         self._learn_costs(max(r.depth for r in rounds), draft_seconds)
 
     def _learn_costs(self, depth: int, draft_seconds: float) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from csdraft.stored import fit
 
-__all__ = ["Costs", "Ledger", "Survival", "Widths", "check_costs"]
+__all__ = ["STREAK", "Costs", "Ledger", "Survival", "Widths", "check_costs"]
 
 KEPT = 12
 """Measurements of a shape that are kept."""
@@ -26,10 +26,14 @@ BELIEVED = 2
 """Measurements of a shape that settle its price."""
 SHORT = 9
 """Up to 2 ** SHORT slots are one bucket; above, each power of two is."""
-FADE = 0.97
-"""Weight that a round's counts keep after each later one: a memory of about 33 rounds."""
-PRIOR, PRIOR_WEIGHT = (0.7, 0.4, 0.5, 0.7, 0.8), 2.0
-"""Survival of one more token before anything is known, by evidence: a copy's grows with its match."""
+FADE = 0.98
+"""Weight that a round's counts keep after each later one: a memory of about 50 rounds."""
+PRIOR, PRIOR_WEIGHT = (0.65, 0.3, 0.45, 0.65, 0.8), 2.0
+"""Survival of a draft's first token before anything is known, by evidence: a copy's grows with its match."""
+GOES_ON = 0.75
+"""Survival of a token behind one that survived, before anything is known."""
+STREAK, AFTER_STREAK = 8, 0.85
+"""Added to the evidence of a row whose last draft was kept whole, and the prior survival there."""
 
 
 def _quartile(samples: deque[float]) -> float:
@@ -48,11 +52,11 @@ class Widths:
     samples: dict[int, deque[float]] = field(default_factory=dict)
     bounds: dict[int, float] = field(default_factory=dict)
     _priced: dict[int, float] = field(default_factory=dict, repr=False, compare=False)
-    _centres: dict[int, float] = field(default_factory=dict, repr=False, compare=False)
+    _points: dict[int, float] = field(default_factory=dict, repr=False, compare=False)
 
     def add(self, width: int, seconds: float, warm: bool = True) -> None:
         """One forward's measurement."""
-        self._priced, self._centres = {}, {}
+        self._priced, self._points = {}, {}
         if warm:
             self.samples.setdefault(width, deque(maxlen=KEPT)).append(seconds)
         else:
@@ -69,23 +73,24 @@ class Widths:
     def seconds(self, width: int) -> float:
         """Measured, or after the nearest widths; never more than a wider one. In steps while nothing is known."""
         if width not in self._priced:
-            self._priced[width] = self._price(width)
+            self._points = self._points or self._known_points()
+            wider = [price for w, price in self._points.items() if w >= width]
+            self._priced[width] = min([_between(self._points, width), *wider])
         return self._priced[width]
 
-    def _price(self, width: int) -> float:
-        if not self._centres:
-            self._centres = {w: _quartile(samples) for w, samples in self.samples.items()}
-        centres = self._centres
-        if not centres:  # a cold forward is better than nothing
-            return _steps(width) * min((bound / _steps(w) for w, bound in self.bounds.items()), default=1.0)
-        others = {w: centre for w, centre in centres.items() if w != width}
-        price = centres.get(width)
-        if price is None:
-            price = _between(others, width)
-        elif others and self.count(width) < BELIEVED:
-            price = min(price, DOUBT * _between(others, width))
-        wider = [centre for w, centre in centres.items() if w > width and self.count(w) >= BELIEVED]
-        return min([price, *wider, *(bound for w, bound in self.bounds.items() if w >= width)])
+    def _known_points(self) -> dict[int, float]:
+        """Prices by width: what was measured at least twice, and what stands alone as far as it can be believed."""
+        centres = {w: _quartile(kept) for w, kept in self.samples.items()}
+        settled = {w: centre for w, centre in centres.items() if self._is_settled(w, centre)}
+        points = dict(settled)
+        for width in (self.samples | self.bounds).keys() - settled.keys():
+            alone = min(centres.get(width, math.inf), self.bounds.get(width, math.inf))
+            points[width] = min(alone, DOUBT * _between(settled, width)) if settled else alone
+        return points
+
+    def _is_settled(self, width: int, centre: float) -> bool:
+        """Measured warm twice, or once and, cold, about the same."""
+        return self.count(width) >= BELIEVED or self.bounds.get(width, math.inf) < DOUBT * centre
 
     def scaled(self, factor: float) -> Widths:
         """The same on a machine that takes `factor` times as long."""
@@ -232,13 +237,19 @@ class Survival:
     def hazards(self, depth: int, hope: bool = False) -> list[float]:
         """The chance of each of `depth` tokens to survive, given that those before it did.
 
+        The first stands for itself, since a draft is often wrong as a whole; what follows a right one has much in
+        common, and is seldom known as well.
+
         Args:
             hope: as if all that is not known yet turned out well; a token that is not offered cannot survive.
         """
-        pooled = (sum(self.kept) + PRIOR_WEIGHT * (1.0 if hope else self.prior)) / (sum(self.tried) + PRIOR_WEIGHT)
-        more = PRIOR_WEIGHT * (1.0 if hope else pooled)
-        known = [(k + more) / (t + PRIOR_WEIGHT) for k, t in zip(self.kept[:depth], self.tried, strict=False)]
-        found = known + [pooled] * (depth - len(known))
+        if not depth:
+            return []
+        tried, kept = self.tried or [0.0], self.kept or [0.0]
+        first = (kept[0] + PRIOR_WEIGHT * (1.0 if hope else self.prior)) / (tried[0] + PRIOR_WEIGHT)
+        pooled = (sum(kept[1:]) + PRIOR_WEIGHT * max(GOES_ON, first)) / (sum(tried[1:]) + PRIOR_WEIGHT)
+        later = [(k + PRIOR_WEIGHT * pooled) / (t + PRIOR_WEIGHT) for k, t in zip(kept[1:depth], tried[1:], strict=False)]
+        found = [first, *later, *[pooled] * (depth - 1 - len(later))]
         return [min(pair) for pair in zip(found, self.shares_offered(depth), strict=True)] if hope else found
 
     def shares_offered(self, depth: int) -> list[float]:
@@ -256,7 +267,16 @@ class Ledger:
 
     def survival(self, evidence: int, skip: int) -> Survival:
         """What drafting showed with this evidence and without the first `skip` stages."""
-        key = (evidence, skip)
-        if key not in self.survivals:
-            self.survivals[key] = Survival(PRIOR[evidence] if 0 <= evidence < len(PRIOR) else PRIOR[0])
-        return self.survivals[key]
+        known = self.survivals.setdefault((evidence, skip), Survival())
+        usual = _prior(evidence)
+        others = [(_prior(e), other) for (e, s), other in self.survivals.items() if s == skip and e != evidence]
+        kept = sum(sum(other.kept[:1]) for _, other in others) + PRIOR_WEIGHT * usual
+        expected = sum(prior * sum(other.tried[:1]) for prior, other in others) + PRIOR_WEIGHT * usual
+        known.prior = min(usual * kept / expected, (1 + usual) / 2)
+        return known
+
+
+def _prior(evidence: int) -> float:
+    if evidence >= STREAK:
+        return AFTER_STREAK
+    return PRIOR[evidence] if 0 <= evidence < len(PRIOR) else PRIOR[0]
