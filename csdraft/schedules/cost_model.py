@@ -15,6 +15,7 @@ It is the default; use `fixed` to compare methods at equal length.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -188,25 +189,27 @@ class Working(Schedule):
 
     def _compared(self, skip: int, contexts: Sequence[Context], remaining: int, hope: bool = False) -> list[Plan]:
         """What each depth would come to without the first `skip` stages."""
-        rows = len(contexts)
         counts = [(self.ledger.survival(e, skip), self.evidence.count(e)) for e in set(self.evidence)]
         first = FIRST_DEPTH if self.stages[skip][0].models() else FIRST_COPY
         most = min(self.most, 2 * max(len(stages.asked) for stages, _ in counts) + first, remaining - 1)
         reading, widths = self._reading_seconds(skip, contexts), self._widths(skip, most)
-        seconds, tokens, plans, before = self.prices.seconds(1), 1.0, [], 0
+        drafting = [self._token_seconds(stage) for stage in range(len(self.stages))]
         chances = [(stages.hazards(most, hope), stages.shares_offered(most), number) for stages, number in counts]
-        survival = [1.0] * len(counts)
+        survival, tokens, plans, before = [1.0] * len(counts), 1.0, [], 0
+        seconds = wide = self._seconds(1, hope)
         for depth in self.depths:
             if depth > most:
                 break
-            for i in range(before, depth):
-                short = 1.0  # the chance that no row is offered token i: nothing gets wider
-                for k, (hazard, share, number) in enumerate(chances):
+            short, spent = 1.0, 0.0  # the chance that no row is offered so much: nothing gets wider
+            for k, (hazard, share, number) in enumerate(chances):
+                for i in range(before, depth):
                     survival[k] *= hazard[i]
-                    tokens += survival[k] * number / rows
-                    short *= (1 - share[i]) ** number
-                wider = self._seconds(1 + widths[i + 1], hope) - self._seconds(1 + widths[i], hope)
-                seconds += (1 - short) * (wider + self._token_seconds(self._stage_at(skip, i)))
+                    tokens += survival[k] * number / len(contexts)
+                short *= (1 - share[depth - 1]) ** number
+            for i in range(before, depth):
+                spent += drafting[self._stage_at(skip, i)]
+            narrow, wide = wide, self._seconds(1 + widths[depth], hope)
+            seconds += (1 - short) * (wide - narrow + spent)
             plans.append(Plan(skip, depth, tokens, seconds + tokens * reading / remaining))
             before = depth
         return plans
@@ -224,7 +227,7 @@ class Working(Schedule):
 
     def _stage_at(self, skip: int, i: int) -> int:
         """The stage that writes draft token `i`."""
-        return next((s for s in range(skip, len(self.limits)) if i < self.limits[s]), len(self.limits) - 1)
+        return max(skip, min(bisect_right(self.limits, i), len(self.limits) - 1))
 
     def _widths(self, skip: int, most: int) -> list[int]:
         """(> most,) tokens under review when the stages from `skip` on draft so deep: more if they branch."""

@@ -7,6 +7,7 @@ shape's price is the lower quartile of its last few. What was never run is price
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -74,8 +75,7 @@ class Widths:
         """Measured, or after the nearest widths; never more than a wider one. In steps while nothing is known."""
         if width not in self._priced:
             self._points = self._points or self._known_points()
-            wider = [price for w, price in self._points.items() if w >= width]
-            self._priced[width] = min([_between(self._points, width), *wider])
+            self._priced[width] = _between(self._points, width)
         return self._priced[width]
 
     def _known_points(self) -> dict[int, float]:
@@ -86,7 +86,10 @@ class Widths:
         for width in (self.samples | self.bounds).keys() - settled.keys():
             alone = min(centres.get(width, math.inf), self.bounds.get(width, math.inf))
             points[width] = min(alone, DOUBT * _between(settled, width)) if settled else alone
-        return points
+        least, rising = math.inf, {}
+        for width in sorted(points, reverse=True):
+            rising[width] = least = min(least, points[width])
+        return dict(reversed(rising.items()))
 
     def _is_settled(self, width: int, centre: float) -> bool:
         """Measured warm twice, or once and, cold, about the same."""
@@ -102,18 +105,17 @@ def _steps(width: int) -> float:
     return 1 + SLOPE * (width - 1)
 
 
-def _between(centres: Mapping[int, float], width: int) -> float:
+def _between(points: Mapping[int, float], width: int) -> float:
     """Interpolated; outside what is known, the nearest and a gentle slope from there; in steps if nothing is known."""
-    if not centres:
+    if not points:
         return _steps(width)
-    below = max((w for w in centres if w <= width), default=None)
-    above = min((w for w in centres if w >= width), default=None)
-    if below is None or above is None:
-        nearest = above if below is None else below
-        assert nearest is not None
-        return centres[nearest] * _steps(width) / _steps(nearest)
-    share = (width - below) / (above - below) if above > below else 0.0
-    return centres[below] + share * (centres[above] - centres[below])
+    known = sorted(points)
+    place = bisect_left(known, width)
+    if place in (0, len(known)):
+        nearest = known[min(place, len(known) - 1)]
+        return points[nearest] * _steps(width) / _steps(nearest)
+    below, above = known[place - 1], known[place]
+    return points[below] + (width - below) / (above - below) * (points[above] - points[below])
 
 
 Group = tuple[int, int]
