@@ -62,7 +62,8 @@ def compare(target, make, lengths, prompts, tokens: int, clock) -> dict[str, Cou
     for number, (kind, ids) in enumerate(prompts):
         ways = {"plain": {}, "first": {"assistant": make()}, "later": {"assistant": kept}}
         ways |= {
-            name: {"assistant": one, "schedule": Fixed(n)} for (name, one), n in zip(fixed.items(), lengths, strict=True)
+            name: {"assistant": one, "schedule": Fixed(n)}
+            for (name, one), n in zip(fixed.items(), lengths, strict=True)
         }
         names = list(ways)
         for name in names[number % len(names) :] + names[: number % len(names)]:

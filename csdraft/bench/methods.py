@@ -89,9 +89,6 @@ class Nothing(Drafter):
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
         return [context.draft for context in contexts]
 
-    def signature(self) -> str:
-        return "nothing"
-
 
 METHODS: dict[str, Callable[[Setup], dict[str, Any]]] = {}
 

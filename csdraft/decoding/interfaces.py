@@ -6,12 +6,12 @@ State of one `generate` call lives in the `Call`; what outlives a call lives in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Hashable, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from csdraft.decoding.draft import ROOT, Draft, Kind
 from csdraft.decoding.memory import Memory
@@ -266,12 +266,6 @@ class Drafter:
         """
         return 0
 
-    def signature(self) -> Hashable:
-        """Equal for drafters that draft alike: type and options, models by identity."""
-        if not is_dataclass(self):
-            return (type(self).__name__, id(self))
-        return (type(self).__name__, *(_signature(getattr(self, f.name)) for f in fields(self)))  # type: ignore[arg-type]
-
     def keep_report(self, report: Report) -> None:
         """Takes the report of a finished call; cascades accumulate it."""
         for part in self.parts():
@@ -281,14 +275,6 @@ class Drafter:
         """Raises ValueError if it cannot draft for this call; runs before any model does."""
         for part in self.parts():
             part.check(call)
-
-
-def _signature(option: object) -> Hashable:
-    if isinstance(option, Drafter):
-        return option.signature()
-    if isinstance(option, nn.Module):
-        return id(option)
-    return tuple(map(_signature, option)) if isinstance(option, tuple) else repr(option)
 
 
 class Step(NamedTuple):

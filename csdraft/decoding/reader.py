@@ -141,7 +141,7 @@ class Reader:
 
     def _forward(self, inputs: Inputs, keep: int, shared: slice | None, unmasked: bool) -> Tensor:
         started, end = clock.now(), inputs.end
-        self.shape = Shape(*inputs.ids.shape, end)
+        self.shape = Shape(self.rows, inputs.ids.shape[1], end)
         self.forwards += 1
         self._reserve(end)
         self.cache.place(inputs.slots, inputs.positions, end, shared)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from csdraft.decoding.call import Call
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Schedule
 from csdraft.decoding.names import name_of
+from csdraft.decoding.reader import device_name
 from csdraft.tables.costs import STREAK, Costs, Ledger, Survival, Widths
 
 __all__ = ["CostModel"]
@@ -39,8 +40,10 @@ PROVEN = 2.0
 """With drafts that look so many times faster than plain decoding, its price need not be known."""
 PATIENCE = 3
 """Rounds before a plain step is made to measure it, if none came of itself."""
-FIRST_DEPTH, FIRST_COPY, TRIAL_PAUSE = 2, 8, 16.0
-"""The most depth of a first draft by a model, and by a drafter without; of a trial the first; the pause after it, in units of what it costs, doubled after each loss."""
+FIRST_DEPTH, FIRST_COPY = 2, 8
+"""The most depth of a first draft by a model, which is also that of a trial, and by a drafter without."""
+TRIAL_PAUSE = 16.0
+"""The pause after a trial, in units of what it costs, doubled after each loss."""
 MOST_DOUBLINGS = 6
 """The pause between trials stops growing after so many losses."""
 TRUSTED = 4
@@ -313,6 +316,4 @@ def reason(plans: Sequence[Plan], plain: float) -> str:
 
 def place(target: object) -> str:
     """What costs are saved for: the target's name, and its device's."""
-    from csdraft.decoding.reader import device_name
-
     return f"{name_of(target)} on {device_name(target)}"  # type: ignore[arg-type]

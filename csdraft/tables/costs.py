@@ -202,8 +202,8 @@ def check_costs(document: Any, at: str) -> dict[str, list[tuple[int, int, int, f
             whole = 0 <= rows <= MOST_ROWS and 0 <= bucket <= MOST_BUCKET and 0 <= width <= MOST_QUERIES
             if not (whole and width >= bool(rows) and 0 < seconds <= MOST_SECONDS):
                 raise ValueError(
-                    f"{at}.{name}[{i}]={[rows, bucket, width, seconds]} must be rows, bucket of slots and queries, all "
-                    f">= 0, and seconds from 0 to {MOST_SECONDS:.0f}; delete the file to measure anew"
+                    f"{at}.{name}[{i}]={[rows, bucket, width, seconds]} must be rows, bucket of slots and queries, "
+                    f"all >= 0, and seconds from 0 to {MOST_SECONDS:.0f}; delete the file to measure anew"
                 )
     return tables
 
@@ -250,7 +250,9 @@ class Survival:
         tried, kept = self.tried or [0.0], self.kept or [0.0]
         first = (kept[0] + PRIOR_WEIGHT * (1.0 if hope else self.prior)) / (tried[0] + PRIOR_WEIGHT)
         pooled = (sum(kept[1:]) + PRIOR_WEIGHT * max(GOES_ON, first)) / (sum(tried[1:]) + PRIOR_WEIGHT)
-        later = [(k + PRIOR_WEIGHT * pooled) / (t + PRIOR_WEIGHT) for k, t in zip(kept[1:depth], tried[1:], strict=False)]
+        later = [
+            (k + PRIOR_WEIGHT * pooled) / (t + PRIOR_WEIGHT) for k, t in zip(kept[1:depth], tried[1:], strict=False)
+        ]
         found = [first, *later, *[pooled] * (depth - 1 - len(later))]
         return [min(pair) for pair in zip(found, self.shares_offered(depth), strict=True)] if hope else found
 

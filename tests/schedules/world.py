@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 from csdraft.decoding.draft import Draft
-from csdraft.decoding.interfaces import Context, Drafter, Round, Verdict
 from csdraft.decoding.inputs import Shape
+from csdraft.decoding.interfaces import Context, Drafter, Round, Verdict
 
 
 @dataclass(frozen=True)
