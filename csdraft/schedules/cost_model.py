@@ -50,14 +50,16 @@ TRUSTED = 4
 """A width that has been measured less often may yet turn out cheaper: half of what it costs beyond a plain step."""
 CARRIED = 0.8
 """Share of a call's survival counts that the next call starts from: costs last, texts change."""
-BLURRED = 0.7
-"""Share of its counts that stages left out keep from one pause to the next: texts change."""
+BLURRED = 0.5
+"""Share of its counts that stages keep when a trial goes well: the text has changed."""
 UNREAD = 16
 """With more text to read than this, a drafter's time says nothing about its cost a token."""
 MIXED = -1
 """Evidence of a batch, whose rows have their own: its trials are counted apart."""
 LONE_DEPTH = 20
 """A lone drafter may draft so many tokens where its drafts survive, however few it likes by itself."""
+HORIZON = 64
+"""Tokens over which a new shape must earn its slow first run."""
 LEARNING, SETTLED_FOR = 16, 4
 """After so many rounds, a choice stands for so many."""
 
@@ -162,7 +164,7 @@ class Working(Schedule):
         survivals = [self.ledger.survival(kind, skip) for skip in range(len(self.stages))]  # keep count of trials
         plans = [plan for skip in range(len(self.stages)) for plan in self._compared(skip, contexts, remaining)]
         self._plans[kind] = plans
-        best = max(plans, key=self._preference, default=None)
+        best = max(plans, key=lambda plan: self._preference(plan, remaining), default=None)
         if best is None or best.rate * plain < MARGIN:
             best = None
         elif best.rate * plain < PROVEN and self.rounds >= PATIENCE and not self.prices.known(1):
@@ -186,8 +188,6 @@ class Working(Schedule):
         stages.losses = min(stages.losses + 1, MOST_DOUBLINGS)
         stages.wait = TRIAL_PAUSE * 2.0 ** (stages.losses - 1) * max(price, 0.1 * plain)
         hopeful = max((plan.rate for plan in self._compared(skip, contexts, remaining, hope=True)), default=0.0)
-        for evidence in set(self.evidence):
-            self.ledger.survival(evidence, skip).fade(BLURRED)
         return hopeful > rate and remaining * plain > 2 * TRIAL_PAUSE * reading
 
     def _compared(self, skip: int, contexts: Sequence[Context], remaining: int, hope: bool = False) -> list[Plan]:
@@ -217,9 +217,11 @@ class Working(Schedule):
             before = depth
         return plans
 
-    def _preference(self, plan: Plan) -> float:
-        """Its rate; a little more if its shape has run before."""
-        return plan.rate * (MARGIN if self.prices.known(1 + self._draft_widths[plan.skip][plan.depth]) else 1.0)
+    def _preference(self, plan: Plan, remaining: int) -> float:
+        """Its rate if it stays the choice: a new shape is slow once. A little more if its price is known."""
+        width = 1 + self._draft_widths[plan.skip][plan.depth]
+        once = self.prices.first_run(width) * plan.tokens / min(remaining, HORIZON)
+        return plan.tokens / (plan.seconds + once) * (MARGIN if self.prices.known(width) else 1.0)
 
     # Prices.
 
@@ -268,6 +270,8 @@ class Working(Schedule):
             return
         if self._trial and sum(r.accepted for r in rounds) == sum(self._asked):  # promising: try again at once
             ledger.survival(self.evidence[0] if len(rounds) == 1 else MIXED, self.skip).wait = 0.0
+            for evidence in set(self.evidence):
+                ledger.survival(evidence, self.skip).fade(BLURRED)
         for r, asked, evidence in zip(rounds, self._asked, self.evidence, strict=True):
             ledger.survival(evidence, self.skip).add(asked, r.depth, r.accepted)
             if self._streaky and r.depth:

@@ -29,10 +29,12 @@ SHORT = 9
 """Up to 2 ** SHORT slots are one bucket; above, each power of two is."""
 FADE = 0.98
 """Weight that a round's counts keep after each later one: a memory of about 50 rounds."""
-PRIOR, PRIOR_WEIGHT = (0.65, 0.3, 0.45, 0.65, 0.8), 2.0
+PRIOR, PRIOR_WEIGHT = (0.6, 0.3, 0.45, 0.65, 0.8), 2.0
 """Survival of a draft's first token before anything is known, by evidence: a copy's grows with its match."""
 GOES_ON = 0.75
 """Survival of a token behind one that survived, before anything is known."""
+REMEMBERED = 4.0
+"""Rounds of failure that hope remembers: texts change."""
 STREAK, AFTER_STREAK = 8, 0.85
 """Added to the evidence of a row whose last draft was kept whole, and the prior survival there."""
 
@@ -70,6 +72,14 @@ class Widths:
     def count(self, width: int) -> int:
         """Warm measurements of it."""
         return len(self.samples.get(width, ()))
+
+    def first_run(self, width: int) -> float:
+        """Seconds by which its first run is likely to exceed its price, going by others'; 0 if it has run."""
+        if width in self.samples or width in self.bounds:
+            return 0.0
+        both = self.samples.keys() & self.bounds.keys()
+        excess = sorted(self.bounds[w] - _quartile(self.samples[w]) for w in both)
+        return max(excess[len(excess) // 2], 0.0) if excess else 0.0
 
     def seconds(self, width: int) -> float:
         """Measured, or after the nearest widths; never more than a wider one. In steps while nothing is known."""
@@ -247,12 +257,14 @@ class Survival:
         """
         if not depth:
             return []
-        tried, kept = self.tried or [0.0], self.kept or [0.0]
-        first = (kept[0] + PRIOR_WEIGHT * (1.0 if hope else self.prior)) / (tried[0] + PRIOR_WEIGHT)
-        pooled = (sum(kept[1:]) + PRIOR_WEIGHT * max(GOES_ON, first)) / (sum(tried[1:]) + PRIOR_WEIGHT)
-        later = [
-            (k + PRIOR_WEIGHT * pooled) / (t + PRIOR_WEIGHT) for k, t in zip(kept[1:depth], tried[1:], strict=False)
-        ]
+        tried, kept, weight = self.tried or [0.0], self.kept or [0.0], PRIOR_WEIGHT
+        if hope:
+            blur = min(1.0, REMEMBERED / max(tried[0], 1.0))
+            tried, kept = [blur * count for count in tried], [blur * count for count in kept]
+        first = (kept[0] + weight * (1.0 if hope else self.prior)) / (tried[0] + weight)
+        more = 1.0 if hope else max(first, math.sqrt(first * GOES_ON))
+        pooled = (sum(kept[1:]) + weight * more) / (sum(tried[1:]) + weight)
+        later = [(k + weight * pooled) / (t + weight) for k, t in zip(kept[1:depth], tried[1:], strict=False)]
         found = [first, *later, *[pooled] * (depth - 1 - len(later))]
         return [min(pair) for pair in zip(found, self.shares_offered(depth), strict=True)] if hope else found
 
@@ -276,7 +288,7 @@ class Ledger:
         others = [(_prior(e), other) for (e, s), other in self.survivals.items() if s == skip and e != evidence]
         kept = sum(sum(other.kept[:1]) for _, other in others) + PRIOR_WEIGHT * usual
         expected = sum(prior * sum(other.tried[:1]) for prior, other in others) + PRIOR_WEIGHT * usual
-        known.prior = min(usual * kept / expected, (1 + usual) / 2)
+        known.prior = min(usual * kept / expected, AFTER_STREAK)
         return known
 
 
