@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from csdraft.decoding.memory import Memory
-from csdraft.schedules.cost_model import place
+from csdraft.decoding.reader import place
 from csdraft.stored import Folder, check_keys, naming, read_object
 from csdraft.tables.costs import Ledger, check_costs
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from csdraft.decoding import clock
 from csdraft.decoding.cache import SlotCache, encoder_decoder_cache
 from csdraft.decoding.inputs import Inputs, Plan, Shape
+from csdraft.decoding.names import name_of
 from csdraft.decoding.traits import Span, traits_of
 
-__all__ = ["NoCache", "Reader", "Sources", "device_name", "home"]
+__all__ = ["NoCache", "Reader", "Sources", "home", "place"]
 
 KEPT_BUFFERS = 64
 """Inputs of so many queries or fewer are kept for the next forward of their shape."""
@@ -290,11 +291,11 @@ def home(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     return device, model.dtype  # type: ignore[return-value]
 
 
-def device_name(model: nn.Module) -> str:
-    """What costs are measured on: the accelerator's name, or the processor's kind and the threads in use."""
+def place(model: nn.Module) -> str:
+    """What costs are measured of and on: the model's name and dtype, and the accelerator, or the processor's threads."""
     device, dtype = home(model)
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
         name = f"{device.type} {platform.machine()} with {torch.get_num_threads()} threads"
-    return f"{name}, {str(dtype).removeprefix('torch.')}"
+    return f"{name_of(model)} in {str(dtype).removeprefix('torch.')} on {name}"

@@ -22,8 +22,7 @@ from dataclasses import dataclass
 
 from csdraft.decoding.call import Call
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Schedule
-from csdraft.decoding.names import name_of
-from csdraft.decoding.reader import device_name
+from csdraft.decoding.reader import place
 from csdraft.tables.costs import STREAK, Costs, Ledger, Survival, Widths
 
 __all__ = ["CostModel"]
@@ -316,8 +315,3 @@ def reason(plans: Sequence[Plan], plain: float) -> str:
     left_out = f" without the first {best.skip} stages" if best.skip else ""
     said = f"drafts of {best.depth}{left_out} pay: {yields(best)}"
     return f"{said}; drafts of {deeper.depth} would give {yields(deeper)}" if deeper else said
-
-
-def place(target: object) -> str:
-    """What costs are saved for: the target's name, and its device's."""
-    return f"{name_of(target)} on {device_name(target)}"  # type: ignore[arg-type]

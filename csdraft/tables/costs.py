@@ -223,6 +223,7 @@ class Survival:
     """What drafting from one stage on has shown: which tokens were offered, and how many survived, by position."""
 
     prior: float = PRIOR[0]
+    copies: bool = False  # which go on well however seldom they begin well; a model is good or bad
     tried: list[float] = field(default_factory=list)  # rounds that kept the first i tokens and asked for one more
     kept: list[float] = field(default_factory=list)  # of these, how many kept that one too
     asked: list[float] = field(default_factory=list)  # rounds that asked for token i
@@ -262,7 +263,7 @@ class Survival:
             blur = min(1.0, REMEMBERED / max(tried[0], 1.0))
             tried, kept = [blur * count for count in tried], [blur * count for count in kept]
         first = (kept[0] + weight * (1.0 if hope else self.prior)) / (tried[0] + weight)
-        more = 1.0 if hope else max(first, math.sqrt(first * GOES_ON))
+        more = 1.0 if hope else max(first, GOES_ON if self.copies else math.sqrt(first * GOES_ON))
         pooled = (sum(kept[1:]) + weight * more) / (sum(tried[1:]) + weight)
         later = [(k + weight * pooled) / (t + weight) for k, t in zip(kept[1:depth], tried[1:], strict=False)]
         found = [first, *later, *[pooled] * (depth - 1 - len(later))]
@@ -283,7 +284,7 @@ class Ledger:
 
     def survival(self, evidence: int, skip: int) -> Survival:
         """What drafting showed with this evidence and without the first `skip` stages."""
-        known = self.survivals.setdefault((evidence, skip), Survival())
+        known = self.survivals.setdefault((evidence, skip), Survival(copies=evidence % STREAK > 0))
         usual = _prior(evidence)
         others = [(_prior(e), other) for (e, s), other in self.survivals.items() if s == skip and e != evidence]
         kept = sum(sum(other.kept[:1]) for _, other in others) + PRIOR_WEIGHT * usual
