@@ -292,7 +292,7 @@ def home(model: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 
 def place(model: nn.Module) -> str:
-    """What costs are measured of and on: the model's name and dtype, and the accelerator, or the processor's threads."""
+    """What costs are measured of and on: the model's name and dtype, the accelerator or the processor's threads."""
     device, dtype = home(model)
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
