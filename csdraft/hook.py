@@ -22,6 +22,8 @@ from csdraft.decoding.interfaces import Drafter, Schedule, Verifier
 from csdraft.decoding.loop import open_call, run
 from csdraft.decoding.output import Output
 from csdraft.decoding.reader import Sources
+from csdraft.decoding.readers import ReadingOptions
+from csdraft.decoding.session import Session
 from csdraft.decoding.text import Text
 from csdraft.generate_options import check_early, effective
 
@@ -76,13 +78,11 @@ def decode(
             patched spelling fills it in.
         given: the names of the keywords that the user passed to `generate`; the patched spelling fills them in.
     """
-    from csdraft.cascade import CascadeDrafter, as_drafter, choose_schedule, choose_verifier
+    from csdraft.cascade import as_drafter, choose_schedule, choose_verifier
 
     drafter = as_drafter(assistant, model)
     rule = choose_verifier(verifier, drafter)
     policy, guarded = choose_schedule(schedule, drafter), Guarded(drafter, rule, strict)
-    if graphs not in ("auto", "compile", False):
-        raise ValueError(f"graphs={graphs!r} must be 'auto', 'compile' or False")
     row_seeds = None if row_seeds is None else [int(seed) for seed in row_seeds]
     check_request(
         model, input_ids, generation_config, model_kwargs, given, stopping_criteria, streamer, synced_gpus, row_seeds
@@ -91,17 +91,8 @@ def decode(
     mask = None if mask is None or bool(mask.all()) else mask
     cache = model_kwargs.get(GENERATE_CACHE)
     past = cache if cache is not None and cache.get_seq_length() > 0 else None
-    if isinstance(drafter, CascadeDrafter):
-        read = input_ids if encoder_input_ids is None else encoder_input_ids
-        seen = mask if encoder_input_ids is None else model_kwargs.get("attention_mask")
-        prompt = read[0] if seen is None else read[0][seen[0].bool()]
-        options = {key: getattr(generation_config, key) for key in PLANNED_FOR}
-        guarded.drafter = guarded.attempt(lambda cascade: cascade.planned(model, prompt[None], options), drafter)
-    sources = _sources(model, input_ids, encoder_input_ids, model_kwargs, guarded)
-    if (taps := guarded.taps()) and model.config.is_encoder_decoder:
-        raise ValueError(
-            f"the drafter reads hidden states {sorted(taps)} of the target, and an encoder-decoder has none"
-        )
+    prompt = _first_prompt(input_ids, mask, encoder_input_ids, model_kwargs)
+    _plan(guarded, model, prompt, generation_config)
     call = open_call(
         model,
         input_ids,
@@ -110,12 +101,10 @@ def decode(
         generation_config,
         rule,
         row_seeds,
-        sources,
+        _sources(model, input_ids, encoder_input_ids, model_kwargs, guarded),
         mask,
         past,
-        reuse,
-        graphs,
-        taps,
+        _reading(model, guarded, reuse, graphs),
     )
     check_processors(rule, call.head.processing)
     guarded.check(call)
@@ -127,10 +116,43 @@ def decode(
     report = run(call, guarded, rule, policy, output, strict, diagnose)
     sequences = output.sequences(input_ids, call.texts)
     if target.pinned and cache is not None:
-        target.settle(call.texts, sequences.shape[1] - 1)
-        export_cache(target.reader.cache, _kept(mask, sequences, call.texts)[:, :-1], cache)
+        _hand_out(target, cache, mask, sequences, call.texts)
     call.close()
     return output.pack(sequences, report, cache, model_kwargs.get("encoder_outputs"))
+
+
+def _first_prompt(input_ids: Tensor, mask: Tensor | None, encoder_input_ids: Tensor | None, inputs: dict) -> Tensor:
+    """(1, length) what the first row's text is read from, without padding."""
+    if encoder_input_ids is not None:
+        input_ids, mask = encoder_input_ids, inputs.get("attention_mask")
+    prompt = input_ids[0] if mask is None else input_ids[0][mask[0].bool()]
+    return prompt[None]
+
+
+def _plan(guarded: Guarded, model: PreTrainedModel, prompt: Tensor, config: Any) -> None:
+    """Chooses the K matrix of a cascade that leaves it open, before its first text."""
+    from csdraft.cascade import CascadeDrafter
+
+    if isinstance(guarded.drafter, CascadeDrafter):
+        options = {key: getattr(config, key) for key in PLANNED_FOR}
+        guarded.drafter = guarded.attempt(lambda cascade: cascade.planned(model, prompt, options), guarded.drafter)
+
+
+def _hand_out(target: Session, cache: Any, mask: Tensor | None, sequences: Tensor, texts: Sequence[Text]) -> None:
+    """Fills the cache that the user will go on from."""
+    target.settle(texts, sequences.shape[1] - 1)
+    export_cache(target.reader.cache, _kept(mask, sequences, texts)[:, :-1], cache)
+
+
+def _reading(model: PreTrainedModel, drafter: Drafter, reuse: bool, graphs: Mode) -> ReadingOptions:
+    """How the models read; ValueError if they cannot."""
+    if graphs not in ("auto", "compile", False):
+        raise ValueError(f"graphs={graphs!r} must be 'auto', 'compile' or False")
+    if (taps := drafter.taps()) and model.config.is_encoder_decoder:
+        raise ValueError(
+            f"the drafter reads hidden states {sorted(taps)} of the target, and an encoder-decoder has none"
+        )
+    return ReadingOptions(reuse, graphs, taps)
 
 
 def _sources(

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from csdraft.cascade import as_drafter
-from csdraft.decoding.graphs import FEWEST_SLOTS, Mode, Shape, bucket
-from csdraft.decoding.inputs import Plan
+from csdraft.decoding.graphs import FEWEST_SLOTS, Mode, bucket
+from csdraft.decoding.inputs import Plan, Shape
 from csdraft.decoding.names import distinct, name_of
 from csdraft.decoding.reader import WIDEST, Reader
 from csdraft.decoding.readers import borrow, take_back

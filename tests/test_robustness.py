@@ -41,9 +41,6 @@ class Broken(Drafter):
             return self.wrong(contexts, budgets)
         return [c.draft.extend([1, 2], c.call.level(self)) for c in contexts]
 
-    def signature(self):
-        return ("broken",)
-
 
 def raising(contexts, budgets):
     raise KeyError("lost")
@@ -223,7 +220,6 @@ METHODS = {
     "stages": ("cost_model", "bandit"),
     "width": ("cost_model",),
     "evidence": ("cost_model",),
-    "signature": ("cost_model", "bandit"),
     "parts": ("fixed", "cost_model"),
     "check": ("fixed", "cost_model"),
     "keep_report": ("fixed", "cost_model"),
@@ -335,9 +331,6 @@ class Lawless(Drafter):
             c.draft.extend([5, 6][: b.depth], c.call.level("lawless"), None, [self.law] * min(b.depth, 2))
             for c, b in zip(contexts, budgets, strict=True)
         ]
-
-    def signature(self):
-        return ("lawless",)
 
 
 @pytest.mark.parametrize("inner", [False, True], ids=["at the target", "at an inner reviewer"])

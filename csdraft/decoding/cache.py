@@ -224,8 +224,10 @@ def _entries(layer: Any) -> tuple[Tensor, Tensor]:
     """The keys and values that a layer of a user's cache holds."""
     if not isinstance(layer, StaticLayer):
         return layer.keys, layer.values
-    seen = int(layer.get_seq_length())
-    return layer.keys[:, :, :seen], layer.values[:, :, :seen]
+    keys, values, seen = layer.keys, layer.values, int(layer.get_seq_length())
+    assert keys is not None
+    assert values is not None
+    return keys[:, :, :seen], values[:, :, :seen]
 
 
 def windows_of_cache(config: Any) -> set[int | None]:

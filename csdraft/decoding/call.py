@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from csdraft.decoding.graphs import Mode
 from csdraft.decoding.names import distinct, name_of
 from csdraft.decoding.reader import Sources
+from csdraft.decoding.readers import ALONE, ReadingOptions
 from csdraft.decoding.sampling import Sampler
 from csdraft.decoding.scores import Head
 from csdraft.decoding.session import Session
@@ -31,11 +32,9 @@ class Call:
         capacity: slots that a session reserves a row.
         sources: the encoder's inputs as the target reads them, if it is an encoder-decoder.
         together: chooses for all rows at once, if something must see all of them.
-        reuse: whether models go on from what they have read in earlier calls.
-        graphs: how forwards of fixed shape run.
+        reading: how the models read; `taps` are the target's.
 
     Attributes:
-        taps: hidden states of the target that drafters read, see `Drafter.taps`; set before its session is made.
         drafting: how models that draft turn logits into tokens, the target among them where it drafts for itself: no
             processor or criterion of the user's, which may keep state, is ever shown a drafted token.
     """
@@ -48,13 +47,10 @@ class Call:
         capacity: int,
         sources: Sources | None,
         together: Together | None = None,
-        reuse: bool = False,
-        graphs: Mode = False,
+        reading: ReadingOptions = ALONE,
     ):
         self.target, self.head, self.texts, self.capacity, self.sources = target, head, texts, capacity, sources
-        self.together, self.reuse = together, reuse
-        self.graphs: Mode = graphs
-        self.taps: frozenset[int] = frozenset()
+        self.together, self.reading = together, reading
         self.rows = len(texts)
         self.vocab = head.sampler.vocab
         self.drafting = Head(head.processing.for_drafters(), head.stopping.for_drafters(), head.sampler)
@@ -77,17 +73,9 @@ class Call:
             sources = self.sources
             if sources is not None and not is_target:
                 sources = Sources(sources.input_ids, sources.attention_mask)
+            reading = self.reading if is_target else replace(self.reading, taps=frozenset())
             self._sessions[id(model)] = Session(
-                model,
-                self.drafting,
-                self.rows,
-                self.capacity,
-                sources,
-                self.vocab,
-                self.texts,
-                self.reuse,
-                self.graphs,
-                self.taps if is_target else frozenset(),
+                model, self.drafting, self.rows, self.capacity, sources, self.vocab, self.texts, reading
             )
         return self._sessions[id(model)]
 
@@ -139,7 +127,7 @@ class Call:
 
     def close(self) -> None:
         """The end of a call that went well: models keep what they have read for the next one."""
-        for session in self._sessions.values() if self.reuse else ():
+        for session in self._sessions.values() if self.reading.reuse else ():
             session.close()
 
     def retire(self, live: Sequence[int]) -> None:

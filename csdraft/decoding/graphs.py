@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from csdraft.decoding import clock
+from csdraft.decoding.inputs import Shape
+
 if TYPE_CHECKING:
     from csdraft.decoding.reader import Reader
 
-__all__ = ["FEWEST_SLOTS", "RECORDERS", "Graphs", "Mode", "Shape", "bucket", "forward", "make_graphs", "slots_bucket"]
+__all__ = ["FEWEST_SLOTS", "RECORDERS", "Graphs", "Mode", "bucket", "forward", "make_graphs", "slots_bucket"]
 
 ASKED = 3
 """A shape is recorded when it has been asked for so often."""
@@ -35,15 +37,6 @@ Forward = Callable[[nn.Module, dict[str, Any]], Any]
 def forward(model: nn.Module, arguments: dict[str, Any]) -> Any:
     """The model's output."""
     return model(**arguments, use_cache=True, return_dict=True)
-
-
-class Shape(NamedTuple):
-    """Of a forward: batch rows, queries a row, leading slots that it sees, further slots a query sees (its path)."""
-
-    rows: int
-    queries: int
-    slots: int
-    deepest: int
 
 
 def bucket(count: int, least: int = 1) -> int:
@@ -83,6 +76,12 @@ class Graphs:
         """What has been recorded."""
         return list(self._replays)
 
+    def is_warm(self, shape: Shape) -> bool:
+        """Whether the next run of a shape costs what all later ones will."""
+        if self.record is None or self.why_not is not None:
+            return shape in self._asked
+        return shape in self._replays
+
     def run(self, shape: Shape, body: Replay, at_once: bool = False) -> Tensor:
         """What `body` returns: by a replay if the shape has been recorded, or eagerly.
 
@@ -97,14 +96,14 @@ class Graphs:
         ripe = at_once or self._asked[shape] >= ASKED
         if not ripe or self.record is None or self.why_not is not None or len(self._replays) >= MOST:
             return body()
-        started = time.perf_counter()
+        started = clock.now()
         try:
             self._replays[shape] = self.record(body)
         except RuntimeError as error:
             self.why_not = str(error).strip().split("\n")[0]
             return body()
         finally:
-            self.seconds += time.perf_counter() - started
+            self.seconds += clock.now() - started
         return self._replays[shape]()
 
     def clear(self) -> None:

@@ -4,17 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Inputs", "Plan"]
+__all__ = ["Inputs", "Plan", "Shape"]
 
 IDS, POSITIONS, SLOTS, SEES, PATHS = range(5)
 """Rows of the table of an `Inputs`; from PATHS on the further slots that a query sees."""
 
 FAR = 1 << 29
 """A last position that no text reaches."""
+
+
+class Shape(NamedTuple):
+    """What a forward's price depends on.
+
+    Attributes:
+        rows: of the batch.
+        queries: tokens read a row.
+        slots: leading slots of the cache that are looked at.
+        deepest: further slots that a query sees (its path in a tree), in forwards of fixed shape.
+    """
+
+    rows: int
+    queries: int
+    slots: int
+    deepest: int = 0
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,22 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from csdraft.decoding import clock
 from csdraft.decoding.cache import SlotCache, encoder_decoder_cache
-from csdraft.decoding.graphs import (
-    FEWEST_SLOTS,
-    Forward,
-    Graphs,
-    Mode,
-    Shape,
-    bucket,
-    forward,
-    make_graphs,
-    slots_bucket,
-)
-from csdraft.decoding.inputs import Inputs, Plan
+from csdraft.decoding.graphs import FEWEST_SLOTS, Forward, Graphs, Mode, bucket, forward, make_graphs, slots_bucket
+from csdraft.decoding.inputs import Inputs, Plan, Shape
+from csdraft.decoding.names import name_of
 from csdraft.decoding.traits import Span, traits_of
 
-__all__ = ["NoCache", "Reader", "Sources", "home"]
+__all__ = ["NoCache", "Reader", "Sources", "home", "place"]
 
 WIDEST = 64
 """Inputs of so many queries or fewer are kept for the next forward of their shape, and may have a fixed one."""
@@ -54,6 +46,9 @@ class Reader:
         rows: batch size.
         capacity: slots to reserve a row.
         taps: the hidden states that it keeps beside keys and values, see `Drafter.taps`.
+
+    Attributes:
+        shape: of the last forward, and `warm`: whether this reader had run that shape before, as it runs it now.
     """
 
     def __init__(self, model: nn.Module, rows: int, capacity: int, taps: frozenset[int] = frozenset()):
@@ -72,6 +67,7 @@ class Reader:
         self.seconds, self.forwards, self.fed = 0.0, 0, 0
         self.mode: Mode = False
         self.graphs: Graphs | None = None  # while it is None, shapes are exact and forwards eager
+        self.shape, self.warm = Shape(rows, 0, 0), False
         self.last_position = (self.traits.positions or 1 << 30) - 1
         self._buffers: dict[tuple[int, int, int], Inputs] = {}
         self._past = None
@@ -149,7 +145,8 @@ class Reader:
     def _inputs(self, queries: int, deepest: int) -> Inputs:
         """The buffers of a shape."""
         key = (self.rows, queries, deepest)
-        if key in self._buffers:
+        self.warm = key in self._buffers
+        if self.warm:
             return self._buffers[key]
         made = Inputs(*key, self.device)
         if queries <= WIDEST:
@@ -168,20 +165,22 @@ class Reader:
         assert self.graphs is not None
         self.reserve(inputs.end)
         slots = slots_bucket(inputs.end, self.cache.capacity)
-        shape = Shape(rows, queries, slots, 0 if inputs.paths is None else inputs.paths.shape[2])
         if not self.cache.is_written:  # its buffers are made by the first forward
             return self._run(inputs, queries, slots)
-        started = time.perf_counter()
+        started = clock.now()
+        self.shape = Shape(rows, queries, slots, 0 if inputs.paths is None else inputs.paths.shape[2])
+        self.warm = self.graphs.is_warm(self.shape)
         self.forwards += 1
         body = partial(self._body, inputs, queries, slots, forward=self.graphs.forward)
-        logits = self.graphs.run(shape, body, at_once)
-        self.seconds += time.perf_counter() - started
+        logits = self.graphs.run(self.shape, body, at_once)
+        self.seconds += clock.now() - started
         return logits
 
     def _run(
         self, inputs: Inputs, keep: int, slots: int, shared: slice | None = None, unmasked: bool = False
     ) -> Tensor:
-        started = time.perf_counter()
+        started = clock.now()
+        self.shape = Shape(self.rows, inputs.ids.shape[1], slots)
         self.forwards += 1
         self.reserve(slots)
         logits = self._body(inputs, keep, slots, shared, unmasked)
@@ -190,7 +189,7 @@ class Reader:
                 f"{type(self.model).__name__} kept no keys and values of what it read, which drafted decoding goes on "
                 "from; if it is in training mode, call model.eval() first, otherwise leave assistant= out"
             )
-        self.seconds += time.perf_counter() - started
+        self.seconds += clock.now() - started
         return logits
 
     def _body(
@@ -361,3 +360,13 @@ def home(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     if device.type == "meta":  # offloaded: accelerate brings the weights there for each forward
         device = torch.device(embeddings._hf_hook.execution_device)
     return device, model.dtype  # type: ignore[return-value]
+
+
+def place(model: nn.Module) -> str:
+    """What costs are measured of and on: the model's name and dtype, the accelerator or the processor's threads."""
+    device, dtype = home(model)
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{device.type} {platform.machine()} with {torch.get_num_threads()} threads"
+    return f"{name_of(model)} in {str(dtype).removeprefix('torch.')} on {name}"

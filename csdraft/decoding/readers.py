@@ -15,12 +15,32 @@ from typing import Any
 
 from torch import nn
 
+from csdraft.decoding.graphs import Mode
 from csdraft.decoding.reader import Reader
 
-__all__ = ["borrow", "held", "release", "take_back"]
+__all__ = ["ALONE", "ReadingOptions", "borrow", "held", "release", "take_back"]
 
 MOST = 8
 """Readers that wait for their next call, of all models together; the one that has waited longest goes first."""
+
+
+@dataclass(frozen=True)
+class ReadingOptions:
+    """How a model reads in one call.
+
+    Attributes:
+        reuse: whether it goes on from what it has read of these texts in earlier calls, and keeps what it reads now.
+        graphs: how forwards of fixed shape run.
+        taps: the hidden states that it keeps, see `Drafter.taps`.
+    """
+
+    reuse: bool = False
+    graphs: Mode = False
+    taps: frozenset[int] = frozenset()
+
+
+ALONE = ReadingOptions()
+"""Of a call that takes nothing over and leaves nothing."""
 
 
 @dataclass(eq=False)

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from csdraft.decoding.cache import cross_attention_cache, import_cache
 from csdraft.decoding.draft import ROOT, Draft
-from csdraft.decoding.graphs import Mode
 from csdraft.decoding.inputs import Inputs, Plan
 from csdraft.decoding.interfaces import Request
+from csdraft.decoding.plans import again_in, plan_of
 from csdraft.decoding.reader import Sources
-from csdraft.decoding.readers import borrow, take_back
+from csdraft.decoding.readers import ALONE, ReadingOptions, borrow, take_back
 from csdraft.decoding.rotary import RotaryFactors
 from csdraft.decoding.scores import Head, Scores
 from csdraft.decoding.text import Text
@@ -55,9 +55,7 @@ class Session:
         sources: the encoder's inputs of an encoder-decoder model.
         vocab: width that logits are cut or padded (with -inf) to; the target's.
         texts: one a row; needed by models whose rotary factors depend on the length of the longest.
-        reuse: whether to go on from what the model has read of these texts in earlier calls.
-        graphs: how forwards of fixed shape run.
-        taps: the hidden states that `features` will be asked for.
+        reading: how it reads.
     """
 
     def __init__(
@@ -69,14 +67,14 @@ class Session:
         sources: Sources | None,
         vocab: int,
         texts: Sequence[Text] = (),
-        reuse: bool = False,
-        graphs: Mode = False,
-        taps: frozenset[int] = frozenset(),
+        reading: ReadingOptions = ALONE,
     ):
         self.model, self.head, self.vocab = model, head, vocab
-        reuse = reuse and sources is None
-        self.reader, held = borrow(model, rows, capacity, [text.tokens for text in texts] if reuse else (), taps)
-        self.reader.begin(sources, self.reader.vocab < vocab, graphs)
+        reuse = reading.reuse and sources is None
+        self.reader, held = borrow(
+            model, rows, capacity, [text.tokens for text in texts] if reuse else (), reading.taps
+        )
+        self.reader.begin(sources, self.reader.vocab < vocab, reading.graphs)
         switch = self.reader.traits.switch
         self.factors = RotaryFactors(switch, texts) if switch and texts and not switch.every_token else None
         if texts:
@@ -290,7 +288,7 @@ class Session:
         nodes = [node for node in range(len(draft)) if node not in cached or node in again]
         reading.read, reading.draft = length, draft
         at = {node: length - first + i for i, node in enumerate(nodes)} | {ROOT: length - first - 1}
-        return _plan(text, draft, first, nodes), [at[node] for node in wanted]
+        return plan_of(text, draft, first, nodes), [at[node] for node in wanted]
 
     def _keep(self, row: int, reading: Reading, draft: Draft) -> set[int]:
         """Turns cached nodes that have become text into text, and finds those that `draft` has again.
@@ -310,7 +308,7 @@ class Session:
             path.append(node)
             tip = node
         end = start + len(path)
-        again = _again(old, draft, tip) if end == len(tokens) else {}  # else the text has left the draft
+        again = again_in(old, draft, tip) if end == len(tokens) else {}  # else the text has left the draft
         moves = [(start + node, start + i) for i, node in enumerate(path)]
         moves += [(start + twin, end + node) for node, twin in again.items()]
         moves = [(source, target) for source, target in moves if source != target]
@@ -382,34 +380,3 @@ class Session:
 
 def _wanted(request: Request) -> Sequence[int]:
     return range(ROOT, len(request.draft)) if request.after is None else request.after
-
-
-def _plan(text: Text, draft: Draft, first: int, nodes: Sequence[int]) -> Plan:
-    """Reads `text` from position `first` on, then these nodes of `draft`, which follows it."""
-    length = len(text)
-    tokens = text.tokens[first:] + [draft.tokens[node] for node in nodes]
-    slots = [*range(first, length), *(length + node for node in nodes)]
-    spare = length + len(draft)
-    if draft.is_chain:
-        return Plan(tokens, slots, slots, [slot + 1 for slot in slots], None, spare, length)
-    positions = [*range(first, length), *(length + draft.depths[node] for node in nodes)]
-    sees = [*range(first + 1, length + 1), *(length for _ in nodes)]
-    seen: dict[int, tuple[int, ...]] = {ROOT: ()}
-    paths: list[tuple[int, ...]] = [()] * (length - first)
-    for node in range(len(draft)):  # parents come first
-        seen[node] = (*seen[draft.parents[node]], length + node)
-    paths += [seen[node] for node in nodes]
-    return Plan(tokens, positions, slots, sees, paths, spare, length)
-
-
-def _again(old: Draft, draft: Draft, tip: int) -> dict[int, int]:
-    """Node of `draft` -> the node below `tip` of the old draft that is the same."""
-    again: dict[int, int] = {}
-    taken = set()  # siblings may carry the same token: only one of them can have its twin's slot
-    for node, (token, parent) in enumerate(zip(draft.tokens, draft.parents, strict=True)):
-        above = tip if parent == ROOT else again.get(parent)
-        twin = None if above is None else old.child(above, token)
-        if twin is not None and twin not in taken:
-            again[node] = twin
-            taken.add(twin)
-    return again

@@ -119,6 +119,7 @@ def bound(drafter: Any, target: nn.Module, seen: dict[int, Any] | None = None) -
     if id(drafter) not in seen:
         options = {f.name: getattr(drafter, f.name) for f in fields(drafter)}
         changed = {k: new for k, v in options.items() if (new := bound(v, target, seen)) is not v}
+        _ = drafter.memory  # which the twin shares: it is made anew for each call
         seen[id(drafter)] = twin = copy.copy(drafter) if changed else drafter
         for name, value in changed.items():
             object.__setattr__(twin, name, value)
