@@ -91,8 +91,7 @@ def decode(
     mask = None if mask is None or bool(mask.all()) else mask
     cache = model_kwargs.get(GENERATE_CACHE)
     past = cache if cache is not None and cache.get_seq_length() > 0 else None
-    prompt = _first_prompt(input_ids, mask, encoder_input_ids, model_kwargs)
-    _plan(guarded, model, prompt, generation_config)
+    _plan(guarded, model, _first_prompt(input_ids, mask, encoder_input_ids, model_kwargs), generation_config)
     call = open_call(
         model,
         input_ids,
