@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from csdraft.decoding import clock
 from csdraft.decoding.cache import SlotCache, encoder_decoder_cache
 from csdraft.decoding.graphs import FEWEST_SLOTS, Forward, Graphs, Mode, bucket, forward, make_graphs, slots_bucket
+from csdraft.decoding.grouped import grouped_heads
 from csdraft.decoding.inputs import Inputs, Plan, Shape
 from csdraft.decoding.names import name_of
 from csdraft.decoding.traits import Span, traits_of
@@ -217,7 +218,8 @@ class Reader:
             arguments["logits_to_keep"] = keep
         if self.taps:
             arguments["output_hidden_states"] = True
-        output = forward(self.model, arguments)
+        with grouped_heads():
+            output = forward(self.model, arguments)
         if self.taps:
             self.cache.note(self.taps, output.hidden_states)
         return output.logits[:, -keep:]
