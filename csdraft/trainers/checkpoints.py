@@ -2,7 +2,7 @@
 
 `run.json` is written last and lists every file with its size and checksum. A checkpoint without it, or with a file
 that is missing, unreadable, or of another size or checksum, was cut short by a kill, a full disk or a power failure:
-it is passed over. Checksums take a read of every file, so that they are compared for the one checkpoint to resume from.
+it is passed over. Checksums take a read of every file, so only those of the checkpoint to resume from are compared.
 """
 
 from __future__ import annotations
