@@ -16,6 +16,7 @@ from csdraft.data.changes import check_unchanged
 from csdraft.data.shards import Part, write_whole
 from csdraft.trainers.base import BaseTrainer
 from csdraft.trainers.checkpoints import chosen_checkpoint, has_checkpoint, passed_over, read_mark
+from csdraft.trainers.lock import only_run
 from csdraft.trainers.options import check_options, options_of
 
 __all__ = ["RunFolder", "forget", "is_finished", "say"]
@@ -44,8 +45,14 @@ def is_finished(args: TrainingArguments) -> bool:
     """Whether there is nothing to do, which is then said; asked before any data or model is read.
 
     Not if files of the data have changed since: then the rows must be read to tell whether they are the same.
+
+    Raises:
+        ValueError: as `RunFolder`, and if another run is writing to the folder.
     """
-    run = RunFolder(args)
+    if not Path(args.output_dir or "").is_dir():
+        return False
+    with only_run(args.output_dir):
+        run = RunFolder(args)
     if not run.finished or run.has_other_files:
         return False
     run.say_where()

@@ -258,7 +258,7 @@ WRONG = {
     "figures before training of nothing": ({"eval_on_start": True}, "eval_prompts=FILE"),
     "logits of another target": ({"target_cache": "{folder}/logits"}, "of the target other/model, not of .*/target"),
     "logits of nothing": ({"target_cache": "{folder}/texts.jsonl"}, "holds no cached logits"),
-    "a target shared with nobody": ({"target_sharded": True}, "nobody to share with"),
+    "a target shared with nobody": ({"target_sharded": True}, "no other process could share the weights"),
     "a target shared and on one device": ({"target_sharded": True, "target_device_map": "auto"}, "leave out"),
     "no way to quantise": ({"target_quantization": {"load_in_8bit": True}}, "lacks quant_method"),
     "Muon on parts": ({"muon": True, "fsdp": True}, "which FSDP cuts up"),
