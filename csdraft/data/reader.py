@@ -71,6 +71,8 @@ def tokens_of(example: Mapping[str, Any], number: int, source: Source, tokenizer
         raise Unusable("no tokens")
     if not isinstance(ids, list):
         raise Unusable(f"{kind_of(ids)} in place of tokens")
+    # Where one row has a fraction, Arrow makes fractions of all rows' numbers.
+    ids = [int(token) if type(token) is float and token.is_integer() else token for token in ids]
     if not all(type(token) is int for token in ids):
         raise Unusable("tokens that are not whole numbers")
     if len(ids) and not 0 <= min(ids) <= max(ids) < len(tokenizer):
@@ -131,7 +133,7 @@ class RowReader:
     tokenizer: Any
     max_length: int
     chat: ChatFormat
-    version: int = 2
+    version: int = 3
     """To be raised whenever rows change: `datasets` keeps the rows of readers that look equal."""
 
     @property

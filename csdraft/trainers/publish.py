@@ -21,6 +21,7 @@ from csdraft.data.target_cache import checksum
 from csdraft.drafters.model import base_model
 from csdraft.heads.tied import borrowed
 from csdraft.hub import command, public_name, without_folders
+from csdraft.stored import is_hub_id
 from csdraft.trainers.students import added_share
 
 if TYPE_CHECKING:
@@ -57,12 +58,13 @@ def provenance(trainer: DrafterTrainer) -> dict[str, Any]:
     measured = [entry for entry in trainer.state.log_history if "eval_block_efficiency" in entry]
     start = measured[0] if measured and measured[0].get("step") == 0 else None
     if args.load_best_model_at_end and trainer.state.best_global_step is not None:
-        measured = [entry for entry in measured if entry.get("step") == trainer.state.best_global_step]
+        measured = [entry for entry in measured if entry.get("step") == _kept_step(trainer)]
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command(),
         "versions": {"python": platform.python_version()} | _versions(),
         "target": {"name": public_name(target), "revision": getattr(target.config, "_commit_hash", None)},
+        "student": args.student if args.student and is_hub_id(args.student) else None,
         "license": {"license": args.license} if args.license else license_of(args.target, args.target_revision),
         "data": described_data(trainer),
         "arguments": {k: _named(v) for k, v in own.items()} | {k: getattr(args, k) for k in chosen},
@@ -70,9 +72,17 @@ def provenance(trainer: DrafterTrainer) -> dict[str, Any]:
         "tied_to_target": bool(borrowed(base_model(trainer.student))),
         "processes": args.world_size,
         "steps": trainer.state.global_step,
+        "weights_of_step": _kept_step(trainer),
         "before": start,
         "measured": measured[-1] if measured else None,
     }
+
+
+def _kept_step(trainer: DrafterTrainer) -> int:
+    """The step whose weights are saved: the last, or that of the best evaluation."""
+    state = trainer.state
+    best = state.best_global_step if trainer.args.load_best_model_at_end else None
+    return state.global_step if best is None else best
 
 
 def license_of(target: str, revision: str | None = None) -> dict[str, str] | None:
@@ -135,7 +145,7 @@ output = model.generate(**inputs, assistant="{name}")  # this folder's path or H
 {_added(origin["added_parameters"])}{_tied(origin)}
 
 Trained for {origin["steps"]} steps on `{arguments["dataset"]}` with losses `{json.dumps(arguments["losses"])}`; the
-share of the texts that the drafter wrote itself was {arguments["on_policy"]}. All
+share of the texts that the drafter wrote itself was {arguments["on_policy"]}.{_kept(origin)} All
 arguments, versions and revisions are in `provenance.json`.
 
 {_licence(origin)}
@@ -145,10 +155,20 @@ arguments, versions and revisions are in `provenance.json`.
 def _metadata(origin: dict[str, Any]) -> str:
     """Lines of YAML: licence and models that it is made from, as far as they are known."""
     lines = [f"{key}: {value}" for key, value in (origin["license"] or {}).items()]
-    ids = [name for name in (origin["target"]["name"], origin["arguments"].get("student")) if name and "/" in name]
+    ids = [name for name in (origin["target"]["name"], origin["student"]) if name and "/" in name]
     if ids:
         lines += ["base_model:", *(f"- {name}" for name in dict.fromkeys(ids))]
     return "".join(f"{line}\n" for line in lines)
+
+
+def _kept(origin: dict[str, Any]) -> str:
+    """Which weights these are, where they are not those of the last step."""
+    step = origin["weights_of_step"]
+    if step == origin["steps"]:
+        return ""
+    if step == 0:
+        return " No evaluation was better than the one at the start, so these are the weights of the start."
+    return f" These are the weights of step {step}, which was evaluated best."
 
 
 def _licence(origin: dict[str, Any]) -> str:
