@@ -52,6 +52,8 @@ def provenance(trainer: DrafterTrainer) -> dict[str, Any]:
     args = trainer.args
     plain = {f.name for f in fields(TrainingArguments)}
     own = {f.name: getattr(args, f.name) for f in fields(args) if f.name not in plain}
+    if args.student and not is_hub_id(args.student):
+        own["student"] = Path(args.student).name  # with folders before it, it would look like an id of the Hub
     chosen = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
               "learning_rate", "lr_scheduler_type", "weight_decay", "seed")  # fmt: skip
     target = trainer.target
@@ -64,7 +66,6 @@ def provenance(trainer: DrafterTrainer) -> dict[str, Any]:
         "command": command(),
         "versions": {"python": platform.python_version()} | _versions(),
         "target": {"name": public_name(target), "revision": getattr(target.config, "_commit_hash", None)},
-        "student": args.student if args.student and is_hub_id(args.student) else None,
         "license": {"license": args.license} if args.license else license_of(args.target, args.target_revision),
         "data": described_data(trainer),
         "arguments": {k: _named(v) for k, v in own.items()} | {k: getattr(args, k) for k in chosen},
@@ -155,7 +156,7 @@ arguments, versions and revisions are in `provenance.json`.
 def _metadata(origin: dict[str, Any]) -> str:
     """Lines of YAML: licence and models that it is made from, as far as they are known."""
     lines = [f"{key}: {value}" for key, value in (origin["license"] or {}).items()]
-    ids = [name for name in (origin["target"]["name"], origin["student"]) if name and "/" in name]
+    ids = [name for name in (origin["target"]["name"], origin["arguments"].get("student")) if name and "/" in name]
     if ids:
         lines += ["base_model:", *(f"- {name}" for name in dict.fromkeys(ids))]
     return "".join(f"{line}\n" for line in lines)
