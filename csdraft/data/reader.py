@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from csdraft.data.chat import ChatFormat, scored_chat
 from csdraft.data.messages import as_messages, as_tools, is_broken, kind_of
@@ -60,6 +60,10 @@ def conversation_of(value: Any) -> list[dict[str, Any]]:
     return as_messages(value)
 
 
+def _are_whole(ids: list[Any]) -> TypeGuard[list[int]]:
+    return all(type(token) is int for token in ids)
+
+
 def tokens_of(example: Mapping[str, Any], number: int, source: Source, tokenizer: Any) -> Encoded:
     """Token ids that a source already has.
 
@@ -71,7 +75,9 @@ def tokens_of(example: Mapping[str, Any], number: int, source: Source, tokenizer
         raise Unusable("no tokens")
     if not isinstance(ids, list):
         raise Unusable(f"{kind_of(ids)} in place of tokens")
-    if not all(type(token) is int for token in ids):
+    # Where one row has a fraction, Arrow makes fractions of all rows' numbers.
+    ids = [int(token) if type(token) is float and token.is_integer() else token for token in ids]
+    if not _are_whole(ids):
         raise Unusable("tokens that are not whole numbers")
     if len(ids) and not 0 <= min(ids) <= max(ids) < len(tokenizer):
         foreign = min(ids) if min(ids) < 0 else max(ids)
@@ -131,7 +137,7 @@ class RowReader:
     tokenizer: Any
     max_length: int
     chat: ChatFormat
-    version: int = 2
+    version: int = 3
     """To be raised whenever rows change: `datasets` keeps the rows of readers that look equal."""
 
     @property

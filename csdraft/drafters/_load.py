@@ -98,7 +98,8 @@ def _load_whole(path: str, options: dict[str, Any]) -> nn.Module:
         ) from error
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
-            f"{path!r} lacks {len(missing)} weights, such as {', '.join(missing[:SOME])}: a model with random numbers "
+            f"{path!r} lacks {len(missing)} weight{'s' * (len(missing) > 1)}, such as {', '.join(missing[:SOME])}: "
+            "a model with random numbers "
             "in their place would be of no use; save it whole"
         )
     if wrong := sorted(found["mismatched_keys"]):

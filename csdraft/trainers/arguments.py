@@ -55,7 +55,9 @@ def _meant(key: str, value: Any, field: Field) -> Any:
     except ValueError:
         number = None
     if number is None:
-        example = "1" if field.default is None else str(field.default).lower()
+        example = str(field.default).lower()
+        if field.default is None:
+            example = "1" if kind_of_field.startswith("int") else "2e-5"  # of all, learning_rate
         raise ValueError(f"{key}={value!r} must be {kind}, such as {key}={example}")
     whole = isinstance(field.default, int) or kind_of_field.startswith("int")
     return int(number) if whole and number.is_integer() else number

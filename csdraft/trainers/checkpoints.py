@@ -1,7 +1,8 @@
 """Checkpoints of a run: which are whole, which is the newest, and what a whole one notes in its `run.json`.
 
-`run.json` is written last and lists every file with its size. A checkpoint without it, or with a file that is missing,
-of another size or unreadable, was cut short by a kill or a full disk: it is passed over.
+`run.json` is written last and lists every file with its size and checksum. A checkpoint without it, or with a file
+that is missing, unreadable, or of another size or checksum, was cut short by a kill, a full disk or a power failure:
+it is passed over. Checksums take a read of every file, so only those of the checkpoint to resume from are compared.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import json
 import time
 import zipfile
+import zlib
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,9 +20,23 @@ from safetensors import SafetensorError, safe_open
 
 from csdraft.data.shards import write_whole
 
-__all__ = ["Resumable", "chosen_checkpoint", "flaw", "last_checkpoint", "mark_whole", "passed_over", "read_mark"]
+__all__ = [
+    "Resumable",
+    "chosen_checkpoint",
+    "damage",
+    "flaw",
+    "has_checkpoint",
+    "last_checkpoint",
+    "mark_whole",
+    "passed_over",
+    "read_mark",
+]
 
 MARK, STATE = "run.json", "trainer_state.json"
+NOTED = {"files": dict, "written": int | float, "options": dict, "unlogged": list, "evaluation": dict}
+"""What every `run.json` has, and of which kind."""
+BLOCK = 1 << 22
+"""Bytes that are read at once for a checksum."""
 BEGIN_AGAIN = "begin again with resume_from_checkpoint=false"
 
 
@@ -40,7 +57,7 @@ def chosen_checkpoint(args: Resumable) -> str | None:
     if named is False:
         return None
     if named is not None and named is not True:
-        if reason := flaw(Path(named)):
+        if reason := flaw(Path(named)) or damage(Path(named)):
             raise ValueError(
                 f"resume_from_checkpoint={named!r} holds no whole checkpoint: {reason}. Name a folder checkpoint-N, "
                 "or leave it out for the newest of output_dir"
@@ -63,14 +80,21 @@ def last_checkpoint(output_dir: str) -> str | None:
     saved before the first step (`checkpoint-0`, for `load_best_model_at_end`) is no place to resume from.
     """
     whole = [folder for folder in _folders(output_dir) if flaw(folder) is None]
-    return max(map(str, whole), key=lambda folder: (read_mark(folder)["written"], _step(Path(folder))), default=None)
+    whole.sort(key=lambda folder: (read_mark(folder)["written"], _step(folder)), reverse=True)
+    return next((str(folder) for folder in whole if damage(folder) is None), None)
+
+
+def has_checkpoint(output_dir: str) -> bool:
+    """Whether there is one to resume from, as far as sizes tell."""
+    return any(flaw(folder) is None for folder in _folders(output_dir))
 
 
 def passed_over(output_dir: str) -> dict[str, str]:
     """Why checkpoints that are newer than the newest whole one are not whole, by name; of none whole, all."""
     newest = last_checkpoint(output_dir)
     after = _step(Path(newest)) if newest is not None else -1
-    found = {folder.name: flaw(folder) for folder in _folders(output_dir) if _step(folder) > after}
+    later = [folder for folder in _folders(output_dir) if _step(folder) > after]
+    found = {folder.name: flaw(folder) or damage(folder) for folder in later}
     return {name: reason for name, reason in found.items() if reason is not None}
 
 
@@ -91,9 +115,12 @@ def _step(folder: Path) -> int:
 def mark_whole(folder: str | Path, noted: dict[str, Any]) -> None:
     """Writes `run.json`: what is `noted` of the run, and all files that are there, which must be all that will be."""
     folder = Path(folder)
-    files = {name: path.stat().st_size for name, path in _files(folder)}
+    found = dict(_files(folder))
+    files = {name: path.stat().st_size for name, path in found.items()}
+    checksums = {name: _checksum(path) for name, path in found.items()}
+    mark = {**noted, "files": files, "checksums": checksums, "written": time.time()}
     with write_whole(folder / MARK) as file:
-        file.write(json.dumps({**noted, "files": files, "written": time.time()}, indent=1).encode())
+        file.write(json.dumps(mark, indent=1).encode())
 
 
 def read_mark(folder: str | Path) -> dict[str, Any]:
@@ -102,20 +129,21 @@ def read_mark(folder: str | Path) -> dict[str, Any]:
 
 
 def flaw(folder: Path) -> str | None:
-    """Why a checkpoint is not whole; None if it is."""
+    """Why a checkpoint is not whole, as far as names, sizes and beginnings of files tell; None if it is."""
     if not (folder / MARK).is_file():
         return f"{MARK} is missing, which is written last"
     try:
         mark = read_mark(folder)
-        files, _ = mark["files"], mark["written"]
-    except (ValueError, KeyError):
+    except (ValueError, OSError):
         return f"{MARK} cannot be read"
+    if reason := _odd(mark):
+        return f"{MARK} {reason}"
     if mark.get("weights_only"):
         return "it holds weights alone (save_only_model=true)"
-    if STATE not in files:
+    if STATE not in mark["files"]:
         return f"{STATE} is missing"
     found = dict(_files(folder))
-    for name, size in files.items():
+    for name, size in mark["files"].items():
         if name not in found:
             return f"{name} is missing"
         if (now := found[name].stat().st_size) != size:
@@ -123,6 +151,50 @@ def flaw(folder: Path) -> str | None:
         if not _readable(found[name]):
             return f"{name} cannot be read"
     return None
+
+
+def damage(folder: Path) -> str | None:
+    """Which file of a checkpoint without a flaw has other content than when it was written; None if there is none.
+
+    Reads every file once. Checkpoints of older versions note no checksums: they are taken as they are.
+    """
+    noted = read_mark(folder).get("checksums", {})
+    for name, path in _files(folder):
+        if name in noted and noted[name] != _known_checksum(path, path.stat().st_size, path.stat().st_mtime_ns):
+            return f"{name} is damaged: its checksum differs"
+    return None
+
+
+def _odd(mark: Any) -> str | None:
+    """What is wrong with the content of a `run.json`; None if nothing is."""
+    if not isinstance(mark, dict):
+        return "holds no object of JSON"
+    for key, kind in NOTED.items():
+        if key not in mark:
+            return f"lacks {key!r}"
+        if not isinstance(mark[key], kind):
+            return f"has {key!r} of another kind"
+    sizes, checksums = mark["files"].values(), mark.get("checksums", {})
+    if not all(isinstance(size, int) for size in sizes) or not isinstance(checksums, dict):
+        return "has files of another kind"
+    if len(mark["unlogged"]) != 2 or not isinstance(mark.get("data", {}), dict):
+        return "has notes of another kind"
+    return None
+
+
+def _checksum(path: Path) -> str:
+    """CRC-32 of a file's content: it is to find damage, not forgery, and is the fastest."""
+    found = 0
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            found = zlib.crc32(block, found)
+    return f"{found:08x}"
+
+
+@lru_cache(maxsize=1024)
+def _known_checksum(path: Path, size: int, changed: int) -> str:
+    """`_checksum` of a file of this size and time, read once: a run is looked at several times as it begins."""
+    return _checksum(path)
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:

@@ -147,6 +147,11 @@ class DistillArguments(RunArguments):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.dataset_limit is not None and self.dataset_limit < 1:
             raise ValueError(f"dataset_limit={self.dataset_limit} leaves no text; give at least 1, or leave it out")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor}: the losses compare with the target's "
+                "distributions and do not read it; leave it out"
+            )
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature} must be above 0; greedy drafting is measured anyway")
 

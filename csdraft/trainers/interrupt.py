@@ -1,7 +1,8 @@
-"""Ctrl-C and SIGTERM end a training run after its step, with a checkpoint to resume from."""
+"""Ctrl-C, SIGTERM and the end of its launcher end a training run after its step, with a checkpoint to resume from."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -18,10 +19,17 @@ __all__ = ["Interrupt"]
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ECHO = 3.0
 """Seconds in which another signal is the same one: a scheduler sends it to all, and the launcher passes it on."""
+PARENT = os.getppid()
+"""The process that has started this one, as its modules are imported."""
+OF_LAUNCHERS = ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")
+"""Variables that torchrun or accelerate set for the processes that they start."""
 
 
 class Interrupt(TrainerCallback):
     """Turns the first signal into "save and stop"; a second one acts as it always did.
+
+    accelerate's launcher for one process does not pass signals on: it ends, and its child goes on without it. So a
+    process whose launcher has gone stops as after SIGTERM. One that a shell has started goes on, as nohup wants it.
 
     Attributes:
         number: of the signal; 0 if there was none.
@@ -58,6 +66,8 @@ class Interrupt(TrainerCallback):
             signal.raise_signal(number)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.stopped and launcher_has_gone():
+            self.number, self._since = int(signal.SIGTERM), time.monotonic()
         if args.world_size > 1 and distributed.is_initialized():  # all processes stop when one gets a signal
             asked = torch.tensor(self.number, device=args.device)
             distributed.all_reduce(asked, distributed.ReduceOp.MAX)
@@ -75,3 +85,8 @@ class Interrupt(TrainerCallback):
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+
+def launcher_has_gone() -> bool:
+    """Whether a launcher has started this process and ended before it."""
+    return os.getppid() != PARENT and any(name in os.environ for name in OF_LAUNCHERS)

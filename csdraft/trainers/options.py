@@ -64,7 +64,7 @@ def check_options(folder: str, before: dict[str, Any], now: dict[str, Any]) -> N
         folder: checkpoint, or folder of a finished run.
         before, now: of `options_of`.
     """
-    known = all(key in options for options in (before, now) for key in CUTS)
+    known = all(isinstance(options.get(key), int) for options in (before, now) for key in CUTS)
     if known and before.get("engine") is None and rows_a_step(before) == rows_a_step(now):
         before = {key: value for key, value in before.items() if key not in CUTS}
     check_unchanged(

@@ -17,6 +17,7 @@ from transformers import (
 
 from csdraft.data.text import Blocks, read_corpus, split
 from csdraft.trainers.base import BaseTrainer
+from csdraft.trainers.lock import only_run
 from csdraft.trainers.muon import MuonAdamW
 from csdraft.trainers.run_arguments import RunArguments
 from csdraft.trainers.run_folder import RunFolder
@@ -48,11 +49,16 @@ def pretrain(args: PretrainArguments) -> BaseTrainer:
     A run that is finished is left as it is.
 
     Raises:
-        ValueError: the folder holds a run with other options or data.
+        ValueError: the folder holds a run with other options or data, or another run is writing to it.
         csdraft.trainers.stops.Stopped: a loss or gradient is not finite, or the disk takes no more.
     """
     if args.threads:
         torch.set_num_threads(args.threads)
+    with only_run(args.output_dir):
+        return _pretrain(args)
+
+
+def _pretrain(args: PretrainArguments) -> BaseTrainer:
     run = RunFolder(args)
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)

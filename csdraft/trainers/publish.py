@@ -21,6 +21,7 @@ from csdraft.data.target_cache import checksum
 from csdraft.drafters.model import base_model
 from csdraft.heads.tied import borrowed
 from csdraft.hub import command, public_name, without_folders
+from csdraft.stored import is_hub_id
 from csdraft.trainers.students import added_share
 
 if TYPE_CHECKING:
@@ -51,13 +52,15 @@ def provenance(trainer: DrafterTrainer) -> dict[str, Any]:
     args = trainer.args
     plain = {f.name for f in fields(TrainingArguments)}
     own = {f.name: getattr(args, f.name) for f in fields(args) if f.name not in plain}
+    if args.student and not is_hub_id(args.student):
+        own["student"] = Path(args.student).name  # with folders before it, it would look like an id of the Hub
     chosen = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
               "learning_rate", "lr_scheduler_type", "weight_decay", "seed")  # fmt: skip
     target = trainer.target
     measured = [entry for entry in trainer.state.log_history if "eval_block_efficiency" in entry]
     start = measured[0] if measured and measured[0].get("step") == 0 else None
     if args.load_best_model_at_end and trainer.state.best_global_step is not None:
-        measured = [entry for entry in measured if entry.get("step") == trainer.state.best_global_step]
+        measured = [entry for entry in measured if entry.get("step") == _kept_step(trainer)]
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command(),
@@ -70,9 +73,17 @@ def provenance(trainer: DrafterTrainer) -> dict[str, Any]:
         "tied_to_target": bool(borrowed(base_model(trainer.student))),
         "processes": args.world_size,
         "steps": trainer.state.global_step,
+        "weights_of_step": _kept_step(trainer),
         "before": start,
         "measured": measured[-1] if measured else None,
     }
+
+
+def _kept_step(trainer: DrafterTrainer) -> int:
+    """The step whose weights are saved: the last, or that of the best evaluation."""
+    state = trainer.state
+    best = state.best_global_step if trainer.args.load_best_model_at_end else None
+    return state.global_step if best is None else best
 
 
 def license_of(target: str, revision: str | None = None) -> dict[str, str] | None:
@@ -135,7 +146,7 @@ output = model.generate(**inputs, assistant="{name}")  # this folder's path or H
 {_added(origin["added_parameters"])}{_tied(origin)}
 
 Trained for {origin["steps"]} steps on `{arguments["dataset"]}` with losses `{json.dumps(arguments["losses"])}`; the
-share of the texts that the drafter wrote itself was {arguments["on_policy"]}. All
+share of the texts that the drafter wrote itself was {arguments["on_policy"]}.{_kept(origin)} All
 arguments, versions and revisions are in `provenance.json`.
 
 {_licence(origin)}
@@ -149,6 +160,16 @@ def _metadata(origin: dict[str, Any]) -> str:
     if ids:
         lines += ["base_model:", *(f"- {name}" for name in dict.fromkeys(ids))]
     return "".join(f"{line}\n" for line in lines)
+
+
+def _kept(origin: dict[str, Any]) -> str:
+    """Which weights these are, where they are not those of the last step."""
+    step = origin["weights_of_step"]
+    if step == origin["steps"]:
+        return ""
+    if step == 0:
+        return " No evaluation was better than the one at the start, so these are the weights of the start."
+    return f" These are the weights of step {step}, which was evaluated best."
 
 
 def _licence(origin: dict[str, Any]) -> str:

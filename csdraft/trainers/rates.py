@@ -1,7 +1,7 @@
 """A learning rate for each kind of student, for runs that give none.
 
 They are where published recipes start, for models of 0.1 B parameters and more; docs/distilling.md says which recipes.
-Smaller models want more: those of `recipes/smol`, a thousand times smaller, 0.001 to 0.004.
+Smaller models want more: those of `recipes/smol`, 20 and 90 times smaller, 0.001 to 0.004.
 """
 
 from __future__ import annotations

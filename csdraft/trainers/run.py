@@ -22,6 +22,7 @@ from csdraft.trainers.distill import DrafterTrainer
 from csdraft.trainers.distill_arguments import DistillArguments
 from csdraft.trainers.engines import load_sharded, placed_here, uses, whole_models
 from csdraft.trainers.exam import Exam
+from csdraft.trainers.lock import only_run
 from csdraft.trainers.muon import MuonAdamW
 from csdraft.trainers.progress import Line
 from csdraft.trainers.publish import identity
@@ -40,19 +41,21 @@ def distill(args: DistillArguments) -> DrafterTrainer:
         The trainer, at the end of training or after a signal (`trainer.interrupt.stopped`).
 
     Raises:
-        ValueError: for arguments, data or folders that cannot work, before the target is loaded.
+        ValueError: for arguments, data or folders that cannot work, before the target is loaded; another run is
+            writing to the folder.
         csdraft.trainers.stops.Stopped: a loss or gradient is not finite, or the disk takes no more.
     """
-    config, tokenizer, batches = prepare(args)
-    run = RunFolder(args)
-    run.check_data(identity(batches["train_dataset"]))
-    run.say_where()
-    trainer = make_trainer(args, config, tokenizer, batches)
-    if run.finished:
-        run.restore(trainer, load_student_weights)
-    elif run.train(trainer):
-        run.finish(trainer, partial(save_result, trainer))
-    return trainer
+    with only_run(args.output_dir):
+        config, tokenizer, batches = prepare(args)
+        run = RunFolder(args)
+        run.check_data(identity(batches["train_dataset"]))
+        run.say_where()
+        trainer = make_trainer(args, config, tokenizer, batches)
+        if run.finished:
+            run.restore(trainer, load_student_weights)
+        elif run.train(trainer):
+            run.finish(trainer, partial(save_result, trainer))
+        return trainer
 
 
 def make_trainer(
@@ -160,7 +163,9 @@ def check_engines(args: DistillArguments) -> None:
     if not args.target_sharded:
         return
     if args.world_size < 2:
-        raise ValueError("target_sharded=true with one process: there is nobody to share with; use accelerate launch")
+        raise ValueError(
+            "target_sharded=true with one process: no other process could share the weights; use accelerate launch"
+        )
     shared = [key for key in ("layers", "encoder_layers") if key in (args.peft or adapter or {})]
     if shared or "from_target" in (args.init or {}):
         raise ValueError(

@@ -20,3 +20,15 @@ class RunArguments(TrainingArguments):
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Without effect: a loss that is not finite stops the run."}
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(
+                f"max_steps={self.max_steps} leaves nothing to train: give at least 1, or leave it out and give "
+                "num_train_epochs"
+            )
+        if self.max_steps < 0 and self.num_train_epochs <= 0:
+            raise ValueError(
+                f"num_train_epochs={self.num_train_epochs} leaves nothing to train: give more than 0, or max_steps"
+            )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import platform
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ from transformers import TrainerState, TrainingArguments
 from csdraft.data.changes import check_unchanged
 from csdraft.data.shards import Part, write_whole
 from csdraft.trainers.base import BaseTrainer
-from csdraft.trainers.checkpoints import chosen_checkpoint, passed_over, read_mark
+from csdraft.trainers.checkpoints import chosen_checkpoint, has_checkpoint, passed_over, read_mark
+from csdraft.trainers.lock import only_run
 from csdraft.trainers.options import check_options, options_of
 
 __all__ = ["RunFolder", "forget", "is_finished", "say"]
@@ -21,6 +24,8 @@ __all__ = ["RunFolder", "forget", "is_finished", "say"]
 FINISHED = "finished.json"
 STATE = ("global_step", "max_steps", "epoch", "log_history", "best_metric", "best_global_step")
 """What is kept of the trainer's state."""
+SOURCES = ("dataset", "corpus", "chat_template")
+"""Keys that say which files rows are made from."""
 
 
 def say(text: str) -> None:
@@ -37,11 +42,37 @@ def forget(folder: Path) -> None:
 
 
 def is_finished(args: TrainingArguments) -> bool:
-    """Whether there is nothing to do, which is then said; asked before any data or model is read."""
-    run = RunFolder(args)
-    if run.finished:
-        run.say_where()
-    return run.finished
+    """Whether there is nothing to do, which is then said; asked before any data or model is read.
+
+    Not if files of the data have changed since: then the rows must be read to tell whether they are the same.
+
+    Raises:
+        ValueError: as `RunFolder`, and if another run is writing to the folder.
+    """
+    if not Path(args.output_dir or "").is_dir():
+        return False
+    with only_run(args.output_dir):
+        run = RunFolder(args)
+    if not run.finished or run.has_other_files:
+        return False
+    run.say_where()
+    return True
+
+
+def stamp_of(args: TrainingArguments) -> str | None:
+    """Changes with place, size or time of the files that rows are made from; None if they are not on this machine."""
+    found: list[Any] = []
+    for key in SOURCES:
+        source = getattr(args, key, None)
+        if source in ("stdlib", "stdlib-tests"):
+            found.append(platform.python_version())
+        elif isinstance(source, str) and Path(source).exists():
+            path = Path(source).resolve()
+            files = sorted(path.rglob("*")) if path.is_dir() else [path]
+            found += [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+        elif source is not None and key != "chat_template":  # a template may be its own text, which is an option
+            return None
+    return f"{zlib.crc32(json.dumps(found).encode()):08x}"
 
 
 class RunFolder:
@@ -60,8 +91,9 @@ class RunFolder:
 
     def __init__(self, args: TrainingArguments):
         self.args, self.folder, self.options = args, Path(args.output_dir or ""), options_of(args)
+        self._files, self._has_read_data = stamp_of(args), False
         begins_again = args.resume_from_checkpoint is False
-        self._done = None if begins_again else _read(self.folder / FINISHED)
+        self._done, self._odd = (None, "") if begins_again else _read(self.folder / FINISHED)
         self.finished = self._done is not None and self._is_all(self._done)
         self.checkpoint = None if self.finished else chosen_checkpoint(args)
         self._before: dict[str, Any] | None = None if begins_again else self._done
@@ -82,8 +114,15 @@ class RunFolder:
             return done["state"]["global_step"] >= args.max_steps
         return (done["state"]["epoch"] or 0) >= args.num_train_epochs
 
+    @property
+    def has_other_files(self) -> bool:
+        """Whether the files of the data are not those that a finished run has read; false if that is not known."""
+        before = (self._done or {}).get("files")
+        return None not in (before, self._files) and before != self._files
+
     def check_data(self, data: dict[str, Any]) -> None:
         """Raises ValueError if the run was begun with other rows; see `csdraft.trainers.publish.identity`."""
+        self._has_read_data = True
         if self._before is not None and "data" in self._before:
             check_unchanged(
                 f"{self.checkpoint or self.folder} holds a run on data with",
@@ -96,19 +135,34 @@ class RunFolder:
     def say_where(self) -> None:
         """Prints what the folder holds and what happens now."""
         if self.finished:
-            assert self._done is not None
-            steps = self._done["state"]["global_step"]
-            say(
-                f"finished: {self.folder} holds the result of all {steps} steps; nothing is done. To train further "
-                "raise max_steps or num_train_epochs; to begin again give another output_dir, or "
-                "resume_from_checkpoint=false"
-            )
+            say(self._end())
             return
+        if self._odd:
+            say(f"passed over {self.folder / FINISHED}, which {self._odd}: the run is taken as not finished")
         if self.args.resume_from_checkpoint in (None, True):
             for name, reason in passed_over(str(self.folder)).items():
                 say(f"passed over {self.folder / name}, which is not whole: {reason}")
         if self.checkpoint is not None:
             say(f"resumed from {self.checkpoint}")
+
+    def _end(self) -> str:
+        """What is said of a finished run: what there is, what was not compared, and what can be done now."""
+        assert self._done is not None
+        steps = self._done["state"]["global_step"]
+        compared = self._has_read_data or None not in (self._done.get("files"), self._files)
+        doubt = "" if compared else " Its data were not read: whether they have changed is not known."
+        further = "To train further raise max_steps or num_train_epochs"
+        if not has_checkpoint(str(self.folder)):
+            further += " (from the first step: no checkpoint is left)"
+            if any(self.folder.glob("checkpoint-*")):
+                further = (
+                    "It has no checkpoint to train further from (save_only_model=true): start from its weights with "
+                    "student=FOLDER (model=FOLDER of pretrain.py) and another output_dir"
+                )
+        return (
+            f"finished: {self.folder} holds the result of all {steps} steps; nothing is done.{doubt} {further}; "
+            "to begin again give another output_dir, or resume_from_checkpoint=false"
+        )
 
     def train(self, trainer: BaseTrainer) -> bool:
         """Trains to the end; False if a signal came before it, when there is a checkpoint to resume from."""
@@ -146,6 +200,7 @@ class RunFolder:
         state = trainer.state
         document = {
             **trainer.noted,
+            "files": self._files,
             "checkpoint": checkpoints[-1].parent.name if checkpoints else None,
             "state": {key: getattr(state, key) for key in STATE},
         }
@@ -158,9 +213,27 @@ class RunFolder:
         trainer.together(self.folder, mark)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """A document of JSON; None if there is none, or it is cut short."""
+def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
+    """The note of a finished run, or None and what is wrong with it; empty if there is no note."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None, ""
+    except ValueError:
+        return None, "cannot be read"
+    return (found, "") if _is_note(found) else (None, "lacks what a finished run notes")
+
+
+def _is_note(found: Any) -> bool:
+    """Whether it is what `RunFolder.finish` writes."""
+    if not isinstance(found, dict) or not isinstance(found.get("options"), dict):
+        return False
+    state = found.get("state")
+    if not isinstance(state, dict) or set(state) != set(STATE) or not isinstance(found.get("data", {}), dict):
+        return False
+    return (
+        isinstance(found.get("checkpoint"), str | None)
+        and isinstance(state["global_step"], int)
+        and isinstance(state["epoch"], int | float | None)
+        and isinstance(state["log_history"], list)
+    )

@@ -51,6 +51,7 @@ OUT = {
     "null tokens": ([{"input_ids": [5, 6]}, {"input_ids": None}], "no tokens"),
     "no token": ([{"input_ids": [5, 6]}, {"input_ids": []}], "fewer than 2 tokens"),
     "one token": ([{"input_ids": [5, 6]}, {"input_ids": [5]}], "fewer than 2 tokens"),
+    "a fraction as token": ([{"input_ids": [5, 6]}, {"input_ids": [5.5, 6]}], "tokens that are not whole numbers"),
     "words as tokens": ([{"input_ids": [5, 6]}, {"input_ids": ["w1", "w2"]}], "tokens that are not whole numbers"),
     "only a prompt": (
         [{"input_ids": [5, 6], "prompt_length": 1}, {"input_ids": [5, 6], "prompt_length": 2}],

@@ -258,12 +258,15 @@ WRONG = {
     "figures before training of nothing": ({"eval_on_start": True}, "eval_prompts=FILE"),
     "logits of another target": ({"target_cache": "{folder}/logits"}, "of the target other/model, not of .*/target"),
     "logits of nothing": ({"target_cache": "{folder}/texts.jsonl"}, "holds no cached logits"),
-    "a target shared with nobody": ({"target_sharded": True}, "nobody to share with"),
+    "a target shared with nobody": ({"target_sharded": True}, "no other process could share the weights"),
     "a target shared and on one device": ({"target_sharded": True, "target_device_map": "auto"}, "leave out"),
     "no way to quantise": ({"target_quantization": {"load_in_8bit": True}}, "lacks quant_method"),
     "Muon on parts": ({"muon": True, "fsdp": True}, "which FSDP cuts up"),
     "no checkpoint": ({"resume_from_checkpoint": "{folder}/texts.jsonl"}, "holds no whole checkpoint"),
-    "no number": ({"learning_rate": "fast"}, "learning_rate='fast' must be a number, such as"),
+    "no number": ({"learning_rate": "fast"}, "learning_rate='fast' must be a number, such as learning_rate=2e-5"),
+    "no steps": ({"max_steps": 0}, "max_steps=0 leaves nothing to train: give at least 1"),
+    "no epochs": ({"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs=0 leaves nothing to train"),
+    "smoothed labels": ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1: the losses .* do not read it"),
     "no figure": (
         {"metric_for_best_model": "loss"},
         "metric_for_best_model='loss' is no figure .* accepted_1 to accepted_5",
@@ -377,6 +380,8 @@ def test_the_start_counts_when_the_best_is_kept(folder, capsys):
     card = (folder / "ruined/README.md").read_text()
     before, after = re.search(r"\| expected acceptance.* \| (.*) \| (.*) \|", card).groups()
     assert before == after
+    assert "so these are the weights of the start" in " ".join(card.split())
+    assert "base_model" not in card, "a folder is no id of the Hub"
 
     for checkpoint in (folder / "ruined").glob("checkpoint-[24]"):
         shutil.rmtree(checkpoint)

@@ -16,12 +16,13 @@ from trainers.launch import ROOT
 from trainers.pair import arguments, make_pair, settings
 from transformers import TrainingArguments
 
+from csdraft.trainers import checkpoints
 from csdraft.trainers import run as run_module
 from csdraft.trainers.distill_arguments import DistillArguments
 from csdraft.trainers.options import FREE
 from csdraft.trainers.pretrain import PretrainArguments
 from csdraft.trainers.run import distill
-from csdraft.trainers.run_folder import is_finished
+from csdraft.trainers.run_folder import RunFolder, is_finished
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +89,31 @@ def test_the_script_does_not_load_anything_for_a_finished_run(folder, done):
     assert ended.returncode == 0, ended.stderr
     assert "nothing is done" in ended.stdout
     assert "Loading weights" not in ended.stderr
+
+
+def test_a_finished_run_on_other_data_is_not_taken_for_the_same(folder, copied, monkeypatch, tmp_path, capsys):
+    """A folder's last name is the same, and so is every option; place and time of the file differ."""
+    monkeypatch.setattr(run_module, "load_models", lambda *_: pytest.fail("the target was loaded"))
+    other = tmp_path / "texts.jsonl"
+    other.write_text((folder / "texts.jsonl").read_text().replace("x1", "z1"))
+    assert is_finished(arguments(folder, copied.name))
+    assert "were not read" not in capsys.readouterr().out
+    assert not is_finished(arguments(folder, copied.name, dataset=str(other)))
+    with pytest.raises(ValueError, match=r"holds a run on data with .*checksum=.* now it is"):
+        distill(arguments(folder, copied.name, dataset=str(other)))
+
+
+def test_the_same_rows_in_another_file_are_the_same_data(folder, copied, tmp_path, capsys):
+    shutil.copy(folder / "texts.jsonl", tmp_path / "texts.jsonl")
+    distill(arguments(folder, copied.name, dataset=str(tmp_path / "texts.jsonl")))
+    assert "nothing is done. To train" in capsys.readouterr().out
+
+
+def test_data_that_cannot_be_compared_is_said(folder, copied, capsys):
+    """As of the Hub, or in a folder of an older version."""
+    without("files")(copied / "finished.json")
+    assert is_finished(arguments(folder, copied.name))
+    assert "nothing is done. Its data were not read: whether they have changed is not known" in capsys.readouterr().out
 
 
 def test_a_run_that_was_killed_before_its_result_was_written_takes_no_step_more(folder, copied):
@@ -194,7 +220,25 @@ def zeros(path: Path) -> None:
     path.write_bytes(bytes(path.stat().st_size))
 
 
+def second_half(path: Path) -> None:
+    """What a power failure leaves of a file whose last pages were not on the disk."""
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+
+
+def without(key: str):
+    def change(path: Path) -> None:
+        path.write_text(json.dumps({k: value for k, value in json.loads(path.read_text()).items() if k != key}))
+
+    return change
+
+
 BROKEN = {
+    "zeros for half the weights": ("model.safetensors", second_half, "model.safetensors is damaged: its checksum"),
+    "zeros for half the optimiser": ("optimizer.pt", second_half, "optimizer.pt (cannot be read|is damaged)"),
+    "a mark of another kind": ("run.json", lambda path: path.write_text("[1]"), "run.json holds no object of JSON"),
+    "a mark without options": ("run.json", without("options"), "run.json lacks 'options'"),
+    "a mark with odd files": ("run.json", lambda path: path.write_text('{"files": 3}'), "run.json has 'files' of"),
     "cut weights": ("model.safetensors", cut, r"model.safetensors has [\d,]+ of [\d,]+ bytes"),
     "no optimiser": ("optimizer.pt", Path.unlink, "optimizer.pt is missing"),
     "half an optimiser": ("optimizer.pt", cut, "optimizer.pt has"),
@@ -230,7 +274,39 @@ def test_a_broken_checkpoint_is_passed_over_with_its_reason(folder, copied, what
         distill(arguments(folder, copied.name, resume_from_checkpoint=str(copied / "checkpoint-2")))
 
 
+def test_a_checkpoint_of_an_older_version_has_no_checksums(folder, copied, capsys):
+    (copied / "finished.json").unlink()
+    without("checksums")(copied / "checkpoint-4/run.json")
+    distill(arguments(folder, copied.name, max_steps=5))
+    assert f"resumed from {copied}/checkpoint-4" in capsys.readouterr().out
+
+
+def test_only_the_checkpoint_to_resume_from_is_read(folder, copied, monkeypatch):
+    (copied / "finished.json").unlink()
+    read, checksum = [], checkpoints._checksum
+    monkeypatch.setattr(checkpoints, "_checksum", lambda path: read.append(path) or checksum(path))
+    RunFolder(arguments(folder, copied.name, max_steps=5))
+    assert {path.parent.name for path in read} == {"checkpoint-4"}
+    RunFolder(arguments(folder, copied.name, max_steps=5))
+    assert len(read) == len(set(read)), "once"
+
+
+@pytest.mark.parametrize("content", ["[1]", "{}", '{"state": {}}', '{"options": {}, "state": {"epoch": 1}}', "{"])
+def test_an_odd_note_of_a_finished_run_is_passed_over(folder, copied, content, capsys):
+    (copied / "finished.json").write_text(content)
+    assert not is_finished(arguments(folder, copied.name))
+    distill(arguments(folder, copied.name))
+    said = capsys.readouterr().out
+    assert said.count(f"passed over {copied}/finished.json, which") == 1
+    assert "the run is taken as not finished" in said
+    assert is_finished(arguments(folder, copied.name))
+
+
 def test_weights_alone_are_no_checkpoint(folder, capsys):
     distill(arguments(folder, "alone", save_only_model=True))
+    assert is_finished(arguments(folder, "alone", save_only_model=True))
+    said = capsys.readouterr().out
+    assert "no checkpoint to train further from (save_only_model=true)" in said
+    assert "raise max_steps" not in said
     with pytest.raises(ValueError, match=r"weights alone \(save_only_model=true\)"):
         distill(arguments(folder, "alone", max_steps=6))

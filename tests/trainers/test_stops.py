@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from trainers.launch import ROOT, start
 from trainers.pair import arguments, make_pair, settings
@@ -23,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from csdraft.trainers import run as run_module
 from csdraft.trainers.checkpoints import flaw, last_checkpoint
 from csdraft.trainers.run import distill
-from csdraft.trainers.stops import NonFinite, Unwritable
+from csdraft.trainers.stops import NonFinite, Unwritable, writing
 
 SCRIPT = ROOT / "scripts/distill_drafter.py"
 RARE = "Q"
@@ -139,11 +140,35 @@ def test_a_full_disk_is_one_error_and_no_half_checkpoint(folder, monkeypatch, wh
     name = f"full-{what}-{writer.__name__}"
     distill(arguments(folder, name, max_steps=2))
     monkeypatch.setattr(what, writer)
-    with pytest.raises(Unwritable, match=r"cannot be written: .*; \d+\.\d\d GB are free in .*Make room"):
+    with pytest.raises(Unwritable, match=r"cannot be written: .*; \d+\.\d\d GB are free in .* give the same command"):
         distill(arguments(folder, name, max_steps=4))
     monkeypatch.undo()
     assert last_checkpoint(f"{folder}/{name}") == f"{folder}/{name}/checkpoint-2"
     assert distill(arguments(folder, name, max_steps=4)).state.global_step == 4
+
+
+@pytest.mark.parametrize(
+    ("error", "file"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "checkpoint-2/config.json"), "checkpoint-2/config.json"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "model.safetensors"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"), "optimizer.pt"),
+    ],
+)
+def test_a_full_disk_names_the_file_and_speaks_plainly(tmp_path, monkeypatch, error, file):
+    """As it is raised within functions of these names, which know the file."""
+
+    def save(f: str) -> None:
+        raise error
+
+    def save_file(filename: str) -> None:
+        raise error
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 4096))
+    with pytest.raises(Unwritable) as caught, writing(tmp_path):
+        (save if file == "optimizer.pt" else save_file)(file)
+    said = str(caught.value)
+    assert f"{file} cannot be written: the disk is full; 0.00 GB are free in {tmp_path}. Make room" in said
 
 
 @pytest.mark.parametrize("what", ["csdraft.trainers.distill.describe", "csdraft.trainers.run_folder.write_whole"])
@@ -175,12 +200,16 @@ def run_script(folder: Path, name: str, *, file_size: int | None = None, **chang
     )  # fmt: skip
 
 
-def test_a_script_says_in_one_line_that_a_file_cannot_be_written(folder):
-    done = run_script(folder, "limited", file_size=30_000)
+@pytest.mark.parametrize(("file_size", "file"), [(30_000, "model.safetensors"), (100_000, "optimizer.pt")])
+def test_a_script_says_in_one_line_that_a_file_cannot_be_written(folder, file_size, file):
+    done = run_script(folder, "limited", file_size=file_size)
     assert done.returncode == 1
     errors = done.stderr[done.stderr.index("error: ") :]
     assert re.match(
-        r"error: .*limited/checkpoint-2\S* cannot be written: .*File too large.* GB are free in .*\n$", errors
+        rf"error: .*limited/checkpoint-2/{file} cannot be written: it would be larger than a limit on file size "
+        r"\(ulimit -f\); .* GB are free in .* Raise the limit \(ulimit -f unlimited\) and give the same command again"
+        r"\n$",
+        errors,
     )
     assert not list((folder / "limited").glob("checkpoint-*"))
 
@@ -225,3 +254,26 @@ def test_a_signal_to_one_of_two_processes_stops_both(folder):
     assert last is not None
     assert {f"rng_state_{rank}.pth" for rank in (0, 1)} < {path.name for path in Path(last).iterdir()}
     shutil.rmtree(folder / "signal-2")
+
+
+def test_a_run_whose_launcher_has_gone_saves_and_ends_and_no_second_one_writes_there(folder):
+    """accelerate's launcher of one process is ended by SIGTERM and leaves its child."""
+    recipe = folder / "orphan.yaml"
+    recipe.write_text(json.dumps(settings(folder, "orphan", max_steps=40000, save_steps=100000)))
+    words = [str(SCRIPT), "--config", str(recipe)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder)}
+    launched = subprocess.Popen(
+        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", *words],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+    )  # fmt: skip
+    assert launched.stdout is not None
+    next(line for line in launched.stdout if "'loss'" in line)
+    number = (folder / "orphan/_lock").read_text()
+    second = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment, timeout=100)
+    assert second.returncode == 1
+    assert f"error: another run (process {number}) is writing to {folder}/orphan: wait for it" in second.stderr
+    launched.send_signal(signal.SIGTERM)
+    said = launched.communicate(timeout=60)[0]  # up to the end of the child, which has the other end
+    assert "stopped at step" in said
+    assert last_checkpoint(f"{folder}/orphan") is not None
+    assert not (folder / "orphan/_lock").exists()
