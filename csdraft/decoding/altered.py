@@ -28,6 +28,8 @@ ELSEWHERE = ("transformers.activations", "transformers.pytorch_utils", "peft.")
 """Where other modules of a stock model come from, besides its own family."""
 INNER = ("_old_forward", "_original_forward")
 """What accelerate calls the forward that it has put its own around."""
+OF_CLASS = "a module of class "
+
 Alteration = tuple[str, nn.Module, Hashable]
 """What it is, where, and a key that no other alteration of this process has."""
 
@@ -53,7 +55,7 @@ def alterations(model: nn.Module) -> list[Alteration]:
         if "forward" in own and (forward := _innermost(module, own["forward"])) is not None:
             found.append(("a forward of its own", module, _reference(forward)))
         if module is not model and not _is_stock(made, families):
-            found.append((f"a module of class {made.__name__}", module, _reference(module)))
+            found.append((OF_CLASS + made.__name__, module, _reference(module)))
         if not _is_own(made, made.forward):
             found.append((f"another forward of class {made.__name__}", module, _reference(made.forward)))
     return found
@@ -71,9 +73,16 @@ def _hooks(module: nn.Module) -> list[Alteration]:
 
 
 def described(model: nn.Module) -> str:
-    """Where it has been changed, for a message, such as 'a forward hook on model.layers.0.mlp'; empty if nowhere."""
+    """Where it has been changed, for a message, such as 'a forward hook on model.layers.0.mlp'; empty if nowhere.
+
+    Without the parts that its own class may have brought along, such as the Llama of a vision-language model.
+    """
     names = {module: name for name, module in model.named_modules()}
-    made = [f"{what} on {names[module] or type(module).__name__}" for what, module, _ in alterations(model)]
+    made = [
+        f"{what} on {names[module] or type(module).__name__}"
+        for what, module, _ in alterations(model)
+        if not what.startswith(OF_CLASS) or type(module).__module__.partition(".")[0] not in HARMLESS
+    ]
     return ", ".join(made[:3]) + (", ..." if len(made) > 3 else "")
 
 

@@ -162,8 +162,9 @@ class TiedDraft(OnTarget):
             dtype: of its tensors; None or 'auto': as they are stored.
             options: of the Hub: revision, token, ...
         """
-        from transformers import AutoConfig
+        from transformers import AutoConfig, PreTrainedConfig
 
+        check_config(PreTrainedConfig.get_config_dict(path, **options)[0], f"{path}/config.json")
         config = AutoConfig.from_pretrained(path, **options)
         state = _read(path, **options)
         if isinstance(dtype, str) and dtype != "auto":
