@@ -18,7 +18,18 @@ from difflib import get_close_matches
 from pathlib import Path, PurePath
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["UNFIT", "Folder", "check_config", "check_keys", "fit", "is_hub_id", "naming", "nearest", "read_object", "shown"]
+__all__ = [
+    "UNFIT",
+    "Folder",
+    "check_config",
+    "check_keys",
+    "fit",
+    "is_hub_id",
+    "naming",
+    "nearest",
+    "read_object",
+    "shown",
+]
 
 LARGEST = 1 << 63
 """Whole numbers of a document are smaller than that: they fit into 64 bits."""
@@ -96,7 +107,10 @@ def _not_finite(document: Any) -> str | None:
 
 ATTENTION = ("_attn_implementation", "attn_implementation", "_attn_implementation_internal")
 EXPERTS = ("_experts_implementation", "experts_implementation", "_experts_implementation_internal")
-HEEDED = {**dict.fromkeys(ATTENTION, ("eager", "sdpa")), **dict.fromkeys(EXPERTS, ("eager", "batched_mm", "grouped_mm"))}
+HEEDED = {
+    **dict.fromkeys(ATTENTION, ("eager", "sdpa")),
+    **dict.fromkeys(EXPERTS, ("eager", "batched_mm", "grouped_mm")),
+}
 """What a file may choose: transformers takes other names for code to be fetched."""
 COUNTS = (
     *("num_hidden_layers", "num_decoder_layers", "num_layers", "n_layer", "vocab_size", "hidden_size", "n_embd"),

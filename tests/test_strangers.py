@@ -379,7 +379,10 @@ DAMAGE = [
     (absurd(attn_implementation={"": "evil/evil"}), r"config.json: attn_implementation=\{'': 'evil/evil'\}; "),
     (absurd(_attn_implementation="flash_attention_2"), r"config.json: _attn_implementation='flash_attention_2'; "),
     (absurd(part={"attn_implementation": "evil/evil"}), r"config.json: part: attn_implementation='evil/evil'; "),
-    (absurd(quantization_config={"quant_method": "hqq"}), r"config.json: quantization_config.quant_method='hqq' needs"),
+    (
+        absurd(quantization_config={"quant_method": "hqq"}),
+        r"config.json: quantization_config.quant_method='hqq' needs",
+    ),
     (lose("layers.0.mlp.up_proj"), r"lacks 1 weights, such as model.layers.0.mlp.up_proj"),
     (lose("lm_head"), r"lacks 1 weights, such as lm_head"),
     (resize("embed"), r"do not fit its config.json: model.embed_tokens.weight of shape \(3, 5\), not \(97, 32\)"),

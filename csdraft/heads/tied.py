@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from csdraft.heads.layers import embedding_fingerprint, embeddings
 from csdraft.heads.on_target import OnTarget
 from csdraft.heads.self_draft import TIED, SelfDraft, model_name, write_document
+from csdraft.stored import check_config
 
 __all__ = ["Lender", "TiedDraft", "borrowed", "stored_form", "tie"]
 

@@ -15,6 +15,7 @@ from csdraft import MaxGram
 from csdraft.decoding import probe
 from csdraft.decoding.altered import alterations
 from csdraft.decoding.probe import difference
+from csdraft.decoding.traits import traits_of
 from tests import tiny
 
 OPTIONS = {"max_new_tokens": 16, "do_sample": False}
@@ -123,6 +124,41 @@ def test_a_hook_on_all_modules_at_once() -> None:
     finally:
         handle.remove()
     assert difference(model) is None
+
+
+class Through(transformers.LlamaForCausalLM):
+    """Names none of the arguments that it passes on."""
+
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+class Around(transformers.LlamaPreTrainedModel, transformers.GenerationMixin):
+    """Around a model of another class, none of whose arguments it names."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.inner = transformers.LlamaForCausalLM(config)
+        self.post_init()
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+def passed_on(config) -> nn.Module:
+    model = transformers.LlamaForCausalLM(config)
+    inner = model.forward
+    model.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+    return model
+
+
+@pytest.mark.parametrize("make", [Through, Around, passed_on])
+def test_a_forward_that_passes_on_what_it_is_given(make: Callable) -> None:
+    torch.manual_seed(0)
+    model, inputs = make(tiny.tiny("llama").config).eval(), tiny.inputs_of("llama", 3)
+    assert traits_of(model).keeps_logits
+    wanted = model.generate(**inputs, **OPTIONS)
+    assert model.generate(**inputs, **OPTIONS, assistant=MaxGram(), schedule="fixed").tolist() == wanted.tolist()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
