@@ -25,6 +25,7 @@ __all__ = [
     "check_keys",
     "fit",
     "is_hub_id",
+    "kind_of",
     "naming",
     "nearest",
     "read_object",
@@ -43,6 +44,12 @@ def shown(value: object) -> str:
     """A value as a message shows it, shortened."""
     text = repr(value)
     return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 3]}..."
+
+
+def kind_of(value: object) -> str:
+    """A value's type with its article, such as 'an int'."""
+    name = type(value).__name__
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
 
 @contextmanager
@@ -132,8 +139,8 @@ def check_config(document: Mapping[str, Any], name: str) -> None:
             check_config(value, f"{name}: {key}")
         elif key in HEEDED and value is not None and value not in HEEDED[key]:
             raise ValueError(
-                f"{name}: {key}={shown(value)}; a stored model may ask for {' or '.join(HEEDED[key])} only, since other "
-                "names stand for code that would be loaded: remove the key"
+                f"{name}: {key}={shown(value)}; a stored model may ask for {' or '.join(HEEDED[key])} only, since "
+                "other names stand for code that would be loaded: remove the key"
             )
         elif key in COUNTS and isinstance(value, int) and value < 1:
             raise ValueError(f"{name}: {key}={shown(value)}; a model has at least 1")
@@ -165,8 +172,8 @@ def fit(value: Any, hint: Any, at: str, reader: Reader = lambda value, arms, at:
     if found is not UNFIT:
         return found
     wanted = " or ".join(dict.fromkeys(map(_name, arms)))
-    kind = "number too large" if _too_large(value) else type(value).__name__
-    raise ValueError(f"{at}={shown(value)} is a {kind}; it takes {wanted}")
+    kind = "a number too large" if _too_large(value) else kind_of(value)
+    raise ValueError(f"{at}={shown(value)} is {kind}; it takes {wanted}")
 
 
 def _arms(hint: Any) -> list[Any]:

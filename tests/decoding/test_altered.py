@@ -141,6 +141,9 @@ class Around(transformers.LlamaPreTrainedModel, transformers.GenerationMixin):
         self.inner = transformers.LlamaForCausalLM(config)
         self.post_init()
 
+    def get_input_embeddings(self):
+        return self.inner.get_input_embeddings()
+
     def forward(self, *args, **kwargs):
         return self.inner(*args, **kwargs)
 
