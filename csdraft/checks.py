@@ -59,16 +59,25 @@ def check_request(
     _check_mask(model, input_ids, inputs)
     _check_cache(input_ids, config, inputs.get(GENERATE_CACHE))
     _check_positions(model, input_ids, inputs)
+    _ask_model(model, inputs)
 
 
 def _check_model(model: Any) -> None:
-    if reason := refusal(model) or difference(model):
+    if reason := refusal(model):
         raise ValueError(reason)
     if getattr(model.prepare_inputs_for_generation, "__self__", model) is not model:  # PEFT has put its own in place
         raise ValueError(
             f"{type(model).__name__} runs under a prompt-learning PEFT adapter, whose virtual tokens drafted decoding "
             "would not see; use an adapter on the weights (such as LoRA), or leave assistant= out"
         )
+
+
+def _ask_model(model: Any, inputs: Mapping[str, Any]) -> None:
+    """What only short forwards of the model can tell: after everything that can be told without."""
+    mask = inputs.get("attention_mask")
+    padded = not model.config.is_encoder_decoder and mask is not None and not bool(mask.all())
+    if reason := difference(model) or (padding_difference(model) if padded else None):
+        raise ValueError(reason)
 
 
 def _check_inputs(model: Any, input_ids: Tensor, inputs: Mapping[str, Any], given: Collection[str] | None) -> None:
@@ -179,8 +188,6 @@ def _check_mask(model: Any, input_ids: Tensor, inputs: Mapping[str, Any]) -> Non
             f"row {int(holes.nonzero()[0])} has masked tokens between others, across which {type(model).__name__} "
             "measures distances differently; leave them out and pad on the left"
         )
-    if not encoder_decoder and not bool(mask.all()) and (reason := padding_difference(model)):
-        raise ValueError(reason)
     ends = mask[:, -1].bool()
     if not bool(ends.all()):
         row = int((~ends).nonzero()[0])

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import fields
 from typing import Any
 
+from torch import nn
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 __all__ = ["GENERATE_CACHE", "cache_name", "cache_of_forward", "forward_takes"]
@@ -44,7 +45,8 @@ def _forwards(model: Any) -> Iterator[Collection[str]]:
     to pass on all that `generate` gives: the probe then shows whether it does.
     """
     named = False
-    inherited = [vars(made)["forward"] for made in type(model).__mro__ if "forward" in vars(made)]
+    classes = [made for made in type(model).__mro__ if made is not nn.Module and "forward" in vars(made)]
+    inherited = [vars(made)["forward"] for made in classes]
     for forward in (model.forward, *inherited):
         arguments = inspect.signature(forward).parameters
         named = named or "input_ids" in arguments
