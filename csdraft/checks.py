@@ -20,7 +20,7 @@ from csdraft.decoding.traits import traits_of
 from csdraft.generate_options import check_options
 from csdraft.stored import kind_of
 
-__all__ = ["check_processors", "check_request"]
+__all__ = ["ask_model", "check_processors", "check_request"]
 
 KNOWN_INPUTS = {
     "attention_mask",
@@ -59,7 +59,6 @@ def check_request(
     _check_mask(model, input_ids, inputs)
     _check_cache(input_ids, config, inputs.get(GENERATE_CACHE))
     _check_positions(model, input_ids, inputs)
-    _ask_model(model, inputs)
 
 
 def _check_model(model: Any) -> None:
@@ -72,8 +71,8 @@ def _check_model(model: Any) -> None:
         )
 
 
-def _ask_model(model: Any, inputs: Mapping[str, Any]) -> None:
-    """What only short forwards of the model can tell: after everything that can be told without."""
+def ask_model(model: Any, inputs: Mapping[str, Any]) -> None:
+    """Raises ValueError for what only short forwards of the model tell; after all that can be told without."""
     mask = inputs.get("attention_mask")
     padded = not model.config.is_encoder_decoder and mask is not None and not bool(mask.all())
     if reason := difference(model) or (padding_difference(model) if padded else None):
