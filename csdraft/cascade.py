@@ -31,7 +31,7 @@ from csdraft.kmatrix import AUTO, build, check_k_matrix, first_guess, spread_len
 from csdraft.saved_costs import load_costs
 from csdraft.schedules.cost_model import CostModel
 from csdraft.schedules.fixed import Fixed
-from csdraft.stored import naming
+from csdraft.stored import kind_of, naming
 from csdraft.upload import upload
 from csdraft.verifiers._lenience import check_lenience
 from csdraft.verifiers.match import Match
@@ -302,7 +302,7 @@ def _as_drafter(assistant: Any, target: nn.Module | None) -> Any:
     if isinstance(assistant, str | os.PathLike):
         return _stored(os.fspath(assistant), target)
     raise ValueError(
-        f"assistant={assistant!r} is a {type(assistant).__name__}; pass a csdraft.Drafter, a model, the path or Hub "
+        f"assistant={assistant!r} is {kind_of(assistant)}; pass a csdraft.Drafter, a model, the path or Hub "
         "id of a saved cascade or model, or a drafter's type"
     )
 

@@ -18,8 +18,9 @@ from csdraft.decoding.sampling import Processing
 from csdraft.decoding.stopping import Stopping
 from csdraft.decoding.traits import traits_of
 from csdraft.generate_options import check_options
+from csdraft.stored import kind_of
 
-__all__ = ["check_processors", "check_request"]
+__all__ = ["ask_model", "check_processors", "check_request"]
 
 KNOWN_INPUTS = {
     "attention_mask",
@@ -61,7 +62,7 @@ def check_request(
 
 
 def _check_model(model: Any) -> None:
-    if reason := refusal(model) or difference(model):
+    if reason := refusal(model):
         raise ValueError(reason)
     if getattr(model.prepare_inputs_for_generation, "__self__", model) is not model:  # PEFT has put its own in place
         raise ValueError(
@@ -70,8 +71,16 @@ def _check_model(model: Any) -> None:
         )
 
 
+def ask_model(model: Any, inputs: Mapping[str, Any]) -> None:
+    """Raises ValueError for what only short forwards of the model tell; after all that can be told without."""
+    mask = inputs.get("attention_mask")
+    padded = not model.config.is_encoder_decoder and mask is not None and not bool(mask.all())
+    if reason := difference(model) or (padding_difference(model) if padded else None):
+        raise ValueError(reason)
+
+
 def _check_inputs(model: Any, input_ids: Tensor, inputs: Mapping[str, Any], given: Collection[str] | None) -> None:
-    """What `generate` adds of its own and leaves empty is nobody's input."""
+    """Refuses inputs besides the text; those that `generate` adds and leaves empty say nothing and pass."""
     text_only = {"mm_token_type_ids"} | ({"token_type_ids"} if model.config.model_type.startswith("gemma") else set())
     unknown = {
         key: value
@@ -100,7 +109,7 @@ def _is_empty(value: Any, zeros: bool) -> bool:
 
 
 def _shown(value: Any) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else kind_of(value)
 
 
 def _check_length(model: Any, input_ids: Tensor, config: Any) -> None:
@@ -178,11 +187,11 @@ def _check_mask(model: Any, input_ids: Tensor, inputs: Mapping[str, Any]) -> Non
             f"row {int(holes.nonzero()[0])} has masked tokens between others, across which {type(model).__name__} "
             "measures distances differently; leave them out and pad on the left"
         )
-    if not encoder_decoder and not bool(mask.all()) and (reason := padding_difference(model)):
-        raise ValueError(reason)
     ends = mask[:, -1].bool()
     if not bool(ends.all()):
         row = int((~ends).nonzero()[0])
+        if not bool(mask[row].any()):
+            raise ValueError(f"row {row}'s attention_mask has no 1: give it at least one token, or leave the row out")
         raise ValueError(
             f"row {row} is padded on the right (its attention_mask ends in 0); generation goes on from the last "
             "token, so pad on the left: tokenizer.padding_side = 'left'"
@@ -194,8 +203,8 @@ def _check_cache(input_ids: Tensor, config: Any, cache: Any) -> None:
         return
     if not holds(cache):
         raise ValueError(
-            f"{GENERATE_CACHE} is a {type(cache).__name__} whose layers cannot be taken over; pass a DynamicCache, "
-            "a StaticCache without windows, an EncoderDecoderCache of these, or none"
+            f"{GENERATE_CACHE} is {kind_of(cache)} whose layers cannot be taken over; pass a DynamicCache, a StaticCache "
+            "without windows, an EncoderDecoderCache of these, or none"
         )
     slots = slots_of(cache)
     if slots is not None and slots < config.max_length - 1:

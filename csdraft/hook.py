@@ -13,7 +13,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.stopping_criteria import StopStringCriteria
 
-from csdraft.checks import check_processors, check_request
+from csdraft.checks import ask_model, check_processors, check_request
 from csdraft.decoding.cache import cross_attention_cache, export_cache
 from csdraft.decoding.cache_names import GENERATE_CACHE
 from csdraft.decoding.graphs import Mode
@@ -107,6 +107,7 @@ def decode(
     )
     check_processors(rule, call.head.processing)
     guarded.check(call)
+    ask_model(model, model_kwargs)
     policy = guarded.start(policy, call)
     output = Output(generation_config, call.rows, streamer)
     call.head.stopping.kept = output.scores

@@ -18,7 +18,7 @@ from csdraft.decoding.interfaces import Drafter
 from csdraft.drafters.horizontal import Horizontal
 from csdraft.drafters.model import ModelDrafter
 from csdraft.drafters.vertical import Vertical
-from csdraft.stored import shown
+from csdraft.stored import kind_of, shown
 
 __all__ = ["AUTO", "build", "check_k_matrix", "first_guess", "spread_lenience"]
 
@@ -53,7 +53,7 @@ def check_k_matrix(k_matrix: Any, drafters: Sequence[Drafter]) -> KMatrix:
     for j, drafter in enumerate(drafters[:-1]):
         if any(rows[j + 1]) and not isinstance(drafter, ModelDrafter):
             raise ValueError(
-                f"k_matrix[{j + 1}]={list(rows[j + 1])} is what drafters[{j}] reviews, but a {type(drafter).__name__} "
+                f"k_matrix[{j + 1}]={list(rows[j + 1])} is what drafters[{j}] reviews, but {kind_of(drafter)} "
                 "reviews nothing: only models do; make the row zeros"
             )
     return tuple(tuple(int(k) for k in row) for row in rows)

@@ -20,7 +20,7 @@ from torch import nn
 
 from csdraft.decoding.interfaces import Drafter, Schedule, Tree, Verifier
 from csdraft.decoding.names import name_of
-from csdraft.stored import UNFIT, check_keys, fit, is_hub_id, naming, nearest, shown
+from csdraft.stored import UNFIT, check_keys, fit, is_hub_id, kind_of, naming, nearest, shown
 
 __all__ = ["FAMILIES", "check_keys", "find", "from_json", "nearest", "resolve", "to_json", "type_of", "types"]
 
@@ -152,9 +152,7 @@ def resolve(family: str, method: Any) -> Any:
         return method
     if isinstance(method, str | Mapping):
         return from_json(family, method)
-    raise ValueError(
-        f"{family[:-1]}={method!r} is a {type(method).__name__}; give an object, or a name of {types(family)}"
-    )
+    raise ValueError(f"{family[:-1]}={method!r} is {kind_of(method)}; give an object, or a name of {types(family)}")
 
 
 def _write(value: Any, names: Names, where: str) -> Any:
@@ -171,7 +169,7 @@ def _write(value: Any, names: Names, where: str) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise ValueError(
-        f"{where}, a {type(value).__name__}, cannot be written as JSON: options are numbers, strings, models, tables "
+        f"{where}, {kind_of(value)}, cannot be written as JSON: options are numbers, strings, models, tables "
         "and methods, and sequences of them; what a method can load by itself, such as a tokenizer, give it as a path "
         "or Hub id"
     )

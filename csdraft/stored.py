@@ -18,7 +18,19 @@ from difflib import get_close_matches
 from pathlib import Path, PurePath
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["UNFIT", "Folder", "check_keys", "fit", "is_hub_id", "naming", "nearest", "read_object", "shown"]
+__all__ = [
+    "UNFIT",
+    "Folder",
+    "check_config",
+    "check_keys",
+    "fit",
+    "is_hub_id",
+    "kind_of",
+    "naming",
+    "nearest",
+    "read_object",
+    "shown",
+]
 
 LARGEST = 1 << 63
 """Whole numbers of a document are smaller than that: they fit into 64 bits."""
@@ -32,6 +44,12 @@ def shown(value: object) -> str:
     """A value as a message shows it, shortened."""
     text = repr(value)
     return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 3]}..."
+
+
+def kind_of(value: object) -> str:
+    """A value's type with its article, such as 'an int'."""
+    name = type(value).__name__
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
 
 @contextmanager
@@ -92,6 +110,42 @@ def _not_finite(document: Any) -> str | None:
     return None
 
 
+# The config.json of a model.
+
+ATTENTION = ("_attn_implementation", "attn_implementation", "_attn_implementation_internal")
+EXPERTS = ("_experts_implementation", "experts_implementation", "_experts_implementation_internal")
+HEEDED = {
+    **dict.fromkeys(ATTENTION, ("eager", "sdpa")),
+    **dict.fromkeys(EXPERTS, ("eager", "batched_mm", "grouped_mm")),
+}
+"""What a file may choose: transformers takes other names for code to be fetched."""
+COUNTS = (
+    *("num_hidden_layers", "num_decoder_layers", "num_layers", "n_layer", "vocab_size", "hidden_size", "n_embd"),
+    *("d_model", "intermediate_size", "d_ff", "num_attention_heads", "num_heads", "n_head", "num_key_value_heads"),
+    *("head_dim", "d_kv", "max_position_embeddings", "n_positions"),
+)
+"""Sizes that are at least 1."""
+
+
+def check_config(document: Mapping[str, Any], name: str) -> None:
+    """Raises ValueError if a model's config chooses code to run attention with, or sizes that no model has.
+
+    Args:
+        document: its JSON object, parts included.
+        name: how messages call the file.
+    """
+    for key, value in document.items():
+        if isinstance(value, Mapping) and key not in HEEDED:
+            check_config(value, f"{name}: {key}")
+        elif key in HEEDED and value is not None and value not in HEEDED[key]:
+            raise ValueError(
+                f"{name}: {key}={shown(value)}; a stored model may ask for {' or '.join(HEEDED[key])} only, since "
+                "other names stand for code that would be loaded: remove the key"
+            )
+        elif key in COUNTS and isinstance(value, int) and value < 1:
+            raise ValueError(f"{name}: {key}={shown(value)}; a model has at least 1")
+
+
 # Values and annotations.
 
 Reader = Callable[[Any, Sequence[Any], str], Any]
@@ -118,8 +172,8 @@ def fit(value: Any, hint: Any, at: str, reader: Reader = lambda value, arms, at:
     if found is not UNFIT:
         return found
     wanted = " or ".join(dict.fromkeys(map(_name, arms)))
-    kind = "number too large" if _too_large(value) else type(value).__name__
-    raise ValueError(f"{at}={shown(value)} is a {kind}; it takes {wanted}")
+    kind = "a number too large" if _too_large(value) else kind_of(value)
+    raise ValueError(f"{at}={shown(value)} is {kind}; it takes {wanted}")
 
 
 def _arms(hint: Any) -> list[Any]:

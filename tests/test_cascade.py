@@ -253,7 +253,7 @@ def test_other_refusals():
         csdraft.CascadeDrafter([Copier()], verifier="rejektion")
     with pytest.raises(ValueError, match="did you mean 'cost_model'"):
         csdraft.CascadeDrafter([Copier()], schedule="costmodel")
-    with pytest.raises(ValueError, match="verifier=3 is a int"):
+    with pytest.raises(ValueError, match="verifier=3 is an int"):
         csdraft.CascadeDrafter([Copier()], verifier=3)
 
 

@@ -357,7 +357,7 @@ def emptied(file: Path) -> None:
     file.write_bytes(b"")
 
 
-def absurd(**sizes: int) -> Callable[[Path], None]:
+def absurd(**sizes: Any) -> Callable[[Path], None]:
     """Sizes in a config.json that would take all time or memory to build."""
 
     def change(file: Path) -> None:
@@ -373,6 +373,18 @@ DAMAGE = [
     (absurd(intermediate_size=10**10), r"intermediate_size=10000000000 of its config.json"),
     (lose("layers.0.mlp.up_proj"), r"lacks 1 weight, such as model.layers.0.mlp.up_proj"),
     (lose("lm_head"), r"lacks 1 weight, such as lm_head"),
+    (absurd(num_hidden_layers=-1), r"config.json: num_hidden_layers=-1; a model has at least 1"),
+    (absurd(num_hidden_layers=0), r"config.json: num_hidden_layers=0; a model has at least 1"),
+    (absurd(hidden_size=-32), r"config.json: hidden_size=-32; a model has at least 1"),
+    (absurd(_attn_implementation="evil/evil"), r"config.json: _attn_implementation='evil/evil'; .* remove the key"),
+    (absurd(attn_implementation="kernels-community/x"), r"config.json: attn_implementation='kernels-community/x'; "),
+    (absurd(attn_implementation={"": "evil/evil"}), r"config.json: attn_implementation=\{'': 'evil/evil'\}; "),
+    (absurd(_attn_implementation="flash_attention_2"), r"config.json: _attn_implementation='flash_attention_2'; "),
+    (absurd(part={"attn_implementation": "evil/evil"}), r"config.json: part: attn_implementation='evil/evil'; "),
+    (
+        absurd(quantization_config={"quant_method": "hqq"}),
+        r"config.json: quantization_config.quant_method='hqq' needs",
+    ),
     (resize("embed"), r"do not fit its config.json: model.embed_tokens.weight of shape \(3, 5\), not \(97, 32\)"),
     (cut, r"model.safetensors cannot be read"),
     (emptied, r"model.safetensors cannot be read"),

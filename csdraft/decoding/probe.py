@@ -2,12 +2,14 @@
 
 Class and config do not tell everything: some families mask by slot inside their own attention, count positions
 themselves, or share state between rows. Such a model gives other logits here, and is refused instead of writing
-another text. The answer is remembered, by class and config, for as long as the process lives.
+another text. The answer is remembered, by class and config, for as long as the process lives. Of a model with hooks,
+or otherwise changed since its class made it, it is remembered for the model and these changes alone.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,9 +18,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from csdraft.decoding.altered import alterations, described
+from csdraft.decoding.cache_names import GENERATE_CACHE, cache_name
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Request
-from csdraft.decoding.reader import NoCache, home
+from csdraft.decoding.reader import NoCache, Sources, home
 from csdraft.decoding.sampling import Processing, Sampler
 from csdraft.decoding.scores import Head
 from csdraft.decoding.session import Session
@@ -46,7 +50,7 @@ KNOWN_EXACT = {
     "StableLmForCausalLM",
     "Starcoder2ForCausalLM",
 }
-"""Classes of transformers that `make families` finds exact, and that are used most: they are not asked."""
+"""Classes of transformers that `make families` finds exact, and that are used most: they are not asked as they are."""
 
 LONGEST_SPAN = 64
 """A window or chunk up to which the probe's texts reach beyond it."""
@@ -57,9 +61,12 @@ STEPS = 3
 TREE = Draft((11, 12, 13, 14), (ROOT, ROOT, 1, 2), (0,) * 4, (float("nan"),) * 4)
 """Two branches, of which the second goes on."""
 
+STEPPED = 1
+"""Of the texts that are compared, which one is also read in steps: the first row's, and its draft's first branch."""
+
 _LOCK = threading.Lock()
 _answers: dict[str, str | None] = {}
-_models: WeakKeyDictionary[nn.Module, dict[Question, str | None]] = WeakKeyDictionary()
+_models: WeakKeyDictionary[nn.Module, dict[Question, tuple[object, str | None]]] = WeakKeyDictionary()
 
 
 def difference(model: nn.Module) -> str | None:
@@ -77,19 +84,25 @@ def padding_difference(model: nn.Module) -> str | None:
 
 
 def _answer(model: nn.Module, question: Question) -> str | None:
-    """Asked once for each model class and config."""
-    if type(model).__name__ in KNOWN_EXACT and type(model).__module__.startswith("transformers.") and _causal(model):
+    """Asked once for each model class and config; once for each model and each state that somebody has put it in."""
+    state = [key for _, _, key in alterations(model)]
+    stock = type(model).__name__ in KNOWN_EXACT and type(model).__module__.startswith("transformers.")
+    if not state and stock and _causal(model):
         return None
-    if model.training or model.config.is_encoder_decoder:  # type: ignore[union-attr]
+    if model.training or (model.config.is_encoder_decoder and not state):  # type: ignore[union-attr]
         return None
     with _LOCK:
         known = _models.setdefault(model, {})
-    if question not in known:
-        key = f"{question.__name__} {type(model).__module__}.{type(model).__qualname__} {_described(model)}"
-        if key not in _answers:
-            _answers[key] = question(model)
-        known[question] = _answers[key]
-    return known[question]
+    if question not in known or known[question][0] != state:
+        known[question] = state, question(model) if state else _answer_of_class(model, question)
+    return known[question][1]
+
+
+def _answer_of_class(model: nn.Module, question: Question) -> str | None:
+    key = f"{question.__name__} {type(model).__module__}.{type(model).__qualname__} {_described(model)}"
+    if key not in _answers:
+        _answers[key] = question(model)
+    return _answers[key]
 
 
 def _causal(model: nn.Module) -> bool:
@@ -110,24 +123,36 @@ def _described(model: nn.Module) -> str:
 @torch.no_grad()
 def _compare(model: nn.Module) -> str | None:
     name = type(model).__name__
+    changes = f" (with {changed})" if (changed := described(model)) else ""
     try:
-        found, wanted = _logits(model)
+        found, alone, stepped = _logits(model)
     except NoCache as error:
         return str(error)
     except Exception as error:  # whatever a model does with what it cannot read
         return (
-            f"{name} fails ({type(error).__name__}) when it reads rows of different lengths, and the branches of a "
-            "draft, together from its cache, as drafted decoding does; call generate without assistant="
+            f"{name}{changes} fails ({type(error).__name__}) when it reads rows of different lengths, and the "
+            "branches of a draft, together from its cache, as drafted decoding does; call generate without assistant="
         )
-    scale = wanted.max() - wanted.min()
-    off = float((found - wanted).abs().max() / scale)
-    if off <= torch.finfo(model.dtype).eps ** 0.5:  # type: ignore[arg-type]
-        return None
-    return (
-        f"{name} computes other logits (off by {off:.1%} of their range) when it reads rows of different lengths, and "
-        "the branches of a draft, together from its cache than when it reads each text alone, so that drafts would "
-        "change its text; call generate without assistant="
-    )
+    most = torch.finfo(model.dtype).eps ** 0.5  # type: ignore[arg-type]
+    if (off := _off(found, alone)) > most:
+        return (
+            f"{name}{changes} computes other logits (off by {off:.1%} of their range) when it reads rows of different "
+            "lengths, and the branches of a draft, together from its cache than when it reads each text alone, so "
+            "that drafts would change its text; call generate without assistant="
+        )
+    if stepped is not None and (off := _off(found[STEPPED], stepped)) > most:
+        return (
+            f"{name}{changes} computes other logits (off by {off:.1%} of their range) for a token that it reads by "
+            "itself, as plain generate does, than for the same token among others, so that drafts would change its "
+            "text; call generate without assistant="
+        )
+    return None
+
+
+def _off(found: Tensor, wanted: Tensor) -> float:
+    """The largest difference of logits, as a share of their range; infinite if one of them is nan."""
+    off = float((found - wanted).abs().max() / (wanted.max() - wanted.min()))
+    return math.inf if math.isnan(off) else off
 
 
 @torch.no_grad()
@@ -155,14 +180,20 @@ def _compare_padded(model: nn.Module) -> str | None:
     )
 
 
-def _logits(model: nn.Module) -> tuple[Tensor, Tensor]:
-    """(compared, vocab) float32: as drafted decoding reads them, and as the model alone does."""
+def _logits(model: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    """float32 logits: as drafted decoding reads texts, as the model reads each alone, and of one in single steps.
+
+    Returns:
+        (compared, vocab) twice, and (vocab,) of number STEPPED of them; None if the model hands no cache out.
+    """
     span = traits_of(model).longest_span
     tokens = _tokens(model, (span if span <= LONGEST_SPAN else 0) + 9)
     texts = [Text(torch.tensor(tokens)), Text(torch.tensor(tokens[3:]))]
-    vocab = model.config.get_text_config(decoder=True).vocab_size  # type: ignore[union-attr,operator]
+    vocab = model.config.get_text_config(decoder=True).vocab_size
     head = Head(Processing([], 2), Stopping([]), Sampler(True, [0, 0], vocab))
-    session = Session(model, head, 2, len(tokens) + 16, None, vocab, texts)
+    source = _source(model)
+    sources = Sources(source.expand(2, -1), None) if model.config.is_encoder_decoder else None
+    session = Session(model, head, 2, len(tokens) + 16, sources, vocab, texts)
     session.score([Request(row, text, Draft()) for row, text in enumerate(texts)], choose=False)
     draft = Draft(tuple(tokens[2 * node] for node in range(4)), TREE.parents, TREE.levels, TREE.confidence)
     texts[1].append(tokens[:2])
@@ -172,7 +203,8 @@ def _logits(model: nn.Module) -> tuple[Tensor, Tensor]:
     found = [view.raw(node) for view in scores for node in (ROOT, 0, 3)] + [later[0].raw(ROOT)]
     paths = [[*text, *path] for text in (tokens, [*tokens[3:], *tokens[:2]]) for path in _paths(draft)]
     wanted = [_alone(model, path) for path in [*paths, [*tokens, draft.tokens[1]]]]
-    return torch.stack(found).float().cpu(), torch.stack(wanted).float().cpu()
+    stepped = _stepped(model, paths[STEPPED])
+    return torch.stack(found).float().cpu(), torch.stack(wanted).float().cpu(), stepped
 
 
 def _paths(draft: Draft) -> list[list[int]]:
@@ -181,13 +213,38 @@ def _paths(draft: Draft) -> list[list[int]]:
 
 def _alone(model: Any, tokens: Sequence[int]) -> Tensor:
     """(vocab,) logits after `tokens`, read in one forward without a cache, with the inputs that `generate` gives."""
+    return model(**_inputs(model, tokens, use_cache=False, is_first_iteration=True)).logits[0, -1]
+
+
+def _stepped(model: Any, tokens: Sequence[int]) -> Tensor | None:
+    """(vocab,) float32 logits after `tokens`, the last of them read by itself, as plain `generate` reads it.
+
+    None if the model hands out no cache by itself.
+    """
+    before = model(**_inputs(model, tokens[:-1], use_cache=True, is_first_iteration=True))
+    cache = before.get(cache_name(before.__init__))
+    if cache is None:
+        return None
+    inputs = _inputs(model, tokens, next_sequence_length=1, use_cache=True, **{GENERATE_CACHE: cache})
+    return model(**inputs).logits[0, -1].float().cpu()
+
+
+def _inputs(model: Any, tokens: Sequence[int], use_cache: bool, **options: Any) -> dict[str, Any]:
+    """What `generate` would give the model's forward."""
     ids = torch.tensor([tokens], device=_home(model))
-    given = {
-        "position_ids": torch.arange(len(tokens), device=ids.device)[None],
-        "attention_mask": torch.ones_like(ids),
-    }
-    inputs = model.prepare_inputs_for_generation(ids, **given, use_cache=False, is_first_iteration=True)
-    return model(**inputs | {"use_cache": False, "return_dict": True}).logits[0, -1]
+    given = {"attention_mask": torch.ones_like(ids), "use_cache": use_cache, **options}
+    if model.config.is_encoder_decoder:
+        inputs = model.prepare_inputs_for_generation(ids, **given | {"attention_mask": None})
+        inputs["input_ids"] = _source(model)
+    else:
+        places = torch.arange(len(tokens), device=ids.device)[None]
+        inputs = model.prepare_inputs_for_generation(ids, position_ids=places, **given)
+    return inputs | {"use_cache": use_cache, "return_dict": True}
+
+
+def _source(model: nn.Module) -> Tensor:
+    """(1, 6) ids that an encoder reads, the same for all texts of the probe."""
+    return torch.tensor([_tokens(model, 6)], device=_home(model))
 
 
 def _home(model: nn.Module) -> torch.device:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from csdraft.decoding.cache_names import cache_name
+from csdraft.decoding.cache_names import cache_of_forward, forward_takes
 from csdraft.decoding.traits import CHUNKED, FULL, SLIDING, traits_of
 
 __all__ = ["refusal"]
@@ -43,7 +42,7 @@ def _state(model: nn.Module) -> str | None:
         return f"has layers of kind {', '.join(sorted(kinds))}, for which csdraft makes no mask; {PLAINLY}"
     if getattr(model, "_is_stateful", False):
         return f"keeps a recurrent state, which {ROLLED_BACK}"
-    if cache_name(model.forward) is None:
+    if cache_of_forward(model) is None:
         return f"keeps no keys and values of what it has read, which drafts are read against; {PLAINLY}"
     return None
 
@@ -55,7 +54,7 @@ def _placing(model: nn.Module) -> str | None:
         known = config.model_type in ENCODER_DECODERS
         families = " and ".join(sorted(ENCODER_DECODERS))
         return None if known else f"is an encoder-decoder, and csdraft can place drafts in those of {families} only"
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    if not forward_takes(model, "position_ids"):
         return f"takes no position_ids, which rows of different lengths and branches of a draft need; {PLAINLY}"
     if getattr(_text_config(model), "alibi", False):
         return f"uses ALiBi, which goes by slots of the cache instead of positions; {PLAINLY}"

@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from csdraft.decoding.cache import windows_of_cache
-from csdraft.decoding.cache_names import GENERATE_CACHE, cache_name
+from csdraft.decoding.cache_names import GENERATE_CACHE, cache_of_forward, forward_takes
 
 __all__ = ["Span", "Switch", "Traits", "decoder_of", "traits_of", "unwrapped"]
 
@@ -101,8 +101,8 @@ def traits_of(model: nn.Module) -> Traits:
     code = _code_of(type(decoder_of(model)))
     rotary = code.rotary or config.is_encoder_decoder
     return Traits(
-        cache_name(model.forward) or GENERATE_CACHE,
-        "logits_to_keep" in inspect.signature(model.forward).parameters,
+        cache_of_forward(model) or GENERATE_CACHE,
+        forward_takes(model, "logits_to_keep"),
         text._attn_implementation == "eager",
         _spans(text, code),
         _cache_windows(text, code),

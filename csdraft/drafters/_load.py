@@ -14,7 +14,7 @@ from torch import nn
 
 from csdraft.heads.self_draft import SELF_DRAFT, TIED, SelfDraft, put_adapter, read_adapter, read_document
 from csdraft.heads.tied import TiedDraft
-from csdraft.stored import is_hub_id, read_object, shown
+from csdraft.stored import check_config, is_hub_id, read_object, shown
 
 __all__ = ["HUB_OPTIONS", "load_model"]
 
@@ -83,10 +83,13 @@ def _base_of(adapter: str, local_base: bool) -> tuple[str, str | None]:
 
 def _load_whole(path: str, options: dict[str, Any]) -> nn.Module:
     """A model with all of its weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig
 
     options = {"trust_remote_code": False} | options | {"ignore_mismatched_sizes": True}  # which we check below
     kept = {key: value for key, value in options.items() if key in HUB_OPTIONS or key == "trust_remote_code"}
+    name, hub = f"{path}/config.json", {key: value for key, value in options.items() if key in HUB_OPTIONS}
+    document, _ = PreTrainedConfig.get_config_dict(path, **hub)
+    check_config(document, name)
     config = AutoConfig.from_pretrained(path, **kept)
     auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     try:
@@ -95,6 +98,13 @@ def _load_whole(path: str, options: dict[str, Any]) -> nn.Module:
     except SafetensorError as error:
         raise ValueError(
             f"{_broken_file(path)} cannot be read ({error}); it may be cut short: get it again"
+        ) from error
+    except ImportError as error:
+        if not isinstance(quantised := document.get("quantization_config"), dict):
+            raise
+        raise ValueError(
+            f"{name}: quantization_config.quant_method={shown(quantised.get('quant_method'))} needs a package that is "
+            f"not installed ({error}); install it, or save the model without quantization"
         ) from error
     if missing := sorted(found["missing_keys"]):
         raise ValueError(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from csdraft.heads.layers import embedding_fingerprint, embeddings
 from csdraft.heads.on_target import OnTarget
 from csdraft.heads.self_draft import TIED, SelfDraft, model_name, write_document
+from csdraft.stored import check_config
 
 __all__ = ["Lender", "TiedDraft", "borrowed", "stored_form", "tie"]
 
@@ -162,8 +163,9 @@ class TiedDraft(OnTarget):
             dtype: of its tensors; None or 'auto': as they are stored.
             options: of the Hub: revision, token, ...
         """
-        from transformers import AutoConfig
+        from transformers import AutoConfig, PreTrainedConfig
 
+        check_config(PreTrainedConfig.get_config_dict(path, **options)[0], f"{path}/config.json")
         config = AutoConfig.from_pretrained(path, **options)
         state = _read(path, **options)
         if isinstance(dtype, str) and dtype != "auto":

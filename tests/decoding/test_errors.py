@@ -100,7 +100,7 @@ def test_row_seeds_are_one_a_row(forwards) -> None:
 def test_names_that_do_not_exist(forwards) -> None:
     assert "match" in refused(forwards, "mach", verifier="mach")
     assert "fixed" in refused(forwards, "fixt", schedule="fixt")
-    assert "csdraft.Drafter" in refused(forwards, "is a int", assistant=3)
+    assert "csdraft.Drafter" in refused(forwards, "assistant=3 is an int", assistant=3)
 
 
 # Inputs.
@@ -121,6 +121,12 @@ def test_embeddings_and_token_types(forwards) -> None:
 def test_padding_on_the_right(forwards) -> None:
     message = refused(forwards, "row 1 is padded on the right", inputs=tiny.ragged_batch((9, 4), side="right"))
     assert "padding_side" in message
+
+
+def test_a_row_of_padding_alone(forwards) -> None:
+    inputs = tiny.ragged_batch((9, 4))
+    inputs["attention_mask"][1] = 0
+    refused(forwards, "row 1's attention_mask has no 1", inputs=inputs)
 
 
 def test_masked_tokens_inside_a_row(forwards) -> None:
