@@ -35,7 +35,7 @@ Alteration = tuple[str, nn.Module, Hashable]
 
 
 def alterations(model: nn.Module) -> list[Alteration]:
-    """Everything changed; the class of the model itself does not count, nor does an encoder, which runs once either way.
+    """Everything changed, but for the class of the model itself and an encoder, which runs once either way.
 
     About a microsecond a module. The keys keep nothing alive.
     """
