@@ -203,8 +203,8 @@ def _check_cache(input_ids: Tensor, config: Any, cache: Any) -> None:
         return
     if not holds(cache):
         raise ValueError(
-            f"{GENERATE_CACHE} is {kind_of(cache)} whose layers cannot be taken over; pass a DynamicCache, a StaticCache "
-            "without windows, an EncoderDecoderCache of these, or none"
+            f"{GENERATE_CACHE} is {kind_of(cache)} whose layers cannot be taken over; pass a DynamicCache, a "
+            "StaticCache without windows, an EncoderDecoderCache of these, or none"
         )
     slots = slots_of(cache)
     if slots is not None and slots < config.max_length - 1:

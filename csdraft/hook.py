@@ -16,6 +16,7 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 from csdraft.checks import ask_model, check_processors, check_request
 from csdraft.decoding.cache import cross_attention_cache, export_cache
 from csdraft.decoding.cache_names import GENERATE_CACHE
+from csdraft.decoding.call import Call
 from csdraft.decoding.graphs import Mode
 from csdraft.decoding.guard import Guarded
 from csdraft.decoding.interfaces import Drafter, Schedule, Verifier
@@ -105,9 +106,7 @@ def decode(
         past,
         _reading(model, guarded, reuse, graphs),
     )
-    check_processors(rule, call.head.processing)
-    guarded.check(call)
-    ask_model(model, model_kwargs)
+    _check_parts(call, rule, guarded, model_kwargs)
     policy = guarded.start(policy, call)
     output = Output(generation_config, call.rows, streamer)
     call.head.stopping.kept = output.scores
@@ -119,6 +118,13 @@ def decode(
         _hand_out(target, cache, mask, sequences, call.texts)
     call.close()
     return output.pack(sequences, report, cache, model_kwargs.get("encoder_outputs"))
+
+
+def _check_parts(call: Call, rule: Verifier, drafter: Drafter, inputs: dict) -> None:
+    """Raises ValueError if the parts of a call do not go together, or drafts would change the target's text."""
+    check_processors(rule, call.head.processing)
+    drafter.check(call)
+    ask_model(call.target, inputs)  # last, since it runs forwards
 
 
 def _first_prompt(input_ids: Tensor, mask: Tensor | None, encoder_input_ids: Tensor | None, inputs: dict) -> Tensor:
