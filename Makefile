@@ -43,7 +43,7 @@ check: $(READY)
 	$(BIN)/pyright --pythonpath $(BIN)/python csdraft scripts
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow and not gpu" $(ARGS)
 
 slow: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -m "slow and not gpu" $(ARGS)

@@ -1,16 +1,20 @@
 """The pages do what they say: python blocks run, commands exist, links lead somewhere, the table is fresh."""
 
+import io
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 
+from csdraft.cli import main
 from csdraft.data.generate import GenerateArguments
 from csdraft.trainers.distill import DistillArguments
 from csdraft.trainers.pretrain import PretrainArguments
@@ -115,11 +119,16 @@ def test_commands_exist(page, folder):
 
 
 @cache
-def help_of(*program: str) -> str:
-    """What a program says of itself; starting one takes seconds, so each is asked once."""
-    done = subprocess.run([*program, "--help"], text=True, capture_output=True, env=offline(), timeout=120)
-    assert done.returncode == 0, f"{program}\n{done.stderr[-2000:]}"
-    return done.stdout
+def help_of(program: str, *words: str) -> str:
+    """What a script, or `csdraft` and a command, says of itself: in this process, which has imported torch already."""
+    told = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(told):
+        patch.setattr(sys, "argv", [program, *words, "--help"])
+        run = main if program == "csdraft" else partial(runpy.run_path, program, run_name="__main__")
+        with pytest.raises(SystemExit) as end:
+            run()
+    assert not end.value.code, program
+    return told.getvalue()
 
 
 def check_command(words: list[str], where: str) -> None:
@@ -132,11 +141,11 @@ def check_command(words: list[str], where: str) -> None:
         return
     if words[0] == "csdraft":
         arguments = words[1:]
-        program = [sys.executable, "-c", "from csdraft.cli import main; main()", *arguments[:1]]
+        program = ["csdraft", *arguments[:1]]
     else:
         assert words[0] in ("python", "accelerate"), f"{where}: this test does not know the command {words[0]!r}"
         script = next(index for index, word in enumerate(words) if word.endswith(".py"))
-        program, arguments = [sys.executable, str(ROOT / words[script])], words[script + 1 :]
+        program, arguments = [str(ROOT / words[script])], words[script + 1 :]
     text = help_of(*program)
     for word in arguments:
         if word.startswith("--"):

@@ -71,7 +71,7 @@ def test_one_process_resumes_in_any_epoch(folder, alone, step):
 @pytest.mark.parametrize(
     ("processes", "cut"),
     [
-        (2, {"per_device_train_batch_size": 4}),
+        pytest.param(2, {"per_device_train_batch_size": 4}, marks=pytest.mark.slow),
         pytest.param(2, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}, marks=pytest.mark.slow),
         pytest.param(4, {"per_device_train_batch_size": 2}, marks=pytest.mark.slow),
     ],
