@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from csdraft import stored
 from csdraft.data.tally import Unusable
 
 __all__ = ["Message", "as_messages", "as_tools", "in_parts", "is_broken", "kind_of", "says_something", "text_of_parts"]
@@ -63,7 +64,7 @@ def kind_of(value: Any) -> str:
         return "null"
     names = ((str, "text"), (bool, "true or false"), (int | float, "a number"), (Mapping, "an object"))
     found = (name for kind, name in names if isinstance(value, kind))
-    return next(found, "a list" if isinstance(value, Sequence) else f"a {type(value).__name__}")
+    return next(found, "a list" if isinstance(value, Sequence) else stored.kind_of(value))
 
 
 def is_broken(text: str) -> bool:

@@ -24,6 +24,7 @@ from csdraft.decoding.roll import roll
 from csdraft.decoding.traits import unwrapped
 from csdraft.drafters._load import load_model
 from csdraft.heads.on_target import OnTarget
+from csdraft.stored import kind_of
 
 __all__ = ["ModelDrafter"]
 
@@ -52,7 +53,7 @@ class ModelDrafter(Drafter):
             raise ValueError(f"depth={self.depth} of a ModelDrafter must be at least 1; to draft nothing use none")
         if self.tree is not None and not isinstance(self.tree, Tree):
             raise ValueError(
-                f"tree={self.tree!r} of a ModelDrafter is a {type(self.tree).__name__}; give an object of "
+                f"tree={self.tree!r} of a ModelDrafter is {kind_of(self.tree)}; give an object of "
                 "csdraft/trees, such as BestFirst()"
             )
         if isinstance(self.model, str | os.PathLike):
