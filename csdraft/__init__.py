@@ -4,6 +4,7 @@ import os
 
 from csdraft.cascade import CascadeDrafter
 from csdraft.decoding.interfaces import Drafter
+from csdraft.decoding.readers import release
 from csdraft.decoding.report import Report
 from csdraft.drafters.horizontal import Horizontal
 from csdraft.drafters.max_gram import MaxGram
@@ -11,6 +12,7 @@ from csdraft.drafters.model import ModelDrafter
 from csdraft.drafters.prompt_lookup import PromptLookup
 from csdraft.drafters.vertical import Vertical
 from csdraft.hook import decode, enable, install
+from csdraft.prepare import prepare
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,6 +27,8 @@ __all__ = [
     "decode",
     "enable",
     "install",
+    "prepare",
+    "release",
 ]
 
 if os.environ.get("CSDRAFT_NO_PATCH", "") in ("", "0"):

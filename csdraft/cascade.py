@@ -22,12 +22,13 @@ from csdraft.decoding.call import Call
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Schedule, Verifier
 from csdraft.decoding.names import name_of
+from csdraft.decoding.reader import home
 from csdraft.decoding.report import Planned, Report
-from csdraft.decoding.runner import home
 from csdraft.drafters._load import HUB_OPTIONS, load_model
 from csdraft.drafters.horizontal import Horizontal
 from csdraft.drafters.model import ModelDrafter, bound
 from csdraft.kmatrix import AUTO, build, check_k_matrix, first_guess, spread_lenience
+from csdraft.saved_costs import load_costs
 from csdraft.schedules.cost_model import CostModel
 from csdraft.schedules.fixed import Fixed
 from csdraft.stored import kind_of, naming
@@ -129,9 +130,6 @@ class CascadeDrafter(Drafter):
     def stages(self) -> list[tuple[Drafter, int]]:
         return self.root.stages()
 
-    def signature(self) -> Hashable:
-        return self.root.signature()
-
     def models(self) -> list[object]:
         return list(dict.fromkeys(self.root.models()))
 
@@ -177,6 +175,7 @@ class CascadeDrafter(Drafter):
             about = best.expected.tokens_per_round, best.expected.speedup, plain / tokens
             object.__setattr__(known, "_plan", Planned([*map(_short, kept)], best.trimmed(), *about))
             object.__setattr__(known, "_reports", self._reports)
+            object.__setattr__(known, "memory", self.memory)
             with _LOCK:
                 self._plans[target] = known
         return known
@@ -344,7 +343,9 @@ def _opened(folder: Path, target: nn.Module | None, tokenizer: Any, *bases: bool
     """The cascade that a folder holds; the arguments are those of `loading.load`."""
     arguments = loading.load(folder, target, tokenizer, *bases, **options)
     with naming(hub.DOCUMENT):
-        return CascadeDrafter(**arguments)
+        cascade = CascadeDrafter(**arguments)
+    cascade.memory.saved.update(load_costs(folder))
+    return cascade
 
 
 def drafter_model(path: str, **options: Any) -> nn.Module:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csdraft.decoding.cache import holds
+from csdraft.decoding.cache import holds, slots_of
 from csdraft.decoding.cache_names import GENERATE_CACHE
 from csdraft.decoding.interfaces import Verifier
 from csdraft.decoding.probe import difference, padding_difference
@@ -203,10 +203,16 @@ def _check_cache(input_ids: Tensor, config: Any, cache: Any) -> None:
         return
     if not holds(cache):
         raise ValueError(
-            f"{GENERATE_CACHE} is {kind_of(cache)} whose layers cannot be taken over; pass a DynamicCache (or "
-            "an EncoderDecoderCache of them), or none"
+            f"{GENERATE_CACHE} is {kind_of(cache)} whose layers cannot be taken over; pass a DynamicCache, a "
+            "StaticCache without windows, an EncoderDecoderCache of these, or none"
         )
-    seen, length = cache.get_seq_length(), input_ids.shape[1]
+    slots = slots_of(cache)
+    if slots is not None and slots < config.max_length - 1:
+        raise ValueError(
+            f"{GENERATE_CACHE} has max_cache_len={slots}, and the text may have {config.max_length} tokens, of which "
+            f"all but the last are cached; give it max_cache_len={config.max_length - 1}"
+        )
+    seen, length = int(cache.get_seq_length()), input_ids.shape[1]
     if seen and (seen >= length or getattr(config, "_mask_length", length) != length):
         raise ValueError(
             f"{GENERATE_CACHE} holds {seen} tokens and input_ids has {length}: pass the whole text, the cached part "

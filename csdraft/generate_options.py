@@ -80,7 +80,8 @@ REFUSED = {
     "output_attentions": Refused((None, False), NOT_KEPT),
     "output_hidden_states": Refused((None, False), NOT_KEPT),
     "cache_implementation": Refused(
-        (None, "dynamic", "hybrid"), "asks for another cache: csdraft brings its own preallocated one"
+        (None, "dynamic", "static", "hybrid", "sliding_window", "hybrid_chunked"),
+        "asks for a cache that computes otherwise or lies elsewhere: csdraft brings its own preallocated one",
     ),
     "cache_config": Refused((None,), "is of another cache: csdraft brings its own preallocated one"),
 }

@@ -16,17 +16,21 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 from csdraft.checks import ask_model, check_processors, check_request
 from csdraft.decoding.cache import cross_attention_cache, export_cache
 from csdraft.decoding.cache_names import GENERATE_CACHE
+from csdraft.decoding.call import Call
+from csdraft.decoding.graphs import Mode
 from csdraft.decoding.guard import Guarded
 from csdraft.decoding.interfaces import Drafter, Schedule, Verifier
 from csdraft.decoding.loop import open_call, run
 from csdraft.decoding.output import Output
-from csdraft.decoding.runner import Sources
+from csdraft.decoding.reader import Sources
+from csdraft.decoding.readers import ReadingOptions
+from csdraft.decoding.session import Session
 from csdraft.decoding.text import Text
 from csdraft.generate_options import check_early, effective
 
 __all__ = ["decode", "enable", "install"]
 
-OPTIONS = ("verifier", "schedule", "row_seeds", "strict", "diagnose")
+OPTIONS = ("verifier", "schedule", "row_seeds", "strict", "diagnose", "reuse", "graphs")
 """Keywords of `generate` that csdraft adds beside `assistant`."""
 
 
@@ -43,6 +47,8 @@ def decode(
     row_seeds: Sequence[int] | None = None,
     strict: bool = False,
     diagnose: bool = False,
+    reuse: bool = True,
+    graphs: Mode = "auto",
     encoder_input_ids: Tensor | None = None,
     given: Collection[str] | None = None,
     streamer: Any = None,
@@ -64,11 +70,16 @@ def decode(
         strict: raise when a drafter fails instead of going on without it.
         diagnose: count expected rejections beside measured ones in the report; for verifiers of independent draws, at
             the price of a comparison of laws a judged token.
+        reuse: whether models go on from what they have read of the same text in earlier calls, as in a chat's next
+            turn, and keep what they read now; `csdraft.release()` frees it.
+        graphs: how forwards of drafted tokens run: "auto" records them where the device has graphs (CUDA), "compile"
+            compiles them too, once a shape, which takes half a minute each; False runs them eagerly. `csdraft.prepare`
+            does either beforehand.
         encoder_input_ids: (rows, source) the encoder's input, which an encoder-decoder's drafters read too; the
             patched spelling fills it in.
         given: the names of the keywords that the user passed to `generate`; the patched spelling fills them in.
     """
-    from csdraft.cascade import CascadeDrafter, as_drafter, choose_schedule, choose_verifier
+    from csdraft.cascade import as_drafter, choose_schedule, choose_verifier
 
     drafter = as_drafter(assistant, model)
     rule = choose_verifier(verifier, drafter)
@@ -81,19 +92,21 @@ def decode(
     mask = None if mask is None or bool(mask.all()) else mask
     cache = model_kwargs.get(GENERATE_CACHE)
     past = cache if cache is not None and cache.get_seq_length() > 0 else None
-    if isinstance(drafter, CascadeDrafter):
-        read = input_ids if encoder_input_ids is None else encoder_input_ids
-        seen = mask if encoder_input_ids is None else model_kwargs.get("attention_mask")
-        prompt = read[0] if seen is None else read[0][seen[0].bool()]
-        options = {key: getattr(generation_config, key) for key in PLANNED_FOR}
-        guarded.drafter = guarded.attempt(lambda cascade: cascade.planned(model, prompt[None], options), drafter)
-    sources = _sources(model, input_ids, encoder_input_ids, model_kwargs, guarded)
+    _plan(guarded, model, _first_prompt(input_ids, mask, encoder_input_ids, model_kwargs), generation_config)
     call = open_call(
-        model, input_ids, logits_processor, stopping_criteria, generation_config, rule, row_seeds, sources, mask, past
+        model,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        rule,
+        row_seeds,
+        _sources(model, input_ids, encoder_input_ids, model_kwargs, guarded),
+        mask,
+        past,
+        _reading(model, guarded, reuse, graphs),
     )
-    check_processors(rule, call.head.processing)
-    guarded.check(call)
-    ask_model(model, model_kwargs)
+    _check_parts(call, rule, guarded, model_kwargs)
     policy = guarded.start(policy, call)
     output = Output(generation_config, call.rows, streamer)
     call.head.stopping.kept = output.scores
@@ -102,9 +115,50 @@ def decode(
     report = run(call, guarded, rule, policy, output, strict, diagnose)
     sequences = output.sequences(input_ids, call.texts)
     if target.pinned and cache is not None:
-        target.settle(call.texts, sequences.shape[1] - 1)
-        export_cache(target.runner.cache, _kept(mask, sequences, call.texts)[:, :-1], cache)
+        _hand_out(target, cache, mask, sequences, call.texts)
+    call.close()
     return output.pack(sequences, report, cache, model_kwargs.get("encoder_outputs"))
+
+
+def _check_parts(call: Call, rule: Verifier, drafter: Drafter, inputs: dict) -> None:
+    """Raises ValueError if the parts of a call do not go together, or drafts would change the target's text."""
+    check_processors(rule, call.head.processing)
+    drafter.check(call)
+    ask_model(call.target, inputs)  # last, since it runs forwards
+
+
+def _first_prompt(input_ids: Tensor, mask: Tensor | None, encoder_input_ids: Tensor | None, inputs: dict) -> Tensor:
+    """(1, length) what the first row's text is read from, without padding."""
+    if encoder_input_ids is not None:
+        input_ids, mask = encoder_input_ids, inputs.get("attention_mask")
+    prompt = input_ids[0] if mask is None else input_ids[0][mask[0].bool()]
+    return prompt[None]
+
+
+def _plan(guarded: Guarded, model: PreTrainedModel, prompt: Tensor, config: Any) -> None:
+    """Chooses the K matrix of a cascade that leaves it open, before its first text."""
+    from csdraft.cascade import CascadeDrafter
+
+    if isinstance(guarded.drafter, CascadeDrafter):
+        options = {key: getattr(config, key) for key in PLANNED_FOR}
+        guarded.drafter = guarded.attempt(lambda cascade: cascade.planned(model, prompt, options), guarded.drafter)
+
+
+def _hand_out(target: Session, cache: Any, mask: Tensor | None, sequences: Tensor, texts: Sequence[Text]) -> None:
+    """Fills the cache that the user will go on from."""
+    target.settle(texts, sequences.shape[1] - 1)
+    export_cache(target.reader.cache, _kept(mask, sequences, texts)[:, :-1], cache)
+
+
+def _reading(model: PreTrainedModel, drafter: Drafter, reuse: bool, graphs: Mode) -> ReadingOptions:
+    """How the models read; ValueError if they cannot."""
+    if graphs not in ("auto", "compile", False):
+        raise ValueError(f"graphs={graphs!r} must be 'auto', 'compile' or False")
+    if (taps := drafter.taps()) and model.config.is_encoder_decoder:
+        raise ValueError(
+            f"the drafter reads hidden states {sorted(taps)} of the target, and an encoder-decoder has none"
+        )
+    return ReadingOptions(reuse, graphs, taps)
 
 
 def _sources(

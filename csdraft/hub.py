@@ -26,6 +26,7 @@ from csdraft.card import SHIM, SIGNATURE, model_card
 from csdraft.decoding.names import name_of
 from csdraft.drafters.model import base_model
 from csdraft.heads.tied import stored_form
+from csdraft.saved_costs import save_costs
 from csdraft.stored import is_hub_id, read_object
 
 if TYPE_CHECKING:
@@ -130,6 +131,7 @@ def save(
         for name, table in tables.items():
             (scratch / name).parent.mkdir(exist_ok=True)
             table.save(scratch / name)
+        save_costs(cascade.memory, scratch)
         for name, place in places.items():
             _write_tokenizer(place, scratch / name)
         (scratch / "custom_generate").mkdir()

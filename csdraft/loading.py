@@ -16,7 +16,7 @@ from torch import nn
 
 from csdraft import spec
 from csdraft.decoding.names import name_of
-from csdraft.decoding.runner import home
+from csdraft.decoding.reader import home
 from csdraft.drafters._load import load_model
 from csdraft.drafters.model import MOST_VOCABULARY_PADDING, base_model
 from csdraft.heads.on_target import OnTarget

@@ -134,12 +134,12 @@ class RecordedSession(Session):
     def __init__(self, record: Record, head: Head):
         self.model, self.head, self.vocab = record, head, head.sampler.vocab
         self.texts = record.texts
-        self.runner: Any = Unused()
+        self.reader: Any = Unused()
         self.pinned = False
         self.rolled_back = self.imported = 0
 
     def score(self, requests: Sequence[Request], choose: bool = True, head: Head | None = None) -> list[Any]:
-        self.runner.forwards += 1
+        self.reader.forwards += 1
         return [RecordedScores(self.head, self.texts[r.row], r) for r in requests]
 
     def room(self, row: int, text: Text) -> int:
@@ -156,7 +156,7 @@ class RecordedSession(Session):
 
 
 class Unused:
-    """Counts of a runner that reads nothing and has no cache."""
+    """Counts of a reader that reads nothing and has no cache."""
 
     def __init__(self) -> None:
         self.forwards = self.fed = 0

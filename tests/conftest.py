@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from csdraft.schedules import bandit, cost_model
-
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,13 +24,6 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - the global state that transformers draws from
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def _inexperienced() -> None:
-    """Earlier tests have taught schedules nothing: what they measured may keep them from drafting at all."""
-    cost_model.clear_memory()
-    bandit.MEMORY.clear()
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import fresh, tiny
 
+import csdraft
 from csdraft import CascadeDrafter, Drafter, MaxGram, ModelDrafter, Vertical
 from csdraft.decoding.draft import Draft, Law
 from csdraft.schedules.fixed import Fixed
@@ -39,9 +40,6 @@ class Broken(Drafter):
         if self.rounds > 2:
             return self.wrong(contexts, budgets)
         return [c.draft.extend([1, 2], c.call.level(self)) for c in contexts]
-
-    def signature(self):
-        return ("broken",)
 
 
 def raising(contexts, budgets):
@@ -130,6 +128,7 @@ def test_two_hundred_calls_leave_nothing_behind(target):
     cascade = CascadeDrafter([small, MaxGram()], [[2, 4], [0, 3]])
 
     def live():
+        csdraft.release()
         gc.collect()
         return sum(1 for thing in gc.get_objects() if isinstance(thing, torch.Tensor)), len(gc.get_objects())
 
@@ -221,7 +220,6 @@ METHODS = {
     "stages": ("cost_model", "bandit"),
     "width": ("cost_model",),
     "evidence": ("cost_model",),
-    "signature": ("cost_model", "bandit"),
     "parts": ("fixed", "cost_model"),
     "check": ("fixed", "cost_model"),
     "keep_report": ("fixed", "cost_model"),
@@ -333,9 +331,6 @@ class Lawless(Drafter):
             c.draft.extend([5, 6][: b.depth], c.call.level("lawless"), None, [self.law] * min(b.depth, 2))
             for c, b in zip(contexts, budgets, strict=True)
         ]
-
-    def signature(self):
-        return ("lawless",)
 
 
 @pytest.mark.parametrize("inner", [False, True], ids=["at the target", "at an inner reviewer"])

@@ -20,6 +20,8 @@ from transformers import PreTrainedTokenizerFast
 import csdraft
 from csdraft import cascade as cascade_module
 from csdraft import hub, loading
+from csdraft.decoding.reader import place
+from csdraft.decoding.report import Report
 from csdraft.drafters.suffix import Suffix
 from csdraft.schedules.stop_head import StopHead
 from csdraft.tables.acceptance_head import AcceptanceHead
@@ -454,3 +456,62 @@ def test_the_shim_says_what_to_install(saved):
         patch.setitem(sys.modules, "csdraft.hub", None)
         with pytest.raises(ImportError, match="pip install -U csdraft"):
             exec(compile(code, "generate.py", "exec"), {})
+
+
+def test_costs_come_along_by_target_and_device(tmp_path):
+    """What was measured is where a cascade starts from that is loaded on the same device."""
+    cascade, target = csdraft.CascadeDrafter([csdraft.MaxGram()]), tiny("llama")
+    target.generate(**prompt(), assistant=cascade, max_new_tokens=24, min_new_tokens=24)
+    cascade.save_pretrained(tmp_path / "one", target=target)
+    again = csdraft.CascadeDrafter.from_pretrained(tmp_path / "one", target=target)
+    ((at, table),) = again.memory.saved.items()
+    assert at == place(target)
+    assert any(rows == 1 and width == 1 for rows, _, width, _ in table)
+    again.memory.saved["elsewhere"] = [(1, 9, 1, 0.5)]
+    again.save_pretrained(tmp_path / "two", target=target)
+    assert csdraft.CascadeDrafter.from_pretrained(tmp_path / "two").memory.saved["elsewhere"] == [(1, 9, 1, 0.5)]
+    target.generate(**prompt(), assistant=again, max_new_tokens=8)
+    ((_, _, ledger),) = again.memory.entries()
+    assert ledger.costs.groups[1, 9].count(1) >= 1
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ([[1, 9, 1, "fast"]], r"tables/costs.json: costs\.x\[0\]\[3\]="),
+        ([[1, 9, 1, -1.0]], r"tables/costs.json: costs\.x\[0\]="),
+        ([[1, 9, 1, 1e9]], r"seconds from 0 to 3600"),
+        ([[1, 9, 0, 1.0]], r"costs\.x\[0\]="),
+        ([[1 << 40, 9, 1, 1.0]], r"costs\.x\[0\]="),
+        ([[1, 9, 1]], r"costs\.x\[0\]="),
+        ([[True, 9, 1, 1.0]], r"costs\.x\[0\]\[0\]="),
+        ([[1, 9, 1, 0.5]] * 10_001, "at most 10000"),
+        (None, r"costs\.x=None"),
+        (float("nan"), "not a finite number"),
+    ],
+)
+def test_a_strangers_costs_are_checked(tmp_path, table, message):
+    csdraft.CascadeDrafter([csdraft.MaxGram()]).save_pretrained(tmp_path)
+    path = tmp_path / "tables" / "costs.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"format": 1, "costs": {"x": table}}))
+    with pytest.raises(ValueError, match=message):
+        csdraft.CascadeDrafter.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("document", [[], {"format": 2, "costs": {}}, {"format": 1}, {"format": 1, "cost": {}}])
+def test_a_costs_table_of_another_kind_is_refused(tmp_path, document):
+    csdraft.CascadeDrafter([csdraft.MaxGram()]).save_pretrained(tmp_path)
+    (tmp_path / "tables").mkdir(exist_ok=True)
+    (tmp_path / "tables" / "costs.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=r"tables/costs\.json"):
+        csdraft.CascadeDrafter.from_pretrained(tmp_path)
+
+
+def test_a_report_says_why(tmp_path):
+    cascade = csdraft.CascadeDrafter([csdraft.MaxGram()])
+    tiny("llama").generate(**prompt(), assistant=cascade, max_new_tokens=48, min_new_tokens=48)
+    assert " pay: " in cascade.report.why or "drafting does not pay: " in cascade.report.why
+    assert cascade.report.why in str(cascade.report)
+    cascade.report.save(tmp_path / "report.json")
+    assert Report.load(tmp_path / "report.json").why == cascade.report.why

@@ -114,7 +114,6 @@ def test_a_nest_and_a_model_used_twice():
     assert written["drafters"][0]["reviewer"] == written["drafters"][1]["model"] == "LlamaForCausalLM"
     back = spec.from_json("drafters", written, models)
     assert same(back, nest)
-    assert back.signature() == nest.signature()
 
 
 def test_a_table_is_written_as_a_file_name(tmp_path):

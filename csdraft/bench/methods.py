@@ -18,7 +18,6 @@ from csdraft.decoding.interfaces import Budget, Context, Drafter
 from csdraft.drafters.max_gram import MaxGram
 from csdraft.drafters.model import ModelDrafter
 from csdraft.drafters.prompt_lookup import PromptLookup
-from csdraft.schedules.cost_model import clear_memory
 from csdraft.schedules.fixed import Fixed
 
 __all__ = ["DEFAULT", "K_MATRIX", "METHODS", "Method", "Setup", "build"]
@@ -90,9 +89,6 @@ class Nothing(Drafter):
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
         return [context.draft for context in contexts]
 
-    def signature(self) -> str:
-        return "nothing"
-
 
 METHODS: dict[str, Callable[[Setup], dict[str, Any]]] = {}
 
@@ -106,9 +102,10 @@ def build(names: Sequence[str], setup: Setup) -> list[Method]:
     """The methods of these names; `plain` comes first whether named or not, since all are compared with it."""
     if unknown := [name for name in names if name not in METHODS]:
         raise ValueError(f"unknown methods {unknown}; known: {', '.join(METHODS)}")
-    before = {"random_drafter_first": clear_memory}
     ordered = ["plain", *(name for name in dict.fromkeys(names) if name != "plain")]
-    return [Method(name, METHODS[name](setup), before.get(name)) for name in ordered]
+    made = {name: METHODS[name](setup) for name in ordered}
+    before = {name: made[name]["assistant"].memory.clear for name in made if name == "random_drafter_first"}
+    return [Method(name, options, before.get(name)) for name, options in made.items()]
 
 
 def configured(model: PreTrainedModel, **options: Any) -> PreTrainedModel:

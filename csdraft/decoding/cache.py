@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     EncoderDecoderCache,
+    StaticLayer,
 )
 
 __all__ = [
@@ -22,11 +23,9 @@ __all__ = [
     "export_cache",
     "holds",
     "import_cache",
+    "slots_of",
     "windows_of_cache",
 ]
-
-Slots = slice | Tensor
-"""Where a forward writes: one range for all rows, or (rows, queries) slot indices."""
 
 
 class SlotLayer(DynamicLayer):
@@ -52,13 +51,11 @@ class SlotLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        elif self.key_buffer.shape[2] < self.cache.capacity:
-            self._grow()
-        slots, visible = self.cache.slots, self.cache.visible
-        if isinstance(slots, slice):  # narrow: half the price of indexing, and this runs in every layer of every step
-            queries = slots.stop - slots.start
-            self.key_buffer.narrow(2, slots.start, queries).copy_(key_states)
-            self.value_buffer.narrow(2, slots.start, queries).copy_(value_states)
+        shared, visible = self.cache.shared, self.cache.visible
+        if shared is not None:  # narrow: half the price of indexing, and this runs in every layer of every step
+            queries = shared.stop - shared.start
+            self.key_buffer.narrow(2, shared.start, queries).copy_(key_states)
+            self.value_buffer.narrow(2, shared.start, queries).copy_(value_states)
         else:
             index = self.cache.index_for(key_states)
             self.key_buffer.scatter_(2, index, key_states)
@@ -67,7 +64,8 @@ class SlotLayer(DynamicLayer):
         self.keys, self.values = self.key_buffer.narrow(2, 0, visible), self.value_buffer.narrow(2, 0, visible)
         return self.keys, self.values
 
-    def _grow(self) -> None:
+    def grow(self) -> None:
+        """Takes the cache's new capacity."""
         for name in ("key_buffer", "value_buffer"):
             old = getattr(self, name)
             new = old.new_zeros(*old.shape[:2], self.cache.capacity, old.shape[3])
@@ -86,49 +84,101 @@ class SlotCache(Cache):
 
     Args:
         layers: number of self-attention layers.
+        rows: batch size.
         capacity: slots to reserve; grows by doubling when a forward needs more.
+        device: where slots are numbered; keys and values lie where they arrive.
+        by_position: whether masks need to know where the token of each slot stands.
+
+    Attributes:
+        positions: (rows, capacity) int64, where the token of each slot stands; None if nobody needs it.
+        features: by tap, (rows, capacity, hidden) hidden states of the tokens in the slots; see `Drafter.taps`. They
+            are written, moved and dropped with keys and values.
     """
 
-    def __init__(self, layers: int, capacity: int):
+    def __init__(self, layers: int, rows: int, capacity: int, device: torch.device, by_position: bool):
         self.capacity = capacity
-        self.slots: Slots = slice(0, 0)
+        self.slots = torch.empty(0)
+        self.shared: slice | None = slice(0, 0)
         self.start = self.visible = 0
+        self.positions: Tensor | None = None
+        if by_position:
+            self.positions = torch.arange(capacity, device=device).repeat(rows, 1)
+        self.features: dict[int, Tensor] = {}
         self._indices: dict[tuple, Tensor] = {}
         super().__init__(layers=[SlotLayer(self) for _ in range(layers)])
 
-    def place(self, slots: Slots, start: int, visible: int) -> None:
+    def place(self, slots: Tensor, positions: Tensor, visible: int, shared: slice | None = None) -> None:
         """Before a forward: its queries write `slots`, and the model sees slots 0 to `visible`.
 
         Args:
-            slots: a range shared by all rows, or (rows, queries) indices.
-            start: what `get_seq_length` answers (T5 computes its position bias from it).
+            slots, positions: (rows, queries) where each query is written, and where it stands.
             visible: number of leading slots the mask covers.
+            shared: the range that all rows write, if it is one.
         """
-        if visible > self.capacity:
-            self.capacity = max(visible, 2 * self.capacity)
-        self.slots, self.start, self.visible = slots, start, visible
+        self.slots, self.shared, self.visible = slots, shared, visible
+        self.start = visible - slots.shape[1] if shared is None else shared.start
         self._indices.clear()
+        if self.positions is not None:
+            self.positions.scatter_(1, slots, positions)
+
+    def note(self, taps: Iterable[int], states: Sequence[Tensor]) -> None:
+        """Takes the features of the tokens that a forward has just read.
+
+        Args:
+            states: (rows, queries, hidden) each, the embeddings and then the output of every block.
+        """
+        for tap in taps:
+            state = states[tap]
+            if tap not in self.features:
+                self.features[tap] = state.new_zeros(state.shape[0], self.capacity, state.shape[-1])
+            index = self.slots.to(state.device)[..., None].expand(state.shape)
+            self.features[tap].scatter_(1, index, state)
+
+    def reserve(self, slots: int) -> bool:
+        """Makes room for so many slots, and says whether it had to: keys and values then lie elsewhere."""
+        if slots <= self.capacity:
+            return False
+        self.capacity = max(slots, 2 * self.capacity)
+        if self.positions is not None:
+            more = torch.arange(self.capacity, device=self.positions.device).repeat(len(self.positions), 1)
+            more[:, : self.positions.shape[1]] = self.positions
+            self.positions = more
+        for layer in self._filled():
+            layer.grow()
+        for tap, old in self.features.items():
+            self.features[tap] = old.new_zeros(old.shape[0], self.capacity, old.shape[2])
+            self.features[tap][:, : old.shape[1]] = old
+        return True
 
     def index_for(self, states: Tensor) -> Tensor:
         """(rows, heads, queries, head_dim) view of the slots, made once a forward and shape."""
         key = (states.device, states.shape)
         if key not in self._indices:
-            assert isinstance(self.slots, Tensor)
             self._indices[key] = self.slots.to(states.device)[:, None, :, None].expand(states.shape)
         return self._indices[key]
 
     def move(self, row: int, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copies slot `sources[i]` of a row to `targets[i]`, all at once."""
         indices: dict[torch.device, Tensor] = {}  # layers may be on several devices: one copy each
-        for layer in self._filled():
-            for buffer in (layer.key_buffer, layer.value_buffer):
-                if buffer.device not in indices:
-                    indices[buffer.device] = torch.tensor([sources, targets], device=buffer.device)
-                source, target = indices[buffer.device]
-                buffer[row].index_copy_(1, target, buffer[row].index_select(1, source))
+        if self.positions is not None:
+            self.positions[row, list(targets)] = self.positions[row, list(sources)]
+        parts = [b[row] for x in self._filled() for b in (x.key_buffer, x.value_buffer)]  # (heads, capacity, head_dim)
+        parts += [buffer[row][None] for buffer in self.features.values()]
+        for part in parts:
+            if part.device not in indices:
+                indices[part.device] = torch.tensor([sources, targets], device=part.device)
+            source, target = indices[part.device]
+            part.index_copy_(1, target, part.index_select(1, source))
+
+    def at(self, row: int, slot: int) -> list[Tensor]:
+        """Copies of the keys and values of one token, layer after layer; each (heads, head_dim)."""
+        return [b[row, :, slot].clone() for layer in self._filled() for b in (layer.key_buffer, layer.value_buffer)]
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Drops all batch rows but `rows`, in that order."""
+        if self.positions is not None:
+            self.positions = self.positions[list(rows)]
+        self.features = {tap: buffer[list(rows)] for tap, buffer in self.features.items()}
         for layer in self._filled():
             index = torch.tensor(rows, device=layer.key_buffer.device)
             layer.key_buffer, layer.value_buffer = layer.key_buffer[index], layer.value_buffer[index]
@@ -143,8 +193,9 @@ class SlotCache(Cache):
 
     @property
     def bytes(self) -> int:
-        """Memory held by keys and values."""
-        return sum(b.numel() * b.element_size() for x in self._filled() for b in (x.key_buffer, x.value_buffer))
+        """Memory held by keys, values and features."""
+        buffers = [b for x in self._filled() for b in (x.key_buffer, x.value_buffer)]
+        return sum(b.numel() * b.element_size() for b in [*buffers, *self.features.values()])
 
 
 def encoder_decoder_cache(own: SlotCache, cross: Cache | None) -> EncoderDecoderCache:
@@ -160,9 +211,23 @@ def cross_attention_cache(cache: Cache | None) -> Cache | None:
 def holds(cache: Cache) -> bool:
     """Whether `import_cache` and `export_cache` know this kind of cache."""
     cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-    return isinstance(cache, DynamicCache) and all(
-        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
-    )
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer) for layer in cache.layers)
+
+
+def slots_of(cache: Cache) -> int | None:
+    """How many tokens a static cache can hold; None if it grows."""
+    cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    return min((layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)), default=None)
+
+
+def _entries(layer: Any) -> tuple[Tensor, Tensor]:
+    """The keys and values that a layer of a user's cache holds."""
+    if not isinstance(layer, StaticLayer):
+        return layer.keys, layer.values
+    keys, values, seen = layer.keys, layer.values, int(layer.get_seq_length())
+    assert keys is not None
+    assert values is not None
+    return keys[:, :, :seen], values[:, :, :seen]
 
 
 def windows_of_cache(config: Any) -> set[int | None]:
@@ -184,17 +249,18 @@ def import_cache(cache: Cache, own: SlotCache, kept: Tensor) -> None:
     length = kept.shape[1]
     counts = kept.sum(1).tolist()
     source = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-    own.place(slice(0, 0), 0, max(max(counts), 1))
+    own.reserve(max(max(counts), 1))
     for old, new in zip(source.layers, own.layers, strict=True):
         if not old.is_initialized or old.keys is None:  # type: ignore[union-attr]
             continue
-        new.lazy_initialization(old.keys, old.values)  # type: ignore[arg-type]
-        dropped = length - old.keys.shape[2]
+        keys, values = _entries(old)
+        new.lazy_initialization(keys, values)
+        dropped = length - keys.shape[2]
         for row, count in enumerate(counts):
-            seen = kept[row, dropped:].to(old.keys.device)
+            seen = kept[row, dropped:].to(keys.device)
             size = int(seen.sum())
-            new.key_buffer[row, :, count - size : count] = old.keys[row][:, seen]  # type: ignore[union-attr]
-            new.value_buffer[row, :, count - size : count] = old.values[row][:, seen]  # type: ignore[index,union-attr]
+            new.key_buffer[row, :, count - size : count] = keys[row][:, seen]  # type: ignore[union-attr]
+            new.value_buffer[row, :, count - size : count] = values[row][:, seen]  # type: ignore[union-attr]
 
 
 def export_cache(own: SlotCache, kept: Tensor, into: Cache) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from csdraft.decoding.names import distinct, name_of
-from csdraft.decoding.runner import Sources
+from csdraft.decoding.reader import Sources
+from csdraft.decoding.readers import ALONE, ReadingOptions
 from csdraft.decoding.sampling import Sampler
 from csdraft.decoding.scores import Head
 from csdraft.decoding.session import Session
@@ -30,6 +32,7 @@ class Call:
         capacity: slots that a session reserves a row.
         sources: the encoder's inputs as the target reads them, if it is an encoder-decoder.
         together: chooses for all rows at once, if something must see all of them.
+        reading: how the models read; `taps` are the target's.
 
     Attributes:
         drafting: how models that draft turn logits into tokens, the target among them where it drafts for itself: no
@@ -44,9 +47,10 @@ class Call:
         capacity: int,
         sources: Sources | None,
         together: Together | None = None,
+        reading: ReadingOptions = ALONE,
     ):
         self.target, self.head, self.texts, self.capacity, self.sources = target, head, texts, capacity, sources
-        self.together = together
+        self.together, self.reading = together, reading
         self.rows = len(texts)
         self.vocab = head.sampler.vocab
         self.drafting = Head(head.processing.for_drafters(), head.stopping.for_drafters(), head.sampler)
@@ -69,9 +73,10 @@ class Call:
             sources = self.sources
             if sources is not None and not is_target:
                 sources = Sources(sources.input_ids, sources.attention_mask)
-            session = Session(model, self.drafting, self.rows, self.capacity, sources, self.vocab, self.texts)
-            session.runner.encode()
-            self._sessions[id(model)] = session
+            reading = self.reading if is_target else replace(self.reading, taps=frozenset())
+            self._sessions[id(model)] = Session(
+                model, self.drafting, self.rows, self.capacity, sources, self.vocab, self.texts, reading
+            )
         return self._sessions[id(model)]
 
     @property
@@ -119,6 +124,11 @@ class Call:
     def level_names(self) -> list[str]:
         """A distinct name for each level number, in order."""
         return distinct(self._names.get(owner) or name_of(owner) for owner in self._levels)
+
+    def close(self) -> None:
+        """The end of a call that went well: models keep what they have read for the next one."""
+        for session in self._sessions.values() if self.reading.reuse else ():
+            session.close()
 
     def retire(self, live: Sequence[int]) -> None:
         """Tells every session which rows go on."""

@@ -13,7 +13,7 @@ from csdraft.decoding.draft import Kind
 from csdraft.decoding.sampling import Sampler
 from csdraft.decoding.scores import NAN, Scores
 
-__all__ = ["Children", "expand"]
+__all__ = ["Children", "Question", "expand"]
 
 
 @dataclass(eq=False)
@@ -31,66 +31,112 @@ class Children:
     law: Tensor | None = None
 
 
-def expand(
-    scores: Scores,
-    nodes: Sequence[int],
-    width: int,
-    draws: Kind | None,
-    confidence: bool = False,
-    above: Sequence[float] = (),
-    most: int | None = None,
-) -> list[Children]:
-    """At most `width` children of each node that was scored: chosen, or drawn where draws are independent.
+@dataclass(frozen=True, eq=False)
+class Question:
+    """What one row's tree asks about the nodes of a level.
 
-    Args:
+    Attributes:
         scores: of one forward, with the logits after just these nodes.
-        draws: how independent draws are made; see `Tree.draws`.
-        confidence: whether to compute the children's softmax probabilities at the call's temperature.
+        nodes: whose children are wanted.
+        width: children of each, at most.
         above: (nodes,) log probability of each node's own path, which `most` goes by.
         most: keep so many of all children, those with the likeliest paths (and equals of the last of them).
     """
-    head, sampler = scores.head, scores.head.sampler
-    if draws is not None and most is not None:
-        raise ValueError(f"most={most} leaves out tokens for what they are; a tree that draws {draws!r} must not")
-    if head.processing.text_blind:
-        values = head.processing.all_at_once(scores.logits).float()
-    else:
-        values = torch.stack([scores.processed(node) for node in nodes]).float()
-    if sampler.greedy or sampler.coupled or draws is None:
-        if sampler.coupled and not sampler.greedy:
-            values = values - _noise(scores, nodes, values.device)
-        children = _likeliest(values, width, above, most)
-    else:
-        children = [_drawn(scores.row, sampler, row, width, draws) for row in values.log_softmax(-1)]
-    if confidence:
-        temperature = 1.0 if sampler.greedy else head.processing.temperature
-        for own, row in zip(children, (scores.logits.float() / temperature).softmax(-1), strict=True):
-            own.confidence = row[own.tokens].tolist()
-    return children
+
+    scores: Scores
+    nodes: Sequence[int]
+    width: int
+    above: Sequence[float] = ()
+    most: int | None = None
 
 
-def _noise(scores: Scores, nodes: Sequence[int], device: torch.device) -> Tensor:
-    """(nodes, vocab) the noise of the position after each node, which siblings and cousins share."""
-    positions = [scores.position(node) for node in nodes]
-    own = {p: scores.head.sampler.log_exponential(scores.row, p, device) for p in set(positions)}
-    return torch.stack([own[position] for position in positions])
+def expand(questions: Sequence[Question], draws: Kind | None, confidence: bool = False) -> list[list[Children]]:
+    """By question, the children of each of its nodes: chosen, or drawn where draws are independent.
+
+    What is chosen comes to the host in one copy for all rows.
+
+    Args:
+        draws: how independent draws are made; see `Tree.draws`.
+        confidence: whether to compute the children's softmax probabilities at the call's temperature.
+    """
+    head = questions[0].scores.head
+    if draws is None or head.sampler.greedy or head.sampler.coupled:
+        soft = torch.cat([_soft(question.scores) for question in questions]) if confidence else None
+        return _likeliest(torch.cat([_noisy(question) for question in questions]), questions, soft)
+    found = []
+    for question in questions:
+        if question.most is not None:
+            raise ValueError(
+                f"most={question.most} leaves out tokens for what they are; a tree that draws {draws!r} must not"
+            )
+        scores = question.scores
+        children = [
+            _drawn(scores.row, head.sampler, row, question.width, draws) for row in _values(question).log_softmax(-1)
+        ]
+        if confidence:
+            for own, row in zip(children, _soft(scores), strict=True):
+                own.confidence = row[own.tokens].tolist()
+        found.append(children)
+    return found
 
 
-def _likeliest(values: Tensor, width: int, above: Sequence[float], most: int | None) -> list[Children]:
-    """From (nodes, vocab) scores, in one copy to the host."""
-    top = values.log_softmax(-1).topk(min(width, values.shape[-1]), -1)
-    tokens, logs = torch.stack([top.indices.double(), top.values.double()]).cpu().numpy()
-    if np.isnan(logs).any():
+def _values(question: Question) -> Tensor:
+    """(nodes, vocab) float32 scores after each node, as the level's processors leave them."""
+    scores = question.scores
+    if scores.head.processing.text_blind:
+        return scores.head.processing.all_at_once(scores.logits).float()
+    return torch.stack([scores.processed(node) for node in question.nodes]).float()
+
+
+def _soft(scores: Scores) -> Tensor:
+    """(nodes, vocab) softmax at the call's temperature."""
+    temperature = 1.0 if scores.head.sampler.greedy else scores.head.processing.temperature
+    return (scores.logits.float() / temperature).softmax(-1)
+
+
+def _noisy(question: Question) -> Tensor:
+    """(nodes, vocab) scores less the noise of the position after each node, which siblings and cousins share."""
+    scores, values = question.scores, _values(question)
+    sampler = scores.head.sampler
+    if sampler.greedy or not sampler.coupled:
+        return values
+    return values - sampler.noise([(scores.row, scores.position(node)) for node in question.nodes], values.device)
+
+
+def _likeliest(values: Tensor, questions: Sequence[Question], soft: Tensor | None = None) -> list[list[Children]]:
+    """The likeliest children of all rows' nodes, in one copy to the host.
+
+    Args:
+        values: (all nodes, vocab) scores, question after question.
+        soft: (all nodes, vocab) probabilities, if the children's confidence is wanted.
+    """
+    widest = min(max(question.width for question in questions), values.shape[-1])
+    top = values.log_softmax(-1).topk(widest, -1)
+    columns = [top.indices.double(), top.values.double()]  # (all nodes, widest) each
+    if soft is not None:
+        columns.append(soft.gather(1, top.indices).double())
+    table = torch.stack(columns).cpu().numpy()
+    if np.isnan(table[1]).any():
         raise ValueError(NAN)
+    found, first = [], 0
+    for question in questions:
+        found.append(_kept(question, table[:, first : first + len(question.nodes), : question.width]))
+        first += len(question.nodes)
+    return found
+
+
+def _kept(question: Question, table: np.ndarray) -> list[Children]:
+    """From (2 or 3, nodes, width) tokens, log probabilities and confidence: what the question lets stay."""
+    logs = table[1]
     kept = logs > -np.inf
-    if most is not None and most < logs.size:
-        paths = logs + np.array(above)[:, None]
-        kept &= paths >= np.partition(paths, -most, None)[-most]
-    counts = kept.sum(1).tolist()  # children come by probability, so that those kept are the first
-    return [
-        Children(own.tolist(), log_prob.tolist())
-        for own, log_prob in ((tokens[i, :count].astype(np.int64), logs[i, :count]) for i, count in enumerate(counts))
-    ]
+    if question.most is not None and question.most < logs.size:
+        paths = logs + np.array(question.above)[:, None]
+        kept &= paths >= np.partition(paths, -question.most, None)[-question.most]
+    children = []
+    for node, count in enumerate(kept.sum(1).tolist()):  # children come by probability: those kept are the first
+        tokens, log_probs, *confidence = (column[node, :count].tolist() for column in table)
+        children.append(Children([int(token) for token in tokens], log_probs, [], *confidence))
+    return children
 
 
 def _drawn(row: int, sampler: Sampler, log_probs: Tensor, width: int, draws: Kind) -> Children:

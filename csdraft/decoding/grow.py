@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from csdraft.decoding.draft import ROOT, Draft
-from csdraft.decoding.expand import Children, expand
+from csdraft.decoding.expand import Children, Question, expand
 from csdraft.decoding.interfaces import Context, Request, Step, Tree
 from csdraft.decoding.session import Session
 
@@ -140,9 +140,11 @@ def grow(
             _read(row, level)
             after = [row.places[node] for node in row.asked]
             requests.append(Request(row.context.row, row.context.text, row.read, after))
-        for row, scores in zip(live, session.score(requests, choose=False), strict=True):
-            after, above = [row.places[node] for node in row.asked], [row.growth.path(node) for node in row.asked]
-            found = expand(scores, after, row.step.width, tree.draws, confidence, above, row.step.most)
+        questions = [
+            Question(scores, request.after or (), row.step.width, list(map(row.growth.path, row.asked)), row.step.most)
+            for row, request, scores in zip(live, requests, session.score(requests, choose=False), strict=True)
+        ]
+        for row, found in zip(live, expand(questions, tree.draws, confidence), strict=True):
             row.growth.add(row.asked, found)
         live = [row for row in live if _next(row, session)]
     return [_draft(row, tree, level, confidence) for row in rows]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from numbers import Real
 from typing import TypeVar
 
+from csdraft.decoding import clock
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import ROOT, Draft, Law
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Schedule, Verifier
@@ -51,6 +51,9 @@ class Guarded(Drafter):
     def models(self) -> list[object]:
         return self.attempt(lambda drafter: drafter.models(), [])
 
+    def taps(self) -> frozenset[int]:
+        return self.attempt(lambda drafter: drafter.taps(), frozenset())
+
     def check(self, call: Call) -> None:
         """Raises ValueError for a mistake of the user's; any other exception is a failure like all others."""
         try:
@@ -86,9 +89,9 @@ class Guarded(Drafter):
             self._check(drafts, budgets, contexts[0].call)
             return drafts
 
-        started = time.perf_counter()
+        started = clock.now()
         drafts = self.attempt(checked, nothing)
-        self.seconds += time.perf_counter() - started
+        self.seconds += clock.now() - started
         return drafts
 
     def observe(self, rounds: Sequence[Round]) -> None:
@@ -103,6 +106,10 @@ class Guarded(Drafter):
     def finish(self, schedule: Schedule) -> None:
         """Tells the schedule that the call is over."""
         self.attempt(lambda drafter: schedule.finish(), None)
+
+    def why(self, schedule: Schedule) -> str:
+        """The schedule's reasons, for the report."""
+        return self.attempt(lambda drafter: schedule.why(), "")
 
     def keep_report(self, report: Report) -> None:
         if self.drafter is not None:  # even if it has failed: the report says so

@@ -6,14 +6,15 @@ State of one `generate` call lives in the `Call`; what outlives a call lives in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Hashable, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from csdraft.decoding.draft import ROOT, Draft, Kind
+from csdraft.decoding.memory import Memory
 from csdraft.decoding.text import Text
 
 if TYPE_CHECKING:
@@ -228,6 +229,11 @@ class Drafter:
 
     depth: int = 5
 
+    @cached_property
+    def memory(self) -> Memory:
+        """What schedules have learned of it in earlier calls; not an option, so equal drafters have their own."""
+        return Memory()
+
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
         """One draft a context: the context's own nodes first, unchanged, then at most `budget.room` new ones."""
         raise NotImplementedError
@@ -245,6 +251,13 @@ class Drafter:
         """The models it runs, largest first (for reports, checks and cost tables)."""
         return [model for part in self.parts() for model in part.models()]
 
+    def taps(self) -> frozenset[int]:
+        """Hidden states of the target that it reads, by `call.session(call.target).features`.
+
+        0 is the embeddings, i the output of block i; of the last block many models give it after their last norm.
+        """
+        return frozenset(tap for part in self.parts() for tap in part.taps())
+
     def stages(self) -> list[tuple[Drafter, int]]:
         """Who writes the draft, in order, each with the depth up to which it does: one stage but for cascades."""
         return [(self, self.depth)]
@@ -260,12 +273,6 @@ class Drafter:
         """
         return 0
 
-    def signature(self) -> Hashable:
-        """Equal for drafters that draft alike: type and options, models by identity."""
-        if not is_dataclass(self):
-            return (type(self).__name__, id(self))
-        return (type(self).__name__, *(_signature(getattr(self, f.name)) for f in fields(self)))  # type: ignore[arg-type]
-
     def keep_report(self, report: Report) -> None:
         """Takes the report of a finished call; cascades accumulate it."""
         for part in self.parts():
@@ -275,14 +282,6 @@ class Drafter:
         """Raises ValueError if it cannot draft for this call; runs before any model does."""
         for part in self.parts():
             part.check(call)
-
-
-def _signature(option: object) -> Hashable:
-    if isinstance(option, Drafter):
-        return option.signature()
-    if isinstance(option, nn.Module):
-        return id(option)
-    return tuple(map(_signature, option)) if isinstance(option, tuple) else repr(option)
 
 
 class Step(NamedTuple):
@@ -385,3 +384,7 @@ class Schedule:
 
     def finish(self) -> None:
         """Called once, after the last round."""
+
+    def why(self) -> str:
+        """One sentence for the report: why it drafts as it does; empty if it does what it was told."""
+        return ""

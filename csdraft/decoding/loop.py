@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from csdraft.decoding import clock
 from csdraft.decoding.call import Call
 from csdraft.decoding.guard import Guarded
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Schedule, Verifier
 from csdraft.decoding.output import Output
+from csdraft.decoding.reader import Sources
+from csdraft.decoding.readers import ALONE, ReadingOptions
 from csdraft.decoding.report import Report
 from csdraft.decoding.rounds import run_round
-from csdraft.decoding.runner import Sources
 from csdraft.decoding.sampling import Processing, Sampler
 from csdraft.decoding.scores import Head
 from csdraft.decoding.session import Session
@@ -59,17 +61,17 @@ def run(
     guarded = drafter if isinstance(drafter, Guarded) else Guarded(drafter, verifier, strict)
     report = Report.begin(call, diagnose)
     live = list(range(call.rows))
-    started = time.perf_counter()
+    started = clock.now()
     while live:
+        began, drafting = clock.now(), guarded.seconds
         contexts = [Context(row, call.texts[row], call) for row in live]
         writing = [context for context in contexts if context.row not in call.rows_of_padding]
         rooms = [_room(call, target, context.row) for context in writing]
         told = dict(zip(writing, guarded.budgets(schedule, writing, rooms), strict=True))
         budgets = [told.get(context, Budget(0, 0)) for context in contexts]
-        began, drafting = time.perf_counter(), guarded.seconds
         rounds = run_round(contexts, target, 0, guarded, verifier, budgets)
         drafting = guarded.seconds - drafting
-        scoring = time.perf_counter() - began - drafting
+        scoring = clock.now() - began - drafting  # all of the round but drafting: not the streamer, which may wait
         output.take(rounds)
         of_text = [finished for finished in rounds if finished.context in told]
         report.add(of_text)
@@ -86,7 +88,7 @@ def run(
         # Scores are large, and the next forward needs as much room.
         del contexts, writing, told, rounds, of_text, context, finished
     guarded.finish(schedule)
-    report.finish(call, time.perf_counter() - started, guarded.failure)
+    report.finish(call, clock.now() - started, guarded.failure, guarded.why(schedule))
     guarded.keep_report(report)
     return report
 
@@ -108,6 +110,7 @@ def open_call(
     sources: Sources | None,
     mask: Tensor | None,
     past: Any,
+    reading: ReadingOptions = ALONE,
 ) -> Call:
     """The call that `generate` has prepared: texts without padding, the target's head, its cache if the user gave one.
 
@@ -115,6 +118,7 @@ def open_call(
         input_ids: (rows, length) prompts, or decoder starts.
         mask: (rows, length) 1 where a token counts; None if all do.
         past: the user's own filled cache, or None.
+        reading: how the models read.
     """
     rows = input_ids.shape[0]
     texts = [Text(ids, None if mask is None else mask[row]) for row, ids in enumerate(input_ids)]
@@ -129,10 +133,12 @@ def open_call(
     if rows > 1 and (custom := names_of_custom_code(head.processing, stopping)):
         check_rule(verifier, sampler.greedy, custom)
         together = Together(head, input_ids, config)
-    call = Call(model, head, texts, capacity, sources, together)
     if past is not None:
+        reading = replace(reading, reuse=False)
+    call = Call(model, head, texts, capacity, sources, together, reading)
+    if past is not None and not reading.taps:  # the user's cache has no features: then all is read again
         kept = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
-        call.session(model).preload(past, texts, kept[:, : past.get_seq_length()])
+        call.session(model).preload(past, texts, kept[:, : int(past.get_seq_length())])
     return call
 
 

@@ -22,7 +22,7 @@ from csdraft.decoding.altered import alterations, described
 from csdraft.decoding.cache_names import GENERATE_CACHE, cache_name
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Request
-from csdraft.decoding.runner import NoCache, Sources, home
+from csdraft.decoding.reader import NoCache, Sources, home
 from csdraft.decoding.sampling import Processing, Sampler
 from csdraft.decoding.scores import Head
 from csdraft.decoding.session import Session
@@ -194,7 +194,6 @@ def _logits(model: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     source = _source(model)
     sources = Sources(source.expand(2, -1), None) if model.config.is_encoder_decoder else None
     session = Session(model, head, 2, len(tokens) + 16, sources, vocab, texts)
-    session.runner.encode()
     session.score([Request(row, text, Draft()) for row, text in enumerate(texts)], choose=False)
     draft = Draft(tuple(tokens[2 * node] for node in range(4)), TREE.parents, TREE.levels, TREE.confidence)
     texts[1].append(tokens[:2])

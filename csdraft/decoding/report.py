@@ -91,6 +91,7 @@ class Report:
         failures: how often a drafter failed and was left out, by message.
         rejections: the target's, expected and measured, of the calls that asked for them (`diagnose=True`).
         planned: what was expected of the last call's cascade, if a planner chose it.
+        why: of the last call, the schedule's reasons in a sentence.
         tokens: of the last call, per row, the emitted tokens.
         levels: per row, the level of each emitted token, an index into `level_names`.
         lengths: per row, the tokens that each round emitted.
@@ -106,6 +107,7 @@ class Report:
     failures: Counter[str] = field(default_factory=Counter)
     rejections: Rejections | None = None
     planned: Planned | None = None
+    why: str = ""
     tokens: list[list[int]] = field(default_factory=list, repr=False)
     levels: list[list[int]] = field(default_factory=list, repr=False)
     lengths: list[list[int]] = field(default_factory=list, repr=False)
@@ -143,24 +145,24 @@ class Report:
         if ended:  # the last moment before the caches may shrink
             self._note_memory(self._call)
 
-    def finish(self, call: Call, seconds: float, failure: str | None) -> None:
+    def finish(self, call: Call, seconds: float, failure: str | None, why: str = "") -> None:
         """Takes in what the call's models have counted."""
         self._note_memory(call)
         self._call = None
-        self.seconds, self.cut, self.level_names = seconds, call.cut, call.level_names
+        self.seconds, self.cut, self.level_names, self.why = seconds, call.cut, call.level_names, why
         if failure:
             self.failures[failure] += 1
         self.reviews = {self.level_names[i]: call.tallies[i].named(self.level_names) for i in sorted(call.tallies)}
         for session in call.sessions:
-            runner, use = session.runner, self.models[_session_name(call, session.model)]
-            use.forwards, use.fed, use.seconds = runner.forwards, runner.fed, runner.seconds
+            reader, use = session.reader, self.models[_session_name(call, session.model)]
+            use.forwards, use.fed, use.seconds = reader.forwards, reader.fed, reader.seconds
             use.rolled_back = session.rolled_back
 
     def _note_memory(self, call: Call) -> None:
         for session in call.sessions:
             name = _session_name(call, session.model)
             use = self.models.setdefault(name, ModelUse(name_of(session.model)))
-            use.cache_bytes = max(use.cache_bytes, session.runner.cache.bytes)
+            use.cache_bytes = max(use.cache_bytes, session.reader.cache.bytes)
 
     # Reading.
 
@@ -226,6 +228,7 @@ class Report:
             Counter(dict(failures.most_common(MOST_FAILURES))),
             rejections,
             last.planned,
+            last.why,
             last.tokens,
             last.levels,
             last.lengths,
@@ -239,7 +242,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Everything as numbers, strings, lists and dictionaries; `summary` is for readers, `from_dict` skips it."""
         derived = ("rounds", "emitted", "block_efficiency", "acceptance_rate", "tokens_per_second", "loop_seconds")
-        plain = ("calls", "target_calls", "cut", "seconds", "tokens", "levels", "lengths", "level_names")
+        plain = ("calls", "target_calls", "cut", "seconds", "why", "tokens", "levels", "lengths", "level_names")
         return {
             "csdraft_report": FORMAT,
             "summary": {**{name: getattr(self, name) for name in derived}, "by_depth": self.target.by_depth},
@@ -257,7 +260,7 @@ class Report:
         found = data.get("csdraft_report") if isinstance(data, Mapping) else None
         if found is True or found != FORMAT:
             raise ValueError(f"csdraft_report={shown(found)}, expected {FORMAT}; is this a report that csdraft saved?")
-        given = {"rejections": None, "planned": None, **data}
+        given = {"rejections": None, "planned": None, "why": "", **data}
         check_keys(given, (*STORED, "csdraft_report", "summary"), "the report")
         if missing := [key for key in STORED if key not in given]:
             raise ValueError(f"the report lacks {', '.join(missing)}")
@@ -321,6 +324,7 @@ class Report:
 STORED: dict[str, Any] = {
     **dict.fromkeys(("calls", "target_calls", "cut"), int),
     "seconds": float,
+    "why": str,
     **dict.fromkeys(("tokens", "levels", "lengths"), list[list[int]]),
     "level_names": list[str],
     "reviews": dict[str, dict[str, Any]],

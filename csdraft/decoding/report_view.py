@@ -57,6 +57,8 @@ def headlines(report: Report) -> list[str]:
         f"acceptance rate {percent(report.acceptance_rate)} of the tokens tried; "
         f"{count(report.target_calls, 'target forward')}; {count(report.plain_rounds, 'round')} without a draft",
     ]
+    if report.why:
+        lines.append(report.why)
     if report.cut:
         lines.append(f"{count(report.cut, 'draft token')} of the K matrix cut by the schedule or for want of room")
     if (plan := report.planned) is not None:

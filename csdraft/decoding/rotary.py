@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from csdraft.decoding.runner import Feed
+from csdraft.decoding.inputs import Plan
 from csdraft.decoding.text import Text
 from csdraft.decoding.traits import Switch
 
@@ -38,7 +38,7 @@ class RotaryFactors:
             together = max(together, switch + 1 - self.padded)
         return max(position + self._behind[row] + 1, together) > switch
 
-    def part(self, plans: dict[int, Feed], long: bool) -> dict[int, Feed]:
+    def part(self, plans: dict[int, Plan], long: bool) -> dict[int, Plan]:
         """Of what each row feeds, by row, what is read with the factors for long texts, or with the others."""
         found = {}
         for row, feed in plans.items():

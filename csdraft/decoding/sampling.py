@@ -33,6 +33,11 @@ def shifted(x: Tensor, bits: int) -> Tensor:
     return (x >> bits).bitwise_and_((1 << (32 - bits)) - 1)
 
 
+def _log_exponential(v: Tensor) -> Tensor:
+    """log(-log1p(-v)), in place."""
+    return v.neg_().log1p_().neg_().log_()
+
+
 class Sampler:
     """Draws tokens for all rows of one call.
 
@@ -66,31 +71,36 @@ class Sampler:
 
         E = -log1p(-v), v = (hash32(row seed, position, token) + 1/2) / 2^32, finite for every hash.
         """
-        if (noise := self._noise.get((row, position))) is None:
-            noise = self._noise[row, position] = self._fresh_noise(row, position, device)
-        return noise if noise.device == device else noise.to(device)
+        return self.noise([(row, position)], device)[0]
 
-    def _fresh_noise(self, row: int, position: int, device: torch.device) -> Tensor:
-        return self.hashed(row, position, device).neg_().log1p_().neg_().log_()
+    def noise(self, places: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+        """(places, vocab) `log_exponential` of rows and positions, of which those that are new are made together."""
+        if missing := [place for place in dict.fromkeys(places) if place not in self._noise]:
+            self._noise |= zip(missing, _log_exponential(self.hashed(missing, device)), strict=True)
+        found = [self._noise[place] for place in places]
+        found = [noise if noise.device == device else noise.to(device) for noise in found]
+        return torch.stack(found) if len(found) > 1 else found[0][None]
 
     def fresh_log_exponential(self, row: int, device: torch.device) -> Tensor:
         """(vocab,) log E as above, but of nobody else: drawn anew each time, as `uniform` is."""
         self._drawn[row] += 1
         key = mix64(self.row_seeds[row] + 0xD1B54A32D192ED03 * self._drawn[row])
-        return self._hashed(key, device).neg_().log1p_().neg_().log_()
+        return _log_exponential(self._hashed([key], device))[0]
 
-    def hashed(self, row: int, position: int, device: torch.device) -> Tensor:
-        """(vocab,) v of `log_exponential`: the same bits on every device, which logarithms need not give."""
-        return self._hashed(mix64(self.row_seeds[row] ^ mix64(position)), device)
+    def hashed(self, places: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+        """(places, vocab) v of `log_exponential`: the same bits on every device, which logarithms need not give."""
+        return self._hashed([mix64(self.row_seeds[row] ^ mix64(position)) for row, position in places], device)
 
-    def _hashed(self, key: int, device: torch.device) -> Tensor:
+    def _hashed(self, keys: Sequence[int], device: torch.device) -> Tensor:
         if device not in self._tokens:
             ids = torch.arange(self.vocab, dtype=torch.int32, device=device)
             self._tokens[device] = ids.mul_(signed32(0x9E3779B1))
-        x = self._tokens[device] + signed32(key)
+        halves = [[signed32(key), signed32(key >> 32)] for key in keys]
+        low, high = torch.tensor(halves, dtype=torch.int32).to(device, non_blocking=True).T[..., None]  # (keys, 1)
+        x = self._tokens[device] + low  # (keys, vocab)
         x ^= shifted(x, 16)
         x *= signed32(0x7FEB352D)
-        x += signed32(key >> 32)
+        x += high
         x ^= shifted(x, 15)
         x *= signed32(0x846CA68B)
         x ^= shifted(x, 16)

@@ -69,21 +69,34 @@ class Head:
             return self.processing.all_at_once(logits[None])[0]
         return self.processing.one(row, text.padded(path), logits)
 
-    def choose_all(self, views: Sequence[Tensor]) -> list[list[int]]:
-        """The choices after every row of some (n, vocab) raw logits; only when greedy and `text_blind`.
+    def choose_all(self, views: Sequence[Tensor], places: Sequence[Sequence[tuple[int, int]]]) -> list[list[int]]:
+        """The choices after every row of some (n, vocab) raw logits; only when `text_blind`, and greedy or coupled.
 
         In one copy to the host, unless the scores would take more than MAX_SCORE_BYTES: then so many rows at a time.
+
+        Args:
+            places: of each view, the row and the position of the token after each of its n rows.
         """
         at_once = max(MAX_SCORE_BYTES // (4 * views[0].shape[-1]), 1)
         if sum(map(len, views)) > at_once:
-            return [[token for part in view.split(at_once) for token in self._best(part)] for view in views]
+            return [
+                [
+                    token
+                    for first in range(0, len(view), at_once)
+                    for token in self._best(view[first : first + at_once], own[first : first + at_once])
+                ]
+                for view, own in zip(views, places, strict=True)
+            ]
         if len(views) == 1:
-            return [self._best(views[0])]
-        chosen = iter(self._best(torch.cat(list(views))))
+            return [self._best(views[0], places[0])]
+        chosen = iter(self._best(torch.cat(list(views)), [place for own in places for place in own]))
         return [list(islice(chosen, len(view))) for view in views]
 
-    def _best(self, logits: Tensor) -> list[int]:
-        return argmax(self.processing.all_at_once(logits))
+    def _best(self, logits: Tensor, places: Sequence[tuple[int, int]]) -> list[int]:
+        scores = self.processing.all_at_once(logits)
+        if not self.sampler.greedy:
+            scores = scores.float() - self.sampler.noise(places, scores.device)
+        return argmax(scores)
 
     def choose(self, row: int, position: int, scores: Tensor) -> int:
         """The token at `position` from (vocab,) processed scores: their argmax, with the position's noise if any."""

@@ -84,6 +84,11 @@ class Traits:
         return not self.cache_windows and all(span == Span() for span in self.spans.values())
 
     @property
+    def reusable(self) -> bool:
+        """Whether what was read of a text in one call is what another call would read: not if its prompt decides."""
+        return self.switch is None and not self.cache_windows
+
+    @property
     def longest_span(self) -> int:
         """The largest window or chunk; 0 if there is none."""
         return max((span.window or span.chunk or 0 for span in self.spans.values()), default=0)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from time import perf_counter
 
+from csdraft.decoding import clock
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter
 from csdraft.drafters._parts import check_parts
@@ -78,13 +78,13 @@ class Horizontal(Drafter):
                     going_on = context if not grown else context.after(draft)
                     asked[i] = (going_on, replace(budget, depth=min(wanted, room), room=room, skip=0))
             if asked:
-                started, before = perf_counter(), sum(draft.depth(draft.tip) for draft in drafts)
+                started, before = clock.now(), sum(draft.depth(draft.tip) for draft in drafts)
                 stage_contexts, stage_budgets = zip(*asked.values(), strict=True)
                 for i, draft in zip(asked, drafter.propose(stage_contexts, stage_budgets), strict=True):
                     drafts[i] = draft
                 grown = max(sum(draft.depth(draft.tip) for draft in drafts) - before, 0) / len(asked)
                 if self is outermost:
-                    call.charge(drafter, perf_counter() - started, grown)
+                    call.charge(drafter, clock.now() - started, grown)
         return drafts
 
 

@@ -15,12 +15,12 @@ from typing import Any
 from torch import nn
 
 from csdraft.decoding.call import Call
+from csdraft.decoding.chain import draft_chain
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.grow import grow
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Tree
 from csdraft.decoding.names import name_of
 from csdraft.decoding.refusals import refusal
-from csdraft.decoding.roll import roll
 from csdraft.decoding.traits import unwrapped
 from csdraft.drafters._load import load_model
 from csdraft.heads.on_target import OnTarget
@@ -87,8 +87,8 @@ class ModelDrafter(Drafter):
         confidence = any(b.confidence for b in budgets)
         if self.tree is not None:
             return grow(session, self.tree, contexts, steps, level, confidence)
-        rolled = roll(session, contexts, steps, confidence, [b.stop for b in budgets])
-        return [c.draft.extend(r.tokens, level, r.confidence, r.laws) for c, r in zip(contexts, rolled, strict=True)]
+        drawn = draft_chain(session, contexts, steps, confidence, [b.stop for b in budgets])
+        return [c.draft.extend(d.tokens, level, d.confidence, d.laws) for c, d in zip(contexts, drawn, strict=True)]
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -120,6 +120,7 @@ def bound(drafter: Any, target: nn.Module, seen: dict[int, Any] | None = None) -
     if id(drafter) not in seen:
         options = {f.name: getattr(drafter, f.name) for f in fields(drafter)}
         changed = {k: new for k, v in options.items() if (new := bound(v, target, seen)) is not v}
+        _ = drafter.memory  # which the twin shares: it is made anew for each call
         seen[id(drafter)] = twin = copy.copy(drafter) if changed else drafter
         for name, value in changed.items():
             object.__setattr__(twin, name, value)

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 from csdraft.decoding.call import Call
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Schedule
-from csdraft.tables.costs import Memory
 
 __all__ = ["Bandit"]
 
@@ -32,7 +31,7 @@ class Bandit(Schedule):
         depths: draft tokens a round; with each number of leading stages to leave out they make an arm.
         exploration: weight of the bonus for arms of few rounds, in units of the best arm's tokens a second.
         memory: how many rounds weigh: each is faded by 1 - 1 / memory with every later one.
-        remember: whether calls learn from earlier calls with the same models.
+        remember: whether calls learn from the drafter's earlier calls with the same target.
     """
 
     depths: tuple[int, ...] = (2, 5, 10)
@@ -65,7 +64,6 @@ class Arm:
 
 
 Arms = dict[tuple[int, int], Arm]
-MEMORY = Memory(dict)
 
 
 class Playing(Schedule):
@@ -73,8 +71,8 @@ class Playing(Schedule):
 
     def __init__(self, options: Bandit, call: Call, drafter: Drafter):
         self.options, self.call, self.drafter = options, call, drafter
-        self.key = (call.rows, call.sampler.greedy, call.head.processing.temperature, drafter.signature(), options)
-        known: Arms = MEMORY.load(call.target, drafter.models(), self.key) if options.remember else {}
+        self.key = (options, call.rows, call.sampler.greedy, call.head.processing.temperature)
+        known: Arms = drafter.memory.load(call.target, self.key, dict) if options.remember else {}
         self.stages = drafter.stages()
         most = self.stages[-1][1] if len(self.stages) > 1 else max(options.depths)
         depths = sorted({min(depth, most) for depth in options.depths} - {0})
@@ -125,4 +123,4 @@ class Playing(Schedule):
 
     def finish(self) -> None:
         if self.options.remember:
-            MEMORY.save(self.call.target, self.drafter.models(), self.key, self.arms)
+            self.drafter.memory.save(self.call.target, self.key, self.arms)

@@ -7,68 +7,60 @@ pay where the statistical one below it does) and of the depths, it takes the pai
     (1 + sum over i <= depth of survival[i]) / (target seconds at width depth + 1 + drafting seconds),
 
 where nothing drafted is always a candidate. Survival is learned apart for each kind of evidence that a statistical
-drafter can show before anything is drafted (how long a match it has): where it has much to copy it may be the best on
-its own, and where it has nothing a model is worth its price. What does not pay is tried again ever more rarely. Costs
-and survival are kept for the next call with the same models. It is the default; use `fixed` to compare methods at
-equal length.
+drafter can show before anything is drafted (how long a match it has). Forwards are priced by shape, from warm runs;
+before anything is measured, drafts are taken to widen a forward for little, so that they are tried from the first
+round on. What does not pay is tried again ever more rarely. All of it stays with the drafter for its next call.
+It is the default; use `fixed` to compare methods at equal length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from weakref import WeakSet
-
-from torch import nn
 
 from csdraft.decoding.call import Call
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Schedule
-from csdraft.tables.costs import Ledger, Memory, Survival
+from csdraft.decoding.reader import place
+from csdraft.tables.costs import STREAK, Costs, Ledger, Survival, Widths
 
 __all__ = ["CostModel"]
 
+DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
+"""Depths to choose among, and the most: each is a shape of its own, slow when it first runs and to be measured."""
 MODEL_COST = 0.15
 """A drafter token's cost before it is measured, in target steps."""
 READING_COST = 0.05
 """Reading a token of text costs a model this share of drafting one."""
-MARGIN = 1.01
+MARGIN = 1.02
 """What drafting must promise over plain decoding: timing noise decides below that."""
-FIRST_DEPTH, TRIAL_PAUSE = 2, 8.0
-"""Depth of a first or repeated trial; the pause after it, in units of what it costs, doubled after each loss."""
+PROVEN = 2.0
+"""With drafts that look so many times faster than plain decoding, its price need not be known."""
+PATIENCE = 3
+"""Rounds before a plain step is made to measure it, if none came of itself."""
+FIRST_DEPTH, FIRST_COPY = 2, 8
+"""The most depth of a first draft by a model, which is also that of a trial, and by a drafter without."""
+TRIAL_PAUSE = 16.0
+"""The pause after a trial, in units of what it costs, doubled after each loss."""
 MOST_DOUBLINGS = 6
 """The pause between trials stops growing after so many losses."""
+TRUSTED = 4
+"""A width that has been measured less often may yet turn out cheaper: half of what it costs beyond a plain step."""
 CARRIED = 0.8
 """Share of a call's survival counts that the next call starts from: costs last, texts change."""
-BLURRED = 0.7
-"""Share of its counts that stages left out keep from one pause to the next: texts change."""
+BLURRED = 0.5
+"""Share of its counts that stages keep when a trial goes well: the text has changed."""
 UNREAD = 16
 """With more text to read than this, a drafter's time says nothing about its cost a token."""
 MIXED = -1
 """Evidence of a batch, whose rows have their own: its trials are counted apart."""
 LONE_DEPTH = 20
 """A lone drafter may draft so many tokens where its drafts survive, however few it likes by itself."""
-FAR = 16
-"""Tokens of a prompt from which on its forward says what wide drafts cost."""
+HORIZON = 64
+"""Tokens over which a new shape must earn its slow first run."""
 LEARNING, SETTLED_FOR = 16, 4
 """After so many rounds, a choice stands for so many."""
-
-
-def _bucket(width: int) -> int:
-    """Prompt lengths, coarsely, so that a table of them stays small."""
-    return 1 << max(width - 1, 1).bit_length()
-
-
-Hazards = Callable[[Survival, int], list[float]]
-
-
-MEMORY = Memory()
-WARM: WeakSet[nn.Module] = WeakSet()
-"""Targets that have run in this process."""
-
-
-def clear_memory() -> None:
-    """Forgets what earlier calls have learned."""
-    MEMORY.clear()
 
 
 @dataclass(frozen=True)
@@ -78,7 +70,7 @@ class CostModel(Schedule):
     Args:
         most: the largest depth; None leaves it to the drafter: a cascade's limits, 20 or twice
             `Drafter.depth` for a single drafter.
-        remember: whether calls learn from earlier calls with the same models.
+        remember: whether calls learn from the drafter's earlier calls with the same target.
     """
 
     most: int | None = None
@@ -92,6 +84,25 @@ class CostModel(Schedule):
         return Working(self, call, drafter)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What drafting so deep, without the first `skip` stages, is expected to come to in a round of a row.
+
+    Attributes:
+        tokens: emitted.
+        seconds: drafting, the target's forward, and a share of reading the text.
+    """
+
+    skip: int
+    depth: int
+    tokens: float
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds
+
+
 class Working(Schedule):
     """One call's cost model."""
 
@@ -99,27 +110,43 @@ class Working(Schedule):
         self.options, self.call, self.drafter = options, call, drafter
         self.stages = drafter.stages()
         self.limits = [limit for _, limit in self.stages]
-        self.key = (call.rows, call.sampler.greedy, call.head.processing.temperature, drafter.signature())
-        self.ledger = MEMORY.load(call.target, drafter.models(), self.key) if options.remember else Ledger()
+        self.key = (CostModel, call.rows, call.sampler.greedy, call.head.processing.temperature)
+        self.ledger = drafter.memory.load(call.target, self.key, self._fresh) if options.remember else Ledger()
         for survival in self.ledger.survivals.values():
             survival.fade(CARRIED)
+        self._streaky = bool(drafter.models())
         self.most = options.most or (self.limits[-1] if len(self.stages) > 1 else max(2 * self.limits[-1], LONE_DEPTH))
-        self._widths = [[0] for _ in self.stages]
+        self.depths = sorted({depth for depth in DEPTHS if depth < self.most} | {self.most})
+        self.prices = Widths()
+        self._draft_widths = [[0] for _ in self.stages]
         self.rounds = self.skip = self.depth = 0
         self.evidence: list[int] = []  # by row
+        self._whole: set[int] = set()  # rows whose last draft was kept whole: models are right, or wrong, in stretches
         self._asked: list[int] = []
         self._settled: dict[int, tuple[int, int, int]] = {}  # by evidence: skip, depth, rounds that this stands for
         self._reads = self._trial = False
         self._charged = [(0.0, 0.0)] * len(self.stages)
+        self._plans: dict[int, list[Plan]] = {}  # by evidence: the last that were compared
+        self._kinds: Counter[int] = Counter()  # rounds by evidence
+
+    def _fresh(self) -> Ledger:
+        """The first call: costs that were saved with a cascade, if they are of this target and device."""
+        saved = self.drafter.memory.saved
+        saved = saved.get(place(self.call.target)) if saved else None
+        return Ledger(Costs.from_list(saved)) if saved else Ledger()
 
     # What to draft.
 
     def budgets(self, contexts: Sequence[Context], rooms: Sequence[int], drafter: Drafter) -> list[Budget]:
-        self.evidence = [self.drafter.evidence(context) for context in contexts]
+        self.evidence = [
+            self.drafter.evidence(context) + (STREAK if context.row in self._whole else 0) for context in contexts
+        ]
         self._trial = False
         kind = self.evidence[0] if len(contexts) == 1 else MIXED
+        self._kinds[kind] += 1
         self.skip, self.depth, more = self._settled.get(kind, (0, 0, 0))
         if more <= 0:
+            self.prices = self.ledger.costs.widths(len(contexts), max(len(context.text) for context in contexts))
             self.skip, self.depth = self._choose(kind, contexts, max(rooms) + 1)
             settled = self.rounds > LEARNING and not self._trial and kind != MIXED
             more = SETTLED_FOR if settled else 1
@@ -132,67 +159,83 @@ class Working(Schedule):
 
     def _choose(self, kind: int, contexts: Sequence[Context], remaining: int) -> tuple[int, int]:
         """Leading stages to leave out, and depth, for the next rounds."""
-        target = self.ledger.target
-        if not target.known(1):  # two short drafts from the cheapest stage, then a plain step: what drafting must beat
-            return (0, 0) if self.rounds >= 2 else (len(self.stages) - 1, min(FIRST_DEPTH, self.most))
-        plain = target.seconds(1)
-        best = (MARGIN / plain, -1, 0)
+        plain = self.prices.seconds(1)
         survivals = [self.ledger.survival(kind, skip) for skip in range(len(self.stages))]  # keep count of trials
-        for skip in range(len(self.stages)):
-            rate, depth = self._best_depth(skip, contexts, remaining)
-            best = max(best, (rate, skip, depth))
+        plans = [plan for skip in range(len(self.stages)) for plan in self._compared(skip, contexts, remaining)]
+        self._plans[kind] = plans
+        best = max(plans, key=lambda plan: self._preference(plan, remaining), default=None)
+        if best is None or best.rate * plain < MARGIN:
+            best = None
+        elif best.rate * plain < PROVEN and self.rounds >= PATIENCE and not self.prices.known(1):
+            return 0, 0  # what drafts must beat
+        rate = best.rate if best else 1 / plain
         for skip, stages in enumerate(survivals):
-            if skip == best[1]:
+            if best and skip == best.skip:
                 stages.losses, stages.wait = 0, 0.0
-            elif stages.wait <= 0 and self._worth_a_trial(skip, stages, best[0], contexts, remaining):
+            elif stages.wait <= 0 and self._worth_a_trial(skip, stages, rate, contexts, remaining):
                 self._trial = True
                 return skip, min(FIRST_DEPTH, self.most)
-        return max(best[1], 0), best[2]
+        return (best.skip, best.depth) if best else (0, 0)
 
     def _worth_a_trial(
         self, skip: int, stages: Survival, rate: float, contexts: Sequence[Context], remaining: int
     ) -> bool:
         """Whether stages that are not the best choice could be: a trial costs, so each loss doubles the pause."""
-        plain, depth = self.ledger.target.seconds(1), min(FIRST_DEPTH, self.most)
+        plain, depth = self.prices.seconds(1), min(FIRST_DEPTH, self.most)
         reading = self._reading_seconds(skip, contexts)
-        price = reading + depth * self._token_seconds(skip) + self.ledger.target.seconds(1 + depth) - plain
+        price = reading + depth * self._token_seconds(skip) + self.prices.seconds(1 + depth) - plain
         stages.losses = min(stages.losses + 1, MOST_DOUBLINGS)
         stages.wait = TRIAL_PAUSE * 2.0 ** (stages.losses - 1) * max(price, 0.1 * plain)
-        hopeful, _ = self._best_depth(skip, contexts, remaining, Survival.hopes)
-        for evidence in set(self.evidence):
-            self.ledger.survival(evidence, skip).fade(BLURRED)
+        hopeful = max((plan.rate for plan in self._compared(skip, contexts, remaining, hope=True)), default=0.0)
         return hopeful > rate and remaining * plain > 2 * TRIAL_PAUSE * reading
 
-    def _best_depth(
-        self, skip: int, contexts: Sequence[Context], remaining: int, hazards: Hazards = Survival.hazards
-    ) -> tuple[float, int]:
-        """Tokens a second and row, and the depth that gives the most, when the first `skip` stages are left out."""
-        target, rows = self.ledger.target, len(contexts)
+    def _compared(self, skip: int, contexts: Sequence[Context], remaining: int, hope: bool = False) -> list[Plan]:
+        """What each depth would come to without the first `skip` stages."""
         counts = [(self.ledger.survival(e, skip), self.evidence.count(e)) for e in set(self.evidence)]
-        most = min(self.most, 2 * max(len(stages.asked) for stages, _ in counts) + 2, remaining - 1)
-        reading, widths = self._reading_seconds(skip, contexts), self._draft_widths(skip, most)
-        seconds, tokens, best = target.seconds(1), 1.0, (0.0, 0)
-        chances = [(hazards(stages, most), stages.shares_offered(most), number) for stages, number in counts]
-        survival = [1.0] * len(counts)
-        for i in range(most):
-            short = 1.0  # the chance that no row is offered token i: nothing gets wider
+        first = FIRST_DEPTH if self.stages[skip][0].models() else FIRST_COPY
+        most = min(self.most, 2 * max(len(stages.asked) for stages, _ in counts) + first, remaining - 1)
+        reading, widths = self._reading_seconds(skip, contexts), self._widths(skip, most)
+        drafting = [self._token_seconds(stage) for stage in range(len(self.stages))]
+        chances = [(stages.hazards(most, hope), stages.shares_offered(most), number) for stages, number in counts]
+        survival, tokens, plans, before = [1.0] * len(counts), 1.0, [], 0
+        seconds = wide = self._seconds(1, hope)
+        for depth in self.depths:
+            if depth > most:
+                break
+            short, spent = 1.0, 0.0  # the chance that no row is offered so much: nothing gets wider
             for k, (hazard, share, number) in enumerate(chances):
-                survival[k] *= hazard[i]
-                tokens += survival[k] * number / rows
-                short *= (1 - share[i]) ** number
-            wider = target.seconds(1 + widths[i + 1]) - target.seconds(1 + widths[i])
-            seconds += (1 - short) * (wider + self._token_seconds(self._stage_at(skip, i)))
-            rate = 1 / (seconds / tokens + reading / remaining)
-            best = max(best, (rate, i + 1))
-        return best
+                for i in range(before, depth):
+                    survival[k] *= hazard[i]
+                    tokens += survival[k] * number / len(contexts)
+                short *= (1 - share[depth - 1]) ** number
+            for i in range(before, depth):
+                spent += drafting[self._stage_at(skip, i)]
+            narrow, wide = wide, self._seconds(1 + widths[depth], hope)
+            seconds += (1 - short) * (wide - narrow + spent)
+            plans.append(Plan(skip, depth, tokens, seconds + tokens * reading / remaining))
+            before = depth
+        return plans
+
+    def _preference(self, plan: Plan, remaining: int) -> float:
+        """Its rate if it stays the choice: a new shape is slow once. A little more if its price is known."""
+        width = 1 + self._draft_widths[plan.skip][plan.depth]
+        once = self.prices.first_run(width) * plan.tokens / min(remaining, HORIZON)
+        return plan.tokens / (plan.seconds + once) * (MARGIN if self.prices.known(width) else 1.0)
+
+    # Prices.
+
+    def _seconds(self, width: int, hope: bool) -> float:
+        """Of the target's forward; of one that was seldom measured, what it may yet turn out to be, for hope."""
+        price, plain = self.prices.seconds(width), self.prices.seconds(1)
+        return (price + plain) / 2 if hope and self.prices.count(width) < TRUSTED else price
 
     def _stage_at(self, skip: int, i: int) -> int:
         """The stage that writes draft token `i`."""
-        return next((s for s in range(skip, len(self.limits)) if i < self.limits[s]), len(self.limits) - 1)
+        return max(skip, min(bisect_right(self.limits, i), len(self.limits) - 1))
 
-    def _draft_widths(self, skip: int, most: int) -> list[int]:
+    def _widths(self, skip: int, most: int) -> list[int]:
         """(> most,) tokens under review when the stages from `skip` on draft so deep: more if they branch."""
-        widths = self._widths[skip]
+        widths = self._draft_widths[skip]
         for i in range(len(widths) - 1, most):
             stage = self._stage_at(skip, i)
             start = self.limits[stage - 1] if stage > skip else 0
@@ -200,10 +243,8 @@ class Working(Schedule):
         return widths
 
     def _token_seconds(self, stage: int) -> float:
-        known = self.ledger.token_seconds.get(stage)
-        if known is None:
-            return MODEL_COST * self.ledger.target.seconds(1) if self.stages[stage][0].models() else 0.0
-        return known
+        prior = MODEL_COST * self.prices.seconds(1) if self.stages[stage][0].models() else 0.0
+        return self.ledger.costs.token(stage, prior)
 
     def _reading_seconds(self, skip: int, contexts: Sequence[Context]) -> float:
         """What the drafter models must read first, once."""
@@ -219,32 +260,22 @@ class Working(Schedule):
     # What came of it.
 
     def observe(self, rounds: Sequence[Round], draft_seconds: float, score_seconds: float) -> None:
-        ledger, drafted = self.ledger, max(r.drafted for r in rounds)
+        ledger, reader = self.ledger, self.call.session(self.call.target).reader
         self.rounds += 1
-        if self.rounds > 1:
-            ledger.target.add(1 + drafted, score_seconds)
-        else:
-            self._learn_far(len(rounds), score_seconds)
+        ledger.costs.add(len(rounds), reader.shape.queries, reader.shape.slots, score_seconds, reader.warm)
         for survival in ledger.survivals.values():
             survival.wait -= draft_seconds + score_seconds
         if self.depth == 0:
             return
         if self._trial and sum(r.accepted for r in rounds) == sum(self._asked):  # promising: try again at once
             ledger.survival(self.evidence[0] if len(rounds) == 1 else MIXED, self.skip).wait = 0.0
+            for evidence in set(self.evidence):
+                ledger.survival(evidence, self.skip).fade(BLURRED)
         for r, asked, evidence in zip(rounds, self._asked, self.evidence, strict=True):
             ledger.survival(evidence, self.skip).add(asked, r.depth, r.accepted)
+            if self._streaky and r.depth:
+                (self._whole.add if r.accepted == r.depth else self._whole.discard)(r.context.row)
         self._learn_costs(max(r.depth for r in rounds), draft_seconds)
-
-    def _learn_far(self, rows: int, seconds: float) -> None:
-        """The first round also reads the prompt: a far point, without which wide drafts look dearer than they are.
-
-        If it is far. A model's first forward in a process is slow as no other is, and says nothing.
-        """
-        target = self.call.target
-        width = _bucket(self.call.session(target).runner.fed // rows)
-        if target in WARM and width >= FAR:
-            self.ledger.target.add(width, seconds)
-        WARM.add(target)
 
     def _learn_costs(self, depth: int, draft_seconds: float) -> None:
         """Seconds a level of every stage that drafted: what its cascade charged, or all for a lone drafter."""
@@ -255,9 +286,32 @@ class Working(Schedule):
             self._charged = now
         for stage, (seconds, tokens) in enumerate(charged):
             if tokens and not self._reads:
-                old = self.ledger.token_seconds.get(stage, seconds / tokens)
-                self.ledger.token_seconds[stage] = 0.8 * old + 0.2 * seconds / tokens
+                self.ledger.costs.add_token(stage, seconds / tokens)
 
     def finish(self) -> None:
         if self.options.remember:
-            MEMORY.save(self.call.target, self.drafter.models(), self.key, self.ledger)
+            self.drafter.memory.save(self.call.target, self.key, self.ledger)
+
+    def why(self) -> str:
+        kind = max(self._plans, key=lambda kind: self._kinds[kind], default=None)
+        plans = self._plans.get(kind) if kind is not None else None
+        return reason(plans, self.prices.seconds(1)) if plans else ""
+
+
+def reason(plans: Sequence[Plan], plain: float) -> str:
+    """One sentence: the best of the depths that were compared, and the next one.
+
+    Args:
+        plain: seconds of a plain step.
+    """
+
+    def yields(plan: Plan) -> str:
+        return f"{plan.tokens:.1f} tokens a step at {plan.seconds / plain:.1f} steps' cost"
+
+    best = max(plans, key=lambda plan: plan.rate)
+    if best.rate * plain < MARGIN:
+        return f"drafting does not pay: drafts of {best.depth} would give {yields(best)}"
+    deeper = next((plan for plan in plans if plan.skip == best.skip and plan.depth > best.depth), None)
+    left_out = f" without the first {best.skip} stages" if best.skip else ""
+    said = f"drafts of {best.depth}{left_out} pay: {yields(best)}"
+    return f"{said}; drafts of {deeper.depth} would give {yields(deeper)}" if deeper else said

@@ -1,59 +1,229 @@
-"""What forwards cost and how drafts survive, measured: kept from call to call, forgotten with the models."""
+"""What forwards and drafting cost, from warm measurements, and how drafts survive.
+
+A drafter's memory holds one `Ledger` for each target and way of decoding. Noise only ever adds to a measurement, so a
+shape's price is the lower quartile of its last few. What was never run is priced after the nearest shape that was.
+"""
 
 from __future__ import annotations
 
-import threading
-import weakref
+import math
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
-from copy import deepcopy
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Ledger", "Memory", "Survival", "Widths"]
+from csdraft.stored import fit
 
-FADE = 0.97
-"""Weight that a round's counts keep after each later one: a memory of about 33 rounds."""
-PRIOR, PRIOR_WEIGHT = 0.7, 2.0
-"""Survival of one more token before anything is known: hopeful, so that every stage gets its chance."""
+__all__ = ["STREAK", "Costs", "Ledger", "Survival", "Widths", "check_costs"]
+
+KEPT = 12
+"""Measurements of a shape that are kept."""
+SLOPE = 0.02
+"""Share of a step that another query is taken to cost where nothing is known: weights are read once for all."""
+DOUBT = 1.25
+"""A single measurement that is so many times what its neighbours say is measured again before it is believed."""
+BELIEVED = 2
+"""Measurements of a shape that settle its price."""
+SHORT = 9
+"""Up to 2 ** SHORT slots are one bucket; above, each power of two is."""
+FADE = 0.98
+"""Weight that a round's counts keep after each later one: a memory of about 50 rounds."""
+PRIOR, PRIOR_WEIGHT = (0.6, 0.3, 0.45, 0.65, 0.8), 2.0
+"""Survival of a draft's first token before anything is known, by evidence: a copy's grows with its match."""
+GOES_ON = 0.75
+"""Survival of a token behind one that survived, before anything is known."""
+REMEMBERED = 4.0
+"""Rounds of failure that hope remembers: texts change."""
+STREAK, AFTER_STREAK = 8, 0.85
+"""Added to the evidence of a row whose last draft was kept whole, and the prior survival there."""
+
+
+def _quartile(samples: deque[float]) -> float:
+    return sorted(samples)[(len(samples) - 1) // 4]
 
 
 @dataclass
 class Widths:
-    """Seconds of a forward by width: medians where measured, a line through them elsewhere."""
+    """Seconds of a forward by its number of queries, other things equal.
 
-    samples: dict[int, deque] = field(default_factory=dict)
-    _medians: dict[int, float] = field(default_factory=dict)
+    Attributes:
+        samples: the last warm measurements.
+        bounds: the least that a cold forward took: a warm one takes no longer.
+    """
 
-    def add(self, width: int, seconds: float) -> None:
-        kept = self.samples.setdefault(width, deque(maxlen=9))
-        kept.append(seconds)
-        self._medians[width] = sorted(kept)[(len(kept) - 1) // 2]
+    samples: dict[int, deque[float]] = field(default_factory=dict)
+    bounds: dict[int, float] = field(default_factory=dict)
+    _priced: dict[int, float] = field(default_factory=dict, repr=False, compare=False)
+    _points: dict[int, float] = field(default_factory=dict, repr=False, compare=False)
+
+    def add(self, width: int, seconds: float, warm: bool = True) -> None:
+        """One forward's measurement."""
+        self._priced, self._points = {}, {}
+        if warm:
+            self.samples.setdefault(width, deque(maxlen=KEPT)).append(seconds)
+        else:
+            self.bounds[width] = min(seconds, self.bounds.get(width, math.inf))
 
     def known(self, width: int) -> bool:
-        return width in self._medians
+        """Whether it was measured warm."""
+        return width in self.samples
+
+    def count(self, width: int) -> int:
+        """Warm measurements of it."""
+        return len(self.samples.get(width, ()))
+
+    def first_run(self, width: int) -> float:
+        """Seconds by which its first run is likely to exceed its price, going by others'; 0 if it has run."""
+        if width in self.samples or width in self.bounds:
+            return 0.0
+        both = self.samples.keys() & self.bounds.keys()
+        excess = sorted(self.bounds[w] - _quartile(self.samples[w]) for w in both)
+        return max(excess[len(excess) // 2], 0.0) if excess else 0.0
 
     def seconds(self, width: int) -> float:
-        """Measured, interpolated, or extrapolated from the nearest measured width; never decreasing outwards."""
-        known = self._medians
-        if width in known:
-            return known[width]
-        below = max((w for w in known if w < width), default=None)
-        above = min((w for w in known if w > width), default=None)
-        if below is not None and above is not None:
-            share = (width - below) / (above - below)
-            return known[below] + share * (known[above] - known[below])
-        if below is not None:  # to the right of everything: the slope from the narrowest on
-            first = min(known)
-            slope = (known[below] - known[first]) / (below - first) if below > first else 0.02 * known[below]
-            return known[below] + max(slope, 0.0) * (width - below)
-        return known[above] if above is not None else 0.0
+        """Measured, or after the nearest widths; never more than a wider one. In steps while nothing is known."""
+        if width not in self._priced:
+            self._points = self._points or self._known_points()
+            self._priced[width] = _between(self._points, width)
+        return self._priced[width]
+
+    def _known_points(self) -> dict[int, float]:
+        """Prices by width: what was measured at least twice, and what stands alone as far as it can be believed."""
+        centres = {w: _quartile(kept) for w, kept in self.samples.items()}
+        settled = {w: centre for w, centre in centres.items() if self._is_settled(w, centre)}
+        points = dict(settled)
+        for width in (self.samples | self.bounds).keys() - settled.keys():
+            alone = min(centres.get(width, math.inf), self.bounds.get(width, math.inf))
+            points[width] = min(alone, DOUBT * _between(settled, width)) if settled else alone
+        least, rising = math.inf, {}
+        for width in sorted(points, reverse=True):
+            rising[width] = least = min(least, points[width])
+        return dict(reversed(rising.items()))
+
+    def _is_settled(self, width: int, centre: float) -> bool:
+        """Measured warm twice, or once and, cold, about the same."""
+        return self.count(width) >= BELIEVED or self.bounds.get(width, math.inf) < DOUBT * centre
+
+    def scaled(self, factor: float) -> Widths:
+        """The same on a machine that takes `factor` times as long."""
+        samples = {w: deque((factor * s for s in kept), KEPT) for w, kept in self.samples.items()}
+        return Widths(samples, {w: factor * bound for w, bound in self.bounds.items()})
+
+
+def _steps(width: int) -> float:
+    return 1 + SLOPE * (width - 1)
+
+
+def _between(points: Mapping[int, float], width: int) -> float:
+    """Interpolated; outside what is known, the nearest and a gentle slope from there; in steps if nothing is known."""
+    if not points:
+        return _steps(width)
+    known = sorted(points)
+    place = bisect_left(known, width)
+    if place in (0, len(known)):
+        nearest = known[min(place, len(known) - 1)]
+        return points[nearest] * _steps(width) / _steps(nearest)
+    below, above = known[place - 1], known[place]
+    return points[below] + (width - below) / (above - below) * (points[above] - points[below])
+
+
+Group = tuple[int, int]
+"""Batch rows, and the bucket of slots."""
+
+
+@dataclass
+class Costs:
+    """Seconds by shape, and by drafted token.
+
+    Attributes:
+        groups: of the target's forwards.
+        stages: by stage of the drafter, the last measurements of a drafted token.
+    """
+
+    groups: dict[Group, Widths] = field(default_factory=dict)
+    stages: dict[int, deque[float]] = field(default_factory=dict)
+
+    def add(self, rows: int, queries: int, slots: int, seconds: float, warm: bool) -> None:
+        """One forward of the target, with all else that its round took but drafting."""
+        self.groups.setdefault((rows, _bucket(slots)), Widths()).add(queries, seconds, warm)
+
+    def add_token(self, stage: int, seconds: float) -> None:
+        """What a stage took for each token of a draft."""
+        self.stages.setdefault(stage, deque(maxlen=KEPT)).append(seconds)
+
+    def token(self, stage: int, prior: float) -> float:
+        """Seconds of a stage's token; a single measurement is believed up to what doubt allows over `prior`."""
+        known = self.stages.get(stage)
+        if not known:
+            return prior
+        return min(known[0], 2 * DOUBT * prior) if len(known) < BELIEVED and prior else _quartile(known)
+
+    def widths(self, rows: int, slots: int) -> Widths:
+        """Prices for so many rows and slots: what was measured there, completed from the nearest rows and slots."""
+        group = rows, _bucket(slots)
+        own = self.groups.get(group, Widths())
+        others = [other for other in self.groups if other != group]
+        if not others:
+            return own
+        near = min(others, key=lambda g: (abs(math.log2(g[0] / rows)), abs(g[1] - group[1])))
+        other = self.groups[near]
+        shared = sorted(_quartile(own.samples[w]) / other.seconds(w) for w in own.samples)
+        merged = other.scaled(shared[len(shared) // 2] if shared else 1.0)
+        merged.bounds = dict(own.bounds) if own.samples else merged.bounds | own.bounds
+        merged.samples |= own.samples
+        return merged
+
+    def to_list(self) -> list[list[float]]:
+        """[rows, bucket, queries, seconds] of every shape, and [0, 0, stage, seconds] of every stage's token."""
+        shapes = [
+            [rows, bucket, width, _quartile(kept)]
+            for (rows, bucket), widths in sorted(self.groups.items())
+            for width, kept in sorted(widths.samples.items())
+        ]
+        return shapes + [[0, 0, stage, _quartile(kept)] for stage, kept in sorted(self.stages.items())]
+
+    @classmethod
+    def from_list(cls, table: list[tuple[int, int, int, float]]) -> Costs:
+        """The inverse: each price counts as one measurement, so that what is measured here soon replaces it."""
+        costs = cls()
+        for rows, bucket, width, seconds in table:
+            if rows:
+                costs.groups.setdefault((rows, bucket), Widths()).add(width, seconds)
+            else:
+                costs.add_token(width, seconds)
+        return costs
+
+
+def _bucket(slots: int) -> int:
+    return max((max(slots, 1) - 1).bit_length(), SHORT)
+
+
+MOST_ROWS, MOST_BUCKET, MOST_QUERIES, MOST_SECONDS, MOST_ENTRIES = 1 << 20, 40, 1 << 20, 3600.0, 10_000
+
+
+def check_costs(document: Any, at: str) -> dict[str, list[tuple[int, int, int, float]]]:
+    """A saved costs table, by device and target; ValueError that names the place if it is none."""
+    tables = fit(document, dict[str, list[tuple[int, int, int, float]]], at)
+    for name, table in tables.items():
+        if len(table) > MOST_ENTRIES:
+            raise ValueError(f"{at}.{name} has {len(table)} entries, at most {MOST_ENTRIES} go")
+        for i, (rows, bucket, width, seconds) in enumerate(table):
+            whole = 0 <= rows <= MOST_ROWS and 0 <= bucket <= MOST_BUCKET and 0 <= width <= MOST_QUERIES
+            if not (whole and width >= bool(rows) and 0 < seconds <= MOST_SECONDS):
+                raise ValueError(
+                    f"{at}.{name}[{i}]={[rows, bucket, width, seconds]} must be rows, bucket of slots and queries, "
+                    f"all >= 0, and seconds from 0 to {MOST_SECONDS:.0f}; delete the file to measure anew"
+                )
+    return tables
 
 
 @dataclass
 class Survival:
     """What drafting from one stage on has shown: which tokens were offered, and how many survived, by position."""
 
+    prior: float = PRIOR[0]
+    copies: bool = False  # which go on well however seldom they begin well; a model is good or bad
     tried: list[float] = field(default_factory=list)  # rounds that kept the first i tokens and asked for one more
     kept: list[float] = field(default_factory=list)  # of these, how many kept that one too
     asked: list[float] = field(default_factory=list)  # rounds that asked for token i
@@ -64,9 +234,7 @@ class Survival:
     def add(self, asked: int, offered: int, accepted: int) -> None:
         """One row's round."""
         for column in (self.tried, self.kept, self.asked, self.offered):
-            column[:] = [FADE * count for count in column]
-        for column in (self.tried, self.kept, self.asked, self.offered):
-            column += [0.0] * (asked - len(column))
+            column[:] = [FADE * count for count in column] + [0.0] * (asked - len(column))
         for i in range(asked):
             self.asked[i] += 1
             self.offered[i] += i < offered
@@ -79,21 +247,27 @@ class Survival:
         for column in (self.tried, self.kept):
             column[:] = [share * count for count in column]
 
-    def hopes(self, depth: int) -> list[float]:
-        """The hazards if all that is not known yet turned out well; a token that is not offered cannot survive."""
-        known = [(k + PRIOR_WEIGHT) / (t + PRIOR_WEIGHT) for k, t in zip(self.kept[:depth], self.tried, strict=False)]
-        pooled = (sum(self.kept) + PRIOR_WEIGHT) / (sum(self.tried) + PRIOR_WEIGHT)
-        hopes = known + [pooled] * (depth - len(known))
-        return [min(hope, share) for hope, share in zip(hopes, self.shares_offered(depth), strict=True)]
+    def hazards(self, depth: int, hope: bool = False) -> list[float]:
+        """The chance of each of `depth` tokens to survive, given that those before it did.
 
-    def hazards(self, depth: int) -> list[float]:
-        """The chance of each of `depth` tokens to survive, given that those before it did."""
-        pooled = (sum(self.kept) + PRIOR_WEIGHT * PRIOR) / (sum(self.tried) + PRIOR_WEIGHT)
-        known = [
-            (kept + PRIOR_WEIGHT * pooled) / (tried + PRIOR_WEIGHT)
-            for kept, tried in zip(self.kept[:depth], self.tried, strict=False)
-        ]
-        return known + [pooled] * (depth - len(known))
+        The first stands for itself, since a draft is often wrong as a whole; what follows a right one has much in
+        common, and is seldom known as well.
+
+        Args:
+            hope: as if all that is not known yet turned out well; a token that is not offered cannot survive.
+        """
+        if not depth:
+            return []
+        tried, kept, weight = self.tried or [0.0], self.kept or [0.0], PRIOR_WEIGHT
+        if hope:
+            blur = min(1.0, REMEMBERED / max(tried[0], 1.0))
+            tried, kept = [blur * count for count in tried], [blur * count for count in kept]
+        first = (kept[0] + weight * (1.0 if hope else self.prior)) / (tried[0] + weight)
+        more = 1.0 if hope else max(first, GOES_ON if self.copies else math.sqrt(first * GOES_ON))
+        pooled = (sum(kept[1:]) + weight * more) / (sum(tried[1:]) + weight)
+        later = [(k + weight * pooled) / (t + weight) for k, t in zip(kept[1:depth], tried[1:], strict=False)]
+        found = [first, *later, *[pooled] * (depth - 1 - len(later))]
+        return [min(pair) for pair in zip(found, self.shares_offered(depth), strict=True)] if hope else found
 
     def shares_offered(self, depth: int) -> list[float]:
         """How often each of `depth` tokens was drafted when asked for."""
@@ -105,44 +279,21 @@ class Survival:
 class Ledger:
     """All that one call has learned, and what the next one starts from."""
 
-    target: Widths = field(default_factory=Widths)
+    costs: Costs = field(default_factory=Costs)
     survivals: dict[tuple[int, int], Survival] = field(default_factory=dict)  # by evidence and stages left out
-    token_seconds: dict[int, float] = field(default_factory=dict)  # by stage: seconds a drafted token
 
     def survival(self, evidence: int, skip: int) -> Survival:
         """What drafting showed with this evidence and without the first `skip` stages."""
-        return self.survivals.setdefault((evidence, skip), Survival())
+        known = self.survivals.setdefault((evidence, skip), Survival(copies=evidence % STREAK > 0))
+        usual = _prior(evidence)
+        others = [(_prior(e), other) for (e, s), other in self.survivals.items() if s == skip and e != evidence]
+        kept = sum(sum(other.kept[:1]) for _, other in others) + PRIOR_WEIGHT * usual
+        expected = sum(prior * sum(other.tried[:1]) for prior, other in others) + PRIOR_WEIGHT * usual
+        known.prior = min(usual * kept / expected, AFTER_STREAK)
+        return known
 
 
-Entries = dict[Hashable, tuple[list, Any]]
-
-
-class Memory:
-    """What earlier calls have learned, by target and drafter; forgets models that are gone. Locked.
-
-    Args:
-        make: what a call starts from that has no earlier one.
-    """
-
-    def __init__(self, make: Callable[[], Any] = Ledger) -> None:
-        self._make = make
-        self._lock = threading.Lock()
-        self._ledgers: weakref.WeakKeyDictionary[Any, Entries] = weakref.WeakKeyDictionary()
-
-    def load(self, target: Any, models: Sequence[Any], key: Hashable) -> Any:
-        with self._lock:
-            refs, ledger = self._ledgers.get(target, {}).get(key, ([], None))
-            if ledger is None or [ref() for ref in refs] != list(models):
-                return self._make()
-            return deepcopy(ledger)
-
-    def save(self, target: Any, models: Sequence[Any], key: Hashable, ledger: Any) -> None:
-        with self._lock:
-            kept = self._ledgers.setdefault(target, {})
-            for old in [k for k, (refs, _) in kept.items() if any(ref() is None for ref in refs)]:
-                del kept[old]
-            kept[key] = ([weakref.ref(model) for model in models], ledger)
-
-    def clear(self) -> None:
-        with self._lock:
-            self._ledgers.clear()
+def _prior(evidence: int) -> float:
+    if evidence >= STREAK:
+        return AFTER_STREAK
+    return PRIOR[evidence] if 0 <= evidence < len(PRIOR) else PRIOR[0]

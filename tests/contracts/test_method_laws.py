@@ -152,8 +152,8 @@ def balanced(watched: Drafter) -> None:
     assert isinstance(watched, Watched)
     assert watched.sessions, "nothing was drafted, so this proves nothing"
     for session in watched.sessions:
-        assert session.runner.fed == session.kept + session.rolled_back - session.imported
-    assert watched.sessions[0].runner.fed > 0
+        assert session.reader.fed == session.kept + session.rolled_back - session.imported
+    assert watched.sessions[0].reader.fed > 0
 
 
 @pytest.mark.parametrize("type", DRAFTERS)

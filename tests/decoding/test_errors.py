@@ -76,7 +76,7 @@ def test_other_generation_modes(forwards, mode: str) -> None:
 
 def test_flags_that_drafted_decoding_has_no_use_for(forwards) -> None:
     assert "unset use_cache" in refused(forwards, "use_cache=False", use_cache=False)
-    message = refused(forwards, "cache_implementation='static'", cache_implementation="static")
+    message = refused(forwards, "cache_implementation='quantized'", cache_implementation="quantized")
     assert "unset cache_implementation" in message
     message = refused(forwards, "output_attentions", output_attentions=True, return_dict_in_generate=True)
     assert "unset output_attentions" in message
@@ -167,8 +167,10 @@ def test_rows_that_may_end_apart_without_a_pad_token(forwards) -> None:
 
 
 def test_caches_that_cannot_be_taken_over(forwards) -> None:
-    cache = StaticCache(config=tiny.tiny("llama").config, max_cache_len=64)
+    cache = StaticCache(config=tiny.tiny("mistral").config, max_cache_len=64)  # of windows
     assert "DynamicCache" in refused(forwards, "StaticCache", **{GENERATE_CACHE: cache})
+    cache = StaticCache(config=tiny.tiny("llama").config, max_cache_len=20)
+    assert "give it max_cache_len=" in refused(forwards, "max_cache_len=20", **{GENERATE_CACHE: cache})
 
 
 def test_a_cache_without_its_text(forwards) -> None:

@@ -16,6 +16,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     MaxLengthCriteria,
+    StaticCache,
     StoppingCriteria,
     TextIteratorStreamer,
     pipeline,
@@ -401,6 +402,8 @@ CACHED = ["llama", "mistral", "gemma3", "t5"]
 def own_cache(model, kind: str):
     if model.config.is_encoder_decoder:
         return EncoderDecoderCache(DynamicCache(), DynamicCache())
+    if kind == "static":
+        return StaticCache(config=model.config, max_cache_len=72)
     return DynamicCache(config=model.config) if kind == "configured" else DynamicCache()
 
 
@@ -416,7 +419,7 @@ def spoken(family: str, output, inputs, more: torch.Tensor) -> dict:
     return {"input_ids": ids, "attention_mask": torch.cat([mask, new, torch.ones_like(ids)[:, :3]], 1)}
 
 
-@pytest.mark.parametrize("kind", ["configured", "bare"])
+@pytest.mark.parametrize("kind", ["configured", "bare", "static"])
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("family", CACHED)
 def test_a_users_cache_is_filled_and_continued(family: str, rows: int, kind: str) -> None:
@@ -424,6 +427,8 @@ def test_a_users_cache_is_filled_and_continued(family: str, rows: int, kind: str
     model, inputs = tiny.tiny(family), tiny.inputs_of(family, rows)
     if kind == "bare" and family in ("mistral", "gemma3"):
         pytest.skip("plain generate itself needs the config to window a cache")
+    if kind == "static" and family in ("mistral", "gemma3", "t5"):
+        pytest.skip("of windows and of halves, which csdraft takes over as dynamic ones only")
     more = torch.tensor([[5, 50, 33]])
     # Rows that end apart leave padding inside the next turn's text; windows and relative positions do not allow that.
     ends = [EOS, 40, 70] if family == "llama" else None
@@ -437,7 +442,9 @@ def test_a_users_cache_is_filled_and_continued(family: str, rows: int, kind: str
             output = model.generate(**turn, **options, eos_token_id=ends)
             said.append(output.tolist())
             halves = [cache.self_attention_cache, cache.cross_attention_cache] if family == "t5" else [cache]
-            shapes.append([(layer.keys.shape, layer.get_seq_length()) for half in halves for layer in half.layers])
+            shapes.append(
+                [(layer.keys.shape, int(layer.get_seq_length())) for half in halves for layer in half.layers]
+            )
             turn = spoken(family, output, inputs, more)
         return said, shapes
 
@@ -496,6 +503,18 @@ def test_several_texts_of_an_encoder_decoder() -> None:
     ]
     assert texts[0] == texts[1]
     assert len({tuple(text) for text in texts[0]}) == 6
+
+
+@pytest.mark.parametrize("wish", ["static", "hybrid"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_a_static_cache_is_a_wish_that_changes_no_text(family: str, wish: str) -> None:
+    model, inputs = tiny.tiny(family), tiny.inputs_of(family, 3)
+    options = GREEDY | {"cache_implementation": wish}
+    wanted = model.generate(**inputs, **options)
+    drafter = {"assistant": tiny.drafter_of(family), **FIXED}
+    assert torch.equal(model.generate(**inputs, **options, **drafter), wanted)
+    output = model.generate(**inputs, **options, **drafter, return_dict_in_generate=True)
+    assert torch.equal(output.sequences, wanted)
 
 
 def test_sampling_goes_on_alike_from_a_users_cache() -> None:

@@ -21,9 +21,9 @@ import csdraft
 import csdraft.verifiers
 from csdraft import Drafter, Horizontal, ModelDrafter, Vertical
 from csdraft.decoding.cache_names import GENERATE_CACHE
+from csdraft.decoding.chain import draft_chain
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Request, Verifier
-from csdraft.decoding.roll import roll
 from csdraft.decoding.scores import Scores
 from csdraft.decoding.session import Session
 from csdraft.drafters.max_gram import MaxGram
@@ -129,8 +129,8 @@ def test_a_model_sees_a_token_once_unless_it_was_rolled_back(shape: str, forgets
         watched = Watched(drafters(family, texts, forgetting(2) if forgets else None)[shape])
         model.generate(**inputs, **GREEDY, assistant=watched, return_dict_in_generate=forgets, **FIXED)
         for session in watched.sessions:
-            assert session.runner.fed == session.kept + session.rolled_back - session.imported
-            assert session.runner.fed > 0
+            assert session.reader.fed == session.kept + session.rolled_back - session.imported
+            assert session.reader.fed > 0
 
 
 def test_a_right_draft_is_read_once() -> None:
@@ -141,7 +141,7 @@ def test_a_right_draft_is_read_once() -> None:
     model.generate(**inputs, **GREEDY, eos_token_id=None, assistant=watched, **FIXED)
     target = watched.sessions[0]
     assert target.rolled_back == 0
-    assert target.runner.fed in (told.shape[1] - 1, told.shape[1])
+    assert target.reader.fed in (told.shape[1] - 1, told.shape[1])
 
 
 def test_a_users_cache_is_in_the_accounts() -> None:
@@ -156,7 +156,7 @@ def test_a_users_cache_is_in_the_accounts() -> None:
     assert target.imported == int(short["attention_mask"].sum())
     assert all(session.imported == 0 for session in others)
     for session in watched.sessions:
-        assert session.runner.fed == session.kept + session.rolled_back - session.imported
+        assert session.reader.fed == session.kept + session.rolled_back - session.imported
 
 
 # Match: the text does not depend on the drafter.
@@ -262,12 +262,12 @@ def test_the_law_is_the_targets(coin, verifier: type[Verifier], shape: str) -> N
     assert 0.2 < output.report.acceptance_rate < 0.99
 
 
-# A roll is so many steps.
+# A chain is so many steps.
 
 
 @dataclass(frozen=True, eq=False)
 class Compared(Drafter):
-    """Drafts by `roll`, and holds that against `score` and `choice` on a second session of the same weights."""
+    """Drafts by `draft_chain`, and holds that against `score` and `choice` on a second session of the same weights."""
 
     model: torch.nn.Module
     twin: torch.nn.Module
@@ -279,7 +279,7 @@ class Compared(Drafter):
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
         call = contexts[0].call
         steps = [min(b.room, 1 + (c.row + len(c.text)) % 4) for c, b in zip(contexts, budgets, strict=True)]
-        rolled = roll(call.session(self.model), contexts, steps, confidence=True)
+        rolled = draft_chain(call.session(self.model), contexts, steps, confidence=True)
         for context, wanted, drawn in zip(contexts, steps, rolled, strict=True):
             draft = context.draft
             for i in range(wanted):
@@ -318,7 +318,8 @@ class Unwatched(Drafter):
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
         session = contexts[0].call.session(self.model)
         steps = [min(b.room, 2 + c.row) for c, b in zip(contexts, budgets, strict=True)]
-        rolled = roll(session, contexts, steps, on_device=True)
+        session.reader.on_host = False
+        rolled = draft_chain(session, contexts, steps)
         level = contexts[0].call.level(self)
         return [c.draft.extend(r.tokens, level) for c, r in zip(contexts, rolled, strict=True)]
 
@@ -341,7 +342,7 @@ def test_what_was_scored_is_gone_before_the_next_forward(monkeypatch: pytest.Mon
     """Logits of a wide tree are large: two rounds' worth would double their memory, and cost time in every round."""
     model, inputs = tiny.tiny("llama"), tiny.inputs_of("llama", 2)
     alive: list[weakref.ref] = []
-    forward = Session.forward
+    forward = Session.read
 
     def watched(session: Session, *args, **kwargs):
         if session.model is model:
@@ -353,7 +354,7 @@ def test_what_was_scored_is_gone_before_the_next_forward(monkeypatch: pytest.Mon
             super().__init__(*args, **kwargs)
             alive.append(weakref.ref(self))
 
-    monkeypatch.setattr(Session, "forward", watched)
+    monkeypatch.setattr(Session, "read", watched)
     monkeypatch.setattr("csdraft.decoding.session.Scores", Remembered)
     for drafter in (MaxGram(), ModelDrafter(tiny.drafter_of("llama"), tree=BestFirst())):
         alive.clear()

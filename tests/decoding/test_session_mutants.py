@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 
-from csdraft.decoding import runner
+from csdraft.decoding import reader
 from csdraft.decoding.cache import SlotCache
 from csdraft.decoding.draft import Draft
-from csdraft.decoding.runner import Feed, Runner
+from csdraft.decoding.reader import Reader
 from csdraft.decoding.session import Session
 from tests import tiny
 from tests.decoding.walk import balanced, open_session, walk
@@ -25,10 +24,10 @@ def flat_mask(patch: pytest.MonkeyPatch) -> None:
     plan = Session.plan
 
     def flat(self, request):
-        feed, queries = plan(self, request)
-        if feed.extra is not None:
-            feed.extra, feed.sees = [()] * len(feed.tokens), [slot + 1 for slot in feed.slots]
-        return feed, queries
+        made, queries = plan(self, request)
+        if made.paths is not None:
+            made = replace(made, paths=[()] * len(made.tokens), sees=[slot + 1 for slot in made.slots])
+        return made, queries
 
     patch.setattr(Session, "plan", flat)
 
@@ -43,24 +42,22 @@ def position_off_by_one(patch: pytest.MonkeyPatch) -> None:
     plan = Session.plan
 
     def shifted(self, request):
-        feed, queries = plan(self, request)
-        feed.positions = [p + (p >= len(request.text)) for p in feed.positions]
-        return feed, queries
+        made, queries = plan(self, request)
+        return replace(made, positions=[p + (p >= len(request.text)) for p in made.positions]), queries
 
     patch.setattr(Session, "plan", shifted)
 
 
 def no_rollback(patch: pytest.MonkeyPatch) -> None:
     """What was drafted counts as text, whatever the text says."""
-    advance = Session._advance
+    keep = Session._keep
 
-    def trusting(self, row, reading):
-        if reading.read + len(reading.draft) <= len(reading.text) and reading.draft.is_chain:
-            reading.read += len(reading.draft)
-            reading.draft, reading.slots = Draft(), []
-        return advance(self, row, reading)
+    def trusting(self, row, reading, draft):
+        if reading.used <= len(reading.text) and reading.draft.is_chain:
+            reading.read, reading.draft = reading.used, Draft()
+        return keep(self, row, reading, draft)
 
-    patch.setattr(Session, "_advance", trusting)
+    patch.setattr(Session, "_keep", trusting)
 
 
 def any_twin(patch: pytest.MonkeyPatch) -> None:
@@ -75,47 +72,35 @@ def any_twin(patch: pytest.MonkeyPatch) -> None:
 
 
 def padding_over_cached_slots(patch: pytest.MonkeyPatch) -> None:
-    """A short row's padding is written behind what is fed instead of behind all that is cached."""
-    ragged = Runner._ragged
+    """A short row's padding is written behind what is read instead of behind all that is cached."""
+    plan = Session.plan
 
-    def padded(feed: Feed, queries: int) -> Feed:
-        pad, slot = queries - len(feed.tokens), feed.slots[-1] + 1
-        extra = [(slot,)] * pad + list(feed.extra or [()] * len(feed.tokens))
-        zeros = [0] * pad
-        tokens, positions, sees = zeros + feed.tokens, zeros + feed.positions, zeros + feed.sees
-        end = max(feed.end, slot + 1)
-        return replace(
-            feed, tokens=tokens, slots=[slot] * pad + feed.slots, positions=positions, sees=sees, extra=extra, end=end
-        )
+    def mutant(self, request):
+        made, queries = plan(self, request)
+        return replace(made, spare=made.slots[-1] + 1), queries
 
-    def mutant(self: Runner, feeds: Sequence[Feed], *others: Any) -> dict:
-        queries = max(len(feed.tokens) for feed in feeds)
-        return ragged(self, [padded(feed, queries) for feed in feeds], *others)
-
-    patch.setattr(Runner, "_ragged", mutant)
+    patch.setattr(Session, "plan", mutant)
 
 
 def window_by_slot(patch: pytest.MonkeyPatch) -> None:
     """A sliding window is measured in slots, not positions."""
-    ragged = Runner._ragged
-    patch.setattr(
-        Runner, "_ragged", lambda self, feeds, *more: ragged(self, [replace(f, elsewhere=[]) for f in feeds], *more)
-    )
+    place = SlotCache.place
+    patch.setattr(SlotCache, "place", lambda self, slots, positions, *more: place(self, slots, slots, *more))
 
 
 def no_window(patch: pytest.MonkeyPatch) -> None:
     """A sliding window is forgotten."""
-    patch.setattr(runner, "_spanned", lambda allowed, *spans: allowed)
+    patch.setattr(reader, "_spanned", lambda allowed, *spans: allowed)
 
 
 def no_position_bias(patch: pytest.MonkeyPatch) -> None:
     """T5's bias goes by slot."""
-    patch.setattr(Runner, "_position_bias", lambda self, positions, standing: torch.zeros(()))
+    patch.setattr(Reader, "_position_bias", lambda self, positions, standing: torch.zeros(()))
 
 
 def boolean_mask_for_eager(patch: pytest.MonkeyPatch) -> None:
     """Eager attention gets a boolean mask, which it adds."""
-    patch.setattr(Runner, "_additive", lambda self, allowed: allowed)
+    patch.setattr(Reader, "_additive", lambda self, allowed: allowed)
 
 
 def rows_mixed_up(patch: pytest.MonkeyPatch) -> None:
@@ -159,15 +144,15 @@ def test_the_walk_notices(mutant, family: str, attention: str, monkeypatch: pyte
 
 
 def test_the_accounts_notice_a_draft_that_is_dropped_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    advance = Session._advance
+    kept = Session._keep
 
-    def silent(self, row, reading):
+    def silent(self, row, reading, draft):
         before = self.rolled_back
-        found = advance(self, row, reading)
+        found = kept(self, row, reading, draft)
         self.rolled_back = before
         return found
 
-    monkeypatch.setattr(Session, "_advance", silent)
+    monkeypatch.setattr(Session, "_keep", silent)
     session = open_session(tiny.tiny("llama"), 2)
     walk(session, 12, 0)
     assert not balanced(session)

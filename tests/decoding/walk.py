@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from csdraft.decoding.chain import draft_chain
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Context, Request
-from csdraft.decoding.roll import roll
-from csdraft.decoding.runner import Sources
+from csdraft.decoding.reader import Sources
 from csdraft.decoding.sampling import Processing, Sampler
 from csdraft.decoding.scores import Head
 from csdraft.decoding.session import Session
@@ -121,7 +121,7 @@ def rolled_error(session: Session, requests: Sequence[Request], rng: random.Rand
         Context(request.row, request.text, None, draft) for request, draft in zip(requests, drafts, strict=True)
     ]
     steps, worst = [rng.randrange(5) for _ in requests], 0.0
-    for context, wanted, rolled in zip(contexts, steps, roll(session, contexts, steps), strict=True):
+    for context, wanted, rolled in zip(contexts, steps, draft_chain(session, contexts, steps), strict=True):
         assert len(rolled.tokens) == wanted
         draft = context.draft.extend(rolled.tokens, 0)
         right = truth(session, context.row, context.text, draft)
@@ -133,4 +133,4 @@ def rolled_error(session: Session, requests: Sequence[Request], rng: random.Rand
 
 def balanced(session: Session) -> bool:
     """Law 5: tokens fed = tokens kept + rolled back, but for those that came with the user's cache."""
-    return session.runner.fed == session.kept + session.rolled_back - session.imported
+    return session.reader.fed == session.kept + session.rolled_back - session.imported

@@ -16,9 +16,9 @@ import csdraft
 from csdraft import CascadeDrafter, Drafter, MaxGram, ModelDrafter, Vertical
 from csdraft.cli._models import Opened
 from csdraft.cli.check import greedy
+from csdraft.decoding.chain import draft_chain
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context
-from csdraft.decoding.roll import roll
 from csdraft.decoding.sampling import Sampler
 from csdraft.schedules.fixed import Fixed
 from tests import tiny
@@ -93,7 +93,7 @@ def test_the_noise_is_the_cpus(device: str) -> None:
     vocab = 50_000
     here, there = (Sampler(False, [3, 2**61 + 5], vocab) for _ in range(2))
     for row, position in ((0, 0), (0, 4097), (1, 77)):
-        uniforms = [s.hashed(row, position, torch.device(d)).cpu() for s, d in ((here, "cpu"), (there, device))]
+        uniforms = [s.hashed([(row, position)], torch.device(d))[0].cpu() for s, d in ((here, "cpu"), (there, device))]
         assert torch.equal(*uniforms)
         noise = [s.log_exponential(row, position, torch.device(d)).cpu() for s, d in ((here, "cpu"), (there, device))]
         torch.testing.assert_close(*noise, rtol=ROUNDING, atol=ROUNDING)
@@ -150,8 +150,9 @@ class Both(Drafter):
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
         call, steps = contexts[0].call, [min(b.room, 2 + c.row) for c, b in zip(contexts, budgets, strict=True)]
-        unseen = roll(call.session(self.model), contexts, steps, on_device=True)
-        seen = roll(call.session(self.twin), contexts, steps, on_device=False)
+        call.session(self.model).reader.on_host, call.session(self.twin).reader.on_host = False, True
+        unseen = draft_chain(call.session(self.model), contexts, steps)
+        seen = draft_chain(call.session(self.twin), contexts, steps)
         assert [r.tokens for r in unseen] == [r.tokens for r in seen]
         self.lengths.extend(len(r.tokens) for r in unseen)
         level = call.level(self)
@@ -168,11 +169,11 @@ def test_a_roll_on_the_device_is_so_many_steps(device: str, family: str, options
 
 
 def test_drafts_are_drawn_on_the_device(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An accelerator's drafts are copied to the host once a roll, a CPU's are looked at token by token."""
-    import csdraft.decoding.roll as module
+    """An accelerator's drafts are copied to the host once a chain, a CPU's are looked at token by token."""
+    import csdraft.decoding.chain as module
 
-    unwatched, rolls = module._unwatched, []
-    monkeypatch.setattr(module, "_unwatched", lambda *arguments: rolls.append(1) or unwatched(*arguments))
+    finish, chains = module.OnDevice.finish, []
+    monkeypatch.setattr(module.OnDevice, "finish", lambda self: chains.append(1) or finish(self))
     target, _, small = placed("llama", device)
     target.generate(**moved(tiny.prompt(), device), **GREEDY, assistant=ModelDrafter(small), **FIXED)
-    assert bool(rolls) == (device != "cpu")
+    assert bool(chains) == (device != "cpu")

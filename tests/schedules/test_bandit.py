@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from world import Stages, World, Writer, plain_seconds
+from world import Stages, World, Writer
 
-from csdraft.schedules.bandit import MEMORY, Bandit
+from csdraft.schedules.bandit import Bandit
 from csdraft.schedules.fixed import Fixed
 
 SEEDS = range(5)
@@ -18,7 +18,7 @@ def speedup(drafter, schedule, tokens=512) -> float:
     for seed in SEEDS:
         world = World(drafter, seed=seed)
         drafted += world.decode(schedule, tokens)
-        plain += plain_seconds(world, tokens)
+        plain += World(drafter, seed=seed).decode(Fixed(0), tokens)
     return plain / drafted
 
 
@@ -44,7 +44,7 @@ def test_the_next_call_starts_from_what_the_last_one_learned():
     model = World(drafter)
     drafted = {True: 0, False: 0}
     for remember in drafted:
-        MEMORY.clear()
+        drafter.memory.clear()
         for seed in SEEDS:
             world = World(drafter, seed=seed)
             world.call.target = model  # the same one in all calls

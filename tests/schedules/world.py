@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 from csdraft.decoding.draft import Draft
+from csdraft.decoding.inputs import Shape
 from csdraft.decoding.interfaces import Context, Drafter, Round, Verdict
-from csdraft.schedules.cost_model import WARM
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,13 @@ class Writer(Drafter):
     offers: float = 1.0  # how often it has anything to say
     depth: int = 5  # type: ignore[assignment]
     neural: bool = True
+    kinds: tuple[tuple[float, float], ...] = ()  # of evidence: how often each comes up, and its tokens' chance
 
     def models(self):
         return [self] if self.neural else []
+
+    def evidence(self, context):
+        return context.call.world.kind or 0
 
 
 @dataclass(frozen=True)
@@ -48,31 +52,65 @@ class Text(list):
 
 
 @dataclass(eq=False)
-class World:
-    """One row's decoding: a target of `base` seconds a forward plus `wide` a further token.
+class Device:
+    """What forwards take, by a clock of its own: `base` seconds plus `wide` for each query, `second` for the first.
 
-    Unless it has run before, its first forward takes `cold` times as long.
+    Args:
+        jitter: by how much a forward may be off, either way.
+        cold: the first forward of all takes so many times as long.
+        new: the first forward of each number of queries takes so many times as long.
+        outliers: the share of forwards that take five times as long.
+        neighbour: seconds for which another program is at work, and idle, in turn; all is twice as slow meanwhile.
     """
 
-    drafter: Drafter
     base: float = 1.0
     wide: float = 0.03
-    prompt: int = 200
+    second: float = 0.0
     jitter: float = 0.0
-    seed: int = 0
     cold: float = 1.0
+    new: float = 1.0
+    outliers: float = 0.0
+    neighbour: float = 0.0
+    now: float = 0.0
+    ran: set[int] = field(default_factory=set)
+
+    def run(self, queries: int, seed: random.Random) -> tuple[float, bool]:
+        """(seconds, whether it was warm) of one forward."""
+        seconds, warm = self.base + self.wide * (queries - 1) + self.second * (queries > 1), queries in self.ran
+        seconds *= self.cold if not self.ran else 1.0 if warm else self.new
+        self.ran.add(queries)
+        return self.pass_time(seconds * (1 + 4 * (seed.random() < self.outliers)), seed), warm
+
+    def pass_time(self, seconds: float, seed: random.Random) -> float:
+        """What that much work takes now."""
+        seconds *= 1 + self.jitter * (2 * seed.random() - 1)
+        if self.neighbour and self.now % (2 * self.neighbour) < self.neighbour:
+            seconds *= 2
+        self.now += seconds
+        return seconds
+
+
+@dataclass(eq=False)
+class World:
+    """One row's decoding, on a device."""
+
+    drafter: Drafter
+    device: Device = field(default_factory=Device)
+    prompt: int = 200
+    seed: int = 0
     seconds: float = 0.0
     plain_rounds: int = 0
     depths: list[int] = field(default_factory=list)
 
     def __post_init__(self):
         self.random = random.Random(self.seed)
+        places = random.Random(self.seed)  # of the text: luck is the same for all schedules
+        self.luck = [(places.random(), places.random(), places.random()) for _ in range(self.prompt + 2048)]
         self.text = Text([0] * self.prompt)
         self.read: dict[int, int] = {}
-        self.fed = 0
-        self.target = SimpleNamespace(runner=self)
-        if self.cold == 1:
-            WARM.add(self)  # type: ignore[arg-type]
+        self.kind: int | None = None
+        self.shape, self.warm = Shape(1, 0, 0), False
+        self.target = SimpleNamespace(reader=self)
         self.call = SimpleNamespace(
             rows=1,
             target=self,
@@ -80,6 +118,7 @@ class World:
             head=SimpleNamespace(processing=SimpleNamespace(temperature=1.0)),
             session=self.session,
             charges={},
+            world=self,
         )
 
     def session(self, model):
@@ -87,16 +126,15 @@ class World:
             return self.target
         return SimpleNamespace(unread=lambda row, text: len(self.text) - self.read.get(id(model), 0))
 
-    def noisy(self, seconds):
-        return seconds * (1 + self.jitter * (2 * self.random.random() - 1))
-
     def _write(self, budget):
         """(drafted, accepted, seconds) of one draft."""
         drafted = accepted = 0
         seconds, alive = 0.0, True
+        if self.kind is not None and not self.kind:
+            return 0, 0, 0.0
         for writer, limit in self.drafter.stages()[budget.skip :]:
             wanted = min(limit, budget.depth) - drafted
-            if wanted <= 0 or self.random.random() >= writer.offers:
+            if wanted <= 0 or self.luck[len(self.text)][0] >= writer.offers:
                 continue
             spent = writer.cost * wanted
             if writer.neural:
@@ -107,16 +145,27 @@ class World:
             before = self.call.charges.get(id(writer), (0.0, 0))
             self.call.charges[id(writer)] = (before[0] + spent, before[1] + wanted)
             for _ in range(wanted):
+                chance = writer.kinds[self.kind - 1][1] if self.kind else writer.accepted
+                alive = alive and self.luck[len(self.text) + drafted][1] < chance
                 drafted += 1
-                alive = alive and self.random.random() < writer.accepted
                 accepted += alive
         return drafted, accepted, seconds
+
+    def _evidence(self):
+        """The clue of this round, if the drafter has kinds: 0 where it has nothing to say."""
+        chance = self.luck[len(self.text)][2]
+        for kind, (share, _) in enumerate(getattr(self.drafter, "kinds", ()), 1):
+            if chance < share:
+                return kind
+            chance -= share
+        return 0 if getattr(self.drafter, "kinds", ()) else None
 
     def decode(self, schedule, tokens):
         """Seconds that `tokens` new tokens took, with and without the schedule's drafts."""
         working = schedule.start(self.call, self.drafter)
         end = len(self.text) + tokens
         while len(self.text) < end:
+            self.kind = self._evidence()
             context = Context(0, self.text, self.call)  # type: ignore[arg-type]
             room = end - len(self.text) - 1
             (budget,) = working.budgets([context], [room], self.drafter)
@@ -126,20 +175,14 @@ class World:
             self.plain_rounds += not drafted
             unread = len(self.text) - self.read.get(id(self), 0)
             self.read[id(self)] = len(self.text) + accepted
-            self.fed += unread + drafted
-            score = self.noisy(self.base + self.wide * (unread - 1 + drafted))
-            score, self.cold = score * self.cold, 1.0
+            drafting = self.device.pass_time(drafting, self.random)
+            self.shape = Shape(1, unread + drafted, len(self.text) + drafted)
+            score, self.warm = self.device.run(unread + drafted, self.random)
             draft = Draft.chain([0] * drafted)
             verdict = Verdict(list(range(accepted)), 0, len(self.text) + accepted + 1 >= end)
             finished = Round(context, draft, verdict, 0, None)  # type: ignore[arg-type]
             self.text.extend(finished.tokens)
-            drafting = self.noisy(drafting)
             self.seconds += drafting + score
             working.observe([finished], drafting, score)
         working.finish()
         return self.seconds
-
-
-def plain_seconds(world: World, tokens: int) -> float:
-    """What the same tokens cost without drafting."""
-    return tokens * world.base + world.wide * (world.prompt - 1)

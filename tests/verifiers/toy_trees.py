@@ -8,7 +8,7 @@ from trees import siblings
 
 from csdraft import spec
 from csdraft.decoding.draft import ROOT, Draft
-from csdraft.decoding.expand import Children, _drawn, _likeliest
+from csdraft.decoding.expand import Children, Question, _drawn, _likeliest
 from csdraft.decoding.grow import Growth, Row, _draft
 from csdraft.decoding.interfaces import Context, Tree
 from csdraft.decoding.sampling import Sampler
@@ -42,7 +42,8 @@ def grown(tree: Tree, drafter: Model, place: Place, sampler: Branching | Sampler
             laws = [drafter.law(place.text + branch(growth, node)) for node in nodes]
             if sampler is None or tree.draws is None:
                 above = [growth.path(node) for node in nodes]
-                growth.add(nodes, _likeliest(torch.stack(laws).log(), step.width, above, step.most))
+                asked = Question(None, nodes, step.width, above, step.most)  # type: ignore[arg-type]
+                growth.add(nodes, _likeliest(torch.stack(laws).log(), [asked])[0])
             else:
                 assert step.most is None
                 growth.add(nodes, [children(tree, law, step.width, sampler) for law in laws])

@@ -1,0 +1,168 @@
+"""Forwards of one shape that are recorded once and replayed: on a GPU a replay costs one launch, not hundreds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from csdraft.decoding import clock
+from csdraft.decoding.inputs import Shape
+
+if TYPE_CHECKING:
+    from csdraft.decoding.reader import Reader
+
+__all__ = ["FEWEST_SLOTS", "RECORDERS", "Graphs", "Mode", "bucket", "forward", "make_graphs", "slots_bucket"]
+
+ASKED = 3
+"""A shape is recorded when it has been asked for so often."""
+MOST = 64
+"""Recorded shapes of one reader: the buckets of queries and slots make fewer."""
+WARM_UPS = 2
+"""Runs before a recording: libraries choose their kernels and workspaces in them."""
+FEWEST_SLOTS = 256
+"""What a forward of fixed shape sees at least, and a cache reserves."""
+MOST_COMPILED = 1024
+"""Shapes that torch.compile keeps of one function; it would go on eagerly after 8."""
+
+Mode = Literal["auto", "compile", False]
+"""How forwards of fixed shape run: recorded where the device can, also compiled, or eagerly."""
+Replay = Callable[[], Tensor]
+Record = Callable[[Replay], Replay]
+Forward = Callable[[nn.Module, dict[str, Any]], Any]
+
+
+def forward(model: nn.Module, arguments: dict[str, Any]) -> Any:
+    """The model's output."""
+    return model(**arguments, use_cache=True, return_dict=True)
+
+
+def bucket(count: int, least: int = 1) -> int:
+    """The smallest power of two that holds `count`, and at least `least`."""
+    return max(1 << max(count - 1, 0).bit_length(), least)
+
+
+def slots_bucket(count: int, capacity: int) -> int:
+    """Slots that a forward of fixed shape sees: 256, 512, 1,024, ... but no more than there are."""
+    return min(bucket(count, FEWEST_SLOTS), capacity)
+
+
+class Graphs:
+    """The recorded forwards of one reader.
+
+    All of them read and write the same tensors: the model's weights, the inputs of their shape and the cache. When
+    one of these moves to another address, `clear` must be called.
+
+    Args:
+        record: runs a body and returns what runs it again; raises RuntimeError if it cannot. None: none is.
+        forward: of the model, compiled or not.
+        why_not: why nothing can be recorded, if that is known.
+
+    Attributes:
+        why_not: why a forward could not be recorded, in one line: nothing is recorded then. None if all could.
+        seconds: that recording has taken.
+    """
+
+    def __init__(self, record: Record | None, forward: Forward = forward, why_not: str | None = None):
+        self.record, self.forward, self.why_not = record, forward, why_not
+        self.seconds = 0.0
+        self._asked: dict[Shape, int] = {}
+        self._replays: dict[Shape, Replay] = {}
+
+    @property
+    def shapes(self) -> list[Shape]:
+        """What has been recorded."""
+        return list(self._replays)
+
+    def is_warm(self, shape: Shape) -> bool:
+        """Whether the next run of a shape costs what all later ones will."""
+        if self.record is None or self.why_not is not None:
+            return shape in self._asked
+        return shape in self._replays
+
+    def run(self, shape: Shape, body: Replay, at_once: bool = False) -> Tensor:
+        """What `body` returns: by a replay if the shape has been recorded, or eagerly.
+
+        The result of a replay is overwritten by the next one of its shape.
+
+        Args:
+            at_once: whether to record a shape that is new.
+        """
+        if shape in self._replays:
+            return self._replays[shape]()
+        self._asked[shape] = self._asked.get(shape, 0) + 1
+        ripe = at_once or self._asked[shape] >= ASKED
+        if not ripe or self.record is None or self.why_not is not None or len(self._replays) >= MOST:
+            return body()
+        started = clock.now()
+        try:
+            self._replays[shape] = self.record(body)
+        except RuntimeError as error:
+            self.why_not = str(error).strip().split("\n")[0]
+            return body()
+        finally:
+            self.seconds += clock.now() - started
+        return self._replays[shape]()
+
+    def clear(self) -> None:
+        """Forgets what was recorded: tensors have moved."""
+        self._replays.clear()
+        self._asked.clear()
+
+
+def make_graphs(reader: Reader, mode: Mode) -> Graphs | None:
+    """What runs a reader's forwards of fixed shape; None where shapes are exact and forwards eager."""
+    record = RECORDERS.get(reader.device.type)
+    if mode is False or (record is None and mode != "compile"):
+        return None
+    way = compiled() if mode == "compile" else forward
+    return Graphs(record and record(reader), way, _why_not(reader.model))
+
+
+def _why_not(model: nn.Module) -> str | None:
+    """Why a model's forwards cannot be recorded, if that can be seen beforehand."""
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1 or torch.device("meta") in devices:
+        return f"its weights are on {len(devices)} devices ({', '.join(sorted(map(str, devices)))})"
+    return None
+
+
+def compiled() -> Forward:
+    """A compiled forward: each shape is compiled when it first runs."""
+    way = torch.compile(forward, dynamic=False)
+
+    def run(model: nn.Module, arguments: dict[str, Any]) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=MOST_COMPILED, accumulated_recompile_limit=MOST_COMPILED):
+            return way(model, arguments)
+
+    return run
+
+
+def record_cuda(reader: Reader) -> Record:
+    """Records CUDA graphs whose memory is shared: they run one after the other."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def record(body: Replay) -> Replay:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                body()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            result = body()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return result
+
+        return replay
+
+    return record
+
+
+RECORDERS: dict[str, Callable[[Reader], Record]] = {"cuda": record_cuda}
+"""By the device's type."""

@@ -1,0 +1,142 @@
+"""What one forward reads: buffers of one shape at fixed addresses, filled in one copy or moved on in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Inputs", "Plan", "Shape"]
+
+IDS, POSITIONS, SLOTS, SEES, PATHS = range(5)
+"""Rows of the table of an `Inputs`; from PATHS on the further slots that a query sees."""
+
+FAR = 1 << 29
+"""A last position that no text reaches."""
+
+
+class Shape(NamedTuple):
+    """What a forward's price depends on.
+
+    Attributes:
+        rows: of the batch.
+        queries: tokens read a row.
+        slots: leading slots of the cache that are looked at.
+        deepest: further slots that a query sees (its path in a tree), in forwards of fixed shape.
+    """
+
+    rows: int
+    queries: int
+    slots: int
+    deepest: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One row's part of a forward: its queries, in the order in which they are read.
+
+    A row's slots are dense: slot s holds the token at position s of the text, and the nodes of the draft follow.
+
+    Attributes:
+        tokens, positions, slots: (queries,) what is read, where it stands, where it is written.
+        sees: (queries,) how many leading slots each query sees.
+        paths: per query the further slots that it sees: its path in the tree, and itself. None if `sees` says all,
+            as of a chain.
+        spare: a slot behind all that are in use: padding is written there.
+        length: tokens of the row's text.
+    """
+
+    tokens: Sequence[int]
+    positions: Sequence[int]
+    slots: Sequence[int]
+    sees: Sequence[int]
+    paths: Sequence[Sequence[int]] | None
+    spare: int
+    length: int = 0
+
+    @classmethod
+    def idle(cls, used: int) -> Plan:
+        """Of a row that nothing is asked of: one token that only itself sees, behind the slots that are in use."""
+        return cls((0,), (0,), (used,), (0,), ((used,),), used + 1)
+
+    @property
+    def deepest(self) -> int:
+        """The most further slots that a query sees."""
+        return max(map(len, self.paths)) if self.paths else 0
+
+    def only(self, queries: Sequence[int]) -> Plan:
+        """The same with some of its queries, in their order."""
+        tokens, positions, slots, sees = (
+            [values[query] for query in queries] for values in (self.tokens, self.positions, self.slots, self.sees)
+        )
+        paths = None if self.paths is None else [self.paths[query] for query in queries]
+        return Plan(tokens, positions, slots, sees, paths, self.spare, self.length)
+
+
+class Inputs:
+    """The inputs of a forward of `rows` x `queries` tokens, each of which sees up to `deepest` further slots.
+
+    Short rows are padded on the left: a padding query stands at position `reach`, is written to the row's spare slot
+    and sees that slot alone.
+
+    Attributes:
+        ids, positions, slots, sees: (rows, queries) int64 views of one buffer; see `Plan`.
+        paths: (rows, queries, deepest) int64, filled up with the query's own slot; None if `deepest` is 0.
+        end: how many leading slots hold all that is read, and all that it sees.
+    """
+
+    def __init__(self, rows: int, queries: int, deepest: int, device: torch.device):
+        shape = (PATHS + deepest, rows, queries)
+        self._host = torch.zeros(shape, dtype=torch.long, pin_memory=device.type == "cuda")
+        self._table = self._host.numpy()  # shares its memory
+        self._there = self._host if device.type == "cpu" else torch.zeros(shape, dtype=torch.long, device=device)
+        self.ids, self.positions, self.slots, self.sees = self._there[:PATHS]
+        self.paths = self._there[PATHS:].permute(1, 2, 0) if deepest else None
+        self.end = 0
+
+    def load(self, plans: Sequence[Plan], reach: int = 0) -> None:
+        """Takes one plan a row from the host, in one copy.
+
+        Args:
+            reach: position of padding queries.
+        """
+        table, self.end = self._table, 0
+        for row, plan in enumerate(plans):
+            pad = table.shape[2] - len(plan.tokens)
+            self.end = max(self.end, plan.spare + (pad > 0))
+            if pad:
+                table[:, row, :pad] = plan.spare
+                table[IDS, row, :pad], table[POSITIONS, row, :pad], table[SEES, row, :pad] = 0, reach, 0
+            table[IDS, row, pad:] = plan.tokens
+            table[POSITIONS, row, pad:] = plan.positions
+            table[SLOTS, row, pad:] = plan.slots
+            table[SEES, row, pad:] = plan.sees
+            if self.paths is not None:
+                table[PATHS:, row, pad:] = table[SLOTS, row, pad:]
+                for query, path in enumerate(plan.paths or (), pad):
+                    table[PATHS : PATHS + len(path), row, query] = path
+        self._send()
+
+    def advance(self, tokens: Tensor | Sequence[int], last: int) -> None:
+        """One more step of a chain in every row: (rows,) tokens behind those that were read.
+
+        Args:
+            tokens: where they are, on the device or on the host.
+            last: the last position that there is.
+        """
+        self.put(tokens)
+        self._there[POSITIONS:] += 1
+        self.end += 1
+        if last < FAR:
+            self.positions.clamp_(max=last)
+
+    def put(self, tokens: Tensor | Sequence[int]) -> None:
+        """Replaces the tokens of inputs of one query."""
+        self.ids[:, 0] = torch.as_tensor(tokens, device=self.ids.device)
+
+    def _send(self) -> None:
+        if self._there is not self._host:
+            self._there.copy_(self._host, non_blocking=True)

@@ -1,0 +1,158 @@
+"""Makes a target and its drafters ready before the first text: forwards of fixed shape, recorded and timed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from csdraft.cascade import as_drafter
+from csdraft.decoding.graphs import FEWEST_SLOTS, Mode, bucket
+from csdraft.decoding.inputs import Plan, Shape
+from csdraft.decoding.names import distinct, name_of
+from csdraft.decoding.reader import WIDEST, Reader
+from csdraft.decoding.readers import borrow, take_back
+from csdraft.decoding.refusals import refusal
+from csdraft.progress import Progress
+
+__all__ = ["Prepared", "Ready", "prepare"]
+
+TIMES = 3
+"""How often a forward is timed, after it has run once; the fastest counts."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """One model, made ready.
+
+    Attributes:
+        name: of the model.
+        costs: seconds of a forward by shape.
+        recorded: how many of these shapes are replayed from a recording.
+        why_not: why they are not, if they are not.
+        bytes: that its cache holds.
+    """
+
+    name: str
+    costs: dict[Shape, float]
+    recorded: int
+    why_not: str | None
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` did.
+
+    Attributes:
+        models: the target, then the drafters' models.
+        seconds: that it took.
+    """
+
+    models: list[Ready] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def why_not_captured(self) -> dict[str, str]:
+        """By the name of a model, why its forwards run eagerly; empty if all are recorded."""
+        return {model.name: model.why_not for model in self.models if model.why_not is not None}
+
+    def __str__(self) -> str:
+        lines = []
+        for model in self.models:
+            how = f"{model.recorded} recorded" if model.why_not is None else f"run eagerly: {model.why_not}"
+            lines.append(f"{model.name}: {len(model.costs)} shapes, {how}; cache {model.bytes / 1e6:.0f} MB")
+            widths = sorted({shape.queries for shape in model.costs})
+            lines.append("  slots " + "".join(f"{f'{width} tokens':>12}" for width in widths))
+            for slots in sorted({shape.slots for shape in model.costs}):
+                row = {shape.queries: cost for shape, cost in model.costs.items() if shape.slots == slots}
+                lines.append(f"{slots:7,} " + "".join(f"{1e3 * row[width]:9.2f} ms" for width in widths))
+        return "\n".join([*lines, f"prepared in {self.seconds:.1f} s"])
+
+
+def prepare(
+    target: nn.Module,
+    assistant: Any = None,
+    rows: int = 1,
+    slots: int = 2048,
+    compile: bool = False,
+    progress: Callable[[str, float], None] | None = None,
+) -> Prepared:
+    """Records, or compiles, and times the forwards of a target and of its drafters' models, for calls to come.
+
+    Without it, `generate` records a shape when it is asked for the third time. What is prepared is kept as long as
+    the model lives, until `csdraft.release`. On a CPU nothing can be recorded: forwards are timed, and compiled if
+    that is asked for.
+
+    Args:
+        target: the model that will call `generate`.
+        assistant: the drafter, as `generate` takes it.
+        rows: batch size of the calls.
+        slots: tokens of the longest text, answer included.
+        compile: compile each shape first; half a minute each. Calls must then say `graphs="compile"`.
+        progress: called with what is being done and the share that is done; a line on stderr if None.
+
+    Raises:
+        ValueError: for a model that csdraft cannot decode exactly, or a size below 1.
+    """
+    if rows < 1 or slots < 1:
+        raise ValueError(f"rows={rows} and slots={slots} must be at least 1")
+    progress = progress or Progress()
+    models = [target]
+    if assistant is not None:
+        models += [model for model in as_drafter(assistant, target).models() if model is not target]
+    started, ready = time.perf_counter(), []
+    for name, model in zip(distinct(map(name_of, models)), models, strict=True):
+        if reason := refusal(model):
+            raise ValueError(f"{name} {reason}")
+        ready.append(_ready(name, model, rows, slots, "compile" if compile else "auto", progress))
+    return Prepared(ready, time.perf_counter() - started)
+
+
+@torch.no_grad()
+def _ready(
+    name: str, model: nn.Module, rows: int, slots: int, mode: Mode, progress: Callable[[str, float], None]
+) -> Ready:
+    if model.config.is_encoder_decoder:  # type: ignore[union-attr]
+        return Ready(name, {}, 0, "an encoder-decoder reads another source in every call", 0)
+    reader, _ = borrow(model, rows, slots, ())
+    reader.begin(None, False, mode)
+    reader.reserve(slots)
+    reader.read([_plan(2, 4)] * rows, 1)  # makes the cache's buffers
+    shapes = [(width, seen) for seen in _doublings(FEWEST_SLOTS, bucket(slots)) for width in _doublings(1, WIDEST)]
+    costs = {}
+    for done, (width, seen) in enumerate(shapes):
+        progress(f"{name}: {width} tokens, {seen} slots", done / len(shapes))
+        seen = min(seen, reader.cache.capacity)
+        costs[Shape(rows, width, seen, 1)] = _seconds(reader, [_plan(width, seen)] * rows)
+    progress(f"{name}: {len(shapes)} shapes", 1.0)
+    graphs = reader.graphs
+    why_not = f"no graphs on {reader.device.type}" if graphs is None else graphs.why_not
+    recorded = 0 if graphs is None else len(graphs.shapes)
+    take_back(reader, [[]] * rows)
+    return Ready(name, costs, recorded, why_not, reader.cache.bytes)
+
+
+def _plan(width: int, seen: int) -> Plan:
+    """The last `width` tokens of a text that fills `seen` slots; all are token 0."""
+    slots = range(seen - width, seen)
+    return Plan([0] * width, slots, slots, [slot + 1 for slot in slots], None, seen, seen)
+
+
+def _doublings(first: int, last: int) -> list[int]:
+    return [first << i for i in range((last // first).bit_length() or 1)]
+
+
+def _seconds(reader: Reader, plans: list[Plan]) -> float:
+    """Of a warm forward."""
+    best = float("inf")
+    for run in range(TIMES + 1):
+        started = time.perf_counter()
+        float(reader.read(plans, 1, at_once=True)[0, 0, 0])  # waits for the device
+        if run:
+            best = min(best, time.perf_counter() - started)
+    return best

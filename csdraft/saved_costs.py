@@ -1,0 +1,50 @@
+"""The costs table of a saved cascade: what forwards and drafts have cost, by target and device.
+
+A cascade that is loaded on the same device starts from it; elsewhere it is kept, and unused.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from csdraft.decoding.memory import Memory
+from csdraft.decoding.reader import place
+from csdraft.stored import Folder, check_keys, naming, read_object
+from csdraft.tables.costs import Ledger, check_costs
+
+__all__ = ["NAME", "load_costs", "save_costs"]
+
+NAME, FORMAT = "tables/costs.json", 1
+
+
+def save_costs(memory: Memory, folder: Path) -> None:
+    """Writes what a drafter has learned, and what it was loaded with; no file if that is nothing."""
+    tables = {at: {tuple(line[:3]): line[3] for line in table} for at, table in memory.saved.items()}
+    for target, _, ledger in memory.entries():
+        if isinstance(ledger, Ledger):
+            found = {(rows, bucket, width): seconds for rows, bucket, width, seconds in ledger.costs.to_list()}
+            tables.setdefault(place(target), {}).update(found)
+    costs = {at: [[*shape, seconds] for shape, seconds in table.items()] for at, table in tables.items()}
+    if costs:
+        path = folder / NAME
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"format": FORMAT, "costs": costs}, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def load_costs(folder: Path) -> dict[str, Any]:
+    """The table of a saved cascade, by target and device; empty if it has none.
+
+    Raises:
+        ValueError: it is something else; the file and the key are named.
+    """
+    with naming(NAME):
+        path = Folder(folder).find(NAME)
+    if not path.is_file():
+        return {}
+    document = read_object(path, NAME)
+    check_keys(document, ("format", "costs"), NAME)
+    if document.get("format") is True or document.get("format") != FORMAT:
+        raise ValueError(f"{NAME} has format {document.get('format')!r}, expected {FORMAT}; delete it to measure anew")
+    return check_costs(document.get("costs"), f"{NAME}: costs")

@@ -1,0 +1,88 @@
+"""Hidden states of the target, kept beside keys and values: as if a head had run the target itself."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from tape import recorder, storages
+from tiny import drafter_of, fresh, ragged_batch, tiny
+
+import csdraft
+from csdraft import CascadeDrafter, MaxGram
+from csdraft.decoding.draft import Draft
+from csdraft.decoding.graphs import RECORDERS
+from csdraft.decoding.interfaces import Budget, Context, Drafter
+
+TAPS = (0, 1, 2)
+WANTED = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "schedule": "fixed", "strict": True}
+
+
+@dataclass(eq=False)
+class ToyHead(Drafter):
+    """Drafts what the target's output layer makes of a block's output at the last token that the target has read.
+
+    It compares all features with those of a plain forward over the text.
+    """
+
+    depth: int = 3
+    branches: int = 1
+    forget: bool = False
+    seen: list[float] = field(default_factory=list)
+
+    def taps(self) -> frozenset[int]:
+        return frozenset(TAPS)
+
+    def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
+        drafts = []
+        for context, budget in zip(contexts, budgets, strict=True):
+            session = context.call.session(context.call.target)
+            if self.forget and len(context.text) % 3 == 0:
+                session.forget()
+            stop = len(context.text) - 1
+            features = session.features(context.row, context.text, stop)
+            target = context.call.target
+            states = target(torch.tensor([context.text.tokens[:stop]]), output_hidden_states=True).hidden_states
+            self.seen += [float((features[tap] - states[tap][0]).abs().max()) for tap in TAPS]
+            likely = target.lm_head(features[1][-1]).topk(self.branches).indices.tolist()
+            draft = context.draft
+            for level in range(min(self.depth, budget.depth)):
+                tip = [context.tip if level == 0 else len(draft) - self.branches] * self.branches
+                draft = draft.attach(likely, tip, context.call.level(self))
+            drafts.append(draft)
+        return drafts
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("branches", "forget"), [(1, False), (2, False), (2, True)], ids=["chain", "tree", "dropped"])
+def test_features_are_those_of_a_plain_forward(family, rows, branches, forget):
+    target, inputs, head = tiny(family), ragged_batch((20, 3, 11)[:rows]), ToyHead(branches=branches, forget=forget)
+    plain = target.generate(**inputs, max_new_tokens=24, do_sample=False, pad_token_id=0)
+    for _ in range(2):  # the second call goes on from the text of the first
+        assert torch.equal(target.generate(**inputs, **WANTED, assistant=head), plain)
+    assert head.seen
+    assert max(head.seen) < 1e-4
+
+
+def test_they_are_recorded_and_replayed_like_the_rest(monkeypatch):
+    csdraft.release()
+    monkeypatch.setitem(RECORDERS, "cpu", lambda reader: recorder(lambda: storages(reader)))
+    target, inputs, head = fresh("llama"), ragged_batch((20, 3, 11)), ToyHead()
+    plain = target.generate(**inputs, max_new_tokens=24, do_sample=False, pad_token_id=0)
+    assert torch.equal(target.generate(**inputs, **WANTED, assistant=head), plain)
+    assert max(head.seen) < 1e-4
+    csdraft.release()
+
+
+def test_a_head_may_stand_anywhere_in_a_cascade():
+    target, inputs, head = tiny("llama"), ragged_batch((20, 3, 11)), ToyHead()
+    plain = target.generate(**inputs, max_new_tokens=24, do_sample=False, pad_token_id=0)
+    cascade = CascadeDrafter([drafter_of("llama"), head, MaxGram()])
+    assert torch.equal(target.generate(**inputs, **WANTED, assistant=cascade), plain)
+    assert max(head.seen) < 1e-4
+
+
+def test_an_encoder_decoder_has_none():
+    with pytest.raises(ValueError, match=r"reads hidden states \[0, 1, 2\]"):
+        tiny("t5").generate(**ragged_batch(), **WANTED, assistant=ToyHead())

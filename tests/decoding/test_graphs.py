@@ -1,0 +1,159 @@
+"""Forwards of fixed shape, recorded and replayed by a stand-in on the CPU: they take nothing from outside."""
+
+import pytest
+import torch
+from tape import recorder, storages
+from tiny import FAMILIES, fresh, tiny
+
+import csdraft
+from csdraft import MaxGram, ModelDrafter
+from csdraft.decoding.graphs import RECORDERS, Graphs
+from csdraft.decoding.reader import Reader
+from csdraft.trees.best_first import BestFirst
+
+RECORDED = [name for name, (_, kind, _) in FAMILIES.items() if "Conditional" not in kind and name != "falcon"]
+PROMPTS = torch.tensor([[3, 14, 15, 9, 26, 5, 3, 14, 15], [0, 0, 8, 9, 7, 9, 3, 2, 3]])
+MASK = (PROMPTS != 0).long()
+WANTED = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The stand-in takes the place of CUDA graphs; the recorded shapes of all readers."""
+    csdraft.release()
+    readers: list[Reader] = []
+
+    def record(reader: Reader):
+        readers.append(reader)
+        return recorder(lambda: storages(reader))
+
+    monkeypatch.setitem(RECORDERS, "cpu", record)
+    yield readers
+    csdraft.release()
+
+
+def replays(monkeypatch) -> list[int]:
+    """Counts replays."""
+    count = [0]
+    run = Graphs.run
+
+    def counted(self, shape, body, at_once=False):
+        count[0] += shape in self._replays
+        return run(self, shape, body, at_once)
+
+    monkeypatch.setattr(Graphs, "run", counted)
+    return count
+
+
+def drafters(family, target):
+    return ModelDrafter(fresh(family, seed=1)), ModelDrafter(fresh(family, seed=1), tree=BestFirst()), MaxGram()
+
+
+@pytest.mark.parametrize(("family", "rows"), [*((family, 2) for family in RECORDED), ("llama", 1), ("gemma2", 1)])
+def test_replayed_forwards_write_the_same_text(graphs, monkeypatch, family, rows):
+    target, count = tiny(family), replays(monkeypatch)
+    inputs = {"inputs": PROMPTS[:rows], "attention_mask": MASK[:rows]} | WANTED
+    plain = target.generate(**inputs)
+    for assistant in drafters(family, target):
+        text = target.generate(**inputs, assistant=assistant, schedule="fixed")
+        assert torch.equal(text, plain)
+    assert not {reader.graphs.why_not for reader in graphs} - {None}
+    assert count[0] > 20
+
+
+def test_sampled_texts_are_the_same_too(graphs, monkeypatch):
+    target, count = tiny("llama"), replays(monkeypatch)
+    inputs = {"inputs": PROMPTS, "attention_mask": MASK} | WANTED | {"do_sample": True, "row_seeds": [5, 6]}
+    for verifier in ("match", "rejection"):
+        texts = [
+            target.generate(**inputs, assistant=drafters("llama", target)[0], verifier=verifier, graphs=way)
+            for way in ("auto", False)
+        ]
+        assert torch.equal(*texts)
+    assert count[0] > 20
+
+
+def test_what_a_model_brings_from_the_host_is_named_and_runs_eagerly(graphs):
+    target = tiny("falcon")  # makes a tensor of a number in every forward
+    plain = target.generate(PROMPTS[:1], **WANTED)
+    assert torch.equal(target.generate(PROMPTS[:1], **WANTED, assistant=MaxGram()), plain)
+    assert "a value passes between host and device" in graphs[0].graphs.why_not
+
+
+def test_a_longer_text_moves_the_cache_and_what_was_recorded_goes(graphs, monkeypatch):
+    target, count = tiny("llama"), replays(monkeypatch)
+    for length in (9, 40, 170):
+        prompt = torch.arange(3, 3 + length)[None] % 90 + 3
+        plain = target.generate(prompt, **WANTED | {"max_new_tokens": 60})
+        before = count[0]
+        text = target.generate(prompt, **WANTED | {"max_new_tokens": 60}, assistant=MaxGram())
+        assert torch.equal(text, plain)
+        assert count[0] > before
+
+
+def test_a_second_call_replays_at_once(graphs, monkeypatch):
+    target, count = tiny("llama"), replays(monkeypatch)
+    for _ in range(3):  # a shape is recorded when it is asked for the third time
+        target.generate(PROMPTS[:1], **WANTED, assistant=MaxGram(), schedule="fixed", verifier="match")
+    before = count[0]
+    asked = WANTED | {"return_dict_in_generate": True}
+    output = target.generate(PROMPTS[:1], **asked, assistant=MaxGram(), schedule="fixed", verifier="match")
+    assert len(graphs) == 1
+    assert count[0] - before >= output.report.target_calls
+
+
+def test_none_are_made_where_they_are_not_wanted(graphs):
+    tiny("llama").generate(PROMPTS, attention_mask=MASK, **WANTED, assistant=MaxGram(), graphs=False)
+    tiny("t5").generate(PROMPTS, attention_mask=MASK, **WANTED, assistant=MaxGram())
+    assert not graphs
+    with pytest.raises(ValueError, match="graphs='always' must be 'auto', 'compile' or False"):
+        tiny("llama").generate(PROMPTS, **WANTED, assistant=MaxGram(), graphs="always")
+
+
+@pytest.mark.parametrize("fault", ["outside", "moved", "host"])
+def test_the_stand_in_finds_what_a_graph_forbids(fault):
+    buffer, other = torch.ones(4), torch.zeros(4)
+    kept = [buffer]
+    record = recorder(lambda: {tensor.untyped_storage().data_ptr() for tensor in kept})
+    if fault == "outside":
+        with pytest.raises(AssertionError, match="was made outside"):
+            record(lambda: buffer + other)
+    elif fault == "host":
+        with pytest.raises(RuntimeError, match="passes between host and device"):
+            record(lambda: buffer * float(buffer.sum()))
+    else:
+        replay = record(lambda: buffer + 1)
+        buffer.add_(1)
+        assert torch.equal(replay(), torch.full((4,), 3.0))
+        kept[:] = [buffer.clone()]
+        with pytest.raises(AssertionError, match="lies elsewhere"):
+            replay()
+
+
+def test_what_is_prepared_is_replayed_by_the_first_call(graphs, monkeypatch):
+    target, drafter = tiny("llama"), ModelDrafter(fresh("llama", seed=1))
+    said = []
+    prepared = csdraft.prepare(target, drafter, rows=2, slots=300, progress=lambda what, share: said.append(share))
+    assert [model.recorded for model in prepared.models] == [14, 14]  # widths to 64, of 256 and 512 slots
+    assert not prepared.why_not_captured
+    assert said[0] == 0
+    assert said[-1] == 1
+    assert "512" in str(prepared)
+    assert "64 tokens" in str(prepared)
+    count = replays(monkeypatch)
+    inputs = {"inputs": PROMPTS, "attention_mask": MASK} | WANTED
+    output = target.generate(
+        **inputs, assistant=drafter, schedule="fixed", verifier="match", return_dict_in_generate=True
+    )
+    assert torch.equal(output.sequences, target.generate(**inputs))
+    assert len(graphs) == 2
+    assert count[0] >= 2 * output.report.target_calls
+
+
+def test_without_graphs_forwards_are_timed():
+    prepared = csdraft.prepare(tiny("llama"), slots=64, progress=lambda what, share: None)
+    assert prepared.why_not_captured == {"LlamaForCausalLM": "no graphs on cpu"}
+    assert all(seconds > 0 for seconds in prepared.models[0].costs.values())
+    with pytest.raises(ValueError, match="rows=0"):
+        csdraft.prepare(tiny("llama"), rows=0)
+    csdraft.release()

@@ -1,0 +1,181 @@
+"""The default on simulated devices: never behind plain decoding, nor behind the best fixed length in hindsight.
+
+A device has a clock of its own, a slow first forward, slow first forwards of each shape, outliers and a neighbour.
+"""
+
+from __future__ import annotations
+
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from functools import cache
+
+import pytest
+from world import Device, Stages, World, Writer
+
+from csdraft.schedules.cost_model import CostModel, Plan, reason
+from csdraft.schedules.fixed import Fixed
+from csdraft.tables.costs import Costs, Widths
+
+TOKENS, SEEDS, CALLS = 64, 8, 3
+
+
+def copier(*kinds: tuple[float, float]) -> Writer:
+    """Like Max-Gram: how often matches of each length come up, and how far their copies can be trusted."""
+    return Writer(0.003, 0.0, depth=10, neural=False, kinds=kinds)
+
+
+DRAFTERS = {
+    "copies": copier((0.25, 0.25), (0.15, 0.45), (0.12, 0.65), (0.08, 0.9)),
+    "bad copies": copier((0.3, 0.1), (0.1, 0.2), (0.03, 0.3)),
+    "good copies": copier((0.2, 0.4), (0.2, 0.6), (0.2, 0.85), (0.3, 0.95)),
+    "good model": Writer(0.15, 0.8),
+    "fair model": Writer(0.15, 0.6),
+    "bad model": Writer(0.15, 0.3),
+    "cascade": Stages((Writer(0.2, 0.65), Writer(0.003, 0.5, offers=0.5, depth=10, neural=False)), (5, 15)),
+}
+DEVICES = {
+    "widths nearly free": {"wide": 0.01},
+    "a jump from one query to two": {"wide": 0.04, "second": 0.4},
+    "cold": {"wide": 0.01, "cold": 20.0, "new": 1.5},
+    "outliers": {"wide": 0.02, "second": 0.1, "jitter": 0.1, "outliers": 0.03},
+    "a neighbour": {"wide": 0.02, "second": 0.1, "jitter": 0.1, "neighbour": 15.0},
+}
+
+
+@cache
+def seconds(drafter: str, device: str, depth: int | None) -> list[float]:
+    """Of each call of a fresh drafter, summed over texts; depth None is the default schedule."""
+    total = [0.0] * CALLS
+    for seed in range(SEEDS):
+        machine, own, target = Device(**DEVICES[device]), deepcopy(DRAFTERS[drafter]), None
+        for call in range(CALLS):
+            world = World(own, machine, prompt=100, seed=1000 * call + seed)
+            target = world.call.target = target or world
+            total[call] += world.decode(CostModel() if depth is None else Fixed(depth), TOKENS)
+    return total
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_the_default_keeps_up_with_the_best_fixed_length(drafter, device):
+    mine = seconds(drafter, device, None)
+    plain = seconds(drafter, device, 0)
+    fixed = [seconds(drafter, device, depth) for depth in (0, 2, 5, 12)]
+    first, later = [sum(times[:1]) for times in fixed], [sum(times[1:]) for times in fixed]
+    assert mine[0] < min(first) / 0.86, "a first call pays for what it tries"
+    assert sum(mine[1:]) < min(later) / 0.9
+    assert mine[0] < plain[0] / 0.92
+    assert sum(mine[1:]) < sum(plain[1:]) / 0.97
+
+
+def test_taken_together_the_default_loses_nothing():
+    """Some texts and devices suit a fixed length that nobody knew; over all of them the default is ahead of each."""
+    pairs = [(drafter, device) for drafter in DRAFTERS for device in DEVICES]
+    for depth in (0, 2, 5, 12):
+        shares = [sum(seconds(*pair, depth)) / sum(seconds(*pair, None)) for pair in pairs]
+        assert sum(shares) / len(shares) > 1.05, depth
+
+
+@pytest.mark.parametrize("cold", [1.0, 10.0, 100.0])
+def test_a_copy_is_tried_from_the_first_round_on_however_cold(cold):
+    world = World(copier((0.0, 0.0), (0.0, 0.0), (0.0, 0.0), (1.0, 0.95)), Device(cold=cold, new=3.0))
+    world.decode(CostModel(), 48)
+    assert world.depths[0] > 1
+    assert sum(depth == 0 for depth in world.depths[:-1]) <= 1, world.depths
+
+
+def test_a_model_that_starts_badly_is_tried_again_soon():
+    world = World(Writer(0.1, 0.9), Device(cold=30.0, new=2.0))
+    world.luck[100:112] = [(0.0, 1.0, 0.0)] * 12  # nothing of it survives there
+    world.decode(CostModel(), 96)
+    assert sum(world.depths[-10:]) > 20, world.depths
+
+
+# Prices.
+
+
+def test_a_cold_run_bounds_a_price_and_never_raises_it():
+    widths = Widths()
+    widths.add(1, 1.0)
+    widths.add(1, 1.0)
+    widths.add(6, 30.0, warm=False)
+    assert widths.seconds(6) < 1.4
+    widths.add(11, 1.05, warm=False)
+    assert widths.seconds(6) <= 1.05
+
+
+def test_an_outlier_is_measured_again_before_it_is_believed():
+    widths = Widths()
+    for width, time in ((1, 1.0), (1, 1.0), (5, 9.0)):
+        widths.add(width, time)
+    assert widths.seconds(5) < 1.5
+    widths.add(5, 9.0)
+    assert widths.seconds(5) == 9.0
+    widths.add(5, 1.2)
+    assert widths.seconds(5) == pytest.approx(1.2)
+
+
+def test_an_unknown_shape_costs_about_what_the_nearest_does():
+    costs = Costs()
+    assert costs.widths(1, 100).seconds(5) < 1.1 * costs.widths(1, 100).seconds(1), "in steps: nothing is known"
+    for width, time in ((1, 1.0), (1, 1.0), (5, 3.0), (5, 3.0)):
+        costs.add(1, width, 100, time, warm=True)
+    assert 3.0 < costs.widths(1, 100).seconds(7) < 3.2
+    assert costs.widths(1, 5000).seconds(5) == 3.0
+    for _ in range(2):
+        costs.add(1, 1, 5000, 2.0, warm=True)
+    assert costs.widths(1, 5000).seconds(5) == pytest.approx(6.0), "as much dearer as what both have measured"
+
+
+def test_prices_do_not_fall_with_width():
+    widths = Widths()
+    for width, time in ((1, 1.0), (2, 1.5), (4, 1.2), (9, 2.0)):
+        widths.add(width, time)
+        widths.add(width, time)
+    found = [widths.seconds(width) for width in range(1, 12)]
+    assert found == sorted(found)
+    assert widths.seconds(2) == 1.2
+
+
+# Memory.
+
+
+def test_the_memory_is_the_drafters_own_by_target():
+    one, equal = Writer(0.4, 0.0), Writer(0.4, 0.0)
+    world = World(one)
+    world.decode(CostModel(), 64)
+    assert [target for target, *_ in one.memory.entries()] == [world]
+    assert not equal.memory.entries()
+    other = World(one, seed=2)
+    other.decode(CostModel(), 64)
+    assert len(one.memory.entries()) == 2
+    assert not deepcopy(one).memory.entries()
+    assert not pickle.loads(pickle.dumps(one)).memory.entries()
+
+
+def test_two_threads_may_use_one_drafter():
+    drafter, target = Writer(0.1, 0.8), World(Writer(0.1, 0.8))
+
+    def decode(seed: int) -> float:
+        world = World(drafter, seed=seed)
+        world.call.target = target
+        return world.decode(CostModel(), 200)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(time > 0 for time in pool.map(decode, range(8)))
+    assert len(drafter.memory.entries()) == 1
+
+
+# Reasons.
+
+
+def test_the_reason_is_one_sentence():
+    plans = [Plan(0, 4, 2.6, 1.15), Plan(0, 6, 2.9, 1.2), Plan(0, 8, 3.0, 1.4)]
+    assert reason(plans, 1.0) == (
+        "drafts of 6 pay: 2.9 tokens a step at 1.2 steps' cost; drafts of 8 would give 3.0 tokens a step at 1.4 "
+        "steps' cost"
+    )
+    assert reason([Plan(0, 2, 1.1, 1.5)], 1.0) == (
+        "drafting does not pay: drafts of 2 would give 1.1 tokens a step at 1.5 steps' cost"
+    )
