@@ -119,7 +119,7 @@ def _ready(
 ) -> Ready:
     if model.config.is_encoder_decoder:  # type: ignore[union-attr]
         return Ready(name, {}, 0, "an encoder-decoder reads another source in every call", 0)
-    reader, _ = borrow(model, rows, slots, ())
+    reader, _ = borrow(model, rows, slots, [()] * rows)
     reader.begin(None, False, mode)
     reader.reserve(slots)
     reader.read([_plan(2, 4)] * rows, 1)  # makes the cache's buffers
@@ -133,6 +133,7 @@ def _ready(
     graphs = reader.graphs
     why_not = f"no graphs on {reader.device.type}" if graphs is None else graphs.why_not
     recorded = 0 if graphs is None else len(graphs.shapes)
+    reader.costs |= costs
     take_back(reader, [[]] * rows)
     return Ready(name, costs, recorded, why_not, reader.cache.bytes)
 

@@ -51,17 +51,20 @@ class SlotLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        shared, visible = self.cache.shared, self.cache.visible
+        shared, visible, rows = self.cache.shared, self.cache.visible, key_states.shape[0]
+        keys, values = self.key_buffer, self.value_buffer
+        if rows < keys.shape[0]:  # others have ended
+            keys, values = keys[:rows], values[:rows]
         if shared is not None:  # narrow: half the price of indexing, and this runs in every layer of every step
             queries = shared.stop - shared.start
-            self.key_buffer.narrow(2, shared.start, queries).copy_(key_states)
-            self.value_buffer.narrow(2, shared.start, queries).copy_(value_states)
+            keys.narrow(2, shared.start, queries).copy_(key_states)
+            values.narrow(2, shared.start, queries).copy_(value_states)
         else:
             index = self.cache.index_for(key_states)
-            self.key_buffer.scatter_(2, index, key_states)
+            keys.scatter_(2, index, key_states)
             index = index if value_states.shape == key_states.shape else self.cache.index_for(value_states)
-            self.value_buffer.scatter_(2, index, value_states)
-        self.keys, self.values = self.key_buffer.narrow(2, 0, visible), self.value_buffer.narrow(2, 0, visible)
+            values.scatter_(2, index, value_states)
+        self.keys, self.values = keys.narrow(2, 0, visible), values.narrow(2, 0, visible)
         return self.keys, self.values
 
     def grow(self) -> None:
@@ -175,13 +178,18 @@ class SlotCache(Cache):
         return [b[row, :, slot].clone() for layer in self._filled() for b in (layer.key_buffer, layer.value_buffer)]
 
     def keep_rows(self, rows: Sequence[int]) -> None:
-        """Drops all batch rows but `rows`, in that order."""
+        """Drops all batch rows but `rows`, which become the first, in that order; the memory stays where it is.
+
+        Args:
+            rows: each must stay where it is, or come from behind those that are kept.
+        """
+        buffers = [b for layer in self._filled() for b in (layer.key_buffer, layer.value_buffer)]
+        buffers += self.features.values()
         if self.positions is not None:
-            self.positions = self.positions[list(rows)]
-        self.features = {tap: buffer[list(rows)] for tap, buffer in self.features.items()}
-        for layer in self._filled():
-            index = torch.tensor(rows, device=layer.key_buffer.device)
-            layer.key_buffer, layer.value_buffer = layer.key_buffer[index], layer.value_buffer[index]
+            buffers.append(self.positions)
+        for target, source in enumerate(rows):
+            for buffer in buffers if source != target else ():
+                buffer[target] = buffer[source]
 
     def _filled(self) -> list[SlotLayer]:
         return [layer for layer in self.layers if layer.is_initialized]  # type: ignore[misc]

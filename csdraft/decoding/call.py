@@ -126,8 +126,8 @@ class Call:
         return distinct(self._names.get(owner) or name_of(owner) for owner in self._levels)
 
     def close(self) -> None:
-        """The end of a call that went well: models keep what they have read for the next one."""
-        for session in self._sessions.values() if self.reading.reuse else ():
+        """The end of a call that went well: models keep what they have read, and recorded, for the next one."""
+        for session in self._sessions.values():
             session.close()
 
     def retire(self, live: Sequence[int]) -> None:

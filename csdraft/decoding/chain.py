@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from csdraft.decoding.awaited import Awaited, Choices
 from csdraft.decoding.interfaces import Context, Request, Stop
 from csdraft.decoding.scores import NAN as NAN_LOGITS
 from csdraft.decoding.scores import Head, argmax, entropy
@@ -23,7 +24,7 @@ NAN = float("nan")
 class Drawn:
     """What was drawn for one row: tokens, and on demand their confidence and the distributions they are from."""
 
-    tokens: list[int] = field(default_factory=list)
+    tokens: list[int] | Awaited = field(default_factory=list)
     confidence: list[float] | None = None
     laws: list[Tensor | None] | None = None
 
@@ -55,8 +56,9 @@ def draft_chain(
     """Draws `wanted[i]` tokens after each context: equal, token for token, to so many calls of score and choice.
 
     Where the host need not see a token before the next is drawn (on an accelerator, unless a processor reads the
-    text), nothing is copied before the end. What follows the end of a text, or a token to stop at, is then cut off:
-    that changes nothing, since neither looks at later tokens.
+    text), nothing is copied before the end. What follows a token to stop at is then cut off: that changes nothing,
+    since a `stop` looks at no later token. Where nobody asks about tokens, they are `Awaited`, and may go on behind
+    the end of a text: their review ends there.
 
     Args:
         contexts: where to go on from.
@@ -126,6 +128,7 @@ class Growing:
 
     def take(self, row: Row, token: int, sure: float = NAN, unsure: Callable[[], float] = lambda: NAN) -> None:
         """Adds a token to a row, and asks whether it is the last one; its confidence and entropy where watched."""
+        assert isinstance(row.drawn.tokens, list)
         row.drawn.tokens.append(token)
         if row.drawn.confidence is not None:
             row.drawn.confidence.append(sure)
@@ -168,7 +171,7 @@ class OnHost(Growing):
 
 
 class OnDevice(Growing):
-    """Nothing is seen before the end: one copy to the host for all steps and rows."""
+    """Nothing is seen before the end, in one copy for all steps and rows; tokens alone, only with their review."""
 
     def __init__(self, head: Head, rows: Sequence[Row]):
         super().__init__(head, rows)
@@ -202,7 +205,13 @@ class OnDevice(Growing):
         return noise
 
     def finish(self) -> None:
-        columns = torch.stack(self._columns).tolist()  # (steps, 2 or 4, batch): the one copy
+        table = torch.stack(self._columns)  # (steps, 2 or 4, batch)
+        if not self.watched and all(row.drawn.laws is None for row in self.rows):
+            choices = Choices(table)
+            for row in self.rows:
+                row.drawn.tokens = Awaited(choices, row.place, min(row.wanted, len(table)))
+            return
+        columns = table.tolist()  # the one copy
         for row in self.rows:
             for column in columns:
                 token, score, *sure = (values[row.place] for values in column)

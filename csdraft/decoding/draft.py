@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from csdraft.decoding.awaited import Awaited
+
 __all__ = ["ROOT", "Draft", "Kind", "Law"]
 
 Kind = Literal["iid", "without_replacement", "pair"]
@@ -65,18 +67,17 @@ class Law:
 class Draft:
     """A tree of tokens proposed to follow the text; a chain is a tree with one branch.
 
-    Nodes are numbered in topological order: `parents[i] < i`, `ROOT` for the children of the text. Tokens live on the
-    host, since they are compared one by one.
+    Nodes are numbered in topological order: `parents[i] < i`, `ROOT` for the children of the text.
 
     Attributes:
-        tokens: (nodes,) vocabulary ids.
+        tokens: (nodes,) vocabulary ids; of a chain they may still be on the device, see `Awaited`.
         parents: (nodes,) index of each node's parent.
         levels: (nodes,) level of the cascade whose choice the token was (see `Call.level`).
         confidence: (nodes,) softmax probability under the model that chose it; nan for a point mass or when unknown.
         law: what the tokens were drawn from; None means that all are point masses, which is always safe.
     """
 
-    tokens: tuple[int, ...] = ()
+    tokens: tuple[int, ...] | Awaited = ()
     parents: tuple[int, ...] = ()
     levels: tuple[int, ...] = ()
     confidence: tuple[float, ...] = field(default=(), repr=False)
@@ -218,7 +219,7 @@ class Draft:
                 kinds.add(self.law.kind)
             law = Law(_one_kind(kinds), rows + (tuple(laws) if laws is not None else (None,) * new))
         return Draft(
-            self.tokens + tuple(tokens),
+            tokens if isinstance(tokens, Awaited) and not old else (*self.tokens, *tokens),
             self.parents + tuple(parents),
             self.levels + (level,) * new,
             self.confidence + (tuple(confidence) if confidence is not None else (NAN,) * new),

@@ -59,15 +59,24 @@ class Graphs:
         record: runs a body and returns what runs it again; raises RuntimeError if it cannot. None: none is.
         forward: of the model, compiled or not.
         why_not: why nothing can be recorded, if that is known.
+        costs: takes the seconds of a replay of each recorded shape.
 
     Attributes:
         why_not: why a forward could not be recorded, in one line: nothing is recorded then. None if all could.
         seconds: that recording has taken.
+        bytes: of the device's memory that it has taken.
     """
 
-    def __init__(self, record: Record | None, forward: Forward = forward, why_not: str | None = None):
+    def __init__(
+        self,
+        record: Record | None,
+        forward: Forward = forward,
+        why_not: str | None = None,
+        costs: dict[Shape, float] | None = None,
+    ):
         self.record, self.forward, self.why_not = record, forward, why_not
-        self.seconds = 0.0
+        self.costs = {} if costs is None else costs
+        self.seconds, self.bytes = 0.0, 0
         self._asked: dict[Shape, int] = {}
         self._replays: dict[Shape, Replay] = {}
 
@@ -96,20 +105,35 @@ class Graphs:
         ripe = at_once or self._asked[shape] >= ASKED
         if not ripe or self.record is None or self.why_not is not None or len(self._replays) >= MOST:
             return body()
-        started = clock.now()
+        started, taken = clock.now(), _reserved()
         try:
-            self._replays[shape] = self.record(body)
+            replay = self._replays[shape] = self.record(body)
         except RuntimeError as error:
             self.why_not = str(error).strip().split("\n")[0]
             return body()
         finally:
             self.seconds += clock.now() - started
-        return self._replays[shape]()
+            self.bytes += max(_reserved() - taken, 0)
+        self.costs[shape] = min(_seconds(replay) for _ in range(WARM_UPS))
+        return replay()
 
     def clear(self) -> None:
         """Forgets what was recorded: tensors have moved."""
         self._replays.clear()
         self._asked.clear()
+        self.bytes = 0
+
+
+def _reserved() -> int:
+    """Bytes of the accelerator's memory that torch holds; 0 without one."""
+    return torch.cuda.memory_reserved() if torch.cuda.is_available() else 0
+
+
+def _seconds(replay: Replay) -> float:
+    """Until its result is there."""
+    started = clock.now()
+    float(replay().flatten()[0])
+    return clock.now() - started
 
 
 def make_graphs(reader: Reader, mode: Mode) -> Graphs | None:
@@ -118,7 +142,7 @@ def make_graphs(reader: Reader, mode: Mode) -> Graphs | None:
     if mode is False or (record is None and mode != "compile"):
         return None
     way = compiled() if mode == "compile" else forward
-    return Graphs(record and record(reader), way, _why_not(reader.model))
+    return Graphs(record and record(reader), way, _why_not(reader.model), reader.costs)
 
 
 def _why_not(model: nn.Module) -> str | None:

@@ -10,10 +10,12 @@ from numbers import Real
 from typing import TypeVar
 
 from csdraft.decoding import clock
+from csdraft.decoding.awaited import Awaited
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import ROOT, Draft, Law
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Schedule, Verifier
 from csdraft.decoding.report import Report
+from csdraft.decoding.scores import NAN
 
 __all__ = ["Guarded"]
 
@@ -57,7 +59,7 @@ class Guarded(Drafter):
     def check(self, call: Call) -> None:
         """Raises ValueError for a mistake of the user's; any other exception is a failure like all others."""
         try:
-            if self.drafter is not None:
+            if self.drafter is not None and not self.failure:
                 self.drafter.check(call)
         except ValueError:
             raise
@@ -95,7 +97,14 @@ class Guarded(Drafter):
         return drafts
 
     def observe(self, rounds: Sequence[Round]) -> None:
-        self.attempt(lambda drafter: drafter.observe(rounds), None)
+        def checked(drafter: Drafter) -> None:
+            for finished in rounds:
+                tokens = finished.draft.tokens
+                if isinstance(tokens, Awaited) and tokens.have_nan:
+                    raise ValueError(NAN)
+            drafter.observe(rounds)
+
+        self.attempt(checked, None)
 
     def learn(self, schedule: Schedule, rounds: Sequence[Round], draft_seconds: float, score_seconds: float) -> None:
         """Tells the schedule what came of a round."""
@@ -130,10 +139,12 @@ class Guarded(Drafter):
 
     def _flaw(self, draft: Draft, room: int, call: Call) -> str | None:
         size, levels = len(draft.tokens), len(call.level_owners)
-        columns = (draft.tokens, draft.parents, draft.levels, draft.confidence)
-        if not all(isinstance(column, tuple) and len(column) == size for column in columns):
+        columns = (draft.parents, draft.levels, draft.confidence)
+        awaited = isinstance(draft.tokens, Awaited)  # choices of a model, made of the target's vocabulary
+        all_tuples = all(isinstance(column, tuple) and len(column) == size for column in columns)
+        if not (all_tuples and (awaited or isinstance(draft.tokens, tuple))):
             return f"a draft of {size} tokens must have as many parents, levels and confidences, all of them tuples"
-        if (bad := _outside(draft.tokens, call.vocab)) is not None:
+        if not awaited and (bad := _outside(draft.tokens, call.vocab)) is not None:
             return f"token {bad!r} was drafted, but the target's vocabulary has {call.vocab} tokens"
         if any(not isinstance(parent, int) or not ROOT <= parent < node for node, parent in enumerate(draft.parents)):
             return f"parents {draft.parents} are out of order: a node's parent comes before it"

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from csdraft.decoding.awaited import Awaited
+
 __all__ = ["Inputs", "Plan", "Shape"]
 
 IDS, POSITIONS, SLOTS, SEES, PATHS = range(5)
@@ -47,6 +49,7 @@ class Plan:
             as of a chain.
         spare: a slot behind all that are in use: padding is written there.
         length: tokens of the row's text.
+        awaited: the last tokens, if they are still on the device; `tokens` has zeros there.
     """
 
     tokens: Sequence[int]
@@ -56,6 +59,7 @@ class Plan:
     paths: Sequence[Sequence[int]] | None
     spare: int
     length: int = 0
+    awaited: Awaited | None = None
 
     @classmethod
     def idle(cls, used: int) -> Plan:
@@ -69,8 +73,9 @@ class Plan:
 
     def only(self, queries: Sequence[int]) -> Plan:
         """The same with some of its queries, in their order."""
+        known = self.tokens if self.awaited is None else [*self.tokens[: -len(self.awaited)], *self.awaited]
         tokens, positions, slots, sees = (
-            [values[query] for query in queries] for values in (self.tokens, self.positions, self.slots, self.sees)
+            [values[query] for query in queries] for values in (known, self.positions, self.slots, self.sees)
         )
         paths = None if self.paths is None else [self.paths[query] for query in queries]
         return Plan(tokens, positions, slots, sees, paths, self.spare, self.length)
@@ -119,6 +124,9 @@ class Inputs:
                 for query, path in enumerate(plan.paths or (), pad):
                     table[PATHS : PATHS + len(path), row, query] = path
         self._send()
+        for row, plan in enumerate(plans):
+            if plan.awaited is not None:
+                self.ids[row, -len(plan.awaited) :] = plan.awaited.on_device
 
     def advance(self, tokens: Tensor | Sequence[int], last: int) -> None:
         """One more step of a chain in every row: (rows,) tokens behind those that were read.

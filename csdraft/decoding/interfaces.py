@@ -1,13 +1,13 @@
 """The five nouns as interfaces: what a drafter, a verifier and a schedule are asked, and the values between them.
 
-Drafters, verifiers and schedules are frozen dataclasses: their fields are their options (and weights), nothing else.
+Drafters, verifiers and schedules are frozen dataclasses: their fields are their options (and weights), no more.
 State of one `generate` call lives in the `Call`; what outlives a call lives in a locked table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol
 
@@ -74,6 +74,7 @@ class Budget:
         depth: tokens wanted; 0 asks for nothing, and the round is a plain decoding step.
         room: the most that may be handed up (>= depth).
         skip: leading stages that a horizontal cascade leaves out; other drafters have one stage and ignore it.
+        size: the most nodes of a tree, for drafters that have `sizes`; None leaves it to them.
         confidence: whether somebody above will read `Draft.confidence` (it costs a softmax a token).
         stop: called with the confidence of each token that a model kept, and with a function that computes the
             entropy, in nats, of the softmax that this is a probability of; True ends what this model drafts.
@@ -83,6 +84,7 @@ class Budget:
     depth: int
     room: int
     skip: int = 0
+    size: int | None = None
     confidence: bool = False
     stop: Stop | None = None
 
@@ -266,6 +268,10 @@ class Drafter:
         """The most tokens of a draft so deep, all branches counted: what a reviewer's forward gets wider by."""
         return depth
 
+    def sizes(self) -> Sequence[int]:
+        """The numbers of nodes among which a schedule may choose (`Budget.size`), most first; empty if it has none."""
+        return ()
+
     def evidence(self, context: Context) -> int:
         """A clue, in microseconds and before drafting, to how well a draft here would do: one of a few small numbers.
 
@@ -329,6 +335,10 @@ class Tree:
     def width(self, depth: int) -> int:
         """The most nodes of a tree so deep."""
         raise NotImplementedError
+
+    def sized(self, nodes: int) -> Tree:
+        """The same kind of tree, of at most so many nodes; itself if it has no option `nodes`."""
+        return replace(self, nodes=nodes) if getattr(self, "nodes", 0) > nodes else self  # type: ignore[type-var]
 
 
 class Verifier:

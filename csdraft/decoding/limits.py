@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from csdraft.stored import shown
 
-__all__ = ["MOST_BRANCHES", "MOST_NODES", "check_range"]
+__all__ = ["MOST_BRANCHES", "MOST_NODES", "check_range", "halvings"]
 
 MOST_NODES = 1024
 """Of a draft that branches: more than any paper uses, and what a target reads in one forward."""
+FEWEST_NODES = 4
+"""Smaller trees are hardly better than chains."""
 MOST_BRANCHES = 256
 """Children of a node, branches that go on at once, and other widths."""
+
+
+def halvings(nodes: int) -> tuple[int, ...]:
+    """Sizes of tree to choose among, most first: so many nodes, half of them, a quarter."""
+    return tuple(size for size in (nodes, nodes // 2, nodes // 4) if size >= min(nodes, FEWEST_NODES))
 
 
 def check_range(name: str, options: object, least: int = 1, **most: int | None) -> None:

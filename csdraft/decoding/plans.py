@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from csdraft.decoding.awaited import Awaited
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.inputs import Plan
 from csdraft.decoding.text import Text
@@ -14,11 +15,13 @@ __all__ = ["again_in", "plan_of"]
 def plan_of(text: Text, draft: Draft, first: int, nodes: Sequence[int]) -> Plan:
     """Reads `text` from position `first` on, then these nodes of `draft`, which follows it."""
     length = len(text)
-    tokens = text.tokens[first:] + [draft.tokens[node] for node in nodes]
+    drafted = draft.tokens
+    awaited = drafted if isinstance(drafted, Awaited) and drafted.waiting and len(nodes) == len(drafted) else None
+    tokens = text.tokens[first:] + ([drafted[node] for node in nodes] if awaited is None else [0] * len(nodes))
     slots = [*range(first, length), *(length + node for node in nodes)]
     spare = length + len(draft)
     if draft.is_chain:
-        return Plan(tokens, slots, slots, [slot + 1 for slot in slots], None, spare, length)
+        return Plan(tokens, slots, slots, [slot + 1 for slot in slots], None, spare, length, awaited)
     positions = [*range(first, length), *(length + draft.depths[node] for node in nodes)]
     sees = [*range(first + 1, length + 1), *(length for _ in nodes)]
     seen: dict[int, tuple[int, ...]] = {ROOT: ()}

@@ -49,14 +49,18 @@ class Reader:
         taps: the hidden states that it keeps beside keys and values, see `Drafter.taps`.
 
     Attributes:
+        inference: whether its tensors were made under `torch.inference_mode`.
+        size: batch size of its cache, and `rows`: of its forwards, without those that have ended.
         shape: of the last forward, and `warm`: whether this reader had run that shape before, as it runs it now.
+        costs: seconds of a warm forward by shape, as far as shapes were recorded or prepared.
     """
 
     def __init__(self, model: nn.Module, rows: int, capacity: int, taps: frozenset[int] = frozenset()):
         config: Any = model.config
         text = config.get_text_config(decoder=True)
-        self.model, self.rows, self.taps = model, rows, taps
+        self.model, self.size, self.rows, self.taps = model, rows, rows, taps
         self.sources: Sources | None = None
+        self.inference = torch.is_inference_mode_enabled()
         self.device, self.dtype = home(model)
         self.on_host = self.device.type == "cpu"  # what the model computes is at hand without a copy
         self.vocab, self.traits = text.vocab_size, traits_of(model)
@@ -66,6 +70,7 @@ class Reader:
         self.cache = SlotCache(layers, rows, capacity, self.device, by_position)
         self.lacks_tokens = False
         self.seconds, self.forwards, self.fed = 0.0, 0, 0
+        self.costs: dict[Shape, float] = {}
         self.mode: Mode = False
         self.graphs: Graphs | None = None  # while it is None, shapes are exact and forwards eager
         self.shape, self.warm = Shape(rows, 0, 0), False
@@ -84,6 +89,7 @@ class Reader:
             graphs: how forwards of fixed shape run, see `graphs`.
         """
         graphs = graphs if sources is None else False  # each call has an encoder's output of its own
+        self.rows = self.size
         if graphs != self.mode:
             self.mode, self.graphs = graphs, make_graphs(self, graphs)
             self.reserve(self.cache.capacity)
@@ -109,8 +115,7 @@ class Reader:
         if reach and max(max(plan.positions) for plan in plans) < reach:
             queries += 1
         fixed = self.graphs is not None and not reach and queries <= WIDEST
-        if fixed:
-            queries = bucket(queries)
+        queries = self.queries(queries) if fixed else queries
         padded = any(len(plan.tokens) < queries for plan in plans)
         deepest = max(max(plan.deepest for plan in plans), int(padded))
         inputs = self._inputs(queries, bucket(deepest) if fixed else deepest)
@@ -120,6 +125,10 @@ class Reader:
         shared = None if padded else _range_of_all(plans)
         unmasked = not deepest and shared is not None and self._masks_itself(shared, queries)
         return self._run(inputs, keep, inputs.end, shared, unmasked)
+
+    def queries(self, wanted: int) -> int:
+        """How many queries a forward has that reads so many tokens of text or draft in each row."""
+        return wanted if self.graphs is None or wanted > WIDEST else bucket(wanted)
 
     def follow(self, plans: Sequence[Plan], tokens: Any) -> Inputs:
         """The inputs of one more token in every row, behind those that `plans` have read."""
@@ -232,7 +241,8 @@ class Reader:
         allowed = self._steps[:slots] < inputs.sees[..., None]  # (rows, queries, slots)
         if inputs.paths is not None:
             allowed.scatter_(2, inputs.paths, True)
-        standing = self.cache.positions[:, :slots] if self.cache.positions is not None else None  # (rows, slots)
+        positions = self.cache.positions
+        standing = positions[: self.rows, :slots] if positions is not None else None  # (rows, slots)
         for window in self.traits.cache_windows:  # at most one: `refusals`
             assert window is not None
             allowed = self._in_cache(allowed, window, inputs.positions, standing)
@@ -251,14 +261,14 @@ class Reader:
 
         The prompt is read in one forward, before anything is dropped; each later token sees the last `window`.
         """
-        prompts, kept = self._prompts[..., None].unbind(1)  # (rows, 1) each
+        prompts, kept = self._prompts[: self.rows, :, None].unbind(1)  # (rows, 1) each
         first = torch.where(positions < prompts, kept, positions) - window  # (rows, queries)
         near = allowed & (standing[:, None] > first[..., None])
         return near | (~near.any(-1, keepdim=True) & allowed)  # a padding query must see something
 
     def set_prompts(self, prompts: Sequence[int], kept: Sequence[int]) -> None:
         """Says how long each row's prompt is, and how much of it a cache of the user's held."""
-        self._prompts = torch.tensor([prompts, kept], device=self.device).T
+        self._prompts.copy_(torch.tensor([prompts, kept]).T)  # in place: recorded forwards read it
 
     def _additive(self, allowed: Tensor) -> Tensor:
         low = torch.finfo(self.dtype).min
@@ -322,13 +332,11 @@ class Reader:
         )
 
     def keep_rows(self, rows: Sequence[int]) -> None:
-        """Drops all batch rows but `rows`."""
+        """Drops all batch rows but `rows`, until the next call. See `SlotCache.keep_rows`."""
         self.cache.keep_rows(rows)
-        if self.graphs is not None:
-            self.graphs.clear()
         self.rows = len(rows)
         index = torch.tensor(rows, device=self.device)
-        self._prompts = self._prompts[index]
+        self._prompts[: self.rows] = self._prompts[index]
         if self.encoder_decoder and self.sources is not None:
             if self._past is not None:
                 self._past.cross_attention_cache.batch_select_indices(index)

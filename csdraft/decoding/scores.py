@@ -8,6 +8,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from csdraft.decoding.awaited import Choices
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.sampling import Processing, Sampler
 from csdraft.decoding.stopping import Stopping
@@ -21,14 +22,17 @@ MAX_SCORE_BYTES = 1 << 28
 """What the processed scores of one step may take in float32, each processor's copy counted as one."""
 
 
-def argmax(logits: Tensor) -> list[int]:
+def argmax(logits: Tensor, along: Sequence[Choices] = ()) -> list[int]:
     """(n, vocab) -> n indices of the first maximum, in one copy to the host; on a CPU by NumPy, which is faster.
+
+    Args:
+        along: what the same copy also brings.
 
     Raises:
         ValueError: a row holds nan.
     """
     values = logits.float() if logits.dtype not in (torch.float32, torch.float64) else logits
-    if values.device.type == "cpu":
+    if values.device.type == "cpu" and not along:
         table = values.numpy()
         if len(table) == 1:  # every step of a drafter: worth a short cut
             index = int(table[0].argmax())
@@ -39,8 +43,12 @@ def argmax(logits: Tensor) -> list[int]:
         best = [table[row, index] for row, index in enumerate(indices)]
     else:
         top = values.max(-1)
-        pair = torch.stack([top.indices.double(), top.values.double()]).tolist()
-        indices, best = [int(index) for index in pair[0]], pair[1]
+        packed = [top.indices.double(), top.values.double(), *(choices.table.flatten() for choices in along)]
+        numbers = iter(torch.cat([part.to(values.device) for part in packed]).tolist())
+        indices = [int(index) for index in islice(numbers, len(values))]
+        best = list(islice(numbers, len(values)))
+        for choices in along:
+            choices.receive(list(islice(numbers, choices.table.numel())))
     if any(value != value for value in best):
         raise ValueError(NAN)
     return indices
@@ -69,13 +77,19 @@ class Head:
             return self.processing.all_at_once(logits[None])[0]
         return self.processing.one(row, text.padded(path), logits)
 
-    def choose_all(self, views: Sequence[Tensor], places: Sequence[Sequence[tuple[int, int]]]) -> list[list[int]]:
+    def choose_all(
+        self,
+        views: Sequence[Tensor],
+        places: Sequence[Sequence[tuple[int, int]]],
+        along: Sequence[Choices] = (),
+    ) -> list[list[int]]:
         """The choices after every row of some (n, vocab) raw logits; only when `text_blind`, and greedy or coupled.
 
         In one copy to the host, unless the scores would take more than MAX_SCORE_BYTES: then so many rows at a time.
 
         Args:
             places: of each view, the row and the position of the token after each of its n rows.
+            along: what the one copy also brings.
         """
         at_once = max(MAX_SCORE_BYTES // (4 * views[0].shape[-1]), 1)
         if sum(map(len, views)) > at_once:
@@ -88,15 +102,15 @@ class Head:
                 for view, own in zip(views, places, strict=True)
             ]
         if len(views) == 1:
-            return [self._best(views[0], places[0])]
-        chosen = iter(self._best(torch.cat(list(views)), [place for own in places for place in own]))
+            return [self._best(views[0], places[0], along)]
+        chosen = iter(self._best(torch.cat(list(views)), [place for own in places for place in own], along))
         return [list(islice(chosen, len(view))) for view in views]
 
-    def _best(self, logits: Tensor, places: Sequence[tuple[int, int]]) -> list[int]:
+    def _best(self, logits: Tensor, places: Sequence[tuple[int, int]], along: Sequence[Choices] = ()) -> list[int]:
         scores = self.processing.all_at_once(logits)
         if not self.sampler.greedy:
             scores = scores.float() - self.sampler.noise(places, scores.device)
-        return argmax(scores)
+        return argmax(scores, along)
 
     def choose(self, row: int, position: int, scores: Tensor) -> int:
         """The token at `position` from (vocab,) processed scores: their argmax, with the position's noise if any."""

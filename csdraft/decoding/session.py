@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from csdraft.decoding.awaited import Awaited
 from csdraft.decoding.cache import cross_attention_cache, import_cache
 from csdraft.decoding.draft import ROOT, Draft
+from csdraft.decoding.graphs import bucket
 from csdraft.decoding.inputs import Inputs, Plan
 from csdraft.decoding.interfaces import Request
 from csdraft.decoding.plans import again_in, plan_of
@@ -70,10 +72,9 @@ class Session:
         reading: ReadingOptions = ALONE,
     ):
         self.model, self.head, self.vocab = model, head, vocab
-        reuse = reading.reuse and sources is None
-        self.reader, held = borrow(
-            model, rows, capacity, [text.tokens for text in texts] if reuse else (), reading.taps
-        )
+        self._reuse = reading.reuse and sources is None
+        known = [text.tokens if self._reuse else () for text in texts] if self._reuse or reading.graphs else ()
+        self.reader, held = borrow(model, rows, capacity, known, reading.taps)
         self.reader.begin(sources, self.reader.vocab < vocab, reading.graphs)
         switch = self.reader.traits.switch
         self.factors = RotaryFactors(switch, texts) if switch and texts and not switch.every_token else None
@@ -97,9 +98,11 @@ class Session:
 
     def close(self) -> None:
         """The end of a call that went well: the model's next call goes on from what its cache holds."""
-        if self._batch == list(self._readings) and all(reading.text for reading in self._readings.values()):
-            texts = [reading.text.tokens[: reading.read] for reading in self._readings.values()]  # type: ignore
-            take_back(self.reader, texts)
+        readings = list(self._readings.values())
+        if self._batch == list(self._readings) and all(reading.text for reading in readings) and self._reuse:
+            take_back(self.reader, [reading.text.tokens[: reading.read] for reading in readings])  # type: ignore
+        elif self.reader.graphs is not None:
+            take_back(self.reader, [()] * len(readings))  # for what it has recorded
 
     @property
     def kept(self) -> int:
@@ -172,12 +175,15 @@ class Session:
             self.score(missing, choose=False)
 
     def retire(self, live: Sequence[int]) -> None:
-        """Repacks the batch once at most half of its rows are still wanted."""
-        if self.pinned or 2 * len(live) > len(self._batch):
+        """Repacks the batch without the rows that have ended; where shapes are recorded, at powers of two only."""
+        if self.pinned or (self.reader.graphs is not None and bucket(len(live)) >= len(self._batch)):
             return
         self._unproven.clear()
-        self.reader.keep_rows([self.place(row) for row in live])
-        self._batch = list(live)
+        places, count = {self.place(row) for row in live}, len(live)
+        behind = sorted(place for place in places if place >= count)
+        order = [place if place in places else behind.pop() for place in range(count)]  # holes are filled from behind
+        self.reader.keep_rows(order)
+        self._batch = [self._batch[place] for place in order]
 
     # Questions.
 
@@ -237,7 +243,9 @@ class Session:
         if lazily or not chosen or not head.processing.text_blind:
             return [None] * len(views)
         places = [[(r.row, len(r.text) + r.draft.depth(node)) for node in _wanted(r)] for r in requests]
-        return head.choose_all(views, places)
+        drafted = [request.draft.tokens for request in requests]
+        along = {tokens.choices: None for tokens in drafted if isinstance(tokens, Awaited) and tokens.waiting}
+        return head.choose_all(views, places, list(along))
 
     def features(self, row: int, text: Text, stop: int) -> dict[int, Tensor]:
         """By tap, (stop, hidden) the model's hidden states of the first `stop` tokens of a row's text.

@@ -14,7 +14,7 @@ from pathlib import Path
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter
-from csdraft.decoding.limits import MOST_NODES, check_range
+from csdraft.decoding.limits import MOST_NODES, check_range, halvings
 from csdraft.drafters._copying import match_evidence, until
 from csdraft.tables.corpus import SPAN, CorpusIndex
 
@@ -66,14 +66,18 @@ class Datastore(Drafter):
     def width(self, depth: int) -> int:
         return self.nodes
 
+    def sizes(self) -> Sequence[int]:
+        return halvings(self.nodes)
+
     def evidence(self, context: Context) -> int:
         matched, _, _ = self._corpus.find(context.text.tail(SPAN), self.min_match)
         return match_evidence(matched)
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
-        return [self._propose(c, min(b.depth, b.room)) for c, b in zip(contexts, budgets, strict=True)]
+        nodes = min(budgets[0].size or self.nodes, self.nodes)
+        return [self._propose(c, min(b.depth, b.room), nodes) for c, b in zip(contexts, budgets, strict=True)]
 
-    def _propose(self, context: Context, depth: int) -> Draft:
+    def _propose(self, context: Context, depth: int, nodes: int) -> Draft:
         path, draft, eos = context.path, context.draft, context.call.head.stopping.eos
         if depth <= 0 or (path and path[-1] in eos):
             return draft
@@ -83,7 +87,7 @@ class Datastore(Drafter):
         ahead = self._corpus.continuations(first, last, depth, self.matches)
         if eos and any(not eos.isdisjoint(tokens) for tokens in ahead):
             ahead = [until(eos, tokens) for tokens in ahead]
-        tokens, parents = _merged(ahead, self.nodes)
+        tokens, parents = _merged(ahead, nodes)
         tip, old = context.tip, len(draft)
         return draft.attach(tokens, [tip if p < 0 else old + p for p in parents], context.call.level(self))
 

@@ -76,7 +76,8 @@ class Horizontal(Drafter):
                 wanted, room = limits[i][stage] - grown, min(budget.room, self.depth) - grown
                 if wanted > 0 and room > 0 and not _ended(draft, context):
                     going_on = context if not grown else context.after(draft)
-                    asked[i] = (going_on, replace(budget, depth=min(wanted, room), room=room, skip=0))
+                    size = budget.size if stage == budget.skip else None  # chosen for the first that drafts
+                    asked[i] = going_on, replace(budget, depth=min(wanted, room), room=room, skip=0, size=size)
             if asked:
                 started, before = clock.now(), sum(draft.depth(draft.tip) for draft in drafts)
                 stage_contexts, stage_budgets = zip(*asked.values(), strict=True)
@@ -90,4 +91,5 @@ class Horizontal(Drafter):
 
 def _ended(draft: Draft, context: Context) -> bool:
     """Whether the draft already ends the text: nothing can follow."""
-    return len(draft) > len(context.draft) and draft.tokens[-1] in context.call.head.stopping.eos
+    ends = context.call.head.stopping.eos
+    return any(token in ends for token in draft.tokens[len(context.draft) :])

@@ -8,7 +8,7 @@ were trained apart; each costs its own time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -45,6 +45,18 @@ class Merged(Drafter):
     def width(self, depth: int) -> int:
         return sum(drafter.width(depth) for drafter in self.drafters)
 
+    def sizes(self) -> Sequence[int]:
+        """Those of the part that has most of them, and the width of the others."""
+        return [size + self._fixed_width for size in self._sizes]
+
+    @property
+    def _sizes(self) -> Sequence[int]:
+        return max((drafter.sizes() for drafter in self.drafters), key=len)
+
+    @property
+    def _fixed_width(self) -> int:
+        return self.width(self.depth) - max(self._sizes, default=0)
+
     def parts(self) -> Sequence[Drafter]:
         return self.drafters
 
@@ -52,6 +64,8 @@ class Merged(Drafter):
         return next((drafter.evidence(context) for drafter in self.drafters if not drafter.models()), 0)
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
+        fixed = self._fixed_width
+        budgets = [b if b.size is None else replace(b, size=max(b.size - fixed, 1)) for b in budgets]
         apart = [drafter.propose(contexts, budgets) for drafter in self.drafters]
         return [self._merged(context, drafts) for context, *drafts in zip(contexts, *apart, strict=True)]
 

@@ -19,6 +19,7 @@ from csdraft.decoding.chain import draft_chain
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.grow import grow
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Tree
+from csdraft.decoding.limits import halvings
 from csdraft.decoding.names import name_of
 from csdraft.decoding.refusals import refusal
 from csdraft.decoding.traits import unwrapped
@@ -75,6 +76,10 @@ class ModelDrafter(Drafter):
     def width(self, depth: int) -> int:
         return depth if self.tree is None else self.tree.width(depth)
 
+    def sizes(self) -> Sequence[int]:
+        chosen = self.tree is not None and self.tree.sized(1) is not self.tree
+        return halvings(self.width(self.depth)) if chosen else ()
+
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
         call = contexts[0].call
         session, level = call.session(self.network), call.level(self.network)
@@ -86,7 +91,9 @@ class ModelDrafter(Drafter):
             return [c.draft for c in contexts]
         confidence = any(b.confidence for b in budgets)
         if self.tree is not None:
-            return grow(session, self.tree, contexts, steps, level, confidence)
+            size = budgets[0].size
+            tree = self.tree if size is None else self.tree.sized(size)
+            return grow(session, tree, contexts, steps, level, confidence)
         drawn = draft_chain(session, contexts, steps, confidence, [b.stop for b in budgets])
         return [c.draft.extend(d.tokens, level, d.confidence, d.laws) for c, d in zip(contexts, drawn, strict=True)]
 

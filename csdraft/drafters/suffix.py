@@ -15,7 +15,7 @@ from pathlib import Path
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round
-from csdraft.decoding.limits import MOST_NODES, check_range
+from csdraft.decoding.limits import MOST_NODES, check_range, halvings
 from csdraft.drafters._copying import match_evidence
 from csdraft.drafters._history import history
 from csdraft.tables.outputs import OutputTable, Place
@@ -71,6 +71,9 @@ class Suffix(Drafter):
     def width(self, depth: int) -> int:
         return depth if self.nodes is None else self.nodes
 
+    def sizes(self) -> Sequence[int]:
+        return () if self.nodes is None else halvings(self.nodes)
+
     def evidence(self, context: Context) -> int:
         matched = history(context).automaton.matched
         if self._outputs is not None:
@@ -82,13 +85,14 @@ class Suffix(Drafter):
         return context.call.memo((Place, id(self.outputs), context.row), Place)
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
-        return [self._propose(c, min(b.depth, b.room)) for c, b in zip(contexts, budgets, strict=True)]
+        nodes = self.nodes and min(budgets[0].size or self.nodes, self.nodes)
+        return [self._propose(c, min(b.depth, b.room), nodes) for c, b in zip(contexts, budgets, strict=True)]
 
-    def _propose(self, context: Context, depth: int) -> Draft:
+    def _propose(self, context: Context, depth: int, nodes: int | None) -> Draft:
         path, draft, eos = context.path, context.draft, context.call.head.stopping.eos
         if depth <= 0 or (path and path[-1] in eos):
             return draft
-        rule = Rule(self.factor, self.offset, self.min_prob, depth, self.nodes, eos)
+        rule = Rule(self.factor, self.offset, self.min_prob, depth, nodes, eos)
         known = history(context)
         found = rule.best(known.automaton, *known.find(path))
         if self._outputs is not None:

@@ -19,7 +19,7 @@ import numpy as np
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round
-from csdraft.decoding.limits import check_range
+from csdraft.decoding.limits import check_range, halvings
 from csdraft.tables.adjacency import KEPT, AdjacencyTable
 
 __all__ = ["TokenRecycling"]
@@ -62,6 +62,9 @@ class TokenRecycling(Drafter):
     def width(self, depth: int) -> int:
         return template(self.nodes, min(depth, self.depth)).layers[-1][1] - 1 if depth > 0 else 0
 
+    def sizes(self) -> Sequence[int]:
+        return halvings(self.nodes)
+
     def check(self, call: Call) -> None:
         if call.vocab < KEPT:
             raise ValueError(f"the target has {call.vocab} tokens; TokenRecycling needs {KEPT} or more")
@@ -82,16 +85,18 @@ class TokenRecycling(Drafter):
         return int(len(context.text) > 0 and self._matrix(context.call).known(context.text.tokens[-1]))
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
-        return [self._propose(c, min(b.depth, b.room, self.depth)) for c, b in zip(contexts, budgets, strict=True)]
+        nodes = min(budgets[0].size or self.nodes, self.nodes)
+        depths = [min(budget.depth, budget.room, self.depth) for budget in budgets]
+        return [self._propose(context, depth, nodes) for context, depth in zip(contexts, depths, strict=True)]
 
-    def _propose(self, context: Context, depth: int) -> Draft:
+    def _propose(self, context: Context, depth: int, nodes: int) -> Draft:
         call, draft = context.call, context.draft
         tip, text = len(draft.tokens) - 1, context.text.tokens
         last = draft.tokens[tip] if tip >= 0 else text[-1] if text else None
         matrix = self._matrix(call)
         if depth <= 0 or last is None or last in call.head.stopping.eos or not matrix.known(last):
             return draft
-        tree = template(self.nodes, depth)
+        tree = template(nodes, depth)
         tokens = np.empty(len(tree.parents) + 1, np.int64)
         tokens[0] = last
         for start, end, above, ranks in tree.layers:

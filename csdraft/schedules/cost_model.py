@@ -2,7 +2,8 @@
 
 Leviathan et al. (arXiv 2211.17192, section 3.3) choose the draft length from one acceptance rate and one cost ratio;
 this schedule measures both while it decodes. Of the leading stages of a cascade to leave out (a dear drafter may not
-pay where the statistical one below it does) and of the depths, it takes the pair with the most tokens a second,
+pay where the statistical one below it does), the sizes of tree and the depths, it takes those with the most tokens a
+second,
 
     (1 + sum over i <= depth of survival[i]) / (target seconds at width depth + 1 + drafting seconds),
 
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from csdraft.decoding.call import Call
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Schedule
 from csdraft.decoding.reader import place
-from csdraft.tables.costs import STREAK, Costs, Ledger, Survival, Widths
+from csdraft.tables.costs import STREAK, Costs, Ledger, Survival, Way, Widths
 
 __all__ = ["CostModel"]
 
@@ -86,14 +87,15 @@ class CostModel(Schedule):
 
 @dataclass(frozen=True)
 class Plan:
-    """What drafting so deep, without the first `skip` stages, is expected to come to in a round of a row.
+    """What drafting so deep in this way is expected to come to in a round of a row.
 
     Attributes:
+        way: leading stages left out, and the size of tree.
         tokens: emitted.
         seconds: drafting, the target's forward, and a share of reading the text.
     """
 
-    skip: int
+    way: Way
     depth: int
     tokens: float
     seconds: float
@@ -110,20 +112,24 @@ class Working(Schedule):
         self.options, self.call, self.drafter = options, call, drafter
         self.stages = drafter.stages()
         self.limits = [limit for _, limit in self.stages]
+        self.ways = [
+            Way(skip, size) for skip, (stage, _) in enumerate(self.stages) for size in stage.sizes() or (None,)
+        ]
         self.key = (CostModel, call.rows, call.sampler.greedy, call.head.processing.temperature)
         self.ledger = drafter.memory.load(call.target, self.key, self._fresh) if options.remember else Ledger()
+        self.ledger.costs.add_prepared(call.session(call.target).reader.costs)
         for survival in self.ledger.survivals.values():
             survival.fade(CARRIED)
         self._streaky = bool(drafter.models())
         self.most = options.most or (self.limits[-1] if len(self.stages) > 1 else max(2 * self.limits[-1], LONE_DEPTH))
         self.depths = sorted({depth for depth in DEPTHS if depth < self.most} | {self.most})
         self.prices = Widths()
-        self._draft_widths = [[0] for _ in self.stages]
-        self.rounds = self.skip = self.depth = 0
+        self._draft_widths = {way: [0] for way in self.ways}
+        self.rounds, self.way, self.depth = 0, self.ways[0], 0
         self.evidence: list[int] = []  # by row
         self._whole: set[int] = set()  # rows whose last draft was kept whole: models are right, or wrong, in stretches
         self._asked: list[int] = []
-        self._settled: dict[int, tuple[int, int, int]] = {}  # by evidence: skip, depth, rounds that this stands for
+        self._settled: dict[int, tuple[Way, int, int]] = {}  # by evidence: way, depth, rounds that this stands for
         self._reads = self._trial = False
         self._charged = [(0.0, 0.0)] * len(self.stages)
         self._plans: dict[int, list[Plan]] = {}  # by evidence: the last that were compared
@@ -144,61 +150,64 @@ class Working(Schedule):
         self._trial = False
         kind = self.evidence[0] if len(contexts) == 1 else MIXED
         self._kinds[kind] += 1
-        self.skip, self.depth, more = self._settled.get(kind, (0, 0, 0))
+        self.way, self.depth, more = self._settled.get(kind, (self.ways[0], 0, 0))
         if more <= 0:
             self.prices = self.ledger.costs.widths(len(contexts), max(len(context.text) for context in contexts))
-            self.skip, self.depth = self._choose(kind, contexts, max(rooms) + 1)
+            self.way, self.depth = self._choose(kind, contexts, max(rooms) + 1)
             settled = self.rounds > LEARNING and not self._trial and kind != MIXED
             more = SETTLED_FOR if settled else 1
-        self._settled[kind] = (self.skip, self.depth, more - 1)
-        self._reads = self.depth > 0 and self._unread(self.skip, contexts) > UNREAD
+        self._settled[kind] = (self.way, self.depth, more - 1)
+        skip, size = self.way
+        self._reads = self.depth > 0 and self._unread(skip, contexts) > UNREAD
         self._asked = [min(self.depth, room) for room in rooms]
         if len(self.stages) == 1:  # what a drafter adds of its own accord, such as a window, is its own affair
-            return [Budget(depth, room if depth else 0) for depth, room in zip(self._asked, rooms, strict=True)]
-        return [Budget(depth, depth, skip=self.skip) for depth in self._asked]
+            both = zip(self._asked, rooms, strict=True)
+            return [Budget(depth, room if depth else 0, size=size) for depth, room in both]
+        return [Budget(depth, depth, skip, size) for depth in self._asked]
 
-    def _choose(self, kind: int, contexts: Sequence[Context], remaining: int) -> tuple[int, int]:
-        """Leading stages to leave out, and depth, for the next rounds."""
+    def _choose(self, kind: int, contexts: Sequence[Context], remaining: int) -> tuple[Way, int]:
+        """Way and depth of the next rounds."""
         plain = self.prices.seconds(1)
-        survivals = [self.ledger.survival(kind, skip) for skip in range(len(self.stages))]  # keep count of trials
-        plans = [plan for skip in range(len(self.stages)) for plan in self._compared(skip, contexts, remaining)]
+        survivals = {way: self.ledger.survival(kind, way) for way in self.ways}  # keep count of trials
+        plans = [plan for way in self.ways for plan in self._compared(way, contexts, remaining)]
         self._plans[kind] = plans
         best = max(plans, key=lambda plan: self._preference(plan, remaining), default=None)
         if best is None or best.rate * plain < MARGIN:
             best = None
         elif best.rate * plain < PROVEN and self.rounds >= PATIENCE and not self.prices.known(1):
-            return 0, 0  # what drafts must beat
+            return self.ways[0], 0  # what drafts must beat
         rate = best.rate if best else 1 / plain
-        for skip, stages in enumerate(survivals):
-            if best and skip == best.skip:
+        for way, stages in survivals.items():
+            if best and way == best.way:
                 stages.losses, stages.wait = 0, 0.0
-            elif stages.wait <= 0 and self._worth_a_trial(skip, stages, rate, contexts, remaining):
+            elif stages.wait <= 0 and self._worth_a_trial(way, stages, rate, contexts, remaining):
                 self._trial = True
-                return skip, min(FIRST_DEPTH, self.most)
-        return (best.skip, best.depth) if best else (0, 0)
+                return way, best.depth if best and way.skip == best.way.skip else min(FIRST_DEPTH, self.most)
+        return (best.way, best.depth) if best else (self.ways[0], 0)
 
     def _worth_a_trial(
-        self, skip: int, stages: Survival, rate: float, contexts: Sequence[Context], remaining: int
+        self, way: Way, stages: Survival, rate: float, contexts: Sequence[Context], remaining: int
     ) -> bool:
         """Whether stages that are not the best choice could be: a trial costs, so each loss doubles the pause."""
         plain, depth = self.prices.seconds(1), min(FIRST_DEPTH, self.most)
-        reading = self._reading_seconds(skip, contexts)
-        price = reading + depth * self._token_seconds(skip) + self.prices.seconds(1 + depth) - plain
+        reading = self._reading_seconds(way.skip, contexts)
+        price = reading + depth * self._token_seconds(way.skip) + self._seconds(1 + depth) - plain
         stages.losses = min(stages.losses + 1, MOST_DOUBLINGS)
         stages.wait = TRIAL_PAUSE * 2.0 ** (stages.losses - 1) * max(price, 0.1 * plain)
-        hopeful = max((plan.rate for plan in self._compared(skip, contexts, remaining, hope=True)), default=0.0)
+        hopeful = max((plan.rate for plan in self._compared(way, contexts, remaining, hope=True)), default=0.0)
         return hopeful > rate and remaining * plain > 2 * TRIAL_PAUSE * reading
 
-    def _compared(self, skip: int, contexts: Sequence[Context], remaining: int, hope: bool = False) -> list[Plan]:
-        """What each depth would come to without the first `skip` stages."""
-        counts = [(self.ledger.survival(e, skip), self.evidence.count(e)) for e in set(self.evidence)]
+    def _compared(self, way: Way, contexts: Sequence[Context], remaining: int, hope: bool = False) -> list[Plan]:
+        """What each depth would come to in one way."""
+        skip = way.skip
+        counts = [(self.ledger.survival(e, way), self.evidence.count(e)) for e in set(self.evidence)]
         first = FIRST_DEPTH if self.stages[skip][0].models() else FIRST_COPY
         most = min(self.most, 2 * max(len(stages.asked) for stages, _ in counts) + first, remaining - 1)
-        reading, widths = self._reading_seconds(skip, contexts), self._widths(skip, most)
+        reading, widths = self._reading_seconds(skip, contexts), self._widths(way, most)
         drafting = [self._token_seconds(stage) for stage in range(len(self.stages))]
         chances = [(stages.hazards(most, hope), stages.shares_offered(most), number) for stages, number in counts]
         survival, tokens, plans, before = [1.0] * len(counts), 1.0, [], 0
-        seconds = wide = self._seconds(1, hope)
+        seconds = wide = self._seconds(1)
         for depth in self.depths:
             if depth > most:
                 break
@@ -212,20 +221,25 @@ class Working(Schedule):
                 spent += drafting[self._stage_at(skip, i)]
             narrow, wide = wide, self._seconds(1 + widths[depth], hope)
             seconds += (1 - short) * (wide - narrow + spent)
-            plans.append(Plan(skip, depth, tokens, seconds + tokens * reading / remaining))
+            plans.append(Plan(way, depth, tokens, seconds + tokens * reading / remaining))
             before = depth
         return plans
 
     def _preference(self, plan: Plan, remaining: int) -> float:
         """Its rate if it stays the choice: a new shape is slow once. A little more if its price is known."""
-        width = 1 + self._draft_widths[plan.skip][plan.depth]
+        width = self._queries(1 + self._draft_widths[plan.way][plan.depth])
         once = self.prices.first_run(width) * plan.tokens / min(remaining, HORIZON)
         return plan.tokens / (plan.seconds + once) * (MARGIN if self.prices.known(width) else 1.0)
 
     # Prices.
 
-    def _seconds(self, width: int, hope: bool) -> float:
+    def _queries(self, width: int) -> int:
+        """How many queries the target's forward over so many tokens has."""
+        return self.call.session(self.call.target).reader.queries(width)
+
+    def _seconds(self, width: int, hope: bool = False) -> float:
         """Of the target's forward; of one that was seldom measured, what it may yet turn out to be, for hope."""
+        width = self._queries(width)
         price, plain = self.prices.seconds(width), self.prices.seconds(1)
         return (price + plain) / 2 if hope and self.prices.count(width) < TRUSTED else price
 
@@ -233,18 +247,25 @@ class Working(Schedule):
         """The stage that writes draft token `i`."""
         return max(skip, min(bisect_right(self.limits, i), len(self.limits) - 1))
 
-    def _widths(self, skip: int, most: int) -> list[int]:
-        """(> most,) tokens under review when the stages from `skip` on draft so deep: more if they branch."""
-        widths = self._draft_widths[skip]
+    def _widths(self, way: Way, most: int) -> list[int]:
+        """(> most,) tokens under review when the stages that are left draft so deep: more if they branch."""
+        widths, (skip, size) = self._draft_widths[way], way
         for i in range(len(widths) - 1, most):
             stage = self._stage_at(skip, i)
             start = self.limits[stage - 1] if stage > skip else 0
-            widths.append(widths[start] + self.stages[stage][0].width(i + 1 - start))
+            width = self.stages[stage][0].width(i + 1 - start)
+            widths.append(widths[start] + (width if size is None or stage > skip else min(width, size)))
         return widths
 
     def _token_seconds(self, stage: int) -> float:
-        prior = MODEL_COST * self.prices.seconds(1) if self.stages[stage][0].models() else 0.0
-        return self.ledger.costs.token(stage, prior)
+        models = self.stages[stage][0].models()
+        return self.ledger.costs.token(stage, self._model_seconds(models[0]) if models else 0.0)
+
+    def _model_seconds(self, model: object) -> float:
+        """Of a drafter model's forward, before it has drafted: as prepared, or as such models usually are."""
+        known = self.call.session(model).reader.costs  # type: ignore[arg-type]
+        least = min((cost for shape, cost in known.items() if shape.queries == 1), default=None)
+        return MODEL_COST * self.prices.seconds(1) if least is None else least
 
     def _reading_seconds(self, skip: int, contexts: Sequence[Context]) -> float:
         """What the drafter models must read first, once."""
@@ -268,11 +289,11 @@ class Working(Schedule):
         if self.depth == 0:
             return
         if self._trial and sum(r.accepted for r in rounds) == sum(self._asked):  # promising: try again at once
-            ledger.survival(self.evidence[0] if len(rounds) == 1 else MIXED, self.skip).wait = 0.0
+            ledger.survival(self.evidence[0] if len(rounds) == 1 else MIXED, self.way).wait = 0.0
             for evidence in set(self.evidence):
-                ledger.survival(evidence, self.skip).fade(BLURRED)
+                ledger.survival(evidence, self.way).fade(BLURRED)
         for r, asked, evidence in zip(rounds, self._asked, self.evidence, strict=True):
-            ledger.survival(evidence, self.skip).add(asked, r.depth, r.accepted)
+            ledger.survival(evidence, self.way).add(asked, r.depth, r.accepted)
             if self._streaky and r.depth:
                 (self._whole.add if r.accepted == r.depth else self._whole.discard)(r.context.row)
         self._learn_costs(max(r.depth for r in rounds), draft_seconds)
@@ -311,7 +332,8 @@ def reason(plans: Sequence[Plan], plain: float) -> str:
     best = max(plans, key=lambda plan: plan.rate)
     if best.rate * plain < MARGIN:
         return f"drafting does not pay: drafts of {best.depth} would give {yields(best)}"
-    deeper = next((plan for plan in plans if plan.skip == best.skip and plan.depth > best.depth), None)
-    left_out = f" without the first {best.skip} stages" if best.skip else ""
-    said = f"drafts of {best.depth}{left_out} pay: {yields(best)}"
+    deeper = next((plan for plan in plans if plan.way == best.way and plan.depth > best.depth), None)
+    left_out = f" without the first {best.way.skip} stages" if best.way.skip else ""
+    size = f" in trees of {best.way.size}" if best.way.size else ""
+    said = f"drafts of {best.depth}{size}{left_out} pay: {yields(best)}"
     return f"{said}; drafts of {deeper.depth} would give {yields(deeper)}" if deeper else said

@@ -11,8 +11,9 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+from csdraft.decoding.inputs import Shape
 from csdraft.stored import fit
 
 __all__ = ["STREAK", "Costs", "Ledger", "Survival", "Widths", "check_costs"]
@@ -35,6 +36,8 @@ GOES_ON = 0.75
 """Survival of a token behind one that survived, before anything is known."""
 REMEMBERED = 4.0
 """Rounds of failure that hope remembers: texts change."""
+CHAIN, SPARED = 4, 0.8
+"""A tree of so few nodes is as good as a chain, and each doubling leaves so much of what fails, before it is known."""
 STREAK, AFTER_STREAK = 8, 0.85
 """Added to the evidence of a row whose last draft was kept whole, and the prior survival there."""
 
@@ -128,6 +131,13 @@ def _between(points: Mapping[int, float], width: int) -> float:
     return points[below] + (width - below) / (above - below) * (points[above] - points[below])
 
 
+class Way(NamedTuple):
+    """A way to draft: without the first `skip` stages of a cascade, in trees of at most `size` nodes."""
+
+    skip: int
+    size: int | None = None
+
+
 Group = tuple[int, int]
 """Batch rows, and the bucket of slots."""
 
@@ -147,6 +157,13 @@ class Costs:
     def add(self, rows: int, queries: int, slots: int, seconds: float, warm: bool) -> None:
         """One forward of the target, with all else that its round took but drafting."""
         self.groups.setdefault((rows, _bucket(slots)), Widths()).add(queries, seconds, warm)
+
+    def add_prepared(self, costs: Mapping[Shape, float]) -> None:
+        """What forwards took before the first text, of shapes that no text has had yet."""
+        for shape, seconds in costs.items():
+            widths = self.groups.setdefault((shape.rows, _bucket(shape.slots)), Widths())
+            if not widths.known(shape.queries):
+                widths.add(shape.queries, seconds)
 
     def add_token(self, stage: int, seconds: float) -> None:
         """What a stage took for each token of a draft."""
@@ -223,6 +240,7 @@ class Survival:
     """What drafting from one stage on has shown: which tokens were offered, and how many survived, by position."""
 
     prior: float = PRIOR[0]
+    failing: float = 1.0  # of what fails in a chain, the share that fails in trees of this size too
     copies: bool = False  # which go on well however seldom they begin well; a model is good or bad
     tried: list[float] = field(default_factory=list)  # rounds that kept the first i tokens and asked for one more
     kept: list[float] = field(default_factory=list)  # of these, how many kept that one too
@@ -262,12 +280,17 @@ class Survival:
         if hope:
             blur = min(1.0, REMEMBERED / max(tried[0], 1.0))
             tried, kept = [blur * count for count in tried], [blur * count for count in kept]
-        first = (kept[0] + weight * (1.0 if hope else self.prior)) / (tried[0] + weight)
-        more = 1.0 if hope else max(first, GOES_ON if self.copies else math.sqrt(first * GOES_ON))
+        first = (kept[0] + weight * (1.0 if hope else self._unknown(self.prior))) / (tried[0] + weight)
+        goes_on = self._unknown(GOES_ON)
+        more = 1.0 if hope else max(first, goes_on if self.copies else math.sqrt(first * goes_on))
         pooled = (sum(kept[1:]) + weight * more) / (sum(tried[1:]) + weight)
         later = [(k + weight * pooled) / (t + weight) for k, t in zip(kept[1:depth], tried[1:], strict=False)]
         found = [first, *later, *[pooled] * (depth - 1 - len(later))]
         return [min(pair) for pair in zip(found, self.shares_offered(depth), strict=True)] if hope else found
+
+    def _unknown(self, chance: float) -> float:
+        """A chance of a chain's token, for trees of this size."""
+        return 1 - self.failing * (1 - chance)
 
     def shares_offered(self, depth: int) -> list[float]:
         """How often each of `depth` tokens was drafted when asked for."""
@@ -280,17 +303,29 @@ class Ledger:
     """All that one call has learned, and what the next one starts from."""
 
     costs: Costs = field(default_factory=Costs)
-    survivals: dict[tuple[int, int], Survival] = field(default_factory=dict)  # by evidence and stages left out
+    survivals: dict[tuple[int, Way], Survival] = field(default_factory=dict)  # by evidence and way
 
-    def survival(self, evidence: int, skip: int) -> Survival:
-        """What drafting showed with this evidence and without the first `skip` stages."""
-        known = self.survivals.setdefault((evidence, skip), Survival(copies=evidence % STREAK > 0))
+    def survival(self, evidence: int, way: Way) -> Survival:
+        """What drafting showed with this evidence in this way."""
+        known = self.survivals.setdefault((evidence, way), Survival(copies=evidence % STREAK > 0))
+        known.failing = SPARED ** math.log2(max(way.size or CHAIN, CHAIN) / CHAIN)
+        if kin := self._other_sizes(evidence, way):
+            _, other = min(kin, key=lambda pair: abs(math.log2(pair[0] / (way.size or CHAIN))))
+            known.prior = max(1 - (1 - other.hazards(1)[0]) / other.failing, 0.0)
+            return known
         usual = _prior(evidence)
-        others = [(_prior(e), other) for (e, s), other in self.survivals.items() if s == skip and e != evidence]
+        others = [(_prior(e), other) for (e, w), other in self.survivals.items() if w == way and e != evidence]
         kept = sum(sum(other.kept[:1]) for _, other in others) + PRIOR_WEIGHT * usual
         expected = sum(prior * sum(other.tried[:1]) for prior, other in others) + PRIOR_WEIGHT * usual
         known.prior = min(usual * kept / expected, AFTER_STREAK)
         return known
+
+    def _other_sizes(self, evidence: int, way: Way) -> list[tuple[int, Survival]]:
+        """Trees of other sizes that have been tried here, unless this one has."""
+        if way.size is None or self.survivals[evidence, way].tried:
+            return []
+        same = [(w.size or CHAIN, s) for (e, w), s in self.survivals.items() if e == evidence and w.skip == way.skip]
+        return [(size, survival) for size, survival in same if survival.tried]
 
 
 def _prior(evidence: int) -> float:

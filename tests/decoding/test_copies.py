@@ -1,14 +1,17 @@
-"""How often a round waits for the device: once for the drafts and once for the choices, whatever their number."""
+"""How often a round waits for the device: once for the choices, with which a chain comes too; once a tree's level."""
+
+from copy import deepcopy
 
 import pytest
 import torch
 from tiny import drafter_of, ragged_batch, tiny
 from torch.overrides import TorchFunctionMode
 
-from csdraft import MaxGram, ModelDrafter
+from csdraft import Horizontal, MaxGram, ModelDrafter, Vertical
 from csdraft.decoding import loop
 from csdraft.decoding.inputs import Inputs
 from csdraft.decoding.reader import Reader
+from csdraft.drafters.merged import Merged
 from csdraft.trees.best_first import BestFirst
 
 TO_THE_HOST = {"tolist", "item", "numpy", "__float__", "__int__", "__bool__", "__index__", "nonzero"}
@@ -26,9 +29,14 @@ class Copies(TorchFunctionMode):
 
 
 @pytest.fixture
-def copies(monkeypatch):
-    """(rounds,) copies of each round, decoded as on a device whose values the host does not see."""
+def far(monkeypatch):
+    """All models are as on a device whose values the host does not see."""
     monkeypatch.setattr(Reader, "on_host", property(lambda self: False, lambda self, value: None), raising=False)
+
+
+@pytest.fixture
+def copies(monkeypatch, far):
+    """(rounds,) copies of each round."""
     counter, found, one_round, make = Copies(), [], loop.run_round, Inputs.__init__
 
     def counted(*args):
@@ -53,16 +61,46 @@ def copies(monkeypatch):
 @pytest.mark.parametrize(
     ("drafter", "most"),
     [
-        (lambda: ModelDrafter(drafter_of("llama"), depth=LEVELS), 2),
+        (lambda: ModelDrafter(drafter_of("llama"), depth=LEVELS), 1),
         (lambda: ModelDrafter(drafter_of("llama"), depth=LEVELS, tree=BestFirst()), LEVELS + 1),
         (MaxGram, 1),
     ],
     ids=["chain", "tree", "copied"],
 )
-def test_a_round_waits_once_for_its_drafts_and_once_for_its_choices(copies, rows, sampled, drafter, most):
+def test_a_round_waits_once_and_once_more_for_each_level_of_a_tree(copies, rows, sampled, drafter, most):
     inputs = ragged_batch((20, 3, 11)[:rows])
     options = {"do_sample": sampled, "max_new_tokens": 20, "pad_token_id": 0, "schedule": "fixed", "reuse": False}
     seeds = {"row_seeds": list(range(rows))} if sampled else {}
     torch.manual_seed(0)
     tiny("llama").generate(**inputs, **options, **seeds, assistant=drafter())
     assert max(copies) == most, copies
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize(
+    "drafter",
+    [
+        lambda: ModelDrafter(drafter_of("llama"), depth=LEVELS),
+        lambda: Horizontal((ModelDrafter(drafter_of("llama")), MaxGram()), (2, 4)),
+        lambda: Vertical(drafter_of("llama"), ModelDrafter(drafter_of("llama", scale=0.2), depth=2)),
+        lambda: Merged((ModelDrafter(drafter_of("llama")), MaxGram())),
+    ],
+    ids=["model", "horizontal", "vertical", "merged"],
+)
+def test_awaited_tokens_are_seen_by_whoever_looks(far, drafter, sampled):
+    """The text of sampled rows does not depend on the drafter."""
+    inputs, target = ragged_batch((20, 3, 11)), tiny("llama")
+    options = {"do_sample": sampled, "max_new_tokens": 24, "pad_token_id": 0, "schedule": "fixed", "strict": True}
+    seeds = {"row_seeds": [0, 1, 2]} if sampled else {}
+    expected = target.generate(**inputs, **options, **seeds, assistant=MaxGram())
+    assert torch.equal(target.generate(**inputs, **options, **seeds, assistant=drafter()), expected)
+
+
+def test_a_model_that_computes_nan_is_left_out(far):
+    broken, inputs = deepcopy(tiny("llama")), ragged_batch((20, 3))
+    with torch.no_grad():
+        broken.get_output_embeddings().weight.fill_(float("nan"))
+    options = {"do_sample": False, "max_new_tokens": 16, "pad_token_id": 0}
+    with pytest.warns(RuntimeWarning, match="nan"):
+        text = tiny("llama").generate(**inputs, **options, assistant=ModelDrafter(broken), schedule="fixed")
+    assert torch.equal(text, tiny("llama").generate(**inputs, **options))

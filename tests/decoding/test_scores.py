@@ -16,6 +16,8 @@ from csdraft.schedules.fixed import Fixed
 from tests import tiny
 
 VOCAB = 50
+NO_NOISE = [[(0, 0)] * 5] * 3
+"""Places, which greedy choices do not look at."""
 
 
 def head() -> Head:
@@ -42,7 +44,7 @@ def widest(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_no_more_rows_than_the_limit_allows(rows_at_once, lengths, widest, monkeypatch):
     monkeypatch.setattr(scores, "MAX_SCORE_BYTES", 4 * VOCAB * rows_at_once)
     views = [torch.randn(length, VOCAB) for length in lengths]
-    assert head().choose_all(views) == [view.argmax(-1).tolist() for view in views]
+    assert head().choose_all(views, NO_NOISE) == [view.argmax(-1).tolist() for view in views]
     assert max(widest) <= rows_at_once
     if rows_at_once == 1000:
         assert widest == [sum(lengths)], "one step where there is room"
@@ -51,7 +53,7 @@ def test_no_more_rows_than_the_limit_allows(rows_at_once, lengths, widest, monke
 def test_one_row_is_always_possible(widest, monkeypatch):
     monkeypatch.setattr(scores, "MAX_SCORE_BYTES", 1)
     view = torch.randn(4, VOCAB)
-    assert head().choose_all([view]) == [view.argmax(-1).tolist()]
+    assert head().choose_all([view], NO_NOISE) == [view.argmax(-1).tolist()]
     assert set(widest) == {1}
 
 
@@ -60,7 +62,7 @@ def test_nan_is_noticed_in_any_part(monkeypatch):
     view = torch.randn(5, VOCAB)
     view[4, 7] = float("nan")
     with pytest.raises(ValueError, match="nan"):
-        head().choose_all([view])
+        head().choose_all([view], NO_NOISE)
 
 
 @pytest.mark.parametrize("options", [{}, {"renormalize_logits": True}])

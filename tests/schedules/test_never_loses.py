@@ -6,16 +6,19 @@ A device has a clock of its own, a slow first forward, slow first forwards of ea
 from __future__ import annotations
 
 import pickle
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 
 import pytest
 from world import Device, Stages, World, Writer
 
+from csdraft.decoding.interfaces import Budget, Schedule
 from csdraft.schedules.cost_model import CostModel, Plan, reason
 from csdraft.schedules.fixed import Fixed
-from csdraft.tables.costs import Costs, Widths
+from csdraft.tables.costs import Costs, Way, Widths
 
 TOKENS, SEEDS, CALLS = 64, 8, 3
 
@@ -90,6 +93,38 @@ def test_a_model_that_starts_badly_is_tried_again_soon():
     world.luck[100:112] = [(0.0, 1.0, 0.0)] * 12  # nothing of it survives there
     world.decode(CostModel(), 96)
     assert sum(world.depths[-10:]) > 20, world.depths
+
+
+@dataclass(frozen=True)
+class FixedSize(Schedule):
+    """Trees of one size and depth."""
+
+    depth: int
+    size: int
+
+    def budgets(self, contexts, rooms, drafter):
+        return [Budget(min(self.depth, room), room, size=self.size) for room in rooms]
+
+
+@pytest.mark.parametrize(("wide", "size"), [(0.001, 32), (0.12, 8)])
+def test_the_size_of_a_tree_is_chosen_by_its_price(wide, size):
+    """The largest where width is free, a small one where it is dear; never far behind the best size in hindsight."""
+
+    def decode(schedule, seed, drafter) -> World:
+        world = World(drafter, Device(wide=wide), seed=seed)
+        world.decode(schedule, 192)
+        return world
+
+    make = partial(Writer, 0.05, 0.6, depth=6, trees=(32, 16, 8))
+    chosen = [decode(CostModel(), seed, make()) for seed in range(4)]
+    later = [sizes for world in chosen for sizes in world.sizes[len(world.sizes) // 2 :] if sizes]
+    assert Counter(later).most_common(1)[0][0] == size, Counter(later)
+    best = min(
+        sum(decode(FixedSize(depth, nodes), seed, make()).seconds for seed in range(4))
+        for depth in (1, 2, 4, 6)
+        for nodes in (32, 16, 8)
+    )
+    assert sum(world.seconds for world in chosen) < best / 0.9
 
 
 # Prices.
@@ -171,11 +206,11 @@ def test_two_threads_may_use_one_drafter():
 
 
 def test_the_reason_is_one_sentence():
-    plans = [Plan(0, 4, 2.6, 1.15), Plan(0, 6, 2.9, 1.2), Plan(0, 8, 3.0, 1.4)]
+    plans = [Plan(Way(0), 4, 2.6, 1.15), Plan(Way(0), 6, 2.9, 1.2), Plan(Way(0), 8, 3.0, 1.4)]
     assert reason(plans, 1.0) == (
         "drafts of 6 pay: 2.9 tokens a step at 1.2 steps' cost; drafts of 8 would give 3.0 tokens a step at 1.4 "
         "steps' cost"
     )
-    assert reason([Plan(0, 2, 1.1, 1.5)], 1.0) == (
+    assert reason([Plan(Way(0), 2, 1.1, 1.5)], 1.0) == (
         "drafting does not pay: drafts of 2 would give 1.1 tokens a step at 1.5 steps' cost"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from math import log2
 from types import SimpleNamespace
 
 from csdraft.decoding.draft import Draft
@@ -21,6 +22,16 @@ class Writer(Drafter):
     depth: int = 5  # type: ignore[assignment]
     neural: bool = True
     kinds: tuple[tuple[float, float], ...] = ()  # of evidence: how often each comes up, and its tokens' chance
+    trees: tuple[int, ...] = ()  # sizes that it can draft; a quarter less fails with each doubling
+
+    def sizes(self):
+        return self.trees
+
+    def width(self, depth):
+        return min(4 * depth, self.trees[0]) if self.trees else depth
+
+    def chance(self, size):
+        return 1 - (1 - self.accepted) * 0.75 ** log2(size / 4) if size else self.accepted
 
     def models(self):
         return [self] if self.neural else []
@@ -101,6 +112,7 @@ class World:
     seconds: float = 0.0
     plain_rounds: int = 0
     depths: list[int] = field(default_factory=list)
+    sizes: list[int | None] = field(default_factory=list)
 
     def __post_init__(self):
         self.random = random.Random(self.seed)
@@ -109,7 +121,7 @@ class World:
         self.text = Text([0] * self.prompt)
         self.read: dict[int, int] = {}
         self.kind: int | None = None
-        self.shape, self.warm = Shape(1, 0, 0), False
+        self.shape, self.warm, self.costs = Shape(1, 0, 0), False, {}
         self.target = SimpleNamespace(reader=self)
         self.call = SimpleNamespace(
             rows=1,
@@ -121,10 +133,15 @@ class World:
             world=self,
         )
 
+    def queries(self, wanted):
+        return wanted
+
     def session(self, model):
         if model is self.call.target:
             return self.target
-        return SimpleNamespace(unread=lambda row, text: len(self.text) - self.read.get(id(model), 0))
+        return SimpleNamespace(
+            unread=lambda row, text: len(self.text) - self.read.get(id(model), 0), reader=SimpleNamespace(costs={})
+        )
 
     def _write(self, budget):
         """(drafted, accepted, seconds) of one draft."""
@@ -145,7 +162,7 @@ class World:
             before = self.call.charges.get(id(writer), (0.0, 0))
             self.call.charges[id(writer)] = (before[0] + spent, before[1] + wanted)
             for _ in range(wanted):
-                chance = writer.kinds[self.kind - 1][1] if self.kind else writer.accepted
+                chance = writer.kinds[self.kind - 1][1] if self.kind else writer.chance(budget.size)
                 alive = alive and self.luck[len(self.text) + drafted][1] < chance
                 drafted += 1
                 accepted += alive
@@ -172,12 +189,14 @@ class World:
             assert 0 <= budget.depth <= budget.room <= room
             drafted, accepted, drafting = self._write(budget) if budget.depth else (0, 0, 0.0)
             self.depths.append(budget.depth)
+            self.sizes.append(budget.size if budget.depth else None)
             self.plain_rounds += not drafted
             unread = len(self.text) - self.read.get(id(self), 0)
             self.read[id(self)] = len(self.text) + accepted
             drafting = self.device.pass_time(drafting, self.random)
-            self.shape = Shape(1, unread + drafted, len(self.text) + drafted)
-            score, self.warm = self.device.run(unread + drafted, self.random)
+            nodes = min(self.drafter.width(drafted), budget.size or drafted) if drafted else 0
+            self.shape = Shape(1, unread + nodes, len(self.text) + nodes)
+            score, self.warm = self.device.run(unread + nodes, self.random)
             draft = Draft.chain([0] * drafted)
             verdict = Verdict(list(range(accepted)), 0, len(self.text) + accepted + 1 >= end)
             finished = Round(context, draft, verdict, 0, None)  # type: ignore[arg-type]
