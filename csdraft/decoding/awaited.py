@@ -7,6 +7,7 @@ looks at them before waits for a copy of its own, and sees the same.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import overload
 
 from torch import Tensor
 
@@ -49,7 +50,7 @@ class Choices:
         return any(step[1][place] != step[1][place] for step in self._seen)
 
 
-class Awaited(Sequence):
+class Awaited(Sequence[int]):
     """One row's tokens of some `Choices`: a sequence of numbers that is fetched when it is looked into.
 
     Args:
@@ -79,7 +80,13 @@ class Awaited(Sequence):
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, index):  # type: ignore[override]
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[int]: ...
+
+    def __getitem__(self, index: int | slice) -> int | Sequence[int]:
         if isinstance(index, slice) and not index.start and index.step is None and (index.stop or 0) >= 0:
             return Awaited(self.choices, self.place, range(self._count)[index].stop)  # not looked into yet
         return self.choices.column(self.place, self._count)[index]

@@ -186,4 +186,4 @@ def _common(held: Sequence[int], text: Sequence[int]) -> int:
     most = max(min(len(held), len(text) - 1), 0)
     if held[:most] == text[:most]:
         return most
-    return next(i for i in range(most) if held[i] != text[i])
+    return next((i for i in range(most) if held[i] != text[i]), most)

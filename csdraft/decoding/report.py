@@ -37,6 +37,7 @@ class ModelUse:
         fed: tokens it read, and `rolled_back` those of them that it had to forget.
         seconds: spent in its forwards by the host's clock (an accelerator may still be at work when one returns).
         cache_bytes: the most that its keys and values took.
+        recorded: shapes that are replayed, and `recorded_bytes` of the device's memory that they took.
     """
 
     name: str = ""
@@ -45,6 +46,8 @@ class ModelUse:
     rolled_back: int = 0
     seconds: float = 0.0
     cache_bytes: int = 0
+    recorded: int = 0
+    recorded_bytes: int = 0
 
     def merged(self, other: ModelUse) -> ModelUse:
         """Both together; of the memory the larger."""
@@ -55,6 +58,8 @@ class ModelUse:
             self.rolled_back + other.rolled_back,
             self.seconds + other.seconds,
             max(self.cache_bytes, other.cache_bytes),
+            max(self.recorded, other.recorded),
+            max(self.recorded_bytes, other.recorded_bytes),
         )
 
 
@@ -157,6 +162,8 @@ class Report:
             reader, use = session.reader, self.models[_session_name(call, session.model)]
             use.forwards, use.fed, use.seconds = reader.forwards, reader.fed, reader.seconds
             use.rolled_back = session.rolled_back
+            if reader.graphs is not None:
+                use.recorded, use.recorded_bytes = len(reader.graphs.shapes), reader.graphs.bytes
 
     def _note_memory(self, call: Call) -> None:
         for session in call.sessions:

@@ -59,6 +59,9 @@ def headlines(report: Report) -> list[str]:
     ]
     if report.why:
         lines.append(report.why)
+    for name, use in report.models.items():
+        if use.recorded:
+            lines.append(f"{count(use.recorded, 'recorded shape')} of {name} took {size(use.recorded_bytes)}")
     if report.cut:
         lines.append(f"{count(report.cut, 'draft token')} of the K matrix cut by the schedule or for want of room")
     if (plan := report.planned) is not None:

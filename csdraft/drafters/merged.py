@@ -64,8 +64,9 @@ class Merged(Drafter):
         return next((drafter.evidence(context) for drafter in self.drafters if not drafter.models()), 0)
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
-        fixed = self._fixed_width
-        budgets = [b if b.size is None else replace(b, size=max(b.size - fixed, 1)) for b in budgets]
+        if self._sizes:
+            fixed = self._fixed_width
+            budgets = [b if b.size is None else replace(b, size=max(b.size - fixed, 1)) for b in budgets]
         apart = [drafter.propose(contexts, budgets) for drafter in self.drafters]
         return [self._merged(context, drafts) for context, *drafts in zip(contexts, *apart, strict=True)]
 

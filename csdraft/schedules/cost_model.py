@@ -117,7 +117,7 @@ class Working(Schedule):
         ]
         self.key = (CostModel, call.rows, call.sampler.greedy, call.head.processing.temperature)
         self.ledger = drafter.memory.load(call.target, self.key, self._fresh) if options.remember else Ledger()
-        self.ledger.costs.add_prepared(call.session(call.target).reader.costs)
+        self.ledger.costs.add_prepared(call.session(call.target).reader.costs.items())
         for survival in self.ledger.survivals.values():
             survival.fade(CARRIED)
         self._streaky = bool(drafter.models())

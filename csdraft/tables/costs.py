@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from csdraft.decoding.inputs import Shape
 from csdraft.stored import fit
 
 __all__ = ["STREAK", "Costs", "Ledger", "Survival", "Widths", "check_costs"]
@@ -38,6 +37,8 @@ REMEMBERED = 4.0
 """Rounds of failure that hope remembers: texts change."""
 CHAIN, SPARED = 4, 0.8
 """A tree of so few nodes is as good as a chain, and each doubling leaves so much of what fails, before it is known."""
+KIN = 16.0
+"""The most rounds that what is known of trees of other sizes counts for."""
 STREAK, AFTER_STREAK = 8, 0.85
 """Added to the evidence of a row whose last draft was kept whole, and the prior survival there."""
 
@@ -158,12 +159,12 @@ class Costs:
         """One forward of the target, with all else that its round took but drafting."""
         self.groups.setdefault((rows, _bucket(slots)), Widths()).add(queries, seconds, warm)
 
-    def add_prepared(self, costs: Mapping[Shape, float]) -> None:
-        """What forwards took before the first text, of shapes that no text has had yet."""
-        for shape, seconds in costs.items():
-            widths = self.groups.setdefault((shape.rows, _bucket(shape.slots)), Widths())
-            if not widths.known(shape.queries):
-                widths.add(shape.queries, seconds)
+    def add_prepared(self, costs: Iterable[tuple[tuple[int, int, int, int], float]]) -> None:
+        """What forwards took before the first text, by their `Shape`, where no text has had it yet."""
+        for (rows, queries, slots, _), seconds in costs:
+            widths = self.groups.setdefault((rows, _bucket(slots)), Widths())
+            if not widths.known(queries):
+                widths.add(queries, seconds)
 
     def add_token(self, stage: int, seconds: float) -> None:
         """What a stage took for each token of a draft."""
@@ -240,6 +241,8 @@ class Survival:
     """What drafting from one stage on has shown: which tokens were offered, and how many survived, by position."""
 
     prior: float = PRIOR[0]
+    goes_on: float = GOES_ON  # prior survival of a token behind one that survived
+    weight: float = PRIOR_WEIGHT  # of the priors, in rounds
     failing: float = 1.0  # of what fails in a chain, the share that fails in trees of this size too
     copies: bool = False  # which go on well however seldom they begin well; a model is good or bad
     tried: list[float] = field(default_factory=list)  # rounds that kept the first i tokens and asked for one more
@@ -276,17 +279,30 @@ class Survival:
         """
         if not depth:
             return []
-        tried, kept, weight = self.tried or [0.0], self.kept or [0.0], PRIOR_WEIGHT
+        tried, kept, weight = self.tried or [0.0], self.kept or [0.0], PRIOR_WEIGHT if hope else self.weight
         if hope:
             blur = min(1.0, REMEMBERED / max(tried[0], 1.0))
             tried, kept = [blur * count for count in tried], [blur * count for count in kept]
         first = (kept[0] + weight * (1.0 if hope else self._unknown(self.prior))) / (tried[0] + weight)
-        goes_on = self._unknown(GOES_ON)
-        more = 1.0 if hope else max(first, goes_on if self.copies else math.sqrt(first * goes_on))
+        goes_on = self._unknown(self.goes_on)
+        alike = self.copies or self.weight > PRIOR_WEIGHT
+        more = 1.0 if hope else max(first, goes_on if alike else math.sqrt(first * goes_on))
         pooled = (sum(kept[1:]) + weight * more) / (sum(tried[1:]) + weight)
         later = [(k + weight * pooled) / (t + weight) for k, t in zip(kept[1:depth], tried[1:], strict=False)]
         found = [first, *later, *[pooled] * (depth - 1 - len(later))]
         return [min(pair) for pair in zip(found, self.shares_offered(depth), strict=True)] if hope else found
+
+    def lean_on(self, kin: Sequence[Survival]) -> None:
+        """Takes for its priors what trees of other sizes have shown, in terms of a chain."""
+
+        def chance(tries: Callable[[list[float]], float], usual: float) -> float:
+            expected = sum(other.failing * tries(other.tried) for other in kin)
+            failed = sum(tries(other.tried) - tries(other.kept) for other in kin)
+            return max(1 - (failed + PRIOR_WEIGHT * (1 - usual)) / (expected + PRIOR_WEIGHT), 0.0)
+
+        self.prior = chance(lambda counts: counts[0], PRIOR[0])
+        self.goes_on = chance(lambda counts: sum(counts[1:]), GOES_ON)
+        self.weight = PRIOR_WEIGHT + min(sum(other.tried[0] for other in kin), KIN)
 
     def _unknown(self, chance: float) -> float:
         """A chance of a chain's token, for trees of this size."""
@@ -309,23 +325,16 @@ class Ledger:
         """What drafting showed with this evidence in this way."""
         known = self.survivals.setdefault((evidence, way), Survival(copies=evidence % STREAK > 0))
         known.failing = SPARED ** math.log2(max(way.size or CHAIN, CHAIN) / CHAIN)
-        if kin := self._other_sizes(evidence, way):
-            _, other = min(kin, key=lambda pair: abs(math.log2(pair[0] / (way.size or CHAIN))))
-            known.prior = max(1 - (1 - other.hazards(1)[0]) / other.failing, 0.0)
+        others = [(w, s) for (e, w), s in self.survivals.items() if e == evidence and w != way and s.tried]
+        if kin := [s for w, s in others if w.skip == way.skip]:
+            known.lean_on(kin)
             return known
         usual = _prior(evidence)
-        others = [(_prior(e), other) for (e, w), other in self.survivals.items() if w == way and e != evidence]
-        kept = sum(sum(other.kept[:1]) for _, other in others) + PRIOR_WEIGHT * usual
-        expected = sum(prior * sum(other.tried[:1]) for prior, other in others) + PRIOR_WEIGHT * usual
+        same = [(_prior(e), other) for (e, w), other in self.survivals.items() if w == way and e != evidence]
+        kept = sum(sum(other.kept[:1]) for _, other in same) + PRIOR_WEIGHT * usual
+        expected = sum(prior * sum(other.tried[:1]) for prior, other in same) + PRIOR_WEIGHT * usual
         known.prior = min(usual * kept / expected, AFTER_STREAK)
         return known
-
-    def _other_sizes(self, evidence: int, way: Way) -> list[tuple[int, Survival]]:
-        """Trees of other sizes that have been tried here, unless this one has."""
-        if way.size is None or self.survivals[evidence, way].tried:
-            return []
-        same = [(w.size or CHAIN, s) for (e, w), s in self.survivals.items() if e == evidence and w.skip == way.skip]
-        return [(size, survival) for size, survival in same if survival.tried]
 
 
 def _prior(evidence: int) -> float:

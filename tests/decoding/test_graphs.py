@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tape import recorder, storages
 from tiny import FAMILIES, fresh, tiny
 
@@ -100,6 +101,53 @@ def test_a_second_call_replays_at_once(graphs, monkeypatch):
     output = target.generate(PROMPTS[:1], **asked, assistant=MaxGram(), schedule="fixed", verifier="match")
     assert len(graphs) == 1
     assert count[0] - before >= output.report.target_calls
+    assert output.report.models["target"].recorded == len(graphs[0].graphs.shapes)
+    assert "recorded shapes of target took" in str(output.report)
+
+
+def test_modules_that_are_set_otherwise_are_recorded_anew(graphs, monkeypatch):
+    """A recording would go on with an adapter that has been switched off, or without a hook that has been added."""
+    rank = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    adapted, count = get_peft_model(fresh("llama", seed=4), rank).eval(), replays(monkeypatch)
+    layer, asked = adapted.base_model.model.model.layers[0].mlp, WANTED | {"inputs": PROMPTS[:1]}
+
+    def check() -> list[int]:
+        plain = adapted.generate(**asked)
+        for _ in range(4):
+            assert torch.equal(adapted.generate(**asked, assistant=MaxGram(), schedule="fixed"), plain)
+        return plain.tolist()
+
+    texts = [check()]
+    with adapted.disable_adapter():
+        texts.append(check())
+    texts.append(check())
+    hook = layer.register_forward_hook(lambda module, inputs, output: -3 * output)
+    texts.append(check())
+    hook.remove()
+    texts.append(check())
+    assert texts[0] == texts[2] == texts[4]
+    assert len({str(text) for text in texts}) == 3
+    assert count[0] > 20
+
+
+def test_rows_that_end_leave_and_what_was_recorded_stays(graphs, monkeypatch):
+    """Forwards get narrower at powers of two; the next batch replays what this one recorded."""
+    target, count = tiny("llama"), replays(monkeypatch)
+    prompts = (torch.arange(40).view(4, 10) * 7) % 90 + 3
+    texts = target.generate(prompts, **WANTED)[:, 10:]
+    ends = sorted({int(text[place]) for text, place in zip(texts, (3, 6, 12), strict=False)})
+    asked = WANTED | {"eos_token_id": ends, "return_dict_in_generate": False}
+    plain, drafter = target.generate(prompts, **asked), MaxGram()
+    for _ in range(4):
+        assert torch.equal(target.generate(prompts, **asked, assistant=drafter, schedule="fixed", reuse=False), plain)
+    (reader,) = graphs
+    assert len({shape.rows for shape in reader.graphs.shapes}) > 1
+    recorded, before = len(reader.graphs.shapes), count[0]
+    target.generate(prompts, **asked, assistant=drafter, schedule="fixed", reuse=False)
+    assert len(graphs) == 1
+    assert len(reader.graphs.shapes) == recorded
+    assert set(reader.costs) == set(reader.graphs.shapes)
+    assert count[0] > before
 
 
 def test_none_are_made_where_they_are_not_wanted(graphs):

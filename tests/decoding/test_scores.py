@@ -16,13 +16,16 @@ from csdraft.schedules.fixed import Fixed
 from tests import tiny
 
 VOCAB = 50
-NO_NOISE = [[(0, 0)] * 5] * 3
-"""Places, which greedy choices do not look at."""
 
 
 def head() -> Head:
     processing = Processing(LogitsProcessorList([TemperatureLogitsWarper(0.5)]), 3)
     return Head(processing, Stopping([]), Sampler(True, [0] * 3, VOCAB))
+
+
+def places(view: Tensor) -> list[tuple[int, int]]:
+    """Row and position of each, which greedy choices do not look at."""
+    return [(0, i) for i in range(len(view))]
 
 
 @pytest.fixture
@@ -44,7 +47,7 @@ def widest(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_no_more_rows_than_the_limit_allows(rows_at_once, lengths, widest, monkeypatch):
     monkeypatch.setattr(scores, "MAX_SCORE_BYTES", 4 * VOCAB * rows_at_once)
     views = [torch.randn(length, VOCAB) for length in lengths]
-    assert head().choose_all(views, NO_NOISE) == [view.argmax(-1).tolist() for view in views]
+    assert head().choose_all(views, [places(view) for view in views]) == [view.argmax(-1).tolist() for view in views]
     assert max(widest) <= rows_at_once
     if rows_at_once == 1000:
         assert widest == [sum(lengths)], "one step where there is room"
@@ -53,7 +56,7 @@ def test_no_more_rows_than_the_limit_allows(rows_at_once, lengths, widest, monke
 def test_one_row_is_always_possible(widest, monkeypatch):
     monkeypatch.setattr(scores, "MAX_SCORE_BYTES", 1)
     view = torch.randn(4, VOCAB)
-    assert head().choose_all([view], NO_NOISE) == [view.argmax(-1).tolist()]
+    assert head().choose_all([view], [places(view)]) == [view.argmax(-1).tolist()]
     assert set(widest) == {1}
 
 
@@ -62,7 +65,7 @@ def test_nan_is_noticed_in_any_part(monkeypatch):
     view = torch.randn(5, VOCAB)
     view[4, 7] = float("nan")
     with pytest.raises(ValueError, match="nan"):
-        head().choose_all([view], NO_NOISE)
+        head().choose_all([view], [places(view)])
 
 
 @pytest.mark.parametrize("options", [{}, {"renormalize_logits": True}])

@@ -1,0 +1,139 @@
+"""A model's next call goes on from what its cache holds, and only while that is still right."""
+
+import copy
+import gc
+import threading
+
+import pytest
+import torch
+from tiny import drafter_of, fresh, ragged_batch, tiny
+
+import csdraft
+from csdraft import MaxGram, ModelDrafter
+from csdraft.decoding.readers import held
+
+LONG, TURN, ANSWER = 2000, 9, 12
+WANTED = {"max_new_tokens": ANSWER, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_held():
+    csdraft.release()
+    yield
+    csdraft.release()
+
+
+def tokens(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 90, (1, count), generator=torch.Generator().manual_seed(seed))
+
+
+def two_turns(target, assistant, **options):
+    """The second turn's output: the first one's answer, and some more to read."""
+    first = target.generate(tokens(LONG), **WANTED, assistant=assistant, schedule="fixed", **options)
+    prompt = torch.cat([first.sequences, tokens(TURN, seed=1)], 1)
+    second = target.generate(prompt, **WANTED, assistant=assistant, schedule="fixed", **options)
+    assert torch.equal(second.sequences, target.generate(prompt, **WANTED).sequences)
+    return second
+
+
+def test_the_second_turn_reads_only_its_tail():
+    report = two_turns(tiny("llama"), ModelDrafter(drafter_of("llama"))).report
+    assert len(report.models) == 2
+    for use in report.models.values():
+        assert TURN < use.fed < TURN + 8 * ANSWER
+
+
+def test_without_reuse_everything_is_read_again():
+    report = two_turns(tiny("llama"), ModelDrafter(drafter_of("llama")), reuse=False).report
+    assert all(use.fed > LONG for use in report.models.values())
+    assert held() == 0
+
+
+def test_a_text_that_begins_otherwise_shares_what_is_the_same():
+    target, prompt = tiny("llama"), tokens(200)
+    target.generate(prompt, **WANTED, assistant=MaxGram())
+    prompt[0, 150] = 2
+    output = target.generate(prompt, **WANTED, assistant=MaxGram(), schedule="fixed")
+    assert torch.equal(output.sequences, target.generate(prompt, **WANTED).sequences)
+    assert 50 < output.report.models["target"].fed < 50 + 12 * ANSWER
+
+
+@pytest.mark.parametrize("change", ["written", "replaced", "hooked"])
+def test_a_model_that_has_changed_reads_again(change):
+    target, prompt = fresh("llama"), tokens(200)
+    target.generate(prompt, **WANTED, assistant=MaxGram())
+    layer = target.model.layers[0].mlp
+    with torch.no_grad():
+        if change == "written":
+            layer.down_proj.weight.mul_(2)
+        elif change == "replaced":
+            layer.down_proj.weight = torch.nn.Parameter(2 * layer.down_proj.weight)
+        else:
+            layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+    output = target.generate(prompt, **WANTED, assistant=MaxGram(), schedule="fixed")
+    assert torch.equal(output.sequences, target.generate(prompt, **WANTED).sequences)
+    assert output.report.models["target"].fed >= 200
+
+
+def test_two_threads_do_not_share():
+    """Each has a reader of its own: texts are right, and each thread's next turn finds one that fits."""
+    target, prompts, found = tiny("llama"), [tokens(300, seed) for seed in (1, 2)], {}
+    barrier = threading.Barrier(2)
+
+    def turns(name: int) -> None:
+        prompt = prompts[name]
+        for _ in range(3):
+            barrier.wait()
+            output = target.generate(prompt, **WANTED, assistant=MaxGram(), schedule="fixed")
+            prompt = torch.cat([output.sequences, tokens(TURN, seed=name)], 1)
+        found[name] = output
+
+    threads = [threading.Thread(target=turns, args=(name,)) for name in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name, output in found.items():
+        prompt = output.sequences[:, :-ANSWER]
+        assert torch.equal(output.sequences, target.generate(prompt, **WANTED).sequences), name
+        assert output.report.models["target"].fed < TURN + 12 * ANSWER
+
+
+def test_what_is_held_goes_when_it_is_released_and_with_its_model():
+    one, other = fresh("llama", seed=1), fresh("llama", seed=2)
+    for model in (one, other):
+        model.generate(tokens(50), **WANTED, assistant=MaxGram())
+    assert held(one) > 0
+    assert held(one) + held(other) == held()
+    assert csdraft.release(one) > 0
+    assert held(one) == 0
+    assert held(other) > 0
+    del other, model
+    gc.collect()
+    assert held() == 0
+
+
+def test_what_inference_mode_has_read_is_left_there():
+    target, prompt = tiny("llama"), tokens(60)
+    plain = target.generate(prompt, **WANTED).sequences
+    for mode in (True, False, True, False):
+        with torch.inference_mode(mode):
+            output = target.generate(prompt, **WANTED, assistant=ModelDrafter(drafter_of("llama")), schedule="fixed")
+        assert output.sequences.tolist() == plain.tolist()
+
+
+def test_a_batch_goes_on_too():
+    target, inputs = tiny("llama"), ragged_batch((120, 40, 90))
+    first = target.generate(**inputs, **WANTED, assistant=MaxGram(), schedule="fixed")
+    ids = torch.cat([first.sequences, tokens(3 * TURN).view(3, TURN)], 1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(3, ANSWER + TURN, dtype=torch.long)], 1)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    output = target.generate(**inputs, **WANTED, assistant=MaxGram(), schedule="fixed")
+    assert torch.equal(output.sequences, target.generate(**inputs, **WANTED).sequences)
+
+
+def test_a_copied_drafter_has_readers_of_its_own():
+    target, drafter = tiny("llama"), ModelDrafter(fresh("llama", seed=1))
+    two_turns(target, drafter)
+    report = two_turns(target, copy.deepcopy(drafter)).report
+    assert all(use.fed < LONG for use in report.models.values())
