@@ -67,8 +67,9 @@ def compare(target, make, lengths, prompts, tokens: int, clock) -> dict[str, Cou
         }
         names = list(ways)
         for name in names[number % len(names) :] + names[: number % len(names)]:
+            fresh = {} if name == "plain" else {"reuse": False}  # all ways read the prompt
             began = clock()
-            target.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, **ways[name])
+            target.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, **ways[name], **fresh)
             spent.setdefault(name, Counter())[kind] += clock() - began
     return spent
 

@@ -218,10 +218,11 @@ def generate(setup: Setup, cell: Cell, group: Sequence[Prompt]) -> Result:
         stopwatch = Stopwatch(clock) if cell.rows == 1 else None
         if method.before is not None:
             method.before()
+        fresh = {"reuse": False} if method.drafted else {}  # prompts are read again, as in plain `generate`
         torch.manual_seed(0)
         _synchronize(target.device)
         started = clock()
-        output = target.generate(**inputs, **setup.options, **method.options, streamer=stopwatch)
+        output = target.generate(**inputs, **setup.options, **method.options, **fresh, streamer=stopwatch)
         _synchronize(target.device)
         seconds += clock() - started
         if stopwatch is not None:

@@ -194,6 +194,7 @@ def one_case(
         schedule=Fixed(CHAIN),
         max_new_tokens=rounds * (CHAIN + 1),
         streamer=streamer,
+        reuse=False,
         **sampling,
     )
     return streamer

@@ -216,6 +216,7 @@ class Writer:
             do_sample=sample,
             pad_token_id=pad,
             use_cache=True,
+            **({} if self.assistant is None else {"reuse": False}),
             **({"temperature": self.args.temperature, "top_k": 0, "top_p": 1.0} if sample else {}),
         )
         end = self.target.generation_config.eos_token_id

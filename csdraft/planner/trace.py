@@ -131,20 +131,21 @@ def observe_world(
     models = [writes(drafter) for drafter in drafters]
     costs = [Costs() for _ in drafters]
     own, traces = Costs(), []
+    fresh = {"strict": True, "reuse": False, **options}
     for i, prompt in enumerate(prompts):
         progress("watching the target", i / len(prompts))
         watch = Watch(drafters, costs)
         plain, began = plain_seconds(target, prompt, options), time.perf_counter()
         reviews = Lengths(WIDTHS, own, watch)
-        target.generate(**prompt, assistant=Filler(), schedule=reviews, strict=True, **options)
+        target.generate(**prompt, assistant=Filler(), schedule=reviews, **fresh)
         outside = time.perf_counter() - began - watch.seconds
         for drafter, known in zip(drafters, costs, strict=True):
             if writes(drafter):
                 steps = Lengths(STEPS, known)
-                target.generate(**prompt, assistant=drafter, schedule=steps, strict=True, **options)
+                target.generate(**prompt, assistant=drafter, schedule=steps, **fresh)
                 known.reads[-1] -= known.first
                 reviewer = Vertical(drafter.models()[0], Filler(), inner_length=max(WIDTHS))  # type: ignore[arg-type]
-                target.generate(**prompt, assistant=reviewer, schedule=InnerLengths(known), strict=True, **options)
+                target.generate(**prompt, assistant=reviewer, schedule=InnerLengths(known), **fresh)
         assert watch.trace is not None
         reads = [own.reads[-1], *(cost.reads[-1] if cost.reads else 0.0 for cost in costs)]
         traces.append(replace(watch.trace, plain=plain, outside=outside, reads=reads))

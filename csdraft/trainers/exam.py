@@ -16,7 +16,10 @@ from csdraft.metrics.intervals import bootstrap_ratio
 from csdraft.metrics.measures import expected_acceptance, greedy_agreement, tokens_per_call
 from csdraft.schedules.fixed import Fixed
 
-__all__ = ["Exam", "check_figure", "ends_of", "left_padded", "seed_of", "up_to_end"]
+__all__ = ["FRESH", "Exam", "check_figure", "ends_of", "left_padded", "seed_of", "up_to_end"]
+
+FRESH: dict[str, Any] = {"reuse": False, "graphs": False}
+"""Options of `generate` for models that are trained: nothing is kept of them between calls."""
 
 
 @dataclass
@@ -91,6 +94,7 @@ class Exam:
             max_new_tokens=self.new_tokens,
             return_dict_in_generate=True,
             pad_token_id=self.pad,
+            **FRESH,
             **how,
         )
         return output.report, output.sequences

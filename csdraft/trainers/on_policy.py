@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from csdraft.data.packing import IGNORED
 from csdraft.drafters.max_gram import MaxGram
-from csdraft.trainers.exam import ends_of, left_padded, seed_of, up_to_end
+from csdraft.trainers.exam import FRESH, ends_of, left_padded, seed_of, up_to_end
 
 __all__ = ["rewritten"]
 
@@ -89,6 +89,7 @@ def _written(
         max_new_tokens=longest,
         pad_token_id=pad,
         use_cache=True,
+        **FRESH,
     )
 
 

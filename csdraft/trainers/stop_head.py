@@ -107,7 +107,7 @@ def harvest(
     """
     listening = Listening(depth)
     for batch in batches:
-        target.generate(**batch, assistant=drafter, schedule=listening, strict=True, **options)
+        target.generate(**batch, assistant=drafter, schedule=listening, strict=True, reuse=False, **options)
     heard = np.array(listening.heard, dtype=np.float64).reshape(-1, 3)
     return Examples(heard, np.array(listening.kept, dtype=bool))
 
