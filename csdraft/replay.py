@@ -160,7 +160,7 @@ class Unused:
 
     def __init__(self) -> None:
         self.forwards = self.fed = 0
-        self.seconds, self.cache = 0.0, Empty()
+        self.seconds, self.cache, self.graphs = 0.0, Empty(), None
 
 
 class Empty:

@@ -176,7 +176,7 @@ def record_cuda(reader: Reader) -> Record:
                 body()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads go on
             result = body()
 
         def replay() -> Tensor:

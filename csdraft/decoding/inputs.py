@@ -95,7 +95,7 @@ class Inputs:
 
     def __init__(self, rows: int, queries: int, deepest: int, device: torch.device):
         shape = (PATHS + deepest, rows, queries)
-        self._host = torch.zeros(shape, dtype=torch.long, pin_memory=device.type == "cuda")
+        self._host = torch.zeros(shape, dtype=torch.long)
         self._table = self._host.numpy()  # shares its memory
         self._there = self._host if device.type == "cpu" else torch.zeros(shape, dtype=torch.long, device=device)
         self.ids, self.positions, self.slots, self.sees = self._there[:PATHS]
@@ -147,4 +147,6 @@ class Inputs:
 
     def _send(self) -> None:
         if self._there is not self._host:
-            self._there.copy_(self._host, non_blocking=True)
+            # A pinned copy of its own: the table may be loaded again before the device has read this one.
+            sent = self._host.pin_memory() if self._there.is_cuda else self._host
+            self._there.copy_(sent, non_blocking=self._there.is_cuda)

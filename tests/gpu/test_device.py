@@ -153,10 +153,11 @@ class Both(Drafter):
         call.session(self.model).reader.on_host, call.session(self.twin).reader.on_host = False, True
         unseen = draft_chain(call.session(self.model), contexts, steps)
         seen = draft_chain(call.session(self.twin), contexts, steps)
-        assert [r.tokens for r in unseen] == [r.tokens for r in seen]
-        self.lengths.extend(len(r.tokens) for r in unseen)
+        for here, there in zip(seen, unseen, strict=True):  # one ends with the text, the other only in its review
+            assert list(here.tokens) == list(there.tokens)[: len(here.tokens)]
+        self.lengths.extend(len(r.tokens) for r in seen)
         level = call.level(self)
-        return [c.draft.extend(r.tokens, level) for c, r in zip(contexts, unseen, strict=True)]
+        return [c.draft.extend(r.tokens, level) for c, r in zip(contexts, seen, strict=True)]
 
 
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
@@ -169,7 +170,7 @@ def test_a_roll_on_the_device_is_so_many_steps(device: str, family: str, options
 
 
 def test_drafts_are_drawn_on_the_device(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An accelerator's drafts are copied to the host once a chain, a CPU's are looked at token by token."""
+    """An accelerator's drafts come to the host as a whole, a CPU's are looked at token by token."""
     import csdraft.decoding.chain as module
 
     finish, chains = module.OnDevice.finish, []
