@@ -16,6 +16,7 @@ from csdraft.decoding.pieces import Pieces
 from csdraft.decoding.report import ModelUse, Report
 from csdraft.decoding.tally import Tally
 from csdraft.schedules.fixed import Fixed
+from csdraft.trees.best_first import BestFirst
 
 DEPTH = 4
 
@@ -120,6 +121,21 @@ def test_a_batch_counts_rounds_by_row():
     report = decoded(ModelDrafter(drafter_of("llama"), depth=DEPTH), inputs)
     assert report.emitted == 24 * len(inputs["input_ids"])
     assert report.target_calls == max(map(len, report.lengths)) < report.rounds == sum(map(len, report.lengths))
+
+
+@pytest.mark.parametrize("tree", [None, BestFirst(2, 4)], ids=["chain", "tree"])
+def test_a_row_is_drafted_for_in_a_batch_as_it_is_alone(tree):
+    """Also when others have ended, and their places in the batch are taken."""
+    target, inputs = tiny("llama"), ragged_batch((20, 3, 11, 17, 8, 14))
+    cascade = CascadeDrafter([ModelDrafter(drafter_of("llama"), depth=4, tree=tree)], schedule=Fixed())
+    asked = {"max_new_tokens": 40, "do_sample": False, "assistant": cascade, "reuse": False}
+    target.generate(**inputs, **asked)
+    together = cascade.last_report.lengths
+    assert len(set(map(len, together))) > 2, "rows end at different times"
+    for row, length in enumerate(inputs["attention_mask"].sum(1).tolist()):
+        alone = {name: value[row : row + 1, -length:] for name, value in inputs.items()}
+        target.generate(**alone, **asked)
+        assert cascade.last_report.lengths[0] == together[row], row
 
 
 def test_the_peak_of_the_cache_is_kept_when_rows_end():

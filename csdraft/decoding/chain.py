@@ -156,7 +156,7 @@ class OnHost(Growing):
         head, sampler = self.head, self.head.sampler
         if sampler.greedy and head.processing.text_blind:
             places = [row.place for row in live]
-            return argmax(head.processing.all_at_once(logits if len(places) == len(logits) else logits[places]))
+            return argmax(head.processing.all_at_once(logits if places == list(range(len(logits))) else logits[places]))
         tokens = []
         for row in live:
             context, drawn = row.context, row.drawn
