@@ -114,8 +114,11 @@ class Growing:
         """Whether no row needs another token, as far as the host knows."""
         return all(row.ended for row in self.rows)
 
-    def choose(self, logits: Tensor) -> Tensor:
-        """(batch,) the next token of every row, from (batch, vocab) logits, where these are; 0 where nobody drafts."""
+    def choose(self, logits: Tensor) -> Tensor | list[int]:
+        """(batch,) the next token of every row, from (batch, vocab) logits; 0 where nobody drafts.
+
+        On the device, or a list where the host has seen them.
+        """
         raise NotImplementedError
 
     def finish(self) -> None:
@@ -140,9 +143,9 @@ class Growing:
 class OnHost(Growing):
     """Every token is seen before the next is drawn: the chain ends with the last row that needs another."""
 
-    def choose(self, logits: Tensor) -> Tensor:
+    def choose(self, logits: Tensor) -> list[int]:
         live = [row for row in self.rows if not row.ended]
-        ids = torch.zeros(len(logits), dtype=torch.long)
+        ids = [0] * len(logits)
         for row, token in zip(live, self._tokens(live, logits), strict=True):
             ids[row.place] = token
             if self.watched:
@@ -150,13 +153,14 @@ class OnHost(Growing):
                 self.take(row, token, float(probs[token]), partial(entropy, probs))
             else:
                 self.take(row, token)
-        return ids.to(logits.device)
+        return ids
 
     def _tokens(self, live: Sequence[Row], logits: Tensor) -> list[int]:
         head, sampler = self.head, self.head.sampler
         if sampler.greedy and head.processing.text_blind:
             places = [row.place for row in live]
-            return argmax(head.processing.all_at_once(logits if places == list(range(len(logits))) else logits[places]))
+            of_all = places == list(range(len(logits)))  # and in the batch's order
+            return argmax(head.processing.all_at_once(logits if of_all else logits[places]))
         tokens = []
         for row in live:
             context, drawn = row.context, row.drawn

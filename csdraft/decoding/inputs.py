@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,6 +98,7 @@ class Inputs:
         self._host = torch.zeros(shape, dtype=torch.long)
         self._table = self._host.numpy()  # shares its memory
         self._there = self._host if device.type == "cpu" else torch.zeros(shape, dtype=torch.long, device=device)
+        self._here: Any = self._table if self._there is self._host else self._there  # NumPy is the quicker on a CPU
         self.ids, self.positions, self.slots, self.sees = self._there[:PATHS]
         self.paths = self._there[PATHS:].permute(1, 2, 0) if deepest else None
         self.end = 0
@@ -136,14 +137,17 @@ class Inputs:
             last: the last position that there is.
         """
         self.put(tokens)
-        self._there[POSITIONS:] += 1
+        self._here[POSITIONS:] += 1
         self.end += 1
         if last < FAR:
             self.positions.clamp_(max=last)
 
     def put(self, tokens: Tensor | Sequence[int]) -> None:
         """Replaces the tokens of inputs of one query."""
-        self.ids[:, 0] = torch.as_tensor(tokens, device=self.ids.device)
+        if self._here is self._table:
+            self._here[IDS, :, 0] = tokens
+        else:
+            self.ids[:, 0] = torch.as_tensor(tokens, device=self.ids.device)
 
     def _send(self) -> None:
         if self._there is not self._host:

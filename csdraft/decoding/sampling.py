@@ -71,7 +71,8 @@ class Sampler:
 
         E = -log1p(-v), v = (hash32(row seed, position, token) + 1/2) / 2^32, finite for every hash.
         """
-        return self.noise([(row, position)], device)[0]
+        known = self._noise.get((row, position))
+        return self.noise([(row, position)], device)[0] if known is None or known.device != device else known
 
     def noise(self, places: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
         """(places, vocab) `log_exponential` of rows and positions, of which those that are new are made together."""
@@ -96,8 +97,10 @@ class Sampler:
             ids = torch.arange(self.vocab, dtype=torch.int32, device=device)
             self._tokens[device] = ids.mul_(signed32(0x9E3779B1))
         halves = [[signed32(key), signed32(key >> 32)] for key in keys]
-        low, high = torch.tensor(halves, dtype=torch.int32).to(device, non_blocking=True).T[..., None]  # (keys, 1)
-        x = self._tokens[device] + low  # (keys, vocab)
+        low, high = halves[0]  # of one key, numbers need no copy to the device
+        if len(keys) > 1:
+            low, high = torch.tensor(halves, dtype=torch.int32).to(device, non_blocking=True).T[..., None]  # (keys, 1)
+        x = self._tokens[device][None] + low  # (keys, vocab)
         x ^= shifted(x, 16)
         x *= signed32(0x7FEB352D)
         x += high

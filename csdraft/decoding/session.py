@@ -261,7 +261,7 @@ class Session:
         place = self.place(row)
         return {tap: buffer[place, :stop] for tap, buffer in self.reader.cache.features.items()}
 
-    def follow(self, plans: dict[int, Plan], tokens: Tensor) -> Inputs:
+    def follow(self, plans: dict[int, Plan], tokens: Tensor | Sequence[int]) -> Inputs:
         """The inputs of a step of a chain: (batch,) tokens behind what `plans` have read. See `Reader.follow`."""
         return self.reader.follow(self._of_batch(plans), tokens)
 

@@ -117,7 +117,8 @@ class Working(Schedule):
         ]
         self.key = (CostModel, call.rows, call.sampler.greedy, call.head.processing.temperature)
         self.ledger = drafter.memory.load(call.target, self.key, self._fresh) if options.remember else Ledger()
-        self.ledger.costs.add_prepared(call.session(call.target).reader.costs.items())
+        self.reader = call.session(call.target).reader
+        self.ledger.costs.add_prepared(self.reader.costs.items())
         for survival in self.ledger.survivals.values():
             survival.fade(CARRIED)
         self._streaky = bool(drafter.models())
@@ -132,6 +133,7 @@ class Working(Schedule):
         self._settled: dict[int, tuple[Way, int, int]] = {}  # by evidence: way, depth, rounds that this stands for
         self._reads = self._trial = False
         self._charged = [(0.0, 0.0)] * len(self.stages)
+        self._known: dict[tuple[int, Way], Survival] = {}
         self._plans: dict[int, list[Plan]] = {}  # by evidence: the last that were compared
         self._kinds: Counter[int] = Counter()  # rounds by evidence
 
@@ -168,7 +170,7 @@ class Working(Schedule):
     def _choose(self, kind: int, contexts: Sequence[Context], remaining: int) -> tuple[Way, int]:
         """Way and depth of the next rounds."""
         plain = self.prices.seconds(1)
-        survivals = {way: self.ledger.survival(kind, way) for way in self.ways}  # keep count of trials
+        survivals = {way: self._survival(kind, way) for way in self.ways}  # keep count of trials
         plans = [plan for way in self.ways for plan in self._compared(way, contexts, remaining)]
         self._plans[kind] = plans
         best = max(plans, key=lambda plan: self._preference(plan, remaining), default=None)
@@ -200,7 +202,7 @@ class Working(Schedule):
     def _compared(self, way: Way, contexts: Sequence[Context], remaining: int, hope: bool = False) -> list[Plan]:
         """What each depth would come to in one way."""
         skip = way.skip
-        counts = [(self.ledger.survival(e, way), self.evidence.count(e)) for e in set(self.evidence)]
+        counts = [(self._survival(e, way), self.evidence.count(e)) for e in set(self.evidence)]
         first = FIRST_DEPTH if self.stages[skip][0].models() else FIRST_COPY
         most = min(self.most, 2 * max(len(stages.asked) for stages, _ in counts) + first, remaining - 1)
         reading, widths = self._reading_seconds(skip, contexts), self._widths(way, most)
@@ -231,11 +233,17 @@ class Working(Schedule):
         once = self.prices.first_run(width) * plan.tokens / min(remaining, HORIZON)
         return plan.tokens / (plan.seconds + once) * (MARGIN if self.prices.known(width) else 1.0)
 
+    def _survival(self, evidence: int, way: Way) -> Survival:
+        """What is known, until more is learned."""
+        if (evidence, way) not in self._known:
+            self._known[evidence, way] = self.ledger.survival(evidence, way)
+        return self._known[evidence, way]
+
     # Prices.
 
     def _queries(self, width: int) -> int:
         """How many queries the target's forward over so many tokens has."""
-        return self.call.session(self.call.target).reader.queries(width)
+        return self.reader.queries(width)
 
     def _seconds(self, width: int, hope: bool = False) -> float:
         """Of the target's forward; of one that was seldom measured, what it may yet turn out to be, for hope."""
@@ -281,13 +289,14 @@ class Working(Schedule):
     # What came of it.
 
     def observe(self, rounds: Sequence[Round], draft_seconds: float, score_seconds: float) -> None:
-        ledger, reader = self.ledger, self.call.session(self.call.target).reader
+        ledger, reader = self.ledger, self.reader
         self.rounds += 1
         ledger.costs.add(len(rounds), reader.shape.queries, reader.shape.slots, score_seconds, reader.warm)
         for survival in ledger.survivals.values():
             survival.wait -= draft_seconds + score_seconds
         if self.depth == 0:
             return
+        self._known.clear()
         if self._trial and sum(r.accepted for r in rounds) == sum(self._asked):  # promising: try again at once
             ledger.survival(self.evidence[0] if len(rounds) == 1 else MIXED, self.way).wait = 0.0
             for evidence in set(self.evidence):
