@@ -31,8 +31,8 @@ FADE = 0.98
 """Weight that a round's counts keep after each later one: a memory of about 50 rounds."""
 PRIOR, PRIOR_WEIGHT = (0.6, 0.3, 0.45, 0.65, 0.8), 2.0
 """Survival of a draft's first token before anything is known, by evidence: a copy's grows with its match."""
-GOES_ON = 0.75
-"""Survival of a token behind one that survived, before anything is known."""
+GOES_ON, TAIL = 0.75, 6.0
+"""Survival of a token behind one that survived, before anything is known, and the tokens that this counts for."""
 REMEMBERED = 4.0
 """Rounds of failure that hope remembers: texts change."""
 CHAIN, SPARED = 4, 0.8
@@ -244,7 +244,6 @@ class Survival:
     goes_on: float = GOES_ON  # prior survival of a token behind one that survived
     weight: float = PRIOR_WEIGHT  # of the priors, in rounds
     failing: float = 1.0  # of what fails in a chain, the share that fails in trees of this size too
-    copies: bool = False  # which go on well however seldom they begin well; a model is good or bad
     tried: list[float] = field(default_factory=list)  # rounds that kept the first i tokens and asked for one more
     kept: list[float] = field(default_factory=list)  # of these, how many kept that one too
     asked: list[float] = field(default_factory=list)  # rounds that asked for token i
@@ -285,9 +284,8 @@ class Survival:
             tried, kept = [blur * count for count in tried], [blur * count for count in kept]
         first = (kept[0] + weight * (1.0 if hope else self._unknown(self.prior))) / (tried[0] + weight)
         goes_on = self._unknown(self.goes_on)
-        alike = self.copies or self.weight > PRIOR_WEIGHT
-        more = 1.0 if hope else max(first, goes_on if alike else math.sqrt(first * goes_on))
-        pooled = (sum(kept[1:]) + weight * more) / (sum(tried[1:]) + weight)
+        more, tail = 1.0 if hope else max(first, goes_on), weight if hope else max(weight, TAIL)
+        pooled = (sum(kept[1:]) + tail * more) / (sum(tried[1:]) + tail)
         later = [(k + weight * pooled) / (t + weight) for k, t in zip(kept[1:depth], tried[1:], strict=False)]
         found = [first, *later, *[pooled] * (depth - 1 - len(later))]
         return [min(pair) for pair in zip(found, self.shares_offered(depth), strict=True)] if hope else found
@@ -323,7 +321,7 @@ class Ledger:
 
     def survival(self, evidence: int, way: Way) -> Survival:
         """What drafting showed with this evidence in this way."""
-        known = self.survivals.setdefault((evidence, way), Survival(copies=evidence % STREAK > 0))
+        known = self.survivals.setdefault((evidence, way), Survival())
         known.failing = SPARED ** math.log2(max(way.size or CHAIN, CHAIN) / CHAIN)
         others = [(w, s) for (e, w), s in self.survivals.items() if e == evidence and w != way and s.tried]
         if kin := [s for w, s in others if w.skip == way.skip]:
