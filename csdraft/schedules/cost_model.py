@@ -182,9 +182,15 @@ class Working(Schedule):
         for way, stages in survivals.items():
             if best and way == best.way:
                 stages.losses, stages.wait = 0, 0.0
-            elif stages.wait <= 0 and self._worth_a_trial(way, stages, rate, contexts, remaining):
-                self._trial = True
-                return way, best.depth if best and way.skip == best.way.skip else min(FIRST_DEPTH, self.most)
+            elif stages.wait <= 0:
+                same_stages = best is not None and best.way.skip == way.skip
+                hopeful = self._worth_a_trial(way, stages, rate, contexts, remaining)
+                for other in self.ways if not same_stages else ():  # of its trees too, whatever their size
+                    if other.skip == way.skip:
+                        survivals[other].wait = max(survivals[other].wait, stages.wait)
+                if hopeful:
+                    self._trial = True
+                    return way, best.depth if best and same_stages else min(FIRST_DEPTH, self.most)
         return (best.way, best.depth) if best else (self.ways[0], 0)
 
     def _worth_a_trial(
@@ -193,7 +199,8 @@ class Working(Schedule):
         """Whether stages that are not the best choice could be: a trial costs, so each loss doubles the pause."""
         plain, depth = self.prices.seconds(1), min(FIRST_DEPTH, self.most)
         reading = self._reading_seconds(way.skip, contexts)
-        price = reading + depth * self._token_seconds(way.skip) + self._seconds(1 + depth) - plain
+        width = 1 + self._widths(way, depth)[depth]
+        price = reading + depth * self._token_seconds(way.skip) + self._seconds(width) - plain
         stages.losses = min(stages.losses + 1, MOST_DOUBLINGS)
         stages.wait = TRIAL_PAUSE * 2.0 ** (stages.losses - 1) * max(price, 0.1 * plain)
         hopeful = max((plan.rate for plan in self._compared(way, contexts, remaining, hope=True)), default=0.0)
