@@ -15,7 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, KEYS_PAGE = ROOT / "docs" / "methods.md", ROOT / "docs" / "distilling.md"
 FIGURES = ROOT / "docs" / "figures" / "methods.json"
-"""Written by scripts/benchmark_methods.py."""
+"""Written by `python -m benchmarks methods`."""
 CASCADE = "CascadeDrafter, default schedule"
 
 FAMILIES = {
@@ -42,7 +42,7 @@ costs a tree (greedily, `sampled` and `recursive` are one). For comparison, the 
 `CascadeDrafter([model, MaxGram()])`: {cascade}. The bundled pair is small, and its
 order of methods is its own: measure on your models with
 
-    python scripts/benchmark_methods.py --target ... --drafter ... --prompts ...
+    python -m benchmarks methods --target ... --drafter ... --prompts ...
 """
 
 
