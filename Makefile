@@ -40,7 +40,7 @@ style: $(READY)
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright --pythonpath $(BIN)/python csdraft benchmarks examples scripts
+	$(BIN)/pyright --pythonpath $(BIN)/python csdraft benchmarks examples recipes scripts
 
 test: $(READY)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow and not gpu" $(ARGS)

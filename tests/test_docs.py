@@ -18,7 +18,7 @@ from benchmarks.__main__ import main as benchmarks
 from csdraft.cli import main
 from csdraft.data.generate import GenerateArguments
 from csdraft.trainers.distill import DistillArguments
-from csdraft.trainers.pretrain import PretrainArguments
+from recipes.smol.pretrain import PretrainArguments
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*map(ROOT.joinpath, ("README.md", "CONTRIBUTING.md")), *sorted(ROOT.glob("docs/*.md"))]

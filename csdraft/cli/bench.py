@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from transformers.utils import logging
+
 from csdraft.bench import Cell, Method, Prompt, Run, Setup, aligned, configured, encode, equality, measure, ratio
 from csdraft.cascade import CascadeDrafter
 from csdraft.cli._models import Opened, add_chat_arguments, add_model_arguments, open_models, prompts_of_file
@@ -44,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the table; 1 if a text differs from plain generate's."""
+    logging.set_verbosity_error()  # advice about the options of transformers' own methods
     opened = open_models(args)
     prompts: list[Prompt] = [tuple(ids) for ids in prompts_of_file(opened, args.prompts, args, args.limit)]
     sampling = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}
