@@ -22,9 +22,12 @@ from recipes.smol.train_tokenizer import TokenizerArguments
 
 ROOT = Path(__file__).parent.parent.parent
 KINDS = {
-    "scripts/distill_drafter": DistillArguments, "scripts/generate_data": GenerateArguments, "scripts/cache_logits": CacheArguments,
-    "recipes/smol/pretrain": PretrainArguments, "recipes/smol/train_tokenizer": TokenizerArguments,
-}  # fmt: skip
+    "scripts/distill_drafter": DistillArguments,
+    "scripts/generate_data": GenerateArguments,
+    "scripts/cache_logits": CacheArguments,
+    "recipes/smol/pretrain": PretrainArguments,
+    "recipes/smol/train_tokenizer": TokenizerArguments,
+}
 
 
 @pytest.mark.parametrize("script", KINDS)
