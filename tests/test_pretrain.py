@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from csdraft.data.text import read_corpus, split
 from csdraft.trainers.arguments import read_arguments
 from csdraft.trainers.checkpoints import last_checkpoint
+from csdraft.trainers.command import one_line_errors
 from csdraft.trainers.stops import NonFinite
 from recipes.smol.pretrain import Blocks, PretrainArguments, pretrain
 from recipes.smol.train_tokenizer import TokenizerArguments, train_tokenizer
@@ -207,3 +208,11 @@ def test_two_processes_read_what_one_reads_and_resume_in_any_epoch(folder):
 
 def losses(history: list[dict]) -> list[float]:
     return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def test_errors_that_the_script_raises_itself_are_one_line_too(capsys):
+    with pytest.raises(SystemExit, match="1"), one_line_errors("", pretrain.__module__):
+        Blocks([], None, 8)
+    assert "0 tokens in 0 documents do not fill one block of 8" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="do not fill"), one_line_errors(""):
+        Blocks([], None, 8)
