@@ -40,7 +40,7 @@ style: $(READY)
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright --pythonpath $(BIN)/python csdraft scripts
+	$(BIN)/pyright --pythonpath $(BIN)/python csdraft benchmarks examples recipes scripts
 
 test: $(READY)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow and not gpu" $(ARGS)
@@ -52,10 +52,10 @@ gpu: $(READY)
 	$(BIN)/python -m pytest -q -m gpu tests/gpu $(ARGS)
 
 demo: $(READY)
-	$(BIN)/python scripts/demo.py $(ARGS)
+	$(BIN)/python -m examples.demo $(ARGS)
 
 bench: $(READY)
-	$(BIN)/python scripts/benchmark.py $(ARGS)
+	$(BIN)/python -m benchmarks suites $(ARGS)
 
 # Half an hour on one core; out/families.jsonl keeps what is done, delete it to start again.
 families: $(READY)

@@ -13,8 +13,8 @@ from csdraft.drafters.prompt_lookup import PromptLookup
 from csdraft.drafters.vertical import Vertical
 from csdraft.hook import decode, enable, install
 from csdraft.prepare import prepare
+from csdraft.version import __version__ as __version__
 
-__version__ = "0.1.0"
 __all__ = [
     "CascadeDrafter",
     "Drafter",

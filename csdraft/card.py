@@ -12,7 +12,7 @@ SIGNATURE = "<!-- Written by csdraft. Delete this line to keep your own text whe
 SHIM = '''"""Runs this cascade: generate(..., custom_generate="here", assistant="here", trust_remote_code=True)."""
 
 try:
-    from csdraft.hub import generate as drafted
+    from csdraft.hook import generate as drafted
 except ImportError as error:
     raise ImportError("this cascade of drafters runs with csdraft: pip install -U csdraft") from error
 

@@ -28,7 +28,7 @@ from csdraft.decoding.session import Session
 from csdraft.decoding.text import Text
 from csdraft.generate_options import check_early, effective
 
-__all__ = ["decode", "enable", "install"]
+__all__ = ["decode", "enable", "generate", "install"]
 
 OPTIONS = ("verifier", "schedule", "row_seeds", "strict", "diagnose", "reuse", "graphs")
 """Keywords of `generate` that csdraft adds beside `assistant`."""
@@ -201,7 +201,7 @@ _stock_generate = GenerationMixin.generate
 
 
 @functools.wraps(_stock_generate)
-def _generate(self: Any, *args: Any, assistant: Any = None, **kwargs: Any) -> Any:
+def generate(self: Any, *args: Any, assistant: Any = None, **kwargs: Any) -> Any:
     if assistant is None:
         return _stock_generate(self, *args, **kwargs)
     if kwargs.get("custom_generate") is decode:  # the unpatched spelling, which may as well have everything
@@ -239,10 +239,10 @@ def _generate(self: Any, *args: Any, assistant: Any = None, **kwargs: Any) -> An
 def install() -> None:
     """Teaches every model's `generate` the keyword `assistant`; without it nothing changes. Idempotent."""
     if GenerationMixin.generate is _stock_generate:
-        GenerationMixin.generate = _generate  # type: ignore[method-assign]
+        GenerationMixin.generate = generate  # type: ignore[method-assign]
 
 
 def enable(model: nn.Module) -> nn.Module:
     """Teaches one model only (for processes that set CSDRAFT_NO_PATCH=1)."""
-    model.generate = functools.partial(_generate, model)  # type: ignore[assignment]
+    model.generate = functools.partial(generate, model)  # type: ignore[assignment]
     return model

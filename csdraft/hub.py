@@ -28,6 +28,7 @@ from csdraft.drafters.model import base_model
 from csdraft.heads.tied import stored_form
 from csdraft.saved_costs import save_costs
 from csdraft.stored import is_hub_id, read_object
+from csdraft.version import __version__
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,9 +40,7 @@ __all__ = [
     "FORMAT",
     "Target",
     "command",
-    "csdraft_version",
     "fingerprint",
-    "generate",
     "save",
     "vocab_size",
     "without_folders",
@@ -110,7 +109,7 @@ def save(
     models: dict[str, nn.Module] = {}
     tables: dict[str, Any] = {}
     places: dict[str, Any] = {}
-    document: dict[str, Any] = {"format": FORMAT, "csdraft": csdraft_version(), "target": {}, "models": {}}
+    document: dict[str, Any] = {"format": FORMAT, "csdraft": __version__, "target": {}, "models": {}}
     document["drafters"] = [spec.to_json(drafter, models, tables, places) for drafter in cascade.drafters]
     document |= {"k_matrix": cascade.k_matrix, "lenience": cascade.lenience}
     document["verifier"] = spec.to_json(cascade.verifier, models, tables)
@@ -244,7 +243,7 @@ def _provenance(models: dict[str, nn.Module], cascade: CascadeDrafter) -> dict[s
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command(),
-        "versions": {"csdraft": csdraft_version(), "python": platform.python_version()}
+        "versions": {"csdraft": __version__, "python": platform.python_version()}
         | {package: version(package) for package in ("torch", "transformers")},
         "models": described,
         "measured": measured,
@@ -276,12 +275,6 @@ def without_folders(text: str) -> str:
     return ABSOLUTE.sub(lambda path: re.split(r"[/\\]", path[0].rstrip("/\\"))[-1], text)
 
 
-def csdraft_version() -> str:
-    from csdraft import __version__
-
-    return __version__
-
-
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
@@ -295,13 +288,3 @@ def _move_in(scratch: Path, path: Path) -> None:
         (scratch / card.name).unlink()
     for entry in sorted(scratch.iterdir(), key=lambda entry: entry.name == DOCUMENT):
         os.replace(entry, path / entry.name)
-
-
-# Running.
-
-
-def generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """`model.generate(..., assistant=...)`, patched or not: what the shim of a saved cascade calls."""
-    from csdraft.hook import _generate
-
-    return _generate(model, *args, **kwargs)

@@ -20,8 +20,9 @@ from csdraft.decoding.reader import home
 from csdraft.drafters._load import load_model
 from csdraft.drafters.model import MOST_VOCABULARY_PADDING, base_model
 from csdraft.heads.on_target import OnTarget
-from csdraft.hub import DOCUMENT, FORMAT, csdraft_version, fingerprint, vocab_size
+from csdraft.hub import DOCUMENT, FORMAT, fingerprint, vocab_size
 from csdraft.stored import Folder, check_keys, fit, is_hub_id, naming, read_object, shown
+from csdraft.version import __version__
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -110,7 +111,7 @@ def read(folder: Path) -> dict[str, Any]:
     if found > FORMAT:
         raise ValueError(
             f"{DOCUMENT} has format {shown(found)}, written by csdraft {str(document.get('csdraft'))[:40]}; csdraft "
-            f"{csdraft_version()} reads formats up to {FORMAT}: pip install -U csdraft"
+            f"{__version__} reads formats up to {FORMAT}: pip install -U csdraft"
         )
     check_keys(document, KINDS, DOCUMENT)
     if missing := [key for key in KINDS if key not in document]:

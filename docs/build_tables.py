@@ -15,7 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, KEYS_PAGE = ROOT / "docs" / "methods.md", ROOT / "docs" / "distilling.md"
 FIGURES = ROOT / "docs" / "figures" / "methods.json"
-"""Written by scripts/benchmark_methods.py."""
+"""Written by `python -m benchmarks methods`."""
 CASCADE = "CascadeDrafter, default schedule"
 
 FAMILIES = {
@@ -42,7 +42,7 @@ costs a tree (greedily, `sampled` and `recursive` are one). For comparison, the 
 `CascadeDrafter([model, MaxGram()])`: {cascade}. The bundled pair is small, and its
 order of methods is its own: measure on your models with
 
-    python scripts/benchmark_methods.py --target ... --drafter ... --prompts ...
+    python -m benchmarks methods --target ... --drafter ... --prompts ...
 """
 
 
@@ -140,26 +140,29 @@ def page() -> str:
     return HEAD + said + "".join(table(family, figures) for family in FAMILIES)
 
 
+def loaded(path: str) -> ModuleType:
+    """The module in a file of the repository that is in no package."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def keys_of_scripts() -> dict[str, type]:
     """Scripts that take a recipe, and the dataclass of its keys."""
     from csdraft.data.generate import GenerateArguments
     from csdraft.data.target_cache import CacheArguments
     from csdraft.trainers.distill_arguments import DistillArguments
-    from csdraft.trainers.pretrain import PretrainArguments
-    from csdraft.trainers.tokenizer import TokenizerArguments
 
-    spec = importlib.util.spec_from_file_location("make_cascade", ROOT / "scripts" / "make_cascade.py")
-    assert spec is not None
-    assert spec.loader is not None
-    make_cascade = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make_cascade)
     return {
         "distill_drafter.py": DistillArguments,
         "generate_data.py": GenerateArguments,
         "cache_logits.py": CacheArguments,
-        "make_cascade.py": make_cascade.CascadeArguments,
-        "pretrain.py": PretrainArguments,
-        "train_tokenizer.py": TokenizerArguments,
+        "make_cascade.py": loaded("scripts/make_cascade.py").CascadeArguments,
+        "pretrain.py": loaded("recipes/smol/pretrain.py").PretrainArguments,
+        "train_tokenizer.py": loaded("recipes/smol/train_tokenizer.py").TokenizerArguments,
     }
 
 

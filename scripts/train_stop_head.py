@@ -9,11 +9,17 @@ own confidence on texts that it has not seen.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from csdraft.benchmark import read_prompts
-from csdraft.cli._models import Opened, add_model_arguments, encode, open_models
+from csdraft.cli._models import (
+    Opened,
+    add_chat_arguments,
+    add_model_arguments,
+    as_inputs,
+    open_models,
+    prompts_of_file,
+)
 from csdraft.progress import Progress
 from csdraft.trainers.stop_head import fit, harvest, judge
 
@@ -21,18 +27,21 @@ SEEN = 0.75
 """Share of the texts' judged tokens that the head learns from; it is judged by the rest."""
 
 
-def batches(opened: Opened, prompts: list[str], progress: Progress) -> Iterator[dict[str, Any]]:
+def batches(opened: Opened, prompts: Sequence[Sequence[int]], progress: Progress) -> Iterator[dict[str, Any]]:
     """Each prompt as `generate` takes it."""
     for number, prompt in enumerate(prompts):
         progress("judging drafts", number / len(prompts))
-        yield encode(opened, prompt)
+        yield as_inputs(opened, prompt)
     progress("judging drafts", 1.0)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
-    parser.add_argument("--prompts", required=True, metavar="FILE", help="JSON lines with a `prompt`, or a data set")
+    parser.add_argument(
+        "--prompts", required=True, metavar="FILE", help="JSON lines with a `prompt` or `messages`, or a Hub data set"
+    )
+    add_chat_arguments(parser)
     parser.add_argument("--limit", type=int, metavar="N", help="use so many prompts at most")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: %(default)s")
     parser.add_argument("--verifier", metavar="TYPE", help="acceptance rule that the head will be used with")
@@ -53,7 +62,7 @@ def main() -> None:
         options |= {"temperature": args.temperature, "top_k": 0, "top_p": 1.0}
     if args.verifier:
         options["verifier"] = args.verifier
-    prompts = read_prompts(args.prompts, args.limit)
+    prompts = prompts_of_file(opened, args.prompts, args, args.limit)
     progress = Progress()
     examples = harvest(opened.target, opened.assistant, batches(opened, prompts, progress), args.depth, **options)
     seen, unseen = examples.split(SEEN)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from tiny import drafter_of, tiny, tokenizer
 
-from csdraft.bench import arms as module
-from csdraft.bench.arms import compare_arms
+from benchmarks import arms as module
+from benchmarks.arms import compare_arms
 from csdraft.data.text import Document, read_corpus
 from csdraft.trainers.arguments import make_arguments, read_values
 from csdraft.trainers.distill import DistillArguments

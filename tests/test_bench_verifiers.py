@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import runpy
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import linprog
 
-from csdraft.bench.verifiers import RULES, acceptance, bound, compare, drafts, random_laws
+from benchmarks.__main__ import main
+from benchmarks.verifiers import RULES, acceptance, bound, compare, drafts, random_laws
 from csdraft.verifiers.rejection import Rejection
 
 SLACK = 1e-9
@@ -81,9 +80,7 @@ def test_a_rule_that_accepts_too_much_would_be_seen():
     assert greedy > bound(*laws, "iid", 1) + 1e-3
 
 
-def test_the_script_prints_a_table(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["compare_verifiers.py", "--pairs", "3", "--vocabularies", "3", "--counts", "2"])
-    script = Path(__file__).parent.parent / "scripts" / "compare_verifiers.py"
-    runpy.run_path(str(script), run_name="__main__")
+def test_the_command_prints_a_table(capsys):
+    assert main(["verifiers", "--pairs", "3", "--vocabularies", "3", "--counts", "2"]) == 0
     printed = capsys.readouterr().out
     assert all(f"| {name} |" in printed for name in RULES)

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,15 +11,16 @@ from tiny import drafter_of, fresh, prompt, tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from csdraft import benchmark
-from csdraft.bench import methods, overhead, suites
-from csdraft.bench.claims import Claim
-from csdraft.bench.figures import equal_to, equality, figures, ratio
-from csdraft.bench.grid import grid_search
-from csdraft.bench.measure import Cell, Forwards, Run, Sample, measure
-from csdraft.bench.memory import PeakMemory
-from csdraft.bench.methods import METHODS, Method, Setup, build
-from csdraft.bench.render import table
+from benchmarks import methods, overhead, pair, suites
+from benchmarks.__main__ import COMMANDS, main
+from benchmarks.claims import Claim
+from benchmarks.figures import equal_to, figures
+from benchmarks.grid import grid_search
+from benchmarks.measure import Forwards, Run, measure
+from benchmarks.memory import PeakMemory
+from benchmarks.methods import METHODS, Setup, build
+from benchmarks.render import table
+from csdraft.bench import Cell, Method, Sample, equality, ratio
 from csdraft.metrics.intervals import Interval, bootstrap_median
 from csdraft.progress import Progress
 from csdraft.schedules.fixed import Fixed
@@ -29,7 +31,7 @@ PROMPTS = [tuple(prompt(length, seed)["input_ids"][0].tolist()) for length, seed
 
 @pytest.fixture
 def setup() -> Setup:
-    return Setup(tiny("llama"), drafter_of("llama"), depth=3, options={"max_new_tokens": NEW, "do_sample": False})
+    return Setup(tiny("llama"), {"max_new_tokens": NEW, "do_sample": False}, drafter=drafter_of("llama"), depth=3)
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +54,11 @@ def folder(tmp_path_factory):
 def arguments(folder, *more: str) -> list[str]:
     paths = ["--target", folder / "target", "--drafter", folder / "drafter", "--prompts", folder / "prompts.jsonl"]
     common = ["--max-new-tokens", NEW, "--repetitions", 2, "--threads", 1, "--out", folder / "out"]
-    return [str(argument) for argument in (*paths, *common, *more)]
+    return ["suites", *(str(argument) for argument in (*paths, *common, *more))]
 
 
 def test_every_method_runs_and_is_saved(folder, capsys):
-    assert benchmark.main(arguments(folder, "--methods", ",".join(METHODS))) == 0
+    assert main(arguments(folder, "--methods", ",".join(METHODS))) == 0
     saved = json.loads((folder / "out/bench.json").read_text())
     assert [f["name"] for f in saved["figures"]] == list(METHODS)
     for f in saved["figures"]:
@@ -78,7 +80,7 @@ def test_every_method_runs_and_is_saved(folder, capsys):
 
 
 def test_a_suite_passes_or_fails(folder, capsys):
-    status = benchmark.main(arguments(folder, "--suite", "short", "--limit", "1", "--context", "30"))
+    status = main(arguments(folder, "short", "--limit", "1", "--context", "30"))
     saved = json.loads((folder / "out/short.json").read_text())
     assert len(saved["claims"]) == 5
     assert status == (0 if all(claim["passed"] for claim in saved["claims"]) else 1)
@@ -95,7 +97,7 @@ def test_batches_gain(setup):
 
 
 def test_sampling_is_compared_with_csdraft_itself(setup):
-    sampling = Setup(setup.target, setup.drafter, 3, options={"max_new_tokens": NEW, "do_sample": True, "top_k": 0})
+    sampling = replace(setup, options={"max_new_tokens": NEW, "do_sample": True, "top_k": 0})
     work = suites.Work(
         sampling, PROMPTS, [], ["hf_assisted_fixed", "csdraft_empty", "drafter"], 1, 1, False, Progress()
     )
@@ -114,7 +116,7 @@ def test_another_text_is_reported(setup):
 
     mutant = Method("mutant", options, disturb)
     plain = Method("plain", {"max_new_tokens": NEW})
-    bare = Setup(setup.target, setup.drafter, options={"do_sample": False})
+    bare = replace(setup, options={"do_sample": False})
     run = measure(bare, [Cell(plain), Cell(mutant)], PROMPTS, 2)
     assert figures(run, "plain", "plain", "plain").different == ()
     assert figures(run, "mutant", "plain", "plain").different == (1,)
@@ -202,7 +204,7 @@ def test_a_round_of_the_tree_is_one_forward_and_keeps_a_branch():
 
 
 def test_the_grid_is_searched(setup, monkeypatch):
-    from csdraft.bench import grid
+    from benchmarks import grid
 
     for name in ("DRAFTER_LENGTHS", "MAX_GRAM_LENGTHS", "STAGE_LENGTHS", "TAIL_LENGTHS", "INNER_LENGTHS"):
         monkeypatch.setattr(grid, name, getattr(grid, name)[:2])
@@ -226,9 +228,9 @@ def test_unknown_names_are_errors(setup, folder):
     with pytest.raises(ValueError, match=r"unknown methods \['plian'\]; known: plain"):
         build(["plian"], setup)
     with pytest.raises(SystemExit, match="no model at 'nowhere'"):
-        benchmark.load_model("nowhere", setup.target.device, setup.target.dtype)
+        pair.load_model("nowhere", setup.target.device, setup.target.dtype)
     with pytest.raises(SystemExit, match="no prompts at"):
-        benchmark.read_prompts("missing.jsonl")
+        pair.read_prompts("missing.jsonl")
 
 
 def test_a_method_is_one_function(setup, monkeypatch):
@@ -241,6 +243,20 @@ def test_a_method_is_one_function(setup, monkeypatch):
 
     assert [method.name for method in methods.build(["mine"], setup)] == ["plain", "mine"]
     assert equal_to(methods.build(["mine"], setup)[1], True, []) == "plain"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    assert capsys.readouterr().out.startswith(f"usage: python -m benchmarks {command} ")
+
+
+def test_an_unknown_command_is_told_the_known_ones(capsys):
+    assert main(["sweets"]) == 2
+    told = capsys.readouterr()
+    assert "no command 'sweets'" in told.err
+    assert all(f"  {command} " in told.out for command in COMMANDS)
 
 
 def test_progress_times_each_piece_of_work_by_itself(monkeypatch) -> None:

@@ -14,6 +14,7 @@ import torch
 from tiny import EOS, drafter_of, tiny, tokenizer
 
 import csdraft
+from csdraft.bench import Method
 from csdraft.cli import _models, check, commands, main
 from csdraft.decoding.interfaces import Verdict
 from csdraft.decoding.report import Report
@@ -89,7 +90,7 @@ def test_every_command_explains_itself():
     assert set(commands()) >= {"bench", "check", "generate", "report", "tune"}
     for name, module in commands().items():
         assert module.__doc__, name
-        assert "main" in module.__all__ or {"add_arguments", "run"} <= set(module.__all__), name
+        assert {"add_arguments", "run"} <= set(module.__all__), name
 
 
 def test_a_misspelt_drafter_is_told_its_name(models, capsys):
@@ -110,11 +111,39 @@ def test_help_lists_the_commands(capsys):
     assert all(f"    {name} " in shown for name in commands())
 
 
-def test_bench_hands_its_arguments_on(monkeypatch):
-    seen = []
-    monkeypatch.setattr("csdraft.benchmark.main", lambda argv: seen.extend(argv) or 3)
-    assert main(["bench", "--depth", "4", "--help", "x"]) == 3
-    assert seen == ["--depth", "4", "--help", "x"]
+# Measuring.
+
+
+@pytest.mark.parametrize("drafter", ["small", "max_gram", None])
+def test_bench_times_all_methods_of_these_models(folder, tmp_path, capsys, drafter):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in (PROMPT, "abcabcabc")))
+    named = [] if drafter is None else ["--drafter", str(folder / drafter) if drafter == "small" else drafter]
+    few = ["--prompts", str(prompts), "--max-new-tokens", "12", "--repetitions", "1"]
+    assert main(["bench", "--target", str(folder / "target"), *named, *few]) == 0
+    rows = [re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines()[2:]]
+    own = ["transformers, prompt lookup", "MaxGram"]
+    if drafter == "small":
+        own = ["transformers, assistant_model", own[0], "small", own[1], "cascade"]
+    assert [row[0] for row in rows] == ["plain", *own]
+    for name, *figures in rows:
+        assert figures[-1] == "2/2 equal"
+        csdraft_drafts = name in ("small", "MaxGram", "cascade")
+        assert len(figures) == (5 if csdraft_drafts else 4)  # transformers does not say its tokens a round
+        if csdraft_drafts:
+            assert 1 <= float(figures[-2]) <= 12
+
+
+def test_bench_says_that_a_text_differs(folder, tmp_path, capsys, monkeypatch):
+    """The status is 1 where a rule keeps every draft."""
+    monkeypatch.setattr("csdraft.cli.bench.methods", lambda opened, rows: [
+        Method("plain", {}), Method("gullible", {"assistant": opened.assistant, "verifier": Gullible()})
+    ])  # fmt: skip
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": PROMPT}))
+    few = ["--prompts", str(tmp_path / "prompts.jsonl"), "--max-new-tokens", "12", "--repetitions", "1"]
+    assert main(["bench", "--target", str(folder / "target"), "--drafter", str(folder / "small"), *few]) == 1
+    assert "0/1 equal DIFFERENT" in (out := capsys.readouterr().out)
+    assert "csdraft check" in out
 
 
 @pytest.mark.parametrize(

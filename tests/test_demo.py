@@ -9,7 +9,7 @@ import datasets
 import pytest
 from trainers.pair import make_pair
 
-from csdraft import demo, demo_distill
+from examples import demo, demo_distill
 
 
 @pytest.fixture

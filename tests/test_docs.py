@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.__main__ import main as benchmarks
 from csdraft.cli import main
 from csdraft.data.generate import GenerateArguments
 from csdraft.trainers.distill import DistillArguments
-from csdraft.trainers.pretrain import PretrainArguments
+from recipes.smol.pretrain import PretrainArguments
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*map(ROOT.joinpath, ("README.md", "CONTRIBUTING.md")), *sorted(ROOT.glob("docs/*.md"))]
@@ -25,8 +26,8 @@ PAGES += [*sorted(ROOT.glob("recipes/*/README.md")), *sorted(ROOT.glob("models/*
 MODELS = [ROOT / "models" / "smol-target", ROOT / "models" / "smol-drafter"]
 
 ARGUMENTS = {"generate_data.py": GenerateArguments, "pretrain.py": PretrainArguments}
-ARGUMENTS |= dict.fromkeys(("distill_drafter.py", "benchmark_training.py"), DistillArguments)
-"""Whose fields the `key=value` words of a script are."""
+ARGUMENTS |= dict.fromkeys(("distill_drafter.py", "training", "arms"), DistillArguments)
+"""Whose fields the `key=value` words of a script or a benchmark are."""
 
 BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>.*?) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
 LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)")
@@ -120,11 +121,12 @@ def test_commands_exist(page, folder):
 
 @cache
 def help_of(program: str, *words: str) -> str:
-    """What a script, or `csdraft` and a command, says of itself: in this process, which has imported torch already."""
+    """What a script, or a module and a command, says of itself: in this process, which has imported torch already."""
     told = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(told):
         patch.setattr(sys, "argv", [program, *words, "--help"])
-        run = main if program == "csdraft" else partial(runpy.run_path, program, run_name="__main__")
+        modules = {"csdraft": main, "benchmarks": lambda: benchmarks([*words, "--help"])}
+        run = modules.get(program) or partial(runpy.run_path, program, run_name="__main__")
         with pytest.raises(SystemExit) as end:
             run()
     assert not end.value.code, program
@@ -142,6 +144,9 @@ def check_command(words: list[str], where: str) -> None:
     if words[0] == "csdraft":
         arguments = words[1:]
         program = ["csdraft", *arguments[:1]]
+    elif words[:3] == ["python", "-m", "benchmarks"]:
+        arguments = words[3:]
+        program = ["benchmarks", *arguments[:1]]
     else:
         assert words[0] in ("python", "accelerate"), f"{where}: this test does not know the command {words[0]!r}"
         script = next(index for index, word in enumerate(words) if word.endswith(".py"))

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from csdraft.bench.lookup import CASES, lookup_claims, lookup_table, measure_lookups
+from benchmarks.lookup import CASES, lookup_claims, lookup_table, measure_lookups
 
 
 def test_every_case_is_measured_and_judged() -> None:

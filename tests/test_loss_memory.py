@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from csdraft.bench.loss_memory import loss_memory
+from benchmarks.loss_memory import loss_memory
 from csdraft.trainers.objective import Objective
 
 VOCAB, WIDTH = 3000, 4

@@ -9,8 +9,8 @@ import torch
 from csdraft import CascadeDrafter, MaxGram, ModelDrafter, Report
 from csdraft.planner.expect import expect
 from csdraft.planner.search import cleaned, search
+from csdraft.planner.theory import Stage, expected_round, improvement, mean
 from csdraft.planner.trace import Costs, Offer, Trace, World, observe_world
-from csdraft.theory import Stage, expected_round, improvement, mean
 from csdraft.trees.best_first import BestFirst
 from tests import tiny
 

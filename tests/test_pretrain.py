@@ -15,15 +15,16 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from csdraft.data.text import Blocks, read_corpus, split
+from csdraft.data.text import read_corpus, split
 from csdraft.trainers.arguments import read_arguments
 from csdraft.trainers.checkpoints import last_checkpoint
-from csdraft.trainers.pretrain import PretrainArguments, pretrain
+from csdraft.trainers.command import one_line_errors
 from csdraft.trainers.stops import NonFinite
-from csdraft.trainers.tokenizer import TokenizerArguments, train_tokenizer
+from recipes.smol.pretrain import Blocks, PretrainArguments, pretrain
+from recipes.smol.train_tokenizer import TokenizerArguments, train_tokenizer
 
 ROOT = Path(__file__).parent.parent
-SCRIPT = ROOT / "scripts/pretrain.py"
+SCRIPT = ROOT / "recipes/smol/pretrain.py"
 TINY = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
     "num_attention_heads": 2, "num_key_value_heads": 1, "block_size": 32, "eval_blocks": 2, "threads": 1,
@@ -207,3 +208,11 @@ def test_two_processes_read_what_one_reads_and_resume_in_any_epoch(folder):
 
 def losses(history: list[dict]) -> list[float]:
     return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def test_errors_that_the_script_raises_itself_are_one_line_too(capsys):
+    with pytest.raises(SystemExit, match="1"), one_line_errors("", pretrain.__module__):
+        Blocks([], None, 8)
+    assert "0 tokens in 0 documents do not fill one block of 8" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="do not fill"), one_line_errors(""):
+        Blocks([], None, 8)

@@ -18,10 +18,10 @@ from csdraft import CascadeDrafter, MaxGram, ModelDrafter
 from csdraft.data.generate import GenerateArguments, generate
 from csdraft.trainers.arguments import read_arguments
 from csdraft.trainers.distill import DistillArguments
-from csdraft.trainers.pretrain import PretrainArguments
 from csdraft.trainers.run import distill
 from csdraft.trainers.students import check_student, make_student, save_student
-from csdraft.trainers.tokenizer import TokenizerArguments
+from recipes.smol.pretrain import PretrainArguments
+from recipes.smol.train_tokenizer import TokenizerArguments
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(path for path in ROOT.glob("recipes/*/*.yaml") if path.parent.name != "accelerate")

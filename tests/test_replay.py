@@ -10,8 +10,8 @@ import pytest
 import torch
 from tiny import EOS, VOCAB, Scripted, drafter_of, prompt, tiny, tokenizer
 
+from benchmarks.replays import Yield, measure, read_answers, read_pairs, read_rounds, table
 from csdraft import MaxGram, ModelDrafter, PromptLookup
-from csdraft.bench.replays import Yield, measure, read_answers, read_pairs, read_rounds, table
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Drafter, Request, Round
 from csdraft.decoding.sampling import Processing, Sampler

@@ -18,8 +18,7 @@ __all__ = ["commands", "main"]
 def commands() -> dict[str, ModuleType]:
     """The modules of this folder by name, but for those that begin with an underscore.
 
-    A command has a docstring, `add_arguments(parser)` and `run(args)`, which returns the exit status; or, if its
-    arguments are somebody else's business, `main(argv)`.
+    A command has a docstring, `add_arguments(parser)` and `run(args)`, which returns the exit status.
     """
     names = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
     return {name: importlib.import_module(f"{__name__}.{name}") for name in names}
@@ -29,9 +28,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; 0 if all went well, 1 if a check failed, 2 if what was asked makes no sense."""
     argv = sys.argv[1:] if argv is None else list(argv)
     found = commands()
-    forwarding = {name: module.main for name, module in found.items() if "main" in module.__all__}
-    if argv and argv[0] in forwarding:
-        return forwarding[argv[0]](argv[1:]) or 0
     parser = argparse.ArgumentParser("csdraft", description=csdraft.__doc__)
     parser.add_argument("--version", action="version", version=f"csdraft {csdraft.__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -40,8 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         subparser = subparsers.add_parser(
             name, help=text.partition("\n")[0], description=text, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        if name not in forwarding:
-            module.add_arguments(subparser)
+        module.add_arguments(subparser)
     args = parser.parse_args(argv)
     try:
         return found[args.command].run(args) or 0

@@ -16,9 +16,9 @@ from csdraft.cli._models import Opened, add_chat_arguments, add_model_arguments,
 from csdraft.decoding.interfaces import Drafter
 from csdraft.decoding.names import name_of
 from csdraft.drafters.model import ModelDrafter
-from csdraft.planner.tune import Candidate, preferred, tune
 from csdraft.progress import Progress
 from csdraft.trees.best_first import BestFirst
+from csdraft.tune import Candidate, preferred, tune
 
 __all__ = ["add_arguments", "run"]
 

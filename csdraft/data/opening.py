@@ -178,7 +178,7 @@ def _is_saved(path: Path) -> bool:
 
 
 def _corpus(source: str, split: str) -> list[dict[str, str]]:
-    """Documents in the order of `Blocks`."""
+    """Documents in a fixed shuffled order."""
     documents = read_corpus(source)
     if source in LIBRARIES:
         parts = dict(zip(("train", "test"), parted(documents), strict=True))

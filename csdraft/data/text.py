@@ -1,18 +1,14 @@
-"""Plain text as training data: documents from a corpus, parted in two by name, packed into blocks of tokens."""
+"""Plain text as training data: documents from a corpus, parted in two by name."""
 
 import contextlib
 import hashlib
 import lzma
-import random
 import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from torch.utils.data import Dataset
-
-__all__ = ["END", "LIBRARIES", "Blocks", "Document", "read_corpus", "split"]
+__all__ = ["END", "LIBRARIES", "Document", "read_corpus", "split"]
 
 END = "<|endoftext|>"
 LIBRARIES = ("stdlib", "stdlib-tests")
@@ -96,26 +92,3 @@ def split(documents: Iterable[Document]) -> tuple[list[Document], list[Document]
     for document in documents:
         (held_out if document.held_out else train).append(document)
     return train, held_out
-
-
-class Blocks(Dataset):
-    """Documents in a fixed shuffled order, each opened by `<|endoftext|>`, cut into blocks of equal length."""
-
-    def __init__(self, documents: list[Document], tokenizer, block_size: int):
-        shuffled = random.Random(0).sample(documents, len(documents))
-        ids = tokenizer([END + document.text for document in shuffled])["input_ids"] if shuffled else []
-        tokens = torch.tensor([token for document in ids for token in document], dtype=torch.int32)
-        count = len(tokens) // block_size
-        if not count:
-            raise ValueError(
-                f"{len(tokens)} tokens in {len(documents)} documents do not fill one block of {block_size}; "
-                "use a larger corpus or a smaller block_size"
-            )
-        self.blocks = tokens[: count * block_size].view(count, block_size)  # [blocks, block_size]
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        block = self.blocks[index].long()
-        return {"input_ids": block, "labels": block}

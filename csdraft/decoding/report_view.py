@@ -8,11 +8,12 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from csdraft.decoding.pieces import Pieces
-from csdraft.decoding.report import Report
 from csdraft.decoding.tally import Tally
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from csdraft.decoding.report import Report
 
 __all__ = ["fragment", "page", "terminal"]
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from csdraft.heads.layers import fingerprint, shared_layers
 from csdraft.heads.on_target import OnTarget
 from csdraft.stored import fit, is_hub_id, naming, read_object, shown
+from csdraft.version import __version__
 
 __all__ = [
     "DOCUMENT",
@@ -239,9 +240,7 @@ def write_document(
     folder: str | os.PathLike[str], kind: str = "full", described: Mapping[str, Any] | None = None
 ) -> None:
     """Writes drafter.json: the kind of drafter, and what it stands on."""
-    import csdraft
-
-    document = {"format": FORMAT, "csdraft": csdraft.__version__, "kind": kind, **(described or {})}
+    document = {"format": FORMAT, "csdraft": __version__, "kind": kind, **(described or {})}
     text = json.dumps(document, indent=2, allow_nan=False) + "\n"
     Path(folder, DOCUMENT).write_text(text, encoding="utf-8")
 

@@ -37,7 +37,7 @@ def run_script(doc: str | None, kind: type[T], work: Callable[[T], int | None]) 
     options = recipe_parser(doc, kind).parse_args()
     with one_line_errors():
         args: Any = read_arguments(kind, options.config, options.overrides)
-    with one_line_errors(args.output_dir):
+    with one_line_errors(args.output_dir, work.__module__):
         status = work(args)
     leave_group()
     sys.exit(status or 0)
@@ -55,11 +55,12 @@ def leave_group() -> None:
 
 
 @contextmanager
-def one_line_errors(folder: str = "") -> Iterator[None]:
+def one_line_errors(folder: str = "", module: str = "csdraft") -> Iterator[None]:
     """While entered, an error that the user can put right ends the program with a line and status 1, Ctrl-C with 130.
 
     Args:
         folder: that is written to.
+        module: beside csdraft's own, whose ValueErrors and OSErrors are raised on purpose.
     """
     try:
         yield
@@ -68,7 +69,7 @@ def one_line_errors(folder: str = "") -> Iterator[None]:
     except (ValueError, OSError, Stopped) as error:
         if isinstance(error, OSError) and error.errno in FULL:
             _exit(1, f"error: {unwritable(folder, error)}")
-        if not _is_ours(error):
+        if not _is_ours(error, module):
             raise
         _exit(1, f"error: {error}")
 
@@ -83,11 +84,12 @@ def recipe_parser(doc: str | None, kind: type, required: bool = False) -> argpar
     return parser
 
 
-def _is_ours(error: Exception) -> bool:
-    """Whether it was raised by a line of csdraft, or of the Hub's client, which says what it cannot find."""
+def _is_ours(error: Exception, other: str) -> bool:
+    """Whether a line of csdraft or of `other` raised it, or the Hub's client, which says what it cannot find."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     module: Any = frame.f_globals.get("__name__", "")
-    return isinstance(error, Stopped) or module.startswith("csdraft.") or type(error) is OSError
+    ours = module == other or module.startswith("csdraft.")
+    return ours or isinstance(error, Stopped) or type(error) is OSError
 
 
 def _exit(status: int, message: str) -> None:

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from csdraft.trainers.arguments import read_arguments
 from csdraft.trainers.distill import DistillArguments
-from csdraft.trainers.tokenizer import TokenizerArguments, train_tokenizer
+from recipes.smol.train_tokenizer import TokenizerArguments, train_tokenizer
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
 

@@ -16,21 +16,24 @@ from csdraft.trainers.arguments import make_arguments
 from csdraft.trainers.command import one_line_errors, recipe_parser
 from csdraft.trainers.distill_arguments import DistillArguments
 from csdraft.trainers.keys import help_of, keys_of, markdown
-from csdraft.trainers.pretrain import PretrainArguments
 from csdraft.trainers.rates import RATES
-from csdraft.trainers.tokenizer import TokenizerArguments
+from recipes.smol.pretrain import PretrainArguments
+from recipes.smol.train_tokenizer import TokenizerArguments
 
 ROOT = Path(__file__).parent.parent.parent
 KINDS = {
-    "distill_drafter": DistillArguments, "generate_data": GenerateArguments, "cache_logits": CacheArguments,
-    "pretrain": PretrainArguments, "train_tokenizer": TokenizerArguments,
-}  # fmt: skip
+    "scripts/distill_drafter": DistillArguments,
+    "scripts/generate_data": GenerateArguments,
+    "scripts/cache_logits": CacheArguments,
+    "recipes/smol/pretrain": PretrainArguments,
+    "recipes/smol/train_tokenizer": TokenizerArguments,
+}
 
 
 @pytest.mark.parametrize("script", KINDS)
 def test_help_lists_every_key(script):
     kind = KINDS[script]
-    assert f"run_script(__doc__, {kind.__name__}," in (ROOT / "scripts" / f"{script}.py").read_text()
+    assert f"run_script(__doc__, {kind.__name__}," in (ROOT / f"{script}.py").read_text()
     told = recipe_parser("What it does.", kind).format_help()
     assert help_of(kind) in told
     lines = [line.split() for line in told.splitlines() if line.startswith("  ") and line[2] != " "]

@@ -20,9 +20,9 @@ from csdraft.trainers import checkpoints
 from csdraft.trainers import run as run_module
 from csdraft.trainers.distill_arguments import DistillArguments
 from csdraft.trainers.options import FREE
-from csdraft.trainers.pretrain import PretrainArguments
 from csdraft.trainers.run import distill
 from csdraft.trainers.run_folder import RunFolder, is_finished
+from recipes.smol.pretrain import PretrainArguments
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,18 @@
-"""Causal language modelling from scratch: how the project's own tiny target and drafter are made."""
+"""Train a causal language model from scratch, as the bundled target and drafter were.
 
+python recipes/smol/pretrain.py --config recipes/smol/target.yaml max_steps=100
+
+The same command goes on where an interrupted run stopped. Exit status: 0 finished, 1 error, 130 or 143 after a signal.
+The launchers of accelerate and torchrun have a status of their own after a signal, mostly 1.
+"""
+
+import random
 import zlib
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from torch.utils.data import Dataset
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -15,15 +23,16 @@ from transformers import (
     set_seed,
 )
 
-from csdraft.data.text import Blocks, read_corpus, split
+from csdraft.data.text import END, Document, read_corpus, split
 from csdraft.trainers.base import BaseTrainer
+from csdraft.trainers.command import run_script
 from csdraft.trainers.lock import only_run
 from csdraft.trainers.muon import MuonAdamW
 from csdraft.trainers.run_arguments import RunArguments
-from csdraft.trainers.run_folder import RunFolder
-from csdraft.trainers.tokenizer import save_tokenizer
+from csdraft.trainers.run_folder import RunFolder, is_finished
+from csdraft.trainers.student_files import save_tokenizer
 
-__all__ = ["PretrainArguments", "pretrain"]
+__all__ = ["Blocks", "PretrainArguments", "pretrain"]
 
 
 @dataclass
@@ -41,6 +50,29 @@ class PretrainArguments(RunArguments):
     corpus: str = field(default="stdlib", metadata={"help": "'stdlib', a folder of text files, or a .txt(.xz) file."})
     block_size: int = field(default=512, metadata={"help": "Tokens per training example."})
     eval_blocks: int | None = field(default=None, metadata={"help": "Held-out blocks evaluated; None is all."})
+
+
+class Blocks(Dataset):
+    """Documents in a fixed shuffled order, each opened by `<|endoftext|>`, cut into blocks of equal length."""
+
+    def __init__(self, documents: list[Document], tokenizer, block_size: int):
+        shuffled = random.Random(0).sample(documents, len(documents))
+        ids = tokenizer([END + document.text for document in shuffled])["input_ids"] if shuffled else []
+        tokens = torch.tensor([token for document in ids for token in document], dtype=torch.int32)
+        count = len(tokens) // block_size
+        if not count:
+            raise ValueError(
+                f"{len(tokens)} tokens in {len(documents)} documents do not fill one block of {block_size}; "
+                "use a larger corpus or a smaller block_size"
+            )
+        self.blocks = tokens[: count * block_size].view(count, block_size)  # [blocks, block_size]
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        block = self.blocks[index].long()
+        return {"input_ids": block, "labels": block}
 
 
 def pretrain(args: PretrainArguments) -> BaseTrainer:
@@ -123,3 +155,11 @@ def make_model(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase) -> P
         **{name: getattr(args, name) for name in shape},
     )
     return LlamaForCausalLM(config)
+
+
+def main(args: PretrainArguments) -> int:
+    return 0 if is_finished(args) else pretrain(args).status
+
+
+if __name__ == "__main__":
+    run_script(__doc__, PretrainArguments, main)

@@ -1,11 +1,14 @@
-"""What the trainer adds to a bare loop of the same forwards, backward and optimiser steps."""
+"""What the trainer adds to a bare loop of the same forwards, backward and optimiser steps.
+
+python -m benchmarks training --config recipes/smol/distill.yaml
+"""
 
 from __future__ import annotations
 
 import copy
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,12 +18,16 @@ from torch.utils.data import DataLoader
 
 from csdraft.data.packing import IGNORED
 from csdraft.metrics.intervals import Interval, bootstrap_median
-from csdraft.trainers.arguments import make_arguments
+from csdraft.trainers.arguments import make_arguments, read_values
+from csdraft.trainers.command import recipe_parser
 from csdraft.trainers.distill import DistillArguments, DrafterTrainer
 from csdraft.trainers.order import Shuffled
 from csdraft.trainers.run import load_models, prepare
 
 __all__ = ["trainer_overhead"]
+
+MOST = 1.10
+"""Times a bare loop that the trainer may take."""
 
 
 def trainer_overhead(values: Mapping[str, Any], steps: int = 12, repetitions: int = 5) -> tuple[Interval, float]:
@@ -76,3 +83,18 @@ def scored_logits(model: Any, batch: Mapping[str, Any], scored: torch.Tensor) ->
     """(scored, vocab) float32 logits, made at the positions that count and nowhere else, as the trainer does."""
     hidden = model.base_model(**batch, use_cache=False).last_hidden_state[:, :-1]
     return model.get_output_embeddings()(hidden[scored]).float()
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs it; the exit status is 0 if the trainer costs at most MOST times a bare loop."""
+    parser = recipe_parser(__doc__, DistillArguments, required=True)
+    parser.prog = "python -m benchmarks training"
+    parser.add_argument("--steps", type=int, default=12, help="of each turn")
+    parser.add_argument("--repetitions", type=int, default=5, help="turns of each")
+    options = parser.parse_args(argv)
+    values = read_values(options.config, options.overrides)
+    ratio, tokens = trainer_overhead(values, options.steps, options.repetitions)
+    print(f"trainer over bare loop: {ratio}; {tokens:,.0f} tokens/s of packed blocks")
+    passed = ratio.median <= MOST
+    print("PASS" if passed else "FAIL", f"at most {MOST:.2f} times a bare loop")
+    return 0 if passed else 1

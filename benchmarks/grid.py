@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from csdraft.bench.measure import Cell, Prompt, measure
-from csdraft.bench.methods import Method, Setup
+from benchmarks.measure import measure
+from benchmarks.methods import Setup
+from csdraft.bench import Cell, Method, Prompt
 from csdraft.cascade import CascadeDrafter
 from csdraft.drafters.max_gram import MaxGram
 from csdraft.drafters.model import ModelDrafter

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
+from csdraft import bench
+from csdraft.bench import Method, configured
 from csdraft.cascade import CascadeDrafter
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter
@@ -20,30 +20,25 @@ from csdraft.drafters.model import ModelDrafter
 from csdraft.drafters.prompt_lookup import PromptLookup
 from csdraft.schedules.fixed import Fixed
 
-__all__ = ["DEFAULT", "K_MATRIX", "METHODS", "Method", "Setup", "build"]
+__all__ = ["DEFAULT", "K_MATRIX", "METHODS", "Setup", "build"]
 
 K_MATRIX = ((2, 24), (0, 4))
 """Of the cascade [drafter, MaxGram], unless a run says otherwise."""
 
 
-@dataclass(frozen=True)
-class Setup:
+@dataclass(frozen=True, kw_only=True)
+class Setup(bench.Setup):
     """What all methods of a run share.
 
     Attributes:
-        target, drafter: the loaded models.
+        drafter: the loaded model.
         depth: draft tokens a round for the methods of fixed length.
         k_matrix: of the cascade [drafter, MaxGram].
-        options: keywords that every `generate` gets (length, temperature).
-        clock: wall time; or the process's CPU time, which other programs on the machine disturb less.
     """
 
-    target: PreTrainedModel
     drafter: PreTrainedModel
     depth: int = 5
     k_matrix: Sequence[Sequence[int]] = K_MATRIX
-    options: dict[str, Any] = field(default_factory=dict)
-    clock: Callable[[], float] = time.perf_counter
 
     @cached_property
     def random_model(self) -> PreTrainedModel:
@@ -59,26 +54,6 @@ class Setup:
         """Every model that may run, the target first."""
         made = [self.random_model] if "random_model" in self.__dict__ else []
         return [self.target, self.drafter, *made]
-
-
-@dataclass(frozen=True)
-class Method:
-    """One way to generate.
-
-    Attributes:
-        name: in tables.
-        options: keywords of `generate`.
-        before: called before each call, outside the time.
-    """
-
-    name: str
-    options: dict[str, Any]
-    before: Callable[[], None] | None = None
-
-    @property
-    def drafted(self) -> bool:
-        """Whether csdraft decodes (else transformers does)."""
-        return "assistant" in self.options
 
 
 class Nothing(Drafter):
@@ -106,15 +81,6 @@ def build(names: Sequence[str], setup: Setup) -> list[Method]:
     made = {name: METHODS[name](setup) for name in ordered}
     before = {name: made[name]["assistant"].memory.clear for name in made if name == "random_drafter_first"}
     return [Method(name, options, before.get(name)) for name, options in made.items()]
-
-
-def configured(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
-    """The same model (weights and hooks shared) with other generation defaults, where transformers reads its own."""
-    twin = copy.copy(model)
-    twin.generation_config = copy.deepcopy(model.generation_config)
-    for key, value in options.items():
-        setattr(twin.generation_config, key, value)
-    return twin
 
 
 @method

@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from csdraft.bench.measure import Cell, Prompt, encode, measure
-from csdraft.bench.methods import Method, Setup
+from csdraft.bench import Cell, Method, Prompt, Setup, encode, measure
 from csdraft.cascade import CascadeDrafter
 from csdraft.decoding.interfaces import Drafter
 from csdraft.metrics.intervals import Interval, bootstrap_median
@@ -68,7 +67,7 @@ def tune(
     Returns:
         The candidates, the fastest measured first.
     """
-    setup = Setup(target, target, options=options)
+    setup = Setup(target, options)
     encoded = [encode(setup, [prompt]) for prompt in prompts]
     world = observe_world(target, drafters, encoded, progress, **options)
     plans = alternatives(search(world), finalists)
@@ -78,7 +77,7 @@ def tune(
     }
     cells = [Cell(Method("plain", {}))]
     cells += [Cell(Method(name, {"assistant": cascade})) for name, (_, _, cascade) in made.items()]
-    run = measure(setup, cells, prompts, repetitions, progress, look=False)
+    run = measure(setup, cells, prompts, repetitions, progress)
     times = {(s.cell, s.group, s.repetition): s.seconds for s in run.samples}
     places = range(len({s.group for s in run.samples}))
     candidates = []

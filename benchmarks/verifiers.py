@@ -5,10 +5,14 @@ trial refused, which yields the probability that some trial would have succeeded
 accept of such drafts (optimal transport with membership cost, SpecTr, arXiv 2310.15141): by the cut of least weight,
 
     min over sets A of tokens: target(A) + 1 - P(all siblings lie in A).
+
+    python -m benchmarks verifiers
+    python -m benchmarks verifiers --pairs 30 --vocabularies 8 --counts 2
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -152,3 +156,20 @@ def markdown(found: dict[str, Kept]) -> str:
 def share_of_wins(values: Kept, others: Kept) -> float:
     """The share of pairs on which the first rule accepts at least as much as the other."""
     return sum(a >= b - 1e-9 for (a, _), (b, _) in zip(values, others, strict=True)) / len(values)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints one table for each number of siblings."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks verifiers",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--pairs", type=int, default=100, help="random pairs of a target's and a drafter's law")
+    parser.add_argument("--vocabularies", type=int, nargs="+", default=[3, 4, 5], help="tokens, taken in turn")
+    parser.add_argument("--counts", type=int, nargs="+", default=[2, 3], help="siblings")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+    for count in options.counts:
+        print(f"\n{count} siblings, {options.pairs} pairs of laws over {options.vocabularies} tokens\n")
+        print(markdown(compare(options.pairs, options.vocabularies, count, options.seed)))

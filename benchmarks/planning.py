@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from typing import Any
 
-from csdraft.bench.claims import Claim
-from csdraft.bench.measure import Cell, Prompt, encode, measure
-from csdraft.bench.methods import Method, Setup
+from benchmarks.claims import Claim
+from benchmarks.measure import measure
+from benchmarks.methods import Setup
+from csdraft.bench import Cell, Method, Prompt, encode
 from csdraft.cascade import CascadeDrafter
 from csdraft.drafters.max_gram import MaxGram
 from csdraft.drafters.model import ModelDrafter

@@ -7,11 +7,11 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from csdraft.bench.measure import Run, Text
-from csdraft.bench.methods import Method
-from csdraft.metrics.intervals import Interval, bootstrap_median
+from benchmarks.measure import Run
+from csdraft.bench import Method, equality, ratio
+from csdraft.metrics.intervals import Interval
 
-__all__ = ["Figures", "equality", "figures", "ratio"]
+__all__ = ["Figures", "equal_to", "figures"]
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,6 @@ class Figures:
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "speedup": self.speedup._asdict()}
-
-
-def ratio(run: Run, cell: str, over: str) -> Interval:
-    """Tokens a second of `cell` over those of `over`, paired by prompt and repetition."""
-    rates: dict[tuple[str, int, int], float] = {(s.cell, s.group, s.repetition): s.rate for s in run.samples}
-    table: dict[int, list[float]] = {}
-    for (name, group, repetition), rate in rates.items():
-        if name == cell:
-            table.setdefault(group, []).append(rate / rates[over, group, repetition])
-    return bootstrap_median(list(table.values()))
 
 
 def figures(run: Run, cell: str, reference: str, equal_to: str | None) -> Figures:
@@ -90,13 +80,6 @@ def figures(run: Run, cell: str, reference: str, equal_to: str | None) -> Figure
         different=different,
         **seen,
     )
-
-
-def equality(texts: dict[tuple[str, int], list[Text]], cell: str, reference: str) -> tuple[int, tuple[int, ...]]:
-    """How many groups of prompts gave the reference's text every time, and which did not."""
-    groups = sorted(group for name, group in texts if name == cell)
-    different = [g for g in groups if texts[cell, g] != texts[reference, g][:1]]
-    return len(groups) - len(different), tuple(different)
 
 
 def equal_to(method: Method, greedy: bool, names: list[str], rows: int = 1) -> str | None:

@@ -1,6 +1,6 @@
 """Whether the default schedule ever loses: against plain `generate`, and against the best fixed length in hindsight.
 
-python benchmarks/default_never_loses.py --target models/smol-target --drafter models/smol-drafter \\
+python -m benchmarks never-loses --target models/smol-target --drafter models/smol-drafter \\
     --prompts chat=mt_bench.jsonl math=gsm8k_test.jsonl
 
 Each prompt is decoded greedily by every way in turn, one prompt after the other, so that what else the machine does
@@ -15,12 +15,13 @@ import lzma
 import multiprocessing
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from csdraft import CascadeDrafter, MaxGram, ModelDrafter
+from csdraft import CascadeDrafter, Drafter, MaxGram, ModelDrafter
 from csdraft.schedules.fixed import Fixed
 
 FIELDS = ("turns", "prompt", "question", "problem", "article", "instruction", "text")
@@ -46,9 +47,9 @@ def encode(tokenizer, kind: str, text: str, longest: int) -> torch.Tensor:
     return torch.tensor([ids])
 
 
-def makers(drafter) -> dict:
+def makers(drafter) -> dict[str, tuple[Callable[[], Drafter], Sequence[int]]]:
     """By name: what makes a drafter that has learned nothing, and the fixed lengths to compare with."""
-    found = {"max_gram": (MaxGram, (2, 4, 8, 12))}
+    found: dict[str, tuple[Callable[[], Drafter], Sequence[int]]] = {"max_gram": (MaxGram, (2, 4, 8, 12))}
     if drafter is not None:
         found["model"] = (lambda: ModelDrafter(drafter), (1, 2, 4, 6))
         found["cascade"] = (lambda: CascadeDrafter([drafter, MaxGram()], [[2, 10], [0, 4]]), (2, 4, 8, 12))
@@ -91,11 +92,16 @@ def lines(spent: dict[str, Counter], kinds) -> list[str]:
 def spin() -> None:
     """Another program."""
     while True:
-        torch.randn(256, 256) @ torch.randn(256, 256)
+        torch.mm(torch.randn(256, 256), torch.randn(256, 256))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str]) -> None:
+    """Prints one table a drafter."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks never-loses",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--target", required=True, help="a causal model's folder")
     parser.add_argument("--drafter", help="a smaller one of the same tokenizer; without it only Max-Gram drafts")
     parser.add_argument("--prompts", nargs="+", required=True, metavar="KIND=FILE", help="JSON lines, also .xz")
@@ -107,7 +113,7 @@ def main() -> None:
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="of the table (default: %(default)s)")
     parser.add_argument("--only", nargs="+", help="drafters, of max_gram, model and cascade")
     parser.add_argument("--busy", action="store_true", help="with a second process at work")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     tokenizer = AutoTokenizer.from_pretrained(options.target)
     load = lambda path: AutoModelForCausalLM.from_pretrained(path, dtype=options.dtype).eval()  # noqa: E731
@@ -128,7 +134,3 @@ def main() -> None:
             print(f"\n{name}", *lines(spent, files), sep="\n", flush=True)
     if options.busy:
         other.terminate()
-
-
-if __name__ == "__main__":
-    main()

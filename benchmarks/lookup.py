@@ -1,8 +1,13 @@
-"""What a lookup costs: proposals of the drafters that need no model, after a long text, and their indexes."""
+"""What a lookup costs: proposals of the drafters that need no model, after a long text, and their indexes.
+
+python -m benchmarks lookup --source stdlib --history 32768
+"""
 
 from __future__ import annotations
 
+import argparse
 import math
+import os
 import time
 import tracemalloc
 from collections import Counter
@@ -14,8 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers import AutoTokenizer
 
-from csdraft.bench.claims import Claim
+from benchmarks.claims import Claim
+from csdraft.data.sources import read_rows
 from csdraft.decoding.call import Call
 from csdraft.decoding.interfaces import Budget, Context, Drafter
 from csdraft.decoding.sampling import Processing, Sampler
@@ -220,3 +227,24 @@ def lookup_table(found: Sequence[Lookup]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs it; the exit status is 0 if every claim passed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks lookup", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokenizer", default="models/smol-target", help="default: %(default)s")
+    parser.add_argument("--source", default="stdlib", help="texts, as training reads them (default: %(default)s)")
+    parser.add_argument("--limit", type=int, default=150, help="examples read (default: %(default)s)")
+    parser.add_argument("--history", type=int, default=HISTORY, help="tokens of the text (default: %(default)s)")
+    parser.add_argument("--proposals", type=int, default=PROPOSALS, help="timed (default: %(default)s)")
+    options = parser.parse_args(argv)
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer, trust_remote_code=False)
+    rows = read_rows(options.source, tokenizer, 1 << 20, limit=options.limit)
+    tokens = [token for row in rows for token in row["input_ids"]]
+    found = measure_lookups(tokens, len(tokenizer), options.history, options.proposals)
+    claims = lookup_claims(found)
+    print(f"{options.history:,} tokens of text, {os.cpu_count()} CPU cores\n\n{lookup_table(found)}\n")
+    print("\n".join(map(str, claims)))
+    return 0 if all(claim.passed for claim in claims) else 1

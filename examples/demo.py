@@ -1,6 +1,9 @@
 """The demo: distils a drafter, then a real model completes real prompts in several ways, side by side.
 
-It writes the same text each time.
+It writes the same text each time. `make demo` runs it.
+
+    python -m examples.demo
+    python -m examples.demo --target me/large --drafter me/small --prompts prompts.jsonl
 """
 
 from __future__ import annotations
@@ -17,10 +20,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from csdraft.bench.figures import Figures, figures
-from csdraft.bench.measure import Cell, Prompt, Run, generate, measure
-from csdraft.bench.methods import K_MATRIX, METHODS, Method, Setup, build, configured
-from csdraft.benchmark import (
+from benchmarks.figures import Figures, figures
+from benchmarks.measure import Run, measure
+from benchmarks.methods import K_MATRIX, METHODS, Setup, build
+from benchmarks.pair import (
     DRAFTER,
     PROMPTS,
     TARGET,
@@ -30,14 +33,15 @@ from csdraft.benchmark import (
     read_prompts,
     tokenized,
 )
+from csdraft.bench import Cell, Method, Prompt, configured, generate
 from csdraft.cascade import CascadeDrafter
 from csdraft.decoding.pieces import Pieces
 from csdraft.decoding.report import Report
-from csdraft.demo_distill import distilled_pair
 from csdraft.drafters.max_gram import MaxGram
 from csdraft.drafters.model import ModelDrafter
 from csdraft.progress import Progress
 from csdraft.schedules.fixed import Fixed
+from examples.demo_distill import distilled_pair
 
 __all__ = ["main"]
 
@@ -64,7 +68,9 @@ COLOURS = ("", "30;46", "30;43", "30;45", "30;42")
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=__doc__)
+    made = argparse.ArgumentParser(
+        prog="python -m examples.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     made.add_argument("--target", default=TARGET, help="path or Hub id (default: %(default)s)")
     made.add_argument("--drafter", default=DRAFTER, help="path or Hub id (default: %(default)s)")
     made.add_argument("--prompts", default=PROMPTS, help='FILE.jsonl of {"id", "prompt"} (default: %(default)s)')
@@ -123,7 +129,7 @@ def load(options: argparse.Namespace) -> tuple[Setup, PreTrainedTokenizerBase]:
     if target.generation_config.pad_token_id is None:
         target = configured(target, pad_token_id=tokenizer.eos_token_id)
     generating = {"max_new_tokens": options.max_new_tokens, "do_sample": False}
-    return Setup(target, drafter, LOOKUP_LENGTH, K_MATRIX, generating), tokenizer
+    return Setup(target, generating, drafter=drafter, depth=LOOKUP_LENGTH, k_matrix=K_MATRIX), tokenizer
 
 
 def settle(setup: Setup, prompt: Prompt, threads: int | None, count: int | None) -> tuple[Setup, int]:
@@ -243,5 +249,9 @@ def say_verdict(found: Sequence[Figures], same: bool, page: Path) -> None:
     print("  csdraft generate --target models/smol-target --drafter models/smol-drafter --drafter max_gram \\")
     print("      --prompt 'def main(' --color                               your own prompt, drawn as it is drafted")
     print("  make bench                                                    the same with intervals, JSON and a plot")
-    print("  python scripts/demo.py --target YOUR/MODEL --drafter A/SMALLER-ONE    any pair that shares a tokenizer")
+    print("  python -m examples.demo --target YOUR/MODEL --drafter A/SMALLER-ONE   any pair that shares a tokenizer")
     print("  docs/quickstart.md                                            the same in your own program")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from csdraft.bench.claims import Claim
+from benchmarks.claims import Claim
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round
 from csdraft.decoding.output import RoundStreamer

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
-from csdraft.bench.figures import Figures
-from csdraft.bench.measure import Run
+import csdraft
+from benchmarks.figures import Figures
+from benchmarks.measure import Run
+from csdraft.bench import aligned
 
 __all__ = ["machine", "plot", "save", "table"]
 
@@ -28,15 +30,7 @@ NOTES = (
 
 def table(figures: Sequence[Figures]) -> str:
     """The figures, one row a method, in at most 110 columns."""
-    rows = [HEAD, *map(_cells, figures)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", *NOTES])
+    return "\n".join([aligned([HEAD, *map(_cells, figures)]), "", *NOTES])
 
 
 def _cells(f: Figures) -> tuple[str, ...]:
@@ -59,7 +53,6 @@ def _number(value: float | None, form: str) -> str:
 
 def machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """The class of machine, the state it was in, and versions; nothing that names it."""
-    names = ("csdraft", "torch", "transformers", "numpy")
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
@@ -69,7 +62,8 @@ def machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
         "system": platform.system(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in names},
+        "versions": {"csdraft": csdraft.__version__}
+        | {name: version(name) for name in ("torch", "transformers", "numpy")},
     }
 
 
@@ -77,14 +71,6 @@ def _cpu_model() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _version(name: str) -> str:
-    if name == "csdraft":
-        import csdraft
-
-        return csdraft.__version__
-    return version(name)
 
 
 def save(

@@ -3,28 +3,48 @@
 Drafters, trees and schedules decode greedily, drafters and trees at their own lengths every round; verifiers sample at
 temperature 1, each with the drafts that it is for. A method that a user must bring something for (documents, a
 tokenizer) is left out unless it is given, or MAKE says how to make one from the pair.
+The command brings documents (the standard library's), a stop head that it trains on other prompts, and for another
+tokenizer the drafter's own, so that only the way there and back is added.
+
+    python -m benchmarks methods --limit 12 --out docs/figures/methods.json && python docs/build_tables.py
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from benchmarks.measure import measure
+from benchmarks.methods import Setup
+from benchmarks.pair import read_prompts, tokenized
 from csdraft import spec
-from csdraft.bench.figures import ratio
-from csdraft.bench.measure import Cell, Prompt, measure
-from csdraft.bench.methods import Method, Setup
+from csdraft.bench import Cell, Method, Prompt, configured, encode, ratio
 from csdraft.cascade import CascadeDrafter
+from csdraft.data.sources import read_rows
 from csdraft.decoding.interfaces import Drafter, Schedule
+from csdraft.drafters.datastore import Datastore
 from csdraft.drafters.horizontal import Horizontal
 from csdraft.drafters.max_gram import MaxGram
 from csdraft.drafters.merged import Merged
 from csdraft.drafters.model import ModelDrafter
 from csdraft.drafters.ouroboros import Ouroboros
+from csdraft.drafters.reference import Reference
+from csdraft.drafters.translated import Translated
 from csdraft.drafters.vertical import Vertical
+from csdraft.progress import Progress
 from csdraft.schedules.fixed import Fixed
+from csdraft.schedules.stop_head import StopHead
+from csdraft.tables.corpus import CorpusIndex
+from csdraft.trainers.stop_head import fit, harvest
 
 __all__ = ["GREEDY", "SAMPLED", "breadth"]
 
@@ -99,3 +119,51 @@ def made(type: str, setup: Setup) -> Drafter | None:
 
 def branching(type: str, setup: Setup) -> ModelDrafter:
     return ModelDrafter(setup.drafter, tree=spec.find("trees", type)())
+
+
+def trained_stop_head(setup: Setup, tokenizer: Any, prompts: list[str]) -> StopHead:
+    """Trained on how the target judges the drafter after these prompts."""
+    batches = [encode(setup, [prompt]) for prompt in tokenized(tokenizer, prompts)]
+    return StopHead(fit(harvest(setup.target, ModelDrafter(setup.drafter), batches, **setup.options)))
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measures, and writes what docs/build_tables.py reads."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks methods", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--target", default="models/smol-target")
+    parser.add_argument("--drafter", default="models/smol-drafter")
+    parser.add_argument("--prompts", default="recipes/smol/prompts.jsonl")
+    parser.add_argument(
+        "--tune-prompts", default="recipes/smol/prompts_tune.jsonl", help="that the stop head learns from"
+    )
+    parser.add_argument("--documents", type=int, default=150, help="to look things up in (default: %(default)s)")
+    parser.add_argument("--limit", type=int, default=12, help="prompts (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--repetitions", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("out/methods.json"))
+    options = parser.parse_args(argv)
+    logging.disable_progress_bar()
+    torch.set_num_threads(options.threads)
+    tokenizer = AutoTokenizer.from_pretrained(options.target, trust_remote_code=False)
+    target, drafter = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False).eval()
+        for path in (options.target, options.drafter)
+    )
+    target = configured(target, pad_token_id=tokenizer.eos_token_id, eos_token_id=None)
+    setup = Setup(target, {"max_new_tokens": options.max_new_tokens}, drafter=drafter)
+    documents = [row["input_ids"] for row in read_rows("stdlib", tokenizer, 1 << 20, limit=options.documents)]
+    given = {
+        "datastore": Datastore(CorpusIndex.build(documents)),
+        "reference": Reference(documents),
+        "translated": Translated(ModelDrafter(drafter), tokenizer, tokenizer),
+        "stop_head": trained_stop_head(setup, tokenizer, read_prompts(options.tune_prompts)),
+    }
+    prompts = tokenized(tokenizer, read_prompts(options.prompts, options.limit))
+    found = breadth(setup, prompts, options.repetitions, Progress(), given)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    settings = {"prompts": len(prompts), "max_new_tokens": options.max_new_tokens, "threads": options.threads}
+    options.out.write_text(json.dumps({"settings": settings, "methods": found}, indent=1) + "\n")
+    print(f"written: {options.out}")

@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from csdraft.bench.claims import Claim
-from csdraft.bench.figures import Figures, equal_to, figures, ratio
-from csdraft.bench.grid import grid_search
-from csdraft.bench.measure import Cell, Prompt, Run, measure
-from csdraft.bench.methods import DEFAULT, Setup, build
-from csdraft.bench.overhead import measure_overhead, overhead_claims, overhead_table
-from csdraft.bench.planning import check_planner
+from benchmarks.claims import Claim
+from benchmarks.figures import Figures, equal_to, figures
+from benchmarks.grid import grid_search
+from benchmarks.measure import Run, measure
+from benchmarks.methods import DEFAULT, Setup, build
+from benchmarks.overhead import measure_overhead, overhead_claims, overhead_table
+from benchmarks.planning import check_planner
+from csdraft.bench import Cell, Prompt, ratio
 from csdraft.metrics.intervals import Interval
 
 __all__ = ["SUITES", "Outcome", "Work", "methods_suite"]

@@ -1,15 +1,20 @@
-"""What the chunked loss really takes, beside what `Objective.peak_bytes` foretells."""
+"""What the chunked loss really takes, beside what `Objective.peak_bytes` foretells. Runs anywhere.
+
+python -m benchmarks memory --vocabulary 151936 --positions 4096
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
 from torch import nn
 
-from csdraft.bench.memory import PeakMemory
+from benchmarks.memory import PeakMemory
 from csdraft.trainers.objective import Objective
 
 __all__ = ["LossMemory", "loss_memory"]
@@ -75,3 +80,32 @@ def _recorded(run: Callable[[], None]) -> int:
         run()
     changes = (event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")  # type: ignore[union-attr]
     return max(accumulate(changes), default=0)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs it; the exit status is 0 if the forecast held."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--losses", type=json.loads, default='{"forward_kl": 1.0}', help="default: %(default)s")
+    parser.add_argument("--vocabulary", type=int, default=151936, help="tokens (default: %(default)s, Qwen3's)")
+    parser.add_argument("--positions", type=int, default=4096, help="of a micro-batch (default: %(default)s)")
+    parser.add_argument("--chunk", type=int, default=256, help="positions at once (default: %(default)s)")
+    parser.add_argument("--width", type=int, default=64, help="of hidden states; it costs time (default: %(default)s)")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--device", default="cpu", help="such as cuda (default: %(default)s)")
+    options = parser.parse_args(argv)
+    found = loss_memory(
+        Objective(options.losses, chunk=options.chunk),
+        options.vocabulary,
+        options.positions,
+        options.width,
+        getattr(torch, options.dtype),
+        torch.device(options.device),
+    )
+    resident = "" if found.resident is None else f", the process grew by {found.resident / 1e9:.2f} GB"
+    print(f"measured {found.tensors / 1e9:.2f} GB of tensors{resident}")
+    print(f"forecast {found.forecast / 1e9:.2f} GB; of one chunk of all positions {found.whole / 1e9:.1f} GB")
+    passed = found.tensors <= found.forecast
+    print("PASS" if passed else "FAIL", "at most the forecast")
+    return 0 if passed else 1

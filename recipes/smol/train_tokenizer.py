@@ -1,4 +1,7 @@
-"""A byte-level BPE tokenizer trained on a corpus; round-trips any text."""
+"""Train a byte-level BPE tokenizer on a corpus; it round-trips any text.
+
+python recipes/smol/train_tokenizer.py --config recipes/smol/tokenizer.yaml vocab_size=1024
+"""
 
 from dataclasses import dataclass, field
 
@@ -6,8 +9,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from csdraft.data.text import END, read_corpus, split
+from csdraft.trainers.command import run_script
+from csdraft.trainers.student_files import save_tokenizer
 
-__all__ = ["TokenizerArguments", "save_tokenizer", "train_tokenizer"]
+__all__ = ["TokenizerArguments", "train_tokenizer"]
 
 
 @dataclass
@@ -42,9 +47,9 @@ def train_tokenizer(args: TokenizerArguments) -> PreTrainedTokenizerFast:
     return fast
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str) -> None:
-    """As `save_pretrained`, but tokenizer.json on one line: less than half the bytes in git."""
-    for key in ("is_local", "local_files_only"):  # how it was loaded; transformers would write them down
-        tokenizer.init_kwargs.pop(key, None)
-    tokenizer.save_pretrained(folder)
-    tokenizer.backend_tokenizer.save(f"{folder}/tokenizer.json", pretty=False)
+def main(args: TokenizerArguments) -> None:
+    train_tokenizer(args)
+
+
+if __name__ == "__main__":
+    run_script(__doc__, TokenizerArguments, main)

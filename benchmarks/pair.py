@@ -1,4 +1,9 @@
-"""The benchmark: all methods interleaved in one run, medians of paired ratios with intervals, every text checked."""
+"""One pair of models: all methods interleaved in one run, medians of paired ratios with intervals, every text checked.
+
+python -m benchmarks suites                                # all methods on the bundled pair
+python -m benchmarks suites short                          # with claims that pass or fail
+python -m benchmarks suites --target me/large --drafter me/small --prompts prompts.jsonl --dtype bfloat16
+"""
 
 from __future__ import annotations
 
@@ -21,10 +26,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from csdraft.bench.measure import Prompt
-from csdraft.bench.methods import K_MATRIX, METHODS, Setup, configured
-from csdraft.bench.render import machine, plot, save, table
-from csdraft.bench.suites import SUITES, Outcome, Work, methods_suite
+from benchmarks.methods import K_MATRIX, METHODS, Setup
+from benchmarks.render import machine, plot, save, table
+from benchmarks.suites import SUITES, Outcome, Work, methods_suite
+from csdraft.bench import Prompt, configured
 from csdraft.data.json_lines import read_objects
 from csdraft.progress import Progress
 
@@ -51,20 +56,22 @@ def parser() -> argparse.ArgumentParser:
     listed = "\n".join(f"  {name:22}{function.__doc__}" for name, function in METHODS.items())
     suites = "\n".join(f"  {name:22}{function.__doc__}" for name, function in SUITES.items())
     made = argparse.ArgumentParser(
-        prog="csdraft bench",
+        prog="python -m benchmarks suites",
         description=__doc__,
         epilog=f"methods:\n{listed}\n\nsuites:\n{suites}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument(
+        "suite", nargs="?", choices=[*SUITES], help="a fixed set of methods, with claims to pass or fail"
     )
     made.add_argument("--target", default=TARGET, help="path or Hub id (default: %(default)s)")
     made.add_argument("--drafter", default=DRAFTER, help="path or Hub id (default: %(default)s)")
     made.add_argument("--prompts", help=f'FILE.jsonl of {{"id", "prompt"}}, or a Hub data set (default: {PROMPTS})')
     made.add_argument(
-        "--tune-prompts", default=TUNE_PROMPTS, help="for --suite grid and planner (default: %(default)s)"
+        "--tune-prompts", default=TUNE_PROMPTS, help="for the suites grid and planner (default: %(default)s)"
     )
     made.add_argument("--limit", type=int, help="use so many prompts at most")
     made.add_argument("--context", type=int, help="make every prompt so many tokens long, with the prompts before it")
-    made.add_argument("--suite", choices=[*SUITES], help="a fixed set of methods, with claims to pass or fail")
     made.add_argument("--methods", default="", help="names with commas between them (default: most)")
     made.add_argument("--depth", type=int, default=5, help="of methods of fixed length (default: %(default)s)")
     made.add_argument("--k-matrix", type=json.loads, help="of the cascade [drafter, MaxGram], as JSON")
@@ -81,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Runs the benchmark; the exit status is 0 if every claim passed."""
     options = parser().parse_args(argv)
     for key, value in (DEFAULTS | SUITE_DEFAULTS[options.suite]).items():
@@ -157,7 +164,14 @@ def load(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, device
         "max_new_tokens": options.max_new_tokens,
         **(sampling if options.temperature else {"do_sample": False}),
     }
-    return Setup(target, drafter, options.depth, options.k_matrix or K_MATRIX, generate, CLOCKS[options.clock])
+    return Setup(
+        target,
+        generate,
+        CLOCKS[options.clock],
+        drafter=drafter,
+        depth=options.depth,
+        k_matrix=options.k_matrix or K_MATRIX,
+    )
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

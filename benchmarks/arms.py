@@ -1,4 +1,7 @@
-"""Which loss and which texts: drafters distilled from one start for equal steps, compared prompt by prompt."""
+"""Which loss and which texts: drafters distilled from one start for equal steps, compared prompt by prompt.
+
+python -m benchmarks arms --config recipes/smol/arms.yaml
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ import torch
 
 from csdraft.data.shards import write_whole
 from csdraft.metrics.intervals import bootstrap_mean
-from csdraft.trainers.arguments import make_arguments
+from csdraft.trainers.arguments import make_arguments, read_values
+from csdraft.trainers.command import one_line_errors, recipe_parser
 from csdraft.trainers.distill import DistillArguments
 from csdraft.trainers.exam import Exam
 from csdraft.trainers.run import check, distill, load_models, make_exam, read_target
@@ -150,7 +154,10 @@ def examine(exam: Exam, target: Any, student: Any) -> Figures:
 
 
 def table(done: Mapping[str, Figures], baseline: str) -> str:
-    """Markdown: means over prompts with 95 % intervals, and ratios to the baseline, prompt by prompt."""
+    """Markdown: means over prompts with 95 % intervals, and ratios to the baseline, prompt by prompt.
+
+    python -m benchmarks arms --config recipes/smol/arms.yaml
+    """
     lines = [
         f"| arm | greedy | sampled | greedy over {baseline} | sampled over {baseline} | acceptance | agreement |",
         "|---|---|---|---|---|---|---|",
@@ -166,3 +173,16 @@ def table(done: Mapping[str, Figures], baseline: str) -> str:
 
 def ratios(values: Sequence[float], base: Sequence[float]) -> str:
     return str(bootstrap_mean([value / other for value, other in zip(values, base, strict=True)]))
+
+
+def main(argv: Sequence[str]) -> None:
+    """Trains all arms of a recipe, or goes on with them, and prints their table."""
+    parser = recipe_parser(__doc__, DistillArguments, required=True)
+    parser.prog = "python -m benchmarks arms"
+    options = parser.parse_args(argv)
+    values = read_values(options.config, options.overrides)
+    if missing := [key for key in ("arms", "baseline", "output_dir") if key not in values]:
+        parser.error(f"{options.config} lacks {', '.join(missing)}; recipes/smol/arms.yaml is an example")
+    arms, baseline = values.pop("arms"), values.pop("baseline")
+    with one_line_errors(values["output_dir"], __name__):
+        print(compare_arms(values, arms, baseline))

@@ -1,0 +1,262 @@
+"""Times ways to generate side by side: what `csdraft bench` shows and what `csdraft tune` chooses by.
+
+All ways take turns on the same prompts in one process, so that whatever else the machine does meets all of them alike.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from csdraft.metrics.intervals import Interval, bootstrap_median
+
+__all__ = [
+    "Cell", "Method", "Prompt", "Result", "Run", "Sample", "Setup", "Text", "aligned", "configured", "encode",
+    "equality", "generate", "measure", "ratio", "synchronize",
+]  # fmt: skip
+
+Prompt = tuple[int, ...]
+"""Token ids."""
+Text = tuple[tuple[int, ...], ...]
+"""New tokens of each row."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all methods of a run share.
+
+    Attributes:
+        target: the loaded model.
+        options: keywords that every `generate` gets (length, temperature).
+        clock: wall time; or the process's CPU time, which other programs on the machine disturb less.
+    """
+
+    target: PreTrainedModel
+    options: dict[str, Any] = field(default_factory=dict)
+    clock: Callable[[], float] = time.perf_counter
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to generate.
+
+    Attributes:
+        name: in tables.
+        options: keywords of `generate`.
+        before: called before each call, outside the time.
+    """
+
+    name: str
+    options: dict[str, Any]
+    before: Callable[[], None] | None = None
+
+    @property
+    def drafted(self) -> bool:
+        """Whether csdraft decodes (else transformers does)."""
+        return "assistant" in self.options
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One thing to be timed: a method at a batch size."""
+
+    method: Method
+    rows: int = 1
+
+    @property
+    def name(self) -> str:
+        return self.method.name if self.rows == 1 else f"{self.method.name}@{self.rows}"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One timed repetition of one cell on one group of prompts.
+
+    Attributes:
+        seconds: of `generate`, from call to return, summed over the group's calls.
+        first: seconds to the first token, mean over the calls; None for batches, which have no streamer.
+        tokens: generated.
+    """
+
+    cell: str
+    group: int
+    repetition: int
+    seconds: float
+    first: float | None
+    tokens: int
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds
+
+
+@dataclass
+class Run:
+    """All that was measured.
+
+    Attributes:
+        texts: (cell, group) -> every different text seen, as new tokens of each row.
+    """
+
+    samples: list[Sample] = field(default_factory=list)
+    texts: dict[tuple[str, int], list[Text]] = field(default_factory=dict)
+
+    def add(self, cell: str, group: int, repetition: int, result: Result) -> None:
+        seen = self.texts.setdefault((cell, group), [])
+        if result.text not in seen:
+            seen.append(result.text)
+        tokens = sum(map(len, result.text))
+        self.samples.append(Sample(cell, group, repetition, result.seconds, result.first, tokens))
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run of one cell on one group of prompts; the fields are those of `Sample`."""
+
+    seconds: float
+    first: float | None
+    text: Text
+
+
+class Stopwatch(BaseStreamer):
+    """Notes when the first new token arrives."""
+
+    def __init__(self, clock: Callable[[], float]):
+        self.clock, self.first, self._prompt_seen = clock, 0.0, False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._prompt_seen and not self.first:
+            self.first = self.clock()
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        pass
+
+
+def measure(
+    setup: Setup,
+    cells: Sequence[Cell],
+    prompts: Sequence[Prompt],
+    repetitions: int,
+    progress: Callable[[str, float], None] = lambda what, share: None,
+    look: Callable[[Cell, Sequence[Prompt], int], None] | None = None,
+) -> Run:
+    """Times all cells on all prompts.
+
+    The order of the cells is rotated from one prompt and repetition to the next, so that none always follows the
+    same one. Before anything is timed, every cell has run once on the first prompt, and `look` on each.
+
+    Args:
+        repetitions: timed passes over the prompts.
+        progress: called with what is being done and the share of the work that is done.
+        look: called with each cell, group of prompts and its number in a pass of its own, which is not timed.
+    """
+    size = max(cell.rows for cell in cells)
+    groups = [list(prompts[i : i + size]) for i in range(0, len(prompts), size)]
+    run = Run()
+    for cell in cells:
+        generate(setup, cell, groups[0])
+    looks = look is not None
+    passes = repetitions + looks
+    for number in range(passes):
+        for index, group in enumerate(groups):
+            turn = (number + index) % len(cells)
+            for cell in [*cells[turn:], *cells[:turn]]:
+                if look is not None and number == 0:
+                    look(cell, group, index)
+                else:
+                    run.add(cell.name, index, number - looks, generate(setup, cell, group))
+            what = f"repetition {number + 1 - looks} of {repetitions}" if number or not looks else "untimed pass"
+            progress(what, (number * len(groups) + index + 1) / (passes * len(groups)))
+    return run
+
+
+def generate(setup: Setup, cell: Cell, group: Sequence[Prompt]) -> Result:
+    """Runs `generate` as often as the group needs at the cell's batch size."""
+    target, method, clock = cast(Any, setup.target), cell.method, setup.clock
+    seconds, firsts, rows = 0.0, [], []
+    for i in range(0, len(group), cell.rows):
+        inputs = encode(setup, group[i : i + cell.rows])
+        stopwatch = Stopwatch(clock) if cell.rows == 1 else None
+        if method.before is not None:
+            method.before()
+        fresh = {"reuse": False} if method.drafted else {}  # prompts are read again, as in plain `generate`
+        torch.manual_seed(0)
+        synchronize(target.device)
+        started = clock()
+        output = target.generate(**inputs, **setup.options, **method.options, **fresh, streamer=stopwatch)
+        synchronize(target.device)
+        seconds += clock() - started
+        if stopwatch is not None:
+            firsts.append(stopwatch.first - started)
+        start = 1 if target.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+        rows += [_trimmed(row, target) for row in output[:, start:].tolist()]
+    return Result(seconds, sum(firsts) / len(firsts) if firsts else None, tuple(rows))
+
+
+def encode(setup: Setup, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
+    """A batch, padded on the left, on the target's device."""
+    longest, pad = max(map(len, prompts)), setup.target.generation_config.pad_token_id
+    ids = [[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    device = setup.target.device
+    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
+
+
+def configured(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
+    """The same model (weights and hooks shared) with other generation defaults, where transformers reads its own."""
+    twin = copy.copy(model)
+    twin.generation_config = copy.deepcopy(model.generation_config)
+    for key, value in options.items():
+        setattr(twin.generation_config, key, value)
+    return twin
+
+
+def _trimmed(row: list[int], target: PreTrainedModel) -> tuple[int, ...]:
+    """A row's new tokens without the padding after the end of its text."""
+    ends = target.generation_config.eos_token_id
+    ends = [ends] if isinstance(ends, int) else ends or []
+    last = next((i for i, token in enumerate(row) if token in ends), len(row) - 1)
+    return tuple(row[: last + 1])
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for what the device still computes."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def ratio(run: Run, cell: str, over: str) -> Interval:
+    """Tokens a second of `cell` over those of `over`, paired by prompt and repetition."""
+    rates: dict[tuple[str, int, int], float] = {(s.cell, s.group, s.repetition): s.rate for s in run.samples}
+    table: dict[int, list[float]] = {}
+    for (name, group, repetition), rate in rates.items():
+        if name == cell:
+            table.setdefault(group, []).append(rate / rates[over, group, repetition])
+    return bootstrap_median(list(table.values()))
+
+
+def equality(texts: dict[tuple[str, int], list[Text]], cell: str, reference: str) -> tuple[int, tuple[int, ...]]:
+    """How many groups of prompts gave the reference's text every time, and which did not."""
+    groups = sorted(group for name, group in texts if name == cell)
+    different = [g for g in groups if texts[cell, g] != texts[reference, g][:1]]
+    return len(groups) - len(different), tuple(different)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first row is its head; the first column flush left, the others right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
