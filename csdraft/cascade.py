@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from csdraft import hub, loading, spec
+from csdraft.automatic import auto_for
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Schedule, Verifier
@@ -297,6 +298,8 @@ def _as_drafter(assistant: Any, target: nn.Module | None) -> Any:
         return assistant
     if isinstance(assistant, nn.Module):
         return ModelDrafter(assistant)
+    if assistant == AUTO and target is not None and not os.path.exists(assistant):
+        return auto_for(target, _load)
     if isinstance(assistant, Mapping) or (assistant in spec.types("drafters") and not os.path.exists(assistant)):
         return spec.resolve("drafters", assistant)
     if isinstance(assistant, str | os.PathLike):
