@@ -70,19 +70,21 @@ class Auto(Drafter):
             if isinstance(path := getattr(self, name), str | Path):
                 object.__setattr__(self, name, table.load(path))
         if self.drafter is not None:
-            object.__setattr__(self, "nest", self._behind(self.drafter))
             check_parts(self)
+            object.__setattr__(self, "nest", self._behind(self.drafter))
 
     def _behind(self, drafter: Drafter) -> Horizontal:
         alone = Auto(self.depth, min(self.nodes, TAIL), self.remember, self.adjacency, self.outputs)
         if isinstance(drafter, Horizontal):
             return Horizontal((*drafter.drafters, alone), (*drafter.lengths, self.depth))
-        return Horizontal((drafter, alone), (getattr(drafter, "depth", 0), self.depth))
+        return Horizontal((drafter, alone), (drafter.depth, self.depth))
 
     # What a call asks of the drafter that joins in, too.
 
     def parts(self) -> Sequence[Drafter]:
-        return () if self.nest is None else self.nest.drafters
+        if self.nest is not None:
+            return self.nest.drafters
+        return () if self.drafter is None else (self.drafter,)
 
     def stages(self) -> list[tuple[Drafter, int]]:
         return super().stages() if self.nest is None else self.nest.stages()
