@@ -31,7 +31,7 @@ __all__ = ["Auto"]
 SMALLEST = 3
 """Nodes of the smallest tree among which a schedule chooses: with the text's last token, a forward of four tokens."""
 TAIL = 7
-"""Nodes, at most, where another drafter joins in: the tree stands behind its draft."""
+"""Nodes, at most, behind another drafter's draft, which the forward has to read too."""
 LOOKED_AT = 7
 """Nodes whose chances are the evidence."""
 EXPECTED = (0.3, 0.6, 1.0, 1.6)
@@ -74,7 +74,7 @@ class Auto(Drafter):
             object.__setattr__(self, "nest", self._behind(self.drafter))
 
     def _behind(self, drafter: Drafter) -> Horizontal:
-        alone = Auto(self.depth, min(self.nodes, TAIL), self.remember, self.adjacency, self.outputs)
+        alone = Auto(self.depth, self.nodes, self.remember, self.adjacency, self.outputs)
         if isinstance(drafter, Horizontal):
             return Horizontal((*drafter.drafters, alone), (*drafter.lengths, self.depth))
         return Horizontal((drafter, alone), (drafter.depth, self.depth))
@@ -139,7 +139,8 @@ class Auto(Drafter):
         return [self._propose(context, budget) for context, budget in zip(contexts, budgets, strict=True)]
 
     def _propose(self, context: Context, budget: Budget) -> Draft:
-        depth, nodes = min(budget.depth, budget.room), min(budget.size or self.nodes, self.nodes)
+        depth, most = min(budget.depth, budget.room), TAIL if len(context.draft) else self.nodes
+        nodes = min(budget.size or self.nodes, most)
         if depth <= 0:
             return context.draft
         tree = self._tree(context)
