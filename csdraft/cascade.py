@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from csdraft import hub, loading, spec
+from csdraft.automatic import auto_for
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Schedule, Verifier
@@ -284,7 +285,8 @@ def as_drafter(assistant: Any, target: nn.Module | None = None) -> Any:
     """A drafter from whatever a user may pass: a drafter, a model, or where a cascade or a model is stored.
 
     Args:
-        assistant: a drafter's type or JSON will do, too, unless there is a folder of that name; None is handed back.
+        assistant: a drafter's type or JSON will do, too, unless there is a folder of that name; "auto" is always the
+            target's `Auto` (for a folder of that name say "./auto"); None is handed back.
         target: what a stored one is compared with, whose device it goes to, and whose layers self-drafting adapters
             are put on; without it they stay unbound.
     """
@@ -297,6 +299,8 @@ def _as_drafter(assistant: Any, target: nn.Module | None) -> Any:
         return assistant
     if isinstance(assistant, nn.Module):
         return ModelDrafter(assistant)
+    if isinstance(assistant, str) and assistant == AUTO:
+        return auto_for(target, _load)
     if isinstance(assistant, Mapping) or (assistant in spec.types("drafters") and not os.path.exists(assistant)):
         return spec.resolve("drafters", assistant)
     if isinstance(assistant, str | os.PathLike):

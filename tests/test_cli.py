@@ -150,7 +150,6 @@ def test_bench_says_that_a_text_differs(folder, tmp_path, capsys, monkeypatch):
     ("arguments", "words"),
     [
         (["check"], "--cascade or --drafter"),
-        (["generate", "--prompt", "a", "--report"], "nothing is drafted"),
         (["generate", "--prompt", "a", "--k-matrix", "[1]"], "--k-matrix [1]: nothing drafts"),
         (["generate", "--prompt", "a", "--cascade", "x", "--k-matrix", "5"], "--k-matrix 5: a saved cascade has its"),
         (["check", "--cascade", "x", "--lenience", "1", "--k-matrix", "[1]"], "--k-matrix [1] and --lenience 1.0: a"),
@@ -192,8 +191,10 @@ def test_generate_with_a_saved_cascade(folder, capsys, tmp_path):
 def test_generate_without_a_drafter(folder, capsys, tmp_path):
     (tmp_path / "prompt.txt").write_text(PROMPT)
     arguments = ["--target", str(folder / "target"), "--file", str(tmp_path / "prompt.txt"), "--max-new-tokens", "30"]
-    assert main(["generate", *arguments, "--color"]) == 0
-    assert capsys.readouterr().out == plainly_written() + "\n"
+    assert main(["generate", *arguments, "--report"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == plainly_written() + "\n"
+    assert "target itself" in printed.err, "assistant='auto' has a report"
 
 
 def test_generate_with_an_encoder_decoder(folder, monkeypatch, capsys):

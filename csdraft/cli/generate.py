@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
 from torch import Tensor
 
+from csdraft.cascade import as_drafter
 from csdraft.cli._models import (
     Opened,
     add_chat_arguments,
@@ -46,14 +48,8 @@ class Printer(RoundStreamer):
         self.counts: Counter[int] = Counter()
 
     def put(self, value: Tensor) -> None:
-        """The prompt first, which is not written; then, when nothing drafts, single tokens."""
-        if self.pieces is None:
-            prompt = [] if self.encoder_decoder else value.view(-1).tolist()
-            self.pieces = Pieces(self.tokenizer, after=prompt)
-            return
-        for token in value.view(-1).tolist():
-            self._write(token, 0)
-        self.file.flush()
+        """The prompt, which is not written."""
+        self.pieces = Pieces(self.tokenizer, after=[] if self.encoder_decoder else value.view(-1).tolist())
 
     def put_round(self, finished: Round) -> None:
         self.names = finished.context.call.level_names
@@ -107,8 +103,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         prompt = Path(args.file).read_text() if args.file else sys.stdin.read()
     opened = open_models(args)
-    if opened.assistant is None and (args.report or args.save_report):
-        raise ValueError("without --cascade or --drafter nothing is drafted: there is no report")
+    if opened.assistant is None:
+        opened = replace(opened, assistant=as_drafter("auto", opened.target))
     report = _generate(opened, encode(opened, prompt, chat), args)
     if args.report:
         print(f"\n{report}", file=sys.stderr)
@@ -118,18 +114,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _generate(opened: Opened, inputs: dict[str, Tensor], args: argparse.Namespace) -> Any:
-    """Streams the text; returns the report, or None if nothing drafts."""
+    """Streams the text; returns the report."""
     sampling: dict[str, Any] = {"do_sample": False}
     if args.temperature > 0:
         sampling = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
         sampling = {name: value for name, value in sampling.items() if value is not None}
-    drafting = {} if opened.assistant is None else {"assistant": opened.assistant, **opened.options}
     made = opened.target.generate(
         **inputs,
         **sampling,
-        **drafting,
+        assistant=opened.assistant,
+        **opened.options,
         max_new_tokens=args.max_new_tokens,
         streamer=Printer(opened, sys.stdout, args.color),
         return_dict_in_generate=True,
     )
-    return getattr(made, "report", None)
+    return made.report

@@ -23,20 +23,8 @@ if TYPE_CHECKING:
     from csdraft.decoding.report import Report
     from csdraft.decoding.sampling import Sampler
 
-__all__ = [
-    "Budget",
-    "Context",
-    "Drafter",
-    "Request",
-    "Round",
-    "Schedule",
-    "ScoresView",
-    "Step",
-    "Stop",
-    "Tree",
-    "Verdict",
-    "Verifier",
-]
+__all__ = ["Budget", "Context", "Drafter", "Request", "Round", "Schedule", "ScoresView", "Step", "Stop", "Tree"]
+__all__ += ["Verdict", "Verifier"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -278,6 +266,10 @@ class Drafter:
         Schedules learn apart for each. 0 says nothing; a statistical drafter tells how long a match it has.
         """
         return 0
+
+    def expected(self, context: Context, depth: int, size: int) -> tuple[float, int] | None:
+        """Of a tree so deep with so many nodes: tokens expected to be kept, and nodes; None: it cannot tell."""
+        return None
 
     def keep_report(self, report: Report) -> None:
         """Takes the report of a finished call; cascades accumulate it."""

@@ -58,13 +58,14 @@ class Suffix(Drafter):
             object.__setattr__(self, "outputs", OutputTable.load(self.outputs))
 
     @property
-    def _outputs(self) -> OutputTable | None:
+    def table(self) -> OutputTable | None:
+        """The earlier outputs that it searches."""
         return self.outputs if isinstance(self.outputs, OutputTable) else None
 
     def check(self, call: Call) -> None:
-        if self._outputs is not None and self._outputs.largest >= call.vocab:
+        if self.table is not None and self.table.largest >= call.vocab:
             raise ValueError(
-                f"the table of outputs has token {self._outputs.largest}, the target {call.vocab} tokens; "
+                f"the table of outputs has token {self.table.largest}, the target {call.vocab} tokens; "
                 "keep one table a tokenizer"
             )
 
@@ -76,11 +77,11 @@ class Suffix(Drafter):
 
     def evidence(self, context: Context) -> int:
         matched = history(context).automaton.matched
-        if self._outputs is not None:
-            matched = max(matched, self._outputs.match(context.text.tokens, self._place(context)))
+        if self.table is not None:
+            matched = max(matched, self.table.match(context.text.tokens, self.place(context)))
         return match_evidence(matched)
 
-    def _place(self, context: Context) -> Place:
+    def place(self, context: Context) -> Place:
         """Where the row's text stands in the table."""
         return context.call.memo((Place, id(self.outputs), context.row), Place)
 
@@ -95,8 +96,8 @@ class Suffix(Drafter):
         rule = Rule(self.factor, self.offset, self.min_prob, depth, nodes, eos)
         known = history(context)
         found = rule.best(known.automaton, *known.find(path))
-        if self._outputs is not None:
-            earlier = self._outputs.speculate(context.text.tokens, rule, path, self._place(context))
+        if self.table is not None:
+            earlier = self.table.speculate(context.text.tokens, rule, path, self.place(context))
             found = max(found, earlier, key=lambda one: one.score)
             if found is not NOTHING and max(found.tokens) >= context.call.vocab:
                 return draft
@@ -108,12 +109,12 @@ class Suffix(Drafter):
 
     def observe(self, rounds: Sequence[Round]) -> None:
         """Takes in the texts that ended, once each."""
-        if self._outputs is None:
+        if self.table is None:
             return
         for finished in rounds:
             context = finished.context
             if finished.verdict.ended and not finished.level:
-                taken = context.call.memo((OutputTable, id(self._outputs)), set)
+                taken = context.call.memo((OutputTable, id(self.table)), set)
                 if context.row not in taken:
                     taken.add(context.row)
-                    self._outputs.add(context.text.new_tokens + finished.tokens)
+                    self.table.add(context.text.new_tokens + finished.tokens)

@@ -74,7 +74,8 @@ class TokenRecycling(Drafter):
             if self.remember:
                 self.table.claim(call.target)
 
-    def _matrix(self, call: Call) -> AdjacencyTable:
+    def matrix(self, call: Call) -> AdjacencyTable:
+        """What it unrolls: the call's, the target's or its own."""
         table = self.table
         assert not isinstance(table, str | Path)
         if self.remember:
@@ -82,7 +83,7 @@ class TokenRecycling(Drafter):
         return call.memo((self, AdjacencyTable), lambda: table.copy() if table else AdjacencyTable(call.vocab))
 
     def evidence(self, context: Context) -> int:
-        return int(len(context.text) > 0 and self._matrix(context.call).known(context.text.tokens[-1]))
+        return int(len(context.text) > 0 and self.matrix(context.call).known(context.text.tokens[-1]))
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
         nodes = min(budgets[0].size or self.nodes, self.nodes)
@@ -93,7 +94,7 @@ class TokenRecycling(Drafter):
         call, draft = context.call, context.draft
         tip, text = len(draft.tokens) - 1, context.text.tokens
         last = draft.tokens[tip] if tip >= 0 else text[-1] if text else None
-        matrix = self._matrix(call)
+        matrix = self.matrix(call)
         if depth <= 0 or last is None or last in call.head.stopping.eos or not matrix.known(last):
             return draft
         tree = template(nodes, depth)
@@ -109,7 +110,7 @@ class TokenRecycling(Drafter):
         return draft.attach(new, parents, call.level(self))
 
     def observe(self, rounds: Sequence[Round]) -> None:
-        matrix = self._matrix(rounds[0].context.call)
+        matrix = self.matrix(rounds[0].context.call)
         eos = rounds[0].context.call.head.stopping.eos
         tokens, found = [], []
         for finished in rounds:

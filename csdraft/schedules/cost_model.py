@@ -93,12 +93,14 @@ class Plan:
         way: leading stages left out, and the size of tree.
         tokens: emitted.
         seconds: drafting, the target's forward, and a share of reading the text.
+        width: tokens of the target's forward.
     """
 
     way: Way
     depth: int
     tokens: float
     seconds: float
+    width: int = 1
 
     @property
     def rate(self) -> float:
@@ -126,6 +128,7 @@ class Working(Schedule):
         self.depths = sorted({depth for depth in DEPTHS if depth < self.most} | {self.most})
         self.prices = Widths()
         self._draft_widths = {way: [0] for way in self.ways}
+        self._telling: set[Way] = set()  # ways whose drafter says in each round what it expects
         self.rounds, self.way, self.depth = 0, self.ways[0], 0
         self.evidence: list[int] = []  # by row
         self._whole: set[int] = set()  # rows whose last draft was kept whole: models are right, or wrong, in stretches
@@ -156,7 +159,7 @@ class Working(Schedule):
         if more <= 0:
             self.prices = self.ledger.costs.widths(len(contexts), max(len(context.text) for context in contexts))
             self.way, self.depth = self._choose(kind, contexts, max(rooms) + 1)
-            settled = self.rounds > LEARNING and not self._trial and kind != MIXED
+            settled = self.rounds > LEARNING and not self._trial and kind != MIXED and not self._telling
             more = SETTLED_FOR if settled else 1
         self._settled[kind] = (self.way, self.depth, more - 1)
         skip, size = self.way
@@ -170,8 +173,8 @@ class Working(Schedule):
     def _choose(self, kind: int, contexts: Sequence[Context], remaining: int) -> tuple[Way, int]:
         """Way and depth of the next rounds."""
         plain = self.prices.seconds(1)
-        survivals = {way: self._survival(kind, way) for way in self.ways}  # keep count of trials
         plans = [plan for way in self.ways for plan in self._compared(way, contexts, remaining)]
+        survivals = {way: self._survival(kind, way) for way in self.ways if way not in self._telling}  # count trials
         self._plans[kind] = plans
         best = max(plans, key=lambda plan: self._preference(plan, remaining), default=None)
         if best is None or best.rate * plain < MARGIN:
@@ -207,7 +210,9 @@ class Working(Schedule):
         return hopeful > rate and remaining * plain > 2 * TRIAL_PAUSE * reading
 
     def _compared(self, way: Way, contexts: Sequence[Context], remaining: int, hope: bool = False) -> list[Plan]:
-        """What each depth would come to in one way."""
+        """What each depth would come to in one way; one plan if the drafter says itself what it expects."""
+        if (told := self._told(way, contexts, remaining)) is not None:
+            return [told]
         skip = way.skip
         counts = [(self._survival(e, way), self.evidence.count(e)) for e in set(self.evidence)]
         first = FIRST_DEPTH if self.stages[skip][0].models() else FIRST_COPY
@@ -230,13 +235,27 @@ class Working(Schedule):
                 spent += drafting[self._stage_at(skip, i)]
             narrow, wide = wide, self._seconds(1 + widths[depth], hope)
             seconds += (1 - short) * (wide - narrow + spent)
-            plans.append(Plan(way, depth, tokens, seconds + tokens * reading / remaining))
+            plans.append(Plan(way, depth, tokens, seconds + tokens * reading / remaining, 1 + widths[depth]))
             before = depth
         return plans
 
+    def _told(self, way: Way, contexts: Sequence[Context], remaining: int) -> Plan | None:
+        """The plan of a drafter that says what it expects, and has looked for its nodes by then; None of others."""
+        stage, depth = self.stages[way.skip][0], min(self.most, remaining - 1)
+        if way.size is None or depth < 1:
+            return None
+        found = [stage.expected(context, depth, way.size) for context in contexts]
+        known = [one for one in found if one is not None]
+        if len(known) < len(found):
+            return None
+        self._telling.add(way)
+        nodes = max(nodes for _, nodes in known)
+        tokens = 1 + sum(tokens for tokens, _ in known) / len(known)
+        return Plan(way, depth, tokens, self._seconds(1 + nodes), 1 + nodes)
+
     def _preference(self, plan: Plan, remaining: int) -> float:
         """Its rate if it stays the choice: a new shape is slow once. A little more if its price is known."""
-        width = self._queries(1 + self._draft_widths[plan.way][plan.depth])
+        width = self._queries(plan.width)
         once = self.prices.first_run(width) * plan.tokens / min(remaining, HORIZON)
         return plan.tokens / (plan.seconds + once) * (MARGIN if self.prices.known(width) else 1.0)
 

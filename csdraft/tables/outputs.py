@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -19,6 +21,8 @@ __all__ = ["OutputTable", "Place"]
 
 FORMAT = "csdraft-outputs-1"
 MOST_GENERATIONS = 2
+KEPT = 1 << 16
+"""Tokens of the table that is kept for a target."""
 NEAR = 24
 """Tokens before the first look at a text that may open a match."""
 
@@ -41,25 +45,34 @@ class OutputTable:
 
     Args:
         max_tokens: the most it holds; a token takes about 140 bytes. Of one output, the last half of that at most.
+
+    Attributes:
+        lock: held while it changes.
     """
 
     def __init__(self, max_tokens: int = 1 << 18):
         if max_tokens < 4:
             raise ValueError(f"max_tokens={max_tokens} of an OutputTable must be at least 4")
         self.max_tokens = max_tokens
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._generations: list[tuple[SuffixAutomaton, list[int]]] = []  # the youngest first, two at most
         self._largest = -1
 
+    @classmethod
+    def of(cls, target: Any) -> OutputTable:
+        """The table that this process keeps for a target, until the target is gone."""
+        with _LOCK:
+            return _TABLES.setdefault(target, cls(KEPT))
+
     def __len__(self) -> int:
         """Tokens held, one for the end of each output included."""
-        with self._lock:
+        with self.lock:
             return sum(len(tokens) for _, tokens in self._generations)
 
     @property
     def nbytes(self) -> int:
         """Bytes held, by an estimate."""
-        with self._lock:
+        with self.lock:
             return sum(automaton.nbytes + 8 * len(tokens) for automaton, tokens in self._generations)
 
     @property
@@ -70,7 +83,7 @@ class OutputTable:
     @property
     def outputs(self) -> list[list[int]]:
         """What it remembers, oldest first."""
-        with self._lock:
+        with self.lock:
             flat = [token for _, tokens in reversed(self._generations) for token in tokens]
         found: list[list[int]] = [[]]
         for token in flat:
@@ -88,7 +101,7 @@ class OutputTable:
             return
         if min(output) < 0:
             raise ValueError(f"an output has token {min(output)}; token ids are 0 or more")
-        with self._lock:
+        with self.lock:
             self._largest = max(self._largest, *output)
             if not self._generations or len(self._generations[0][1]) + len(tokens) > half:
                 self._generations = [(SuffixAutomaton(), []), *self._generations[:1]]
@@ -103,15 +116,26 @@ class OutputTable:
             tokens: a text.
             place: where it stood when it was shorter; None looks at its last `NEAR` tokens.
         """
-        with self._lock:
+        with self.lock:
             return max((matched for _, _, matched in self._moved(tokens, place or Place())), default=0)
+
+    def matches(
+        self, tokens: Sequence[int], path: Sequence[int], place: Place
+    ) -> list[tuple[SuffixAutomaton, int, int]]:
+        """The longest known match of an ending of `tokens` and `path` in each of its automata: state and length.
+
+        Whoever goes on from there holds the `lock` while reading.
+        """
+        with self.lock:
+            found = self._moved(tokens, place)
+            return [(a, *_walked(a, state, matched, path)) for a, state, matched in found]
 
     def speculate(
         self, tokens: Sequence[int], rule: Rule, path: Sequence[int] = (), place: Place | None = None
     ) -> Speculation:
         """The best proposal for what follows the text `tokens` and the uncommitted `path`; `place` as above."""
         best = NOTHING
-        with self._lock:
+        with self.lock:
             for automaton, state, matched in self._moved(tokens, place or Place()):
                 tried = rule.best(automaton, *_walked(automaton, state, matched, path))
                 if tried.score > best.score:
@@ -136,7 +160,7 @@ class OutputTable:
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file."""
-        with self._lock:
+        with self.lock:
             parts = [np.array(tokens, np.int32) for _, tokens in reversed(self._generations)]
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         arrays = {f"generation.{i}": part for i, part in enumerate(parts)} | {"count": np.array([len(parts)])}
@@ -174,3 +198,7 @@ def _walked(automaton: SuffixAutomaton, state: int, matched: int, tokens: Sequen
     found = automaton.walk(state, matched, tokens, matched + len(tokens))
     assert found is not None  # a match is shortened no oftener than it grew
     return found
+
+
+_TABLES: weakref.WeakKeyDictionary[Any, OutputTable] = weakref.WeakKeyDictionary()
+_LOCK = threading.Lock()

@@ -16,6 +16,7 @@ from csdraft.decoding.call import Call
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Schedule, Verifier
 from csdraft.decoding.session import Session
+from csdraft.drafters.auto import Auto
 from csdraft.drafters.datastore import Datastore
 from csdraft.drafters.merged import Merged
 from csdraft.drafters.n_grammys import NGrammys
@@ -65,6 +66,7 @@ MAKE: dict[str, Callable[[str, Wrap], Drafter]] = {
         (wrap(Vertical(tiny.drafter_of(family), wrap(MaxGram(depth=3)))), wrap(MaxGram())), (2, 4)
     ),
     "datastore": lambda family, wrap: Datastore(corpus(), nodes=12),
+    "auto": lambda family, wrap: Auto(adjacency=adjacency(), remember=False),
     "token_recycling": lambda family, wrap: TokenRecycling(table=adjacency(), remember=False),
     "n_grammys": lambda family, wrap: NGrammys(depth=4, rows=4, table=successors()),
     "ouroboros": lambda family, wrap: Ouroboros(wrap(ModelDrafter(tiny.drafter_of(family), depth=3)), remember=False),

@@ -1,0 +1,143 @@
+"""A tree of the likeliest tokens, from what costs no model: copies of the text and of earlier outputs, and the
+successors that the target found likely before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from heapq import heappop, heappush
+
+from csdraft.decoding.draft import ROOT, Draft
+from csdraft.decoding.interfaces import Context
+from csdraft.drafters._history import history
+from csdraft.drafters._trie import Trie
+from csdraft.tables.adjacency import AdjacencyTable
+from csdraft.tables.outputs import OutputTable, Place
+from csdraft.tables.rates import Copy, SourceRates
+from csdraft.tables.suffix_automaton import MOST_LINKS, START, SuffixAutomaton
+
+__all__ = ["LikeliestTree"]
+
+Match = tuple[SuffixAutomaton, int, int]
+"""Where a text stands: the longest ending of it that an automaton knows, as its state and its length."""
+
+
+class LikeliestTree:
+    """The tree that follows one row's text, grown node by node, the likeliest node first.
+
+    A tree of n nodes is the first n of any larger one, so that a schedule may look at several sizes for the price of
+    the largest. After each node comes, with the chance that its kind has shown, the token that a copy continues with;
+    what is left of the chance is spread over the remembered successors of the node's token.
+
+    Args:
+        context: where the tree begins.
+        matrix: the remembered successors.
+        outputs: the earlier outputs; None: none are searched.
+        place: where the row's text stands in them.
+        rates: how often each source was right.
+
+    Attributes:
+        tokens, parents, depths, chances: (nodes,) so far. The chance is that of the whole path.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        matrix: AdjacencyTable,
+        outputs: OutputTable | None,
+        place: Place,
+        rates: SourceRates,
+    ):
+        self.tokens: list[int] = []
+        self.parents: list[int] = []
+        self.depths: list[int] = []
+        self.chances: list[float] = []
+        self._matrix, self._rates = matrix, rates
+        self._ends = context.call.head.stopping.eos
+        self._lock = nullcontext() if outputs is None else outputs.lock  # another thread may add an output
+        self._guesses: dict[int, tuple[Copy | None, int, list[int]]] = {}  # by node: the copy, its token, successors
+        self._waiting: list[tuple[float, int, int, int, list[Match]]] = []  # -chance, order, parent, token, matches
+        path = context.path
+        last = path[-1] if path else next(iter(context.text.tail(1)), None)
+        if last is None or last in self._ends:
+            return
+        known = history(context)
+        matches = [(known.automaton, *known.find(path))]
+        if outputs is not None:
+            matches += outputs.matches(context.text.tokens, path, place)
+        with self._lock:
+            self._expand(ROOT, last, 1.0, matches)
+
+    def grow(self, nodes: int) -> None:
+        """Makes it so large, if so many tokens are known."""
+        waiting = self._waiting
+        if not waiting or len(self.tokens) >= nodes:
+            return
+        with self._lock:
+            while waiting and len(self.tokens) < nodes:
+                chance, _, parent, token, matches = heappop(waiting)
+                node = len(self.tokens)
+                self.tokens.append(token)
+                self.parents.append(parent)
+                self.depths.append(0 if parent == ROOT else self.depths[parent] + 1)
+                self.chances.append(-chance)
+                if token not in self._ends:
+                    self._expand(node, token, -chance, [_moved(match, token) for match in matches])
+
+    def _expand(self, node: int, token: int, chance: float, matches: list[Match]) -> None:
+        """Puts what may follow a node among what waits."""
+        waiting, rates, order = self._waiting, self._rates, len(self.tokens)
+        successors = self._matrix.successors[token].tolist() if self._matrix.known(token) else []
+        copy, copied, sure = None, ROOT, 0.0
+        for place, match in enumerate(matches):
+            found, matched = _next(match)
+            if matched:
+                kind = Copy.of(found, place > 0, matched, successors)
+                if (share := rates.chance(kind)) > sure:
+                    copy, copied, sure = kind, found, share
+        self._guesses[node] = copy, copied, successors
+        if copy is not None:
+            heappush(waiting, (-chance * sure, order, node, copied, matches))
+        left = chance * (1 - sure)
+        for share, other in zip(rates.ranks, successors, strict=False):
+            if other != copied:
+                heappush(waiting, (-left * share, order, node, other, matches))
+
+    def draft(self, context: Context, depth: int, nodes: int, level: int) -> Draft:
+        """The context's draft with the first `nodes` nodes, those that are deeper than `depth` left out."""
+        trie, best, places = Trie(), ROOT, {ROOT: ROOT}
+        for node in range(min(nodes, len(self.tokens))):
+            if self.depths[node] < depth:
+                places[node] = len(trie.tokens)
+                above = places[self.parents[node]]
+                if above == best:  # a node's first child is its likeliest
+                    best = places[node]
+                trie.tokens.append(self.tokens[node])
+                trie.parents.append(above)
+        return trie.below(context, best, level) if trie.tokens else context.draft
+
+    def learn(self, tokens: Sequence[int]) -> None:
+        """Counts which guesses were right, drafted or not, of the `tokens` that the target wrote here."""
+        children = {key: node for node, key in enumerate(zip(self.parents, self.tokens, strict=True))}
+        node: int | None = ROOT
+        for token in tokens:
+            if node is None or node not in self._guesses:
+                return
+            self._rates.learn(token, *self._guesses[node])
+            node = children.get((node, token))
+
+
+def _next(match: Match) -> tuple[int, int]:
+    """The token that a match continues with most often, and the match's length; 0 if nothing is known to follow."""
+    automaton, state, matched = match
+    followed = automaton.going_on(state)
+    if followed == START:
+        return ROOT, 0
+    token, _, share = automaton.likeliest(followed)
+    return token, (matched if followed == state else automaton.length[followed]) if share else 0
+
+
+def _moved(match: Match, token: int) -> Match:
+    automaton, state, matched = match
+    state, matched = automaton.walk(state, matched, (token,), MOST_LINKS) or (START, 0)
+    return automaton, state, matched

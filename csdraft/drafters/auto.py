@@ -1,0 +1,180 @@
+"""Auto: copies, earlier outputs and remembered successors in one tree; no model, nothing to choose, for any target.
+
+Max-Gram (arXiv 2312.11462), suffix decoding (arXiv 2411.04975) and Token Recycling (arXiv 2408.08696) find different
+tokens. It counts how often each kind of guess was right, drafts the likeliest nodes of all, and tells the schedule how
+many tokens it expects of them; the default schedule chooses the size of the tree by price, or drafts nothing.
+`generate(..., assistant="auto")` drafts with the one of the target: its tables outlive the call, and a drafter saved
+beside the target joins in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from csdraft.decoding.call import Call
+from csdraft.decoding.draft import Draft
+from csdraft.decoding.interfaces import Budget, Context, Drafter, Round
+from csdraft.decoding.limits import MOST_NODES, check_range
+from csdraft.drafters._likeliest import LikeliestTree
+from csdraft.drafters._parts import check_parts
+from csdraft.drafters.horizontal import Horizontal
+from csdraft.drafters.suffix import Suffix
+from csdraft.drafters.token_recycling import TokenRecycling
+from csdraft.tables.adjacency import KEPT, AdjacencyTable
+from csdraft.tables.outputs import OutputTable
+from csdraft.tables.rates import SourceRates
+
+__all__ = ["Auto"]
+
+SMALLEST = 3
+"""Nodes of the smallest tree among which a schedule chooses: with the text's last token, a forward of four tokens."""
+TAIL = 7
+"""Nodes, at most, behind another drafter's draft, which the forward has to read too."""
+LOOKED_AT = 7
+"""Nodes whose chances are the evidence."""
+EXPECTED = (0.3, 0.6, 1.0, 1.6)
+"""Tokens expected of these nodes, from which on the evidence is of the next kind."""
+NOTHING = 5
+"""Evidence where nothing is known to follow."""
+
+
+@dataclass(frozen=True)
+class Auto(Drafter):
+    """Drafts the tokens that are likeliest to follow, by what earlier texts of the target have shown.
+
+    Args:
+        depth: most tokens in a row.
+        nodes: most tokens of the tree. One less than a power of two fills forwards of 32, 16, 8 and 4 tokens.
+        remember: whether what it learns outlives the call: then what is drafted depends on earlier calls, which the
+            text never does.
+        adjacency: remembered successors, or the path of a saved table. None: one for each target, kept in memory as
+            long as the target, or an empty one a call.
+        outputs: earlier outputs, or the path of a saved table; None as above.
+        drafter: a drafter that joins in: it drafts first, where that pays, and the tree continues from its end.
+    """
+
+    depth: int = 20  # type: ignore[assignment]
+    nodes: int = 31
+    remember: bool = True
+    adjacency: AdjacencyTable | str | Path | None = None
+    outputs: OutputTable | str | Path | None = None
+    drafter: Drafter | None = None
+    nest: Horizontal | None = field(init=False, default=None, repr=False, compare=False)
+    """The drafter and, behind it, this one without it; None if there is no other drafter."""
+
+    def __post_init__(self) -> None:
+        check_range("an Auto", self, depth=None, nodes=MOST_NODES)
+        for name, table in (("adjacency", AdjacencyTable), ("outputs", OutputTable)):
+            if isinstance(path := getattr(self, name), str | Path):
+                object.__setattr__(self, name, table.load(path))
+        if self.drafter is not None:
+            check_parts(self)
+            object.__setattr__(self, "nest", self._behind(self.drafter))
+
+    def _behind(self, drafter: Drafter) -> Horizontal:
+        alone = Auto(self.depth, self.nodes, self.remember, self.adjacency, self.outputs)
+        if isinstance(drafter, Horizontal):
+            return Horizontal((*drafter.drafters, alone), (*drafter.lengths, self.depth))
+        return Horizontal((drafter, alone), (drafter.depth, self.depth))
+
+    # What a call asks of the drafter that joins in, too.
+
+    def parts(self) -> Sequence[Drafter]:
+        if self.nest is not None:
+            return self.nest.drafters
+        return () if self.drafter is None else (self.drafter,)
+
+    def stages(self) -> list[tuple[Drafter, int]]:
+        return super().stages() if self.nest is None else self.nest.stages()
+
+    def check(self, call: Call) -> None:
+        super().check(call)
+        if self.nest is None:
+            self._recycling(call).check(call)
+            self._suffix(call).check(call)
+
+    def observe(self, rounds: Sequence[Round]) -> None:
+        super().observe(rounds)
+        if self.nest is None:
+            call = rounds[0].context.call
+            for finished in rounds:
+                for tree in self._trees(call, finished.context.row).values():
+                    tree.learn(finished.tokens)
+            self._recycling(call).observe(rounds)
+            if self.remember:
+                self._suffix(call).observe(rounds)
+
+    # What it says to a schedule.
+
+    def width(self, depth: int) -> int:
+        return min((KEPT + 1) * depth, self.nodes) if self.nest is None else self.nest.width(depth)
+
+    def sizes(self) -> Sequence[int]:
+        halves = [self.nodes >> i for i in range(self.nodes.bit_length())]
+        return [size for size in halves if size >= min(SMALLEST, self.nodes)]
+
+    def evidence(self, context: Context) -> int:
+        if self.nest is not None:
+            return self.nest.evidence(context)
+        tree = self._tree(context)
+        tree.grow(LOOKED_AT)
+        expected = sum(tree.chances[:LOOKED_AT])
+        return sum(expected >= least for least in EXPECTED) if tree.tokens else NOTHING
+
+    def expected(self, context: Context, depth: int, size: int) -> tuple[float, int] | None:
+        if self.nest is not None:
+            return None
+        tree = self._tree(context)
+        tree.grow(size)
+        chances = [chance for chance, deep in zip(tree.chances[:size], tree.depths, strict=False) if deep < depth]
+        return sum(chances), len(chances)
+
+    # Drafting.
+
+    def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
+        if self.nest is not None:
+            return self.nest.propose(contexts, budgets)
+        return [self._propose(context, budget) for context, budget in zip(contexts, budgets, strict=True)]
+
+    def _propose(self, context: Context, budget: Budget) -> Draft:
+        depth, most = min(budget.depth, budget.room), TAIL if len(context.draft) else self.nodes
+        nodes = min(budget.size or self.nodes, most)
+        if depth <= 0:
+            return context.draft
+        tree = self._tree(context)
+        tree.grow(nodes)
+        return tree.draft(context, depth, nodes, context.call.level(self))
+
+    # Where it looks.
+
+    def _tree(self, context: Context) -> LikeliestTree:
+        """The row's tree: the one that the schedule has looked at is the one that is drafted."""
+        call, at = context.call, (len(context.text), tuple(context.path))
+        trees = self._trees(call, context.row)
+        if at not in trees:
+            trees.clear()
+            suffix = self._suffix(call)
+            matrix, place = self._recycling(call).matrix(call), suffix.place(context)
+            trees[at] = LikeliestTree(context, matrix, suffix.table, place, self._rates(call))
+        return trees[at]
+
+    def _trees(self, call: Call, row: int) -> dict[tuple, LikeliestTree]:
+        """The row's last tree, by where it begins."""
+        return call.memo((self, LikeliestTree, row), dict)
+
+    def _recycling(self, call: Call) -> TokenRecycling:
+        make = lambda: TokenRecycling(remember=self.remember, table=self.adjacency)  # noqa: E731 - a line less
+        return call.memo((self, TokenRecycling), make)
+
+    def _suffix(self, call: Call) -> Suffix:
+        """Whoever knows the earlier outputs, and takes in new ones."""
+        kept = self.outputs is None and self.remember
+        make = lambda: Suffix(outputs=OutputTable.of(call.target) if kept else self.outputs)  # noqa: E731 - as above
+        return call.memo((self, Suffix), make)
+
+    def _rates(self, call: Call) -> SourceRates:
+        way = call.sampler.greedy, call.head.processing.temperature
+        make = lambda: SourceRates.of(call.target, way) if self.remember else SourceRates()  # noqa: E731 - as above
+        return call.memo((SourceRates, self.remember), make)
