@@ -6,6 +6,7 @@ from csdraft.cascade import CascadeDrafter
 from csdraft.decoding.interfaces import Drafter
 from csdraft.decoding.readers import release
 from csdraft.decoding.report import Report
+from csdraft.drafters.auto import Auto
 from csdraft.drafters.horizontal import Horizontal
 from csdraft.drafters.max_gram import MaxGram
 from csdraft.drafters.model import ModelDrafter
@@ -16,6 +17,7 @@ from csdraft.prepare import prepare
 from csdraft.version import __version__ as __version__
 
 __all__ = [
+    "Auto",
     "CascadeDrafter",
     "Drafter",
     "Horizontal",

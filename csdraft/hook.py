@@ -62,8 +62,8 @@ def decode(
     transformers does not hand to callables.
 
     Args:
-        assistant: a `csdraft.Drafter`, a model, or the path or Hub id of a saved cascade; None decodes plainly with
-            csdraft's own loop.
+        assistant: "auto", a `csdraft.Drafter`, a model, or the path or Hub id of a saved cascade; None decodes plainly
+            with csdraft's own loop.
         verifier: acceptance rule at the target, by name or as an object; "match" unless the assistant has its own.
         schedule: how much to draft, by name or as an object; "cost_model" unless the assistant has its own.
         row_seeds: one seed a row for sampling; drawn from torch's global CPU generator if None.

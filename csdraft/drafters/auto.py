@@ -109,7 +109,10 @@ class Auto(Drafter):
     # What it says to a schedule.
 
     def width(self, depth: int) -> int:
-        return min((KEPT + 1) * depth, self.nodes) if self.nest is None else self.nest.width(depth)
+        if self.nest is not None:
+            return self.nest.width(depth)
+        levels = range(1, min(depth, 4) + 1)  # a node's children are a copy and the successors
+        return min(sum((KEPT + 1) ** level for level in levels), self.nodes)
 
     def sizes(self) -> Sequence[int]:
         halves = [self.nodes >> i for i in range(self.nodes.bit_length())]

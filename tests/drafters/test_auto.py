@@ -96,6 +96,8 @@ def test_a_small_tree_is_the_beginning_of_a_large_one() -> None:
         assert (small.tokens, small.parents) == (large.tokens[:nodes], large.parents[:nodes])
         draft = small.draft(context, 20, nodes, 1)
         assert draft.tokens[draft.path(draft.tip)[0]] == 8, "the copy is the likeliest, and the draft ends below it"
+    for depth in (1, 2, 5):
+        assert len(large.draft(context, depth, 31, 1)) <= Auto(nodes=31).width(depth)
     shallow = large.draft(context, 1, 31, 1)
     assert set(shallow.parents) == {-1}
     assert 0 < len(shallow) < 31
