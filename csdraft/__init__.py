@@ -12,6 +12,7 @@ from csdraft.drafters.model import ModelDrafter
 from csdraft.drafters.prompt_lookup import PromptLookup
 from csdraft.drafters.vertical import Vertical
 from csdraft.hook import decode, enable, install
+from csdraft.options import Options
 from csdraft.prepare import prepare
 
 __version__ = "0.1.0"
@@ -21,6 +22,7 @@ __all__ = [
     "Horizontal",
     "MaxGram",
     "ModelDrafter",
+    "Options",
     "PromptLookup",
     "Report",
     "Vertical",

@@ -28,6 +28,7 @@ from csdraft.drafters._load import HUB_OPTIONS, load_model
 from csdraft.drafters.horizontal import Horizontal
 from csdraft.drafters.model import ModelDrafter, bound
 from csdraft.kmatrix import AUTO, build, check_k_matrix, first_guess, spread_lenience
+from csdraft.options import SCHEDULE, VERIFIER, Options, split
 from csdraft.saved_costs import load_costs
 from csdraft.schedules.cost_model import CostModel
 from csdraft.schedules.fixed import Fixed
@@ -39,7 +40,7 @@ from csdraft.verifiers.match import Match
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["CascadeDrafter", "as_drafter", "choose_schedule", "choose_verifier"]
+__all__ = ["CascadeDrafter", "as_drafter", "choose_schedule", "choose_verifier", "options_of"]
 
 _LOCK = threading.Lock()
 
@@ -73,13 +74,15 @@ class CascadeDrafter(Drafter):
         lenience: >= 1, for inner reviewers only; one number, or one for each drafter that reviews, largest first.
         verifier: the acceptance rule at the target, by name or as an object.
         schedule: how much of the cascade to use each round, by name or as an object.
+        options: `csdraft.Options` of the calls that draft with it, where a call does not say otherwise.
     """
 
     drafters: Sequence[Any]
     k_matrix: Sequence[Sequence[int]] | Sequence[int] | int | str = 5
     lenience: float | Sequence[float] = 1.0
-    verifier: Verifier | str | Mapping[str, Any] = "match"
-    schedule: Schedule | str | Mapping[str, Any] = "cost_model"
+    verifier: Verifier | str | Mapping[str, Any] = VERIFIER
+    schedule: Schedule | str | Mapping[str, Any] = SCHEDULE
+    options: Options = field(default_factory=Options)
     root: Horizontal = field(init=False)
     _reports: Reports = field(init=False, default_factory=Reports)
     _plan: Planned | None = field(init=False, default=None)
@@ -88,7 +91,7 @@ class CascadeDrafter(Drafter):
     def __post_init__(self) -> None:
         if isinstance(self.drafters, str | Path | nn.Module | Drafter):
             raise ValueError(f"drafters={_short(self.drafters)} is one drafter; give a list, largest first: [...]")
-        verifier, schedule = spec.resolve("verifiers", self.verifier), spec.resolve("schedules", self.schedule)
+        verifier, schedule, options = split(self.options, self.verifier, self.schedule)
         for i, drafter in enumerate(self.drafters):
             if drafter is None:
                 raise ValueError(f"drafters[{i}] is None; give a model, a path, a Hub id or a csdraft.Drafter")
@@ -107,7 +110,7 @@ class CascadeDrafter(Drafter):
             "lenience": lenience,
             "verifier": verifier,
         }
-        for name, value in (values | {"schedule": schedule, "root": root}).items():
+        for name, value in (values | {"schedule": schedule, "options": options, "root": root}).items():
             object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
@@ -170,7 +173,8 @@ class CascadeDrafter(Drafter):
                 world = observe_world(target, list(self.drafters), [prompt] * 2, max_new_tokens=PLANNED, **options)
             best = search(world)[0]
             kept = [self.drafters[j] for j in best.kept]
-            known = CascadeDrafter(kept, best.trimmed(), self.lenience, self.verifier, self.schedule)
+            own = (self.lenience, self.verifier, self.schedule, self.options)
+            known = CascadeDrafter(kept, best.trimmed(), *own)
             tokens, plain = sum(t.length for t in world.traces), sum(t.plain for t in world.traces)
             about = best.expected.tokens_per_round, best.expected.speedup, plain / tokens
             object.__setattr__(known, "_plan", Planned([*map(_short, kept)], best.trimmed(), *about))
@@ -267,6 +271,11 @@ class CascadeDrafter(Drafter):
                 "of one; a model's folder goes into CascadeDrafter([...]) or ModelDrafter(...)"
             )
         return _opened(folder, target, tokenizer, local_bases, **options)
+
+
+def options_of(drafter: Drafter | None, call: Options) -> Options:
+    """The options of a call; what it leaves open is as the cascade says."""
+    return call.or_else(drafter.options) if isinstance(drafter, CascadeDrafter) else call
 
 
 def _unwrapped(drafter: Drafter) -> Drafter:

@@ -27,10 +27,11 @@ from csdraft.decoding.readers import ReadingOptions
 from csdraft.decoding.session import Session
 from csdraft.decoding.text import Text
 from csdraft.generate_options import check_early, effective
+from csdraft.options import NAMES, Options
 
 __all__ = ["decode", "enable", "install"]
 
-OPTIONS = ("verifier", "schedule", "row_seeds", "strict", "diagnose", "reuse", "graphs")
+OPTIONS = ("options", *NAMES)
 """Keywords of `generate` that csdraft adds beside `assistant`."""
 
 
@@ -42,13 +43,14 @@ def decode(
     stopping_criteria: StoppingCriteriaList,
     generation_config: Any,
     assistant: Any = None,
+    options: Options | None = None,
     verifier: Verifier | str | None = None,
     schedule: Schedule | str | None = None,
     row_seeds: Sequence[int] | None = None,
-    strict: bool = False,
-    diagnose: bool = False,
-    reuse: bool = True,
-    graphs: Mode = "auto",
+    strict: bool | None = None,
+    diagnose: bool | None = None,
+    reuse: bool | None = None,
+    graphs: Mode | None = None,
     encoder_input_ids: Tensor | None = None,
     given: Collection[str] | None = None,
     streamer: Any = None,
@@ -64,27 +66,30 @@ def decode(
     Args:
         assistant: a `csdraft.Drafter`, a model, or the path or Hub id of a saved cascade; None decodes plainly with
             csdraft's own loop.
-        verifier: acceptance rule at the target, by name or as an object; "match" unless the assistant has its own.
-        schedule: how much to draft, by name or as an object; "cost_model" unless the assistant has its own.
-        row_seeds: one seed a row for sampling; drawn from torch's global CPU generator if None.
-        strict: raise when a drafter fails instead of going on without it.
-        diagnose: count expected rejections beside measured ones in the report; for verifiers of independent draws, at
-            the price of a comparison of laws a judged token.
-        reuse: whether models go on from what they have read of the same text in earlier calls, as in a chat's next
-            turn, and keep what they read now; `csdraft.release()` frees it.
-        graphs: how forwards of drafted tokens run: "auto" records them where the device has graphs (CUDA), "compile"
-            compiles them too, once a shape, which takes half a minute each; False runs them eagerly. `csdraft.prepare`
-            does either beforehand.
+        options: how to decode, all fields in one object; see `csdraft.Options`.
+        verifier, schedule, row_seeds, strict, diagnose, reuse, graphs: the same fields, one by one. A field that is
+            given twice must have one value.
         encoder_input_ids: (rows, source) the encoder's input, which an encoder-decoder's drafters read too; the
             patched spelling fills it in.
         given: the names of the keywords that the user passed to `generate`; the patched spelling fills them in.
     """
-    from csdraft.cascade import as_drafter, choose_schedule, choose_verifier
+    from csdraft.cascade import as_drafter, choose_schedule, choose_verifier, options_of
 
+    chosen = Options.of(
+        options,
+        verifier=verifier,
+        schedule=schedule,
+        row_seeds=row_seeds,
+        strict=strict,
+        diagnose=diagnose,
+        reuse=reuse,
+        graphs=graphs,
+    )
     drafter = as_drafter(assistant, model)
-    rule = choose_verifier(verifier, drafter)
-    policy, guarded = choose_schedule(schedule, drafter), Guarded(drafter, rule, strict)
-    row_seeds = None if row_seeds is None else [int(seed) for seed in row_seeds]
+    chosen = options_of(drafter, chosen)
+    rule, strict, diagnose = choose_verifier(chosen.verifier, drafter), bool(chosen.strict), bool(chosen.diagnose)
+    policy, guarded = choose_schedule(chosen.schedule, drafter), Guarded(drafter, rule, strict)
+    row_seeds = chosen.row_seeds
     check_request(
         model, input_ids, generation_config, model_kwargs, given, stopping_criteria, streamer, synced_gpus, row_seeds
     )
@@ -104,7 +109,7 @@ def decode(
         _sources(model, input_ids, encoder_input_ids, model_kwargs, guarded),
         mask,
         past,
-        _reading(model, guarded, reuse, graphs),
+        _reading(model, guarded, chosen),
     )
     _check_parts(call, rule, guarded, model_kwargs)
     policy = guarded.start(policy, call)
@@ -150,15 +155,14 @@ def _hand_out(target: Session, cache: Any, mask: Tensor | None, sequences: Tenso
     export_cache(target.reader.cache, _kept(mask, sequences, texts)[:, :-1], cache)
 
 
-def _reading(model: PreTrainedModel, drafter: Drafter, reuse: bool, graphs: Mode) -> ReadingOptions:
+def _reading(model: PreTrainedModel, drafter: Drafter, options: Options) -> ReadingOptions:
     """How the models read; ValueError if they cannot."""
-    if graphs not in ("auto", "compile", False):
-        raise ValueError(f"graphs={graphs!r} must be 'auto', 'compile' or False")
     if (taps := drafter.taps()) and model.config.is_encoder_decoder:
         raise ValueError(
             f"the drafter reads hidden states {sorted(taps)} of the target, and an encoder-decoder has none"
         )
-    return ReadingOptions(reuse, graphs, taps)
+    graphs: Mode = "auto" if options.graphs is None else options.graphs
+    return ReadingOptions(options.reuse is not False, graphs, taps)
 
 
 def _sources(

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from csdraft.cascade import as_drafter
+from csdraft.cascade import as_drafter, options_of
 from csdraft.decoding.graphs import FEWEST_SLOTS, Mode, bucket
 from csdraft.decoding.inputs import Plan, Shape
 from csdraft.decoding.names import distinct, name_of
 from csdraft.decoding.reader import WIDEST, Reader
 from csdraft.decoding.readers import borrow, take_back
 from csdraft.decoding.refusals import refusal
+from csdraft.options import Options
 from csdraft.progress import Progress
 
 __all__ = ["Prepared", "Ready", "prepare"]
@@ -81,6 +82,7 @@ def prepare(
     slots: int = 2048,
     compile: bool = False,
     progress: Callable[[str, float], None] | None = None,
+    options: Options | None = None,
 ) -> Prepared:
     """Records, or compiles, and times the forwards of a target and of its drafters' models, for calls to come.
 
@@ -95,22 +97,33 @@ def prepare(
         slots: tokens of the longest text, answer included.
         compile: compile each shape first; half a minute each. Calls must then say `graphs="compile"`.
         progress: called with what is being done and the share that is done; a line on stderr if None.
+        options: of the calls to come; `graphs` says how forwards run, the others change nothing here.
 
     Raises:
-        ValueError: for a model that csdraft cannot decode exactly, or a size below 1.
+        ValueError: for a model that csdraft cannot decode exactly, a size below 1, or compile=True with other graphs.
     """
     if rows < 1 or slots < 1:
         raise ValueError(f"rows={rows} and slots={slots} must be at least 1")
     progress = progress or Progress()
-    models = [target]
-    if assistant is not None:
-        models += [model for model in as_drafter(assistant, target).models() if model is not target]
+    models, drafter = [target], None if assistant is None else as_drafter(assistant, target)
+    if drafter is not None:
+        models += [model for model in drafter.models() if model is not target]
+    graphs = _graphs(compile, options_of(drafter, Options.of(options)))
     started, ready = time.perf_counter(), []
     for name, model in zip(distinct(map(name_of, models)), models, strict=True):
         if reason := refusal(model):
             raise ValueError(f"{name} {reason}")
-        ready.append(_ready(name, model, rows, slots, "compile" if compile else "auto", progress))
+        ready.append(_ready(name, model, rows, slots, graphs, progress))
     return Prepared(ready, time.perf_counter() - started)
+
+
+def _graphs(compile: bool, options: Options) -> Mode:
+    """How the forwards of the calls to come run; ValueError if that is said twice, in two ways."""
+    if compile and options.graphs not in (None, "compile"):
+        raise ValueError(f"compile=True and options.graphs={options.graphs!r} are two ways to run; give one of them")
+    if compile:
+        return "compile"
+    return "auto" if options.graphs is None else options.graphs
 
 
 @torch.no_grad()
@@ -131,7 +144,8 @@ def _ready(
         costs[Shape(rows, width, seen, 1)] = _seconds(reader, [_plan(width, seen)] * rows)
     progress(f"{name}: {len(shapes)} shapes", 1.0)
     graphs = reader.graphs
-    why_not = f"no graphs on {reader.device.type}" if graphs is None else graphs.why_not
+    eager = "graphs=False asks for it" if mode is False else f"no graphs on {reader.device.type}"
+    why_not = eager if graphs is None else graphs.why_not
     recorded = 0 if graphs is None else len(graphs.shapes)
     reader.costs |= costs
     take_back(reader, [[]] * rows)
