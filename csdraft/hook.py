@@ -6,6 +6,7 @@ import functools
 import inspect
 from collections.abc import Collection, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from csdraft.decoding.reader import Sources
 from csdraft.decoding.readers import ReadingOptions
 from csdraft.decoding.session import Session
 from csdraft.decoding.text import Text
+from csdraft.drafters.model import base_model
 from csdraft.generate_options import check_early, effective
 from csdraft.options import NAMES, Options
 
@@ -240,13 +242,28 @@ def _generate(self: Any, *args: Any, assistant: Any = None, **kwargs: Any) -> An
     return _stock_generate(self, *args, custom_generate=bound_decode, **kwargs)
 
 
+_enabled: WeakSet[nn.Module] = WeakSet()
+"""Models that were taught one by one. They are noted here, so that nothing is set on them."""
+
+
+@functools.wraps(_stock_generate)
+def _generate_of_enabled(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """For models that were taught; every other model's `generate` stays as transformers made it."""
+    return (_generate if self in _enabled else _stock_generate)(self, *args, **kwargs)
+
+
 def install() -> None:
     """Teaches every model's `generate` the keyword `assistant`; without it nothing changes. Idempotent."""
-    if GenerationMixin.generate is _stock_generate:
+    if GenerationMixin.generate in (_stock_generate, _generate_of_enabled):
         GenerationMixin.generate = _generate  # type: ignore[method-assign]
 
 
 def enable(model: nn.Module) -> nn.Module:
-    """Teaches one model only (for processes that set CSDRAFT_NO_PATCH=1)."""
-    model.generate = functools.partial(_generate, model)  # type: ignore[assignment]
+    """Teaches one model only, for processes that set CSDRAFT_NO_PATCH=1; returns it.
+
+    Nothing is set on the model, which can be copied and saved as before. A copy is another model, and not taught.
+    """
+    _enabled.add(base_model(model))
+    if GenerationMixin.generate is _stock_generate:
+        GenerationMixin.generate = _generate_of_enabled  # type: ignore[method-assign]
     return model

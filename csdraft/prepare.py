@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from csdraft.decoding.refusals import refusal
 from csdraft.options import Options
 from csdraft.progress import Progress
 
-__all__ = ["Prepared", "Ready", "prepare"]
+__all__ = ["Prepared", "Ready", "measured", "prepare"]
 
 TIMES = 3
 """How often a forward is timed, after it has run once; the fastest counts."""
@@ -113,7 +113,8 @@ def prepare(
     for name, model in zip(distinct(map(name_of, models)), models, strict=True):
         if reason := refusal(model):
             raise ValueError(f"{name} {reason}")
-        ready.append(_ready(name, model, rows, slots, graphs, progress))
+        shapes = [(width, seen) for seen in _doublings(FEWEST_SLOTS, bucket(slots)) for width in _doublings(1, WIDEST)]
+        ready.append(measured(name, model, rows, shapes, graphs, progress))
     return Prepared(ready, time.perf_counter() - started)
 
 
@@ -127,16 +128,30 @@ def _graphs(compile: bool, options: Options) -> Mode:
 
 
 @torch.no_grad()
-def _ready(
-    name: str, model: nn.Module, rows: int, slots: int, mode: Mode, progress: Callable[[str, float], None]
+def measured(
+    name: str,
+    model: nn.Module,
+    rows: int,
+    shapes: Sequence[tuple[int, int]],
+    mode: Mode,
+    progress: Callable[[str, float], None],
 ) -> Ready:
+    """Times forwards of one model, and records or compiles them.
+
+    Args:
+        name: of the model, as `progress` is told.
+        rows: batch size.
+        shapes: tokens that a forward reads, and slots of the cache that it sees.
+        mode: how forwards run, see `csdraft.decoding.graphs`.
+        progress: called with what is being done and the share that is done.
+    """
     if model.config.is_encoder_decoder:  # type: ignore[union-attr]
         return Ready(name, {}, 0, "an encoder-decoder reads another source in every call", 0)
+    slots = max(seen for _, seen in shapes)
     reader, _ = borrow(model, rows, slots, [()] * rows)
     reader.begin(None, False, mode)
     reader.reserve(slots)
     reader.read([_plan(2, 4)] * rows, 1)  # makes the cache's buffers
-    shapes = [(width, seen) for seen in _doublings(FEWEST_SLOTS, bucket(slots)) for width in _doublings(1, WIDEST)]
     costs = {}
     for done, (width, seen) in enumerate(shapes):
         progress(f"{name}: {width} tokens, {seen} slots", done / len(shapes))

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     forwarding = {name: module.main for name, module in found.items() if "main" in module.__all__}
     if argv and argv[0] in forwarding:
         return forwarding[argv[0]](argv[1:]) or 0
-    parser = argparse.ArgumentParser("csdraft", description=csdraft.__doc__)
+    parser = argparse.ArgumentParser("csdraft", description=(csdraft.__doc__ or "").partition("\n")[0])
     parser.add_argument("--version", action="version", version=f"csdraft {csdraft.__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, module in found.items():
