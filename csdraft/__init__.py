@@ -2,8 +2,8 @@
 
 Importing csdraft teaches every model's `generate` the keyword `assistant`, as in `model.generate(**inputs,
 assistant=drafter)`. Calls without it are handed to transformers as they are. This is the only thing that the import
-changes. With the environment variable CSDRAFT_NO_PATCH=1 it changes nothing: then `csdraft.enable(model)` teaches one model,
-`csdraft.install()` all, and `custom_generate=csdraft.decode` needs neither.
+changes. With the environment variable CSDRAFT_NO_PATCH=1 it changes nothing: then `csdraft.enable(model)` teaches one
+model, `csdraft.install()` all, and `custom_generate=csdraft.decode` needs neither.
 """
 
 import os
