@@ -44,9 +44,6 @@ __all__ = ["CascadeDrafter", "as_drafter", "choose_schedule", "choose_verifier",
 
 _LOCK = threading.Lock()
 
-PLANNED = 48
-"""Tokens that the target writes for a plan."""
-
 
 @dataclass
 class Reports:
@@ -153,8 +150,8 @@ class CascadeDrafter(Drafter):
     def planned(self, target: nn.Module, input_ids: torch.Tensor, options: Mapping[str, Any]) -> CascadeDrafter:
         """With `k_matrix="auto"` the cascade that the planner chooses for `target`, kept while both live; else itself.
 
-        The target writes PLANNED tokens on the prompt, timed, and every drafter model is run on them:
-        a few seconds of decoding, once. `csdraft tune` does the same on many prompts, and measures what it finds.
+        The target writes a short text on the prompt, timed, and every drafter model is run on it: a few seconds of
+        decoding, once, which a line on stderr reports. `csdraft tune` does it on many prompts and times what it finds.
 
         Args:
             input_ids: (1, length) of one prompt, a batch's first, without padding; the encoder's, if there is one.
@@ -162,27 +159,27 @@ class CascadeDrafter(Drafter):
         """
         if self.k_matrix != AUTO:
             return self
-        from csdraft.planner.search import search
-        from csdraft.planner.trace import observe_world
+        from csdraft.planner.auto import plan_on
 
         with _LOCK:
             known = self._plans.get(target)
         if known is None:
-            prompt = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-            with torch.random.fork_rng(devices=[]):  # a plan must not change what is sampled
-                world = observe_world(target, list(self.drafters), [prompt] * 2, max_new_tokens=PLANNED, **options)
-            best = search(world)[0]
+            names = [*map(_short, self.drafters)]
+            best, expected = plan_on(target, self.drafters, names, input_ids, options)
             kept = [self.drafters[j] for j in best.kept]
             own = (self.lenience, self.verifier, self.schedule, self.options)
             known = CascadeDrafter(kept, best.trimmed(), *own)
-            tokens, plain = sum(t.length for t in world.traces), sum(t.plain for t in world.traces)
-            about = best.expected.tokens_per_round, best.expected.speedup, plain / tokens
-            object.__setattr__(known, "_plan", Planned([*map(_short, kept)], best.trimmed(), *about))
+            object.__setattr__(known, "_plan", expected)
             object.__setattr__(known, "_reports", self._reports)
             object.__setattr__(known, "memory", self.memory)
             with _LOCK:
                 self._plans[target] = known
         return known
+
+    @property
+    def plan(self) -> CascadeDrafter | None:
+        """With `k_matrix="auto"` the cascade that was planned last, which can be saved; None before the first call."""
+        return next(reversed([*self._plans.values()]), None)
 
     # Reports.
 
