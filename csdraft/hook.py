@@ -77,18 +77,11 @@ def decode(
     """
     from csdraft.cascade import as_drafter, choose_schedule, choose_verifier, options_of
 
-    chosen = Options.of(
-        options,
-        verifier=verifier,
-        schedule=schedule,
-        row_seeds=row_seeds,
-        strict=strict,
-        diagnose=diagnose,
-        reuse=reuse,
-        graphs=graphs,
-    )
+    single = {"verifier": verifier, "schedule": schedule, "row_seeds": row_seeds, "strict": strict}
+    single |= {"diagnose": diagnose, "reuse": reuse, "graphs": graphs}
+    own = Options.of(options, **single)
     drafter = as_drafter(assistant, model)
-    chosen = options_of(drafter, chosen)
+    chosen = options_of(drafter, own)
     rule, strict, diagnose = choose_verifier(chosen.verifier, drafter), bool(chosen.strict), bool(chosen.diagnose)
     policy, guarded = choose_schedule(chosen.schedule, drafter), Guarded(drafter, rule, strict)
     row_seeds = chosen.row_seeds
@@ -100,19 +93,9 @@ def decode(
     cache = model_kwargs.get(GENERATE_CACHE)
     past = cache if cache is not None and cache.get_seq_length() > 0 else None
     _plan(guarded, model, _first_prompt(input_ids, mask, encoder_input_ids, model_kwargs), generation_config)
-    call = open_call(
-        model,
-        input_ids,
-        logits_processor,
-        stopping_criteria,
-        generation_config,
-        rule,
-        row_seeds,
-        _sources(model, input_ids, encoder_input_ids, model_kwargs, guarded),
-        mask,
-        past,
-        _reading(model, guarded, chosen),
-    )
+    reading = _reading(model, guarded, chosen)
+    rest = row_seeds, _sources(model, input_ids, encoder_input_ids, model_kwargs, guarded), mask, past, reading
+    call = open_call(model, input_ids, logits_processor, stopping_criteria, generation_config, rule, *rest)
     _check_parts(call, rule, guarded, model_kwargs)
     policy = guarded.start(policy, call)
     output = Output(generation_config, call.rows, streamer)
