@@ -52,7 +52,9 @@ def trainer_overhead(values: Mapping[str, Any], steps: int = 12, repetitions: in
                             collate_fn=batches["data_collator"])  # fmt: skip
         ratios = []
         for repetition in range(repetitions + 1):
-            trainer = DrafterTrainer(copy.deepcopy(student), target, args, processing_class=tokenizer, **batches)
+            trainer = DrafterTrainer(
+                copy.deepcopy(student), args, target=target, processing_class=tokenizer, **batches
+            )
             ours = trainer.train().metrics["train_runtime"]
             theirs = bare_loop(copy.deepcopy(student), target, loader, args)
             if repetition:

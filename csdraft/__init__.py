@@ -1,4 +1,10 @@
-"""Exact, batched speculative decoding with cascades of drafters; importing it teaches `generate` `assistant=`."""
+"""Exact, batched speculative decoding with cascades of drafters, for `generate` of Hugging Face transformers.
+
+Importing csdraft teaches every model's `generate` the keyword `assistant`, as in `model.generate(**inputs,
+assistant=drafter)`. Calls without it are handed to transformers as they are. This is the only thing that the import
+changes. With the environment variable CSDRAFT_NO_PATCH=1 it changes nothing: then `csdraft.enable(model)` teaches one
+model, `csdraft.install()` all, and `custom_generate=csdraft.decode` needs neither.
+"""
 
 import os
 
@@ -13,6 +19,7 @@ from csdraft.drafters.model import ModelDrafter
 from csdraft.drafters.prompt_lookup import PromptLookup
 from csdraft.drafters.vertical import Vertical
 from csdraft.hook import decode, enable, install
+from csdraft.options import Options
 from csdraft.prepare import prepare
 from csdraft.version import __version__ as __version__
 
@@ -23,6 +30,7 @@ __all__ = [
     "Horizontal",
     "MaxGram",
     "ModelDrafter",
+    "Options",
     "PromptLookup",
     "Report",
     "Vertical",

@@ -29,6 +29,7 @@ from csdraft.drafters._load import HUB_OPTIONS, load_model
 from csdraft.drafters.horizontal import Horizontal
 from csdraft.drafters.model import ModelDrafter, bound
 from csdraft.kmatrix import AUTO, build, check_k_matrix, first_guess, spread_lenience
+from csdraft.options import SCHEDULE, VERIFIER, Options, split
 from csdraft.saved_costs import load_costs
 from csdraft.schedules.cost_model import CostModel
 from csdraft.schedules.fixed import Fixed
@@ -40,12 +41,9 @@ from csdraft.verifiers.match import Match
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["CascadeDrafter", "as_drafter", "choose_schedule", "choose_verifier"]
+__all__ = ["CascadeDrafter", "as_drafter", "choose_schedule", "choose_verifier", "options_of"]
 
 _LOCK = threading.Lock()
-
-PLANNED = 48
-"""Tokens that the target writes for a plan."""
 
 
 @dataclass
@@ -74,13 +72,15 @@ class CascadeDrafter(Drafter):
         lenience: >= 1, for inner reviewers only; one number, or one for each drafter that reviews, largest first.
         verifier: the acceptance rule at the target, by name or as an object.
         schedule: how much of the cascade to use each round, by name or as an object.
+        options: `csdraft.Options` of the calls that draft with it, where a call does not say otherwise.
     """
 
     drafters: Sequence[Any]
     k_matrix: Sequence[Sequence[int]] | Sequence[int] | int | str = 5
     lenience: float | Sequence[float] = 1.0
-    verifier: Verifier | str | Mapping[str, Any] = "match"
-    schedule: Schedule | str | Mapping[str, Any] = "cost_model"
+    verifier: Verifier | str | Mapping[str, Any] = VERIFIER
+    schedule: Schedule | str | Mapping[str, Any] = SCHEDULE
+    options: Options = field(default_factory=Options)
     root: Horizontal = field(init=False)
     _reports: Reports = field(init=False, default_factory=Reports)
     _plan: Planned | None = field(init=False, default=None)
@@ -89,7 +89,7 @@ class CascadeDrafter(Drafter):
     def __post_init__(self) -> None:
         if isinstance(self.drafters, str | Path | nn.Module | Drafter):
             raise ValueError(f"drafters={_short(self.drafters)} is one drafter; give a list, largest first: [...]")
-        verifier, schedule = spec.resolve("verifiers", self.verifier), spec.resolve("schedules", self.schedule)
+        verifier, schedule, options = split(self.options, self.verifier, self.schedule)
         for i, drafter in enumerate(self.drafters):
             if drafter is None:
                 raise ValueError(f"drafters[{i}] is None; give a model, a path, a Hub id or a csdraft.Drafter")
@@ -108,7 +108,7 @@ class CascadeDrafter(Drafter):
             "lenience": lenience,
             "verifier": verifier,
         }
-        for name, value in (values | {"schedule": schedule, "root": root}).items():
+        for name, value in (values | {"schedule": schedule, "options": options, "root": root}).items():
             object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
@@ -151,8 +151,8 @@ class CascadeDrafter(Drafter):
     def planned(self, target: nn.Module, input_ids: torch.Tensor, options: Mapping[str, Any]) -> CascadeDrafter:
         """With `k_matrix="auto"` the cascade that the planner chooses for `target`, kept while both live; else itself.
 
-        The target writes PLANNED tokens on the prompt, timed, and every drafter model is run on them:
-        a few seconds of decoding, once. `csdraft tune` does the same on many prompts, and measures what it finds.
+        The target writes a short text on the prompt, timed, and every drafter model is run on it: a few seconds of
+        decoding, once, which a line on stderr reports. `csdraft tune` does it on many prompts and times what it finds.
 
         Args:
             input_ids: (1, length) of one prompt, a batch's first, without padding; the encoder's, if there is one.
@@ -160,26 +160,27 @@ class CascadeDrafter(Drafter):
         """
         if self.k_matrix != AUTO:
             return self
-        from csdraft.planner.search import search
-        from csdraft.planner.trace import observe_world
+        from csdraft.planner.auto import plan_on
 
         with _LOCK:
             known = self._plans.get(target)
         if known is None:
-            prompt = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-            with torch.random.fork_rng(devices=[]):  # a plan must not change what is sampled
-                world = observe_world(target, list(self.drafters), [prompt] * 2, max_new_tokens=PLANNED, **options)
-            best = search(world)[0]
+            names = [*map(_short, self.drafters)]
+            best, expected = plan_on(target, self.drafters, names, input_ids, options)
             kept = [self.drafters[j] for j in best.kept]
-            known = CascadeDrafter(kept, best.trimmed(), self.lenience, self.verifier, self.schedule)
-            tokens, plain = sum(t.length for t in world.traces), sum(t.plain for t in world.traces)
-            about = best.expected.tokens_per_round, best.expected.speedup, plain / tokens
-            object.__setattr__(known, "_plan", Planned([*map(_short, kept)], best.trimmed(), *about))
+            own = (self.lenience, self.verifier, self.schedule, self.options)
+            known = CascadeDrafter(kept, best.trimmed(), *own)
+            object.__setattr__(known, "_plan", expected)
             object.__setattr__(known, "_reports", self._reports)
             object.__setattr__(known, "memory", self.memory)
             with _LOCK:
                 self._plans[target] = known
         return known
+
+    @property
+    def plan(self) -> CascadeDrafter | None:
+        """With `k_matrix="auto"` the cascade that was planned last, which can be saved; None before the first call."""
+        return next(reversed([*self._plans.values()]), None)
 
     # Reports.
 
@@ -268,6 +269,11 @@ class CascadeDrafter(Drafter):
                 "of one; a model's folder goes into CascadeDrafter([...]) or ModelDrafter(...)"
             )
         return _opened(folder, target, tokenizer, local_bases, **options)
+
+
+def options_of(drafter: Drafter | None, call: Options) -> Options:
+    """The options of a call; what it leaves open is as the cascade says."""
+    return call.or_else(drafter.options) if isinstance(drafter, CascadeDrafter) else call
 
 
 def _unwrapped(drafter: Drafter) -> Drafter:

@@ -6,6 +6,7 @@ import functools
 import inspect
 from collections.abc import Collection, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +27,13 @@ from csdraft.decoding.reader import Sources
 from csdraft.decoding.readers import ReadingOptions
 from csdraft.decoding.session import Session
 from csdraft.decoding.text import Text
+from csdraft.drafters.model import base_model
 from csdraft.generate_options import check_early, effective
+from csdraft.options import NAMES, Options
 
 __all__ = ["decode", "enable", "generate", "install"]
 
-OPTIONS = ("verifier", "schedule", "row_seeds", "strict", "diagnose", "reuse", "graphs")
+OPTIONS = ("options", *NAMES)
 """Keywords of `generate` that csdraft adds beside `assistant`."""
 
 
@@ -42,13 +45,14 @@ def decode(
     stopping_criteria: StoppingCriteriaList,
     generation_config: Any,
     assistant: Any = None,
+    options: Options | None = None,
     verifier: Verifier | str | None = None,
     schedule: Schedule | str | None = None,
     row_seeds: Sequence[int] | None = None,
-    strict: bool = False,
-    diagnose: bool = False,
-    reuse: bool = True,
-    graphs: Mode = "auto",
+    strict: bool | None = None,
+    diagnose: bool | None = None,
+    reuse: bool | None = None,
+    graphs: Mode | None = None,
     encoder_input_ids: Tensor | None = None,
     given: Collection[str] | None = None,
     streamer: Any = None,
@@ -64,27 +68,23 @@ def decode(
     Args:
         assistant: "auto", a `csdraft.Drafter`, a model, or the path or Hub id of a saved cascade; None decodes plainly
             with csdraft's own loop.
-        verifier: acceptance rule at the target, by name or as an object; "match" unless the assistant has its own.
-        schedule: how much to draft, by name or as an object; "cost_model" unless the assistant has its own.
-        row_seeds: one seed a row for sampling; drawn from torch's global CPU generator if None.
-        strict: raise when a drafter fails instead of going on without it.
-        diagnose: count expected rejections beside measured ones in the report; for verifiers of independent draws, at
-            the price of a comparison of laws a judged token.
-        reuse: whether models go on from what they have read of the same text in earlier calls, as in a chat's next
-            turn, and keep what they read now; `csdraft.release()` frees it.
-        graphs: how forwards of drafted tokens run: "auto" records them where the device has graphs (CUDA), "compile"
-            compiles them too, once a shape, which takes half a minute each; False runs them eagerly. `csdraft.prepare`
-            does either beforehand.
+        options: how to decode, all fields in one object; see `csdraft.Options`.
+        verifier, schedule, row_seeds, strict, diagnose, reuse, graphs: the same fields, one by one. A field that is
+            given twice must have one value.
         encoder_input_ids: (rows, source) the encoder's input, which an encoder-decoder's drafters read too; the
             patched spelling fills it in.
         given: the names of the keywords that the user passed to `generate`; the patched spelling fills them in.
     """
-    from csdraft.cascade import as_drafter, choose_schedule, choose_verifier
+    from csdraft.cascade import as_drafter, choose_schedule, choose_verifier, options_of
 
+    single = {"verifier": verifier, "schedule": schedule, "row_seeds": row_seeds, "strict": strict}
+    single |= {"diagnose": diagnose, "reuse": reuse, "graphs": graphs}
+    own = Options.of(options, **single)
     drafter = as_drafter(assistant, model)
-    rule = choose_verifier(verifier, drafter)
-    policy, guarded = choose_schedule(schedule, drafter), Guarded(drafter, rule, strict)
-    row_seeds = None if row_seeds is None else [int(seed) for seed in row_seeds]
+    chosen = options_of(drafter, own)
+    rule, strict, diagnose = choose_verifier(chosen.verifier, drafter), bool(chosen.strict), bool(chosen.diagnose)
+    policy, guarded = choose_schedule(chosen.schedule, drafter), Guarded(drafter, rule, strict)
+    row_seeds = chosen.row_seeds
     check_request(
         model, input_ids, generation_config, model_kwargs, given, stopping_criteria, streamer, synced_gpus, row_seeds
     )
@@ -93,19 +93,9 @@ def decode(
     cache = model_kwargs.get(GENERATE_CACHE)
     past = cache if cache is not None and cache.get_seq_length() > 0 else None
     _plan(guarded, model, _first_prompt(input_ids, mask, encoder_input_ids, model_kwargs), generation_config)
-    call = open_call(
-        model,
-        input_ids,
-        logits_processor,
-        stopping_criteria,
-        generation_config,
-        rule,
-        row_seeds,
-        _sources(model, input_ids, encoder_input_ids, model_kwargs, guarded),
-        mask,
-        past,
-        _reading(model, guarded, reuse, graphs),
-    )
+    reading = _reading(model, guarded, chosen)
+    rest = row_seeds, _sources(model, input_ids, encoder_input_ids, model_kwargs, guarded), mask, past, reading
+    call = open_call(model, input_ids, logits_processor, stopping_criteria, generation_config, rule, *rest)
     _check_parts(call, rule, guarded, model_kwargs)
     policy = guarded.start(policy, call)
     output = Output(generation_config, call.rows, streamer)
@@ -150,15 +140,14 @@ def _hand_out(target: Session, cache: Any, mask: Tensor | None, sequences: Tenso
     export_cache(target.reader.cache, _kept(mask, sequences, texts)[:, :-1], cache)
 
 
-def _reading(model: PreTrainedModel, drafter: Drafter, reuse: bool, graphs: Mode) -> ReadingOptions:
+def _reading(model: PreTrainedModel, drafter: Drafter, options: Options) -> ReadingOptions:
     """How the models read; ValueError if they cannot."""
-    if graphs not in ("auto", "compile", False):
-        raise ValueError(f"graphs={graphs!r} must be 'auto', 'compile' or False")
     if (taps := drafter.taps()) and model.config.is_encoder_decoder:
         raise ValueError(
             f"the drafter reads hidden states {sorted(taps)} of the target, and an encoder-decoder has none"
         )
-    return ReadingOptions(reuse, graphs, taps)
+    graphs: Mode = "auto" if options.graphs is None else options.graphs
+    return ReadingOptions(options.reuse is not False, graphs, taps)
 
 
 def _sources(
@@ -236,13 +225,28 @@ def generate(self: Any, *args: Any, assistant: Any = None, **kwargs: Any) -> Any
     return _stock_generate(self, *args, custom_generate=bound_decode, **kwargs)
 
 
+_enabled: WeakSet[nn.Module] = WeakSet()
+"""Models that were taught one by one. They are noted here, so that nothing is set on them."""
+
+
+@functools.wraps(_stock_generate)
+def _generate_of_enabled(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """For models that were taught; every other model's `generate` stays as transformers made it."""
+    return (generate if self in _enabled else _stock_generate)(self, *args, **kwargs)
+
+
 def install() -> None:
     """Teaches every model's `generate` the keyword `assistant`; without it nothing changes. Idempotent."""
-    if GenerationMixin.generate is _stock_generate:
+    if GenerationMixin.generate in (_stock_generate, _generate_of_enabled):
         GenerationMixin.generate = generate  # type: ignore[method-assign]
 
 
 def enable(model: nn.Module) -> nn.Module:
-    """Teaches one model only (for processes that set CSDRAFT_NO_PATCH=1)."""
-    model.generate = functools.partial(generate, model)  # type: ignore[assignment]
+    """Teaches one model only, for processes that set CSDRAFT_NO_PATCH=1; returns it.
+
+    Nothing is set on the model, which can be copied and saved as before. A copy is another model, and not taught.
+    """
+    _enabled.add(base_model(model))
+    if GenerationMixin.generate is _stock_generate:
+        GenerationMixin.generate = _generate_of_enabled  # type: ignore[method-assign]
     return model

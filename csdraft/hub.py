@@ -114,6 +114,8 @@ def save(
     document |= {"k_matrix": cascade.k_matrix, "lenience": cascade.lenience}
     document["verifier"] = spec.to_json(cascade.verifier, models, tables)
     document["schedule"] = spec.to_json(cascade.schedule, models, tables)
+    if options := cascade.options.to_json():
+        document["options"] = options
     sizes = [target.vocab_size] if target else [vocab_size(model) for model in models.values()]
     document["target"] = {
         "name": target.name if target else None,

@@ -21,6 +21,7 @@ from csdraft.drafters._load import load_model
 from csdraft.drafters.model import MOST_VOCABULARY_PADDING, base_model
 from csdraft.heads.on_target import OnTarget
 from csdraft.hub import DOCUMENT, FORMAT, fingerprint, vocab_size
+from csdraft.options import Options
 from csdraft.stored import Folder, check_keys, fit, is_hub_id, naming, read_object, shown
 from csdraft.version import __version__
 
@@ -41,6 +42,8 @@ KINDS: dict[str, Any] = {
     "schedule": Any,
 }
 """The keys of cascade.json."""
+OPTIONAL: dict[str, Any] = {"options": dict[str, Any]}
+"""Keys that it may lack."""
 MOST_DRAFTERS = 64
 """Of a cascade: each of its rows of the K matrix has as many entries."""
 
@@ -113,10 +116,11 @@ def read(folder: Path) -> dict[str, Any]:
             f"{DOCUMENT} has format {shown(found)}, written by csdraft {str(document.get('csdraft'))[:40]}; csdraft "
             f"{__version__} reads formats up to {FORMAT}: pip install -U csdraft"
         )
-    check_keys(document, KINDS, DOCUMENT)
+    kinds = KINDS | OPTIONAL
+    check_keys(document, kinds, DOCUMENT)
     if missing := [key for key in KINDS if key not in document]:
         raise ValueError(f"{DOCUMENT} lacks {', '.join(missing)}; save the cascade again")
-    document = {key: fit(value, KINDS[key], f"{DOCUMENT}: {key}") for key, value in document.items()}
+    document = {key: fit(value, kinds[key], f"{DOCUMENT}: {key}") for key, value in document.items()}
     if len(document["drafters"]) > MOST_DRAFTERS:
         raise ValueError(f"{DOCUMENT}: drafters has {len(document['drafters'])} entries, at most {MOST_DRAFTERS} go")
     return document
@@ -169,6 +173,7 @@ class _Reader:
             "lenience": document["lenience"],
             "verifier": made("verifiers", document["verifier"], "verifier"),
             "schedule": made("schedules", document["schedule"], "schedule"),
+            "options": Options.from_json(document.get("options", {}), f"{DOCUMENT}: options"),
         }
 
     def _inside(self, name: str, pattern: str) -> dict[str, Path]:

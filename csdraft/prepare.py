@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from csdraft.cascade import as_drafter
+from csdraft.cascade import as_drafter, options_of
 from csdraft.decoding.graphs import FEWEST_SLOTS, Mode, bucket
 from csdraft.decoding.inputs import Plan, Shape
 from csdraft.decoding.names import distinct, name_of
 from csdraft.decoding.reader import WIDEST, Reader
 from csdraft.decoding.readers import borrow, take_back
 from csdraft.decoding.refusals import refusal
+from csdraft.options import Options
 from csdraft.progress import Progress
 
-__all__ = ["Prepared", "Ready", "prepare"]
+__all__ = ["Prepared", "Ready", "measured", "prepare"]
 
 TIMES = 3
 """How often a forward is timed, after it has run once; the fastest counts."""
@@ -81,6 +82,7 @@ def prepare(
     slots: int = 2048,
     compile: bool = False,
     progress: Callable[[str, float], None] | None = None,
+    options: Options | None = None,
 ) -> Prepared:
     """Records, or compiles, and times the forwards of a target and of its drafters' models, for calls to come.
 
@@ -95,35 +97,61 @@ def prepare(
         slots: tokens of the longest text, answer included.
         compile: compile each shape first; half a minute each. Calls must then say `graphs="compile"`.
         progress: called with what is being done and the share that is done; a line on stderr if None.
+        options: of the calls to come; `graphs` says how forwards run, the others change nothing here.
 
     Raises:
-        ValueError: for a model that csdraft cannot decode exactly, or a size below 1.
+        ValueError: for a model that csdraft cannot decode exactly, a size below 1, or compile=True with other graphs.
     """
     if rows < 1 or slots < 1:
         raise ValueError(f"rows={rows} and slots={slots} must be at least 1")
     progress = progress or Progress()
-    models = [target]
-    if assistant is not None:
-        models += [model for model in as_drafter(assistant, target).models() if model is not target]
+    models, drafter = [target], None if assistant is None else as_drafter(assistant, target)
+    if drafter is not None:
+        models += [model for model in drafter.models() if model is not target]
+    graphs = _graphs(compile, options_of(drafter, Options.of(options)))
     started, ready = time.perf_counter(), []
     for name, model in zip(distinct(map(name_of, models)), models, strict=True):
         if reason := refusal(model):
             raise ValueError(f"{name} {reason}")
-        ready.append(_ready(name, model, rows, slots, "compile" if compile else "auto", progress))
+        shapes = [(width, seen) for seen in _doublings(FEWEST_SLOTS, bucket(slots)) for width in _doublings(1, WIDEST)]
+        ready.append(measured(name, model, rows, shapes, graphs, progress))
     return Prepared(ready, time.perf_counter() - started)
 
 
+def _graphs(compile: bool, options: Options) -> Mode:
+    """How the forwards of the calls to come run; ValueError if that is said twice, in two ways."""
+    if compile and options.graphs not in (None, "compile"):
+        raise ValueError(f"compile=True and options.graphs={options.graphs!r} are two ways to run; give one of them")
+    if compile:
+        return "compile"
+    return "auto" if options.graphs is None else options.graphs
+
+
 @torch.no_grad()
-def _ready(
-    name: str, model: nn.Module, rows: int, slots: int, mode: Mode, progress: Callable[[str, float], None]
+def measured(
+    name: str,
+    model: nn.Module,
+    rows: int,
+    shapes: Sequence[tuple[int, int]],
+    mode: Mode,
+    progress: Callable[[str, float], None],
 ) -> Ready:
+    """Times forwards of one model, and records or compiles them.
+
+    Args:
+        name: of the model, as `progress` is told.
+        rows: batch size.
+        shapes: tokens that a forward reads, and slots of the cache that it sees.
+        mode: how forwards run, see `csdraft.decoding.graphs`.
+        progress: called with what is being done and the share that is done.
+    """
     if model.config.is_encoder_decoder:  # type: ignore[union-attr]
         return Ready(name, {}, 0, "an encoder-decoder reads another source in every call", 0)
+    slots = max(seen for _, seen in shapes)
     reader, _ = borrow(model, rows, slots, [()] * rows)
     reader.begin(None, False, mode)
     reader.reserve(slots)
     reader.read([_plan(2, 4)] * rows, 1)  # makes the cache's buffers
-    shapes = [(width, seen) for seen in _doublings(FEWEST_SLOTS, bucket(slots)) for width in _doublings(1, WIDEST)]
     costs = {}
     for done, (width, seen) in enumerate(shapes):
         progress(f"{name}: {width} tokens, {seen} slots", done / len(shapes))
@@ -131,7 +159,8 @@ def _ready(
         costs[Shape(rows, width, seen, 1)] = _seconds(reader, [_plan(width, seen)] * rows)
     progress(f"{name}: {len(shapes)} shapes", 1.0)
     graphs = reader.graphs
-    why_not = f"no graphs on {reader.device.type}" if graphs is None else graphs.why_not
+    eager = "graphs=False asks for it" if mode is False else f"no graphs on {reader.device.type}"
+    why_not = eager if graphs is None else graphs.why_not
     recorded = 0 if graphs is None else len(graphs.shapes)
     reader.costs |= costs
     take_back(reader, [[]] * rows)

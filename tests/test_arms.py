@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny import drafter_of, tiny, tokenizer
+from tiny import drafter_of, on_target, tiny, tokenizer
 
 from benchmarks import arms as module
 from benchmarks.arms import compare_arms
@@ -98,7 +98,8 @@ def test_a_start_is_the_student_that_would_be_trained(family, tmp_path):
     given = figures(compare_arms(values, {"before": {}}, "before"))["before"]
     cut = values | {"student": None, "init": {"from_target": {"layers": [0]}}, "output_dir": str(tmp_path / "cut")}
     cut = figures(compare_arms(cut, {"before": {}}, "before"))["before"]
-    shared = values | {"student": None, "peft": {"layers": [0], "r": 2}, "output_dir": str(tmp_path / "shared")}
+    shared = values | {"student": None, "output_dir": str(tmp_path / "shared")}
+    shared |= {"init": on_target([0]), "peft": {"r": 2}}
     shared = figures(compare_arms(shared, {"before": {}}, "before"))["before"]
     assert cut == shared, "an untrained adapter changes nothing"
     assert cut != given

@@ -1,17 +1,25 @@
 """Theory and planner: formulas against simulation and the paper's cases, replays against real decoding."""
 
 import itertools
+import math
 import random
+import re
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 from csdraft import CascadeDrafter, MaxGram, ModelDrafter, Report
+from csdraft import tune as tuning
+from csdraft.bench import Cell, Method, Result, Setup
+from csdraft.cli.tune import how_sure
+from csdraft.planner.allowance import Allowance
 from csdraft.planner.expect import expect
 from csdraft.planner.search import cleaned, search
 from csdraft.planner.theory import Stage, expected_round, improvement, mean
 from csdraft.planner.trace import Costs, Offer, Trace, World, observe_world
 from csdraft.trees.best_first import BestFirst
+from csdraft.tune import Candidate, affordable, affordable_length, ranked, timed
 from tests import tiny
 
 
@@ -142,9 +150,10 @@ def test_a_drafter_that_does_not_pay_is_left_out():
     assert useless.kept == [0]
 
 
-def test_auto_plans_once_and_changes_no_text():
+def test_auto_plans_once_says_so_and_changes_no_text(capsys, tmp_path):
     target, drafter = pair()
     cascade = CascadeDrafter([drafter, MaxGram()], k_matrix="auto")
+    assert cascade.plan is None
     ids = torch.tensor([[3, 5, 7, 3, 5, 7], [0, 0, 9, 4, 9, 4]])
     inputs = {"input_ids": ids, "attention_mask": (ids > 0).long(), "max_new_tokens": 12, "pad_token_id": 0}
     for sampled in (False, True):
@@ -153,7 +162,13 @@ def test_auto_plans_once_and_changes_no_text():
         torch.manual_seed(2)
         assert torch.equal(target.generate(**inputs, do_sample=sampled, assistant=cascade), wanted)
     ids = torch.tensor([[3, 5, 7]])
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("csdraft:")]
+    assert re.search(r'k_matrix="auto" was planned for \S+ in [\d.]+ s: \[\[', line)
     planned = cascade.planned(target, ids, {})
+    assert cascade.plan is planned
+    planned.save_pretrained(tmp_path / "kept")
+    assert CascadeDrafter.from_pretrained(tmp_path / "kept", target=target).k_matrix == planned.k_matrix
+    assert capsys.readouterr().err == "", "it plans once"
     assert planned is cascade.planned(target, ids, {})
     assert planned.k_matrix != "auto"
     assert cascade.report.calls == 2
@@ -168,3 +183,107 @@ def test_auto_plans_once_and_changes_no_text():
     assert f"measured {cascade.report.block_efficiency:.2f}\n" in said, "a batch has no speed to compare with plain's"
     target.generate(ids, max_new_tokens=12, pad_token_id=0, do_sample=False, assistant=cascade)
     assert " x\n" in str(cascade.report)
+
+
+# Tuning in a given time.
+
+
+@dataclass
+class Clock:
+    """Time that passes when a test says so."""
+
+    time: float = 0.0
+
+    def __call__(self) -> float:
+        return self.time
+
+
+def test_an_allowance_never_says_more_than_is_left():
+    clock, said = Clock(), []
+    allowance = Allowance(100.0, lambda what, share: said.append(share), clock)
+    allowance.tell("a", 1000.0)
+    clock.time = 20.0
+    allowance.tell("a", 1000.0)  # 80 s at most
+    clock.time = 40.0
+    allowance.tell("b", 10.0)
+    allowance.tell("b", 50.0)  # a share never falls
+    clock.time = 120.0
+    allowance.tell("c", 5.0)
+    assert said == [0.0, 0.2, 0.8, 0.8, 0.99]
+    assert allowance.remaining == 0
+
+
+def fake_generate(monkeypatch, clock: Clock, seconds: dict[str, float]) -> list[str]:
+    """A `generate` that takes so long for each cell; which cells it was asked for."""
+    asked: list[str] = []
+
+    def generate(setup, cell, group):
+        del setup, group
+        asked.append(cell.name)
+        clock.time += seconds[cell.name]
+        return Result(seconds[cell.name], None, ())
+
+    monkeypatch.setattr(tuning, "generate", generate)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("seconds", "prompts", "repetitions"), [(1000.0, 4, 2), (30.0, 4, 1), (13.0, 2, 1), (1.0, 1, 1)]
+)
+def test_timing_ends_in_time_with_whole_repetitions(monkeypatch, seconds, prompts, repetitions):
+    clock, said = Clock(), []
+    asked = fake_generate(monkeypatch, clock, {"plain": 3.0, "0": 1.0})
+    allowance = Allowance(seconds, lambda what, share: said.append(share), clock)
+    cells = [Cell(Method("plain", {})), Cell(Method("0", {}))]
+    times = timed(None, cells, [(1,), (2,), (3,), (4,)], 2, allowance)
+    assert times == {"plain": [[3.0] * repetitions] * prompts, "0": [[1.0] * repetitions] * prompts}
+    assert clock.time <= max(seconds, 8.0)
+    assert asked[:6] == ["plain", "0", "plain", "0", "0", "plain"][: len(asked)]  # warmed up, then in turns
+    assert said[-1] == 1.0
+
+
+def candidates_of(times: dict[str, list[list[float]]]) -> list[Candidate]:
+    plan = search(made_world(0.05))[0]
+    made = {name: (plan, {"lenience": 1.0, "schedule": "fixed"}, CascadeDrafter([MaxGram()], 4)) for name in times}
+    del made["plain"]
+    return ranked(made, times, 32)
+
+
+def test_a_result_says_what_cannot_be_told_apart():
+    plain = [[4.0, 4.1], [4.0, 3.9], [4.0, 4.0], [4.2, 4.0]]
+    noisy = [[1.0, 1.1], [1.1, 1.0], [1.0, 0.9], [0.9, 1.0]]
+    slow = [[2.0, 2.1], [2.1, 2.0], [2.0, 1.9], [1.9, 2.0]]
+    found = candidates_of({"plain": plain, "a": slow, "b": [[1.0, 1.0]] * 4, "c": noisy})
+    assert [one.told_apart for one in found] == [False, False, True]
+    said = how_sure(found, 12)
+    assert "timed on 4 of 12 prompts, 2 times each, up to 32 tokens" in said
+    assert "row 2 cannot be told apart from row 1" in said
+    few = candidates_of({"plain": plain[:2], "a": slow[:2], "b": [[1.0, 1.0]] * 2})
+    assert not few[1].told_apart, "two prompts prove nothing"
+    assert "row 1 is faster than every other row" in how_sure([found[0], found[2]], 4)
+
+
+def test_where_time_is_short_texts_and_plans_are_few():
+    target, drafter = pair()
+    setup = Setup(target, {"max_new_tokens": 96, "do_sample": False, "pad_token_id": 0})
+    clock = Clock()
+
+    def ticking() -> float:
+        clock.time += 1.0  # 16 tokens a second
+        return clock.time
+
+    drafters = [ModelDrafter(drafter), MaxGram()]
+    length, each = affordable_length(setup, drafters, [(3, 5, 7)], Allowance(60.0, lambda *_: None, ticking))
+    assert (length, each) == (48, 3.0)  # twice five passes of it fill half of a minute
+    assert affordable_length(setup, drafters, [(3, 5, 7)], Allowance(1.0, lambda *_: None, ticking))[0] == 16
+    assert affordable_length(setup, drafters, [(3, 5, 7)], Allowance(math.inf, lambda *_: None, ticking))[0] == 96
+    plans = search(made_world(0.05))[:4]
+    for seconds, count in ((1000.0, 4), (0.0, 1)):
+        assert len(affordable(plans, (1.0,), 1.0, 12, Allowance(seconds, lambda *_: None, Clock()))) == count
+    with pytest.raises(ValueError, match="minutes=0 leaves no time"):
+        tuning.tune(target, drafters, [(3, 5, 7)], minutes=0)
+
+
+def test_a_search_ends_when_the_time_is_up():
+    world = made_world(0.05)
+    assert 0 < len(search(world, lambda: True)) < len(search(world))

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_standin import Hub, standin
+from tiny import on_target
 from trainers.pair import arguments, make_pair, settings
 from transformers import AutoModelForCausalLM
 
@@ -178,15 +179,15 @@ def test_a_command_is_told_without_secrets_and_folders(words, told, monkeypatch)
 
 def test_a_self_drafter_says_how_little_it_adds(folder):
     """Trained, the card has the figure; with the bundled recipe it is below 2 % of the target."""
-    peft = {"layers": [0, 1], "r": 1, "target_modules": ["q_proj"]}
-    args = arguments(folder, "own", student=None, peft=peft, max_steps=1, save_strategy="no")
+    peft = {"r": 1, "target_modules": ["q_proj"]}
+    args = arguments(folder, "own", student=None, init=on_target([0, 1]), peft=peft, max_steps=1, save_strategy="no")
     trainer = distill(args)
     lora = sum(p.numel() for name, p in trainer.student.named_parameters() if "lora_" in name)
     share = lora / trainer.target.num_parameters()
     assert f"It adds {100 * share:.2f} % of the target's parameters" in (folder / "own" / "README.md").read_text()
     target = AutoModelForCausalLM.from_pretrained(ROOT / "models" / "smol-target")
     recipe = read_values(str(ROOT / "recipes/smol/self_draft.yaml"), [])
-    assert 0.005 < added_share(make_student(target, peft=recipe["peft"]), target) < 0.02
+    assert 0.005 < added_share(make_student(target, init=recipe["init"], peft=recipe["peft"]), target) < 0.02
 
 
 def test_a_card_names_licence_and_base_models(folder, hub):

@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from tiny import drafter_of, fresh, inputs_of, noisy, prompt
+from tiny import drafter_of, fresh, inputs_of, noisy, on_target, prompt
 from torch import nn
 
 import csdraft
@@ -44,7 +44,7 @@ def student_of(target: nn.Module, family: str = "llama", seed: int = 1) -> nn.Mo
     """An adapter on the first and last layer that changes what they say."""
     torch.manual_seed(seed)
     lora = {"target_modules": ["q_proj", "v_proj"]} | MODULES.get(family, {})
-    return make_student(target, peft={"layers": [0, 2], "r": 2, "init_lora_weights": False, **lora}).eval()
+    return make_student(target, init=on_target([0, 2]), peft={"r": 2, "init_lora_weights": False, **lora}).eval()
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from tiny import fresh, noisy, prompt, tiny, tokenizer
+from tiny import fresh, noisy, on_target, prompt, tiny, tokenizer
 
 from csdraft import CascadeDrafter, Horizontal, MaxGram, ModelDrafter, Vertical, loading, spec
 from csdraft.decoding.report import Planned, Report
@@ -475,8 +475,8 @@ def test_every_key_of_a_report(tmp_path):
 def test_every_key_of_an_adapters_documents(tmp_path, name):
     """A self-drafting adapter drafts, or one ValueError says what is wrong, where PEFT's own values are not taken."""
     target = fresh("llama", num_hidden_layers=3)
-    options = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False, "layers": [0, 2]}
-    save_student(make_student(target, peft=options), tmp_path)
+    options = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False}
+    save_student(make_student(target, init=on_target([0, 2]), peft=options), tmp_path)
     document, wrong = json.loads((tmp_path / name).read_text()), []
     keys = [at for at in places(document) if name == "drafter.json" or at[0] in ("r", "peft_type", "target_modules")]
     for at in keys:
@@ -495,11 +495,11 @@ def test_every_key_of_an_adapters_documents(tmp_path, name):
 
 def test_a_self_drafting_adapter_that_is_not_whole(tmp_path):
     target = fresh("llama", num_hidden_layers=3)
-    options = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False, "layers": [0, 2]}
+    options = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False}
     for number, (damage, says) in enumerate(
         [(lose("lora_B"), "lacks 1 "), (resize("lora_A"), "fit"), (cut, "cannot")]
     ):
-        save_student(make_student(target, peft=options), tmp_path / str(number))
+        save_student(make_student(target, init=on_target([0, 2]), peft=options), tmp_path / str(number))
         damage(tmp_path / str(number) / "adapter_model.safetensors")
         with pytest.raises(ValueError, match=says):
             load_model(str(tmp_path / str(number))).bind(target)

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
-from tiny import EOS, PAD, VOCAB, fresh, prompt, tiny, tokenizer
+from tiny import EOS, PAD, VOCAB, fresh, on_target, prompt, tiny, tokenizer
 from torch import nn
 
 from csdraft.drafters.model import base_model, load_model
@@ -245,16 +245,27 @@ def test_configs_that_are_refused(options, message):
     [
         ({}, "no student given; choose one"),
         ({"student": "x", "init": {"config": {}}}, "student and init given; choose one"),
-        ({"student": "x", "peft": {"layers": [0]}}, "student and layers in peft given"),
+        ({"student": "x", "init": on_target([0]), "peft": {"r": 2}}, "student and init given; choose one"),
+        ({"student": "x", "peft": {"layers": [0]}}, r"init: {from_target: {layers: \[0\], shared: true}}"),
+        (
+            {"peft": {"layers": [0, 1], "encoder_layers": [1], "r": 2}},
+            r"asked for by init: {from_target: {layers: \[0, 1\], encoder_layers: \[1\], shared: true}}",
+        ),
+        ({"init": {"from_target": {"layers": [0]}}, "peft": {"shared": True}}, "not options of LoRA.*shared: true"),
+        ({"init": {"from_target": {"layers": [0]}}, "peft": {"r": 2}}, "peft with init.*shared: true"),
+        ({"init": on_target([0])}, "shared: true needs peft"),
+        ({"init": on_target([0], shared="yes")}, "shared='yes' must be true or false"),
+        ({"init": on_target([0], tie_to_target=True), "peft": {"r": 2}}, "shared: true with tie_to_target"),
+        ({"init": on_target([0], hidden_size=16), "peft": {"r": 2}}, "shared: true with hidden_size"),
         ({"peft": {"r": 2}}, "no student given"),
         ({"init": {"config": {}}, "peft": {"r": 2}}, "peft with init"),
         ({"init": {"scratch": {}}}, "init has no option 'scratch'"),
         ({"init": {"config": 3}}, "init={'config': 3}: give"),
         ({"student": "x", "peft": {"rank": 2}}, r"peft \(LoRA\) has no option 'rank'"),
         ({"student": "x", "peft": {"lora_alfa": 2}}, "did you mean 'lora_alpha'"),
-        ({"peft": {"layers": [9]}}, r"layers=\[9\]: list numbers of the target's 2 layers"),
-        ({"peft": {"layers": [0], "bias": "all"}}, "would change the target's own"),
-        ({"peft": {"layers": [0], "init_lora_weights": "pissa"}}, "would change the target's own"),
+        ({"init": on_target([9]), "peft": {"r": 2}}, r"layers=\[9\]: list numbers of the target's 2 layers"),
+        ({"init": on_target([0]), "peft": {"bias": "all"}}, "would change the target's own"),
+        ({"init": on_target([0]), "peft": {"init_lora_weights": "pissa"}}, "would change the target's own"),
     ],
 )
 def test_students_that_are_refused(given, message):
@@ -267,15 +278,13 @@ def test_sharding_engines_take_no_shared_weights(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setenv(variable, "true")
             with pytest.raises(ValueError, match=f"cannot be trained under {engine}: its layers are the target's own"):
-                check_student(tiny("llama").config, peft={"layers": [0], "r": 2})
+                check_student(tiny("llama").config, init=on_target([0]), peft={"r": 2})
             check_student(tiny("llama").config, student="x", peft={"r": 2})
-    shared = {"layers": [0], "r": 2}
     for options, engine in (({"deepspeed": "zero2.json"}, "DeepSpeed"), ({"fsdp": True}, "FSDP")):
         with pytest.raises(ValueError, match=f"cannot be trained under {engine}"):
-            check_engine(shared, **options)
-        check_engine({"r": 2}, **options)
-        check_engine(None, **options)
-    check_engine(shared)
+            check_engine(True, **options)
+        check_engine(False, **options)
+    check_engine(True)
 
 
 def test_a_stored_model_is_trained_in_float32(tmp_path):
@@ -310,7 +319,7 @@ def test_lora_on_a_small_model(tmp_path):
 
 
 def self_drafting(target: nn.Module, layers: list[int], **more: object) -> nn.Module:
-    return make_student(target, peft=LORA | {"layers": layers} | more)
+    return make_student(target, init=on_target(layers), peft=LORA | more)
 
 
 def test_self_drafting_shares_the_targets_weights():

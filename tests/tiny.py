@@ -243,3 +243,8 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
     made.decoder = decoders.Fuse()
     special = {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>"}
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made, padding_side="left", **special)
+
+
+def on_target(layers: Sequence[int], **more: object) -> dict:
+    """`init` of a student on the target's own layers: self-drafting."""
+    return {"from_target": {"layers": layers, "shared": True, **more}}

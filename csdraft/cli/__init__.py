@@ -28,7 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; 0 if all went well, 1 if a check failed, 2 if what was asked makes no sense."""
     argv = sys.argv[1:] if argv is None else list(argv)
     found = commands()
-    parser = argparse.ArgumentParser("csdraft", description=csdraft.__doc__)
+    forwarding = {name: module.main for name, module in found.items() if "main" in module.__all__}
+    if argv and argv[0] in forwarding:
+        return forwarding[argv[0]](argv[1:]) or 0
+    parser = argparse.ArgumentParser("csdraft", description=(csdraft.__doc__ or "").partition("\n")[0])
     parser.add_argument("--version", action="version", version=f"csdraft {csdraft.__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, module in found.items():

@@ -1,17 +1,22 @@
-"""Generate text with drafts, streamed as it is written, and say how drafting went."""
+"""Generate text with drafts, streamed as it is written; with --chat and no prompt, a small chat in the terminal.
+
+The chat reads one line a turn. After each answer it shows how fast it was, and how much of the conversation did not
+have to be read again. /reset begins a new conversation, /quit (or end of input) leaves. Without --cascade or --drafter
+the chat drafts with max_gram, which needs no model.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from torch import Tensor
 
 from csdraft.cascade import as_drafter
+from csdraft.cli._chat import chat_with, sampling_of
 from csdraft.cli._models import (
     Opened,
     add_chat_arguments,
@@ -21,63 +26,9 @@ from csdraft.cli._models import (
     encode,
     open_models,
 )
-from csdraft.decoding.interfaces import Round
-from csdraft.decoding.output import RoundStreamer
-from csdraft.decoding.pieces import Pieces
+from csdraft.cli._printer import Printer
 
-__all__ = ["Printer", "add_arguments", "run"]
-
-COLOURS = (("36", "cyan"), ("33", "yellow"), ("35", "magenta"), ("32", "green"), ("34", "blue"))
-"""ANSI codes by level, from 1 on; a terminal's own theme decides how they look on its background."""
-
-
-class Printer(RoundStreamer):
-    """Writes text as it is produced, each token in its level's colour if wanted.
-
-    Args:
-        opened: whose tokenizer turns tokens into text.
-        file: where to write.
-        colour: whether to colour.
-    """
-
-    def __init__(self, opened: Opened, file: TextIO, colour: bool):
-        self.tokenizer, self.file, self.colour = opened.tokenizer, file, colour
-        self.encoder_decoder = opened.target.config.is_encoder_decoder
-        self.pieces: Pieces | None = None
-        self.names: list[str] = []
-        self.counts: Counter[int] = Counter()
-
-    def put(self, value: Tensor) -> None:
-        """The prompt, which is not written."""
-        self.pieces = Pieces(self.tokenizer, after=[] if self.encoder_decoder else value.view(-1).tolist())
-
-    def put_round(self, finished: Round) -> None:
-        self.names = finished.context.call.level_names
-        for token, level in zip(finished.tokens, finished.levels, strict=True):
-            self.counts[level] += 1
-            self._write(token, level)
-        self.file.flush()
-
-    def _write(self, token: int, level: int) -> None:
-        assert self.pieces is not None
-        self.file.write(self._painted(self.pieces.push(token), level))
-
-    def _painted(self, text: str, level: int) -> str:
-        if not (self.colour and level and text):
-            return text
-        return f"\x1b[{COLOURS[(level - 1) % len(COLOURS)][0]}m{text}\x1b[0m"
-
-    def end(self) -> None:
-        if self.pieces is not None:
-            self.file.write(self.pieces.flush())
-        self.file.write("\n")
-        if self.colour and self.counts:
-            self.file.write(f"\ntokens by level: {', '.join(map(self._legend, sorted(self.counts)))}\n")
-        self.file.flush()
-
-    def _legend(self, level: int) -> str:
-        colour = COLOURS[(level - 1) % len(COLOURS)][1] if level else "no colour"
-        return self._painted(f"{self.names[level]} ({colour}) {self.counts[level]}", level)
+__all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_drafting_arguments(parser)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT")
-    source.add_argument("--file", metavar="PATH", help="read the prompt from a file; standard input by default")
+    source.add_argument(
+        "--file", metavar="PATH", help="read the prompt from a file; standard input by default (a chat with --chat)"
+    )
     add_chat_arguments(parser)
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (the default) is greedy")
@@ -98,6 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     chat = chat_of_text(args)
+    if chat is not None and args.prompt is None and args.file is None:
+        return chat_with(open_models(args), chat, args)
     if args.prompt is not None:
         prompt = args.prompt
     else:
@@ -115,13 +70,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _generate(opened: Opened, inputs: dict[str, Tensor], args: argparse.Namespace) -> Any:
     """Streams the text; returns the report."""
-    sampling: dict[str, Any] = {"do_sample": False}
-    if args.temperature > 0:
-        sampling = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-        sampling = {name: value for name, value in sampling.items() if value is not None}
     made = opened.target.generate(
         **inputs,
-        **sampling,
+        **sampling_of(args),
         assistant=opened.assistant,
         **opened.options,
         max_new_tokens=args.max_new_tokens,

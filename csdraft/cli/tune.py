@@ -3,12 +3,14 @@
 The target writes once on every prompt, every drafter is compared with it place by place, and each K matrix is replayed
 on those texts with measured seconds. The best are then timed against plain generate, side by side, and the table shows
 both figures: what was expected of the whole matrix each round at lenience 1, and what was measured. Of cascades within
-3 % of the fastest, a strict one is chosen, and one that leaves lengths to the cost model.
+3 % of the fastest, a strict one is chosen, and one that leaves lengths to the cost model. Below the table stands which
+rows cannot be told apart from the fastest. All of it keeps to --minutes, as far as prompts can be left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from csdraft.cascade import CascadeDrafter
@@ -43,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="sizes of trees to try with each model (default 16); no number leaves trees out",
     )
     parser.add_argument("--repetitions", type=int, default=2, metavar="N")
+    parser.add_argument(
+        "--minutes", type=float, default=3.0, metavar="M", help="time for all of it (default 3); more is surer"
+    )
     parser.add_argument("--save", metavar="PATH", help="save the fastest as a cascade")
 
 
@@ -55,12 +60,13 @@ def run(args: argparse.Namespace) -> int:
     options |= {"max_new_tokens": args.max_new_tokens}
     if opened.target.generation_config.pad_token_id is None:
         opened.target.generation_config.pad_token_id = opened.tokenizer.pad_token_id or opened.tokenizer.eos_token_id
-    found = tune(
-        opened.target, drafters, prompts, args.finalists, args.lenience_values, args.repetitions, Progress(), **options
-    )
+    print(f"tuning takes at most about {args.minutes:g} min (--minutes), after models are loaded", file=sys.stderr)
+    limits = (args.finalists, args.lenience_values, args.repetitions)
+    found = tune(opened.target, drafters, prompts, *limits, Progress(), args.minutes, **options)
     print(table(found, [label(drafter) for drafter in drafters]))
+    print(f"\n{how_sure(found, len(prompts))}")
     best = preferred(found)
-    print(f"\nchosen: {best.k_matrix}, lenience {best.options['lenience']:g}, {best.options['schedule']}")
+    print(f"chosen: {best.k_matrix}, lenience {best.options['lenience']:g}, {best.options['schedule']}")
     dropped = [label(drafter) for j, drafter in enumerate(drafters) if j not in best.kept]
     if dropped:
         print(f"left out: {', '.join(dropped)}")
@@ -93,6 +99,25 @@ def label(drafter: Drafter) -> str:
         name = drafter.name or name_of(drafter.network)
         return name if drafter.tree is None else f"{name} {drafter.tree}"
     return type(drafter).__name__
+
+
+def how_sure(found: Sequence[Candidate], prompts: int) -> str:
+    """What was timed, and which rows of the table may be as fast as the first.
+
+    Args:
+        found: the fastest first.
+        prompts: that there are.
+    """
+    first, *others = found
+    times = "once" if first.repetitions == 1 else f"{first.repetitions} times"
+    said = f"timed on {first.prompts} of {prompts} prompts, {times} each, up to {first.tokens} tokens"
+    if not others:
+        return f"{said}; there was one candidate"
+    same = [str(row) for row, one in enumerate(others, 2) if not one.told_apart]
+    if not same:
+        return f"{said}; row 1 is faster than every other row"
+    rows = f"row{'s' if len(same) > 1 else ''} {', '.join(same)}"
+    return f"{said}; {rows} cannot be told apart from row 1: more --minutes, --repetitions or prompts could"
 
 
 def table(found: Sequence[Candidate], labels: Sequence[str]) -> str:

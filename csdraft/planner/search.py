@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -35,11 +35,15 @@ class Plan:
         return [[row[j] for j in kept] for row in rows]
 
 
-def search(world: World) -> list[Plan]:
+def search(world: World, over: Callable[[], bool] = lambda: False) -> list[Plan]:
     """All matrices that were looked at, the fastest first.
 
     All of them where they are few, as for two drafters. Else, from each drafter alone at its best length, the entry is
     changed that helps most, until none does: some hundred replays, where a grid over three would need a million.
+
+    Args:
+        world: what was observed.
+        over: whether the time is up; then the search ends with what it has found.
     """
     seen: dict[KMatrix, Expectation] = {}
 
@@ -52,15 +56,16 @@ def search(world: World) -> list[Plan]:
     nothing = tuple((0,) * size for _ in range(size))
     grid = [(i, j, (0, *world.depths[j])) for i, j in entries(world)]
     if prod(len(lengths) for *_, lengths in grid) <= FEW:
-        for values in product(*(lengths for *_, lengths in grid)):
-            k_matrix = nothing
-            for (i, j, _), k in zip(grid, values, strict=True):
-                k_matrix = changed(k_matrix, i, j, k)
-            if any(k_matrix[0]):
-                speed(cleaned(k_matrix))
+        for k_matrix in filled(nothing, grid):
+            speed(k_matrix)
+            if over():
+                break
     for j in range(size):
         best = max((changed(nothing, 0, j, k) for k in world.depths[j]), key=speed)
-        while (better := max(neighbours(best, world), key=speed)) != best and speed(better) > speed(best):
+        while not over():
+            better = max(neighbours(best, world), key=speed)
+            if speed(better) <= speed(best):
+                break
             best = better
     ranked = sorted(seen, key=lambda k_matrix: -seen[k_matrix].speedup)
     return [Plan(k_matrix, seen[k_matrix]) for k_matrix in ranked]
@@ -70,6 +75,16 @@ def entries(world: World) -> Iterator[tuple[int, int]]:
     """The places of a K matrix that may hold more than 0: what does not write by itself reviews nothing."""
     size = len(world.drafters)
     return ((i, j) for i in range(size) for j in range(i, size) if i == 0 or world.models[i - 1])
+
+
+def filled(nothing: KMatrix, grid: Sequence[tuple[int, int, Sequence[int]]]) -> Iterator[KMatrix]:
+    """Every matrix of a grid, each place of which has the lengths to try, that drafts something."""
+    for values in product(*(lengths for *_, lengths in grid)):
+        k_matrix = nothing
+        for (i, j, _), k in zip(grid, values, strict=True):
+            k_matrix = changed(k_matrix, i, j, k)
+        if any(k_matrix[0]):
+            yield cleaned(k_matrix)
 
 
 def neighbours(k_matrix: KMatrix, world: World) -> Iterator[KMatrix]:

@@ -117,6 +117,7 @@ def observe_world(
     drafters: Sequence[Drafter],
     prompts: Sequence[Mapping[str, Tensor]],
     progress: Callable[[str, float], None] = lambda what, share: None,
+    enough: Callable[[int], bool] = lambda done: False,
     **options: Any,
 ) -> World:
     """Lets the target write, times it and the drafters, and compares their choices.
@@ -126,6 +127,7 @@ def observe_world(
         drafters: largest first.
         prompts: encoded, one row each.
         progress: called with what is going on and the share that is done.
+        enough: called after each prompt with the number that is done; True leaves out the others.
         options: of `generate`: max_new_tokens, do_sample, temperature, ...
     """
     models = [writes(drafter) for drafter in drafters]
@@ -149,6 +151,8 @@ def observe_world(
         assert watch.trace is not None
         reads = [own.reads[-1], *(cost.reads[-1] if cost.reads else 0.0 for cost in costs)]
         traces.append(replace(watch.trace, plain=plain, outside=outside, reads=reads))
+        if enough(i + 1):
+            break
     depths = [lengths(drafter) for drafter in drafters]
     return World(traces, own, costs, models, depths)
 

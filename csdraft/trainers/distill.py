@@ -8,7 +8,7 @@ sequence-level distillation (arXiv 1606.07947) is cross-entropy on the target's 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,12 @@ from csdraft.trainers.base import BaseTrainer
 from csdraft.trainers.distill_arguments import DistillArguments
 from csdraft.trainers.distillation import Distillation
 from csdraft.trainers.engines import copy_whole, is_sharded, keeps_parts, placed_here
-from csdraft.trainers.exam import Exam
+from csdraft.trainers.exam import Exam, pad_of
 from csdraft.trainers.on_policy import rewritten
 from csdraft.trainers.publish import describe
 from csdraft.trainers.students import load_student_weights, save_student
 
-__all__ = ["DistillArguments", "DrafterTrainer"]
+__all__ = ["DistillArguments", "DrafterTrainer", "exam_of"]
 
 QUOTED = 16
 """Tokens of a row that messages quote."""
@@ -37,42 +37,52 @@ class DrafterTrainer(BaseTrainer):
     """Trains a student on a frozen target's distributions; evaluates by decoding; saves drafters.
 
     Args:
-        student: trained; anything `csdraft.trainers.students.make_student` makes.
-        target: frozen; left as it is.
+        model: the student, which is trained: what `csdraft.trainers.students.make_student` makes. `trainer.model` is
+            this very model.
         args: see `DistillArguments`.
-        exam: what `evaluate` runs; None makes `evaluate` an error.
+        data_collator, train_dataset: as `csdraft.trainers.run.make_batches` makes them.
+        eval_dataset: token ids of the prompts that `evaluate` decodes, if there is no `exam`.
+        processing_class: the tokenizer, which is saved with the student.
+        target: frozen; left as it is.
+        exam: what `evaluate` runs; made of `eval_dataset` and `args` if None. With neither, `evaluate` is an error.
         options: of `transformers.Trainer`.
     """
 
     def __init__(
         self,
-        student: nn.Module,
-        target: nn.Module,
+        model: nn.Module,
         args: DistillArguments,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Sequence[Sequence[int]] | None = None,
+        processing_class: Any = None,
+        *,
+        target: nn.Module,
         exam: Exam | None = None,
         **options: Any,
     ):
         args._setup_devices  # noqa: B018 - counts the GPUs
         args._n_gpu = min(args._n_gpu, 1)  # one process trains on one: replicas would meet a target elsewhere
-        super().__init__(Distillation(student, target, args.objective), args, **options)
-        self.exam = exam
-        if not vars(base_model(student)).get("peft_config"):  # it will be another model than the one it is called
-            student.config.name_or_path, student.config._commit_hash = args.output_dir, None  # type: ignore[union-attr]
-        self._copy = copy.deepcopy(student).to(args.device) if keeps_parts(self) else None
+        self._pair = Distillation(model, target, args.objective)
+        options |= {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "data_collator": data_collator}
+        super().__init__(self._pair, args, processing_class=processing_class, **options)
+        self.model = self.callback_handler.model = model
+        self.exam = exam or exam_of(args, eval_dataset, processing_class)
+        if not vars(base_model(model)).get("peft_config"):  # it will be another model than the one it is called
+            model.config.name_or_path, model.config._commit_hash = args.output_dir, None  # type: ignore[union-attr]
+        self._copy = copy.deepcopy(model).to(args.device) if keeps_parts(self) else None
         self.loss_is_scaled_for_ga = True  # by the number of target tokens of the whole step
         if placed_here(target):
             target.to(args.device)
 
     @property
     def student(self) -> nn.Module:
-        return self.model.student  # type: ignore[union-attr]
+        """The same as `model`, whatever the engine does."""
+        return self._pair.student
 
     @property
     def target(self) -> nn.Module:
-        return self.model.target  # type: ignore[union-attr]
-
-    def trained(self) -> nn.Module:
-        return self.student
+        return self._pair.target
 
     def models(self) -> list[tuple[str, nn.Module]]:
         return [("The target", self.target), ("The student", self.student)]
@@ -84,6 +94,34 @@ class DrafterTrainer(BaseTrainer):
     def begin_of(self, row: int) -> str:
         texts: Any = self.train_dataset.data  # type: ignore[union-attr]
         return self.processing_class.decode(texts.rows[row]["input_ids"][:QUOTED])  # type: ignore[union-attr]
+
+    # What engines wrap, and keep in checkpoints, is the student with its loss: the loss needs whole parameters.
+
+    @contextmanager
+    def _as_pair(self) -> Iterator[None]:
+        """While entered, `model` is the student with its loss, as transformers' own code must find it."""
+        before, self.model = self.model, self._pair
+        if self.model_wrapped is before:
+            self.model_wrapped = self._pair
+        try:
+            yield
+        finally:
+            self.model = self.callback_handler.model = before
+
+    def _prepare_for_training(self, *args: Any, **options: Any) -> Any:
+        with self._as_pair():
+            return super()._prepare_for_training(*args, **options)
+
+    def _save_checkpoint(self, *args: Any, **options: Any) -> None:
+        with self._as_pair():
+            super()._save_checkpoint(*args, **options)
+
+    def save_model(self, *args: Any, **options: Any) -> None:
+        with self._as_pair():
+            super().save_model(*args, **options)
+
+    def trained(self) -> nn.Module:
+        return self.student
 
     # A step: batches, the number of their target tokens, the loss.
 
@@ -190,8 +228,19 @@ class DrafterTrainer(BaseTrainer):
 
     def _load_best_model(self) -> None:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            return super()._load_best_model()
+            with self._as_pair():
+                return super()._load_best_model()
         load_student_weights(self.student, self.state.best_model_checkpoint)
+
+
+def exam_of(args: DistillArguments, prompts: Sequence[Sequence[int]] | None, tokenizer: Any) -> Exam | None:
+    """What `evaluate` runs on these prompts; None without any."""
+    if prompts is None:
+        return None
+    if tokenizer is None:
+        raise ValueError("eval_dataset= without processing_class=: prompts are padded with the tokenizer's token")
+    options = args.eval_depth, args.eval_new_tokens, args.temperature, args.eval_batch_size
+    return Exam(prompts, pad_of(tokenizer), *options)
 
 
 def scored(batch: dict[str, Tensor]) -> Tensor:

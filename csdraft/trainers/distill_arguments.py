@@ -37,11 +37,14 @@ class DistillArguments(RunArguments):
     student: str | None = field(default=None, metadata={"help": "Folder or Hub id of the model to start from."})
     init: dict | None = field(
         default=None,
-        metadata={"help": "Makes a new student instead: {from_target: {layers: [0, 15]}} or {config: {...}}."},
+        metadata={
+            "help": "Makes a new student instead: {from_target: {layers: [0, 15]}}, with `shared: true` for "
+            "self-drafting (needs `peft`), or {config: {...}}."
+        },
     )
     peft: dict | None = field(
         default=None,
-        metadata={"help": "Options of LoRA on the student; with `layers`, LoRA on those layers of the target itself."},
+        metadata={"help": "Options of LoRA on the student, or on the target's own layers that `init` shares."},
     )
 
     dataset: str = field(

@@ -16,7 +16,7 @@ from csdraft.metrics.intervals import bootstrap_ratio
 from csdraft.metrics.measures import expected_acceptance, greedy_agreement, tokens_per_call
 from csdraft.schedules.fixed import Fixed
 
-__all__ = ["FRESH", "Exam", "check_figure", "ends_of", "left_padded", "seed_of", "up_to_end"]
+__all__ = ["FRESH", "Exam", "check_figure", "ends_of", "left_padded", "pad_of", "seed_of", "up_to_end"]
 
 FRESH: dict[str, Any] = {"reuse": False, "graphs": False}
 """Options of `generate` for models that are trained: nothing is kept of them between calls."""
@@ -183,6 +183,11 @@ def check_figure(name: str, depth: int, new_tokens: int) -> None:
             f"metric_for_best_model={name!r} is no figure of the evaluation; give one of {', '.join(known)}, "
             f"{counted[0]} to {counted[depth - 1]}, or {', '.join(counted[depth:])}"
         )
+
+
+def pad_of(tokenizer: Any) -> int:
+    """The token that short rows are filled up with."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
 def left_padded(texts: Sequence[Sequence[int]], pad: int, device: Any) -> dict[str, Tensor]:

@@ -12,16 +12,24 @@ from typing import Any
 
 from csdraft.heads.self_draft import SELF_DRAFT, TIED, read_document
 
-__all__ = ["RATES", "kind_of"]
+__all__ = ["RATES", "is_shared", "kind_of"]
 
 RATES = {"whole": 2e-5, "cut": 1e-4, "scratch": 3e-4, "lora": 2e-4, "self_draft": 4e-4}
 """Kind of student -> learning rate."""
 
 
+def is_shared(init: Mapping[str, Any] | None) -> bool:
+    """Whether `init` asks for a student on the target's own layers: self-drafting."""
+    cut = (init or {}).get("from_target")
+    return isinstance(cut, Mapping) and bool(cut.get("shared"))
+
+
 def kind_of(student: Any, init: Mapping[str, Any] | None, peft: Mapping[str, Any] | None) -> str:
     """The kind of student that these keys make: a key of `RATES`. A Hub id is taken for a whole model."""
+    if is_shared(init):
+        return "self_draft"
     if peft is not None:
-        return "self_draft" if "layers" in peft else "lora"
+        return "lora"
     if init is not None:
         return "scratch" if "config" in init else "cut"
     if student is None or not Path(student).is_dir():

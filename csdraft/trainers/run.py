@@ -16,16 +16,17 @@ from csdraft.data.packing import Packed, Padded, check_packing, collate, collate
 from csdraft.data.sources import read_prompts, read_rows
 from csdraft.data.target import check_writable, load_weights, read_target, target_name
 from csdraft.data.target_cache import TargetCache
-from csdraft.heads.self_draft import read_document
+from csdraft.heads.self_draft import SELF_DRAFT, read_document
 from csdraft.hub import fingerprint
-from csdraft.trainers.distill import DrafterTrainer
+from csdraft.trainers.distill import DrafterTrainer, exam_of
 from csdraft.trainers.distill_arguments import DistillArguments
 from csdraft.trainers.engines import load_sharded, placed_here, uses, whole_models
-from csdraft.trainers.exam import Exam
+from csdraft.trainers.exam import Exam, pad_of
 from csdraft.trainers.lock import only_run
 from csdraft.trainers.muon import MuonAdamW
 from csdraft.trainers.progress import Line
 from csdraft.trainers.publish import identity
+from csdraft.trainers.rates import is_shared
 from csdraft.trainers.run_folder import RunFolder, say
 from csdraft.trainers.students import check_engine, check_student, load_student_weights, make_student
 
@@ -65,13 +66,13 @@ def make_trainer(
     exam = make_exam(args, config, tokenizer)
     target, student = load_models(args, config)
     trainer = DrafterTrainer(
-        student,
-        target,
-        args,
-        exam,
+        model=student,
+        args=args,
         **batches,
         eval_dataset=exam and exam.prompts,
         processing_class=tokenizer,
+        target=target,
+        exam=exam,
         optimizers=(make_muon(args, student), None),
     )
     trainer.noted["data"] = identity(batches["train_dataset"])
@@ -145,8 +146,9 @@ def check_extras(args: DistillArguments) -> None:
 
 def check_engines(args: DistillArguments) -> None:
     """What the engine of the student, or that of a sharded target, cannot do."""
-    adapter = read_document(args.student) if args.student is not None else None
-    check_engine(args.peft or adapter, args.deepspeed, args.fsdp)
+    adapter = read_document(args.student) if args.student is not None and args.peft is None else None
+    shared = is_shared(args.init) or (adapter or {}).get("kind") == SELF_DRAFT
+    check_engine(shared, args.deepspeed, args.fsdp)
     for engine, asked in (("DeepSpeed", args.deepspeed), ("FSDP", args.fsdp)):
         if args.muon and (asked or uses(engine)):
             raise ValueError(f"muon=true needs whole matrices, which {engine} cuts up; leave muon out, or use DDP")
@@ -166,7 +168,6 @@ def check_engines(args: DistillArguments) -> None:
         raise ValueError(
             "target_sharded=true with one process: no other process could share the weights; use accelerate launch"
         )
-    shared = [key for key in ("layers", "encoder_layers") if key in (args.peft or adapter or {})]
     if shared or "from_target" in (args.init or {}):
         raise ValueError(
             "target_sharded=true: a student cannot be cut out of a target, or stand on its layers, where no process "
@@ -206,9 +207,7 @@ def make_exam(args: DistillArguments, config: PreTrainedConfig, tokenizer: PreTr
     context = context_length(config)
     longest = context - args.eval_new_tokens - args.eval_depth
     prompts = read_prompts(args.eval_prompts, tokenizer, args.eval_limit, longest, args.eval_split, chat_of(args))
-    return Exam(
-        prompts, pad_of(tokenizer), args.eval_depth, args.eval_new_tokens, args.temperature, args.eval_batch_size
-    )
+    return exam_of(args, prompts, tokenizer)
 
 
 def make_batches(
@@ -230,10 +229,6 @@ def make_batches(
 
 def context_length(config: PreTrainedConfig) -> int:
     return getattr(config, "max_position_embeddings", None) or 1 << 20
-
-
-def pad_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id  # type: ignore
 
 
 # Models.

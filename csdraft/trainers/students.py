@@ -27,13 +27,14 @@ from csdraft.heads.self_draft import (
 from csdraft.heads.tied import TiedDraft, borrowed
 from csdraft.trainers.engines import uses
 from csdraft.trainers.new_students import cut_out, from_scratch, narrow_config, new_config
+from csdraft.trainers.rates import is_shared
 from csdraft.trainers.student_files import load_student_weights, put_adapter, save_student
 
 __all__ = ["added_share", "check_engine", "check_student", "load_student_weights", "make_student", "save_student"]
 
-CUT = ("layers", "encoder_layers", "hidden_size", "tie_to_target")
-SHARED = ("layers", "encoder_layers")
-"""Keys of a `peft` block that are not LoRA's: they make it self-drafting."""
+LAYERS = ("layers", "encoder_layers")
+CUT = (*LAYERS, "hidden_size", "tie_to_target", "shared")
+"""Keys of `init.from_target`."""
 SET_HERE = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
 SET_HERE |= {"inference_mode", "runtime_config", "layer_replication"}
 HARMLESS_STARTS = (True, False, "gaussian", "orthogonal")
@@ -52,64 +53,88 @@ def check_student(
         config: the target's.
         student, init, peft: see `make_student`.
     """
-    shared = bool(peft) and any(key in peft for key in SHARED)
+    if peft is not None:
+        _check_peft(peft)
     ways = [name for name, given in (("student", student is not None), ("init", init is not None)) if given]
-    ways += ["layers in peft"] if shared else []
     if len(ways) != 1:
         raise ValueError(
-            f"{' and '.join(ways) or 'no student'} given; choose one: student (a folder or Hub id), init "
-            "({from_target: {layers: [...]}} or {config: {...}}), or layers in peft (self-drafting)"
+            f"{' and '.join(ways) or 'no student'} given; choose one: student (a folder or Hub id), or init "
+            "({from_target: {layers: [...]}}, with shared: true for self-drafting, or {config: {...}})"
         )
-    if peft is not None:
-        _check_peft(config, peft, shared)
-    if init is None:
-        return
-    if peft is not None:
-        raise ValueError(
-            "peft with init: a new student is trained whole; for LoRA on the target's layers put them in peft"
-        )
+    if init is not None:
+        _check_init(config, init, peft)
+
+
+def _check_init(config: Any, init: Mapping[str, Any], peft: Mapping[str, Any] | None) -> None:
     spec.check_keys(init, ("from_target", "config"), "init")
     if len(init) != 1 or not isinstance(next(iter(init.values())), Mapping):
         raise ValueError(f"init={dict(init)}: give {{from_target: {{layers: [...]}}}} or {{config: {{...}}}}")
+    cut = init.get("from_target", {})
+    spec.check_keys(cut, CUT, "init.from_target")
+    for switch in ("tie_to_target", "shared"):
+        if not isinstance(cut.get(switch, False), bool):
+            raise ValueError(f"{switch}={cut[switch]!r} must be true or false")
+    shared = is_shared(init)
+    if peft is not None and not shared:
+        raise ValueError(
+            "peft with init: a new student is trained whole. For LoRA on the target's own layers (self-drafting), say "
+            "init: {from_target: {layers: [...], shared: true}}"
+        )
     if "config" in init:
         new_config(config, init["config"])
-    else:
-        cut = init["from_target"]
-        spec.check_keys(cut, CUT, "init.from_target")
-        check_layers(config, cut.get("layers"), cut.get("encoder_layers"))
-        if cut.get("hidden_size") is not None:
-            narrow_config(config, cut["hidden_size"])
-            if cut.get("tie_to_target"):
-                raise ValueError(
-                    "tie_to_target with hidden_size: the target's embedding has the target's width; leave one out"
-                )
-        if not isinstance(cut.get("tie_to_target", False), bool):
-            raise ValueError(f"tie_to_target={cut['tie_to_target']!r} must be true or false")
-
-
-def _check_peft(config: Any, peft: Mapping[str, Any], shared: bool) -> None:
-    known = [field.name for field in fields(peft_package().LoraConfig) if field.init and field.name not in SET_HERE]
-    spec.check_keys(peft, [*SHARED, *known], "peft (LoRA)")
-    if not shared:
         return
-    check_layers(config, peft.get("layers"), peft.get("encoder_layers"))
+    check_layers(config, cut.get("layers"), cut.get("encoder_layers"))
+    if shared:
+        _check_shared(cut, peft)
+    elif cut.get("hidden_size") is not None:
+        narrow_config(config, cut["hidden_size"])
+        if cut.get("tie_to_target"):
+            raise ValueError(
+                "tie_to_target with hidden_size: the target's embedding has the target's width; leave one out"
+            )
+
+
+def _check_peft(peft: Mapping[str, Any]) -> None:
+    """Raises ValueError unless all options are LoRA's."""
+    if given := [key for key in (*LAYERS, "shared") if key in peft]:
+        layers = ", ".join(f"{key}: {peft[key]}" for key in given if key != "shared")
+        raise ValueError(
+            f"peft={dict(peft)} has {' and '.join(given)}, which are not options of LoRA. Self-drafting is asked for "
+            f"by init: {{from_target: {{{layers or 'layers: [...]'}, shared: true}}}}; peft keeps LoRA's own options"
+        )
+    known = [field.name for field in fields(peft_package().LoraConfig) if field.init and field.name not in SET_HERE]
+    spec.check_keys(peft, known, "peft (LoRA)")
+
+
+def _check_shared(cut: Mapping[str, Any], peft: Mapping[str, Any] | None) -> None:
+    """Raises ValueError for what an adapter on the target's own layers cannot have."""
+    if made := [key for key in ("hidden_size", "tie_to_target") if cut.get(key)]:
+        raise ValueError(
+            f"shared: true with {made[0]}: shared layers are the target's own, and {made[0]} is for copies of them; "
+            "leave one out"
+        )
+    if not peft:
+        raise ValueError(
+            "shared: true needs peft, such as peft: {r: 64, lora_alpha: 128}: the layers are the target's own and "
+            "stay as they are, so an adapter on them is what is trained; for copies that are trained leave shared out"
+        )
     bias, start = peft.get("bias", "none"), peft.get("init_lora_weights", True)
     if bias != "none" or start not in HARMLESS_STARTS:
         raise ValueError(
             f"bias={bias!r}, init_lora_weights={start!r}: on shared weights they would change the target's own; use "
             f"bias 'none' and one of {HARMLESS_STARTS}"
         )
-    check_engine(peft)
+    check_engine(True)
 
 
-def check_engine(peft: Mapping[str, Any] | None, deepspeed: Any = None, fsdp: Any = None) -> None:
+def check_engine(shared: bool, deepspeed: Any = None, fsdp: Any = None) -> None:
     """Raises ValueError if a self-drafting student is to be trained by an engine that shards or moves its weights.
 
     Args:
-        peft: see `make_student`; only one with `layers` is self-drafting.
+        shared: whether the student is self-drafting, see `is_shared`.
         deepspeed, fsdp: of `TrainingArguments`; what `accelerate launch` has chosen is known from the environment.
     """
-    if not peft or not any(key in peft for key in SHARED):
+    if not shared:
         return
     asked = {"DeepSpeed": bool(deepspeed), "FSDP": bool(fsdp)}
     for engine in asked:
@@ -136,26 +161,27 @@ def make_student(
             target; `encoder_layers` of a T5-like target (all if left out); `hidden_size` keeps the first channels
             only, which is a start rather than a model. Or `{"config": {...}}`: random weights, a config's options, all
             others at the class's defaults; `model_type` is the target's unless given. With `tie_to_target` (of
-            `from_target`) its embedding and output layer stay the target's: frozen, and not saved with it.
-        peft: options of `peft.LoraConfig`, for LoRA on `student`. With `layers` (and `encoder_layers`) it is LoRA on
-            these layers of the target itself, on shared weights: self-drafting. Patterns in it see the layers' new
-            numbers, from 0.
+            `from_target`) its embedding and output layer stay the target's: frozen, and not saved with it. With
+            `shared` (of `from_target`) the layers are the target's own, not copies, and `peft` is trained on them:
+            self-drafting.
+        peft: options of `peft.LoraConfig`, for LoRA on `student` or on shared layers. Patterns in it see the layers'
+            new numbers, from 0.
 
     Raises:
         ValueError: see `check_student`; or the target's family cannot be cut.
     """
     target = load_model(target, dtype="auto") if isinstance(target, str) else base_model(target)
     check_student(target.config, student, init, peft)
+    if peft is not None and init is not None:
+        cut = init["from_target"]
+        return _with_lora(own_layers(target, cut["layers"], cut.get("encoder_layers")), peft)
     if peft is not None:
-        options = {key: value for key, value in peft.items() if key not in SHARED}
-        if student is None:
-            return _with_lora(own_layers(target, peft["layers"], peft.get("encoder_layers")), options)
-        return _with_lora(_opened(student), options)
+        return _with_lora(_opened(student), peft)
     if init is None:
         return _continued(student, target) if isinstance(student, str | os.PathLike) else student
     if "config" in init:
         return from_scratch(target, init["config"])
-    return cut_out(target, **init["from_target"])
+    return cut_out(target, **{key: value for key, value in init["from_target"].items() if key != "shared"})
 
 
 # A model, or an adapter, that exists.

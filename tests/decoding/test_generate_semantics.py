@@ -379,8 +379,21 @@ except ValueError as error:
     assert "stop strings" in str(error)
 options = {"max_new_tokens": 8, "do_sample": False, "assistant": small}
 assert model.generate(**inputs, **options, custom_generate=csdraft.decode).tolist() == wanted
-other = tiny.fresh("llama")
-csdraft.enable(other)
+import copy, pickle
+from peft import LoraConfig, get_peft_model
+other, before = tiny.fresh("llama"), None
+before = set(vars(other))
+assert csdraft.enable(other) is other
+assert set(vars(other)) == before
+for stranger in (model, copy.deepcopy(other), pickle.loads(pickle.dumps(other))):
+    assert stranger.generate(**inputs, max_new_tokens=8, do_sample=False).tolist() == wanted
+    try:
+        stranger.generate(**inputs, assistant=small)
+        raise SystemExit("assistant= was accepted by a model that was not enabled")
+    except ValueError as error:
+        assert "assistant" in str(error)
+adapted = csdraft.enable(get_peft_model(tiny.fresh("llama"), LoraConfig(r=2, target_modules=["q_proj"])).eval())
+assert adapted.generate(**inputs, **options).tolist() == wanted
 assert other.generate(**inputs, **options).tolist() == wanted
 assert other.generate(inputs["input_ids"], **options).tolist() == wanted
 csdraft.install(); csdraft.install()

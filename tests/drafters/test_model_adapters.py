@@ -12,7 +12,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from tiny import fresh, prompt, ragged_batch
+from tiny import fresh, on_target, prompt, ragged_batch
 from torch import nn
 
 import csdraft
@@ -40,7 +40,7 @@ def base(seed: int = 0) -> nn.Module:
 
 def student_of(target: nn.Module, name: str) -> nn.Module:
     torch.manual_seed(len(ADAPTERS[name]) + sum(ADAPTERS[name]))
-    return make_student(target, peft=LORA | {"layers": ADAPTERS[name]}).eval()
+    return make_student(target, init=on_target(ADAPTERS[name]), peft=LORA).eval()
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_equal_logits_after_save_and_reload(folders, name):
 def test_an_adapter_for_t5(tmp_path):
     target = fresh("t5", num_layers=3, num_decoder_layers=3)
     options = {"r": 2, "target_modules": ["q", "v"], "init_lora_weights": False}
-    student = make_student(target, peft=options | {"layers": [1, 2], "encoder_layers": [1]}).eval()
+    student = make_student(target, init=on_target([1, 2], encoder_layers=[1]), peft=options).eval()
     save_student(student, tmp_path)
     assert json.loads((tmp_path / "drafter.json").read_text())["encoder_layers"] == [1]
     inputs = prompt() | {"decoder_input_ids": prompt(6)["input_ids"]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -16,8 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tiny import on_target
 from trainers.pair import arguments, make_pair, settings
-from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, Trainer, TrainerCallback
 
 import csdraft
 from csdraft.data.sources import read_rows
@@ -66,6 +68,49 @@ def test_only_the_student_changes(folder):
     assert moved > 1e-3
     optimised = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     assert optimised == {id(p) for p in trainer.student.parameters()}
+
+
+class Seen(TrainerCallback):
+    """Notes the models that callbacks are shown."""
+
+    def __init__(self):
+        self.models: set[int] = set()
+
+    def on_step_end(self, args, state, control, model=None, **others):
+        self.models.add(id(model))
+
+
+def test_the_trainer_is_called_as_trainer_is_and_its_model_is_the_student(folder):
+    """Names and order of `transformers.Trainer`; before, during and after training, in checkpoints and in the end."""
+    names = list(inspect.signature(DrafterTrainer.__init__).parameters)
+    assert names[:7] == list(inspect.signature(Trainer.__init__).parameters)[:7]
+    student, target = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("student", "target"))
+    args = arguments(folder, "as-trainer", max_steps=4, save_steps=2)
+    tokenizer, seen = AutoTokenizer.from_pretrained(folder / "target"), Seen()
+    _, _, batches = run.prepare(args)
+    trainer = DrafterTrainer(
+        model=student,
+        args=args,
+        target=target,
+        **batches,
+        eval_dataset=[[5, 6, 7], [8, 9]],
+        processing_class=tokenizer,
+        callbacks=[seen],
+    )
+    assert trainer.model is trainer.student is student
+    trainer.train()
+    assert trainer.model is trainer.student is student
+    assert seen.models == {id(student)}
+    assert trainer.evaluate()["eval_block_efficiency"] >= 1
+    trainer.save_model()
+    for place in ("as-trainer", "as-trainer/checkpoint-4"):
+        assert largest_difference(weights(folder / place), {k: v.cpu() for k, v in student.state_dict().items()}) == 0
+    resumed = AutoModelForCausalLM.from_pretrained(folder / "student")
+    again = DrafterTrainer(resumed, args, target=target, **batches, processing_class=tokenizer)
+    again.train(resume_from_checkpoint=str(folder / "as-trainer/checkpoint-2"))
+    assert largest_difference(resumed.state_dict(), student.state_dict()) == 0
+    with pytest.raises(ValueError, match="no prompts to evaluate on"):
+        again.evaluate()
 
 
 @pytest.mark.parametrize("on_policy", [0.0, 0.7])
@@ -336,7 +381,7 @@ def test_a_trained_student_is_not_called_what_it_was(folder, monkeypatch):
     """A cascade saved by ids would else name the student as it was before."""
     student, target = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("student", "target"))
     student.config.name_or_path, student.config._commit_hash = "me/small", "0" * 40
-    DrafterTrainer(student, target, arguments(folder, "called"))
+    DrafterTrainer(student, arguments(folder, "called"), target=target)
     csdraft.CascadeDrafter([student]).save_pretrained(folder / "called/cascade", copy_models=False)
     document = json.loads((folder / "called/cascade/cascade.json").read_text())
     assert document["models"] == {"called": {"folder": "models/called"}}
@@ -411,7 +456,7 @@ def test_the_best_is_found_where_a_run_was_moved(folder, tmp_path):
         ({"student": None, "init": {"from_target": {"layers": [0]}}}, 1e-4),
         ({"student": None, "init": {"config": {}}}, 3e-4),
         ({"peft": {"r": 2}}, 2e-4),
-        ({"student": None, "peft": {"layers": [0], "r": 2}}, 4e-4),
+        ({"student": None, "init": on_target([0]), "peft": {"r": 2}}, 4e-4),
         ({"learning_rate": 0.5}, 0.5),
     ],
 )

@@ -1,0 +1,253 @@
+"""What `csdraft doctor` finds out: the machine, the versions, and of each model what csdraft can do with it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from torch import nn
+
+from csdraft.decoding.graphs import FEWEST_SLOTS
+from csdraft.decoding.probe import difference, padding_difference
+from csdraft.decoding.refusals import refusal
+from csdraft.prepare import Ready, measured
+
+__all__ = ["Machine", "ModelState", "Package", "examine", "machine", "packages"]
+
+WIDTHS = (1, 4, 8, 16)
+"""Tokens of the forwards that are timed."""
+UNITS = ("amx_bf16", "avx512_bf16", "amx_int8", "avx512f", "avx2", "bf16", "i8mm", "asimd")
+"""Flags of /proc/cpuinfo that say which numbers a CPU computes fast."""
+BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16", "bf16")
+LEAST_PASSES, MOST_PASSES, ENOUGH = 3, 10, 4.0
+"""Passes over all widths: at least, at most, and the seconds after which no other one begins."""
+STEADY = 1.5
+"""Times the fastest pass that the median pass may take on a machine that has nothing else to do."""
+CHEAP, EXPENSIVE = 1.5, 3.0
+"""Times that a forward of 8 tokens may cost one of 1 token: below the first, and above the second."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """One package that csdraft stands on.
+
+    Attributes:
+        name: of the package, or "python".
+        version: that is installed; None if it is missing.
+        bounds: that csdraft asks for, such as "<5.25,>=5.23"; empty if it asks for none.
+        fits: whether the version is within the bounds.
+    """
+
+    name: str
+    version: str | None
+    bounds: str
+    fits: bool
+
+    def __str__(self) -> str:
+        found = self.version or "not installed"
+        if not self.bounds:
+            return f"{self.name:<16} {found}"
+        return f"{self.name:<16} {found:<14} {'within' if self.fits else 'NOT WITHIN'} {self.bounds}"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where forwards run.
+
+    Attributes:
+        system: operating system and its architecture.
+        cpu: its name, as far as the system tells.
+        cores: that this process may use.
+        threads: of torch.
+        units: instructions for fast arithmetic; empty if the system does not tell.
+        accelerators: one line each.
+    """
+
+    system: str
+    cpu: str
+    cores: int
+    threads: int
+    units: list[str]
+    accelerators: list[str]
+
+    @property
+    def bfloat16(self) -> str:
+        """Which dtype to take on the CPU."""
+        if not self.units:
+            return "unknown whether the CPU has units for bfloat16: time both dtypes"
+        found = [unit for unit in BFLOAT16_UNITS if unit in self.units]
+        if found:
+            return f"the CPU has units for bfloat16 ({', '.join(found)}): --dtype bfloat16 is usually faster"
+        return "the CPU has no units for bfloat16: --dtype float32 is usually faster"
+
+    def __str__(self) -> str:
+        lines = [
+            f"{'system':<16} {self.system}",
+            f"{'CPU':<16} {self.cpu}, {self.cores} cores, torch uses {self.threads} threads",
+            f"{'CPU units':<16} {', '.join(self.units) or 'unknown'}",
+            f"{'':<16} {self.bfloat16}",
+        ]
+        return "\n".join([*lines, *(f"{'accelerator':<16} {line}" for line in self.accelerators or ["none found"])])
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """What csdraft can do with one model.
+
+    Attributes:
+        name: as the user gave it.
+        described: class, size, dtype and device.
+        refused: why drafts are not possible; None if they are.
+        padded_refused: why batches of texts of several lengths are not; None if they are.
+        why_not_captured: why forwards run eagerly; None if they are recorded and replayed.
+        milliseconds: of a forward, by the number of its tokens; the fastest of several. Empty if it was not timed.
+        busy: whether the times varied so much that they cannot be compared.
+    """
+
+    name: str
+    described: str
+    refused: str | None = None
+    padded_refused: str | None = None
+    why_not_captured: str | None = None
+    milliseconds: dict[int, float] = field(default_factory=dict)
+    busy: bool = False
+
+    @property
+    def expected(self) -> str:
+        """Whether wide drafts pay, in a sentence."""
+        if not self.milliseconds:
+            return "not timed"
+        if self.busy:
+            return (
+                "unknown: other work kept the machine busy and the times vary; run it again when it has nothing to do"
+            )
+        costs = {width: seconds / self.milliseconds[1] for width, seconds in self.milliseconds.items()}
+        price = f"reading 8 tokens costs {costs[8]:.1f} times one token, 16 tokens {costs[16]:.1f} times"
+        if costs[8] <= CHEAP:
+            advice = "wide drafts pay: long drafts and trees cost little, even if few of their tokens are kept"
+        elif costs[8] <= EXPENSIVE:
+            advice = "drafts of 4 to 8 tokens pay if about half of them are kept; trees need a good drafter"
+        else:
+            advice = "wide drafts do not pay: keep drafts short, or try another --dtype or more --threads"
+        return f"{price}; {advice}"
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"expected": self.expected}
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: {self.described}"]
+        if self.refused is not None:
+            return "\n".join([*lines, f"  exact with drafts   NO: {self.refused}"])
+        lines.append("  exact with drafts   yes")
+        padded = "yes" if self.padded_refused is None else f"NO: {self.padded_refused}"
+        lines.append(f"  padded batches      {padded}")
+        captured = "yes" if self.why_not_captured is None else f"no: {self.why_not_captured}"
+        lines.append(f"  forwards captured   {captured}")
+        if self.milliseconds:
+            times = ", ".join(f"{width}: {seconds:.2f} ms" for width, seconds in self.milliseconds.items())
+            lines.append(f"  a forward of        {times}")
+        return "\n".join([*lines, f"  what to expect      {self.expected}"])
+
+
+def packages() -> list[Package]:
+    """Python, csdraft and what csdraft cannot do without, each with the bounds that csdraft's metadata has for it."""
+    from csdraft import __version__
+
+    try:
+        wanted = [Requirement(line) for line in requires("csdraft") or ()]
+        python = metadata("csdraft").get("Requires-Python") or ""
+    except PackageNotFoundError:  # a folder on the path that was never installed
+        wanted, python = [Requirement(name) for name in ("torch", "transformers")], ""
+    found = [Package("csdraft", __version__, "", True), _package("python", platform.python_version(), python)]
+    for one in wanted:
+        if one.marker is None:
+            found.append(_package(one.name, _version(one.name), str(one.specifier)))
+    return found
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _package(name: str, found: str | None, bounds: str) -> Package:
+    return Package(name, found, bounds, found is not None and SpecifierSet(bounds).contains(found, prereleases=True))
+
+
+def machine() -> Machine:
+    """This machine."""
+    text = Path("/proc/cpuinfo").read_text(errors="replace") if Path("/proc/cpuinfo").is_file() else ""
+    named = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", text, re.MULTILINE)
+    flags = set((re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE) or ["", ""])[1].split())
+    cpu = named[1] if named else platform.processor() or platform.machine()
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    units = [unit for unit in UNITS if unit in flags]
+    return Machine(platform.platform(), cpu.strip(), cores, torch.get_num_threads(), units, _accelerators())
+
+
+def _accelerators() -> list[str]:
+    found = []
+    for i in range(torch.cuda.device_count()):
+        seen = torch.cuda.get_device_properties(i)
+        half = "with" if torch.cuda.is_bf16_supported() else "without"
+        found.append(f"cuda:{i} {seen.name}, {seen.total_memory / 2**30:.0f} GiB, {half} bfloat16")
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    return found
+
+
+def examine(name: str, model: nn.Module, progress: Callable[[str, float], None]) -> ModelState:
+    """What csdraft can do with a model: some short forwards, and four shapes timed.
+
+    Args:
+        name: as the user gave it.
+        model: on its device, in its dtype.
+        progress: called with what is being done and the share that is done.
+    """
+    model = model.eval()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    first = next(model.parameters())
+    dtype = str(first.dtype).removeprefix("torch.")
+    described = f"{type(model).__name__}, {parameters / 1e6:,.1f} M parameters, {dtype} on {first.device}"
+    if reason := refusal(model) or difference(model):
+        return ModelState(name, described, refused=reason)
+    config: Any = model.config
+    longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or FEWEST_SLOTS
+    slots = min(FEWEST_SLOTS, longest)
+    shapes = [(width, slots) for width in WIDTHS if width <= slots]
+    ready, times = _timed(name, model, shapes, progress)
+    best = {width: min(found) for width, found in times.items()}
+    busy = any(median(found) > STEADY * best[width] for width, found in times.items())
+    return ModelState(name, described, None, padding_difference(model), ready.why_not, best, busy)
+
+
+def _timed(
+    name: str, model: nn.Module, shapes: Sequence[tuple[int, int]], progress: Callable[[str, float], None]
+) -> tuple[Ready, dict[int, list[float]]]:
+    """The last pass, and the milliseconds of each width in every pass: what disturbs the machine, disturbs all."""
+    times: dict[int, list[float]] = {}
+    started = time.monotonic()
+    for done in range(MOST_PASSES):
+        ready = measured(name, model, 1, shapes, "auto", lambda *_: None)
+        for shape, seconds in ready.costs.items():
+            times.setdefault(shape.queries, []).append(1e3 * seconds)
+        share = max((done + 1) / MOST_PASSES, (time.monotonic() - started) / ENOUGH)
+        if not times or (done + 1 >= LEAST_PASSES and share >= 1):
+            break
+        progress(f"timing {name}", min(share, 0.99))
+    progress(f"timing {name}", 1.0)
+    return ready, times  # type: ignore[possibly-unbound]

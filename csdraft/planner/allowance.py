@@ -1,0 +1,51 @@
+"""How long a tuning may take, and a true estimate of what is left of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+__all__ = ["Allowance"]
+
+ALMOST = 0.99
+"""The largest share that is reported before the end."""
+
+
+@dataclass
+class Allowance:
+    """Counts the seconds of a piece of work that has several parts.
+
+    Args:
+        seconds: that the whole may take; infinity for as long as it needs.
+        say: called with what is being done and the share of the time that has passed.
+        now: the clock.
+    """
+
+    seconds: float
+    say: Callable[[str, float], None]
+    now: Callable[[], float] = time.monotonic
+    _share: float = field(init=False, default=0.0)
+
+    def __post_init__(self) -> None:
+        self._started = self.now()
+
+    @property
+    def passed(self) -> float:
+        """Seconds since the start."""
+        return self.now() - self._started
+
+    @property
+    def remaining(self) -> float:
+        """Seconds that are left; not below 0."""
+        return max(self.seconds - self.passed, 0.0)
+
+    def tell(self, what: str, left: float) -> None:
+        """Reports the share that has passed, if the rest takes `left` seconds, or all that is allowed if that is less.
+
+        The share never falls: a reader of it would take that for the beginning of other work.
+        """
+        passed, left = self.passed, min(left, self.remaining)
+        share = passed / (passed + left) if passed + left > 0 else 0.0
+        self._share = min(max(self._share, share), ALMOST)
+        self.say(what, self._share)

@@ -1,0 +1,51 @@
+"""`k_matrix="auto"`: a plan on one prompt, at the first call with a target, and the line that says so."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from csdraft.decoding.interfaces import Drafter
+from csdraft.decoding.names import name_of
+from csdraft.decoding.report import Planned
+from csdraft.planner.search import Plan, search
+from csdraft.planner.trace import observe_world
+
+__all__ = ["plan_on"]
+
+TOKENS = 48
+"""That the target writes for a plan."""
+
+
+def plan_on(
+    target: Any, drafters: Sequence[Drafter], names: Sequence[str], input_ids: torch.Tensor, options: Mapping[str, Any]
+) -> tuple[Plan, Planned]:
+    """The best plan for a target on one prompt, and what is expected of it; one line on stderr says what was planned.
+
+    Args:
+        target: the model.
+        drafters: largest first.
+        names: of the drafters, for the reader.
+        input_ids: (1, length) of the prompt, without padding.
+        options: of `generate`.
+    """
+    started = time.perf_counter()
+    prompt = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    with torch.random.fork_rng(devices=[]):  # a plan must not change what is sampled
+        world = observe_world(target, drafters, [prompt] * 2, max_new_tokens=TOKENS, **options)
+    best = search(world)[0]
+    kept = [names[j] for j in best.kept]
+    tokens, plain = sum(t.length for t in world.traces), sum(t.plain for t in world.traces)
+    expected = best.expected
+    planned = Planned(kept, best.trimmed(), expected.tokens_per_round, expected.speedup, plain / tokens)
+    print(
+        f'csdraft: k_matrix="auto" was planned for {name_of(target)} in {time.perf_counter() - started:.1f} s: '
+        f"{best.trimmed()} of {', '.join(kept)}, {expected.speedup:.2f} x plain expected; "
+        "cascade.plan.save_pretrained(PATH) keeps it",
+        file=sys.stderr,
+    )
+    return best, planned
