@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,10 @@ __all__ = ["NoCache", "Reader", "Sources", "home", "place"]
 
 WIDEST = 64
 """Inputs of so many queries or fewer are kept for the next forward of their shape, and may have a fixed one."""
+
+
+_RAN: WeakKeyDictionary[nn.Module, set[tuple[int, int, int]]] = WeakKeyDictionary()
+"""Rows, queries and depths of the forwards that each model has run eagerly, in whichever reader."""
 
 
 class NoCache(ValueError):
@@ -51,7 +56,7 @@ class Reader:
     Attributes:
         inference: whether its tensors were made under `torch.inference_mode`.
         size: batch size of its cache, and `rows`: of its forwards, without those that have ended.
-        shape: of the last forward, and `warm`: whether this reader had run that shape before, as it runs it now.
+        shape: of the last forward, and `warm`: whether the model had run that shape before, as it runs it now.
         costs: seconds of a warm forward by shape, as far as shapes were recorded or prepared.
     """
 
@@ -75,6 +80,7 @@ class Reader:
         self.graphs: Graphs | None = None  # while it is None, shapes are exact and forwards eager
         self.shape, self.warm = Shape(rows, 0, 0), False
         self.last_position = (self.traits.positions or 1 << 30) - 1
+        self._ran = _RAN.setdefault(model, set())
         self._buffers: dict[tuple[int, int, int], Inputs] = {}
         self._past = None
         self._prompts = torch.zeros(rows, 2, dtype=torch.long, device=self.device)
@@ -155,8 +161,9 @@ class Reader:
     def _inputs(self, queries: int, deepest: int) -> Inputs:
         """The buffers of a shape."""
         key = (self.rows, queries, deepest)
-        self.warm = key in self._buffers
-        if self.warm:
+        self.warm = key in self._ran
+        self._ran.add(key)
+        if key in self._buffers:
             return self._buffers[key]
         made = Inputs(*key, self.device)
         if queries <= WIDEST:

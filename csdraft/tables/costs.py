@@ -290,6 +290,11 @@ class Survival:
         found = [first, *later, *[pooled] * (depth - 1 - len(later))]
         return [min(pair) for pair in zip(found, self.shares_offered(depth), strict=True)] if hope else found
 
+    @property
+    def shown(self) -> float:
+        """Rounds in which a first token was not only asked for but drafted."""
+        return self.tried[0] * self.shares_offered(1)[0] if self.tried else 0.0
+
     def lean_on(self, kin: Sequence[Survival]) -> None:
         """Takes for its priors what trees of other sizes have shown, in terms of a chain."""
 
@@ -330,7 +335,7 @@ class Ledger:
         usual = _prior(evidence)
         same = [(_prior(e), other) for (e, w), other in self.survivals.items() if w == way and e != evidence]
         kept = sum(sum(other.kept[:1]) for _, other in same) + PRIOR_WEIGHT * usual
-        expected = sum(prior * sum(other.tried[:1]) for prior, other in same) + PRIOR_WEIGHT * usual
+        expected = sum(prior * other.shown for prior, other in same) + PRIOR_WEIGHT * usual
         known.prior = min(usual * kept / expected, AFTER_STREAK)
         return known
 
