@@ -453,7 +453,7 @@ def test_the_shim_runs_under_plain_transformers(saved, tmp_path):
 def test_the_shim_says_what_to_install(saved):
     code = (saved / "custom_generate" / "generate.py").read_text()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "csdraft.hub", None)
+        patch.setitem(sys.modules, "csdraft.hook", None)
         with pytest.raises(ImportError, match="pip install -U csdraft"):
             exec(compile(code, "generate.py", "exec"), {})
 
