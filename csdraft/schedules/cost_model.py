@@ -36,8 +36,6 @@ READING_COST = 0.05
 """Reading a token of text costs a model this share of drafting one."""
 MARGIN = 1.02
 """What drafting must promise over plain decoding: timing noise decides below that."""
-TOLD = 1.1
-"""The same for a drafter that says itself what it expects: nothing else is tried, and prices are never exact."""
 PROVEN = 2.0
 """With drafts that look so many times faster than plain decoding, its price need not be known."""
 PATIENCE = 3
@@ -179,7 +177,7 @@ class Working(Schedule):
         survivals = {way: self._survival(kind, way) for way in self.ways if way not in self._telling}  # count trials
         self._plans[kind] = plans
         best = max(plans, key=lambda plan: self._preference(plan, remaining), default=None)
-        if best is None or best.rate * plain < (TOLD if best.way in self._telling else MARGIN):
+        if best is None or best.rate * plain < MARGIN:
             best = None
         elif best.rate * plain < PROVEN and self.rounds >= PATIENCE and not self.prices.known(1):
             return self.ways[0], 0  # what drafts must beat

@@ -14,10 +14,10 @@ LENGTHS = (2, 3, 5, 9, 17)
 """Lengths of a match from which on a copy is of the next kind."""
 COPIED = (0.1, 0.2, 0.3, 0.5, 0.7, 0.85)
 """Share of copied tokens that are right, by the length of the match, before anything is known."""
-EARLIER, UNSEEN, SECOND, FIRST = 0.6, 0.6, 0.9, 0.8
+EARLIER, UNSEEN, SECOND, FIRST = 0.6, 0.6, 0.9, 0.6
 """Of that share, what is left where the copy is from an earlier output; where it is none of the remembered successors;
 where it is one of them, but not the first. Where it is the first: what is left of the share that is wrong."""
-RANKED = (0.3, 0.12, 0.06, 0.04, 0.03, 0.03, 0.02, 0.02)
+RANKED = (0.4, 0.13, 0.07, 0.05, 0.04, 0.03, 0.02, 0.02)
 """Share of a token's remembered successors that come again, by rank, where no copy was right: before it is known."""
 COPIES, RANKS = 8.0, 40.0
 """Tokens that these priors count for."""
