@@ -12,7 +12,7 @@ __all__ = ["Copy", "SourceRates"]
 
 LENGTHS = (2, 3, 5, 9, 17)
 """Lengths of a match from which on a copy is of the next kind."""
-COPIED = (0.12, 0.3, 0.45, 0.6, 0.75, 0.85)
+COPIED = (0.1, 0.2, 0.3, 0.5, 0.7, 0.85)
 """Share of copied tokens that are right, by the length of the match, before anything is known."""
 EARLIER, UNSEEN, SECOND, FIRST = 0.6, 0.6, 0.9, 0.6
 """Of that share, what is left where the copy is from an earlier output; where it is none of the remembered successors;
