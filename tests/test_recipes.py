@@ -103,7 +103,7 @@ def test_losses_and_students_exist(path):
     model: Any = fresh(family, **shape(path))
     check_student(model.config, args.student, args.init, args.peft)
     if args.peft is not None:
-        student = make_student(model, None if args.student is None else fresh(family), None, args.peft)
+        student = make_student(model, None if args.student is None else fresh(family), args.init, args.peft)
         trained = [name for name, parameter in student.named_parameters() if parameter.requires_grad]
         assert all(any(f".{module}." in name for name in trained) for module in args.peft["target_modules"])
 
