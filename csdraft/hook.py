@@ -106,7 +106,7 @@ def decode(
     sequences = output.sequences(input_ids, call.texts)
     if target.pinned and cache is not None:
         _hand_out(target, cache, mask, sequences, call.texts)
-    call.close()
+    call.close(failed=guarded.failure is not None)
     return output.pack(sequences, report, cache, model_kwargs.get("encoder_outputs"))
 
 

@@ -99,6 +99,12 @@ class Awaited(Sequence[int]):
             return False
         return not self._count or tuple(self) == tuple(other)
 
+    def __add__(self, other: Sequence[int]) -> tuple[int, ...]:
+        return (*self, *other)
+
+    def __radd__(self, other: Sequence[int]) -> tuple[int, ...]:
+        return (*other, *self)
+
     def __hash__(self) -> int:
         return hash(tuple(self))
 

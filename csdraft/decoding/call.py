@@ -125,10 +125,15 @@ class Call:
         """A distinct name for each level number, in order."""
         return distinct(self._names.get(owner) or name_of(owner) for owner in self._levels)
 
-    def close(self) -> None:
-        """The end of a call that went well: models keep what they have read, and recorded, for the next one."""
+    def close(self, failed: bool = False) -> None:
+        """The end of a call that went well: models keep what they have read, and recorded, for the next one.
+
+        Args:
+            failed: whether a drafter has: its models may have stopped in the midst of a forward.
+        """
         for session in self._sessions.values():
-            session.close()
+            if not failed or session.model is self.target:
+                session.close()
 
     def retire(self, live: Sequence[int]) -> None:
         """Tells every session which rows go on."""

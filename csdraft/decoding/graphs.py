@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from csdraft.decoding import clock
 from csdraft.decoding.inputs import Shape
@@ -60,6 +62,7 @@ class Graphs:
         forward: of the model, compiled or not.
         why_not: why nothing can be recorded, if that is known.
         costs: takes the seconds of a replay of each recorded shape.
+        device: whose memory is counted.
 
     Attributes:
         why_not: why a forward could not be recorded, in one line: nothing is recorded then. None if all could.
@@ -73,9 +76,10 @@ class Graphs:
         forward: Forward = forward,
         why_not: str | None = None,
         costs: dict[Shape, float] | None = None,
+        device: torch.device | None = None,
     ):
         self.record, self.forward, self.why_not = record, forward, why_not
-        self.costs = {} if costs is None else costs
+        self.costs, self.device = {} if costs is None else costs, device
         self.seconds, self.bytes = 0.0, 0
         self._asked: dict[Shape, int] = {}
         self._replays: dict[Shape, Replay] = {}
@@ -105,7 +109,7 @@ class Graphs:
         ripe = at_once or self._asked[shape] >= ASKED
         if not ripe or self.record is None or self.why_not is not None or len(self._replays) >= MOST:
             return body()
-        started, taken = clock.now(), _reserved()
+        started, taken = clock.now(), self._reserved()
         try:
             replay = self._replays[shape] = self.record(body)
         except RuntimeError as error:
@@ -113,20 +117,20 @@ class Graphs:
             return body()
         finally:
             self.seconds += clock.now() - started
-            self.bytes += max(_reserved() - taken, 0)
+            self.bytes += max(self._reserved() - taken, 0)
         self.costs[shape] = min(_seconds(replay) for _ in range(WARM_UPS))
         return replay()
+
+    def _reserved(self) -> int:
+        """Bytes of the accelerator's memory that torch holds; 0 without one."""
+        cuda = self.device is not None and self.device.type == "cuda"
+        return torch.cuda.memory_reserved(self.device) if cuda else 0
 
     def clear(self) -> None:
         """Forgets what was recorded: tensors have moved."""
         self._replays.clear()
         self._asked.clear()
         self.bytes = 0
-
-
-def _reserved() -> int:
-    """Bytes of the accelerator's memory that torch holds; 0 without one."""
-    return torch.cuda.memory_reserved() if torch.cuda.is_available() else 0
 
 
 def _seconds(replay: Replay) -> float:
@@ -142,7 +146,7 @@ def make_graphs(reader: Reader, mode: Mode) -> Graphs | None:
     if mode is False or (record is None and mode != "compile"):
         return None
     way = compiled() if mode == "compile" else forward
-    return Graphs(record and record(reader), way, _why_not(reader.model), reader.costs)
+    return Graphs(record and record(reader), way, _why_not(reader.model), reader.costs, reader.device)
 
 
 def _why_not(model: nn.Module) -> str | None:
@@ -164,20 +168,41 @@ def compiled() -> Forward:
     return run
 
 
+class OnDeviceOnly(TorchDispatchMode):
+    """Refuses what cannot be recorded, before a recording has begun: one that fails half way leaves CUDA astray."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if str(func) in HOST:
+            raise RuntimeError(f"{func} in a recorded forward: a value passes between host and device")
+        return func(*args, **kwargs or {})
+
+
+HOST = {"aten._local_scalar_dense.default", "aten.lift_fresh.default", "aten.nonzero.default", "aten.equal.default"}
+"""Operators that read a value to the host, bring one from there, or have a result whose shape depends on values."""
+
+_RECORDING = threading.Lock()
+"""CUDA captures one graph at a time in a process."""
+
+
 def record_cuda(reader: Reader) -> Record:
     """Records CUDA graphs whose memory is shared: they run one after the other."""
+    device = reader.device
     pool = torch.cuda.graph_pool_handle()
 
     def record(body: Replay) -> Replay:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                body()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads go on
-            result = body()
+        with OnDeviceOnly():
+            body()
+        with _RECORDING, torch.cuda.device(device):
+            stream = torch.cuda.Stream(device)  # its own: the default one belongs to the device that was first
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UPS):
+                    body()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads go on meanwhile.
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                result = body()
 
         def replay() -> Tensor:
             graph.replay()

@@ -99,11 +99,20 @@ class Reader:
         if graphs != self.mode:
             self.mode, self.graphs = graphs, make_graphs(self, graphs)
             self.reserve(self.cache.capacity)
+        if self.graphs is not None and lacks_tokens != self.lacks_tokens:
+            self.graphs.clear()  # ids are clamped within the forward
         self.sources, self.lacks_tokens = sources, lacks_tokens
         self.seconds, self.forwards, self.fed = 0.0, 0, 0
         if sources is not None and sources.attention_mask is not None:
             sources.attention_mask = sources.attention_mask.to(self.device)
         self._encode()
+
+    def renew(self) -> None:
+        """Other keys and values are about to come, which lie elsewhere, each at the position of its slot."""
+        if self.graphs is not None:
+            self.graphs.clear()
+        if self.cache.positions is not None:
+            self.cache.positions.copy_(self._steps.expand_as(self.cache.positions))
 
     def read(self, plans: Sequence[Plan], keep: int, reach: int = 0, at_once: bool = False) -> Tensor:
         """(rows, keep, vocab) logits of the last `keep` queries of each row; short rows are padded on the left.

@@ -2,8 +2,8 @@
 
 A reader is lent to one call at a time, so that two threads have two; it is taken back when the call ends, and kept
 as long as its model lives, within MOST of all. What it holds is only trusted if the model is as it was: its parameters
-have not been written to, and the last token that is kept, read once more, leaves the same keys and values. What it has
-recorded is only replayed while the parameters lie where they did and the modules are set as they were.
+have not been written to, its modules are set as they were, and the last token that is kept, read once more, leaves the
+same keys and values. What it has recorded is only replayed while the parameters lie where they did.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from csdraft.decoding.reader import Reader
 
 __all__ = ["ALONE", "ReadingOptions", "borrow", "held", "release", "take_back"]
 
-MOST = 8
-"""Readers that wait for their next call, of all models together; the one that has waited longest goes first."""
+MOST, OF_ONE = 8, 4
+"""Readers that wait for their next call, of all models together and of one; who has waited longest goes first."""
+RECORDED = 256
+"""Tokens that are rather read again than that a reader with recordings is passed over."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +56,27 @@ class Waiting:
         reader: without its model.
         texts: (rows,) the tokens that its cache holds of each row.
         state: of the model's parameters, when the call ended.
-        setting: of its modules, if something has been recorded.
+        setting: of its modules, at the same time.
     """
 
     model: weakref.ref[nn.Module]
     reader: Reader
     texts: list[list[int]]
     state: tuple
-    setting: tuple | None
+    setting: tuple
+
+    @property
+    def recorded(self) -> bool:
+        graphs = self.reader.graphs
+        return graphs is not None and bool(graphs.shapes)
+
+    def worth(self, texts: Sequence[Sequence[int]]) -> int:
+        """Of texts to read, the tokens that it spares; a little more if it has recorded something."""
+        return sum(map(_common, self.texts, texts)) + RECORDED * self.recorded
+
+    def may_be_taken(self, texts: Sequence[Sequence[int]]) -> bool:
+        """Whether a call of these texts goes on from most of what it holds, or needs its recordings."""
+        return self.recorded or 2 * sum(map(_common, self.texts, texts)) >= sum(map(len, self.texts))
 
     def suits(self, rows: int, taps: frozenset[int]) -> bool:
         """Whether it can serve a call of so many rows here: what inference mode has made is of no use outside."""
@@ -89,21 +104,25 @@ def borrow(
             recorded something; none for a new one.
         taps: the hidden states that it must keep.
     """
+    if not texts:
+        return Reader(model, rows, capacity, taps), [0] * rows
+    state, setting = state_of(model), setting_of(model)
     with _LOCK:
-        own = [w for w in _waiting if w.model() is model and w.suits(rows, taps)] if texts else []
+        of_model = [w for w in _waiting if w.model() is model]
+        for moved in [w for w in of_model if _places(w.state) != _places(state)]:
+            _waiting.remove(moved)  # what it holds and has recorded is of tensors that are gone
+        own = [w for w in of_model if w in _waiting and w.setting == setting and w.suits(rows, taps)]
         own = own if any(texts) else [w for w in own if not any(w.texts)]
-        best = max(own, key=lambda w: sum(map(_common, w.texts, texts)), default=None)
+        best = max(own, key=lambda w: w.worth(texts), default=None)
+        if best is not None and len(of_model) < OF_ONE and not best.may_be_taken(texts):
+            best = None  # another chat goes on there
         if best is not None:
             _waiting.remove(best)
     if best is None:
         return Reader(model, rows, capacity, taps), [0] * rows
-    reader, state = best.reader, state_of(model)
-    reader.model = model
-    reader.reserve(capacity)
-    if reader.graphs is not None and (_places(state) != _places(best.state) or setting_of(model) != best.setting):
-        reader.graphs.clear()
-    same = best.state == state
-    return reader, [_common(*pair) if same else 0 for pair in zip(best.texts, texts, strict=True)]
+    best.reader.model = model
+    best.reader.reserve(capacity)
+    return best.reader, [_common(*pair) if best.state == state else 0 for pair in zip(best.texts, texts, strict=True)]
 
 
 def take_back(reader: Reader, texts: Sequence[Sequence[int]]) -> None:
@@ -116,8 +135,8 @@ def take_back(reader: Reader, texts: Sequence[Sequence[int]]) -> None:
     state = state_of(model)
     if state is None or reader.encoder_decoder or len(texts) != reader.size or not reader.traits.reusable:
         return
-    setting = None if reader.graphs is None else setting_of(model)
-    waiting = Waiting(weakref.ref(model, _forget), reader, [list(text) for text in texts], state, setting)
+    held = [list(text) for text in texts]
+    waiting = Waiting(weakref.ref(model, _forget), reader, held, state, setting_of(model))
     reader.model = None  # type: ignore[assignment]
     with _LOCK:
         _waiting.append(waiting)
@@ -153,15 +172,25 @@ def state_of(model: nn.Module) -> tuple | None:
 
 def setting_of(model: nn.Module) -> tuple:
     """What decides which operators a forward runs, besides its inputs: numbers, names and hooks of the modules."""
-    return tuple(
-        (name, type(module).__name__, *(_plain(value) for value in vars(module).values()))
-        for name, module in model.named_modules()
-    )
+    config: Any = model.config
+    found: list[Any] = [_plain(vars(part)) for part in (config, config.get_text_config(decoder=True))]
+    for module in model.modules():
+        own = vars(module)
+        found.append(id(module))
+        found += [tuple(own[hooks]) for hooks in HOOKS if own[hooks]]
+        found += [value if type(value) in PLAIN else _plain(value) for key, value in own.items() if key not in OF_ALL]
+    return tuple(found)
+
+
+PLAIN = (bool, int, float, str, type(None))
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+OF_ALL = frozenset(vars(nn.Module()))
+"""What every module has: parameters and buffers, modules, hooks."""
 
 
 def _plain(value: Any) -> Any:
     """A setting that can be compared with a later one; of objects of other kinds only which they are."""
-    if value is None or isinstance(value, bool | int | float | str):
+    if type(value) in PLAIN:
         return value
     if isinstance(value, dict):
         return tuple((key, _plain(own)) for key, own in value.items())

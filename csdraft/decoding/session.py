@@ -139,6 +139,7 @@ class Session:
         Args:
             kept: (rows, length) bool, which entries of the cache are tokens rather than padding.
         """
+        self.reader.renew()
         import_cache(cache, self.reader.cache, kept)  # type: ignore[arg-type]
         if self.reader.encoder_decoder and self.reader.sources is not None:
             self.reader.sources.cross_cache = cross_attention_cache(cache)  # type: ignore[arg-type]

@@ -102,7 +102,7 @@ def test_a_k_matrix(schedule, huge):
 
 def test_a_plan(monkeypatch):
     """The planner asks for no more than its own deepest draft."""
-    monkeypatch.setattr("csdraft.cascade.PLANNED", NEW)
+    monkeypatch.setattr("csdraft.planner.auto.TOKENS", NEW)
     small = tiny.drafter_of("llama")
     nest = Vertical(small, MaxGram(depth=10**9), depth=10**9)
     cascade = CascadeDrafter([nest, ModelDrafter(small, depth=10**9, tree=BestFirst(2, 4))], "auto")

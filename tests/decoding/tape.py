@@ -16,10 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from csdraft.decoding.graphs import HOST
 from csdraft.decoding.reader import Reader
-
-HOST = {"aten._local_scalar_dense.default", "aten.lift_fresh.default", "aten.nonzero.default", "aten.equal.default"}
-"""Operators that read a value to the host, bring one from there, or have a result whose shape depends on values."""
 
 
 class Recorder(TorchDispatchMode):

@@ -6,11 +6,15 @@ import threading
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny import drafter_of, fresh, ragged_batch, tiny
+from transformers import DynamicCache
 
 import csdraft
 from csdraft import MaxGram, ModelDrafter
+from csdraft.decoding.cache_names import GENERATE_CACHE
 from csdraft.decoding.readers import held
+from csdraft.trees.best_first import BestFirst
 
 LONG, TURN, ANSWER = 2000, 9, 12
 WANTED = {"max_new_tokens": ANSWER, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
@@ -72,6 +76,20 @@ def test_a_model_that_has_changed_reads_again(change):
             layer.register_forward_hook(lambda module, inputs, output: 2 * output)
     output = target.generate(prompt, **WANTED, assistant=MaxGram(), schedule="fixed")
     assert torch.equal(output.sequences, target.generate(prompt, **WANTED).sequences)
+    assert output.report.models["target"].fed >= 200
+
+
+def test_a_faint_adapter_that_is_switched_off_is_noticed():
+    """In half precision its keys and values differ by less than rounding may."""
+    torch.manual_seed(0)
+    rank = LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False)
+    adapted, prompt = get_peft_model(fresh("llama"), rank).eval().to(torch.bfloat16), tokens(200)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            weight.mul_(0.02 if "lora_B" in name else 1.0)
+    adapted.generate(inputs=prompt, **WANTED, assistant=MaxGram())
+    with adapted.disable_adapter():
+        output = adapted.generate(inputs=prompt, **WANTED, assistant=MaxGram())
     assert output.report.models["target"].fed >= 200
 
 
@@ -137,3 +155,45 @@ def test_a_copied_drafter_has_readers_of_its_own():
     two_turns(target, drafter)
     report = two_turns(target, copy.deepcopy(drafter)).report
     assert all(use.fed < LONG for use in report.models.values())
+
+
+@pytest.mark.parametrize("change", ["attention", "window", "dtype", "embeddings"])
+def test_a_model_that_is_another_in_kind_gets_a_new_reader(change):
+    """What a reader knows of its model is not asked again."""
+    target, prompt = fresh("mistral" if change == "window" else "llama"), tokens(60)
+    target.generate(prompt, **WANTED, assistant=MaxGram(), schedule="fixed")
+    if change == "attention":
+        target.set_attn_implementation("eager")
+    elif change == "window":
+        target.config.sliding_window = 4
+        for layer in target.model.layers:
+            layer.self_attn.sliding_window = 4
+    elif change == "dtype":
+        target.to(torch.float64)
+    else:
+        target.resize_token_embeddings(120)
+        prompt = torch.cat([prompt, torch.tensor([[110, 118]])], 1)
+    output = target.generate(prompt, **WANTED, assistant=MaxGram(), schedule="fixed")
+    assert torch.equal(output.sequences, target.generate(prompt, **WANTED).sequences)
+
+
+def test_two_chats_in_turn_have_a_reader_each():
+    target, texts = tiny("llama"), [tokens(200, seed) for seed in (5, 6)]
+    for turn in range(3):
+        for chat in (0, 1):
+            output = target.generate(texts[chat], **WANTED, assistant=MaxGram(), schedule="fixed")
+            assert turn == 0 or output.report.models["target"].fed < TURN + 12 * ANSWER
+            texts[chat] = torch.cat([output.sequences, tokens(TURN, seed=10 * turn + chat)], 1)
+
+
+def test_a_cache_of_the_users_own_comes_into_a_reader_that_has_read_trees():
+    """The positions of an earlier tree say nothing about the keys and values that come in."""
+    target, drafter = tiny("gemma3"), ModelDrafter(drafter_of("gemma3"), tree=BestFirst())
+    asked = WANTED | {"assistant": drafter, "schedule": "fixed"}
+    target.generate(tokens(40), **asked)
+    prompt = tokens(50, seed=3)
+    first = target.generate(prompt, **asked, **{GENERATE_CACHE: DynamicCache(config=target.config)})
+    more = torch.cat([first.sequences, tokens(TURN, seed=4)], 1)
+    second = target.generate(more, **asked, **{GENERATE_CACHE: first[GENERATE_CACHE]})
+    assert torch.equal(first.sequences, target.generate(prompt, **WANTED).sequences)
+    assert torch.equal(second.sequences, target.generate(more, **WANTED).sequences)
