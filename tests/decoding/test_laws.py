@@ -138,7 +138,7 @@ def test_a_right_draft_is_read_once() -> None:
     model, inputs = tiny.tiny("llama"), tiny.prompt()
     told = model.generate(**inputs, **GREEDY, eos_token_id=None)
     watched = Watched(Scripted(told.tolist(), wrong=0.0, depth=6))
-    model.generate(**inputs, **GREEDY, eos_token_id=None, assistant=watched, **FIXED)
+    model.generate(**inputs, **GREEDY, eos_token_id=None, assistant=watched, reuse=False, **FIXED)
     target = watched.sessions[0]
     assert target.rolled_back == 0
     assert target.reader.fed in (told.shape[1] - 1, told.shape[1])
