@@ -14,8 +14,8 @@ from typing import Any
 
 from csdraft.cli._models import (
     Opened,
-    add_chat_arguments,
     add_model_arguments,
+    add_prompts_arguments,
     as_inputs,
     open_models,
     prompts_of_file,
@@ -38,11 +38,7 @@ def batches(opened: Opened, prompts: Sequence[Sequence[int]], progress: Progress
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
-    parser.add_argument(
-        "--prompts", required=True, metavar="FILE", help="JSON lines with a `prompt` or `messages`, or a Hub data set"
-    )
-    add_chat_arguments(parser)
-    parser.add_argument("--limit", type=int, metavar="N", help="use so many prompts at most")
+    add_prompts_arguments(parser)
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: %(default)s")
     parser.add_argument("--verifier", metavar="TYPE", help="acceptance rule that the head will be used with")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")

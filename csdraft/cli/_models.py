@@ -26,6 +26,7 @@ __all__ = [
     "add_chat_arguments",
     "add_drafting_arguments",
     "add_model_arguments",
+    "add_prompts_arguments",
     "as_inputs",
     "chat_format",
     "chat_of_text",
@@ -127,6 +128,16 @@ def _drafter(name: str, dtype: str, device: str) -> Drafter:
     if name in spec.types("drafters") and not Path(name).exists():
         return spec.resolve("drafters", name)
     return ModelDrafter(drafter_model(name, dtype=dtype).to(device))
+
+
+def add_prompts_arguments(parser: argparse.ArgumentParser, limit: int | None = None) -> None:
+    """Which prompts, how many, and how they go through the chat template."""
+    parser.add_argument(
+        "--prompts", required=True, metavar="FILE", help="JSON lines with a `prompt` or `messages`, or a Hub data set"
+    )
+    add_chat_arguments(parser)
+    said = "" if limit is None else " (default: %(default)s)"
+    parser.add_argument("--limit", type=int, default=limit, metavar="N", help=f"use so many prompts at most{said}")
 
 
 def add_chat_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,13 @@ from transformers.utils import logging
 
 from csdraft.bench import Cell, Method, Prompt, Run, Setup, aligned, configured, encode, equality, measure, ratio
 from csdraft.cascade import CascadeDrafter
-from csdraft.cli._models import Opened, add_chat_arguments, add_model_arguments, open_models, prompts_of_file
+from csdraft.cli._models import (
+    Opened,
+    add_model_arguments,
+    add_prompts_arguments,
+    open_models,
+    prompts_of_file,
+)
 from csdraft.decoding.interfaces import Drafter
 from csdraft.decoding.names import name_of
 from csdraft.drafters.max_gram import MaxGram
@@ -33,11 +39,7 @@ HEAD = ("method", "tokens/s", "first ms", "speed-up [95 %]", "tokens/round", "te
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument(
-        "--prompts", required=True, metavar="FILE", help="JSON lines with a `prompt` or `messages`, or a Hub data set"
-    )
-    add_chat_arguments(parser)
-    parser.add_argument("--limit", type=int, metavar="N", help="use so many prompts at most")
+    add_prompts_arguments(parser)
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="default: %(default)s")

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from csdraft.cascade import CascadeDrafter
-from csdraft.cli._models import Opened, add_chat_arguments, add_model_arguments, open_models, prompts_of_file
+from csdraft.cli._models import Opened, add_model_arguments, add_prompts_arguments, open_models, prompts_of_file
 from csdraft.decoding.interfaces import Drafter
 from csdraft.decoding.names import name_of
 from csdraft.drafters.model import ModelDrafter
@@ -27,11 +27,7 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument(
-        "--prompts", required=True, metavar="FILE", help="JSON lines with a `prompt` or `messages`, or a Hub data set"
-    )
-    add_chat_arguments(parser)
-    parser.add_argument("--limit", type=int, default=12, metavar="N", help="prompts to use (default 12)")
+    add_prompts_arguments(parser, limit=12)
     parser.add_argument("--max-new-tokens", type=int, default=96, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
     parser.add_argument("--finalists", type=int, default=4, metavar="N", help="plans to time (default 4)")
