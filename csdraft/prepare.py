@@ -13,6 +13,7 @@ from torch import nn
 from csdraft.cascade import as_drafter, options_of
 from csdraft.decoding.graphs import FEWEST_SLOTS, Mode, bucket
 from csdraft.decoding.inputs import Plan, Shape
+from csdraft.decoding.loop import BUCKET
 from csdraft.decoding.names import distinct, name_of
 from csdraft.decoding.reader import WIDEST, Reader
 from csdraft.decoding.readers import borrow, take_back
@@ -150,7 +151,7 @@ def measured(
     slots = max(seen for _, seen in shapes)
     reader, _ = borrow(model, rows, slots, [()] * rows)
     reader.begin(None, False, mode)
-    reader.reserve(slots)
+    reader.reserve(slots + 2 * BUCKET)  # as much as a call will ask for, so that the cache stays where it is
     reader.read([_plan(2, 4)] * rows, 1)  # makes the cache's buffers
     costs = {}
     for done, (width, seen) in enumerate(shapes):

@@ -198,6 +198,16 @@ def test_what_is_prepared_is_replayed_by_the_first_call(graphs, monkeypatch):
     assert count[0] >= 2 * output.report.target_calls
 
 
+def test_a_text_as_long_as_was_prepared_for_keeps_what_was_recorded(graphs):
+    target = tiny("llama")
+    csdraft.prepare(target, slots=256, progress=lambda what, share: None)
+    prompt = torch.arange(3, 203)[None] % 90 + 3
+    text = target.generate(prompt, **WANTED | {"max_new_tokens": 40}, assistant=MaxGram(), schedule="fixed")
+    assert torch.equal(text, target.generate(prompt, **WANTED | {"max_new_tokens": 40}))
+    (reader,) = graphs
+    assert {shape.queries for shape in reader.graphs.shapes} >= {1, 2, 4, 8, 16, 32, 64}
+
+
 def test_without_graphs_forwards_are_timed():
     prepared = csdraft.prepare(tiny("llama"), slots=64, progress=lambda what, share: None)
     assert prepared.why_not_captured == {"LlamaForCausalLM": "no graphs on cpu"}
