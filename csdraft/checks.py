@@ -57,7 +57,7 @@ def check_request(
     _check_length(model, input_ids, config)
     _check_rows(input_ids.shape[0], config, criteria, streamer, synced_gpus, row_seeds)
     _check_mask(model, input_ids, inputs)
-    _check_cache(input_ids, config, inputs.get(GENERATE_CACHE))
+    _check_cache(model, input_ids, config, inputs.get(GENERATE_CACHE))
     _check_positions(model, input_ids, inputs)
 
 
@@ -198,15 +198,15 @@ def _check_mask(model: Any, input_ids: Tensor, inputs: Mapping[str, Any]) -> Non
         )
 
 
-def _check_cache(input_ids: Tensor, config: Any, cache: Any) -> None:
+def _check_cache(model: Any, input_ids: Tensor, config: Any, cache: Any) -> None:
     if cache is None or not getattr(cache, "_is_user_defined", False):
         return
     if not holds(cache):
         raise ValueError(
             f"{GENERATE_CACHE} is {kind_of(cache)} whose layers cannot be taken over; pass a DynamicCache, a "
-            "StaticCache without windows, an EncoderDecoderCache of these, or none"
+            "StaticCache, an EncoderDecoderCache of these, or none"
         )
-    slots = slots_of(cache)
+    slots = slots_of(cache, getattr(model.config.get_text_config(decoder=True), "sliding_window", None))
     if slots is not None and slots < config.max_length - 1:
         raise ValueError(
             f"{GENERATE_CACHE} has max_cache_len={slots}, and the text may have {config.max_length} tokens, of which "

@@ -14,6 +14,7 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
     EncoderDecoderCache,
     StaticLayer,
+    StaticSlidingWindowLayer,
 )
 
 __all__ = [
@@ -219,20 +220,29 @@ def cross_attention_cache(cache: Cache | None) -> Cache | None:
 def holds(cache: Cache) -> bool:
     """Whether `import_cache` and `export_cache` know this kind of cache."""
     cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer) for layer in cache.layers)
+    return all(type(layer) in KNOWN for layer in cache.layers)
 
 
-def slots_of(cache: Cache) -> int | None:
-    """How many tokens a static cache can hold; None if it grows."""
+KNOWN = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
+
+
+def slots_of(cache: Cache, window: int | None) -> int | None:
+    """How many tokens a static cache can hold; None if it grows, or has only layers that keep a whole window.
+
+    Args:
+        window: of the model's sliding layers.
+    """
     cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-    return min((layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)), default=None)
+    bounded = [layer for layer in cache.layers if isinstance(layer, StaticLayer)]
+    sizes = [x.max_cache_len for x in bounded if not (x.is_sliding and window and x.max_cache_len >= window)]
+    return min(sizes, default=None)
 
 
 def _entries(layer: Any) -> tuple[Tensor, Tensor]:
     """The keys and values that a layer of a user's cache holds."""
     if not isinstance(layer, StaticLayer):
         return layer.keys, layer.values
-    keys, values, seen = layer.keys, layer.values, int(layer.get_seq_length())
+    keys, values, seen = layer.keys, layer.values, int(layer.get_seq_length())  # of a window, all that it has seen
     assert keys is not None
     assert values is not None
     return keys[:, :, :seen], values[:, :, :seen]

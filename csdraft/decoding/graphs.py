@@ -21,7 +21,7 @@ __all__ = ["FEWEST_SLOTS", "RECORDERS", "Graphs", "Mode", "bucket", "forward", "
 ASKED = 3
 """A shape is recorded when it has been asked for so often."""
 MOST = 64
-"""Recorded shapes of one reader: the buckets of queries and slots make fewer."""
+"""Recorded shapes of one reader. Who was replayed longest ago makes room."""
 WARM_UPS = 2
 """Runs before a recording: libraries choose their kernels and workspaces in them."""
 FEWEST_SLOTS = 256
@@ -104,12 +104,16 @@ class Graphs:
             at_once: whether to record a shape that is new.
         """
         if shape in self._replays:
-            return self._replays[shape]()
+            replay = self._replays[shape] = self._replays.pop(shape)  # the last one is the latest
+            return replay()
         self._asked[shape] = self._asked.get(shape, 0) + 1
         ripe = at_once or self._asked[shape] >= ASKED
-        if not ripe or self.record is None or self.why_not is not None or len(self._replays) >= MOST:
+        if not ripe or self.record is None or self.why_not is not None:
             return body()
         started, taken = clock.now(), self._reserved()
+        while len(self._replays) >= MOST:
+            oldest = next(iter(self._replays))
+            del self._replays[oldest], self._asked[oldest]
         try:
             replay = self._replays[shape] = self.record(body)
         except RuntimeError as error:

@@ -21,20 +21,28 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 __all__ = ["grouped_heads"]
 
 _here = threading.local()
+_compiled = False
+"""Whether csdraft runs a compiled forward: what torch compiles meanwhile is compiled again for other callers."""
 _lock = threading.Lock()
 
 
 @contextmanager
-def grouped_heads() -> Iterator[None]:
-    """While entered, this thread's sdpa attention leaves grouped heads grouped."""
+def grouped_heads(compiled: bool = False) -> Iterator[None]:
+    """While entered, this thread's sdpa attention leaves grouped heads grouped.
+
+    Args:
+        compiled: whether a compiled forward runs. What is compiled cannot ask which thread it is, but torch compares
+            `_compiled` before it runs compiled code: a user's own compiled model never gets this attention.
+    """
+    global _compiled
     with _lock:
         if ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward:  # or somebody has put his own there
             AttentionInterface.register("sdpa", _attention)
-    _here.grouped = True
+    _here.grouped, _compiled = True, compiled
     try:
         yield
     finally:
-        _here.grouped = False
+        _here.grouped = _compiled = False
 
 
 def _attention(
@@ -48,7 +56,7 @@ def _attention(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """transformers' sdpa attention: (rows, heads, queries, head_dim) query, keys and values of fewer heads."""
-    ours = torch.compiler.is_compiling() or getattr(_here, "grouped", False)
+    ours = _compiled if torch.compiler.is_compiling() else getattr(_here, "grouped", False)
     groups = getattr(module, "num_key_value_groups", 1)
     more = options.get("softcap") is not None or options.get("position_bias") is not None
     if not ours or more or groups == 1 or attention_mask is None or query.shape[1] != groups * key.shape[1]:

@@ -91,6 +91,7 @@ class Inputs:
         ids, positions, slots, sees: (rows, queries) int64 views of one buffer; see `Plan`.
         paths: (rows, queries, deepest) int64, filled up with the query's own slot; None if `deepest` is 0.
         end: how many leading slots hold all that is read, and all that it sees.
+        seen_by_all: how many leading slots every query sees, or fewer.
     """
 
     def __init__(self, rows: int, queries: int, deepest: int, device: torch.device):
@@ -101,7 +102,7 @@ class Inputs:
         self._here: Any = self._table if self._there is self._host else self._there  # NumPy is the quicker on a CPU
         self.ids, self.positions, self.slots, self.sees = self._there[:PATHS]
         self.paths = self._there[PATHS:].permute(1, 2, 0) if deepest else None
-        self.end = 0
+        self.end = self.seen_by_all = 0
 
     def load(self, plans: Sequence[Plan], reach: int = 0) -> None:
         """Takes one plan a row from the host, in one copy.
@@ -110,10 +111,12 @@ class Inputs:
             reach: position of padding queries.
         """
         table, self.end = self._table, 0
+        self.seen_by_all = min(min(plan.sees) for plan in plans)
         for row, plan in enumerate(plans):
             pad = table.shape[2] - len(plan.tokens)
             self.end = max(self.end, plan.spare + (pad > 0))
             if pad:
+                self.seen_by_all = 0
                 table[:, row, :pad] = plan.spare
                 table[IDS, row, :pad], table[POSITIONS, row, :pad], table[SEES, row, :pad] = 0, reach, 0
             table[IDS, row, pad:] = plan.tokens

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from csdraft.decoding import clock
 from csdraft.decoding.cache import SlotCache, encoder_decoder_cache
@@ -24,8 +25,6 @@ __all__ = ["NoCache", "Reader", "Sources", "home", "place"]
 
 WIDEST = 64
 """Inputs of so many queries or fewer are kept for the next forward of their shape, and may have a fixed one."""
-
-
 _RAN: WeakKeyDictionary[nn.Module, set[tuple[int, int, int]]] = WeakKeyDictionary()
 """Rows, queries and depths of the forwards that each model has run eagerly, in whichever reader."""
 
@@ -209,7 +208,7 @@ class Reader:
         self.shape = Shape(self.rows, inputs.ids.shape[1], slots)
         self.forwards += 1
         self.reserve(slots)
-        logits = self._body(inputs, keep, slots, shared, unmasked)
+        logits = self._body(inputs, keep, slots, shared, unmasked, inputs.seen_by_all)
         if self.forwards == 1 and not self.cache.is_written:
             raise NoCache(
                 f"{type(self.model).__name__} kept no keys and values of what it read, which drafted decoding goes on "
@@ -225,6 +224,7 @@ class Reader:
         slots: int,
         shared: slice | None = None,
         unmasked: bool = False,
+        told: int = 0,
         forward: Forward = forward,
     ) -> Tensor:
         """(rows, keep, vocab) logits of the last `keep` queries: the one forward, run, recorded or compiled.
@@ -235,26 +235,28 @@ class Reader:
             slots: how many leading slots it sees.
             shared: the range of slots that all rows write, if it is one.
             unmasked: whether the model's own mask is the right one.
+            told: leading slots that every query sees; a number of the host's, so 0 in what is replayed.
             forward: of the model; compiled, it may be.
         """
         self.cache.place(inputs.slots, inputs.positions, slots, shared)
-        arguments = self._arguments(inputs, None if unmasked else self._masks(inputs, slots))
+        arguments = self._arguments(inputs, None if unmasked else self._masks(inputs, slots, told))
         if self.traits.keeps_logits:
             arguments["logits_to_keep"] = keep
         if self.taps:
             arguments["output_hidden_states"] = True
-        with grouped_heads():
+        with grouped_heads(self.mode == "compile"):
             output = forward(self.model, arguments)
         if self.taps:
             self.cache.note(self.taps, output.hidden_states)
         return output.logits[:, -keep:]
 
-    def _masks(self, inputs: Inputs, slots: int) -> Tensor | dict[str | None, Tensor]:
+    def _masks(self, inputs: Inputs, slots: int, told: int) -> Tensor | dict[str | None, Tensor]:
         """What the model's attention takes: True and False for sdpa, 0 and -inf for eager; a dict if it takes several.
 
-        Each mask is (rows, 1, queries, slots), over the first `slots` slots.
+        Each mask is (rows, 1, queries, slots), over the first `slots` slots; every query sees the first `told`.
         """
-        allowed = self._steps[:slots] < inputs.sees[..., None]  # (rows, queries, slots)
+        allowed = self._steps[told:slots] < inputs.sees[..., None]  # (rows, queries, slots less told)
+        allowed = pad(allowed, (told, 0), value=True) if told else allowed  # (rows, queries, slots)
         if inputs.paths is not None:
             allowed.scatter_(2, inputs.paths, True)
         positions = self.cache.positions

@@ -8,6 +8,8 @@ same keys and values. What it has recorded is only replayed while the parameters
 
 from __future__ import annotations
 
+import math
+import os
 import threading
 import weakref
 from collections.abc import Sequence
@@ -24,6 +26,8 @@ __all__ = ["ALONE", "ReadingOptions", "borrow", "held", "release", "take_back"]
 
 MOST, OF_ONE = 8, 4
 """Readers that wait for their next call, of all models together and of one; who has waited longest goes first."""
+SHARE = 0.125
+"""Of a device's memory: what waiting readers may hold of it, however few they are."""
 RECORDED = 256
 """Tokens that are rather read again than that a reader with recordings is passed over."""
 
@@ -141,6 +145,23 @@ def take_back(reader: Reader, texts: Sequence[Sequence[int]]) -> None:
     with _LOCK:
         _waiting.append(waiting)
         del _waiting[:-MOST]
+        _make_room(reader.device)
+
+
+def _make_room(device: torch.device) -> None:
+    """Drops who has waited longest until the others hold no more than their share; the latest stays in any case."""
+    there = [w for w in _waiting if w.reader.device == device]
+    while len(there) > 1 and sum(w.reader.cache.bytes for w in there) > SHARE * memory_of(device):
+        _waiting.remove(there.pop(0))
+
+
+def memory_of(device: torch.device) -> float:
+    """Bytes that a device has; infinity where it cannot be asked."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[1])
+    if device.type == "cpu" and hasattr(os, "sysconf"):  # not on Windows
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return math.inf
 
 
 def release(model: nn.Module | None = None) -> int:

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from transformers import LogitsProcessor, StaticCache
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
 from csdraft import CascadeDrafter, Drafter, Horizontal, MaxGram, ModelDrafter, Vertical
@@ -167,8 +167,12 @@ def test_rows_that_may_end_apart_without_a_pad_token(forwards) -> None:
 
 
 def test_caches_that_cannot_be_taken_over(forwards) -> None:
-    cache = StaticCache(config=tiny.tiny("mistral").config, max_cache_len=64)  # of windows
-    assert "DynamicCache" in refused(forwards, "StaticCache", **{GENERATE_CACHE: cache})
+    cache = Cache(layers=[type("OwnLayer", (DynamicLayer,), {})() for _ in range(2)])
+    assert "DynamicCache" in refused(forwards, "Cache whose layers", **{GENERATE_CACHE: cache})
+    cache = StaticCache(config=tiny.tiny("mistral").config, max_cache_len=4)  # shorter than its window
+    assert "give it max_cache_len=" in refused(
+        forwards, "max_cache_len=4", model=tiny.tiny("mistral"), **{GENERATE_CACHE: cache}
+    )
     cache = StaticCache(config=tiny.tiny("llama").config, max_cache_len=20)
     assert "give it max_cache_len=" in refused(forwards, "max_cache_len=20", **{GENERATE_CACHE: cache})
 

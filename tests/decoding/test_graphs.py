@@ -10,6 +10,7 @@ import csdraft
 from csdraft import MaxGram, ModelDrafter
 from csdraft.decoding.graphs import RECORDERS, Graphs
 from csdraft.decoding.reader import Reader
+from csdraft.schedules.fixed import Fixed
 from csdraft.trees.best_first import BestFirst
 
 RECORDED = [name for name, (_, kind, _) in FAMILIES.items() if "Conditional" not in kind and name != "falcon"]
@@ -90,6 +91,19 @@ def test_a_longer_text_moves_the_cache_and_what_was_recorded_goes(graphs, monkey
         text = target.generate(prompt, **WANTED | {"max_new_tokens": 60}, assistant=MaxGram())
         assert torch.equal(text, plain)
         assert count[0] > before
+
+
+def test_the_oldest_recording_makes_room(graphs, monkeypatch):
+    monkeypatch.setattr("csdraft.decoding.graphs.MOST", 2)
+    target, drafter = tiny("llama"), MaxGram()
+    inputs = {"inputs": PROMPTS[:1], "attention_mask": MASK[:1]} | WANTED
+    plain = target.generate(**inputs)
+    for length in (1, 3, 7, 1, 3, 7):
+        text = target.generate(**inputs, assistant=drafter, schedule=Fixed(length), reuse=False)
+        assert torch.equal(text, plain)
+    kept = [reader.graphs.shapes for reader in graphs if reader.graphs is not None]
+    assert max(map(len, kept)) == 2
+    assert all({shape.queries for shape in shapes} <= {1, 2, 4, 8} for shapes in kept)
 
 
 def test_a_second_call_replays_at_once(graphs, monkeypatch):

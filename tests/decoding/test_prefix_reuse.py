@@ -186,6 +186,20 @@ def test_two_chats_in_turn_have_a_reader_each():
             texts[chat] = torch.cat([output.sequences, tokens(TURN, seed=10 * turn + chat)], 1)
 
 
+def test_waiting_readers_hold_no_more_than_their_share(monkeypatch):
+    """Who has waited longest goes; the latest stays, whatever it holds."""
+    target = tiny("llama")
+    target.generate(tokens(200, 5), **WANTED, assistant=MaxGram())
+    one = held()
+    for room, kept in ((4.5, 3), (2.5, 2), (0.5, 1)):
+        monkeypatch.setattr("csdraft.decoding.readers.memory_of", lambda device, room=room: room * one / 0.125)
+        for seed in (6, 7, 8):
+            target.generate(tokens(200, seed), **WANTED, assistant=MaxGram())
+        assert held() <= max(room, 1) * one
+        assert held() >= min(kept, 3) * one * 0.9
+        csdraft.release()
+
+
 def test_a_cache_of_the_users_own_comes_into_a_reader_that_has_read_trees():
     """The positions of an earlier tree say nothing about the keys and values that come in."""
     target, drafter = tiny("gemma3"), ModelDrafter(drafter_of("gemma3"), tree=BestFirst())
