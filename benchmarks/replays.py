@@ -22,10 +22,10 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from benchmarks.replay import NotRecorded, Recording, replay
 from csdraft import spec
 from csdraft.decoding.interfaces import Drafter, Schedule
 from csdraft.metrics.intervals import Interval, bootstrap_ratio
-from csdraft.replay import NotRecorded, Recording, replay
 from csdraft.schedules.fixed import Fixed
 
 __all__ = ["CHATS", "Yield", "measure", "read_answers", "read_pairs", "read_rounds", "table"]

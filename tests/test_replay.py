@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import EOS, VOCAB, Scripted, drafter_of, prompt, tiny, tokenizer
 
+from benchmarks.replay import NO_CHOICE, NotRecorded, RecordedScores, Recording, replay
 from benchmarks.replays import Yield, measure, read_answers, read_pairs, read_rounds, table
 from csdraft import MaxGram, ModelDrafter, PromptLookup
 from csdraft.decoding.draft import Draft
@@ -19,7 +20,6 @@ from csdraft.decoding.scores import TokenChooser
 from csdraft.decoding.stopping import Stopping
 from csdraft.decoding.text import Text
 from csdraft.metrics.intervals import bootstrap_ratio
-from csdraft.replay import NO_CHOICE, NotRecorded, RecordedScores, Recording, replay
 from csdraft.schedules.fixed import Fixed
 from csdraft.verifiers.lenient import Lenient
 

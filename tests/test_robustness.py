@@ -329,12 +329,12 @@ NO_PROBS = {
 class WithoutProbs(Drafter):
     """Says that its tokens were drawn from what is no distribution."""
 
-    distribution: Any
+    probs: Any
     depth: int = 2  # type: ignore[assignment]
 
     def propose(self, contexts, budgets):
         return [
-            c.draft.extend([5, 6][: b.depth], c.call.level("lawless"), None, [self.probs] * min(b.depth, 2))
+            c.draft.extend([5, 6][: b.depth], c.call.level("without_probs"), None, [self.probs] * min(b.depth, 2))
             for c, b in zip(contexts, budgets, strict=True)
         ]
 

@@ -159,7 +159,7 @@ def memory_of(device: torch.device) -> float:
     """Bytes that a device has; infinity where it cannot be asked."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[1])
-    if device.type == "cpu" and hasattr(os, "sysconf"):  # not on Windows
+    if device.type == "cpu" and os.name == "posix":
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return math.inf
 
