@@ -18,8 +18,8 @@ from csdraft.metrics.intervals import bootstrap_mean
 from csdraft.trainers.arguments import make_arguments, read_values
 from csdraft.trainers.command import one_line_errors, recipe_parser
 from csdraft.trainers.distill import DistillArguments
-from csdraft.trainers.exam import Exam
-from csdraft.trainers.run import check, distill, load_models, make_exam, read_target
+from csdraft.trainers.evaluation import Evaluation
+from csdraft.trainers.run import check, distill, load_models, make_evaluation, read_target
 from csdraft.trainers.run_folder import forget
 
 __all__ = ["compare_arms"]
@@ -30,15 +30,15 @@ Figures = dict[str, Any]
 RECORD = "arm.json"
 """In an arm's folder: the settings that it was begun with and, when it is done, its figures."""
 WITHOUT_EFFECT = {"output_dir", "threads", "disable_tqdm", "logging_steps", "report_to", "save_total_limit"}
-"""Keys that may change without the figures being made anew."""
+"""Keys that may change without the figures being made again."""
 
 
 def compare_arms(common: Mapping[str, Any], arms: Mapping[str, Mapping[str, Any]], baseline: str) -> str:
     """Trains and examines every arm that is not yet done with these settings.
 
     Args:
-        common: of `DistillArguments`. Every arm trains in `output_dir/<arm>`, where a killed run goes on and the
-            figures are kept. An arm whose settings have changed begins anew; models and texts are known by their
+        common: of `DistillArguments`. Every arm trains in `output_dir/<arm>`, where a killed run continues and the
+            figures are kept. An arm whose settings have changed begins again; models and texts are known by their
             names, so that another `output_dir` is wanted when what stands in them has changed.
         arms: by name, the keys that an arm changes; one that changes none is the start, untrained.
         baseline: arm that the others are compared with, prompt by prompt.
@@ -96,7 +96,7 @@ class Arm:
         args = self.args
         config, tokenizer = read_target(args)
         check(args, config, tokenizer)
-        if make_exam(args, config, tokenizer) is None:
+        if make_evaluation(args, config, tokenizer) is None:
             raise ValueError("arms are compared on held-out prompts: give eval_prompts=FILE")
         if self.record is None and self.checkpoints():
             raise ValueError(f"{self.folder} holds checkpoints of another run; give another output_dir, or remove it")
@@ -130,24 +130,24 @@ class Arm:
     def examined(self) -> Figures:
         args = self.args
         config, tokenizer = read_target(args)
-        exam = make_exam(args, config, tokenizer)
-        assert exam is not None
+        evaluation = make_evaluation(args, config, tokenizer)
+        assert evaluation is not None
         if self.trained:
             trainer = distill(args)
             if trainer.interrupt.stopped:
                 raise KeyboardInterrupt
-            return examine(exam, trainer.target, trainer.student.eval())
+            return examine(evaluation, trainer.target, trainer.student.eval())
         if args.threads:
             torch.set_num_threads(args.threads)
         target, student = load_models(args, config)
-        return examine(exam, target.eval(), student.to(args.device).eval())
+        return examine(evaluation, target.eval(), student.to(args.device).eval())
 
 
-def examine(exam: Exam, target: Any, student: Any) -> Figures:
-    graded = exam.grade(exam.sit(target, student))
+def examine(evaluation: Evaluation, target: Any, student: Any) -> Figures:
+    graded = evaluation.grade(evaluation.run(target, student))
     return {
-        "greedy": exam.block_efficiencies(target, student, sampled=False),
-        "sampled": exam.block_efficiencies(target, student, sampled=True),
+        "greedy": evaluation.block_efficiencies(target, student, sampled=False),
+        "sampled": evaluation.block_efficiencies(target, student, sampled=True),
         "acceptance": graded["acceptance"],
         "agreement": graded["agreement"],
     }
@@ -176,7 +176,7 @@ def ratios(values: Sequence[float], base: Sequence[float]) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Trains all arms of a recipe, or goes on with them, and prints their table."""
+    """Trains all arms of a recipe, or continues with them, and prints their table."""
     parser = recipe_parser(__doc__, DistillArguments, required=True)
     parser.prog = "python -m benchmarks arms"
     options = parser.parse_args(argv)

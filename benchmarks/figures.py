@@ -24,7 +24,7 @@ class Figures:
         block_efficiency: emitted tokens / rounds over all prompts.
         outside_share: of the time, outside model forwards; peak_mib: the most memory above the start of a call.
         equal: groups of prompts whose text was the reference's in every repetition, of `compared`; None of both if
-            the method owes nobody equality (transformers' own under sampling).
+            the method does not promise equality (transformers' own under sampling).
         different: group numbers with another text.
         acceptance: accepted / tried draft tokens, by level.
     """

@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--depth", type=int, default=5, help="of methods of fixed length (default: %(default)s)")
     made.add_argument("--k-matrix", type=json.loads, help="of the cascade [drafter, MaxGram], as JSON")
     made.add_argument("--max-new-tokens", type=int, help="default: 128, suite random 256")
-    made.add_argument("--ignore-eos", action="store_true", help="go on to the length asked for; suites always do")
+    made.add_argument("--ignore-eos", action="store_true", help="continue to the length asked for; suites always do")
     made.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     made.add_argument("--batch-size", type=int, default=1)
     made.add_argument("--repetitions", type=int, default=3)

@@ -100,7 +100,7 @@ class CascadeDrafter(Drafter):
         one = isinstance(self.lenience, Real)
         lenience: Any = float(self.lenience) if one else tuple(map(float, self.lenience))  # type: ignore[arg-type]
         if auto and not isinstance(lenience, float):
-            raise ValueError(f"lenience={self.lenience!r} with k_matrix='auto': give one number, for whoever reviews")
+            raise ValueError(f"lenience={self.lenience!r} with k_matrix='auto': give one number, for all reviewers")
         root = build(drafters, matrix, spread_lenience(1.0 if auto else lenience, drafters, matrix))
         values = {
             "drafters": drafters,
@@ -258,7 +258,7 @@ class CascadeDrafter(Drafter):
             target: what the cascade is to draft for: its vocabulary is compared, and models go to its device.
             tokenizer: the target's, compared with the one that the cascade was saved with.
             local_bases: whether adapters may be put on bases at paths of this machine, which their folders name; by
-                default only on models of the Hub, since a cascade that somebody shares could name any path.
+                default only on models of the Hub, since a cascade that is shared could name any path.
             options: of transformers' `from_pretrained`: dtype, device_map, ...; revision is that of the cascade, and
                 trust_remote_code is False unless given.
         """

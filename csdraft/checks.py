@@ -193,7 +193,7 @@ def _check_mask(model: Any, input_ids: Tensor, inputs: Mapping[str, Any]) -> Non
         if not bool(mask[row].any()):
             raise ValueError(f"row {row}'s attention_mask has no 1: give it at least one token, or leave the row out")
         raise ValueError(
-            f"row {row} is padded on the right (its attention_mask ends in 0); generation goes on from the last "
+            f"row {row} is padded on the right (its attention_mask ends in 0); generation continues from the last "
             "token, so pad on the left: tokenizer.padding_side = 'left'"
         )
 

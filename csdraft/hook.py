@@ -135,7 +135,7 @@ def _plan(safe: SafeDrafter, model: PreTrainedModel, prompt: Tensor, config: Any
 
 
 def _hand_out(target: Session, cache: Any, mask: Tensor | None, sequences: Tensor, texts: Sequence[Text]) -> None:
-    """Fills the cache that the user will go on from."""
+    """Fills the cache that the user will continue from."""
     target.settle(texts, sequences.shape[1] - 1)
     export_cache(target.reader.cache, _kept(mask, sequences, texts)[:, :-1], cache)
 

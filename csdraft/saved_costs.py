@@ -46,5 +46,7 @@ def load_costs(folder: Path) -> dict[str, Any]:
     document = read_object(path, NAME)
     check_keys(document, ("format", "costs"), NAME)
     if document.get("format") is True or document.get("format") != FORMAT:
-        raise ValueError(f"{NAME} has format {document.get('format')!r}, expected {FORMAT}; delete it to measure anew")
+        raise ValueError(
+            f"{NAME} has format {document.get('format')!r}, expected {FORMAT}; delete it to measure again"
+        )
     return check_costs(document.get("costs"), f"{NAME}: costs")

@@ -97,7 +97,7 @@ def tune(
         finalists: plans to time at most, each under the cost model and under the whole matrix every round.
         leniences: of inner reviewers, to try on plans that have some.
         repetitions: timed passes at most.
-        progress: called with what is going on and the share of the expected time that has passed.
+        progress: called with what is being done and the share of the expected time that has passed.
         minutes: for all of it. Where that is short, texts are, too, and prompts are left out; at least one prompt is
             observed and timed, even if that takes longer.
         options: of `generate`.
@@ -249,7 +249,7 @@ def preferred(found: Sequence[Candidate]) -> Candidate:
 
 
 def variants(plans: Sequence[Plan], leniences: Sequence[float]) -> list[tuple[Plan, dict[str, Any]]]:
-    """Every plan with each schedule, and with each lenience where somebody reviews."""
+    """Every plan with each schedule, and with each lenience where a drafter reviews."""
     made = []
     for plan in plans:
         reviews = any(any(row) for row in plan.trimmed()[1:])

@@ -1,4 +1,4 @@
-"""Keep a target's largest logits on disk, to train without its forward; the same command goes on after a kill.
+"""Keep a target's largest logits on disk, to train without its forward; the same command continues after a kill.
 
 accelerate launch scripts/cache_logits.py dataset=out/smol/written max_length=512 k=64 output_dir=out/smol/logits
 """

@@ -2,7 +2,7 @@
 
 accelerate launch scripts/distill_drafter.py --config recipes/smol/distill.yaml learning_rate=1e-3
 
-The same command goes on where an interrupted run stopped. Exit status: 0 finished, 1 error, 130 or 143 after a signal.
+The same command continues an interrupted run. Exit status: 0 finished, 1 error, 130 or 143 after a signal.
 The launchers of accelerate and torchrun have a status of their own after a signal, mostly 1.
 """
 

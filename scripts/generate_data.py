@@ -1,4 +1,4 @@
-"""Let a target write the data that its drafter is trained on; the same command goes on where a killed run stopped.
+"""Let a target write the data that its drafter is trained on; the same command continues where a killed run stopped.
 
 accelerate launch scripts/generate_data.py --config recipes/smol/data.yaml temperature=0.7
 """

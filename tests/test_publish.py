@@ -214,15 +214,18 @@ def test_a_card_names_licence_and_base_models(folder, hub):
 
 
 def test_the_interval_is_that_of_a_bootstrap_over_prompts(folder):
-    """By the counts of `Exam.block_efficiencies`, which decodes them once more."""
+    """By the counts of `Evaluation.block_efficiencies`, which decodes them once more."""
     trainer = distill(arguments(folder, "interval", max_steps=1, save_strategy="no", eval_new_tokens=12,
                                 eval_prompts=f"{folder}/prompts.jsonl", per_device_eval_batch_size=4))  # fmt: skip
     figures = trainer.evaluate()
-    found = trainer.exam.block_efficiencies(trainer.target, trainer.student, sampled=False)
+    found = trainer.evaluation.block_efficiencies(trainer.target, trainer.student, sampled=False)
     assert figures["eval_prompts"] == len(found) == 6
     assert min(found) <= figures["eval_block_efficiency_low"] <= figures["eval_block_efficiency"]
     assert figures["eval_block_efficiency"] <= figures["eval_block_efficiency_high"] <= max(found)
-    exams = [dataclasses.replace(trainer.exam, _written={}) for _ in (0, 1)]
-    parts = [exam.sit(trainer.target, trainer.student, slice(rank, None, 2)) for rank, exam in enumerate(exams)]
+    evaluations = [dataclasses.replace(trainer.evaluation, _written={}) for _ in (0, 1)]
+    parts = [
+        evaluation.run(trainer.target, trainer.student, slice(rank, None, 2))
+        for rank, evaluation in enumerate(evaluations)
+    ]
     merged = {key: sum(part.get(key, 0) for part in parts) for key in parts[0].keys() | parts[1].keys()}
-    assert trainer.exam.grade(merged) == pytest.approx({k[5:]: v for k, v in figures.items()}, rel=1e-6)
+    assert trainer.evaluation.grade(merged) == pytest.approx({k[5:]: v for k, v in figures.items()}, rel=1e-6)

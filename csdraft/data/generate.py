@@ -66,7 +66,7 @@ class GenerateArguments(TargetArguments):
 
 
 def generate(args: GenerateArguments, assistant: Any) -> Any:
-    """Lets the target write on; goes on where a killed run stopped.
+    """Lets the target write on; continues where a killed run stopped.
 
     Rows go to `output_dir/parts`, a file for each process. When all are there, the process that comes last stores them
     as a data set in `output_dir`, in the order of their prompts. Row i is sampled with row seed i (if `seed` is 0), so
@@ -243,7 +243,7 @@ def up_to(ends: set[int], text: list[int]) -> list[int]:
 
 
 def write_missing(writer: Writer, missing: Sequence[list[int]], known: set[int]) -> None:
-    """Writes whole batches anew, so that rows come out as they would have, and appends the rows that are not known."""
+    """Writes whole batches again, so that rows come out as they would have, and appends the missing rows."""
     part = writer.args.part
     wanted = sum(row not in known for rows in missing for row in rows)
     title = f"part {part.rank + 1} of {part.world_size}"

@@ -21,7 +21,7 @@ from csdraft.data.target_cache import TargetCache
 __all__ = ["IGNORED", "Packed", "Padded", "best_fit", "check_packing", "collate", "collate_seq2seq"]
 
 IGNORED = -100
-"""The label of a token that nobody is trained to predict."""
+"""The label of a token that no loss counts."""
 
 
 class Packed(Dataset):
@@ -154,7 +154,7 @@ def _seq2seq(row: Mapping[str, Any], start: int) -> dict[str, Tensor]:
 
 
 def _filled(example: dict[str, Tensor], length: int, pad: int) -> dict[str, Tensor]:
-    """The example with a text of `pad` behind it that nobody is trained on, `length` tokens together."""
+    """The example with a text of `pad` behind it that no loss counts, `length` tokens together."""
     missing = length - len(example["input_ids"])
     if missing <= 0:
         return example

@@ -101,7 +101,7 @@ def tokens_of(example: Mapping[str, Any], number: int, source: Source, tokenizer
 def without_filled(value: Any, feature: Any) -> Any:
     """A value of a `datasets.Dataset` without the nulls that Arrow fills into objects of differing keys.
 
-    A column of the type Json has none: its nulls were written by somebody, and stay.
+    A column of the type Json has none: its nulls were in the file, and stay.
     """
     inner = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
     if isinstance(value, list) and inner is not None:

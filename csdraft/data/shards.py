@@ -118,7 +118,7 @@ class Place(NamedTuple):
 
 
 def finished(folder: Path) -> Iterator[tuple[dict[str, Any], Place]]:
-    """All whole rows of a folder's files, whoever wrote them. What is no row (half a line) counts as not written."""
+    """All whole rows of a folder's files, from every writer. What is no row (half a line) counts as not written."""
     for path in sorted(folder.glob("*.jsonl")):
         offset = 0
         with path.open("rb") as file:

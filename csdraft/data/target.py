@@ -83,7 +83,9 @@ class TargetArguments:
         default=None,
         metadata={"help": "What the template reads besides messages, such as {enable_thinking: false}, or tools."},
     )
-    output_dir: str = field(default="", metadata={"help": "Folder for the results; a run goes on from what it holds."})
+    output_dir: str = field(
+        default="", metadata={"help": "Folder for the results; a run continues from what it holds."}
+    )
     batch_size: int = field(default=8, metadata={"help": "Rows that are decoded or read at once."})
     threads: int | None = field(
         default=None, metadata={"help": "Threads of torch on the CPU; none leaves torch's default."}

@@ -167,7 +167,7 @@ def write_target_cache(
 ) -> None:
     """Writes the cache, or what is still missing of it. Every process writes its share into the same files.
 
-    A row is marked as done after its numbers are written, so that a run killed anywhere goes on with the next row.
+    A row is marked as done after its numbers are written, so that a run killed anywhere continues with the next row.
     What it takes is printed, and compared with what is free, before the target is loaded.
 
     Args:

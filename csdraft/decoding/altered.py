@@ -1,4 +1,4 @@
-"""What somebody has changed on a model since it was made: hooks, forwards put in place, modules of another kind.
+"""What was changed on a model since it was made: hooks, forwards put in place, modules of another kind.
 
 What is known of a class says nothing of such a model. What libraries put there to place, cast or capture (accelerate,
 transformers, torch) leaves what a model computes as it is, and does not count.

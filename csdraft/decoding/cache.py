@@ -94,7 +94,7 @@ class SlotCache(Cache):
         by_position: whether masks need to know where the token of each slot stands.
 
     Attributes:
-        positions: (rows, capacity) int64, where the token of each slot stands; None if nobody needs it.
+        positions: (rows, capacity) int64, where the token of each slot stands; None if it is not needed.
         features: by tap, (rows, capacity, hidden) hidden states of the tokens in the slots; see `Drafter.taps`. They
             are written, moved and dropped with keys and values.
     """
@@ -282,7 +282,7 @@ def import_cache(cache: Cache, own: SlotCache, kept: Tensor) -> None:
 
 
 def export_cache(own: SlotCache, kept: Tensor, into: Cache) -> None:
-    """The inverse of `import_cache`: fills a cache so that plain `generate` can go on from it.
+    """The inverse of `import_cache`: fills a cache so that plain `generate` can continue from it.
 
     Args:
         kept: (rows, length) bool, False where the output has padding, zeros in the cache.

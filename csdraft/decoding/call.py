@@ -61,7 +61,7 @@ class Call:
         self._levels: dict[Hashable, int] = {"target": 0}
         self._names: dict[Hashable, str] = {}
         self.tallies: defaultdict[int, Tally] = defaultdict(Tally)  # what each reviewer decided, by its level
-        self.cut = 0  # draft tokens that a K matrix asks for and nobody had room for
+        self.cut = 0  # draft tokens that a K matrix asks for and that did not fit
         self.charges: dict[int, tuple[float, float]] = {}  # seconds and tokens a row, by the id of a stage's drafter
 
     @property
@@ -83,7 +83,7 @@ class Call:
 
     @property
     def rows_of_padding(self) -> set[int]:
-        """Rows that have ended and are filled up while others go on, of a batch that goes in step."""
+        """Rows that have ended and are filled up while others continue, of a batch that advances in step."""
         if self.together is None or self.together.pad is None:
             return set()
         return set(self.together.ended.nonzero()[:, 0].tolist())
@@ -138,6 +138,6 @@ class Call:
                 session.close()
 
     def retire(self, live: Sequence[int]) -> None:
-        """Tells every session which rows go on."""
+        """Tells every session which rows continue."""
         for session in self._sessions.values():
             session.retire(live)

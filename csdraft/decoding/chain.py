@@ -57,11 +57,11 @@ def draft_chain(
 
     Where the host need not see a token before the next is drawn (on an accelerator, unless a processor reads the
     text), nothing is copied before the end. What follows a token to stop at is then cut off: that changes nothing,
-    since a `stop` looks at no later token. Where nobody asks about tokens, they are `Awaited`, and may go on behind
+    since a `stop` looks at no later token. Where no token is asked about, they are `Awaited`, and may continue behind
     the end of a text: their review ends there.
 
     Args:
-        contexts: where to go on from.
+        contexts: where to continue from.
         wanted: (rows,) numbers of tokens; a row also ends on an end-of-text token, or when its `stop` says so.
         confidence: whether to compute each token's softmax probability.
         stops: per row, asked about each token kept; see `Budget`.
@@ -115,7 +115,7 @@ class Growing:
         return all(row.ended for row in self.rows)
 
     def choose(self, logits: Tensor) -> Tensor | list[int]:
-        """(batch,) the next token of every row, from (batch, vocab) logits; 0 where nobody drafts.
+        """(batch,) the next token of every row, from (batch, vocab) logits; 0 where no row drafts.
 
         On the device, or a list where the host has seen them.
         """

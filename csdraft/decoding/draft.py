@@ -30,7 +30,7 @@ class DraftProbs:
     Attributes:
         kind: how siblings were drawn: independently, without replacement, or as a coupled pair. A child must not be
             left out for being the token that it is, nor for what follows it; of those drawn independently or as a
-            pair, how many there are must not depend on the elder ones either.
+            pair, how many there are must not depend on the earlier ones either.
         rows: one (vocab,) tensor of probabilities a node, on the model's device; siblings share one tensor.
             None marks a point mass: the token was chosen, not drawn.
     """
@@ -163,7 +163,7 @@ class Draft:
 
     @property
     def tip(self) -> int:
-        """The last node, from which a chain goes on; `ROOT` if the draft is empty."""
+        """The last node, from which a chain continues; `ROOT` if the draft is empty."""
         return len(self.tokens) - 1
 
     def only(self, nodes: Sequence[int]) -> Draft:

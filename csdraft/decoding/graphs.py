@@ -27,7 +27,7 @@ WARM_UPS = 2
 FEWEST_SLOTS = 256
 """What a forward of fixed shape sees at least, and a cache reserves."""
 MOST_COMPILED = 1024
-"""Shapes that torch.compile keeps of one function; it would go on eagerly after 8."""
+"""Shapes that torch.compile keeps of one function; it would continue eagerly after 8."""
 
 Mode = Literal["auto", "compile", False]
 """How forwards of fixed shape run: recorded where the device can, also compiled, or eagerly."""
@@ -204,7 +204,7 @@ def record_cuda(reader: Reader) -> Record:
                     body()
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            # Other threads go on meanwhile.
+            # Other threads continue meanwhile.
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 result = body()
 

@@ -36,7 +36,7 @@ def grouped_heads(compiled: bool = False) -> Iterator[None]:
     """
     global _compiled
     with _lock:
-        if ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward:  # or somebody has put his own there
+        if ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward:  # unless another function was registered
             AttentionInterface.register("sdpa", _attention)
     _here.grouped, _compiled = True, compiled
     try:

@@ -29,7 +29,7 @@ __all__ += ["Verdict", "Verifier"]
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """Where a drafter stands: a row's text, and a draft that already follows it, whose last node it goes on from."""
+    """Where a drafter stands: a row's text, and a draft that already follows it, whose last node it continues from."""
 
     row: int
     text: Text
@@ -38,16 +38,16 @@ class Context:
 
     @property
     def tip(self) -> int:
-        """The node to go on from: the draft's last, or `ROOT`."""
+        """The node to continue from: the draft's last, or `ROOT`."""
         return self.draft.tip
 
     def after(self, draft: Draft) -> Context:
-        """The same row, going on from the end of `draft`."""
+        """The same row, continuing from the end of `draft`."""
         return Context(self.row, self.text, self.call, draft)
 
     @property
     def path(self) -> list[int]:
-        """Token ids between the text and the place to go on from."""
+        """Token ids between the text and the place to continue from."""
         return [self.draft.tokens[node] for node in self.draft.path(self.tip)]
 
 
@@ -63,7 +63,7 @@ class Budget:
         room: the most that may be handed up (>= depth).
         skip: leading stages that a horizontal cascade leaves out; other drafters have one stage and ignore it.
         size: the most nodes of a tree, for drafters that have `sizes`; None leaves it to them.
-        confidence: whether somebody above will read `Draft.confidence` (it costs a softmax a token).
+        confidence: whether a reviewer above will read `Draft.confidence` (it costs a softmax a token).
         stop: called with the confidence of each token that a model kept, and with a function that computes the
             entropy, in nats, of the softmax that this is a probability of; True ends what this model drafts.
             It must not make a drafter discard a token: selection by identity would bias sampling.
@@ -118,7 +118,7 @@ class Round:
         verdict: what was decided.
         level: the reviewer's level.
         scores: the reviewer's view; valid until its session's next forward.
-        confidence: (emitted,) confidence of each emitted token, if somebody asked.
+        confidence: (emitted,) confidence of each emitted token, if it was asked for.
     """
 
     context: Context
@@ -214,7 +214,7 @@ class Drafter:
     """Anything that proposes drafts.
 
     Attributes:
-        depth: the number of tokens it likes to draft when nobody says otherwise.
+        depth: the number of tokens it likes to draft by default.
     """
 
     depth: int = 5
@@ -312,7 +312,7 @@ class Tree:
     def grow(self, growth: Growth, depth: int) -> Generator[Step, None, Sequence[int]]:
         """Grows one row's tree; the model runs once a step, for all rows.
 
-        The children that a step asks for are in `growth` when it goes on. Nothing is found below a token that ends
+        The children that a step asks for are in `growth` when it continues. Nothing is found below a token that ends
         the text, and `growth.latest` may be empty.
 
         Args:

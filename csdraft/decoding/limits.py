@@ -11,7 +11,7 @@ MOST_NODES = 1024
 FEWEST_NODES = 4
 """Smaller trees are hardly better than chains."""
 MOST_BRANCHES = 256
-"""Children of a node, branches that go on at once, and other widths."""
+"""Children of a node, branches that continue at once, and other widths."""
 
 
 def halvings(nodes: int) -> tuple[int, ...]:

@@ -54,7 +54,7 @@ def run(
         verifier: the acceptance rule at the target.
         schedule: how much to draft each round.
         output: takes the emitted tokens (streamer, scores).
-        strict: raise when a drafter fails instead of going on without it.
+        strict: raise when a drafter fails instead of continuing without it.
         diagnose: compare the distributions of target and drafts at every judged token (`Report.rejections`).
     """
     target = call.session(call.target)

@@ -32,7 +32,7 @@ class Memory:
             return make() if known is None else deepcopy(known)
 
     def save(self, target: Any, key: Hashable, learned: Any) -> None:
-        """Keeps what a call has learned; nobody may change it afterwards."""
+        """Keeps what a call has learned; it must not be changed afterwards."""
         with self._lock:
             self._by_target.setdefault(target, {})[key] = learned
 

@@ -59,7 +59,7 @@ STEPS = 3
 """Tokens that plain `generate` writes for a comparison."""
 
 TREE = Draft((11, 12, 13, 14), (ROOT, ROOT, 1, 2), (0,) * 4, (float("nan"),) * 4)
-"""Two branches, of which the second goes on."""
+"""Two branches, of which the second continues."""
 
 STEPPED = 1
 """Of the texts that are compared, which one is also read in steps: the first row's, and its draft's first branch."""
@@ -84,7 +84,7 @@ def padding_difference(model: nn.Module) -> str | None:
 
 
 def _answer(model: nn.Module, question: Question) -> str | None:
-    """Asked once for each model class and config; once for each model and each state that somebody has put it in."""
+    """Asked once for each model class and config; once for each model and each state that it was put in."""
     state = [key for _, _, key in alterations(model)]
     stock = type(model).__name__ in KNOWN_EXACT and type(model).__module__.startswith("transformers.")
     if not state and stock and _causal(model):

@@ -211,8 +211,8 @@ class Reader:
         logits = self._body(inputs, keep, slots, shared, unmasked, inputs.seen_by_all)
         if self.forwards == 1 and not self.cache.is_written:
             raise NoCache(
-                f"{type(self.model).__name__} kept no keys and values of what it read, which drafted decoding goes on "
-                "from; if it is in training mode, call model.eval() first, otherwise leave assistant= out"
+                f"{type(self.model).__name__} kept no keys and values of what it read, which drafted decoding needs; "
+                "if it is in training mode, call model.eval() first, otherwise leave assistant= out"
             )
         self.seconds += clock.now() - started
         return logits
@@ -338,7 +338,7 @@ class Reader:
                 self.graphs.clear()
 
     def _encode(self) -> None:
-        """Runs the encoder once, if the model has one and nobody has run it yet."""
+        """Runs the encoder once, if the model has one and it has not run yet."""
         sources = self.sources
         if not self.encoder_decoder or sources is None or sources.encoder_outputs is not None:
             return

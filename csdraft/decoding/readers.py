@@ -1,4 +1,4 @@
-"""Readers outlive calls: the next call of a model goes on from the text that its cache still holds.
+"""Readers outlive calls: the next call of a model continues from the text that its cache still holds.
 
 A reader is lent to one call at a time, so that two threads have two; it is taken back when the call ends, and kept
 as long as its model lives, within MOST of all. What it holds is only trusted if the model is as it was: its parameters
@@ -37,7 +37,7 @@ class ReadingOptions:
     """How a model reads in one call.
 
     Attributes:
-        reuse: whether it goes on from what it has read of these texts in earlier calls, and keeps what it reads now.
+        reuse: whether it continues from what it has read of these texts in earlier calls, and keeps what it reads now.
         graphs: how forwards of fixed shape run.
         taps: the hidden states that it keeps, see `Drafter.taps`.
     """
@@ -79,7 +79,7 @@ class Waiting:
         return sum(map(_common, self.texts, texts)) + RECORDED * self.recorded
 
     def may_be_taken(self, texts: Sequence[Sequence[int]]) -> bool:
-        """Whether a call of these texts goes on from most of what it holds, or needs its recordings."""
+        """Whether a call of these texts continues from most of what it holds, or needs its recordings."""
         return self.recorded or 2 * sum(map(_common, self.texts, texts)) >= sum(map(len, self.texts))
 
     def suits(self, rows: int, taps: frozenset[int]) -> bool:
@@ -119,7 +119,7 @@ def borrow(
         own = own if any(texts) else [w for w in own if not any(w.texts)]
         best = max(own, key=lambda w: w.worth(texts), default=None)
         if best is not None and len(of_model) < OF_ONE and not best.may_be_taken(texts):
-            best = None  # another chat goes on there
+            best = None  # another chat continues there
         if best is not None:
             _waiting.remove(best)
     if best is None:

@@ -40,7 +40,7 @@ def review(
 
     Args:
         level: the reviewer's level number.
-        confidence: whether the emitted tokens' confidence will be read by somebody above.
+        confidence: whether the emitted tokens' confidence will be read by a reviewer above.
     """
     call, together = contexts[0].call, contexts[0].call.together if level == TARGET else None
     if together is not None:
@@ -91,6 +91,6 @@ def _check_continued(before: Draft, draft: Draft) -> None:
         kept = len(rows) == size and all(a is b for a, b in zip(rows, before.probs.rows, strict=True))
     if not kept:
         raise ValueError(
-            f"a drafter was given {size} drafted tokens to go on from and did not hand them back first, unchanged; "
+            f"a drafter was given {size} drafted tokens to continue from and did not hand them back first, unchanged; "
             "build on context.draft.extend(...)"
         )

@@ -159,7 +159,7 @@ class SafeDrafter(Drafter):
     def _flaw_of_probs(self, probs: DraftProbs, size: int, vocab: int) -> str | None:
         if len(probs.rows) != size:
             return f"a draft of {size} tokens has distributions for {len(probs.rows)}"
-        return probs.flaw(vocab) if self.verifier.draws == "independent" else None  # nobody reads it otherwise
+        return probs.flaw(vocab) if self.verifier.draws == "independent" else None  # otherwise it is not read
 
     def _give_up(self, error: Exception) -> None:
         """Leaves the drafter out for the rest of the call, or raises when strict."""

@@ -83,7 +83,7 @@ class Sampler:
         return torch.stack(found) if len(found) > 1 else found[0][None]
 
     def fresh_log_exponential(self, row: int, device: torch.device) -> Tensor:
-        """(vocab,) log E as above, but of nobody else: drawn anew each time, as `uniform` is."""
+        """(vocab,) log E as above, but of no other row: drawn again each time, as `uniform` is."""
         self._drawn[row] += 1
         key = mix64(self.row_seeds[row] + 0xD1B54A32D192ED03 * self._drawn[row])
         return _log_exponential(self._hashed([key], device))[0]

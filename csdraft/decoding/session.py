@@ -97,7 +97,7 @@ class Session:
         self.rolled_back += 1
 
     def close(self) -> None:
-        """The end of a call that went well: the model's next call goes on from what its cache holds."""
+        """The end of a call that went well: the model's next call continues from what its cache holds."""
         readings = list(self._readings.values())
         if self._batch == list(self._readings) and all(reading.text for reading in readings) and self._reuse:
             take_back(self.reader, [reading.text.tokens[: reading.read] for reading in readings])  # type: ignore

@@ -31,7 +31,7 @@ class Stopping:
     Attributes:
         max_length: of a row with its padding; None for no limit.
         eos: tokens that end a text.
-        pads: whether an ended row is filled up with padding while others go on; without a criterion for end-of-text
+        pads: whether an ended row is filled up with padding while others continue; without a criterion for end-of-text
             tokens plain `generate` lets it write on.
         known, custom: the other criteria, those of transformers that ask each row by itself, and all that are left.
         kept: per row the (vocab,) processed scores of its tokens so far, which criteria see if they are returned.

@@ -145,7 +145,7 @@ MOST_DEPTH = 1 << 20
 def _ranks(finished: Round) -> list[tuple[int, int]]:
     """(children, rank of the one kept or -1) of every node of a tree at which the reviewer had to choose.
 
-    The tip's family is left out where it was put in another order, so that a chain can go on from there.
+    The tip's family is left out where it was put in another order, so that a chain can continue from there.
     """
     draft, verdict = finished.draft, finished.verdict
     nodes = [finished.context.tip, *verdict.accepted]

@@ -123,11 +123,11 @@ def draft_tree(
 
     Args:
         level: the model's level number.
-        confidence: whether the tokens' softmax probabilities will be read by somebody above.
+        confidence: whether the tokens' softmax probabilities will be read by a reviewer above.
 
     Returns:
         One draft a context, the context's own nodes first. The last node ends the likeliest branch, or is a sibling of
-        that end, so that another drafter can go on from there.
+        that end, so that another drafter can continue from there.
 
     Raises:
         ValueError: the tree asked or returned what `Tree` forbids.
@@ -217,7 +217,7 @@ def _check_drawn(growth: Growth, nodes: list[int], tree: Tree) -> None:
 
 
 def _lead_last(growth: Growth, nodes: list[int], drawn: bool) -> list[int]:
-    """The same nodes with the end of the likeliest branch behind all others, so that a chain can go on from there.
+    """The same nodes with the end of the likeliest branch behind all others, so that a chain can continue from there.
 
     Of drawn siblings the order counts: then its whole family goes there, and the last born stands for it.
     """

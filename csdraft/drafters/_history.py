@@ -43,7 +43,7 @@ class History:
         if not path:
             return max(automaton.link[automaton.last], START), automaton.matched
         found = automaton.walk(automaton.last, automaton.read, path, MOST_LINKS)
-        if found is None:  # long matches nested in each other by the dozen, and `path` goes on from none
+        if found is None:  # long matches nested in each other by the dozen, and `path` continues from none
             near = [*self.tokens[max(self.source, len(self.tokens) - NEAR) :], *path]
             found = automaton.walk(START, 0, near, len(near))
         return found or (START, 0)

@@ -1,7 +1,7 @@
 """Horizontal cascade: the nearest tokens by the best drafter, later ones by cheaper drafters.
 
 Cascade Speculative Drafting (arXiv 2312.11462, section 3.2): a draft's first tokens are the likeliest to be kept, so
-they deserve the dearest drafter; its tail is nearly free when a statistical drafter writes it.
+they deserve the most expensive drafter; its tail is nearly free when a statistical drafter writes it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Horizontal(Drafter):
     """Lets each drafter in turn lengthen the draft up to its limit.
 
     A drafter may hand up more than it was asked for (a reviewer's surplus): it is kept and counts for later stages,
-    which also make up a shortfall. Behind a tree, the next stage goes on from its last node.
+    which also make up a shortfall. Behind a tree, the next stage continues from its last node.
 
     Args:
         drafters: best first.

@@ -6,8 +6,8 @@ wide, (W + G)(N - 1) tokens: for accelerators with compute to spare.
 
 The window is a branch of the draft like any other: of every column the first token stands below the first token of
 the column before, the rest below one another, as the paper's mask has it. So any verifier may even accept it. The
-window moves with the text by as many places as were committed, and columns grow anew from tokens of the prompt at its
-far end. Where another model reviews the draft, or the draft goes on from another drafter's, there is no window, and
+window moves with the text by as many places as were committed, and columns grow again from tokens of the prompt at its
+far end. Where another model reviews the draft, or the draft continues from another drafter's, there is no window, and
 the pool has the prompt's n-grams only.
 """
 
@@ -94,7 +94,7 @@ class _Row:
 
     options: Lookahead
     prompt: list[int]
-    inner: bool = False  # somebody else reviews what is drafted
+    inner: bool = False  # another model reviews what is drafted
     columns: dict[int, list[int]] = field(default_factory=dict)
     offered: list[int] = field(default_factory=list)  # the starts of the columns in the draft
 

@@ -26,13 +26,14 @@ __all__ = ["MaxGram"]
 class MaxGram(Drafter):
     """Finds the longest ending of text and draft that occurs earlier, and proposes what followed it last time.
 
-    A match that reaches the end of the history goes on copying from its own proposal: a loop is drafted to any depth.
-    For encoder-decoders it also searches the encoder's input; no match spans the two.
+    A match that reaches the end of the history continues copying from its own proposal: a loop is drafted to any
+    depth. For encoder-decoders it also searches the encoder's input; no match spans the two.
 
     Args:
         depth: tokens a round unless a schedule or a cascade says otherwise.
         min_match: shortest match worth copying from; 1 as in the paper.
-        bigram: what to go on with where nothing matches: a `BigramTable`, or the path of a saved one. None: nothing.
+        bigram: what to continue with where nothing matches: a `BigramTable`, or the path of a saved one. None:
+            nothing.
     """
 
     depth: int = 10  # type: ignore[assignment]

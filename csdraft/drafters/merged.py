@@ -24,11 +24,11 @@ class Merged(Drafter):
     """Merges what its drafters draft, branch by branch.
 
     Chosen tokens are merged; drawn ones stay apart, each with its own distribution. Draws of two drafters can stand in
-    one tree if all were made independently ("iid"). A chain goes on from the end of the first drafter's likeliest
+    one tree if all were made independently ("iid"). A chain continues from the end of the first drafter's likeliest
     branch.
 
     Args:
-        drafters: whoever comes first is tried first.
+        drafters: the first is tried first.
     """
 
     drafters: tuple[Drafter, ...]
@@ -137,7 +137,7 @@ class Nodes:
         return places
 
     def draft(self, start: int, lead: int) -> Draft:
-        """The draft, its last node the end of the branch that goes on from `lead`; `start` nodes keep their places."""
+        """The draft; its last node ends the branch that continues from `lead`; `start` nodes keep their places."""
         last = self._end(lead)
         order = list(range(len(self.tokens)))
         if last >= start:

@@ -83,7 +83,7 @@ class ModelDrafter(Drafter):
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
         call = contexts[0].call
         session, level = call.session(self.network), call.level(self.network)
-        limit = session.positions  # past it the model stops drafting, and decoding goes on
+        limit = session.positions  # past it the model stops drafting, and decoding continues
         steps = [
             min(b.depth, b.room, limit - len(c.text) - len(c.path)) for c, b in zip(contexts, budgets, strict=True)
         ]
@@ -129,7 +129,7 @@ def bound(drafter: Any, target: nn.Module, seen: dict[int, Any] | None = None) -
     if id(drafter) not in seen:
         options = {f.name: getattr(drafter, f.name) for f in fields(drafter)}
         changed = {k: new for k, v in options.items() if (new := bound(v, target, seen)) is not v}
-        _ = drafter.memory  # which the twin shares: it is made anew for each call
+        _ = drafter.memory  # which the twin shares: it is made again for each call
         seen[id(drafter)] = twin = copy.copy(drafter) if changed else drafter
         for name, value in changed.items():
             object.__setattr__(twin, name, value)

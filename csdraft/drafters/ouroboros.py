@@ -2,8 +2,8 @@
 
 Ouroboros (Zhao et al., arXiv 2402.13720): a drafter model writes a few tokens, and the target checks several phrases
 that may follow them in the same forward. Phrases come from the verified text, and from rejected drafts: what the
-target would have said there, token by token. Use it around a model whose own tokens are dear. The paper also has the
-drafter model write by Lookahead; that is `Vertical(model, ...)` around any drafter of this package.
+target would have said there, token by token. Use it around a model whose own tokens are expensive. The paper also has
+the drafter model write by Lookahead; that is `Vertical(model, ...)` around any drafter of this package.
 """
 
 from __future__ import annotations

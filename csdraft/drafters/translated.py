@@ -30,7 +30,7 @@ from csdraft.decoding.text import Text
 __all__ = ["Translated"]
 
 OPEN, KEPT_OPEN, MOST_OPEN = 32, 8, 128
-"""Target tokens that are translated anew each round: with more than OPEN, all but about KEPT_OPEN are settled where
+"""Target tokens that are translated again each round: with more than OPEN, all but about KEPT_OPEN are settled where
 both tokenizers part the text; beyond MOST_OPEN, anywhere."""
 PARTIAL = "\ufffd"
 """What a character decodes to of which bytes are missing."""
@@ -151,7 +151,7 @@ class TokenizerView:
 
 
 class _Reading:
-    """A row's text in the drafter's tokens: settled ones in `text`, the rest made anew from the target's last tokens.
+    """A row's text in the drafter's tokens: settled ones in `text`, the rest made again from the target's last tokens.
 
     Args:
         drafter: whose tokenizers to use.

@@ -41,7 +41,7 @@ class Vertical(Drafter):
         lenience: >= 1; how far below its own choice the reviewer lets a drafted token pass (1: not at all). The
             target still checks everything, so this trades acceptance for cheaper drafting, never exactness.
         inner_length: tokens a round of the inner drafter; None leaves it to the drafter.
-        depth: tokens wanted when nobody says otherwise.
+        depth: tokens wanted by default.
     """
 
     reviewer: nn.Module | str | os.PathLike

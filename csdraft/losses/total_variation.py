@@ -1,7 +1,7 @@
 """Total variation, half the sum over tokens of |target - student|: the chance that a drafted token is rejected.
 
 1 less the acceptance rate of rejection sampling (Leviathan et al., arXiv 2211.17192, theorem 3.5), so what DistillSpec
-(arXiv 2310.08461) is after; there seldom the best loss to train with, because its gradient ignores by how much two
+(arXiv 2310.08461) is after; there rarely the best loss to train with, because its gradient ignores by how much two
 probabilities differ.
 """
 

@@ -103,7 +103,7 @@ def changed(k_matrix: KMatrix, i: int, j: int, k: int) -> KMatrix:
 
 
 def cleaned(k_matrix: KMatrix) -> KMatrix:
-    """Without the rows of reviewers that nobody asks."""
+    """Without the rows of reviewers that are not asked."""
     rows = [k_matrix[0]]
     for i in range(1, len(k_matrix)):
         asked = any(row[i - 1] for row in rows[:i])

@@ -25,7 +25,7 @@ class Stage:
 
     Args:
         acceptance: chance of each token to be accepted, given that those before it were.
-        length: tokens it adds; as a reviewer it goes on until it has at least so many.
+        length: tokens it adds; as a reviewer it continues until it has at least so many.
         cost: of one of its forwards (or proposals, if it has no model), in forwards of the target.
         reviews: the cascade that it reviews; none: it drafts token by token.
         proposes: whether one proposal writes all `length` tokens, as statistical drafters do.

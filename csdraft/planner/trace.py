@@ -126,7 +126,7 @@ def measure_drafters(
         target: the model.
         drafters: largest first.
         prompts: encoded, one row each.
-        progress: called with what is going on and the share that is done.
+        progress: called with what is being done and the share that is done.
         enough: called after each prompt with the number that is done; True leaves out the others.
         options: of `generate`: max_new_tokens, do_sample, temperature, ...
     """

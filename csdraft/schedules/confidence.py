@@ -1,4 +1,4 @@
-"""Confidence: a model drafter goes on while it is sure of itself.
+"""Confidence: a model drafter continues while it is sure of itself.
 
 The dynamic stop of transformers' assisted generation (`assistant_confidence_threshold`) and of many papers: a token
 drafted with a probability below the threshold is the last of its draft. The token itself is kept, so that stopping

@@ -1,9 +1,9 @@
 """Cost model: draft as much as pays, by measured seconds and measured acceptance; fall back to plain decoding.
 
 Leviathan et al. (arXiv 2211.17192, section 3.3) choose the draft length from one acceptance rate and one cost ratio;
-this schedule measures both while it decodes. Of the leading stages of a cascade to leave out (a dear drafter may not
-pay where the statistical one below it does), the sizes of tree and the depths, it takes those with the most tokens a
-second,
+this schedule measures both while it decodes. Of the leading stages of a cascade to leave out (an expensive drafter may
+not pay where the statistical one below it does), the sizes of tree and the depths, it takes those with the most tokens
+a second,
 
     (1 + sum over i <= depth of survival[i]) / (target seconds at width depth + 1 + drafting seconds),
 
@@ -165,7 +165,7 @@ class CostModelRun(Schedule):
         skip, size = self.way
         self._reads = self.depth > 0 and self._unread(skip, contexts) > UNREAD
         self._asked = [min(self.depth, room) for room in rooms]
-        if len(self.stages) == 1:  # what a drafter adds of its own accord, such as a window, is its own affair
+        if len(self.stages) == 1:  # a lone drafter may add to it, such as a window of guesses
             both = zip(self._asked, rooms, strict=True)
             return [Budget(depth, room if depth else 0, size=size) for depth, room in both]
         return [Budget(depth, depth, skip, size) for depth in self._asked]
@@ -187,11 +187,11 @@ class CostModelRun(Schedule):
                 stages.losses, stages.wait = 0, 0.0
             elif stages.wait <= 0:
                 same_stages = best is not None and best.way.skip == way.skip
-                hopeful = self._worth_a_trial(way, stages, rate, contexts, remaining)
+                could_win = self._worth_a_trial(way, stages, rate, contexts, remaining)
                 for other in self.ways if not same_stages else ():  # of its trees too, whatever their size
                     if other.skip == way.skip:
                         survivals[other].wait = max(survivals[other].wait, stages.wait)
-                if hopeful:
+                if could_win:
                     self._trial = True
                     return way, best.depth if best and same_stages else min(FIRST_DEPTH, self.most)
         return (best.way, best.depth) if best else (self.ways[0], 0)
@@ -206,10 +206,10 @@ class CostModelRun(Schedule):
         price = reading + depth * self._token_seconds(way.skip) + self._seconds(width) - plain
         stages.losses = min(stages.losses + 1, MOST_DOUBLINGS)
         stages.wait = TRIAL_PAUSE * 2.0 ** (stages.losses - 1) * max(price, 0.1 * plain)
-        hopeful = max((plan.rate for plan in self._compared(way, contexts, remaining, hope=True)), default=0.0)
-        return hopeful > rate and remaining * plain > 2 * TRIAL_PAUSE * reading
+        could_win = max((plan.rate for plan in self._compared(way, contexts, remaining, optimistic=True)), default=0.0)
+        return could_win > rate and remaining * plain > 2 * TRIAL_PAUSE * reading
 
-    def _compared(self, way: Way, contexts: Sequence[Context], remaining: int, hope: bool = False) -> list[Plan]:
+    def _compared(self, way: Way, contexts: Sequence[Context], remaining: int, optimistic: bool = False) -> list[Plan]:
         """What each depth would come to in one way; one plan if the drafter says itself what it expects."""
         if (told := self._told(way, contexts, remaining)) is not None:
             return [told]
@@ -220,7 +220,7 @@ class CostModelRun(Schedule):
         reading, widths = self._reading_seconds(skip, contexts), self._widths(way, most)
         drafting = [self._token_seconds(stage) for stage in range(len(self.stages))]
         chances = [
-            (stages.survival_rates(most, hope), stages.shares_offered(most), number) for stages, number in counts
+            (stages.survival_rates(most, optimistic), stages.shares_offered(most), number) for stages, number in counts
         ]
         survival, tokens, plans, before = [1.0] * len(counts), 1.0, [], 0
         seconds = wide = self._seconds(1)
@@ -228,14 +228,14 @@ class CostModelRun(Schedule):
             if depth > most:
                 break
             short, spent = 1.0, 0.0  # the chance that no row is offered so much: nothing gets wider
-            for k, (hazard, share, number) in enumerate(chances):
+            for k, (chance, share, number) in enumerate(chances):
                 for i in range(before, depth):
-                    survival[k] *= hazard[i]
+                    survival[k] *= chance[i]
                     tokens += survival[k] * number / len(contexts)
                 short *= (1 - share[depth - 1]) ** number
             for i in range(before, depth):
                 spent += drafting[self._stage_at(skip, i)]
-            narrow, wide = wide, self._seconds(1 + widths[depth], hope)
+            narrow, wide = wide, self._seconds(1 + widths[depth], optimistic)
             seconds += (1 - short) * (wide - narrow + spent)
             plans.append(Plan(way, depth, tokens, seconds + tokens * reading / remaining, 1 + widths[depth]))
             before = depth
@@ -273,11 +273,11 @@ class CostModelRun(Schedule):
         """How many queries the target's forward over so many tokens has."""
         return self.reader.queries(width)
 
-    def _seconds(self, width: int, hope: bool = False) -> float:
-        """Of the target's forward; of one that was seldom measured, what it may yet turn out to be, for hope."""
+    def _seconds(self, width: int, optimistic: bool = False) -> float:
+        """Of the target's forward; or, if it was rarely measured, an optimistic estimate."""
         width = self._queries(width)
         price, plain = self.prices.seconds(width), self.prices.seconds(1)
-        return (price + plain) / 2 if hope and self.prices.count(width) < TRUSTED else price
+        return (price + plain) / 2 if optimistic and self.prices.count(width) < TRUSTED else price
 
     def _stage_at(self, skip: int, i: int) -> int:
         """The stage that writes draft token `i`."""
@@ -305,8 +305,8 @@ class CostModelRun(Schedule):
 
     def _reading_seconds(self, skip: int, contexts: Sequence[Context]) -> float:
         """What the drafter models must read first, once."""
-        dearest = max((self._token_seconds(stage) for stage in range(skip, len(self.stages))), default=0.0)
-        return READING_COST * max(self._unread(skip, contexts) - 2, 0) * dearest
+        slowest = max((self._token_seconds(stage) for stage in range(skip, len(self.stages))), default=0.0)
+        return READING_COST * max(self._unread(skip, contexts) - 2, 0) * slowest
 
     def _unread(self, skip: int, contexts: Sequence[Context]) -> int:
         """Tokens of text that the drafter models have not seen yet."""

@@ -1,4 +1,4 @@
-"""Entropy: a model drafter goes on while the entropy of its distribution says that its token is likely to be kept.
+"""Entropy: a model drafter continues while the entropy of its distribution says that its token is likely to be kept.
 
 AdaEDL (arXiv 2410.18351): 1 - sqrt(gamma * H) is a training-free estimate from below of the chance that a token drawn
 from a distribution of entropy H is accepted, and drafting ends where it falls under a threshold. Of use where texts

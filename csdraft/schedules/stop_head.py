@@ -1,4 +1,4 @@
-"""Stop head: a model drafter goes on until a rejection somewhere in the draft has become too likely.
+"""Stop head: a model drafter continues until a rejection somewhere in the draft has become too likely.
 
 SpecDec++ (arXiv 2405.19715) shows that the best policy stops once the probability of at least one rejection, one minus
 the product of the tokens' predicted chances, exceeds a threshold. The chances come from a small head, which

@@ -64,7 +64,7 @@ class AdjacencyTable:
                 )
 
     def copy(self) -> AdjacencyTable:
-        """One that knows the same and is nobody's yet."""
+        """One that knows the same and has no owner yet."""
         twin = AdjacencyTable(len(self))
         with self._lock:
             twin.successors[:] = self.successors

@@ -34,7 +34,7 @@ PRIOR, PRIOR_WEIGHT = (0.6, 0.3, 0.45, 0.65, 0.8), 2.0
 GOES_ON, TAIL = 0.75, 6.0
 """Survival of a token behind one that survived, before anything is known, and the tokens that this counts for."""
 REMEMBERED = 4.0
-"""Rounds of failure that hope remembers: texts change."""
+"""Failed rounds that an optimistic estimate counts at most: texts change."""
 CHAIN, SPARED = 4, 0.8
 """A tree of so few nodes is as good as a chain, and each doubling leaves so much of what fails, before it is known."""
 KIN = 16.0
@@ -231,7 +231,7 @@ def check_costs(document: Any, at: str) -> dict[str, list[tuple[int, int, int, f
             if not (whole and width >= bool(rows) and 0 < seconds <= MOST_SECONDS):
                 raise ValueError(
                     f"{at}.{name}[{i}]={[rows, bucket, width, seconds]} must be rows, bucket of slots and queries, "
-                    f"all >= 0, and seconds from 0 to {MOST_SECONDS:.0f}; delete the file to measure anew"
+                    f"all >= 0, and seconds from 0 to {MOST_SECONDS:.0f}; delete the file to measure again"
                 )
     return tables
 
@@ -267,28 +267,28 @@ class Survival:
         for column in (self.tried, self.kept):
             column[:] = [share * count for count in column]
 
-    def survival_rates(self, depth: int, hope: bool = False) -> list[float]:
+    def survival_rates(self, depth: int, optimistic: bool = False) -> list[float]:
         """The chance of each of `depth` tokens to survive, given that those before it did.
 
         The first stands for itself, since a draft is often wrong as a whole; what follows a right one has much in
-        common, and is seldom known as well.
+        common, and is rarely known as well.
 
         Args:
-            hope: as if all that is not known yet turned out well; a token that is not offered cannot survive.
+            optimistic: assume that all unknown tokens survive; a token that is not offered cannot.
         """
         if not depth:
             return []
-        tried, kept, weight = self.tried or [0.0], self.kept or [0.0], PRIOR_WEIGHT if hope else self.weight
-        if hope:
+        tried, kept, weight = self.tried or [0.0], self.kept or [0.0], PRIOR_WEIGHT if optimistic else self.weight
+        if optimistic:
             blur = min(1.0, REMEMBERED / max(tried[0], 1.0))
             tried, kept = [blur * count for count in tried], [blur * count for count in kept]
-        first = (kept[0] + weight * (1.0 if hope else self._unknown(self.prior))) / (tried[0] + weight)
+        first = (kept[0] + weight * (1.0 if optimistic else self._unknown(self.prior))) / (tried[0] + weight)
         goes_on = self._unknown(self.goes_on)
-        more, tail = 1.0 if hope else max(first, goes_on), weight if hope else max(weight, TAIL)
+        more, tail = 1.0 if optimistic else max(first, goes_on), weight if optimistic else max(weight, TAIL)
         pooled = (sum(kept[1:]) + tail * more) / (sum(tried[1:]) + tail)
         later = [(k + weight * pooled) / (t + weight) for k, t in zip(kept[1:depth], tried[1:], strict=False)]
         found = [first, *later, *[pooled] * (depth - 1 - len(later))]
-        return [min(pair) for pair in zip(found, self.shares_offered(depth), strict=True)] if hope else found
+        return [min(pair) for pair in zip(found, self.shares_offered(depth), strict=True)] if optimistic else found
 
     @property
     def shown(self) -> float:

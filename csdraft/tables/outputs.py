@@ -124,7 +124,7 @@ class OutputTable:
     ) -> list[tuple[SuffixAutomaton, int, int]]:
         """The longest known match of an ending of `tokens` and `path` in each of its automata: state and length.
 
-        Whoever goes on from there holds the `lock` while reading.
+        The caller that continues from there holds the `lock` while reading.
         """
         with self.lock:
             found = self._moved(tokens, place)

@@ -1,4 +1,4 @@
-"""What a model says after each token alone: its likeliest successors, and how it goes on from them.
+"""What a model says after each token alone: its likeliest successors, and how it continues from them.
 
 The model-derived bigram of the N-Grammys (arXiv 2411.03786), with its extension to a few tokens. Built once for a
 target, in minutes, by `scripts/build_bigrams.py --model`; no text is needed.
@@ -31,7 +31,7 @@ class SuccessorTable:
 
     Attributes:
         successors: (vocab, rows, length) int32; entry [t, i] begins with the token that the model finds i-th likeliest
-            after t, and goes on with what it writes greedily after those two.
+            after t, and continues with what it writes greedily after those two.
     """
 
     successors: np.ndarray
@@ -59,7 +59,7 @@ class SuccessorTable:
     def after(self, token: int, rows: int, depth: int) -> list[list[int]]:
         """At most `rows` continuations of `token`, the likeliest first, each of `depth` tokens.
 
-        Beyond the table's length a row goes on with the likeliest successor of its last token.
+        Beyond the table's length a row continues with the likeliest successor of its last token.
         """
         found, best = self.successors[token, :rows, :depth].tolist(), self._best
         for row in found:

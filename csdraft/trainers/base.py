@@ -33,7 +33,7 @@ class BaseTrainer(SavingTrainer):
     Attributes:
         interrupt: whether a signal has stopped the run.
         steps: losses of the last step.
-        resumed_from: the checkpoint that the run goes on from; None at its start.
+        resumed_from: the checkpoint that the run continues from; None at its start.
     """
 
     def __init__(self, model: nn.Module, args: Any, **options: Any):

@@ -65,7 +65,7 @@ def one_line_errors(folder: str = "", module: str = "csdraft") -> Iterator[None]
     try:
         yield
     except KeyboardInterrupt:
-        _exit(130, "stopped at once; the same command goes on from what is there")
+        _exit(130, "stopped at once; the same command continues from what is there")
     except (ValueError, OSError, Stopped) as error:
         if isinstance(error, OSError) and error.errno in FULL:
             _exit(1, f"error: {unwritable(folder, error)}")

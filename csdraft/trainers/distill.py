@@ -22,12 +22,12 @@ from csdraft.trainers.base import BaseTrainer
 from csdraft.trainers.distill_arguments import DistillArguments
 from csdraft.trainers.distillation import Distillation
 from csdraft.trainers.engines import copy_whole, is_sharded, keeps_parts, placed_here
-from csdraft.trainers.exam import Exam, pad_of
+from csdraft.trainers.evaluation import Evaluation, pad_of
 from csdraft.trainers.on_policy import rewritten
 from csdraft.trainers.publish import describe
 from csdraft.trainers.students import load_student_weights, save_student
 
-__all__ = ["DistillArguments", "DrafterTrainer", "exam_of"]
+__all__ = ["DistillArguments", "DrafterTrainer", "evaluation_of"]
 
 QUOTED = 16
 """Tokens of a row that messages quote."""
@@ -41,10 +41,11 @@ class DrafterTrainer(BaseTrainer):
             this very model.
         args: see `DistillArguments`.
         data_collator, train_dataset: as `csdraft.trainers.run.make_batches` makes them.
-        eval_dataset: token ids of the prompts that `evaluate` decodes, if there is no `exam`.
+        eval_dataset: token ids of the prompts that `evaluate` decodes, if there is no `evaluation`.
         processing_class: the tokenizer, which is saved with the student.
         target: frozen; left as it is.
-        exam: what `evaluate` runs; made of `eval_dataset` and `args` if None. With neither, `evaluate` is an error.
+        evaluation: what `evaluate` runs; made of `eval_dataset` and `args` if None. With neither, `evaluate` is an
+            error.
         options: of `transformers.Trainer`.
     """
 
@@ -58,7 +59,7 @@ class DrafterTrainer(BaseTrainer):
         processing_class: Any = None,
         *,
         target: nn.Module,
-        exam: Exam | None = None,
+        evaluation: Evaluation | None = None,
         **options: Any,
     ):
         args._setup_devices  # noqa: B018 - counts the GPUs
@@ -67,7 +68,7 @@ class DrafterTrainer(BaseTrainer):
         options |= {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "data_collator": data_collator}
         super().__init__(self._pair, args, processing_class=processing_class, **options)
         self.model = self.callback_handler.model = model
-        self.exam = exam or exam_of(args, eval_dataset, processing_class)
+        self.evaluation = evaluation or evaluation_of(args, eval_dataset, processing_class)
         if not vars(base_model(model)).get("peft_config"):  # it will be another model than the one it is called
             model.config.name_or_path, model.config._commit_hash = args.output_dir, None  # type: ignore[union-attr]
         self._copy = copy.deepcopy(model).to(args.device) if keeps_parts(self) else None
@@ -182,14 +183,14 @@ class DrafterTrainer(BaseTrainer):
     # Evaluation.
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        """Acceptance and block efficiency on the held-out prompts; see `Exam.grade`."""
-        if self.exam is None:
-            raise ValueError("there are no prompts to evaluate on: give eval_prompts=FILE (or exam=)")
-        # A target in parts is run by all processes together, so they sit the same exam: quotients stay what they are.
+        """Acceptance and block efficiency on the held-out prompts; see `Evaluation.grade`."""
+        if self.evaluation is None:
+            raise ValueError("there are no prompts to evaluate on: give eval_prompts=FILE (or evaluation=)")
+        # A target in parts is run by all processes together: each evaluates all prompts, and quotients stay the same.
         part = slice(None) if is_sharded(self.target) else slice(self.args.process_index, None, self.args.world_size)
         with self.decoding() as student:
-            sums = self.exam.sit(self.target, student, part)
-        figures = self.exam.grade(self._summed(sums))
+            sums = self.evaluation.run(self.target, student, part)
+        figures = self.evaluation.grade(self._summed(sums))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -233,17 +234,19 @@ class DrafterTrainer(BaseTrainer):
         load_student_weights(self.student, self.state.best_model_checkpoint)
 
 
-def exam_of(args: DistillArguments, prompts: Sequence[Sequence[int]] | None, tokenizer: Any) -> Exam | None:
+def evaluation_of(
+    args: DistillArguments, prompts: Sequence[Sequence[int]] | None, tokenizer: Any
+) -> Evaluation | None:
     """What `evaluate` runs on these prompts; None without any."""
     if prompts is None:
         return None
     if tokenizer is None:
         raise ValueError("eval_dataset= without processing_class=: prompts are padded with the tokenizer's token")
     options = args.eval_depth, args.eval_new_tokens, args.temperature, args.eval_batch_size
-    return Exam(prompts, pad_of(tokenizer), *options)
+    return Evaluation(prompts, pad_of(tokenizer), *options)
 
 
 def scored(batch: dict[str, Tensor]) -> Tensor:
-    """Where a batch's labels count: the first token of a decoder-only row is predicted by nobody."""
+    """Where a batch's labels count: the first token of a decoder-only row is not predicted."""
     labels = batch["labels"]
     return (labels if "decoder_input_ids" in batch else labels[:, 1:]) != IGNORED

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from csdraft.data.chat import chat_of
 from csdraft.trainers.engines import uses
-from csdraft.trainers.exam import check_figure
+from csdraft.trainers.evaluation import check_figure
 from csdraft.trainers.objective import Objective
 from csdraft.trainers.rates import RATES, kind_of
 from csdraft.trainers.run_arguments import RunArguments

@@ -28,8 +28,8 @@ OF_LAUNCHERS = ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")
 class Interrupt(TrainerCallback):
     """Turns the first signal into "save and stop"; a second one acts as it always did.
 
-    accelerate's launcher for one process does not pass signals on: it ends, and its child goes on without it. So a
-    process whose launcher has gone stops as after SIGTERM. One that a shell has started goes on, as nohup wants it.
+    accelerate's launcher for one process does not pass signals on: it ends, and its child continues without it. So a
+    process whose launcher has gone stops as after SIGTERM. One that a shell has started continues, as nohup wants it.
 
     Attributes:
         number: of the signal; 0 if there was none.

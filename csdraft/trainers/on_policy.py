@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from csdraft.data.packing import IGNORED
 from csdraft.drafters.max_gram import MaxGram
-from csdraft.trainers.exam import FRESH, ends_of, left_padded, seed_of, up_to_end
+from csdraft.trainers.evaluation import FRESH, ends_of, left_padded, seed_of, up_to_end
 
 __all__ = ["rewritten"]
 
@@ -34,7 +34,7 @@ def rewritten(
     temperature: float,
     pad: int,
 ) -> dict[str, Tensor]:
-    """The batch, about `share` of its texts written anew by the student after their prompts.
+    """The batch, about `share` of its texts written again by the student after their prompts.
 
     Args:
         batch: `input_ids`, `position_ids` and `labels`, (rows, length); every text starts at position 0. Or an
@@ -42,7 +42,7 @@ def rewritten(
         share: of the texts; each has its own coin.
         keys: seed and step.
         prompt: tokens kept of a text that has no prompt of its own (or a shorter one); an encoder-decoder's prompt is
-            what its encoder reads, and all that follows is written anew.
+            what its encoder reads, and all that follows is written again.
         temperature: of the student's sampling.
         pad: token id for filling up.
 
@@ -96,7 +96,7 @@ def _written(
 def _answered(
     batch: dict[str, Tensor], student: Any, share: float, keys: Sequence[int], temperature: float, pad: int
 ) -> dict[str, Tensor]:
-    """An encoder-decoder's batch, about `share` of its texts written anew."""
+    """An encoder-decoder's batch, about `share` of its texts written again."""
     scored = batch["labels"] != IGNORED
     places = torch.arange(1, scored.shape[1] + 1, device=scored.device)
     lengths = (scored * places).amax(1)
@@ -148,7 +148,7 @@ def _chosen(batch: dict[str, Tensor], span: Span, share: float, keys: Sequence[i
 
 
 def _coin(tokens: list[int], keys: Sequence[int]) -> float:
-    """From 0 to 1, of each text and step anew: a checksum would keep the same texts together at every step."""
+    """From 0 to 1, another number for each text and step: with a checksum the same texts would stay together."""
     digest = hashlib.blake2b(repr((tokens, list(keys))).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 

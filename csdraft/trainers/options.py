@@ -20,7 +20,7 @@ FREE = {
         push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision""",
     "How long the run is: it may be made longer, or end sooner. The learning rate follows the new length.": """
         max_steps num_train_epochs""",
-    "When a checkpoint is saved, how many are kept, and where the run goes on from.": """
+    "When a checkpoint is saved, how many are kept, and where the run continues from.": """
         save_strategy save_steps save_only_model save_on_each_node save_total_limit enable_jit_checkpoint
         resume_from_checkpoint restore_callback_states_from_checkpoint""",
     "How it is evaluated: figures of other prompts are not compared with those before, see `EVALUATION`.": """

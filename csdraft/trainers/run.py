@@ -18,10 +18,10 @@ from csdraft.data.target import check_writable, load_weights, read_target, targe
 from csdraft.data.target_cache import TargetCache
 from csdraft.heads.self_draft import SELF_DRAFT, read_document
 from csdraft.hub import fingerprint
-from csdraft.trainers.distill import DrafterTrainer, exam_of
+from csdraft.trainers.distill import DrafterTrainer, evaluation_of
 from csdraft.trainers.distill_arguments import DistillArguments
 from csdraft.trainers.engines import load_sharded, placed_here, uses, whole_models
-from csdraft.trainers.exam import Exam, pad_of
+from csdraft.trainers.evaluation import Evaluation, pad_of
 from csdraft.trainers.lock import only_run
 from csdraft.trainers.muon import MuonAdamW
 from csdraft.trainers.progress import Line
@@ -34,7 +34,7 @@ __all__ = ["distill"]
 
 
 def distill(args: DistillArguments) -> DrafterTrainer:
-    """Trains a drafter and leaves it in `args.output_dir`; goes on from the newest whole checkpoint there.
+    """Trains a drafter and leaves it in `args.output_dir`; continues from the newest whole checkpoint there.
 
     `resume_from_checkpoint` chooses another one, or none (false). A run that is finished is left as it is.
 
@@ -63,16 +63,16 @@ def make_trainer(
     args: DistillArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, batches: dict[str, Any]
 ) -> DrafterTrainer:
     """The trainer, with target and student loaded."""
-    exam = make_exam(args, config, tokenizer)
+    evaluation = make_evaluation(args, config, tokenizer)
     target, student = load_models(args, config)
     trainer = DrafterTrainer(
         model=student,
         args=args,
         **batches,
-        eval_dataset=exam and exam.prompts,
+        eval_dataset=evaluation and evaluation.prompts,
         processing_class=tokenizer,
         target=target,
-        exam=exam,
+        evaluation=evaluation,
         optimizers=(make_muon(args, student), None),
     )
     trainer.noted["data"] = identity(batches["train_dataset"])
@@ -201,13 +201,15 @@ def check_tokenizers(student: str, target: str, tokenizer: PreTrainedTokenizerBa
 # Data.
 
 
-def make_exam(args: DistillArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Exam | None:
+def make_evaluation(
+    args: DistillArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> Evaluation | None:
     if args.eval_prompts is None:
         return None
     context = context_length(config)
     longest = context - args.eval_new_tokens - args.eval_depth
     prompts = read_prompts(args.eval_prompts, tokenizer, args.eval_limit, longest, args.eval_split, chat_of(args))
-    return exam_of(args, prompts, tokenizer)
+    return evaluation_of(args, prompts, tokenizer)
 
 
 def make_batches(

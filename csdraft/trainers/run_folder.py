@@ -83,7 +83,7 @@ class RunFolder:
 
     Attributes:
         finished: whether it holds the result of all steps that `args` ask for.
-        checkpoint: where the run goes on from; None is its beginning.
+        checkpoint: where the run continues from; None is its beginning.
 
     Raises:
         ValueError: it holds a run with other options, or only checkpoints that are cut short.
@@ -176,7 +176,7 @@ class RunFolder:
         state = trainer.state
         if trainer.status:
             say(
-                f"stopped at step {state.global_step} of {state.max_steps}; the same command goes on from "
+                f"stopped at step {state.global_step} of {state.max_steps}; the same command continues from "
                 f"{self.folder}/checkpoint-{state.global_step}"
             )
             return False

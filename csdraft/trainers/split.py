@@ -61,7 +61,7 @@ class LmHead:
     """See `head_of`.
 
     Args:
-        model: of which all but the body is used. Looked at anew in each call, since wrappers replace its parts.
+        model: of which all but the body is used. Looked at again in each call, since wrappers replace its parts.
     """
 
     model: nn.Module

@@ -77,7 +77,7 @@ class Listening(Schedule):
             accepted = set(verdict.accepted)
             tip = verdict.accepted[-1] if accepted else finished.context.tip
             refused = draft.children(tip)[:1] if verdict.next_token is not None else ()
-            # Tokens of a statistical drafter have no confidence, and nobody is asked about them.
+            # Tokens of a statistical drafter have no confidence, and are skipped.
             sure = [node for node in range(start, len(draft)) if draft.confidence[node] == draft.confidence[node]]
             for node, heard in zip(sure, self._rows[finished.context.row], strict=False):
                 if node in accepted or node in refused:

@@ -48,7 +48,7 @@ WAYS_OUT = {
 
 
 class Stopped(RuntimeError):
-    """A run that cannot go on. The message is all that the user needs: scripts print it and exit with status 1."""
+    """A run that cannot continue. The message is all that the user needs: scripts print it and exit with status 1."""
 
 
 class NonFinite(Stopped):

@@ -64,9 +64,9 @@ class Gsd(Tree):
         return graph.unrolled(self.nodes, depth)
 
     def _passes(self, growth: Growth, node: int) -> bool:
-        """Whether the child is not much less likely than its eldest sibling, the likeliest."""
-        eldest = growth.log_probs[node - growth.ranks[node]]
-        return growth.log_probs[node] >= eldest + _log(self.sibling_share)
+        """Whether the child is not much less likely than its first sibling, the likeliest."""
+        first = growth.log_probs[node - growth.ranks[node]]
+        return growth.log_probs[node] >= first + _log(self.sibling_share)
 
 
 class Graph:

@@ -17,7 +17,7 @@ __all__ = ["Sampled"]
 
 @dataclass(frozen=True)
 class Sampled(Branching):
-    """Draws each child anew.
+    """Draws each child independently.
 
     Args:
         branching: children of the root, of each of its children, and so on; further levels have one each.

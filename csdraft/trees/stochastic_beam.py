@@ -1,4 +1,4 @@
-"""Stochastic beam: the best of all branches go on, and which are best is drawn, without replacement.
+"""Stochastic beam: the best of all branches continue, and which are best is drawn, without replacement.
 
 RSD-S (arXiv 2402.14160) on stochastic beam search (arXiv 1903.06059): every branch carries a Gumbel-perturbed log
 probability, distributed as if all branches of its length had been perturbed at once. Branches that the drafter doubts

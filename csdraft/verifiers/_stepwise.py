@@ -31,8 +31,8 @@ TINY = 1e-38
 class Stepwise(Verifier):
     """A rule that decides at one node after another which child to step into.
 
-    Exact by induction: a set of siblings is accepted with some share of the aim, and what is left of it goes on to the
-    next set, and at last to the correction. Every emitted token's own distribution is reported, for a reviewer one
+    Exact by induction: a set of siblings is accepted with some share of the aim, and what is left of it continues to
+    the next set, and at last to the correction. Every emitted token's own distribution is reported, for a reviewer one
     level up.
     """
 
@@ -152,7 +152,7 @@ def left_over(rest: Tensor, target_probs: Tensor) -> Tensor:
 def probs_without(draft_probs: Tensor, tokens: Sequence[int]) -> Tensor:
     """(vocab,) what the next draw without replacement is made from, once `tokens` are gone.
 
-    A distribution that is exhausted goes on as the uniform one over all tokens that are left (Sequoia, arXiv
+    A distribution that is exhausted continues as the uniform one over all tokens that are left (Sequoia, arXiv
     2402.12374).
     """
     if not tokens:

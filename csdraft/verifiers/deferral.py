@@ -2,7 +2,7 @@
 
 Speculative cascades (arXiv 2405.19261). Not lossless: at a drafted position the text's distribution is a mixture that
 the rule makes of the drafter's distribution and the target's, and that distribution is reproduced exactly (`mixture`).
-Positions that nobody drew a token for, point masses and the bonus token, have the target's distribution. Use it where
+Positions without a drawn token, point masses and the bonus token, have the target's distribution. Use it where
 the drafter is good enough in some places, and quality is judged by the answers, not by the distribution.
 
 The paper decides by the models' distributions at temperature 1; here they are those that tokens are drawn from,
@@ -101,7 +101,7 @@ class GreedyDeferral(Match):
             return chosen
         for child in draft.children(node):
             token, sure = draft.tokens[child], draft.confidence[child]
-            if math.isnan(sure):  # a point mass: nobody vouches for it
+            if math.isnan(sure):  # a point mass: it has no confidence
                 continue
             own, greatest = scores.soft(node, token), scores.soft(node, scores.choice(node))
             # The drafter's token is its likeliest; two different one-hot distributions are at distance 1.

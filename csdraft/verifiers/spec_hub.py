@@ -38,7 +38,7 @@ class SpecHub(Stepwise):
         assert draft_probs is not None
         draft_probs, hub = draft_probs.to(left), int(draft_probs.argmax())
         tokens = [draft.tokens[child] for child in group]
-        hub_second = draft_probs.clone()  # probability of each pair (x, hub), then what nobody has accepted of it
+        hub_second = draft_probs.clone()  # probability of each pair (x, hub), then the part that is not accepted yet
         hub_second[hub] = 0
         hub_first = draft_probs[hub] * probs_without(draft_probs, [hub])  # the same for (hub, x)
         came_first = tokens[0] == hub

@@ -92,7 +92,7 @@ class Place:
         return None if probs is None else probs_without(probs, self.refused).to(self.left)
 
     def weight_of(self, draft: Draft, child: int) -> float:
-        """The weight of the branch that goes on to `child`: min(1, weight * left / draft probability)."""
+        """The weight of the branch that continues to `child`: min(1, weight * left / draft probability)."""
         token, probs = draft.tokens[child], self.probs_of(draft, child)
         wanted = self.weight * float(self.left[token])
         return wanted if probs is None else min(1.0, wanted / max(float(probs[token]), TINY))

@@ -2,7 +2,7 @@
 
 python recipes/smol/pretrain.py --config recipes/smol/target.yaml max_steps=100
 
-The same command goes on where an interrupted run stopped. Exit status: 0 finished, 1 error, 130 or 143 after a signal.
+The same command continues an interrupted run. Exit status: 0 finished, 1 error, 130 or 143 after a signal.
 The launchers of accelerate and torchrun have a status of their own after a signal, mostly 1.
 """
 

@@ -19,7 +19,7 @@ from csdraft.data.target_cache import CacheArguments, cache_logits
 from csdraft.trainers.distill import DistillArguments
 from csdraft.trainers.order import Filled
 from csdraft.trainers.publish import described_data
-from csdraft.trainers.run import make_exam, prepare
+from csdraft.trainers.run import make_evaluation, prepare
 
 TOOLS = [{"type": "function", "function": {"name": "w20"}}]
 QUESTION = {"role": "user", "content": "w2 w3"}
@@ -69,8 +69,8 @@ def distilling(folder: Path, **changes: object) -> DistillArguments:
 def test_every_reader_gives_the_same_prompt(folder):
     config, tokenizer = (auto.from_pretrained(folder / "target") for auto in (AutoConfig, AutoTokenizer))
     written = read_starts(writing(folder, "starts"), config, tokenizer)
-    exam = make_exam(distilling(folder), config, tokenizer)
-    assert exam is not None
+    evaluation = make_evaluation(distilling(folder), config, tokenizer)
+    assert evaluation is not None
     parser = argparse.ArgumentParser()
     _models.add_chat_arguments(parser)
     args = parser.parse_args(["--chat", "--chat-template-options", json.dumps(OPTIONS)])
@@ -79,7 +79,7 @@ def test_every_reader_gives_the_same_prompt(folder):
     plain, chats = (
         _models.prompts_of_file(opened, str(folder / f"{name}.jsonl"), args) for name in ("plain", "chats")
     )
-    for prompts in (written, exam.prompts, asked, plain, chats):
+    for prompts in (written, evaluation.prompts, asked, plain, chats):
         assert {words(prompt) for prompt in prompts} == {PROMPT}
     _, _, batches = prepare(distilling(folder))
     labels = batches["train_dataset"].rows

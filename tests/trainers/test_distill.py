@@ -27,7 +27,7 @@ from csdraft.data.target_cache import write_target_cache
 from csdraft.trainers import run
 from csdraft.trainers.arguments import make_arguments
 from csdraft.trainers.distill import DistillArguments, DrafterTrainer
-from csdraft.trainers.exam import Exam, left_padded
+from csdraft.trainers.evaluation import Evaluation, left_padded
 from csdraft.trainers.interrupt import Interrupt
 from csdraft.trainers.run import distill
 
@@ -161,7 +161,7 @@ def test_a_signal_leaves_a_checkpoint_to_go_on_from(folder):
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 143
-    assert "the same command goes on" in said
+    assert "the same command continues" in said
     (checkpoint,) = (folder / "signal").glob("checkpoint-*")
     step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
     trainer = distill(arguments(folder, "signal", max_steps=step + 2, save_steps=10000))
@@ -191,8 +191,8 @@ def test_a_target_that_drafts_for_itself_passes_the_exam_in_full(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder / "target")
     target.generation_config.eos_token_id = None
     prompts = [tokenizer(text)["input_ids"] for text in ("x1 = y", "x2 = y + 3\n", "x")]
-    exam = Exam(prompts, tokenizer.pad_token_id, depth=3, new_tokens=16)
-    figures = exam.grade(exam.sit(target, target))
+    evaluation = Evaluation(prompts, tokenizer.pad_token_id, depth=3, new_tokens=16)
+    figures = evaluation.grade(evaluation.run(target, target))
     assert figures["agreement"] == 1
     assert figures["acceptance"] == pytest.approx(1, abs=1e-5)
     assert figures["block_efficiency"] == 4
@@ -208,7 +208,7 @@ def test_texts_that_end_early_count_up_to_their_end(folder):
     inputs = left_padded(prompts, tokenizer.pad_token_id, target.device)
     third = target.generate(**inputs, max_new_tokens=3, do_sample=False, pad_token_id=0)[:, -1].tolist()
     target.generation_config.eos_token_id = third  # both rows end after three tokens, or before
-    sums = Exam(prompts, tokenizer.pad_token_id, depth=2, new_tokens=24).sit(target, target)
+    sums = Evaluation(prompts, tokenizer.pad_token_id, depth=2, new_tokens=24).run(target, target)
     assert 2 <= sums["compared_greedy"] <= 6
     assert sums["compared_greedy"] == sums["greedy_emitted"]
 
@@ -261,11 +261,11 @@ def test_the_overlap_is_told_apart_by_the_place_in_the_text(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder / "target")
     target.generation_config.eos_token_id = None
     prompts = [tokenizer(text)["input_ids"] for text in ("x1 = y", "x2 = y + 3\n")]
-    exam = Exam(prompts, tokenizer.pad_token_id, depth=2, new_tokens=6)
-    figures = exam.grade(exam.sit(target, student))
+    evaluation = Evaluation(prompts, tokenizer.pad_token_id, depth=2, new_tokens=6)
+    figures = evaluation.grade(evaluation.run(target, student))
     found: dict[int, list[float]] = {1: [], 2: [], 4: []}
     width = max(map(len, prompts))
-    for prompt, text in zip(prompts, exam._written[True, 0], strict=True):
+    for prompt, text in zip(prompts, evaluation._written[True, 0], strict=True):
         ids = text[width - len(prompt) :][None]
         with torch.no_grad():
             both = torch.stack([model(ids).logits[0].softmax(-1) for model in (target, student)])

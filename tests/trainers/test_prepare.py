@@ -5,7 +5,7 @@ from __future__ import annotations
 import datasets
 from trainers.pair import arguments, make_pair
 
-from csdraft.trainers.run import make_exam, prepare
+from csdraft.trainers.run import make_evaluation, prepare
 
 
 def test_data_and_prompts_come_from_the_splits_that_are_named(tmp_path):
@@ -20,5 +20,5 @@ def test_data_and_prompts_come_from_the_splits_that_are_named(tmp_path):
         read = [tokenizer.decode(row["input_ids"]) for row in batches["train_dataset"]]
         assert len(read) == len(texts[split])
         assert all(texts[split][i] in read[i] for i in range(len(read)))
-        exam = make_exam(args, config, tokenizer)
-        assert [tokenizer.decode(ids, skip_special_tokens=True) for ids in exam.prompts] == texts[prompts]
+        evaluation = make_evaluation(args, config, tokenizer)
+        assert [tokenizer.decode(ids, skip_special_tokens=True) for ids in evaluation.prompts] == texts[prompts]

@@ -138,7 +138,7 @@ def need_deepspeed(needed: bool = True) -> None:
 
 
 def assert_same_run(run: Path, alone: Path) -> None:
-    """Losses, figures of the exam, and weights."""
+    """Losses, figures of the evaluation, and weights."""
     pairs = list(zip(numbers(run), numbers(alone), strict=True))
     assert len(pairs) > 5
     assert all(a == pytest.approx(b, rel=1e-4) for a, b in pairs), pairs
@@ -156,7 +156,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def numbers(run: Path) -> list[float]:
-    """Losses and figures of the exam, in order."""
+    """Losses and figures of the evaluation, in order."""
     log = json.loads((run / "checkpoint-3/trainer_state.json").read_text())["log_history"]
     kept = ("loss", "eval_block_efficiency", "eval_acceptance", "eval_agreement")
     return [entry[name] for entry in log for name in kept if name in entry]

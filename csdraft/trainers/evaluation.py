@@ -16,14 +16,14 @@ from csdraft.metrics.intervals import bootstrap_ratio
 from csdraft.metrics.measures import expected_acceptance, greedy_agreement, tokens_per_call
 from csdraft.schedules.fixed import Fixed
 
-__all__ = ["FRESH", "Exam", "check_figure", "ends_of", "left_padded", "pad_of", "seed_of", "up_to_end"]
+__all__ = ["FRESH", "Evaluation", "check_figure", "ends_of", "left_padded", "pad_of", "seed_of", "up_to_end"]
 
 FRESH: dict[str, Any] = {"reuse": False, "graphs": False}
 """Options of `generate` for models that are trained: nothing is kept of them between calls."""
 
 
 @dataclass
-class Exam:
+class Evaluation:
     """Lets target and drafter decode some prompts together, at temperature 0 and at `temperature`.
 
     The texts do not depend on the drafter: they are written once, by the first sitting, and later sittings
@@ -47,7 +47,7 @@ class Exam:
     _written: dict[tuple[bool, int], Tensor] = field(default_factory=dict, repr=False)
 
     @torch.no_grad()
-    def sit(self, target: Any, student: nn.Module, part: slice = slice(None)) -> dict[str, float]:
+    def run(self, target: Any, student: nn.Module, part: slice = slice(None)) -> dict[str, float]:
         """Sums over the prompts of `part`, so that the sittings of several processes add up; see `grade`."""
         sums: dict[str, float] = {}
         places = range(len(self.prompts))[part]
@@ -175,7 +175,7 @@ def _of_prompts(sums: dict[str, float], name: str) -> list[float]:
 
 
 def check_figure(name: str, depth: int, new_tokens: int) -> None:
-    """Raises ValueError if no exam of this depth and length has such a figure; see `Exam.grade`."""
+    """Raises ValueError if no evaluation of this depth and length has such a figure; see `Evaluation.grade`."""
     known = ["block_efficiency", "block_efficiency_sampled", "acceptance", "agreement"]
     counted = [f"accepted_{n}" for n in range(1, depth + 1)] + [f"acceptance_from_{n}" for n in _starts(new_tokens)]
     if name not in [*known, *counted]:
