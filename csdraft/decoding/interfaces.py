@@ -61,12 +61,12 @@ class Budget:
     Attributes:
         depth: tokens wanted; 0 asks for nothing, and the round is a plain decoding step.
         room: the most that may be handed up (>= depth).
-        skip: leading stages that a horizontal cascade leaves out; other drafters have one stage and ignore it.
-        size: the most nodes of a tree, for drafters that have `sizes`; None leaves it to them.
+        skip: how many leading stages a horizontal cascade leaves out. Other drafters have one stage and ignore it.
+        size: the most nodes of a tree, for drafters with `sizes`; None: the drafter decides.
         confidence: whether a reviewer above will read `Draft.confidence` (it costs a softmax a token).
         stop: called with the confidence of each token that a model kept, and with a function that computes the
             entropy, in nats, of the softmax that this is a probability of; True ends what this model drafts.
-            It must not make a drafter discard a token: selection by identity would bias sampling.
+            The token is kept in any case: dropping a token because of what it is would bias sampling.
     """
 
     depth: int
@@ -214,14 +214,14 @@ class Drafter:
     """Anything that proposes drafts.
 
     Attributes:
-        depth: the number of tokens it likes to draft by default.
+        depth: the number of tokens that it drafts by default.
     """
 
     depth: int = 5
 
     @cached_property
     def memory(self) -> Memory:
-        """What schedules have learned of it in earlier calls; not an option, so equal drafters have their own."""
+        """What schedules have learned about it in earlier calls. Not an option: equal drafters have one each."""
         return Memory()
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
@@ -229,11 +229,11 @@ class Drafter:
         raise NotImplementedError
 
     def parts(self) -> Sequence[Drafter]:
-        """The drafters that it is made of: what concerns the whole call, below, reaches each of them."""
+        """The drafters that it is made of. The methods below reach each of them."""
         return ()
 
     def observe(self, rounds: Sequence[Round]) -> None:
-        """Learns from finished rounds of the target; by itself nothing."""
+        """Learns from finished rounds of the target; does nothing by default."""
         for part in {id(part): part for part in self.parts()}.values():  # once each, however often they draft
             part.observe(rounds)
 
@@ -249,26 +249,27 @@ class Drafter:
         return frozenset(tap for part in self.parts() for tap in part.taps())
 
     def stages(self) -> list[tuple[Drafter, int]]:
-        """Who writes the draft, in order, each with the depth up to which it does: one stage but for cascades."""
+        """Who writes the draft, in order, and the depth at which each ends. Only cascades have several stages."""
         return [(self, self.depth)]
 
     def width(self, depth: int) -> int:
-        """The most tokens of a draft so deep, all branches counted: what a reviewer's forward gets wider by."""
+        """The most tokens of a draft of this depth, all branches counted: what a reviewer must read."""
         return depth
 
     def sizes(self) -> Sequence[int]:
-        """The numbers of nodes among which a schedule may choose (`Budget.size`), most first; empty if it has none."""
+        """The numbers of nodes that a schedule may choose from (`Budget.size`), largest first; none by default."""
         return ()
 
     def evidence(self, context: Context) -> int:
-        """A clue, in microseconds and before drafting, to how well a draft here would do: one of a few small numbers.
+        """Before drafting, a hint of how well a draft would do here: one of a few small numbers.
 
-        Schedules learn apart for each. 0 says nothing; a statistical drafter tells how long a match it has.
+        Schedules keep statistics for each number. 0 says nothing; a statistical drafter returns the length of its
+        match. It must take microseconds.
         """
         return 0
 
     def expected(self, context: Context, depth: int, size: int) -> tuple[float, int] | None:
-        """Of a tree so deep with so many nodes: tokens expected to be kept, and nodes; None: it cannot tell."""
+        """For a tree of this depth and size: the tokens expected to be kept, and its nodes; None if it cannot tell."""
         return None
 
     def keep_report(self, report: Report) -> None:
@@ -288,8 +289,8 @@ class Step(NamedTuple):
     Attributes:
         nodes: to expand, `ROOT` for the place where the draft begins. A node is expanded once.
         width: the most children of each.
-        most: the most new nodes of the step, those with the likeliest paths; None keeps all. Only of a tree that draws
-            nothing: it leaves tokens out for being what they are.
+        most: the most new nodes of the step, those with the likeliest paths; None keeps all. Only for trees that draw
+            nothing, since it drops tokens because of what they are.
     """
 
     nodes: Sequence[int]
@@ -303,8 +304,8 @@ class Tree:
     Attributes:
         draws: how a node's children are drawn where draws are independent; None: they are chosen, the likeliest first.
             Under greedy or coupled draws they are always chosen: by probability, with the position's noise if any.
-            Of what was drawn it keeps of each node the first few children, in the order of the draws, at best all:
-            dropping one for what it is would bias sampling. `DraftProbs.kind` says what their number may depend on.
+            Of drawn children a tree must keep the first few of each node, in the order of the draws: dropping one
+            because of its token would bias sampling. `DraftProbs.kind` says what their number may depend on.
     """
 
     draws: ClassVar[Kind | None] = None
@@ -312,12 +313,12 @@ class Tree:
     def grow(self, growth: Growth, depth: int) -> Generator[Step, None, Sequence[int]]:
         """Grows one row's tree; the model runs once a step, for all rows.
 
-        The children that a step asks for are in `growth` when it continues. Nothing is found below a token that ends
-        the text, and `growth.latest` may be empty.
+        A generator: it yields what it wants next, and finds the children in `growth` when it is resumed. Tokens that
+        end the text have no children, so `growth.latest` may be empty.
 
         Args:
             growth: the candidates so far.
-            depth: the most levels; below a node of the last level nothing is wanted.
+            depth: the most levels.
 
         Returns:
             The nodes to draft, each with its parent, in any order.
@@ -325,11 +326,11 @@ class Tree:
         raise NotImplementedError
 
     def width(self, depth: int) -> int:
-        """The most nodes of a tree so deep."""
+        """The most nodes of a tree of this depth."""
         raise NotImplementedError
 
     def sized(self, nodes: int) -> Tree:
-        """The same kind of tree, of at most so many nodes; itself if it has no option `nodes`."""
+        """The same tree with at most `nodes` nodes; itself if it has no such option."""
         return replace(self, nodes=nodes) if getattr(self, "nodes", 0) > nodes else self  # type: ignore[type-var]
 
 
@@ -337,9 +338,9 @@ class Verifier:
     """An acceptance rule. It sees a draft and numbers, never a model.
 
     Attributes:
-        lossless: whether the output distribution equals the reviewer's for any draft it accepts to judge.
+        lossless: whether the output has the reviewer's distribution for every draft that it does not refuse.
         draws: "coupled" if all levels share one noise vector a position, "independent" otherwise.
-        kinds: the kinds of `DraftProbs` it can treat exactly; an empty set: it needs none, and drafters compute none.
+        kinds: the kinds of `DraftProbs` that it judges exactly; if empty, drafters need not compute probabilities.
         chains_only: whether a tree must be refused.
         looks_ahead: whether it asks for distributions beyond the accepted path, which stateful processors must not
             see.
@@ -372,22 +373,22 @@ class Verifier:
 
 
 class Schedule:
-    """Who decides how much to draft now. One per call: `start` makes its working copy."""
+    """Decides how much to draft in each round. `start` makes the object that serves one call."""
 
     def start(self, call: Call, drafter: Drafter) -> Schedule:
         """The object that serves one call; a stateless schedule returns itself."""
         return self
 
     def budgets(self, contexts: Sequence[Context], rooms: Sequence[int], drafter: Drafter) -> list[Budget]:
-        """One budget a row; `rooms` is the most each row can still take in (remaining tokens less the bonus)."""
+        """One budget a row. `rooms`: the most drafted tokens that each row has room for (one less than remain)."""
         raise NotImplementedError
 
     def observe(self, rounds: Sequence[Round], draft_seconds: float, score_seconds: float) -> None:
-        """Called after every round with what came of it and what it cost."""
+        """Called after every round with its results and its seconds."""
 
     def finish(self) -> None:
         """Called once, after the last round."""
 
     def why(self) -> str:
-        """One sentence for the report: why it drafts as it does; empty if it does what it was told."""
+        """One sentence for the report: why it drafts as it does; empty if it has no choice."""
         return ""

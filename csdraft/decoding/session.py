@@ -1,4 +1,4 @@
-"""A model reading a batch of texts. Its KV cache keeps itself in step with what it is asked."""
+"""A model that reads a batch of texts: given texts and drafts, it returns logits, and updates its KV cache itself."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ __all__ = ["Session"]
 
 @dataclass
 class Reading:
-    """What the cache holds of one row: the first `read` tokens of its text, then the nodes of a draft, in their order.
+    """What the cache holds of one row: the first `read` tokens of its text, then the nodes of a draft, in order.
 
-    Slot s holds the token at position s of the text; node n of the draft is in slot `read` + n.
+    Slot s holds the token at position s of the text. Node n of the draft is in slot `read` + n.
     """
 
     text: Text | None = None
@@ -43,11 +43,14 @@ class Reading:
 
 
 class Session:
-    """One model reading a batch of texts, in step with whatever text and draft it is asked about.
+    """One model and its KV cache, reading a batch of texts.
 
-    The caller states the truth (these texts, these drafts); the session compares it with what its cache holds, moves
-    the few slots of an accepted branch, reads the rest in one forward and returns the rows. Dropping the cache between
-    any two calls changes speed only.
+    The caller states the truth: these texts, these drafts. The session compares that with what its cache holds, moves
+    the few slots of an accepted branch, reads what is missing in one forward of the whole batch, and returns the
+    logits that were asked for. The cache is never the truth: dropping it between two calls changes speed only.
+
+    `score` is the usual question. `plan` says what a row must read, `ask` reads it. `follow` and `step` read one
+    drafted token at a time without planning again.
 
     Args:
         model: a causal LM or T5-like model.
@@ -90,14 +93,14 @@ class Session:
                 self._take_over(row, texts[row], count)
 
     def _take_over(self, row: int, text: Text, count: int) -> None:
-        """Trusts that the cache holds the first `count` tokens, on probation: the last of them is read again."""
+        """Takes over the first `count` tokens of the cache. The last is read again, to check the others."""
         self._readings[row] = Reading(text, count - 1)
         self._unproven[row] = count - 1, self.reader.cache.at(row, count - 1)
         self.imported += count
         self.rolled_back += 1
 
     def close(self) -> None:
-        """The end of a call that went well: the model's next call continues from what its cache holds."""
+        """The end of a call without failures: keeps the cache for the model's next call."""
         readings = list(self._readings.values())
         if self._batch == list(self._readings) and all(reading.text for reading in readings) and self._reuse:
             take_back(self.reader, [reading.text.tokens[: reading.read] for reading in readings])  # type: ignore
@@ -111,14 +114,14 @@ class Session:
 
     @property
     def positions(self) -> int:
-        """How many positions the model can stand on; a large number if there is no limit.
+        """How many positions the model has; a large number if there is no limit.
 
-        Rotary models have none: past their training length they draft worse, which schedules notice.
+        Rotary models have no limit. Past their training length they draft worse, and schedules notice that.
         """
         return self.reader.last_position + 1
 
     def place(self, row: int) -> int:
-        """Where a row stands in the batch."""
+        """The batch index of a row."""
         return self._batch.index(row)
 
     def room(self, row: int, text: Text) -> int:
@@ -127,7 +130,7 @@ class Session:
         return room if self.factors is None else min(room, self.factors.room(row, len(text)))
 
     def unread(self, row: int, text: Text) -> int:
-        """Tokens of `text` that the model has not read yet: the price of asking it anything."""
+        """Tokens of `text` that the model has not read yet, and must read before it answers."""
         reading = self._readings[row]
         return len(text) - (reading.read if reading.text is text else 0)
 
@@ -160,9 +163,10 @@ class Session:
             reading.text, reading.read, reading.draft = None, 0, Draft()
 
     def settle(self, texts: Sequence[Text], length: int) -> None:
-        """Makes the cache ready to be handed out: it then holds each text, or what fits in `length` with its padding.
+        """Prepares the cache for `export_cache`: it then holds each text, as far as `length` columns with padding
+        reach.
 
-        Plain `generate` never reads a text's last token; a row that ends before the others has had it read.
+        Plain `generate` does not read the last token of its longest text. In rows that ended earlier it has read it.
         """
         missing = []
         for row, text in enumerate(texts):
@@ -176,7 +180,7 @@ class Session:
             self.score(missing, choose=False)
 
     def retire(self, live: Sequence[int]) -> None:
-        """Repacks the batch without the rows that have ended; where shapes are recorded, at powers of two only."""
+        """Removes ended rows from the batch; where shapes are recorded, only down to powers of two."""
         if self.pinned or (self.reader.graphs is not None and bucket(len(live)) >= len(self._batch)):
             return
         self._unproven.clear()
@@ -194,8 +198,8 @@ class Session:
         """The logits after the wanted nodes of each request, from one forward of the whole batch.
 
         Args:
-            choose: whether the choices along a branch will be asked for, so that they may be made beforehand.
-            chooser: how logits become tokens; the session's own way if None.
+            choose: whether `Scores.choice` will be called, so that all choices may be made at once.
+            chooser: how logits become tokens; None: the session's own.
         """
         chooser = chooser or self.chooser
         plans, queries, logits = self.ask(requests)
@@ -221,13 +225,13 @@ class Session:
             plans[request.row], queries[request.row] = self.plan(request)
         keep = max(len(plans[row].tokens) - min(at) for row, at in queries.items())
         logits = self.read(plans, keep)
-        if self._unproven and not self._prove(plans):  # the model is another one than it was
+        if self._unproven and not self._prove(plans):  # the model has changed since the cache was written
             self.forget()
             return self.ask(requests)
         return plans, queries, logits
 
     def _prove(self, rows: Iterable[int]) -> bool:
-        """Whether the tokens that were read again have left the same keys and values."""
+        """Whether the tokens that were read again gave the same keys and values as before."""
         for row in rows:
             slot, before = self._unproven.pop(row, (0, []))
             close = 2 * torch.finfo(self.reader.dtype).eps ** 0.75
@@ -239,9 +243,10 @@ class Session:
     def _choose(
         self, requests: Sequence[Request], views: Sequence[Tensor], chooser: TokenChooser
     ) -> Sequence[list[int] | None]:
-        """All choices of the batch at once, where that is the cheaper way.
+        """The choices of the whole batch at once, where that is cheaper; None a request where it is not.
 
-        On the host it is not of a tree, of which most are never asked for, nor where each needs noise of its own.
+        On a CPU it is not cheaper for trees, most of whose choices are never asked for, nor where each choice needs
+        noise of its own.
         """
         chosen = chooser.sampler.greedy or chooser.sampler.coupled
         lazily = self.reader.on_host and not (chooser.sampler.greedy and all(r.draft.is_chain for r in requests))
@@ -255,7 +260,7 @@ class Session:
     def features(self, row: int, text: Text, stop: int) -> dict[int, Tensor]:
         """By tap, (stop, hidden) the model's hidden states of the first `stop` tokens of a row's text.
 
-        They are in the cache, but for the last token or two of a text that has just grown; what is missing is read.
+        Most are in the cache already; the last token or two of a text that has just grown are read first.
         """
         reading = self._readings[row]
         if reading.text is not text:
@@ -275,7 +280,7 @@ class Session:
         return self._cut(self.reader.step(inputs))
 
     def drafted(self, row: int, tokens: Sequence[int], surplus: int) -> None:
-        """Says which tokens a row was fed step by step, and how many more that are of no use."""
+        """Notes which tokens `step` has read for a row, and how many more it read in vain."""
         reading = self._readings[row]
         reading.draft = reading.draft.extend(tokens, 0)
         self.reader.fed += len(tokens) + surplus

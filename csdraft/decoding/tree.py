@@ -1,8 +1,9 @@
-"""Tree drafting: a session's model expands many nodes in one forward, and a `Tree` says which, for every row at once.
+"""Tree drafting: a model drafts a tree of tokens for every row, one forward a step.
 
-One step: every row's tree names nodes, the model reads them in one forward of the batch, and the children of each are
-the tokens it finds likeliest there, or draws. What a tree returns at its end is the draft. It may leave out chosen
-candidates as it likes, since the others are point masses; of drawn ones only what `Tree.draws` says.
+In each step the `Tree` of every row names the nodes whose children it wants. The model reads all of them in one
+forward of the batch. The children of a node are the likeliest tokens after it, or tokens drawn from the model's
+distribution. When a tree has ended, the nodes that it returns are the draft. Chosen candidates may be left out freely:
+they are point masses. Which drawn candidates may be left out is said at `Tree.draws`.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ __all__ = ["Growth", "draft_tree"]
 
 @dataclass(eq=False)
 class Growth:
-    """A row's candidates while its tree grows: a tree itself, nodes numbered as they came, parents first.
+    """The candidates of one row's tree so far: a tree too, its nodes numbered in the order they came, parents first.
 
     Attributes:
         tokens, parents: (nodes,) as in a `Draft`; `ROOT` is the place where the draft begins.
         log_probs: (nodes,) the model's log probability of each token after its parent. Under coupled draws that of the
-            token's being chosen, given the position's noise: log softmax(scores - log E), noise taken into account as
-            if the reviewer's scores differed from the model's by Gumbel errors.
-        paths: (nodes,) sums of `log_probs` from the root: the log of how likely a branch is to be kept up to there.
+            token being chosen, given the position's noise E: log softmax(scores - log E). This takes the reviewer's
+            scores to differ from the model's by Gumbel errors.
+        paths: (nodes,) sums of `log_probs` from the root: the log of the chance that the branch is kept down to there.
         depths: (nodes,) 0 for the root's children.
         ranks: (nodes,) 0 for the first child of its parent.
         perturbed: (nodes,) where siblings are drawn without replacement: log_probs + Gumbel noise, in draw order.
@@ -99,7 +100,7 @@ NOTHING = Step((), 0)
 
 @dataclass(eq=False)
 class Row:
-    """One row's tree as it grows: what the model has read of it, and where each candidate stands there."""
+    """One row's tree while it is drafted: what the model has read of it, and which node of that each candidate is."""
 
     context: Context
     growth: Growth
@@ -217,9 +218,9 @@ def _check_drawn(growth: Growth, nodes: list[int], tree: Tree) -> None:
 
 
 def _lead_last(growth: Growth, nodes: list[int], drawn: bool) -> list[int]:
-    """The same nodes with the end of the likeliest branch behind all others, so that a chain can continue from there.
+    """The same nodes, reordered so that the end of the likeliest branch comes last: a chain can continue from it.
 
-    Of drawn siblings the order counts: then its whole family goes there, and the last born stands for it.
+    The order of drawn siblings matters. So with drawn nodes all its siblings move along, and the last of them is last.
     """
     families: dict[int, list[int]] = {}
     for node in nodes:

@@ -1,17 +1,21 @@
-"""Cost model: draft as much as pays, by measured seconds and measured acceptance; fall back to plain decoding.
+"""Cost model: draft as much as pays, by measured seconds and acceptance; decode plainly where nothing pays.
 
-Leviathan et al. (arXiv 2211.17192, section 3.3) choose the draft length from one acceptance rate and one cost ratio;
-this schedule measures both while it decodes. Of the leading stages of a cascade to leave out (an expensive drafter may
-not pay where the statistical one below it does), the sizes of tree and the depths, it takes those with the most tokens
-a second,
+Leviathan et al. (arXiv 2211.17192, section 3.3) choose the draft length from one acceptance rate and one cost ratio.
+This schedule measures both while it decodes. Before each round it compares plans: how many of a cascade's leading
+stages to leave out (an expensive drafter may not pay where a cheap one does), which size of tree, and how deep to
+draft. It takes the plan with the most expected tokens a second,
 
-    (1 + sum over i <= depth of survival[i]) / (target seconds at width depth + 1 + drafting seconds),
+    (1 + sum over i <= depth of survival[i]) / (target seconds at width depth + 1 + drafting seconds).
 
-where nothing drafted is always a candidate. Survival is learned apart for each kind of evidence that a statistical
-drafter can show before anything is drafted (how long a match it has). Forwards are priced by shape, from warm runs;
-before anything is measured, drafts are taken to widen a forward for little, so that they are tried from the first
-round on. What does not pay is tried again ever more rarely. All of it stays with the drafter for its next call.
-It is the default; use `fixed` to compare methods at equal length.
+Drafting nothing is always one of the plans.
+
+* `survival[i]` is the chance that draft token i is kept, learned separately for each `Drafter.evidence`.
+* Seconds are those of warm forwards, by shape. A shape that was never run is taken to cost what the nearest known one
+  does, and a wider one a little more. So drafts are tried from the first round on.
+* A plan that does not pay is tried again from time to time, after ever longer pauses.
+
+What is learned stays with the drafter for its next call. This is the default schedule; use `fixed` to compare methods
+at equal length.
 """
 
 from __future__ import annotations
@@ -29,37 +33,37 @@ from csdraft.tables.costs import STREAK, Costs, Ledger, Survival, Way, Widths
 __all__ = ["CostModel"]
 
 DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
-"""Depths to choose among, and the most: each is a shape of its own, slow when it first runs and to be measured."""
+"""Depths to choose from, beside the largest. Each is a shape of its own, which is slow once and must be measured."""
 MODEL_COST = 0.15
 """A drafter token's cost before it is measured, in target steps."""
 READING_COST = 0.05
 """Reading a token of text costs a model this share of drafting one."""
 MARGIN = 1.02
-"""What drafting must promise over plain decoding: timing noise decides below that."""
+"""How many times faster than plain decoding a plan must look. Below that, timing noise would decide."""
 PROVEN = 2.0
-"""With drafts that look so many times faster than plain decoding, its price need not be known."""
+"""If drafts look so many times faster than plain decoding, a plain step need not be measured."""
 PATIENCE = 3
-"""Rounds before a plain step is made to measure it, if none came of itself."""
+"""After so many rounds without a plain step, one is made to measure it."""
 FIRST_DEPTH, FIRST_COPY = 2, 8
-"""The most depth of a first draft by a model, which is also that of a trial, and by a drafter without."""
+"""The largest depth of a first draft: by a model, which is also the depth of a trial, and by other drafters."""
 TRIAL_PAUSE = 16.0
-"""The pause after a trial, in units of what it costs, doubled after each loss."""
+"""The pause after a trial, in multiples of its cost; doubled after each lost trial."""
 MOST_DOUBLINGS = 6
 """The pause between trials stops growing after so many losses."""
 TRUSTED = 4
-"""A width that has been measured less often may yet turn out cheaper: half of what it costs beyond a plain step."""
+"""A width with fewer measurements may turn out cheaper: optimistic estimates count half of what it adds."""
 CARRIED = 0.8
-"""Share of a call's survival counts that the next call starts from: costs last, texts change."""
+"""Share of the survival counts that the next call starts from: texts change, costs do not."""
 BLURRED = 0.5
-"""Share of its counts that stages keep when a trial goes well: the text has changed."""
+"""Share of the counts that stages keep when a trial goes well: the text has changed."""
 UNREAD = 16
 """With more text to read than this, a drafter's time says nothing about its cost a token."""
 MIXED = -1
-"""Evidence of a batch, whose rows have their own: its trials are counted apart."""
+"""Stands for the evidence of a whole batch, whose rows each have their own."""
 LONE_DEPTH = 20
-"""A lone drafter may draft so many tokens where its drafts survive, however few it likes by itself."""
+"""The largest depth of a lone drafter whose own depth is small."""
 HORIZON = 64
-"""Tokens over which a new shape must earn its slow first run."""
+"""Tokens over which a new shape must make up for its slow first run."""
 LEARNING, SETTLED_FOR = 16, 4
 """After so many rounds, a choice stands for so many."""
 
@@ -87,7 +91,7 @@ class CostModel(Schedule):
 
 @dataclass(frozen=True)
 class Plan:
-    """What drafting so deep in this way is expected to come to in a round of a row.
+    """What one row's round is expected to yield and cost with this way and depth.
 
     Attributes:
         way: leading stages left out, and the size of tree.
@@ -199,7 +203,7 @@ class CostModelRun(Schedule):
     def _worth_a_trial(
         self, way: Way, stages: Survival, rate: float, contexts: Sequence[Context], remaining: int
     ) -> bool:
-        """Whether stages that are not the best choice could be: a trial costs, so each loss doubles the pause."""
+        """Whether a way that is not the best could turn out to be. Trials cost, so each loss doubles the pause."""
         plain, depth = self.prices.seconds(1), min(FIRST_DEPTH, self.most)
         reading = self._reading_seconds(way.skip, contexts)
         width = 1 + self._widths(way, depth)[depth]
@@ -210,7 +214,7 @@ class CostModelRun(Schedule):
         return could_win > rate and remaining * plain > 2 * TRIAL_PAUSE * reading
 
     def _compared(self, way: Way, contexts: Sequence[Context], remaining: int, optimistic: bool = False) -> list[Plan]:
-        """What each depth would come to in one way; one plan if the drafter says itself what it expects."""
+        """One plan a depth for this way; a single plan if the drafter itself says what it expects."""
         if (told := self._told(way, contexts, remaining)) is not None:
             return [told]
         skip = way.skip
@@ -242,7 +246,7 @@ class CostModelRun(Schedule):
         return plans
 
     def _told(self, way: Way, contexts: Sequence[Context], remaining: int) -> Plan | None:
-        """The plan of a drafter that says what it expects, and has looked for its nodes by then; None of others."""
+        """The plan of a drafter that says what it expects (`Drafter.expected`); None for other drafters."""
         stage, depth = self.stages[way.skip][0], min(self.most, remaining - 1)
         if way.size is None or depth < 1:
             return None
@@ -256,13 +260,13 @@ class CostModelRun(Schedule):
         return Plan(way, depth, tokens, self._seconds(1 + nodes), 1 + nodes)
 
     def _preference(self, plan: Plan, remaining: int) -> float:
-        """Its rate if it stays the choice: a new shape is slow once. A little more if its price is known."""
+        """The rate if this plan is kept: a new shape is slow once. Slightly more if its price is known."""
         width = self._queries(plan.width)
         once = self.prices.first_run(width) * plan.tokens / min(remaining, HORIZON)
         return plan.tokens / (plan.seconds + once) * (MARGIN if self.prices.known(width) else 1.0)
 
     def _survival(self, evidence: int, way: Way) -> Survival:
-        """What is known, until more is learned."""
+        """What is known of this way with this evidence, until the next round is observed."""
         if (evidence, way) not in self._known:
             self._known[evidence, way] = self.ledger.survival(evidence, way)
         return self._known[evidence, way]
@@ -304,7 +308,7 @@ class CostModelRun(Schedule):
         return MODEL_COST * self.prices.seconds(1) if least is None else least
 
     def _reading_seconds(self, skip: int, contexts: Sequence[Context]) -> float:
-        """What the drafter models must read first, once."""
+        """Seconds in which the drafter models read the text that they have not seen; paid once."""
         slowest = max((self._token_seconds(stage) for stage in range(skip, len(self.stages))), default=0.0)
         return READING_COST * max(self._unread(skip, contexts) - 2, 0) * slowest
 
@@ -336,7 +340,7 @@ class CostModelRun(Schedule):
         self._learn_costs(max(r.depth for r in rounds), draft_seconds)
 
     def _learn_costs(self, depth: int, draft_seconds: float) -> None:
-        """Seconds a level of every stage that drafted: what its cascade charged, or all for a lone drafter."""
+        """Learns the seconds a token of every stage that drafted; for a lone drafter all seconds are its own."""
         charged = [(draft_seconds, depth)]
         if len(self.stages) > 1:
             now = [self.call.charges.get(id(drafter), (0.0, 0)) for drafter, _ in self.stages]
