@@ -10,6 +10,7 @@ import inspect
 import json
 import re
 import sys
+import textwrap
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -186,7 +187,8 @@ def with_figures(text: str, *wanted: str) -> str:
     from benchmarks import picture
 
     document = json.loads((ROOT / picture.KEPT).read_text(encoding="utf-8"))
-    made = "\n\n".join(getattr(picture, name)(document) for name in wanted)
+    parts = [getattr(picture, name)(document) for name in wanted]
+    made = "\n\n".join(part if part.startswith("|") else textwrap.fill(part, 120) for part in parts)
     pattern = r"(<!-- figures -->\n).*?(<!-- /figures -->)"
     text, count = re.subn(pattern, lambda m: f"{m[1]}{made}\n{m[2]}", text, flags=re.S)
     assert count == 1, f"the page has {count} places for figures, expected 1"
