@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pydoc
 import re
 import runpy
 import shlex
@@ -189,6 +190,19 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=name_of)
+def test_named_files_and_names_exist(page):
+    """Code spans such as `tests/tiny.py`, `decoding/cache.py` and `csdraft.planner.theory`."""
+    text = page.read_text(encoding="utf-8")
+    saved_as = set(re.findall(r"saved as\s+`([^`]+)`", text, re.I))  # by the reader
+    for span in set(re.findall(r"`([\w./-]+)`", text)) - saved_as:
+        folder = span.split("/")[0]
+        if "/" in span and ((ROOT / folder).is_dir() or (ROOT / "csdraft" / folder).is_dir()) and folder != "out":
+            assert (ROOT / span).exists() or (ROOT / "csdraft" / span).exists(), span
+        if re.fullmatch(r"csdraft(\.\w+)+", span):
+            assert pydoc.locate(span) is not None, span
+
+
 def test_every_page_is_in_the_site():
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert not [page.name for page in ROOT.glob("docs/*.md") if f": {page.name}\n" not in text]
@@ -215,7 +229,7 @@ def kinds(cells: list[dict]) -> list[list[str]]:
     for cell in (cell for cell in cells if cell["cell_type"] == "code"):
         forms = [output.get("data") or {"stream": output["text"]} for output in cell["outputs"]]
         assert all("".join(lines).strip() for form in forms for lines in form.values()), cell["source"]
-        shown.append([kind for form in forms for kind in form])
+        shown.append(sorted(kind for form in forms for kind in form))
     return shown
 
 
