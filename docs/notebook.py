@@ -75,7 +75,8 @@ def main() -> None:
     notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
     run(notebook["cells"])
     if not check:
-        NOTEBOOK.write_text(json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+        text = json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True)
+        NOTEBOOK.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
