@@ -26,7 +26,7 @@ from csdraft.data.sources import read_rows
 from csdraft.decoding.call import Call
 from csdraft.decoding.interfaces import Budget, Context, Drafter
 from csdraft.decoding.sampling import Processing, Sampler
-from csdraft.decoding.scores import Head
+from csdraft.decoding.scores import TokenChooser
 from csdraft.decoding.stopping import Stopping
 from csdraft.decoding.text import Text
 from csdraft.drafters.datastore import Datastore
@@ -176,9 +176,9 @@ def _proposed(
 
 def _opened(drafter: Drafter, tokens: Sequence[int], vocab: int) -> Context:
     """A call's only row, after a first proposal, which reads the text."""
-    head = Head(Processing([], 1), Stopping([]), Sampler(True, [0], vocab))
+    chooser = TokenChooser(Processing([], 1), Stopping([]), Sampler(True, [0], vocab))
     text = Text(torch.tensor(tokens))
-    context = Context(0, text, Call(nn.Identity(), head, [text], len(tokens), None))
+    context = Context(0, text, Call(nn.Identity(), chooser, [text], len(tokens), None))
     drafter.propose([context], [Budget(1, 1)])
     return context
 

@@ -15,7 +15,7 @@ from csdraft.drafters.max_gram import MaxGram
 from csdraft.drafters.model import ModelDrafter
 from csdraft.planner.expect import KMatrix, expect
 from csdraft.planner.search import search
-from csdraft.planner.trace import observe_world
+from csdraft.planner.trace import measure_drafters
 from csdraft.schedules.fixed import Fixed
 
 __all__ = ["EXPECTED", "check_planner"]
@@ -47,11 +47,11 @@ def check_planner(
     """
     drafters = [ModelDrafter(setup.drafter), MaxGram()]
     encoded = [encode(setup, [prompt]) for prompt in prompts]
-    world = observe_world(setup.target, drafters, encoded, progress, **setup.options)
-    pick = search(world)[0].k_matrix
+    seen = measure_drafters(setup.target, drafters, encoded, progress, **setup.options)
+    pick = search(seen)[0].k_matrix
     progress("timing what was expected", 0.0)
     plain, measured = speeds(setup, EXPECTED, prompts, repetitions, progress)
-    expected = {matrix: expect(matrix, world) for matrix in EXPECTED}
+    expected = {matrix: expect(matrix, seen) for matrix in EXPECTED}
     claims, lines = [], ["| k_matrix | tokens a round expected | speed-up expected | measured | error |"]
     lines.append("|---|---|---|---|---|")
     errors = []

@@ -1,4 +1,4 @@
-"""How many drafted tokens each multi-draft rule keeps, on random laws: exact, with the rules that decode.
+"""How many drafted tokens each multi-draft rule keeps, on random distributions: exact, with the rules that decode.
 
 One position, one set of siblings. A rule is asked about every draft that its way of drawing can come up with, each
 trial refused, which yields the probability that some trial would have succeeded. The bound is what an exact rule can
@@ -20,15 +20,15 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from csdraft.decoding.draft import ROOT, Draft, Kind, Law
+from csdraft.decoding.draft import ROOT, Draft, DraftProbs, Kind
 from csdraft.decoding.interfaces import Verifier
-from csdraft.verifiers._stepwise import law_without
+from csdraft.verifiers._stepwise import probs_without
 from csdraft.verifiers.k_seq import KSeq
 from csdraft.verifiers.rejection import Rejection
 from csdraft.verifiers.spec_hub import SpecHub
 from csdraft.verifiers.without_replacement import WithoutReplacement
 
-__all__ = ["RULES", "acceptance", "bound", "compare", "drafts", "markdown", "random_laws"]
+__all__ = ["RULES", "acceptance", "bound", "compare", "drafts", "markdown", "random_distributions"]
 
 Drawn = tuple[tuple[int, ...], float]
 Kept = list[tuple[float, float]]
@@ -62,7 +62,7 @@ class Refusing:
 
 @dataclass(frozen=True)
 class OnePosition:
-    """A `ScoresView` of one law."""
+    """A `ScoresView` of one distribution."""
 
     target_probs: Tensor
     row: int = 0
@@ -74,8 +74,8 @@ class OnePosition:
         return False
 
 
-def random_laws(vocab: int, seed: int) -> tuple[Tensor, Tensor]:
-    """(vocab,) a target's and a drafter's probabilities: independent, uniform over all laws."""
+def random_distributions(vocab: int, seed: int) -> tuple[Tensor, Tensor]:
+    """(vocab,) a target's and a drafter's probabilities: independent, uniform over all distributions."""
     generator = torch.Generator().manual_seed(seed)
     weights = -torch.rand(2, vocab, generator=generator, dtype=torch.float64).log()
     return tuple(weights / weights.sum(-1, keepdim=True))  # type: ignore[return-value]
@@ -91,12 +91,12 @@ def drafts(draft_probs: Tensor, kind: Kind | None, count: int) -> Iterator[Drawn
         probability = 1.0
         for i, token in enumerate(tokens):
             if kind == "iid" or i == 0:
-                law = draft_probs
+                distribution = draft_probs
             elif kind == "without_replacement" or tokens[0] == hub:
-                law = law_without(draft_probs, tokens[:i])
+                distribution = probs_without(draft_probs, tokens[:i])
             else:
-                law = torch.eye(len(draft_probs))[hub]
-            probability *= float(law[token])
+                distribution = torch.eye(len(draft_probs))[hub]
+            probability *= float(distribution[token])
         if probability > 0:
             yield tokens, probability
 
@@ -105,8 +105,8 @@ def acceptance(verifier: Verifier, target_probs: Tensor, draft_probs: Tensor, ki
     """The probability that `verifier` keeps one of `count` siblings."""
     total = 0.0
     for tokens, probability in drafts(draft_probs, kind, count):
-        law = None if kind is None else Law(kind, (draft_probs,) * count)
-        draft = Draft(tokens, (ROOT,) * count, (1,) * count, (float("nan"),) * count, law)
+        distribution = None if kind is None else DraftProbs(kind, (draft_probs,) * count)
+        draft = Draft(tokens, (ROOT,) * count, (1,) * count, (float("nan"),) * count, distribution)
         sampler = Refusing()
         verifier.verify(draft, OnePosition(target_probs), sampler)  # type: ignore[arg-type]
         total += probability * (1 - sampler.refused)
@@ -125,7 +125,7 @@ def bound(target_probs: Tensor, draft_probs: Tensor, kind: Kind | None, count: i
 
 
 def compare(pairs: int, vocabularies: Sequence[int], count: int, seed: int = 0) -> dict[str, Kept]:
-    """By rule, (acceptance, bound) for each random pair of laws.
+    """By rule, (acceptance, bound) for each random pair of distributions.
 
     Args:
         pairs: how many, their vocabularies taken in turn.
@@ -133,11 +133,13 @@ def compare(pairs: int, vocabularies: Sequence[int], count: int, seed: int = 0) 
     """
     found: dict[str, Kept] = {name: [] for name, (_, kind) in RULES.items() if kind != "pair" or count == 2}
     for i in range(pairs):
-        laws = random_laws(vocabularies[i % len(vocabularies)], seed + i)
+        distributions = random_distributions(vocabularies[i % len(vocabularies)], seed + i)
         for name, values in found.items():
             verifier, kind = RULES[name]
             siblings = 1 if name == "one draft" else count
-            values.append((acceptance(verifier, *laws, kind, siblings), bound(*laws, kind, siblings)))
+            values.append(
+                (acceptance(verifier, *distributions, kind, siblings), bound(*distributions, kind, siblings))
+            )
     return found
 
 
@@ -165,11 +167,13 @@ def main(argv: Sequence[str]) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--pairs", type=int, default=100, help="random pairs of a target's and a drafter's law")
+    parser.add_argument(
+        "--pairs", type=int, default=100, help="random pairs of a target's and a drafter's distribution"
+    )
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[3, 4, 5], help="tokens, taken in turn")
     parser.add_argument("--counts", type=int, nargs="+", default=[2, 3], help="siblings")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     for count in options.counts:
-        print(f"\n{count} siblings, {options.pairs} pairs of laws over {options.vocabularies} tokens\n")
+        print(f"\n{count} siblings, {options.pairs} pairs of distributions over {options.vocabularies} tokens\n")
         print(markdown(compare(options.pairs, options.vocabularies, count, options.seed)))

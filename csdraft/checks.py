@@ -225,6 +225,6 @@ def check_processors(verifier: Verifier, processing: Processing) -> None:
     if verifier.looks_ahead and processing.stateful:
         names = ", ".join(type(processor).__name__ for processor in processing.stateful)
         raise ValueError(
-            f"verifier {type(verifier).__name__} asks for laws beyond the accepted tokens, but {names} may keep state "
-            "from call to call; use verifier='match' or 'rejection', which call processors once an emitted token"
+            f"verifier {type(verifier).__name__} asks for distributions beyond the accepted tokens, but {names} may "
+            "keep state from call to call; use verifier='match' or 'rejection', which call processors once a token"
         )

@@ -19,12 +19,12 @@ from csdraft.decoding.cache import cross_attention_cache, export_cache
 from csdraft.decoding.cache_names import GENERATE_CACHE
 from csdraft.decoding.call import Call
 from csdraft.decoding.graphs import Mode
-from csdraft.decoding.guard import Guarded
 from csdraft.decoding.interfaces import Drafter, Schedule, Verifier
 from csdraft.decoding.loop import open_call, run
 from csdraft.decoding.output import Output
 from csdraft.decoding.reader import Sources
 from csdraft.decoding.readers import ReadingOptions
+from csdraft.decoding.safe_drafter import SafeDrafter
 from csdraft.decoding.session import Session
 from csdraft.decoding.text import Text
 from csdraft.drafters.model import base_model
@@ -83,7 +83,7 @@ def decode(
     drafter = as_drafter(assistant, model)
     chosen = options_of(drafter, own)
     rule, strict, diagnose = choose_verifier(chosen.verifier, drafter), bool(chosen.strict), bool(chosen.diagnose)
-    policy, guarded = choose_schedule(chosen.schedule, drafter), Guarded(drafter, rule, strict)
+    policy, safe = choose_schedule(chosen.schedule, drafter), SafeDrafter(drafter, rule, strict)
     row_seeds = chosen.row_seeds
     check_request(
         model, input_ids, generation_config, model_kwargs, given, stopping_criteria, streamer, synced_gpus, row_seeds
@@ -92,27 +92,27 @@ def decode(
     mask = None if mask is None or bool(mask.all()) else mask
     cache = model_kwargs.get(GENERATE_CACHE)
     past = cache if cache is not None and cache.get_seq_length() > 0 else None
-    _plan(guarded, model, _first_prompt(input_ids, mask, encoder_input_ids, model_kwargs), generation_config)
-    reading = _reading(model, guarded, chosen)
-    rest = row_seeds, _sources(model, input_ids, encoder_input_ids, model_kwargs, guarded), mask, past, reading
+    _plan(safe, model, _first_prompt(input_ids, mask, encoder_input_ids, model_kwargs), generation_config)
+    reading = _reading(model, safe, chosen)
+    rest = row_seeds, _sources(model, input_ids, encoder_input_ids, model_kwargs, safe), mask, past, reading
     call = open_call(model, input_ids, logits_processor, stopping_criteria, generation_config, rule, *rest)
-    _check_parts(call, rule, guarded, model_kwargs)
-    policy = guarded.start(policy, call)
+    _check_parts(call, rule, safe, model_kwargs)
+    policy = safe.start(policy, call)
     output = Output(generation_config, call.rows, streamer)
-    call.head.stopping.kept = output.scores
+    call.chooser.stopping.kept = output.scores
     target = call.session(model)
     target.pinned = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
-    report = run(call, guarded, rule, policy, output, strict, diagnose)
+    report = run(call, safe, rule, policy, output, strict, diagnose)
     sequences = output.sequences(input_ids, call.texts)
     if target.pinned and cache is not None:
         _hand_out(target, cache, mask, sequences, call.texts)
-    call.close(failed=guarded.failure is not None)
+    call.close(failed=safe.failure is not None)
     return output.pack(sequences, report, cache, model_kwargs.get("encoder_outputs"))
 
 
 def _check_parts(call: Call, rule: Verifier, drafter: Drafter, inputs: dict) -> None:
     """Raises ValueError if the parts of a call do not go together, or drafts would change the target's text."""
-    check_processors(rule, call.head.processing)
+    check_processors(rule, call.chooser.processing)
     drafter.check(call)
     ask_model(call.target, inputs)  # last, since it runs forwards
 
@@ -125,13 +125,13 @@ def _first_prompt(input_ids: Tensor, mask: Tensor | None, encoder_input_ids: Ten
     return prompt[None]
 
 
-def _plan(guarded: Guarded, model: PreTrainedModel, prompt: Tensor, config: Any) -> None:
+def _plan(safe: SafeDrafter, model: PreTrainedModel, prompt: Tensor, config: Any) -> None:
     """Chooses the K matrix of a cascade that leaves it open, before its first text."""
     from csdraft.cascade import CascadeDrafter
 
-    if isinstance(guarded.drafter, CascadeDrafter):
+    if isinstance(safe.drafter, CascadeDrafter):
         options = {key: getattr(config, key) for key in PLANNED_FOR}
-        guarded.drafter = guarded.attempt(lambda cascade: cascade.planned(model, prompt, options), guarded.drafter)
+        safe.drafter = safe.attempt(lambda cascade: cascade.planned(model, prompt, options), safe.drafter)
 
 
 def _hand_out(target: Session, cache: Any, mask: Tensor | None, sequences: Tensor, texts: Sequence[Text]) -> None:

@@ -27,7 +27,7 @@ from csdraft.decoding.loop import run
 from csdraft.decoding.output import Output
 from csdraft.decoding.report import Report
 from csdraft.decoding.sampling import Processing, Sampler
-from csdraft.decoding.scores import Head
+from csdraft.decoding.scores import TokenChooser
 from csdraft.decoding.session import Session
 from csdraft.decoding.stopping import Stopping
 from csdraft.decoding.text import Text
@@ -110,8 +110,8 @@ def _replay(
     prompt, tokens = torch.tensor(recording.prompt), [*recording.prompt, *recording.output]
     stopping = Stopping([] if tokens[-1] in eos else [MaxLengthCriteria(len(tokens))])
     stopping.eos = eos
-    head = Head(Processing([], 1), stopping, Sampler(True, [0], vocab))
-    call = RecordedCall(Record([tokens]), head, [Text(prompt)], len(tokens), None)
+    chooser = TokenChooser(Processing([], 1), stopping, Sampler(True, [0], vocab))
+    call = RecordedCall(Record([tokens]), chooser, [Text(prompt)], len(tokens), None)
     drafter.check(call)
     policy = schedule.start(call, drafter)
     report = run(call, drafter, verifier, policy, Output(GenerationConfig(), 1), strict=True)
@@ -123,24 +123,26 @@ def _replay(
 class RecordedCall(Call):
     """A call whose target is a record."""
 
-    def __init__(self, target: Record, head: Head, texts: Sequence[Text], capacity: int, sources: None):
-        super().__init__(target, head, texts, capacity, sources)
-        self._sessions[id(target)] = RecordedSession(target, head)
+    def __init__(self, target: Record, chooser: TokenChooser, texts: Sequence[Text], capacity: int, sources: None):
+        super().__init__(target, chooser, texts, capacity, sources)
+        self._sessions[id(target)] = RecordedSession(target, chooser)
 
 
 class RecordedSession(Session):
     """Answers from a record what a session would have to ask its model."""
 
-    def __init__(self, record: Record, head: Head):
-        self.model, self.head, self.vocab = record, head, head.sampler.vocab
+    def __init__(self, record: Record, chooser: TokenChooser):
+        self.model, self.chooser, self.vocab = record, chooser, chooser.sampler.vocab
         self.texts = record.texts
         self.reader: Any = Unused()
         self.pinned = False
         self.rolled_back = self.imported = 0
 
-    def score(self, requests: Sequence[Request], choose: bool = True, head: Head | None = None) -> list[Any]:
+    def score(
+        self, requests: Sequence[Request], choose: bool = True, chooser: TokenChooser | None = None
+    ) -> list[Any]:
         self.reader.forwards += 1
-        return [RecordedScores(self.head, self.texts[r.row], r) for r in requests]
+        return [RecordedScores(self.chooser, self.texts[r.row], r) for r in requests]
 
     def room(self, row: int, text: Text) -> int:
         return 1 << 30
@@ -170,8 +172,8 @@ class Empty:
 class RecordedScores:
     """A view of one request: the recorded token after every node that agrees with the text."""
 
-    def __init__(self, head: Head, recorded: Sequence[int], request: Request):
-        self.head, self.row, self.text, self.draft = head, request.row, request.text, request.draft
+    def __init__(self, chooser: TokenChooser, recorded: Sequence[int], request: Request):
+        self.chooser, self.row, self.text, self.draft = chooser, request.row, request.text, request.draft
         self.recorded = recorded
         self._written = _written(self.draft, recorded, len(self.text))
 
@@ -187,14 +189,16 @@ class RecordedScores:
     def probs(self, node: int) -> Tensor:
         token = self.choice(node)
         if token == NO_CHOICE:
-            raise NotRecorded("the law after tokens that were never written is not recorded; use verifier 'match'")
-        one_hot = torch.zeros(self.head.sampler.vocab)
+            raise NotRecorded(
+                "the distribution after tokens that were never written is not recorded; use verifier 'match'"
+            )
+        one_hot = torch.zeros(self.chooser.sampler.vocab)
         one_hot[token] = 1.0
         return one_hot
 
     def ends(self, node: int, token: int) -> bool:
         path = [self.draft.tokens[above] for above in self.draft.path(node)]
-        return self.head.stopping.ends(self.row, self.text, path, token)
+        return self.chooser.stopping.ends(self.row, self.text, path, token)
 
     def soft(self, node: int, token: int) -> float:
         raise NotRecorded("the model's probabilities are not recorded, only what it chose")

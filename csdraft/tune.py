@@ -20,7 +20,7 @@ from csdraft.metrics.intervals import Interval, bootstrap_median
 from csdraft.planner.allowance import Allowance
 from csdraft.planner.expect import Expectation
 from csdraft.planner.search import Plan, alternatives, search
-from csdraft.planner.trace import World, observe_world
+from csdraft.planner.trace import Measured, measure_drafters
 
 __all__ = ["Candidate", "preferred", "tune"]
 
@@ -112,11 +112,11 @@ def tune(
     setup.options["max_new_tokens"], each = affordable_length(setup, drafters, prompts, allowance)
     most = 1 + finalists * len(SCHEDULES) * len(leniences)  # cells, plain among them
     allowance.tell("observing the target", len(prompts) * (each * (passes(drafters) + repetitions * most)))
-    world = observed(setup, drafters, prompts, allowance, most * (1 + repetitions * len(prompts)))
-    plain = sum(trace.plain for trace in world.traces) / len(world.traces)
+    measured = observed(setup, drafters, prompts, allowance, most * (1 + repetitions * len(prompts)))
+    plain = sum(trace.plain for trace in measured.traces) / len(measured.traces)
     allowance.tell("replaying K matrices", most * plain * (1 + repetitions * len(prompts)))
     until = allowance.passed + SEARCHING * allowance.remaining
-    plans = alternatives(search(world, lambda: allowance.passed > until), finalists)
+    plans = alternatives(search(measured, lambda: allowance.passed > until), finalists)
     plans = affordable(plans, leniences, plain, len(prompts), allowance)
     made = {
         f"{n}": (plan, extra, CascadeDrafter([drafters[j] for j in plan.kept], k_matrix=plan.trimmed(), **extra))
@@ -156,7 +156,7 @@ def affordable_length(
 
 def observed(
     setup: Setup, drafters: Sequence[Drafter], prompts: Sequence[Prompt], allowance: Allowance, later: int
-) -> World:
+) -> Measured:
     """What planning needs to know, of as many prompts as half of the time allows.
 
     Args:
@@ -173,7 +173,7 @@ def observed(
         return seconds[-1] + each > until
 
     encoded = [encode(setup, [prompt]) for prompt in prompts]
-    return observe_world(setup.target, drafters, encoded, enough=enough, **setup.options)
+    return measure_drafters(setup.target, drafters, encoded, enough=enough, **setup.options)
 
 
 def affordable(

@@ -10,14 +10,14 @@ import torch
 from scipy.optimize import linprog
 
 from benchmarks.__main__ import main
-from benchmarks.verifiers import RULES, acceptance, bound, compare, drafts, random_laws
+from benchmarks.verifiers import RULES, acceptance, bound, compare, drafts, random_distributions
 from csdraft.verifiers.rejection import Rejection
 
 SLACK = 1e-9
 
 
 def by_linear_programme(target_probs: torch.Tensor, draft_probs: torch.Tensor, kind, count: int) -> float:
-    """The greatest probability that the token is among the siblings, over all couplings of the two laws."""
+    """The greatest probability that the token is among the siblings, over all couplings of the two distributions."""
     offered = list(drafts(draft_probs, kind, count))
     vocab = len(target_probs)
     gain = [float(token in tokens) for (tokens, _), token in product(offered, range(vocab))]
@@ -34,18 +34,20 @@ def by_linear_programme(target_probs: torch.Tensor, draft_probs: torch.Tensor, k
 )
 def test_the_bound_is_that_of_the_linear_programme(kind, count):
     for seed in range(3):
-        laws = random_laws(4, seed)
-        assert sum(probability for _, probability in drafts(laws[1], kind, count)) == pytest.approx(1)
-        assert bound(*laws, kind, count) == pytest.approx(by_linear_programme(*laws, kind, count), abs=1e-7)
+        distributions = random_distributions(4, seed)
+        assert sum(probability for _, probability in drafts(distributions[1], kind, count)) == pytest.approx(1)
+        assert bound(*distributions, kind, count) == pytest.approx(
+            by_linear_programme(*distributions, kind, count), abs=1e-7
+        )
 
 
 def test_one_draft_is_accepted_with_the_overlap():
-    laws = random_laws(6, 1)
-    overlap = float(torch.minimum(*laws).sum())
+    distributions = random_distributions(6, 1)
+    overlap = float(torch.minimum(*distributions).sum())
     for verifier, kind in RULES.values():
         if kind is not None:
-            assert acceptance(verifier, *laws, kind, 1) == pytest.approx(overlap)
-    assert bound(*laws, "iid", 1) == pytest.approx(overlap)
+            assert acceptance(verifier, *distributions, kind, 1) == pytest.approx(overlap)
+    assert bound(*distributions, "iid", 1) == pytest.approx(overlap)
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +77,9 @@ def test_rules_order_as_theory_says(two):
 
 
 def test_a_rule_that_accepts_too_much_would_be_seen():
-    laws = random_laws(4, 3)
-    greedy = acceptance(Rejection(1.5), *laws, "iid", 1)
-    assert greedy > bound(*laws, "iid", 1) + 1e-3
+    distributions = random_distributions(4, 3)
+    greedy = acceptance(Rejection(1.5), *distributions, "iid", 1)
+    assert greedy > bound(*distributions, "iid", 1) + 1e-3
 
 
 def test_the_command_prints_a_table(capsys):

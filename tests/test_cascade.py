@@ -19,7 +19,7 @@ from csdraft.decoding.call import Call
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Request, Verifier
 from csdraft.decoding.rounds import run_round
 from csdraft.decoding.sampling import Processing, Sampler
-from csdraft.decoding.scores import Head
+from csdraft.decoding.scores import TokenChooser
 from csdraft.decoding.stopping import Stopping
 from csdraft.decoding.text import Text
 from csdraft.kmatrix import check_k_matrix, spread_lenience
@@ -83,11 +83,11 @@ class ScriptedScores:
 class ScriptedSession:
     """A reviewer that runs no model: how many tokens each of its forwards accepts is written down."""
 
-    def __init__(self, head: Head, *agrees: int):
-        self.head, self.agrees, self.positions = head, agrees, 1 << 30
+    def __init__(self, chooser: TokenChooser, *agrees: int):
+        self.chooser, self.agrees, self.positions = chooser, agrees, 1 << 30
         self.rows: list[int] = []
 
-    def score(self, requests, head=None):
+    def score(self, requests, chooser=None):
         (request,) = requests
         agrees = self.agrees[len(self.rows)]
         self.rows.append(len(request.after))
@@ -98,12 +98,12 @@ class ScriptedCall(Call):
     """A call whose sessions are scripted."""
 
     def __init__(self, target: nn.Module):
-        self.head_of_all = Head(Processing([], 1), Stopping([]), Sampler(True, [0], VOCAB, "coupled"))
-        super().__init__(target, self.head_of_all, [Text(torch.arange(3, 13))], 256, None)
+        self.chooser_of_all = TokenChooser(Processing([], 1), Stopping([]), Sampler(True, [0], VOCAB, "coupled"))
+        super().__init__(target, self.chooser_of_all, [Text(torch.arange(3, 13))], 256, None)
         self.scripted: dict[int, ScriptedSession] = {}
 
     def script(self, model: nn.Module, *agrees: int) -> ScriptedSession:
-        return self.scripted.setdefault(id(model), ScriptedSession(self.head_of_all, *agrees))
+        return self.scripted.setdefault(id(model), ScriptedSession(self.chooser_of_all, *agrees))
 
     def session(self, model):
         return self.scripted[id(model)]

@@ -17,7 +17,7 @@ from csdraft.planner.allowance import Allowance
 from csdraft.planner.expect import expect
 from csdraft.planner.search import cleaned, search
 from csdraft.planner.theory import Stage, expected_round, improvement, mean
-from csdraft.planner.trace import Costs, Offer, Trace, World, observe_world
+from csdraft.planner.trace import Costs, Measured, Proposal, Trace, measure_drafters
 from csdraft.trees.best_first import BestFirst
 from csdraft.tune import Candidate, affordable, affordable_length, ranked, timed
 from tests import tiny
@@ -89,36 +89,38 @@ def test_a_replay_counts_the_rounds_that_decoding_takes(sampled):
     for k_matrix, error in ([[3, 0], [0, 0]], 1e-9), ([[0, 6], [0, 0]], 1e-9), ([[2, 5], [0, 0]], 0.1):
         for prompt in PROMPTS:
             torch.manual_seed(1)
-            world = observe_world(target, [ModelDrafter(drafter), MaxGram()], [prompt], **options)
+            measured = measure_drafters(target, [ModelDrafter(drafter), MaxGram()], [prompt], **options)
             cascade = CascadeDrafter([drafter, MaxGram()], k_matrix=k_matrix, schedule="fixed")
             torch.manual_seed(1)
             target.generate(**prompt, **options)  # as the planner did first: the same seeds are drawn from here on
             target.generate(**prompt, assistant=cascade, **options)
             real = cascade.report.block_efficiency
-            assert expect(k_matrix, world).tokens_per_round == pytest.approx(real, rel=error)
+            assert expect(k_matrix, measured).tokens_per_round == pytest.approx(real, rel=error)
 
 
 def test_a_replayed_review_is_near_what_decoding_takes():
     target, drafter = pair()
-    world = observe_world(target, [ModelDrafter(drafter), MaxGram()], PROMPTS, max_new_tokens=32, do_sample=False)
+    measured = measure_drafters(
+        target, [ModelDrafter(drafter), MaxGram()], PROMPTS, max_new_tokens=32, do_sample=False
+    )
     k_matrix = [[3, 4], [0, 3]]
     cascade = CascadeDrafter([drafter, MaxGram()], k_matrix=k_matrix, schedule="fixed")
     for prompt in PROMPTS:
         target.generate(**prompt, assistant=cascade, max_new_tokens=32, do_sample=False)
-    assert expect(k_matrix, world).tokens_per_round == pytest.approx(cascade.report.block_efficiency, rel=0.15)
+    assert expect(k_matrix, measured).tokens_per_round == pytest.approx(cascade.report.block_efficiency, rel=0.15)
 
 
 def test_a_tree_is_replayed_by_what_it_offers():
     target, drafter = pair()
     tree = ModelDrafter(drafter, depth=3, tree=BestFirst(branches=2, nodes=6))
-    world = observe_world(target, [tree], PROMPTS[:1], max_new_tokens=24, do_sample=False)
+    measured = measure_drafters(target, [tree], PROMPTS[:1], max_new_tokens=24, do_sample=False)
     cascade = CascadeDrafter([tree], k_matrix=3, schedule="fixed")
     target.generate(**PROMPTS[0], assistant=cascade, max_new_tokens=24, do_sample=False)
-    assert list(world.depths[0]) == [3]
-    assert expect([[3]], world).tokens_per_round == pytest.approx(cascade.report.block_efficiency)
+    assert list(measured.depths[0]) == [3]
+    assert expect([[3]], measured).tokens_per_round == pytest.approx(cascade.report.block_efficiency)
 
 
-def made_world(model_step: float, agrees: float = 0.9, right: int = 3) -> World:
+def made_measurements(model_step: float, agrees: float = 0.9, right: int = 3) -> Measured:
     """A target of 1 second a forward, a model drafter, and a drafter that knows `right` tokens everywhere."""
     rng = random.Random(0)
     target, model, copier = Costs(), Costs(), Costs()
@@ -129,24 +131,24 @@ def made_world(model_step: float, agrees: float = 0.9, right: int = 3) -> World:
         model.drafts.add(steps, model_step * steps)
     copier.drafts.add(1, 0.0)
     choices = [rng.random() < agrees for _ in range(200)]
-    traces = [Trace(200, {0: choices}, {1: [Offer(8, 8, right)] * 200}, 200.0, 0.0, [1.0, model_step, 0.0])]
-    return World(traces, target, [model, copier], [True, False], [range(1, 9), (1, 2, 4, 8)])
+    traces = [Trace(200, {0: choices}, {1: [Proposal(8, 8, right)] * 200}, 200.0, 0.0, [1.0, model_step, 0.0])]
+    return Measured(traces, target, [model, copier], [True, False], [range(1, 9), (1, 2, 4, 8)])
 
 
 def test_the_search_finds_what_a_grid_finds():
-    world = made_world(0.05)
-    best = search(world)[0]
+    measured = made_measurements(0.05)
+    best = search(measured)[0]
     lengths = (range(0, 9), (0, 1, 2, 4, 8), (0, 1, 2, 4, 8))
     grid = [((a, b), (0, c)) for a, b, c in itertools.product(*lengths) if a or b]
-    speeds = [expect(cleaned(k_matrix), world).speedup for k_matrix in grid]
+    speeds = [expect(cleaned(k_matrix), measured).speedup for k_matrix in grid]
     assert best.expected.speedup == pytest.approx(max(speeds))
 
 
 def test_a_drafter_that_does_not_pay_is_left_out():
-    dear = search(made_world(0.9, agrees=0.2))[0]
+    dear = search(made_measurements(0.9, agrees=0.2))[0]
     assert dear.kept == [1]
     assert dear.trimmed() == [[4]]  # the least of the lengths that hold what it knows
-    useless = search(made_world(0.01, right=0))[0]
+    useless = search(made_measurements(0.01, right=0))[0]
     assert useless.kept == [0]
 
 
@@ -243,7 +245,7 @@ def test_timing_ends_in_time_with_whole_repetitions(monkeypatch, seconds, prompt
 
 
 def candidates_of(times: dict[str, list[list[float]]]) -> list[Candidate]:
-    plan = search(made_world(0.05))[0]
+    plan = search(made_measurements(0.05))[0]
     made = {name: (plan, {"lenience": 1.0, "schedule": "fixed"}, CascadeDrafter([MaxGram()], 4)) for name in times}
     del made["plain"]
     return ranked(made, times, 32)
@@ -277,7 +279,7 @@ def test_where_time_is_short_texts_and_plans_are_few():
     assert (length, each) == (48, 3.0)  # twice five passes of it fill half of a minute
     assert affordable_length(setup, drafters, [(3, 5, 7)], Allowance(1.0, lambda *_: None, ticking))[0] == 16
     assert affordable_length(setup, drafters, [(3, 5, 7)], Allowance(math.inf, lambda *_: None, ticking))[0] == 96
-    plans = search(made_world(0.05))[:4]
+    plans = search(made_measurements(0.05))[:4]
     for seconds, count in ((1000.0, 4), (0.0, 1)):
         assert len(affordable(plans, (1.0,), 1.0, 12, Allowance(seconds, lambda *_: None, Clock()))) == count
     with pytest.raises(ValueError, match="minutes=0 leaves no time"):
@@ -285,5 +287,5 @@ def test_where_time_is_short_texts_and_plans_are_few():
 
 
 def test_a_search_ends_when_the_time_is_up():
-    world = made_world(0.05)
-    assert 0 < len(search(world, lambda: True)) < len(search(world))
+    measured = made_measurements(0.05)
+    assert 0 < len(search(measured, lambda: True)) < len(search(measured))

@@ -15,7 +15,7 @@ from csdraft import MaxGram, ModelDrafter, PromptLookup
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Drafter, Request, Round
 from csdraft.decoding.sampling import Processing, Sampler
-from csdraft.decoding.scores import Head
+from csdraft.decoding.scores import TokenChooser
 from csdraft.decoding.stopping import Stopping
 from csdraft.decoding.text import Text
 from csdraft.metrics.intervals import bootstrap_ratio
@@ -80,10 +80,10 @@ def test_what_follows_a_token_that_was_never_written_is_never_kept():
 
 def test_a_view_knows_nothing_after_a_token_that_was_never_written():
     """Whatever rule asks: also of nodes that match never comes to."""
-    head = Head(Processing([], 1), Stopping([]), Sampler(True, [0], VOCAB))
+    chooser = TokenChooser(Processing([], 1), Stopping([]), Sampler(True, [0], VOCAB))
     draft = Draft((99, 20, 21, 21), (-1, -1, 0, 1), (1,) * 4, (math.nan,) * 4)
     text = Text(torch.tensor(RECORDING.prompt))
-    view = RecordedScores(head, [*RECORDING.prompt, *RECORDING.output], Request(0, text, draft))
+    view = RecordedScores(chooser, [*RECORDING.prompt, *RECORDING.output], Request(0, text, draft))
     assert [view.choice(node) for node in (-1, 0, 1, 2, 3)] == [20, NO_CHOICE, 21, NO_CHOICE, 22]
     assert view.probs(1).argmax() == 21
     with pytest.raises(NotRecorded, match="never written"):

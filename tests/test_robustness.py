@@ -12,7 +12,7 @@ from tiny import fresh, tiny
 
 import csdraft
 from csdraft import CascadeDrafter, Drafter, MaxGram, ModelDrafter, Vertical
-from csdraft.decoding.draft import Draft, Law
+from csdraft.decoding.draft import Draft, DraftProbs
 from csdraft.schedules.fixed import Fixed
 
 PROMPT = torch.tensor([[3, 14, 15, 9, 26, 5, 3, 14, 15]])
@@ -166,18 +166,24 @@ def test_a_malformed_draft_is_left_out(target, plain, draft):
 
 def tree(contexts, budgets):
     """Two drawn tokens side by side."""
-    law = torch.full((97,), 1 / 97)
+    distribution = torch.full((97,), 1 / 97)
     level = contexts[0].call.level("a tree")
-    return [Draft((1, 2), (-1, -1), (level,) * 2, (0.1,) * 2, Law("iid", (law, law))) for _ in contexts]
+    return [
+        Draft((1, 2), (-1, -1), (level,) * 2, (0.1,) * 2, DraftProbs("iid", (distribution, distribution)))
+        for _ in contexts
+    ]
 
 
 def drawn(kind, width=97):
-    """Two siblings of an unfamiliar law, or of one that is not the target's size."""
-    law = torch.full((width,), 1 / width)
+    """Two siblings of an unfamiliar distribution, or of one that is not the target's size."""
+    distribution = torch.full((width,), 1 / width)
 
     def propose(contexts, budgets):
         level = contexts[0].call.level("drawn")
-        return [Draft((1, 2), (-1, -1), (level,) * 2, (0.1,) * 2, Law(kind, (law, law))) for _ in contexts]
+        return [
+            Draft((1, 2), (-1, -1), (level,) * 2, (0.1,) * 2, DraftProbs(kind, (distribution, distribution)))
+            for _ in contexts
+        ]
 
     return propose
 
@@ -186,7 +192,7 @@ UNFIT = [
     ("block", tree, "is a tree, Block judges chains"),
     ("without_replacement", drawn("iid"), "'iid', WithoutReplacement judges"),
     ("rejection", drawn("pair"), r"'pair', Rejection judges \['iid'\]"),
-    ("rejection", drawn("iid", 96), r"shape \(96,\), the target's laws \(97,\)"),
+    ("rejection", drawn("iid", 96), r"shape \(96,\), the target's distributions \(97,\)"),
 ]
 
 
@@ -205,7 +211,7 @@ def test_a_draft_that_the_verifier_cannot_judge_is_left_out(target, verifier, wr
 
 @pytest.mark.parametrize("wrong", [tree, drawn("pair")])
 def test_match_judges_any_draft(target, plain, wrong):
-    """Coupled draws read no law and know trees."""
+    """Coupled draws read no distribution and know trees."""
     for sampled in (False, True):
         options = WANTED | {"do_sample": sampled, "schedule": Fixed(2), "strict": True}
         seeds = {"row_seeds": [3]} if sampled else {}
@@ -306,7 +312,7 @@ def test_the_report_of_a_cascade_is_kept_though_a_part_of_it_fails(target):
 
 
 EVEN = torch.full((97,), 1 / 97)
-NO_LAWS = {
+NO_PROBS = {
     "nan": EVEN * float("nan"),
     "infinite": EVEN * float("inf"),
     "negative": torch.cat([EVEN[:1] * -1, EVEN[1:] + 2 / 97 / 96]),
@@ -320,24 +326,24 @@ NO_LAWS = {
 
 
 @dataclass(frozen=True)
-class Lawless(Drafter):
+class WithoutProbs(Drafter):
     """Says that its tokens were drawn from what is no distribution."""
 
-    law: Any
+    distribution: Any
     depth: int = 2  # type: ignore[assignment]
 
     def propose(self, contexts, budgets):
         return [
-            c.draft.extend([5, 6][: b.depth], c.call.level("lawless"), None, [self.law] * min(b.depth, 2))
+            c.draft.extend([5, 6][: b.depth], c.call.level("lawless"), None, [self.probs] * min(b.depth, 2))
             for c, b in zip(contexts, budgets, strict=True)
         ]
 
 
 @pytest.mark.parametrize("inner", [False, True], ids=["at the target", "at an inner reviewer"])
-@pytest.mark.parametrize("what", NO_LAWS)
+@pytest.mark.parametrize("what", NO_PROBS)
 def test_what_is_no_distribution_costs_the_drafter(target, what, inner):
     """Also below an inner reviewer, whose own tokens would else not be what it says."""
-    drafter = Lawless(NO_LAWS[what])
+    drafter = WithoutProbs(NO_PROBS[what])
     if inner:
         drafter = Vertical(fresh("llama", seed=2), drafter, depth=3)
     options = {"do_sample": True, "max_new_tokens": 12, "pad_token_id": 0, "row_seeds": [3], "eos_token_id": None}
@@ -346,7 +352,7 @@ def test_what_is_no_distribution_costs_the_drafter(target, what, inner):
         out = target.generate(PROMPT, **options, return_dict_in_generate=True)
     assert out.sequences.shape[1] == PROMPT.shape[1] + 12
     assert out.report.block_efficiency == 1
-    with pytest.raises(ValueError, match=r"distribution|law"):
+    with pytest.raises(ValueError, match=r"distribution|distribution"):
         target.generate(PROMPT, **options, strict=True)
 
 
@@ -354,12 +360,12 @@ def test_what_is_no_distribution_costs_the_drafter(target, what, inner):
 def test_distributions_in_half_precision_are_distributions(dtype):
     for seed in range(20):
         logits = 4 * torch.randn(32_000, generator=torch.Generator().manual_seed(seed))
-        assert Law("iid", (logits.softmax(-1).to(dtype),)).flaw(32_000) is None
+        assert DraftProbs("iid", (logits.softmax(-1).to(dtype),)).flaw(32_000) is None
 
 
-def test_a_drafters_laws_are_not_read_where_no_rule_reads_them(target, plain):
+def test_a_drafters_distributions_are_not_read_where_no_rule_reads_them(target, plain):
     """Coupled and greedy draws."""
-    out = target.generate(PROMPT, assistant=Lawless(NO_LAWS["nan"]), schedule=Fixed(2), strict=True, **WANTED)
+    out = target.generate(PROMPT, assistant=WithoutProbs(NO_PROBS["nan"]), schedule=Fixed(2), strict=True, **WANTED)
     assert torch.equal(out, plain)
 
 
@@ -385,9 +391,16 @@ def test_confidence_that_is_no_probability(target, confidence):
 
 
 def test_a_pair_without_the_likeliest_token(target):
-    law = torch.full((97,), 0.5 / 96).index_fill(0, torch.tensor([7]), 0.5)
+    distribution = torch.full((97,), 0.5 / 96).index_fill(0, torch.tensor([7]), 0.5)
     pair = lambda c, b: [  # noqa: E731
-        Draft((1, 2), (-1, -1), (c[0].call.level("pair"),) * 2, (0.1,) * 2, Law("pair", (law, law))) for _ in c
+        Draft(
+            (1, 2),
+            (-1, -1),
+            (c[0].call.level("pair"),) * 2,
+            (0.1,) * 2,
+            DraftProbs("pair", (distribution, distribution)),
+        )
+        for _ in c
     ]
     options = WANTED | {"do_sample": True, "verifier": "spec_hub", "schedule": Fixed(2), "eos_token_id": None}
     with pytest.warns(RuntimeWarning, match="must hold the likeliest token 7 once"):

@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from csdraft.decoding.draft import Draft, Law
+from csdraft.decoding.draft import Draft, DraftProbs
 from csdraft.decoding.interfaces import Budget, Context, Drafter
 
 VOCAB, PAD, EOS, BOS = 97, 0, 1, 2
@@ -228,9 +228,9 @@ class Scripted(Drafter):
                         grown.append((len(tokens) - 1, on_the_way and token == coming))
             frontier = grown
         old, new = context.draft, len(tokens) - len(context.draft)
-        law = old.law and Law(old.law.kind, old.law.rows + (None,) * new)
+        distribution = old.probs and DraftProbs(old.probs.kind, old.probs.rows + (None,) * new)
         levels = old.levels + (context.call.level(self),) * new
-        return Draft(tuple(tokens), tuple(parents), levels, old.confidence + (float("nan"),) * new, law)
+        return Draft(tuple(tokens), tuple(parents), levels, old.confidence + (float("nan"),) * new, distribution)
 
 
 def tokenizer() -> transformers.PreTrainedTokenizerFast:

@@ -1,4 +1,5 @@
-"""Prove on your own models that drafting changes nothing: the same greedy text, the same law of sampled tokens.
+"""Prove on your own models that drafting changes nothing: the same greedy text, the same distribution of sampled
+tokens.
 
 Greedy: the text with the assistant is compared with plain generate's, and every emitted token with the logits that the
 target gives when it reads that text one token at a time. A block of tokens rounds differently from single tokens, so
@@ -46,7 +47,7 @@ PROMPTS = (
     "import numpy as np\n\nclass Matrix:\n",
     "Q: What is the capital of France?\nA:",
 )
-LAW_PROMPTS = 2
+SAMPLED_PROMPTS = 2
 TOP_K = 4
 LEAST_COUNT = 10
 """Cells of a chi-square table that hold fewer, both samples together, are pooled."""
@@ -73,9 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_chat_arguments(parser)
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="of the greedy texts")
-    parser.add_argument("--samples", type=int, default=1000, metavar="N", help="for the law; 0 skips it")
+    parser.add_argument("--samples", type=int, default=1000, metavar="N", help="for the distribution; 0 skips it")
     parser.add_argument(
-        "--sampled-tokens", type=int, default=3, metavar="N", help="tokens whose joint law is compared"
+        "--sampled-tokens", type=int, default=3, metavar="N", help="tokens whose joint distribution is compared"
     )
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of the sampling")
     parser.add_argument("--batch", type=int, default=100, metavar="N", help="rows sampled at once")
@@ -99,8 +100,8 @@ def _outcomes(opened: Opened, prompts: list[dict[str, Tensor]], args: argparse.N
     for number, inputs in enumerate(prompts, 1):
         yield greedy(opened, inputs, args.max_new_tokens, f"greedy, prompt {number}")
     if args.samples:
-        for number, inputs in enumerate(prompts[:LAW_PROMPTS], 1):
-            yield from law(opened, inputs, args, f"prompt {number}")
+        for number, inputs in enumerate(prompts[:SAMPLED_PROMPTS], 1):
+            yield from distribution(opened, inputs, args, f"prompt {number}")
 
 
 def _prompts(opened: Opened, args: argparse.Namespace) -> list[dict[str, Tensor]]:
@@ -183,8 +184,8 @@ def one_forward(target: Any, inputs: dict[str, Tensor], tokens: Tensor) -> Tenso
 # Sampling.
 
 
-def law(opened: Opened, inputs: dict[str, Tensor], args: argparse.Namespace, name: str) -> Iterator[Outcome]:
-    """The law of the first sampled tokens with the assistant, and plain generate's against itself."""
+def distribution(opened: Opened, inputs: dict[str, Tensor], args: argparse.Namespace, name: str) -> Iterator[Outcome]:
+    """The distribution of the first sampled tokens with the assistant, and plain generate's against itself."""
     drafting = {"assistant": opened.assistant, "strict": True, **opened.options}
     plain, control, ours = (_sample(opened, inputs, args, extra) for extra in ({}, {}, drafting))
     for label, other in (("control", control), ("sampling", ours)):
@@ -215,7 +216,7 @@ def _sample(
 
 
 def chi_square(first: Counter, second: Counter) -> tuple[float, int, float]:
-    """(statistic, degrees of freedom, p) of the hypothesis that both samples follow one law."""
+    """(statistic, degrees of freedom, p) of the hypothesis that both samples follow one distribution."""
     cells = [(first[key], second[key]) for key in first.keys() | second.keys()]
     full = [cell for cell in cells if sum(cell) >= LEAST_COUNT]
     rest = [cell for cell in cells if sum(cell) < LEAST_COUNT]

@@ -13,7 +13,7 @@ from csdraft.decoding.names import distinct, name_of
 from csdraft.decoding.reader import Sources
 from csdraft.decoding.readers import ALONE, ReadingOptions
 from csdraft.decoding.sampling import Sampler
-from csdraft.decoding.scores import Head
+from csdraft.decoding.scores import TokenChooser
 from csdraft.decoding.session import Session
 from csdraft.decoding.tally import Tally
 from csdraft.decoding.text import Text
@@ -27,7 +27,7 @@ class Call:
 
     Args:
         target: the model whose output is reproduced.
-        head: the target's processors and stopping criteria.
+        chooser: the target's processors and stopping criteria.
         texts: one a row.
         capacity: slots that a session reserves a row.
         sources: the encoder's inputs as the target reads them, if it is an encoder-decoder.
@@ -42,18 +42,20 @@ class Call:
     def __init__(
         self,
         target: nn.Module,
-        head: Head,
+        chooser: TokenChooser,
         texts: Sequence[Text],
         capacity: int,
         sources: Sources | None,
         together: Together | None = None,
         reading: ReadingOptions = ALONE,
     ):
-        self.target, self.head, self.texts, self.capacity, self.sources = target, head, texts, capacity, sources
+        self.target, self.chooser, self.texts, self.capacity, self.sources = target, chooser, texts, capacity, sources
         self.together, self.reading = together, reading
         self.rows = len(texts)
-        self.vocab = head.sampler.vocab
-        self.drafting = Head(head.processing.for_drafters(), head.stopping.for_drafters(), head.sampler)
+        self.vocab = chooser.sampler.vocab
+        self.drafting = TokenChooser(
+            chooser.processing.for_drafters(), chooser.stopping.for_drafters(), chooser.sampler
+        )
         self._sessions: dict[int, Session] = {}
         self._memos: dict[Hashable, Any] = {}
         self._levels: dict[Hashable, int] = {"target": 0}
@@ -64,7 +66,7 @@ class Call:
 
     @property
     def sampler(self) -> Sampler:
-        return self.head.sampler
+        return self.chooser.sampler
 
     def session(self, model: nn.Module) -> Session:
         """The model's session; the same model anywhere in a cascade is one session."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from csdraft.decoding.awaited import Awaited, Choices
 from csdraft.decoding.interfaces import Context, Request, Stop
 from csdraft.decoding.scores import NAN as NAN_LOGITS
-from csdraft.decoding.scores import Head, argmax, entropy
+from csdraft.decoding.scores import TokenChooser, argmax, entropy
 from csdraft.decoding.session import Session
 
 __all__ = ["Drawn", "draft_chain"]
@@ -26,7 +26,7 @@ class Drawn:
 
     tokens: list[int] | Awaited = field(default_factory=list)
     confidence: list[float] | None = None
-    laws: list[Tensor | None] | None = None
+    draft_probs: list[Tensor | None] | None = None
 
 
 @dataclass(eq=False)
@@ -66,8 +66,8 @@ def draft_chain(
         confidence: whether to compute each token's softmax probability.
         stops: per row, asked about each token kept; see `Budget`.
     """
-    head, requests, rows = session.head, [], []
-    independent = not head.sampler.greedy and not head.sampler.coupled
+    chooser, requests, rows = session.chooser, [], []
+    independent = not chooser.sampler.greedy and not chooser.sampler.coupled
     result = [Drawn([], [] if confidence else None, [] if independent else None) for _ in contexts]
     for context, number, stop, drawn in zip(contexts, wanted, stops or [None] * len(contexts), result, strict=True):
         if number > 0:
@@ -76,8 +76,8 @@ def draft_chain(
             rows.append(Row(context, session.place(context.row), number, stop, drawn))
     if not rows:
         return result
-    on_host = session.reader.on_host or not head.processing.text_blind
-    growing: Growing = OnHost(head, rows) if on_host else OnDevice(head, rows)
+    on_host = session.reader.on_host or not chooser.processing.text_blind
+    growing: Growing = OnHost(chooser, rows) if on_host else OnDevice(chooser, rows)
     plans, _, logits = session.ask(requests)
     logits, inputs, steps = logits[:, -1], None, 1  # (batch, vocab)
     while True:
@@ -101,12 +101,12 @@ class Growing:
     """Chooses the next token of every row, as one kind of machine does it best.
 
     Args:
-        head: how logits become tokens.
+        chooser: how logits become tokens.
         rows: those that draft.
     """
 
-    def __init__(self, head: Head, rows: Sequence[Row]):
-        self.head, self.rows = head, rows
+    def __init__(self, chooser: TokenChooser, rows: Sequence[Row]):
+        self.chooser, self.rows = chooser, rows
         self.watched = any(row.stop is not None or row.drawn.confidence is not None for row in rows)
 
     @property
@@ -126,7 +126,7 @@ class Growing:
 
     def soft(self, logits: Tensor) -> Tensor:
         """The softmax of (..., vocab) logits at the call's temperature (1 when greedy)."""
-        temperature = 1.0 if self.head.sampler.greedy else self.head.processing.temperature
+        temperature = 1.0 if self.chooser.sampler.greedy else self.chooser.processing.temperature
         return (logits.float() / temperature).softmax(-1)
 
     def take(self, row: Row, token: int, sure: float = NAN, unsure: Callable[[], float] = lambda: NAN) -> None:
@@ -135,7 +135,7 @@ class Growing:
         row.drawn.tokens.append(token)
         if row.drawn.confidence is not None:
             row.drawn.confidence.append(sure)
-        row.ended = token in self.head.stopping.eos or len(row.drawn.tokens) >= row.wanted
+        row.ended = token in self.chooser.stopping.eos or len(row.drawn.tokens) >= row.wanted
         if row.stop is not None:
             row.ended |= row.stop(sure, unsure)
 
@@ -156,34 +156,34 @@ class OnHost(Growing):
         return ids
 
     def _tokens(self, live: Sequence[Row], logits: Tensor) -> list[int]:
-        head, sampler = self.head, self.head.sampler
-        if sampler.greedy and head.processing.text_blind:
+        chooser, sampler = self.chooser, self.chooser.sampler
+        if sampler.greedy and chooser.processing.text_blind:
             places = [row.place for row in live]
             of_all = places == list(range(len(logits)))  # and in the batch's order
-            return argmax(head.processing.all_at_once(logits if of_all else logits[places]))
+            return argmax(chooser.processing.all_at_once(logits if of_all else logits[places]))
         tokens = []
         for row in live:
             context, drawn = row.context, row.drawn
             path = [*context.path, *drawn.tokens]
-            scores = head.processed(context.row, context.text, path, logits[row.place])
-            if drawn.laws is None:
-                tokens.append(head.choose(context.row, row.position, scores))
+            scores = chooser.processed(context.row, context.text, path, logits[row.place])
+            if drawn.draft_probs is None:
+                tokens.append(chooser.choose(context.row, row.position, scores))
             else:
-                drawn.laws.append(scores.float().softmax(-1))
-                tokens.append(sampler.draw(context.row, drawn.laws[-1]))  # type: ignore[arg-type]
+                drawn.draft_probs.append(scores.float().softmax(-1))
+                tokens.append(sampler.draw(context.row, drawn.draft_probs[-1]))  # type: ignore[arg-type]
         return tokens
 
 
 class OnDevice(Growing):
     """Nothing is seen before the end, in one copy for all steps and rows; tokens alone, only with their review."""
 
-    def __init__(self, head: Head, rows: Sequence[Row]):
-        super().__init__(head, rows)
+    def __init__(self, chooser: TokenChooser, rows: Sequence[Row]):
+        super().__init__(chooser, rows)
         self._columns: list[Tensor] = []  # per step (4, batch): token, its score, confidence, entropy
 
     def choose(self, logits: Tensor) -> Tensor:
-        scores = self.head.processing.all_at_once(logits).float()
-        if not self.head.sampler.greedy:
+        scores = self.chooser.processing.all_at_once(logits).float()
+        if not self.chooser.sampler.greedy:
             scores = scores - self._noise(scores)
         best = scores.max(-1)
         column = [best.indices.double(), best.values.double()]
@@ -198,19 +198,19 @@ class OnDevice(Growing):
 
     def _noise(self, scores: Tensor) -> Tensor:
         """(batch, vocab) of the position that comes next, or fresh where draws are independent."""
-        noise, sampler = torch.zeros_like(scores), self.head.sampler
+        noise, sampler = torch.zeros_like(scores), self.chooser.sampler
         if sampler.coupled:
             places = [(row.context.row, row.position + len(self._columns)) for row in self.rows]
             noise[[row.place for row in self.rows]] = sampler.noise(places, scores.device)
             return noise
         for row in self.rows:
             noise[row.place] = sampler.fresh_log_exponential(row.context.row, scores.device)
-            row.drawn.laws.append(scores[row.place].softmax(-1))  # type: ignore[union-attr]
+            row.drawn.draft_probs.append(scores[row.place].softmax(-1))  # type: ignore[union-attr]
         return noise
 
     def finish(self) -> None:
         table = torch.stack(self._columns)  # (steps, 2 or 4, batch)
-        if not self.watched and all(row.drawn.laws is None for row in self.rows):
+        if not self.watched and all(row.drawn.draft_probs is None for row in self.rows):
             choices = Choices(table)
             for row in self.rows:
                 row.drawn.tokens = Awaited(choices, row.place, min(row.wanted, len(table)))
@@ -223,5 +223,5 @@ class OnDevice(Growing):
                     raise ValueError(NAN_LOGITS)
                 if not row.ended:
                     self.take(row, int(token), *sure[:1], *(partial(float, value) for value in sure[1:]))
-            if row.drawn.laws is not None:
-                del row.drawn.laws[len(row.drawn.tokens) :]
+            if row.drawn.draft_probs is not None:
+                del row.drawn.draft_probs[len(row.drawn.tokens) :]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from csdraft.decoding.awaited import Awaited
 
-__all__ = ["ROOT", "Draft", "Kind", "Law"]
+__all__ = ["ROOT", "Draft", "DraftProbs", "Kind"]
 
 Kind = Literal["iid", "without_replacement", "pair"]
 ROOT = -1
@@ -24,7 +24,7 @@ ROUNDING = 0.02
 
 
 @dataclass(frozen=True, eq=False)
-class Law:
+class DraftProbs:
     """What each token of a draft was really drawn from, which is what makes `draft_probs` usable.
 
     Attributes:
@@ -51,7 +51,7 @@ class Law:
                 kind = row.dtype if isinstance(row, Tensor) else type(row).__name__
                 return f"a draft's distribution is of type {kind}; give a tensor of probabilities"
             if row.shape != (vocab,):
-                return f"a draft's law has shape {tuple(row.shape)}, the target's laws ({vocab},)"
+                return f"a draft's distribution has shape {tuple(row.shape)}, the target's distributions ({vocab},)"
         stacked = torch.stack(rows)  # (distinct rows, vocab)
         sums, least = stacked.sum(-1, dtype=torch.float32), stacked.amin(-1)
         found = torch.stack([sums, least.float()]).tolist()
@@ -74,14 +74,14 @@ class Draft:
         parents: (nodes,) index of each node's parent.
         levels: (nodes,) level of the cascade whose choice the token was (see `Call.level`).
         confidence: (nodes,) softmax probability under the model that chose it; nan for a point mass or when unknown.
-        law: what the tokens were drawn from; None means that all are point masses, which is always safe.
+        probs: what the tokens were drawn from; None means that all are point masses, which is always safe.
     """
 
     tokens: tuple[int, ...] | Awaited = ()
     parents: tuple[int, ...] = ()
     levels: tuple[int, ...] = ()
     confidence: tuple[float, ...] = field(default=(), repr=False)
-    law: Law | None = field(default=None, repr=False)
+    probs: DraftProbs | None = field(default=None, repr=False)
 
     @classmethod
     def chain(cls, tokens: Sequence[int], level: int = 0) -> Draft:
@@ -105,9 +105,9 @@ class Draft:
     @cached_property
     def has_drawn_siblings(self) -> bool:
         """Whether some node has two children or more that were drawn, so that it matters how."""
-        if self.law is None or self.is_chain:
+        if self.probs is None or self.is_chain:
             return False
-        return _branches([p for p, row in zip(self.parents, self.law.rows, strict=True) if row is not None])
+        return _branches([p for p, row in zip(self.parents, self.probs.rows, strict=True) if row is not None])
 
     def children(self, node: int) -> Sequence[int]:
         """The children of `node` (or of `ROOT`) in the order they were proposed."""
@@ -171,16 +171,16 @@ class Draft:
         if self.is_chain and len(nodes) == len(self.tokens):
             return self
         pick = lambda values: tuple(values[node] for node in nodes)  # noqa: E731 - three uses on three lines
-        law = self.law and Law(self.law.kind, pick(self.law.rows))
+        probs = self.probs and DraftProbs(self.probs.kind, pick(self.probs.rows))
         parents = tuple(range(ROOT, len(nodes) - 1))
-        return Draft(pick(self.tokens), parents, pick(self.levels), pick(self.confidence), law)
+        return Draft(pick(self.tokens), parents, pick(self.levels), pick(self.confidence), probs)
 
     def extend(
         self,
         tokens: Sequence[int],
         level: int,
         confidence: Sequence[float] | None = None,
-        laws: Sequence[Tensor | None] | None = None,
+        draft_probs: Sequence[Tensor | None] | None = None,
     ) -> Draft:
         """This draft with a chain of `tokens` appended below its last node.
 
@@ -188,10 +188,10 @@ class Draft:
             tokens: (new,) vocabulary ids.
             level: whose choice they are.
             confidence: (new,) softmax probabilities; nan when not given.
-            laws: (new,) tensors (vocab,) they were drawn from; point masses when not given.
+            draft_probs: (new,) tensors (vocab,) they were drawn from; point masses when not given.
         """
         old = len(self.tokens)
-        return self.attach(tokens, range(old - 1, old + len(tokens) - 1), level, confidence, laws)
+        return self.attach(tokens, range(old - 1, old + len(tokens) - 1), level, confidence, draft_probs)
 
     def attach(
         self,
@@ -199,43 +199,45 @@ class Draft:
         parents: Sequence[int],
         level: int,
         confidence: Sequence[float] | None = None,
-        laws: Sequence[Tensor | None] | None = None,
+        draft_probs: Sequence[Tensor | None] | None = None,
         kind: Kind = "iid",
     ) -> Draft:
         """This draft with more nodes behind its own, anywhere in the tree; the arguments are those of `extend`.
 
         Args:
             parents: (new,) each an earlier node of the whole draft, or `ROOT`.
-            kind: how siblings were drawn, if `laws` are given. Nodes without siblings are of any kind.
+            kind: how siblings were drawn, if `draft_probs` are given. Nodes without siblings are of any kind.
         """
         if not tokens:
             return self
         old, new = len(self.tokens), len(tokens)
-        law = None
-        if self.law is not None or laws is not None:
-            rows = self.law.rows if self.law else (None,) * old
-            kinds: set[Kind] = {kind} if laws is not None and _branches(parents) else set()
-            if self.law is not None and _branches(self.parents):
-                kinds.add(self.law.kind)
-            law = Law(_one_kind(kinds), rows + (tuple(laws) if laws is not None else (None,) * new))
+        probs = None
+        if self.probs is not None or draft_probs is not None:
+            rows = self.probs.rows if self.probs else (None,) * old
+            kinds: set[Kind] = {kind} if draft_probs is not None and _branches(parents) else set()
+            if self.probs is not None and _branches(self.parents):
+                kinds.add(self.probs.kind)
+            probs = DraftProbs(
+                _one_kind(kinds), rows + (tuple(draft_probs) if draft_probs is not None else (None,) * new)
+            )
         return Draft(
             tokens if isinstance(tokens, Awaited) and not old else (*self.tokens, *tokens),
             self.parents + tuple(parents),
             self.levels + (level,) * new,
             self.confidence + (tuple(confidence) if confidence is not None else (NAN,) * new),
-            law,
+            probs,
         )
 
     def relabelled(
-        self, start: int, laws: Sequence[Tensor | None] | None = None, confidence: Sequence[float] | None = None
+        self, start: int, draft_probs: Sequence[Tensor | None] | None = None, confidence: Sequence[float] | None = None
     ) -> Draft:
-        """This chain with what a reviewer found out about its nodes from `start` on: laws, confidence, or both."""
-        law = self.law
-        if laws is not None:
-            before = law.rows[:start] if law is not None else (None,) * start
-            law = Law("iid", before + tuple(laws))
+        """This chain with what a reviewer found out about its nodes from `start` on."""
+        probs = self.probs
+        if draft_probs is not None:
+            before = probs.rows[:start] if probs is not None else (None,) * start
+            probs = DraftProbs("iid", before + tuple(draft_probs))
         sure = self.confidence if confidence is None else self.confidence[:start] + tuple(confidence)
-        return Draft(self.tokens, self.parents, self.levels, sure, law)
+        return Draft(self.tokens, self.parents, self.levels, sure, probs)
 
 
 def _branches(parents: Sequence[int]) -> bool:

@@ -19,9 +19,9 @@ from csdraft.decoding.text import Text
 
 if TYPE_CHECKING:
     from csdraft.decoding.call import Call
-    from csdraft.decoding.grow import Growth
     from csdraft.decoding.report import Report
     from csdraft.decoding.sampling import Sampler
+    from csdraft.decoding.tree import Growth
 
 __all__ = ["Budget", "Context", "Drafter", "Request", "Round", "Schedule", "ScoresView", "Step", "Stop", "Tree"]
 __all__ += ["Verdict", "Verifier"]
@@ -85,14 +85,14 @@ class Verdict:
         accepted: nodes kept, root outwards.
         next_token: correction or bonus token; None if the text ended on an accepted node.
         ended: whether the text ends with the last of these.
-        laws: under independent draws, one (vocab,) tensor an emitted token: the law it really has, None for a point
-            mass; None as a whole under coupled or greedy draws, where nobody needs it.
+        emitted_probs: under independent draws, the (vocab,) distribution that each emitted token really has, None for
+            a point mass; None as a whole under coupled or greedy draws, where no rule reads it.
     """
 
     accepted: list[int]
     next_token: int | None
     ended: bool = False
-    laws: Sequence[Tensor | None] | None = None
+    emitted_probs: Sequence[Tensor | None] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,9 +167,9 @@ class Round:
         chain = self.draft.only(self.draft.path(tip))
         if verdict.next_token is not None:
             chain = chain.extend((verdict.next_token,), self.level)
-        if verdict.laws is None and self.confidence is None:
+        if verdict.emitted_probs is None and self.confidence is None:
             return chain
-        return chain.relabelled(start, verdict.laws, self.confidence)
+        return chain.relabelled(start, verdict.emitted_probs, self.confidence)
 
 
 class ScoresView(Protocol):
@@ -182,7 +182,7 @@ class ScoresView(Protocol):
         ...
 
     def probs(self, node: int) -> Tensor:
-        """(vocab,) float32 law of the reviewer's token after `node`, all processors applied; one-hot when greedy."""
+        """(vocab,) float32 distribution of the reviewer's token after `node`, processed; one-hot if greedy."""
         ...
 
     def top(self, k: int) -> Tensor:
@@ -304,7 +304,7 @@ class Tree:
         draws: how a node's children are drawn where draws are independent; None: they are chosen, the likeliest first.
             Under greedy or coupled draws they are always chosen: by probability, with the position's noise if any.
             Of what was drawn it keeps of each node the first few children, in the order of the draws, at best all:
-            dropping one for what it is would bias sampling. `Law.kind` says what their number may depend on.
+            dropping one for what it is would bias sampling. `DraftProbs.kind` says what their number may depend on.
     """
 
     draws: ClassVar[Kind | None] = None
@@ -337,11 +337,12 @@ class Verifier:
     """An acceptance rule. It sees a draft and numbers, never a model.
 
     Attributes:
-        lossless: whether the output law equals the reviewer's for any draft it accepts to judge.
+        lossless: whether the output distribution equals the reviewer's for any draft it accepts to judge.
         draws: "coupled" if all levels share one noise vector a position, "independent" otherwise.
-        kinds: the kinds of `Law` it can treat exactly; an empty set: it needs none, and drafters compute none.
+        kinds: the kinds of `DraftProbs` it can treat exactly; an empty set: it needs none, and drafters compute none.
         chains_only: whether a tree must be refused.
-        looks_ahead: whether it asks for laws beyond the accepted path, which stateful processors must not see.
+        looks_ahead: whether it asks for distributions beyond the accepted path, which stateful processors must not
+            see.
         reads_confidence: whether it reads `Draft.confidence`, which drafters then compute.
     """
 
@@ -353,13 +354,13 @@ class Verifier:
     reads_confidence: bool = False
 
     def refusal(self, draft: Draft) -> str | None:
-        """Why it cannot judge `draft` exactly; None if it can. Under coupled draws nobody reads a draft's laws."""
-        unknown = draft.law is not None and draft.law.kind not in self.kinds and self.draws == "independent"
+        """Why it cannot judge `draft` exactly; None if it can. Coupled draws need no `DraftProbs`."""
+        unknown = draft.probs is not None and draft.probs.kind not in self.kinds and self.draws == "independent"
         if unknown and draft.has_drawn_siblings:  # a lone draw is of every kind
             return (
-                f"the draft's siblings were drawn as {draft.law.kind!r}, {type(self).__name__} judges "  # type: ignore[union-attr]
+                f"the draft's siblings were drawn as {draft.probs.kind!r}, {type(self).__name__} judges "  # type: ignore[union-attr]
                 f"{sorted(self.kinds)} and point masses; use another verifier or tree, or declare point masses with "
-                "Draft.law=None"
+                "Draft.probs=None"
             )
         if self.chains_only and not draft.is_chain:
             return f"the draft is a tree, {type(self).__name__} judges chains; draft chains, or use another verifier"

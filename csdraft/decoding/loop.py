@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from csdraft.decoding import clock
 from csdraft.decoding.call import Call
-from csdraft.decoding.guard import Guarded
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Schedule, Verifier
 from csdraft.decoding.output import Output
 from csdraft.decoding.reader import Sources
 from csdraft.decoding.readers import ALONE, ReadingOptions
 from csdraft.decoding.report import Report
 from csdraft.decoding.rounds import run_round
+from csdraft.decoding.safe_drafter import SafeDrafter
 from csdraft.decoding.sampling import Processing, Sampler
-from csdraft.decoding.scores import Head
+from csdraft.decoding.scores import TokenChooser
 from csdraft.decoding.session import Session
 from csdraft.decoding.stopping import Stopping
 from csdraft.decoding.text import Text
@@ -55,31 +55,31 @@ def run(
         schedule: how much to draft each round.
         output: takes the emitted tokens (streamer, scores).
         strict: raise when a drafter fails instead of going on without it.
-        diagnose: compare the laws of target and drafts at every judged token (`Report.rejections`).
+        diagnose: compare the distributions of target and drafts at every judged token (`Report.rejections`).
     """
     target = call.session(call.target)
-    guarded = drafter if isinstance(drafter, Guarded) else Guarded(drafter, verifier, strict)
+    safe = drafter if isinstance(drafter, SafeDrafter) else SafeDrafter(drafter, verifier, strict)
     report = Report.begin(call, diagnose)
     live = list(range(call.rows))
     started = clock.now()
     while live:
-        began, drafting = clock.now(), guarded.seconds
+        began, drafting = clock.now(), safe.seconds
         contexts = [Context(row, call.texts[row], call) for row in live]
         writing = [context for context in contexts if context.row not in call.rows_of_padding]
         rooms = [_room(call, target, context.row) for context in writing]
-        told = dict(zip(writing, guarded.budgets(schedule, writing, rooms), strict=True))
+        told = dict(zip(writing, safe.budgets(schedule, writing, rooms), strict=True))
         budgets = [told.get(context, Budget(0, 0)) for context in contexts]
-        rounds = run_round(contexts, target, 0, guarded, verifier, budgets)
-        drafting = guarded.seconds - drafting
+        rounds = run_round(contexts, target, 0, safe, verifier, budgets)
+        drafting = safe.seconds - drafting
         scoring = clock.now() - began - drafting  # all of the round but drafting: not the streamer, which may wait
         output.take(rounds)
         of_text = [finished for finished in rounds if finished.context in told]
         report.add(of_text)
-        guarded.observe(of_text)
+        safe.observe(of_text)
         for context, finished in zip(contexts, rounds, strict=True):
             context.text.append(finished.tokens)
             call.sampler.forget(context.row, len(context.text))
-        guarded.learn(schedule, of_text, drafting, scoring)
+        safe.learn(schedule, of_text, drafting, scoring)
         ended = {r.context.row for r in rounds if r.verdict.ended}
         if ended:
             live = [row for row in live if row not in ended]
@@ -87,16 +87,16 @@ def run(
                 call.retire(live)
         # Scores are large, and the next forward needs as much room.
         del contexts, writing, told, rounds, of_text, context, finished
-    guarded.finish(schedule)
-    report.finish(call, clock.now() - started, guarded.failure, guarded.why(schedule))
-    guarded.keep_report(report)
+    safe.finish(schedule)
+    report.finish(call, clock.now() - started, safe.failure, safe.why(schedule))
+    safe.keep_report(report)
     return report
 
 
 def _room(call: Call, target: Session, row: int) -> int:
     """Drafted tokens that a row can still take in: one less than may follow, since the target adds one itself."""
     text = call.texts[row]
-    return min(call.head.stopping.remaining(text) - 1, target.room(row, text))
+    return min(call.chooser.stopping.remaining(text) - 1, target.room(row, text))
 
 
 def open_call(
@@ -112,7 +112,7 @@ def open_call(
     past: Any,
     reading: ReadingOptions = ALONE,
 ) -> Call:
-    """The call that `generate` has prepared: texts without padding, the target's head, its cache if the user gave one.
+    """The call that `generate` has prepared: texts without padding, its token chooser, the cache if the user gave one.
 
     Args:
         input_ids: (rows, length) prompts, or decoder starts.
@@ -128,14 +128,14 @@ def open_call(
     longest = max(len(text) for text in texts)
     ahead = min(max(stopping.remaining(text) for text in texts), CAPACITY_AHEAD)
     capacity = -(-(longest + ahead + BUCKET) // BUCKET) * BUCKET
-    head = Head(Processing(processors, rows), stopping, sampler)
+    chooser = TokenChooser(Processing(processors, rows), stopping, sampler)
     together = None
-    if rows > 1 and (custom := names_of_custom_code(head.processing, stopping)):
+    if rows > 1 and (custom := names_of_custom_code(chooser.processing, stopping)):
         check_rule(verifier, sampler.greedy, custom)
-        together = Together(head, input_ids, config)
+        together = Together(chooser, input_ids, config)
     if past is not None:
         reading = replace(reading, reuse=False)
-    call = Call(model, head, texts, capacity, sources, together, reading)
+    call = Call(model, chooser, texts, capacity, sources, together, reading)
     if past is not None and not reading.taps:  # the user's cache has no features: then all is read again
         kept = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
         call.session(model).preload(past, texts, kept[:, : int(past.get_seq_length())])

@@ -24,7 +24,7 @@ from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Request
 from csdraft.decoding.reader import NoCache, Sources, home
 from csdraft.decoding.sampling import Processing, Sampler
-from csdraft.decoding.scores import Head
+from csdraft.decoding.scores import TokenChooser
 from csdraft.decoding.session import Session
 from csdraft.decoding.stopping import Stopping
 from csdraft.decoding.text import Text
@@ -190,10 +190,10 @@ def _logits(model: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     tokens = _tokens(model, (span if span <= LONGEST_SPAN else 0) + 9)
     texts = [Text(torch.tensor(tokens)), Text(torch.tensor(tokens[3:]))]
     vocab = model.config.get_text_config(decoder=True).vocab_size
-    head = Head(Processing([], 2), Stopping([]), Sampler(True, [0, 0], vocab))
+    chooser = TokenChooser(Processing([], 2), Stopping([]), Sampler(True, [0, 0], vocab))
     source = _source(model)
     sources = Sources(source.expand(2, -1), None) if model.config.is_encoder_decoder else None
-    session = Session(model, head, 2, len(tokens) + 16, sources, vocab, texts)
+    session = Session(model, chooser, 2, len(tokens) + 16, sources, vocab, texts)
     session.score([Request(row, text, Draft()) for row, text in enumerate(texts)], choose=False)
     draft = Draft(tuple(tokens[2 * node] for node in range(4)), TREE.parents, TREE.levels, TREE.confidence)
     texts[1].append(tokens[:2])

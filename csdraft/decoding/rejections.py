@@ -1,9 +1,10 @@
 """Expected rejections beside measured ones: whether the drafter or the rule is the limit.
 
 Yin et al. (arXiv 2411.00841): rejection sampling rejects, at each position that it judges, with the total variation
-between the target's law and the draft's, and no unbiased rule that decides token by token rejects less. So the sum of
-total variations is what a drafter costs under the best such rule. Measured rejections above it are the rule's fault;
-below it, siblings in a tree or a joint test of a block have saved some; close to it, only a better drafter helps.
+between the target's distribution and the draft's, and no unbiased rule that decides token by token rejects less. So
+the sum of total variations is what a drafter costs under the best such rule. Measured rejections above it are the
+rule's fault; below it, siblings in a tree or a joint test of a block have saved some; close to it, only a better
+drafter helps.
 """
 
 from __future__ import annotations
@@ -68,16 +69,16 @@ class Rejections:
     def limit(self) -> str:
         """What keeps drafts from being longer, in words."""
         if self.deviations > DEVIATIONS:
-            return "more than the laws ask for: the rule is the limit"
+            return "more than the distributions ask for: the rule is the limit"
         if self.deviations < -DEVIATIONS:
             return "fewer than token by token: siblings or a joint test help"
-        return "as many as the laws ask for: the drafter is the limit"
+        return "as many as the distributions ask for: the drafter is the limit"
 
 
 def total_variation(draft: Draft, child: int, scores: ScoresView, node: int) -> float:
-    """Between the reviewer's law after `node` and the law that `child` was drawn from; a point mass is a law too."""
+    """Between the reviewer's distribution after `node` and the one that `child` was drawn from, or its point mass."""
     target_probs = scores.probs(node)
-    draft_probs = None if draft.law is None else draft.law.rows[child]
+    draft_probs = None if draft.probs is None else draft.probs.rows[child]
     if draft_probs is None:
         return 1.0 - float(target_probs[draft.tokens[child]])
     return max(1.0 - float(target_probs.minimum(draft_probs.to(target_probs)).sum()), 0.0)

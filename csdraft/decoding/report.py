@@ -126,8 +126,8 @@ class Report:
         """An empty report of a call that is about to start; ValueError if it cannot be diagnosed."""
         if diagnose and (call.sampler.greedy or call.sampler.coupled):
             raise ValueError(
-                "diagnose=True compares laws, which greedy and coupled draws have none of; pass do_sample=True and a "
-                "verifier of independent draws, such as 'rejection'"
+                "diagnose=True compares distributions, which greedy and coupled draws have none of; pass "
+                "do_sample=True and a verifier of independent draws, such as 'rejection'"
             )
         report = cls(_call=call, rejections=Rejections() if diagnose else None)
         report.tokens, report.levels, report.lengths = ([[] for _ in range(call.rows)] for _ in range(3))

@@ -50,7 +50,7 @@ def review(
     requests = [
         Request(c.row, c.text, d, (c.tip, *range(len(c.draft), len(d)))) for c, d in zip(contexts, drafts, strict=True)
     ]
-    views = reviewer.score(requests, head=call.head if level == TARGET else call.drafting)
+    views = reviewer.score(requests, chooser=call.chooser if level == TARGET else call.drafting)
     if together is not None:
         verdicts = together.verify(drafts, views)
     else:
@@ -67,7 +67,11 @@ def review(
 
 def _confidence(context: Context, draft: Draft, scores: ScoresView, verdict: Verdict) -> list[float]:
     """Each emitted token's probability under the model whose choice it was: the reviewer's, unless it was lenient."""
-    sure, node, drawn = [], context.tip, verdict.laws is not None  # independent draws have no choice to compare with
+    sure, node, drawn = (
+        [],
+        context.tip,
+        verdict.emitted_probs is not None,
+    )  # independent draws have no choice to compare with
     for kept in verdict.accepted:
         token = draft.tokens[kept]
         own = drawn or scores.choice(node) == token
@@ -79,12 +83,12 @@ def _confidence(context: Context, draft: Draft, scores: ScoresView, verdict: Ver
 
 
 def _check_continued(before: Draft, draft: Draft) -> None:
-    """A drafter must hand back the nodes it was given, with their laws: a lost law would bias sampling in silence."""
+    """A drafter must hand back the nodes it was given, with their distributions: losing one would bias sampling."""
     size = len(before)
     kept = draft.tokens[:size] == before.tokens and draft.parents[:size] == before.parents
-    if kept and before.law is not None:
-        rows = draft.law.rows[:size] if draft.law is not None else ()
-        kept = len(rows) == size and all(a is b for a, b in zip(rows, before.law.rows, strict=True))
+    if kept and before.probs is not None:
+        rows = draft.probs.rows[:size] if draft.probs is not None else ()
+        kept = len(rows) == size and all(a is b for a, b in zip(rows, before.probs.rows, strict=True))
     if not kept:
         raise ValueError(
             f"a drafter was given {size} drafted tokens to go on from and did not hand them back first, unchanged; "

@@ -1,4 +1,4 @@
-"""From the logits of one forward to the choices, laws and ends that a verifier asks about."""
+"""From the logits of one forward to the choices, distributions and ends that a verifier asks about."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from csdraft.decoding.sampling import Processing, Sampler
 from csdraft.decoding.stopping import Stopping
 from csdraft.decoding.text import Text
 
-__all__ = ["Head", "Scores", "argmax", "entropy"]
+__all__ = ["Scores", "TokenChooser", "argmax", "entropy"]
 
 
 NAN = "the model's logits are nan; check its dtype (fp16 overflows where bf16 does not)"
@@ -59,7 +59,7 @@ def entropy(probs: Tensor) -> float:
     return float(torch.special.entr(probs).sum())
 
 
-class Head:
+class TokenChooser:
     """How one level of a cascade turns logits into tokens: processors, noise, and where its texts end.
 
     Args:
@@ -123,7 +123,7 @@ class Scores:
     """One row's view of one forward; valid until its session's next one.
 
     Args:
-        head: the level's way to choose.
+        chooser: the level's way to choose.
         row, text, draft: what was scored.
         after: the nodes whose logits were asked for.
         logits: (len(after), vocab) raw logits after those nodes.
@@ -132,7 +132,7 @@ class Scores:
 
     def __init__(
         self,
-        head: Head,
+        chooser: TokenChooser,
         row: int,
         text: Text,
         draft: Draft,
@@ -140,7 +140,14 @@ class Scores:
         logits: Tensor,
         choices: Sequence[int] | None = None,
     ):
-        self.head, self.row, self.text, self.draft, self.logits, self.choices = head, row, text, draft, logits, choices
+        self.chooser, self.row, self.text, self.draft, self.logits, self.choices = (
+            chooser,
+            row,
+            text,
+            draft,
+            logits,
+            choices,
+        )
         first = after[0]
         contiguous = all(node == first + i for i, node in enumerate(after))
         self._row_of = None if contiguous else {node: i for i, node in enumerate(after)}
@@ -165,8 +172,8 @@ class Scores:
     def processed(self, node: int) -> Tensor:
         """(vocab,) scores after `node` with the level's processors applied, once."""
         if node not in self._processed:
-            path = () if self.head.processing.text_blind else self.path(node)
-            self._processed[node] = self.head.processed(self.row, self.text, path, self.raw(node))
+            path = () if self.chooser.processing.text_blind else self.path(node)
+            self._processed[node] = self.chooser.processed(self.row, self.text, path, self.raw(node))
         return self._processed[node]
 
     def note(self, node: int, scores: Tensor) -> None:
@@ -177,11 +184,11 @@ class Scores:
         if self.choices is not None:
             return self.choices[self._index(node)]
         if node not in self._chosen:
-            self._chosen[node] = self.head.choose(self.row, self.position(node), self.processed(node))
+            self._chosen[node] = self.chooser.choose(self.row, self.position(node), self.processed(node))
         return self._chosen[node]
 
     def probs(self, node: int) -> Tensor:
-        if self.head.sampler.greedy:
+        if self.chooser.sampler.greedy:
             one_hot = torch.zeros(self.logits.shape[-1], device=self.logits.device)
             one_hot[self.choice(node)] = 1.0
             return one_hot
@@ -194,16 +201,16 @@ class Scores:
         return values.topk(k, -1).indices.cpu()
 
     def soft(self, node: int, token: int) -> float:
-        temperature = 1.0 if self.head.sampler.greedy else self.head.processing.temperature
+        temperature = 1.0 if self.chooser.sampler.greedy else self.chooser.processing.temperature
         log_probs = (self.raw(node).float() / temperature).log_softmax(-1)
         return float(log_probs[token].exp())
 
     def entropy(self, node: int) -> float:
-        temperature = 1.0 if self.head.sampler.greedy else self.head.processing.temperature
+        temperature = 1.0 if self.chooser.sampler.greedy else self.chooser.processing.temperature
         return entropy((self.raw(node).float() / temperature).softmax(-1))
 
     def ends(self, node: int, token: int) -> bool:
-        stopping = self.head.stopping
+        stopping = self.chooser.stopping
         if stopping.by_token:
             return token in stopping.eos
         chosen_from = lambda: [self.processed(above) for above in (ROOT, *self.draft.path(node))]  # noqa: E731

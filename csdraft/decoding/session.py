@@ -18,7 +18,7 @@ from csdraft.decoding.plans import again_in, plan_of
 from csdraft.decoding.reader import Sources
 from csdraft.decoding.readers import ALONE, ReadingOptions, borrow, take_back
 from csdraft.decoding.rotary import RotaryFactors
-from csdraft.decoding.scores import Head, Scores
+from csdraft.decoding.scores import Scores, TokenChooser
 from csdraft.decoding.text import Text
 
 __all__ = ["Session"]
@@ -51,7 +51,7 @@ class Session:
 
     Args:
         model: a causal LM or T5-like model.
-        head: how its logits become tokens, unless `score` is told otherwise.
+        chooser: how its logits become tokens, unless `score` is told otherwise.
         rows: batch size.
         capacity: slots to reserve a row.
         sources: the encoder's inputs of an encoder-decoder model.
@@ -63,7 +63,7 @@ class Session:
     def __init__(
         self,
         model: nn.Module,
-        head: Head,
+        chooser: TokenChooser,
         rows: int,
         capacity: int,
         sources: Sources | None,
@@ -71,7 +71,7 @@ class Session:
         texts: Sequence[Text] = (),
         reading: ReadingOptions = ALONE,
     ):
-        self.model, self.head, self.vocab = model, head, vocab
+        self.model, self.chooser, self.vocab = model, chooser, vocab
         self._reuse = reading.reuse and sources is None
         known = [text.tokens if self._reuse else () for text in texts] if self._reuse or reading.graphs else ()
         self.reader, held = borrow(model, rows, capacity, known, reading.taps)
@@ -188,23 +188,25 @@ class Session:
 
     # Questions.
 
-    def score(self, requests: Sequence[Request], choose: bool = True, head: Head | None = None) -> list[Scores]:
+    def score(
+        self, requests: Sequence[Request], choose: bool = True, chooser: TokenChooser | None = None
+    ) -> list[Scores]:
         """The logits after the wanted nodes of each request, from one forward of the whole batch.
 
         Args:
             choose: whether the choices along a branch will be asked for, so that they may be made beforehand.
-            head: how logits become tokens; the session's own way if None.
+            chooser: how logits become tokens; the session's own way if None.
         """
-        head = head or self.head
+        chooser = chooser or self.chooser
         plans, queries, logits = self.ask(requests)
         views = []
         for request in requests:
             rows, before = logits[self.place(request.row)], len(plans[request.row].tokens) - logits.shape[1]
             at = [query - before for query in queries[request.row]]  # a batch is aligned at the end
             views.append(rows[at[0] : at[-1] + 1] if at == list(range(at[0], at[-1] + 1)) else rows[at])
-        choices = self._choose(requests, views, head) if choose else [None] * len(requests)
+        choices = self._choose(requests, views, chooser) if choose else [None] * len(requests)
         return [
-            Scores(head, request.row, request.text, request.draft, _wanted(request), rows, chosen)
+            Scores(chooser, request.row, request.text, request.draft, _wanted(request), rows, chosen)
             for request, rows, chosen in zip(requests, views, choices, strict=True)
         ]
 
@@ -234,19 +236,21 @@ class Session:
                     return False
         return True
 
-    def _choose(self, requests: Sequence[Request], views: Sequence[Tensor], head: Head) -> Sequence[list[int] | None]:
+    def _choose(
+        self, requests: Sequence[Request], views: Sequence[Tensor], chooser: TokenChooser
+    ) -> Sequence[list[int] | None]:
         """All choices of the batch at once, where that is the cheaper way.
 
         On the host it is not of a tree, of which most are never asked for, nor where each needs noise of its own.
         """
-        chosen = head.sampler.greedy or head.sampler.coupled
-        lazily = self.reader.on_host and not (head.sampler.greedy and all(r.draft.is_chain for r in requests))
-        if lazily or not chosen or not head.processing.text_blind:
+        chosen = chooser.sampler.greedy or chooser.sampler.coupled
+        lazily = self.reader.on_host and not (chooser.sampler.greedy and all(r.draft.is_chain for r in requests))
+        if lazily or not chosen or not chooser.processing.text_blind:
             return [None] * len(views)
         places = [[(r.row, len(r.text) + r.draft.depth(node)) for node in _wanted(r)] for r in requests]
         drafted = [request.draft.tokens for request in requests]
         along = {tokens.choices: None for tokens in drafted if isinstance(tokens, Awaited) and tokens.waiting}
-        return head.choose_all(views, places, list(along))
+        return chooser.choose_all(views, places, list(along))
 
     def features(self, row: int, text: Text, stop: int) -> dict[int, Tensor]:
         """By tap, (stop, hidden) the model's hidden states of the first `stop` tokens of a row's text.

@@ -16,7 +16,7 @@ from torch import Tensor
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Context, Verdict, Verifier
 from csdraft.decoding.sampling import Processing
-from csdraft.decoding.scores import Head, Scores
+from csdraft.decoding.scores import Scores, TokenChooser
 from csdraft.decoding.stopping import Stopping
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Together:
     """Chooses the tokens of all rows step by step.
 
     Args:
-        head: the target's processors, criteria and randomness.
+        chooser: the target's processors, criteria and randomness.
         ids: (rows, length) the prompts, the user's padding included.
         config: of the call: the token that ended rows are filled up with, and whether criteria are shown the scores.
 
@@ -45,9 +45,9 @@ class Together:
             have ended, as in plain `generate`.
     """
 
-    def __init__(self, head: Head, ids: Tensor, config: GenerationConfig):
-        self.head, self.ids = head, ids
-        self.pad = int(config._pad_token_tensor.view(-1)[0]) if head.stopping.pads else None  # type: ignore
+    def __init__(self, chooser: TokenChooser, ids: Tensor, config: GenerationConfig):
+        self.chooser, self.ids = chooser, ids
+        self.pad = int(config._pad_token_tensor.view(-1)[0]) if chooser.stopping.pads else None  # type: ignore
         self.ended = torch.zeros(len(ids), dtype=torch.bool)
         self._scores: tuple[Tensor, ...] | None = None
         if config.return_dict_in_generate and config.output_scores:
@@ -80,17 +80,17 @@ class Together:
         """The tokens after `nodes`, one a row; shows them to the criteria."""
         logits = torch.stack([view.raw(node) for view, node in zip(views, nodes, strict=True)])  # (rows, vocab)
         scores = logits.to(torch.float32, copy=True)
-        for processor in self.head.processing.processors:
+        for processor in self.chooser.processing.processors:
             scores = processor(self.ids, scores)
         tokens = []
         for view, node, row in zip(views, nodes, scores, strict=True):
             view.note(node, row)
             ended = self.pad is not None and bool(self.ended[view.row])
-            tokens.append(self.pad if ended else self.head.choose(view.row, view.position(node), row))
+            tokens.append(self.pad if ended else self.chooser.choose(view.row, view.position(node), row))
         self.ids = torch.cat([self.ids, torch.tensor(tokens)[:, None].to(self.ids)], 1)
         if self._scores is not None:
             self._scores += (scores,)
-        self.ended |= self.head.stopping.ended(self.ids, self._scores)
+        self.ended |= self.chooser.stopping.ended(self.ids, self._scores)
         return tokens  # type: ignore[return-value]
 
 

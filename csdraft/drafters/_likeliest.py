@@ -53,7 +53,7 @@ class LikeliestTree:
         self.depths: list[int] = []
         self.chances: list[float] = []
         self._matrix, self._rates = matrix, rates
-        self._ends = context.call.head.stopping.eos
+        self._ends = context.call.chooser.stopping.eos
         self._lock = nullcontext() if outputs is None else outputs.lock  # another thread may add an output
         self._guesses: dict[int, tuple[Copy | None, int, list[int]]] = {}  # by node: the copy, its token, successors
         self._waiting: list[tuple[float, int, int, int, list[Match]]] = []  # -chance, order, parent, token, matches

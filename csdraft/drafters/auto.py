@@ -178,6 +178,6 @@ class Auto(Drafter):
         return call.memo((self, Suffix), make)
 
     def _rates(self, call: Call) -> SourceRates:
-        way = call.sampler.greedy, call.head.processing.temperature
+        way = call.sampler.greedy, call.chooser.processing.temperature
         make = lambda: SourceRates.of(call.target, way) if self.remember else SourceRates()  # noqa: E731 - as above
         return call.memo((SourceRates, self.remember), make)

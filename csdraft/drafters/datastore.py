@@ -78,7 +78,7 @@ class Datastore(Drafter):
         return [self._propose(c, min(b.depth, b.room), nodes) for c, b in zip(contexts, budgets, strict=True)]
 
     def _propose(self, context: Context, depth: int, nodes: int) -> Draft:
-        path, draft, eos = context.path, context.draft, context.call.head.stopping.eos
+        path, draft, eos = context.path, context.draft, context.call.chooser.stopping.eos
         if depth <= 0 or (path and path[-1] in eos):
             return draft
         _, first, last = self._corpus.find(context.text.tail(SPAN) + path, self.min_match)

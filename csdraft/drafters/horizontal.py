@@ -91,5 +91,5 @@ class Horizontal(Drafter):
 
 def _ended(draft: Draft, context: Context) -> bool:
     """Whether the draft already ends the text: nothing can follow."""
-    ends = context.call.head.stopping.eos
+    ends = context.call.chooser.stopping.eos
     return any(token in ends for token in draft.tokens[len(context.draft) :])

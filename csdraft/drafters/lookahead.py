@@ -70,7 +70,7 @@ class Lookahead(Drafter):
 
     def _propose(self, context: Context, depth: int, room: int) -> Draft:
         last = context.path[-1:] or context.text.tail(1)
-        eos = context.call.head.stopping.eos
+        eos = context.call.chooser.stopping.eos
         if depth <= 0 or not last or last[0] in eos:
             return context.draft
         row, trie = self._state(context), Trie()

@@ -60,7 +60,7 @@ class MaxGram(Drafter):
 
     def _propose(self, context: Context, depth: int) -> Draft:
         call, path = context.call, context.path
-        eos = call.head.stopping.eos
+        eos = call.chooser.stopping.eos
         if depth <= 0 or (path and path[-1] in eos):
             return context.draft
         tokens = _copied(history(context), path, depth, self.min_match)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from csdraft.decoding.draft import ROOT, Draft, Kind, Law
+from csdraft.decoding.draft import ROOT, Draft, DraftProbs, Kind
 from csdraft.decoding.interfaces import Budget, Context, Drafter
 from csdraft.drafters._parts import check_parts
 
@@ -23,8 +23,9 @@ __all__ = ["Merged"]
 class Merged(Drafter):
     """Merges what its drafters draft, branch by branch.
 
-    Chosen tokens are merged; drawn ones stay apart, each with its own law. Draws of two drafters can stand in one tree
-    if all were made independently ("iid"). A chain goes on from the end of the first drafter's likeliest branch.
+    Chosen tokens are merged; drawn ones stay apart, each with its own distribution. Draws of two drafters can stand in
+    one tree if all were made independently ("iid"). A chain goes on from the end of the first drafter's likeliest
+    branch.
 
     Args:
         drafters: whoever comes first is tried first.
@@ -80,8 +81,8 @@ class Merged(Drafter):
         """Raises ValueError if draws that depend on one another would get siblings of another drafter's draws."""
         old, kinds = len(context.draft), {}
         for drafter, draft in zip(self.drafters, drafts, strict=True):
-            if draft.law is not None and any(row is not None for row in draft.law.rows[old:]):
-                kinds[drafter] = draft.law.kind if draft.has_drawn_siblings else "iid"
+            if draft.probs is not None and any(row is not None for row in draft.probs.rows[old:]):
+                kinds[drafter] = draft.probs.kind if draft.has_drawn_siblings else "iid"
         if len(kinds) > 1 and (odd := [drafter for drafter, kind in kinds.items() if kind != "iid"]):
             other = next(drafter for drafter in kinds if drafter is not odd[0])
             raise ValueError(
@@ -103,34 +104,36 @@ class Nodes:
     parents: list[int]
     levels: list[int]
     confidence: list[float]
-    laws: list[Tensor | None]
+    draft_probs: list[Tensor | None]
     kinds: set[Kind] = field(default_factory=set)
     chosen: dict[tuple[int, int], int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, draft: Draft) -> Nodes:
-        laws = draft.law.rows if draft.law is not None else (None,) * len(draft)
-        return cls(list(draft.tokens), list(draft.parents), list(draft.levels), list(draft.confidence), list(laws))
+        draft_probs = draft.probs.rows if draft.probs is not None else (None,) * len(draft)
+        return cls(
+            list(draft.tokens), list(draft.parents), list(draft.levels), list(draft.confidence), list(draft_probs)
+        )
 
     def take(self, draft: Draft, start: int) -> dict[int, int]:
         """Adds the nodes of `draft` from `start` on; where each of its nodes stands now."""
         places = {node: node for node in range(ROOT, start)}
         for node in range(start, len(draft)):
-            law = draft.law.rows[node] if draft.law is not None else None
+            probs = draft.probs.rows[node] if draft.probs is not None else None
             key = places[draft.parents[node]], draft.tokens[node]
-            place = self.chosen.get(key) if law is None else None
+            place = self.chosen.get(key) if probs is None else None
             if place is None:
                 place = len(self.tokens)
                 self.tokens.append(key[1])
                 self.parents.append(key[0])
                 self.levels.append(draft.levels[node])
                 self.confidence.append(draft.confidence[node])
-                self.laws.append(law)
-                if law is None:
+                self.draft_probs.append(probs)
+                if probs is None:
                     self.chosen[key] = place
             places[node] = place
-        if draft.law is not None and draft.has_drawn_siblings:
-            self.kinds.add(draft.law.kind)
+        if draft.probs is not None and draft.has_drawn_siblings:
+            self.kinds.add(draft.probs.kind)
         return places
 
     def draft(self, start: int, lead: int) -> Draft:
@@ -141,15 +144,15 @@ class Nodes:
             order.append(order.pop(last))
         places = {ROOT: ROOT} | {node: place for place, node in enumerate(order)}
         pick = lambda values: tuple(values[node] for node in order)  # noqa: E731 - four uses on four lines
-        law = None
-        if any(row is not None for row in self.laws):
-            law = Law(self.kinds.pop() if self.kinds else "iid", pick(self.laws))
+        probs = None
+        if any(row is not None for row in self.draft_probs):
+            probs = DraftProbs(self.kinds.pop() if self.kinds else "iid", pick(self.draft_probs))
         parents = tuple(places[self.parents[node]] for node in order)
-        return Draft(pick(self.tokens), parents, pick(self.levels), pick(self.confidence), law)
+        return Draft(pick(self.tokens), parents, pick(self.levels), pick(self.confidence), probs)
 
     def _end(self, node: int) -> int:
-        """The leaf below `node` by first children; of drawn ones, whose order counts, by the last of the first law."""
+        """The leaf below `node` by first children; of drawn ones, by the last drawn from the first distribution."""
         while below := [child for child, parent in enumerate(self.parents) if parent == node]:
-            law = self.laws[below[0]]
-            node = below[0] if law is None else [child for child in below if self.laws[child] is law][-1]
+            probs = self.draft_probs[below[0]]
+            node = below[0] if probs is None else [child for child in below if self.draft_probs[child] is probs][-1]
         return node

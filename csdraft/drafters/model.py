@@ -17,12 +17,12 @@ from torch import nn
 from csdraft.decoding.call import Call
 from csdraft.decoding.chain import draft_chain
 from csdraft.decoding.draft import Draft
-from csdraft.decoding.grow import grow
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Tree
 from csdraft.decoding.limits import halvings
 from csdraft.decoding.names import name_of
 from csdraft.decoding.refusals import refusal
 from csdraft.decoding.traits import unwrapped
+from csdraft.decoding.tree import draft_tree
 from csdraft.drafters._load import load_model
 from csdraft.heads.on_target import OnTarget
 from csdraft.stored import kind_of
@@ -93,9 +93,11 @@ class ModelDrafter(Drafter):
         if self.tree is not None:
             size = budgets[0].size
             tree = self.tree if size is None else self.tree.sized(size)
-            return grow(session, tree, contexts, steps, level, confidence)
+            return draft_tree(session, tree, contexts, steps, level, confidence)
         drawn = draft_chain(session, contexts, steps, confidence, [b.stop for b in budgets])
-        return [c.draft.extend(d.tokens, level, d.confidence, d.laws) for c, d in zip(contexts, drawn, strict=True)]
+        return [
+            c.draft.extend(d.tokens, level, d.confidence, d.draft_probs) for c, d in zip(contexts, drawn, strict=True)
+        ]
 
 
 def base_model(model: nn.Module) -> nn.Module:

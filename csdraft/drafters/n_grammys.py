@@ -69,7 +69,7 @@ class NGrammys(Drafter):
 
     def _propose(self, context: Context, depth: int) -> Draft:
         call, text = context.call, context.text
-        eos = call.head.stopping.eos
+        eos = call.chooser.stopping.eos
         tail = (text.tail(self.match) + (context.path if len(context.draft) else []))[-self.match :]
         if depth <= 0 or not tail or tail[-1] in eos:
             return context.draft

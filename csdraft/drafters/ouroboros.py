@@ -68,7 +68,7 @@ class Ouroboros(Drafter):
         return [self._lengthen(c, d, min(b.depth, b.room)) for c, d, b in zip(contexts, drafts, budgets, strict=True)]
 
     def _lengthen(self, context: Context, draft: Draft, depth: int) -> Draft:
-        going_on, eos = context.after(draft), context.call.head.stopping.eos
+        going_on, eos = context.after(draft), context.call.chooser.stopping.eos
         left = depth - (draft.depth(draft.tip) - context.draft.depth(context.tip))
         last = draft.tokens[-1:] or context.text.tail(1)
         if left <= 0 or not last or last[0] in eos:

@@ -52,7 +52,7 @@ class PromptLookup(Drafter):
         tokens = text.tokens[start : start + depth]
         if len(tokens) < depth:
             tokens += path[max(0, start - len(text)) :][: depth - len(tokens)]
-        eos = call.head.stopping.eos
+        eos = call.chooser.stopping.eos
         if not eos.isdisjoint(tokens):
             tokens = tokens[: next(i for i, token in enumerate(tokens) if token in eos)]
         return context.draft.extend(tokens, call.level(self))

@@ -82,7 +82,7 @@ class Reference(Drafter):
         return [self._propose(c, min(b.depth, b.room)) for c, b in zip(contexts, budgets, strict=True)]
 
     def _propose(self, context: Context, depth: int) -> Draft:
-        path, eos = context.path, context.call.head.stopping.eos
+        path, eos = context.path, context.call.chooser.stopping.eos
         if depth <= 0 or (path and path[-1] in eos):
             return context.draft
         state, matched = self._walk(self._cursor(context), path)

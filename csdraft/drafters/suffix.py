@@ -90,7 +90,7 @@ class Suffix(Drafter):
         return [self._propose(c, min(b.depth, b.room), nodes) for c, b in zip(contexts, budgets, strict=True)]
 
     def _propose(self, context: Context, depth: int, nodes: int | None) -> Draft:
-        path, draft, eos = context.path, context.draft, context.call.head.stopping.eos
+        path, draft, eos = context.path, context.draft, context.call.chooser.stopping.eos
         if depth <= 0 or (path and path[-1] in eos):
             return draft
         rule = Rule(self.factor, self.offset, self.min_prob, depth, nodes, eos)

@@ -95,7 +95,7 @@ class TokenRecycling(Drafter):
         tip, text = len(draft.tokens) - 1, context.text.tokens
         last = draft.tokens[tip] if tip >= 0 else text[-1] if text else None
         matrix = self.matrix(call)
-        if depth <= 0 or last is None or last in call.head.stopping.eos or not matrix.known(last):
+        if depth <= 0 or last is None or last in call.chooser.stopping.eos or not matrix.known(last):
             return draft
         tree = template(nodes, depth)
         tokens = np.empty(len(tree.parents) + 1, np.int64)
@@ -111,7 +111,7 @@ class TokenRecycling(Drafter):
 
     def observe(self, rounds: Sequence[Round]) -> None:
         matrix = self.matrix(rounds[0].context.call)
-        eos = rounds[0].context.call.head.stopping.eos
+        eos = rounds[0].context.call.chooser.stopping.eos
         tokens, found = [], []
         for finished in rounds:
             text = finished.context.text.tokens

@@ -23,7 +23,7 @@ from csdraft.decoding.call import Call
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter
 from csdraft.decoding.sampling import Processing, Sampler
-from csdraft.decoding.scores import Head
+from csdraft.decoding.scores import TokenChooser
 from csdraft.decoding.stopping import Stopping
 from csdraft.decoding.text import Text
 
@@ -51,12 +51,12 @@ class Translated(Drafter):
     drafter: Drafter
     tokenizer: PreTrainedTokenizerBase | str | Path
     target_tokenizer: PreTrainedTokenizerBase | str | Path
-    own: Tongue = field(init=False, repr=False)
-    theirs: Tongue = field(init=False, repr=False)
+    own: TokenizerView = field(init=False, repr=False)
+    theirs: TokenizerView = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "own", Tongue(self.tokenizer))
-        object.__setattr__(self, "theirs", Tongue(self.target_tokenizer))
+        object.__setattr__(self, "own", TokenizerView(self.tokenizer))
+        object.__setattr__(self, "theirs", TokenizerView(self.target_tokenizer))
 
     @property
     def depth(self) -> int:  # type: ignore[override]
@@ -104,12 +104,12 @@ class Translated(Drafter):
         vocab = models[0].config.get_text_config(decoder=True).vocab_size if models else self.own.size
         stopping = Stopping([])
         stopping.eos = self.own.eos
-        head = Head(Processing([], call.rows), stopping, Sampler(True, [0] * call.rows, vocab))
+        chooser = TokenChooser(Processing([], call.rows), stopping, Sampler(True, [0] * call.rows, vocab))
         texts = [Text(torch.tensor(self.own.opening, dtype=torch.long)) for _ in range(call.rows)]
-        return Call(models[0] if models else call.target, head, texts, call.capacity, None)
+        return Call(models[0] if models else call.target, chooser, texts, call.capacity, None)
 
 
-class Tongue:
+class TokenizerView:
     """A tokenizer of its own, without padding, truncation or anything added.
 
     Attributes:

@@ -82,7 +82,7 @@ class Vertical(Drafter):
             # One less than the room: the reviewer adds a token itself.
             asked = [self._inner_budget(room - 1, coupled) for room in rooms]
             proposed = self.drafter.propose(inner, asked)
-            _check_laws(inner, proposed, verifier)
+            _check_probs(inner, proposed, verifier)
             rounds = review(inner, proposed, session, level, verifier, confidence)
             call.tallies[level].add(rounds)
             going = []
@@ -127,14 +127,14 @@ class ByDraws(Verifier):
 
     @staticmethod
     def _rule(draft: Draft) -> Verifier:
-        kind = "iid" if draft.law is None else draft.law.kind
+        kind = "iid" if draft.probs is None else draft.probs.kind
         return {"iid": Rejection, "without_replacement": WithoutReplacement, "pair": SpecHub}[kind]()
 
 
-def _check_laws(contexts: Sequence[Context], drafts: Sequence[Draft], verifier: Verifier) -> None:
+def _check_probs(contexts: Sequence[Context], drafts: Sequence[Draft], verifier: Verifier) -> None:
     """Raises ValueError for a token drawn from what is no distribution: it is handed on, and would bias the text."""
     for context, draft in zip(contexts, drafts, strict=True) if verifier.draws == "independent" else ():
-        if draft.law is not None and (flaw := draft.law.flaw(context.call.vocab, len(context.draft))):
+        if draft.probs is not None and (flaw := draft.probs.flaw(context.call.vocab, len(context.draft))):
             raise ValueError(flaw)
 
 

@@ -13,7 +13,7 @@ from csdraft.decoding.interfaces import Drafter
 from csdraft.decoding.names import name_of
 from csdraft.decoding.report import Planned
 from csdraft.planner.search import Plan, search
-from csdraft.planner.trace import observe_world
+from csdraft.planner.trace import measure_drafters
 
 __all__ = ["plan_on"]
 
@@ -36,10 +36,10 @@ def plan_on(
     started = time.perf_counter()
     prompt = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     with torch.random.fork_rng(devices=[]):  # a plan must not change what is sampled
-        world = observe_world(target, drafters, [prompt] * 2, max_new_tokens=TOKENS, **options)
-    best = search(world)[0]
+        measured = measure_drafters(target, drafters, [prompt] * 2, max_new_tokens=TOKENS, **options)
+    best = search(measured)[0]
     kept = [names[j] for j in best.kept]
-    tokens, plain = sum(t.length for t in world.traces), sum(t.plain for t in world.traces)
+    tokens, plain = sum(t.length for t in measured.traces), sum(t.plain for t in measured.traces)
     expected = best.expected
     planned = Planned(kept, best.trimmed(), expected.tokens_per_round, expected.speedup, plain / tokens)
     print(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from csdraft.planner.trace import Offer, Trace, World
+from csdraft.planner.trace import Measured, Proposal, Trace
 
 __all__ = ["Expectation", "KMatrix", "expect"]
 
@@ -32,14 +32,14 @@ class Expectation:
     speedup: float
 
 
-def expect(k_matrix: KMatrix, world: World) -> Expectation:
-    """Replays every text of `world` under one K matrix."""
+def expect(k_matrix: KMatrix, measured: Measured) -> Expectation:
+    """Replays every text of `measured` under one K matrix."""
     tokens, rounds, seconds = 0, 0, 0.0
-    for trace in world.traces:
-        replay = Replay(k_matrix, world, trace)
+    for trace in measured.traces:
+        replay = Replay(k_matrix, measured, trace)
         replay.run()
         tokens, rounds, seconds = tokens + trace.length, rounds + replay.rounds, seconds + replay.seconds
-    plain = sum(trace.plain for trace in world.traces)
+    plain = sum(trace.plain for trace in measured.traces)
     return Expectation(tokens / rounds, seconds / tokens, plain / seconds)
 
 
@@ -59,15 +59,15 @@ class Drafted:
 class Replay:
     """One text under one K matrix."""
 
-    def __init__(self, k_matrix: KMatrix, world: World, trace: Trace):
-        self.k_matrix, self.world, self.trace = k_matrix, world, trace
+    def __init__(self, k_matrix: KMatrix, measured: Measured, trace: Trace):
+        self.k_matrix, self.measured, self.trace = k_matrix, measured, trace
         self.rounds, self.seconds = 0, 0.0
-        self.read = [0] * len(world.drafters)  # tokens of the text that each model has read
-        self.gains = {j: [1.5, 1.0] for j in range(len(world.drafters))}  # by reviewer: tokens gained, rounds
+        self.read = [0] * len(measured.drafters)  # tokens of the text that each model has read
+        self.gains = {j: [1.5, 1.0] for j in range(len(measured.drafters))}  # by reviewer: tokens gained, rounds
 
     def run(self) -> None:
         reviews, asked, place = (
-            self.world.target.reviews,
+            self.measured.target.reviews,
             {j for row in self.k_matrix for j, k in enumerate(row) if k},
             0,
         )
@@ -93,31 +93,31 @@ class Replay:
     def _stage(self, j: int, draft: Drafted, place: int, wanted: int, room: int, on_path: bool) -> None:
         """Lengthens `draft` by stage `j`."""
         here = place + draft.depth if on_path and draft.on_path else None
-        if not self.world.models[j]:
+        if not self.measured.models[j]:
             self._propose(j, draft, here, wanted)
         elif j + 1 < len(self.k_matrix) and any(self.k_matrix[j + 1]):
             self._review(j, draft, here, wanted, room)
         else:
-            cost = self.world.drafters[j]
+            cost = self.measured.drafters[j]
             self.seconds += cost.first + cost.step * (wanted - 1) + self._catch_up(j, here)
             self._take(draft, wanted, self._agreement(j, here, wanted), j, here)
 
     def _propose(self, j: int, draft: Drafted, here: int | None, wanted: int) -> None:
-        self.seconds += self.world.drafters[j].first
-        offer = self._offer(j, here)
+        self.seconds += self.measured.drafters[j].first
+        offer = self._proposal(j, here)
         depth = min(offer.depth, wanted)
         self._add(draft, depth + (offer.width - offer.depth) * (depth > 0), depth, min(offer.right, depth), here)
 
-    def _offer(self, j: int, here: int | None) -> Offer:
+    def _proposal(self, j: int, here: int | None) -> Proposal:
         """What is proposed at a place; off the path, as much as at the text's beginning, and nothing of it right."""
-        offers = self.trace.offers[j]
-        if here is not None and here < len(offers):
-            return offers[here]
-        return Offer(offers[0].width, offers[0].depth, 0)
+        proposals = self.trace.proposals[j]
+        if here is not None and here < len(proposals):
+            return proposals[here]
+        return Proposal(proposals[0].width, proposals[0].depth, 0)
 
     def _review(self, j: int, draft: Drafted, here: int | None, wanted: int, room: int) -> None:
         """Inner rounds until there is enough, or the room is used up."""
-        cost, gained, begun = self.world.drafters[j], 0, here
+        cost, gained, begun = self.measured.drafters[j], 0, here
         while gained < wanted and gained < room - draft.depth + gained:
             inner = self._draft(j + 1, here or 0, max(room - draft.depth - 1, 0), here is not None)
             self.seconds += cost.reviews.seconds(1 + inner.width) + self._catch_up(j, here if here == begun else None)
@@ -145,7 +145,7 @@ class Replay:
         """Seconds beyond one token's for reading what was committed since the model last drafted."""
         if here is None:
             return 0.0
-        reviews = self.world.drafters[j].reviews
+        reviews = self.measured.drafters[j].reviews
         unread, self.read[j] = max(here + 1 - self.read[j], 1), here
         return reviews.seconds(min(unread, 32)) - reviews.seconds(1)
 

@@ -8,7 +8,7 @@ from itertools import product
 from math import prod
 
 from csdraft.planner.expect import Expectation, KMatrix, expect
-from csdraft.planner.trace import World
+from csdraft.planner.trace import Measured
 
 __all__ = ["Plan", "alternatives", "search"]
 
@@ -35,35 +35,35 @@ class Plan:
         return [[row[j] for j in kept] for row in rows]
 
 
-def search(world: World, over: Callable[[], bool] = lambda: False) -> list[Plan]:
+def search(measured: Measured, over: Callable[[], bool] = lambda: False) -> list[Plan]:
     """All matrices that were looked at, the fastest first.
 
     All of them where they are few, as for two drafters. Else, from each drafter alone at its best length, the entry is
     changed that helps most, until none does: some hundred replays, where a grid over three would need a million.
 
     Args:
-        world: what was observed.
+        measured: what was observed.
         over: whether the time is up; then the search ends with what it has found.
     """
     seen: dict[KMatrix, Expectation] = {}
 
     def speed(k_matrix: KMatrix) -> float:
         if k_matrix not in seen:
-            seen[k_matrix] = expect(k_matrix, world)
+            seen[k_matrix] = expect(k_matrix, measured)
         return seen[k_matrix].speedup
 
-    size = len(world.drafters)
+    size = len(measured.drafters)
     nothing = tuple((0,) * size for _ in range(size))
-    grid = [(i, j, (0, *world.depths[j])) for i, j in entries(world)]
+    grid = [(i, j, (0, *measured.depths[j])) for i, j in entries(measured)]
     if prod(len(lengths) for *_, lengths in grid) <= FEW:
         for k_matrix in filled(nothing, grid):
             speed(k_matrix)
             if over():
                 break
     for j in range(size):
-        best = max((changed(nothing, 0, j, k) for k in world.depths[j]), key=speed)
+        best = max((changed(nothing, 0, j, k) for k in measured.depths[j]), key=speed)
         while not over():
-            better = max(neighbours(best, world), key=speed)
+            better = max(neighbours(best, measured), key=speed)
             if speed(better) <= speed(best):
                 break
             best = better
@@ -71,10 +71,10 @@ def search(world: World, over: Callable[[], bool] = lambda: False) -> list[Plan]
     return [Plan(k_matrix, seen[k_matrix]) for k_matrix in ranked]
 
 
-def entries(world: World) -> Iterator[tuple[int, int]]:
+def entries(measured: Measured) -> Iterator[tuple[int, int]]:
     """The places of a K matrix that may hold more than 0: what does not write by itself reviews nothing."""
-    size = len(world.drafters)
-    return ((i, j) for i in range(size) for j in range(i, size) if i == 0 or world.models[i - 1])
+    size = len(measured.drafters)
+    return ((i, j) for i in range(size) for j in range(i, size) if i == 0 or measured.models[i - 1])
 
 
 def filled(nothing: KMatrix, grid: Sequence[tuple[int, int, Sequence[int]]]) -> Iterator[KMatrix]:
@@ -87,10 +87,10 @@ def filled(nothing: KMatrix, grid: Sequence[tuple[int, int, Sequence[int]]]) -> 
             yield cleaned(k_matrix)
 
 
-def neighbours(k_matrix: KMatrix, world: World) -> Iterator[KMatrix]:
+def neighbours(k_matrix: KMatrix, measured: Measured) -> Iterator[KMatrix]:
     """The matrices that differ in one entry."""
-    for i, j in entries(world):
-        for k in (0, *world.depths[j]):
+    for i, j in entries(measured):
+        for k in (0, *measured.depths[j]):
             other = cleaned(changed(k_matrix, i, j, k))
             if any(other[0]):
                 yield other

@@ -26,7 +26,7 @@ from csdraft.drafters.model import ModelDrafter
 from csdraft.drafters.vertical import Vertical
 from csdraft.tables.costs import Widths
 
-__all__ = ["Costs", "Offer", "Trace", "World", "observe_world"]
+__all__ = ["Costs", "Measured", "Proposal", "Trace", "measure_drafters"]
 
 WIDTHS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 """Draft lengths at which a reviewer is timed."""
@@ -39,7 +39,7 @@ STEPS = (1, 6)
 
 
 @dataclass(frozen=True)
-class Offer:
+class Proposal:
     """What a drafter without a model had to offer at one place: its tokens, its depth, and how many were right."""
 
     width: int
@@ -54,7 +54,7 @@ class Trace:
     Attributes:
         length: tokens that the target wrote.
         agrees: by drafter: at each place, whether the model's choice is the target's.
-        offers: by drafter without a model: at each place, what it would have proposed.
+        proposals: by drafter without a model: at each place, what it would have proposed.
         plain: seconds of plain `generate`.
         outside: of csdraft's `generate`, the seconds outside rounds.
         reads: seconds for reading the prompt: the target's first, then those of each drafter.
@@ -62,7 +62,7 @@ class Trace:
 
     length: int
     agrees: Mapping[int, Sequence[bool]]
-    offers: Mapping[int, Sequence[Offer]]
+    proposals: Mapping[int, Sequence[Proposal]]
     plain: float = 0.0
     outside: float = 0.0
     reads: Sequence[float] = ()
@@ -94,7 +94,7 @@ class Costs:
 
 
 @dataclass(frozen=True)
-class World:
+class Measured:
     """All that planning needs to know.
 
     Attributes:
@@ -112,14 +112,14 @@ class World:
     depths: Sequence[Sequence[int]]
 
 
-def observe_world(
+def measure_drafters(
     target: Any,
     drafters: Sequence[Drafter],
     prompts: Sequence[Mapping[str, Tensor]],
     progress: Callable[[str, float], None] = lambda what, share: None,
     enough: Callable[[int], bool] = lambda done: False,
     **options: Any,
-) -> World:
+) -> Measured:
     """Lets the target write, times it and the drafters, and compares their choices.
 
     Args:
@@ -136,11 +136,11 @@ def observe_world(
     fresh = {"strict": True, "reuse": False, **options}
     for i, prompt in enumerate(prompts):
         progress("watching the target", i / len(prompts))
-        watch = Watch(drafters, costs)
+        writer = TraceWriter(drafters, costs)
         plain, began = plain_seconds(target, prompt, options), time.perf_counter()
-        reviews = Lengths(WIDTHS, own, watch)
+        reviews = Lengths(WIDTHS, own, writer)
         target.generate(**prompt, assistant=Filler(), schedule=reviews, **fresh)
-        outside = time.perf_counter() - began - watch.seconds
+        outside = time.perf_counter() - began - writer.seconds
         for drafter, known in zip(drafters, costs, strict=True):
             if writes(drafter):
                 steps = Lengths(STEPS, known)
@@ -148,13 +148,13 @@ def observe_world(
                 known.reads[-1] -= known.first
                 reviewer = Vertical(drafter.models()[0], Filler(), inner_length=max(WIDTHS))  # type: ignore[arg-type]
                 target.generate(**prompt, assistant=reviewer, schedule=InnerLengths(known), **fresh)
-        assert watch.trace is not None
+        assert writer.trace is not None
         reads = [own.reads[-1], *(cost.reads[-1] if cost.reads else 0.0 for cost in costs)]
-        traces.append(replace(watch.trace, plain=plain, outside=outside, reads=reads))
+        traces.append(replace(writer.trace, plain=plain, outside=outside, reads=reads))
         if enough(i + 1):
             break
     depths = [lengths(drafter) for drafter in drafters]
-    return World(traces, own, costs, models, depths)
+    return Measured(traces, own, costs, models, depths)
 
 
 class Beats(BaseStreamer):
@@ -210,18 +210,18 @@ class Lengths(Schedule):
     Args:
         lengths: to draft.
         cost: where it is kept: the target's for scoring, if it is watched, or else the drafter's for drafting.
-        watch: who looks at the text.
+        writer: who looks at the text.
     """
 
     lengths: Sequence[int]
     cost: Costs
-    watch: Watch | None = None
+    writer: TraceWriter | None = None
     _rounds: list[int] = field(default_factory=lambda: [0])
 
     def start(self, call: Call, drafter: Drafter) -> Schedule:
-        if self.watch is not None:
-            self.watch.call = call
-        return Lengths(self.lengths, self.cost, self.watch)
+        if self.writer is not None:
+            self.writer.call = call
+        return Lengths(self.lengths, self.cost, self.writer)
 
     def budgets(self, contexts: Sequence[Context], rooms: Sequence[int], drafter: Drafter) -> list[Budget]:
         wanted = self.lengths[self._rounds[0] % len(self.lengths)]
@@ -229,19 +229,19 @@ class Lengths(Schedule):
 
     def observe(self, rounds: Sequence[Round], draft_seconds: float, score_seconds: float) -> None:
         self._rounds[0] += 1
-        if self.watch is not None:
-            self.watch.seconds += draft_seconds + score_seconds
+        if self.writer is not None:
+            self.writer.seconds += draft_seconds + score_seconds
         width = rounds[0].drafted
         if self._rounds[0] == 1:
-            self.cost.reads.append(draft_seconds if self.watch is None else score_seconds)
-        elif self.watch is not None:
+            self.cost.reads.append(draft_seconds if self.writer is None else score_seconds)
+        elif self.writer is not None:
             self.cost.reviews.add(1 + width, score_seconds)
         elif width in self.lengths:
             self.cost.drafts.add(width, draft_seconds)
 
     def finish(self) -> None:
-        if self.watch is not None:
-            self.watch.look()
+        if self.writer is not None:
+            self.writer.look()
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ class InnerLengths(Schedule):
 
 
 @dataclass
-class Watch:
+class TraceWriter:
     """Looks at a finished call's text through the eyes of every drafter."""
 
     drafters: Sequence[Drafter]
@@ -282,14 +282,14 @@ class Watch:
         assert self.call is not None
         text = self.call.texts[0]
         prompt, new = text.tokens[: text.prompt_length], text.new_tokens
-        agrees, offers = {}, {}
+        agrees, proposals = {}, {}
         for j, (drafter, cost) in enumerate(zip(self.drafters, self.costs, strict=True)):
             drafter.check(self.call)
             if writes(drafter):
                 agrees[j] = self._agrees(drafter, prompt, new)
             else:
-                offers[j] = self._offers(drafter, prompt, new, cost)
-        self.trace = Trace(len(new), agrees, offers)
+                proposals[j] = self._proposals(drafter, prompt, new, cost)
+        self.trace = Trace(len(new), agrees, proposals)
         self.seconds += time.perf_counter() - began
 
     def _agrees(self, drafter: Any, prompt: Sequence[int], new: Sequence[int]) -> list[bool]:
@@ -300,9 +300,9 @@ class Watch:
         (scores,) = call.session(drafter.network).score([Request(0, Text(torch.tensor(prompt)), draft)])
         return [scores.choice(node) == token for node, token in zip(range(ROOT, len(draft)), new, strict=True)]
 
-    def _offers(self, drafter: Drafter, prompt: Sequence[int], new: Sequence[int], cost: Costs) -> list[Offer]:
+    def _proposals(self, drafter: Drafter, prompt: Sequence[int], new: Sequence[int], cost: Costs) -> list[Proposal]:
         assert self.call is not None
-        context, offers = Context(0, Text(torch.tensor(prompt)), self.call), []
+        context, proposals = Context(0, Text(torch.tensor(prompt)), self.call), []
         depth = own_depth(drafter) if drafter.models() else DEEPEST
         for place, token in enumerate(new):
             began = time.perf_counter()
@@ -311,6 +311,6 @@ class Watch:
             right, node = 0, ROOT
             while place + right < len(new) and (child := draft.child(node, new[place + right])) is not None:
                 right, node = right + 1, child
-            offers.append(Offer(len(draft), max(draft.depths, default=-1) + 1, right))
+            proposals.append(Proposal(len(draft), max(draft.depths, default=-1) + 1, right))
             context.text.append([token])
-        return offers
+        return proposals

@@ -51,7 +51,7 @@ class Bandit(Schedule):
             )
 
     def start(self, call: Call, drafter: Drafter) -> Schedule:
-        return Playing(self, call, drafter)
+        return BanditRun(self, call, drafter)
 
 
 @dataclass
@@ -66,12 +66,12 @@ class Arm:
 Arms = dict[tuple[int, int], Arm]
 
 
-class Playing(Schedule):
+class BanditRun(Schedule):
     """One call's bandit."""
 
     def __init__(self, options: Bandit, call: Call, drafter: Drafter):
         self.options, self.call, self.drafter = options, call, drafter
-        self.key = (options, call.rows, call.sampler.greedy, call.head.processing.temperature)
+        self.key = (options, call.rows, call.sampler.greedy, call.chooser.processing.temperature)
         known: Arms = drafter.memory.load(call.target, self.key, dict) if options.remember else {}
         self.stages = drafter.stages()
         most = self.stages[-1][1] if len(self.stages) > 1 else max(options.depths)

@@ -82,7 +82,7 @@ class CostModel(Schedule):
             raise ValueError(f"most={self.most} must be at least 1, or None for what the drafter likes")
 
     def start(self, call: Call, drafter: Drafter) -> Schedule:
-        return Working(self, call, drafter)
+        return CostModelRun(self, call, drafter)
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Plan:
         return self.tokens / self.seconds
 
 
-class Working(Schedule):
+class CostModelRun(Schedule):
     """One call's cost model."""
 
     def __init__(self, options: CostModel, call: Call, drafter: Drafter):
@@ -117,7 +117,7 @@ class Working(Schedule):
         self.ways = [
             Way(skip, size) for skip, (stage, _) in enumerate(self.stages) for size in stage.sizes() or (None,)
         ]
-        self.key = (CostModel, call.rows, call.sampler.greedy, call.head.processing.temperature)
+        self.key = (CostModel, call.rows, call.sampler.greedy, call.chooser.processing.temperature)
         self.ledger = drafter.memory.load(call.target, self.key, self._fresh) if options.remember else Ledger()
         self.reader = call.session(call.target).reader
         self.ledger.costs.add_prepared(self.reader.costs.items())
@@ -219,7 +219,9 @@ class Working(Schedule):
         most = min(self.most, 2 * max(len(stages.asked) for stages, _ in counts) + first, remaining - 1)
         reading, widths = self._reading_seconds(skip, contexts), self._widths(way, most)
         drafting = [self._token_seconds(stage) for stage in range(len(self.stages))]
-        chances = [(stages.hazards(most, hope), stages.shares_offered(most), number) for stages, number in counts]
+        chances = [
+            (stages.survival_rates(most, hope), stages.shares_offered(most), number) for stages, number in counts
+        ]
         survival, tokens, plans, before = [1.0] * len(counts), 1.0, [], 0
         seconds = wide = self._seconds(1)
         for depth in self.depths:

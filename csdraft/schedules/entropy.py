@@ -1,8 +1,10 @@
-"""Entropy: a model drafter goes on while the entropy of its law says that its token is likely to be kept.
+"""Entropy: a model drafter goes on while the entropy of its distribution says that its token is likely to be kept.
 
 AdaEDL (arXiv 2410.18351): 1 - sqrt(gamma * H) is a training-free estimate from below of the chance that a token drawn
-from a law of entropy H is accepted, and drafting ends where it falls under a threshold. Of use where texts are
-sampled: the confidence of a drawn token is noisy, the entropy of the law it came from is not. The paper asks before it
+from a distribution of entropy H is accepted, and drafting ends where it falls under a threshold. Of use where texts
+are sampled: the confidence of a drawn token is noisy, the entropy of the distribution it came from is not. The paper
+asks
+    before it
 draws; here the token is drawn and kept, as in every schedule, so that stopping never selects by identity: drafts are
 one token longer. The threshold can follow the acceptance rate, as in Draft & Verify (arXiv 2309.08168, section 3.3).
 """

@@ -42,10 +42,10 @@ class StopHead(Schedule):
             object.__setattr__(self, "head", AcceptanceHead.load(self.head))
 
     def budgets(self, contexts: Sequence[Context], rooms: Sequence[int], drafter: Drafter) -> list[Budget]:
-        return [Budget(min(self.depth, room), min(self.depth, room), stop=Watch(self)) for room in rooms]
+        return [Budget(min(self.depth, room), min(self.depth, room), stop=StopWhenUnlikely(self)) for room in rooms]
 
 
-class Watch:
+class StopWhenUnlikely:
     """One row's draft in the making: how likely it is that all of it will be kept.
 
     Args:

@@ -1,7 +1,8 @@
 """An acceptance head: how likely a drafted token is to be kept if all before it are, by a small network.
 
 SpecDec++ (arXiv 2405.19715) reads the drafter's hidden state. This one reads three numbers that every drafter with a
-law has: the token's log confidence, the law's entropy, and the token's place in the draft. It needs no model to be
+distribution has: the token's log confidence, the distribution's entropy, and the token's place in the draft. It needs
+    no model to be
 opened, costs microseconds on the host, and the same head serves any stage of a cascade.
 """
 

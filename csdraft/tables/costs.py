@@ -267,7 +267,7 @@ class Survival:
         for column in (self.tried, self.kept):
             column[:] = [share * count for count in column]
 
-    def hazards(self, depth: int, hope: bool = False) -> list[float]:
+    def survival_rates(self, depth: int, hope: bool = False) -> list[float]:
         """The chance of each of `depth` tokens to survive, given that those before it did.
 
         The first stands for itself, since a draft is often wrong as a whole; what follows a right one has much in

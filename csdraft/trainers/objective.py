@@ -27,7 +27,7 @@ from csdraft.trainers.split import head_of, hidden_of
 
 __all__ = ["Objective", "head_of", "hidden_of", "losses"]
 
-Head = Callable[[Tensor], Tensor]
+ToLogits = Callable[[Tensor], Tensor]
 """(positions, width) hidden states -> (positions, vocab) logits."""
 
 
@@ -82,8 +82,8 @@ class Objective:
         student_hidden: Tensor,
         target_hidden: Tensor,
         labels: Tensor,
-        student_head: Head,
-        target_head: Head,
+        student_head: ToLogits,
+        target_head: ToLogits,
     ) -> Tensor:
         """Sum of the loss over all positions given, so give those only that count. No gradient goes to the target.
 
@@ -121,7 +121,9 @@ class Objective:
         """
         return 16 * (2 + len(self.losses)) * self.chunk * vocab
 
-    def _sum(self, student: Tensor, target: Tensor, labels: Tensor, student_head: Head, target_head: Head) -> Tensor:
+    def _sum(
+        self, student: Tensor, target: Tensor, labels: Tensor, student_head: ToLogits, target_head: ToLogits
+    ) -> Tensor:
         """Sum over one chunk; the first two are hidden states."""
         with torch.no_grad():
             target = target_head(target)

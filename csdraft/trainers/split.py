@@ -40,7 +40,7 @@ def head_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
     Args:
         model: a transformers model with a language-modelling head, or a PEFT wrapper of one.
     """
-    return Head(base_model(model)) if _can_split(model) else _identity
+    return LmHead(base_model(model)) if _can_split(model) else _identity
 
 
 def hidden_of(model: nn.Module, **inputs: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def hidden_of(model: nn.Module, **inputs: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Head:
+class LmHead:
     """See `head_of`.
 
     Args:
@@ -152,7 +152,7 @@ def _difference(model: nn.Module) -> str | None:
     with _evaluating(model):
         whole = model(**inputs, use_cache=False).logits
         try:
-            parts = Head(inner)(_hidden(inner, **inputs)[0])[None]
+            parts = LmHead(inner)(_hidden(inner, **inputs)[0])[None]
         except Exception as error:  # any family's code may fail in its own way
             return f"its body and head cannot be run apart ({type(error).__name__}: {error})"
     whole, parts = whole.float(), parts.float().to(whole.device)

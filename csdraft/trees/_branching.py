@@ -8,9 +8,9 @@ from itertools import accumulate
 from operator import mul
 
 from csdraft.decoding.draft import ROOT
-from csdraft.decoding.grow import Growth
 from csdraft.decoding.interfaces import Step, Tree
 from csdraft.decoding.limits import MOST_BRANCHES, MOST_NODES
+from csdraft.decoding.tree import Growth
 from csdraft.stored import shown
 
 __all__ = ["Branching"]

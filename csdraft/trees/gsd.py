@@ -17,9 +17,9 @@ from itertools import count
 from math import inf, log
 
 from csdraft.decoding.draft import ROOT
-from csdraft.decoding.grow import Growth
 from csdraft.decoding.interfaces import Step, Tree
 from csdraft.decoding.limits import MOST_BRANCHES, MOST_NODES, check_range
+from csdraft.decoding.tree import Growth
 
 __all__ = ["Gsd"]
 

@@ -11,9 +11,9 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 from csdraft.decoding.draft import ROOT
-from csdraft.decoding.grow import Growth
 from csdraft.decoding.interfaces import Step, Tree
 from csdraft.decoding.limits import MOST_BRANCHES, check_range
+from csdraft.decoding.tree import Growth
 
 __all__ = ["Lead"]
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from math import exp
 
 from csdraft.decoding.draft import ROOT
-from csdraft.decoding.grow import Growth
 from csdraft.decoding.interfaces import Step, Tree
 from csdraft.decoding.limits import MOST_NODES, check_range
+from csdraft.decoding.tree import Growth
 
 __all__ = ["OptTree"]
 

@@ -1,7 +1,7 @@
 """Pairs: two children a node, one of them the drafter's likeliest token, for the verifier `SpecHub`.
 
-SpecHub (arXiv 2411.05289): the pair is drawn so that its optimal transport to the target's law has a closed form. Use
-it where a node gets two children at most; wider trees are better drawn by `Recursive`.
+SpecHub (arXiv 2411.05289): the pair is drawn so that its optimal transport to the target's distribution has a closed
+form. Use it where a node gets two children at most; wider trees are better drawn by `Recursive`.
 """
 
 from __future__ import annotations

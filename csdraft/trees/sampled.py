@@ -1,4 +1,4 @@
-"""Sampled: children drawn independently from the drafter's law, as many a node as its level says.
+"""Sampled: children drawn independently from the drafter's distribution, as many a node as its level says.
 
 The trees of SpecInfer (arXiv 2305.09781) and of multi-candidate speculative decoding (arXiv 2401.06706), judged by
 recursive rejection or K-SEQ. The same token may be drawn twice, which `Recursive` avoids: use this one to compare with

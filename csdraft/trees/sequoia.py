@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from csdraft.decoding.grow import Growth
 from csdraft.decoding.interfaces import Step, Tree
 from csdraft.decoding.limits import MOST_NODES, check_range
+from csdraft.decoding.tree import Growth
 from csdraft.trees.template import Path, Template
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from math import exp, expm1, inf, log, log1p
 from typing import ClassVar
 
 from csdraft.decoding.draft import ROOT
-from csdraft.decoding.grow import Growth
 from csdraft.decoding.interfaces import Step, Tree
 from csdraft.decoding.limits import MOST_BRANCHES, check_range
+from csdraft.decoding.tree import Growth
 
 __all__ = ["StochasticBeam"]
 

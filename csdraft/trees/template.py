@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from csdraft.decoding.draft import ROOT
-from csdraft.decoding.grow import Growth
 from csdraft.decoding.interfaces import Step, Tree
 from csdraft.decoding.limits import MOST_BRANCHES, MOST_NODES
+from csdraft.decoding.tree import Growth
 from csdraft.stored import shown
 
 __all__ = ["Template"]

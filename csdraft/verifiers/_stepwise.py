@@ -16,12 +16,12 @@ __all__ = [
     "Stepwise",
     "check_draft",
     "drawn_from",
-    "law_without",
     "left_over",
+    "probs_without",
     "ratio",
     "residual",
-    "shared_laws",
     "unexplained",
+    "unshared_probs",
 ]
 
 TINY = 1e-38
@@ -32,7 +32,8 @@ class Stepwise(Verifier):
     """A rule that decides at one node after another which child to step into.
 
     Exact by induction: a set of siblings is accepted with some share of the aim, and what is left of it goes on to the
-    next set, and at last to the correction. Every emitted token's own law is reported, for a reviewer one level up.
+    next set, and at last to the correction. Every emitted token's own distribution is reported, for a reviewer one
+    level up.
     """
 
     draws: ClassVar = "independent"
@@ -41,36 +42,36 @@ class Stepwise(Verifier):
         check_draft(self, draft)
         if sampler.greedy:
             return self.greedy_rule.verify(draft, scores, sampler, root)
-        accepted, laws, node = [], [], root
+        accepted, all_probs, node = [], [], root
         while True:
             aim = self.aim(draft, node, scores.probs(node))
-            laws.append(self.emitted_law(draft, node, aim))
+            all_probs.append(self.emitted_probs(draft, node, aim))
             kept, left = self.keeps(draft, node, aim, scores.row, sampler)
             if kept is None:
                 token = sampler.draw(scores.row, left)
-                return Verdict(accepted, token, scores.ends(node, token), laws)
+                return Verdict(accepted, token, scores.ends(node, token), all_probs)
             accepted.append(kept)
             if scores.ends(node, draft.tokens[kept]):
-                return Verdict(accepted, None, True, laws)
+                return Verdict(accepted, None, True, all_probs)
             node = kept
 
     @property
     def greedy_rule(self) -> Verifier:
-        """What the rule comes to when all laws are one-hot."""
+        """What the rule comes to when all distributions are one-hot."""
         return Match()
 
     def aim(self, draft: Draft, node: int, target_probs: Tensor) -> Tensor:
-        """(vocab,) law that the token after `node` shall have: the target's, if the rule is lossless."""
+        """(vocab,) distribution that the token after `node` shall have: the target's, if the rule is lossless."""
         del draft, node
         return target_probs
 
-    def emitted_law(self, draft: Draft, node: int, aim: Tensor) -> Tensor:
-        """(vocab,) law that the token after `node` really has."""
+    def emitted_probs(self, draft: Draft, node: int, aim: Tensor) -> Tensor:
+        """(vocab,) distribution that the token after `node` really has."""
         del draft, node
         return aim
 
     def keeps(self, draft: Draft, node: int, aim: Tensor, row: int, sampler: Sampler) -> tuple[int | None, Tensor]:
-        """The child of `node` to step into, or None and the (vocab,) law that the correction comes from."""
+        """The child of `node` to step into, or None and the (vocab,) distribution that the correction comes from."""
         left = aim
         for group in groups(draft, node):
             rule = in_turn if len(group) == 1 else self.tries
@@ -82,7 +83,7 @@ class Stepwise(Verifier):
     def tries(
         self, draft: Draft, group: Sequence[int], left: Tensor, row: int, sampler: Sampler
     ) -> tuple[int | None, Tensor]:
-        """The same among siblings that were drawn from one law, two or more; `left` is what they may supply."""
+        """The same among two or more siblings drawn from one distribution; `left` is what they may supply."""
         return in_turn(draft, group, left, row, sampler)
 
 
@@ -93,11 +94,11 @@ def check_draft(verifier: Verifier, draft: Draft) -> None:
 
 
 def groups(draft: Draft, node: int) -> list[list[int]]:
-    """The children of `node`, those drawn from one law together, in the order in which the first of each was drawn."""
+    """The children of `node`, grouped by what they were drawn from; groups in the order of their first draws."""
     found: dict[tuple[bool, int], list[int]] = {}
     for child in draft.children(node):
-        law = drawn_from(draft, child)
-        found.setdefault((False, child) if law is None else (True, id(law)), []).append(child)
+        probs = drawn_from(draft, child)
+        found.setdefault((False, child) if probs is None else (True, id(probs)), []).append(child)
     return list(found.values())
 
 
@@ -111,8 +112,8 @@ def in_turn(draft: Draft, group: Sequence[int], left: Tensor, row: int, sampler:
 
 
 def drawn_from(draft: Draft, node: int) -> Tensor | None:
-    """(vocab,) law of the node's token; None for a point mass."""
-    return None if draft.law is None else draft.law.rows[node]
+    """(vocab,) distribution of the node's token; None for a point mass."""
+    return None if draft.probs is None else draft.probs.rows[node]
 
 
 def ratio(target_probs: Tensor, draft: Draft, node: int) -> float:
@@ -124,7 +125,7 @@ def ratio(target_probs: Tensor, draft: Draft, node: int) -> float:
 
 
 def unexplained(target_probs: Tensor, draft: Draft, node: int) -> Tensor:
-    """(vocab,) target less draft probability where positive: what the node's law does not supply."""
+    """(vocab,) target less draft probability where positive: what the node's distribution does not supply."""
     draft_probs = drawn_from(draft, node)
     if draft_probs is not None:
         return (target_probs - draft_probs.to(target_probs)).clamp_(min=0)
@@ -134,23 +135,25 @@ def unexplained(target_probs: Tensor, draft: Draft, node: int) -> Tensor:
 
 
 def residual(target_probs: Tensor, draft: Draft, node: int) -> Tensor:
-    """(vocab,) law that a refused node leaves behind: `unexplained`, normalised."""
+    """(vocab,) distribution that a refused node leaves behind: `unexplained`, normalised."""
     return left_over(unexplained(target_probs, draft, node), target_probs)
 
 
 def left_over(rest: Tensor, target_probs: Tensor) -> Tensor:
     """(vocab,) `rest` normalised.
 
-    Nothing is left only where both laws agree up to rounding: then the target's own law is the one to draw from.
+    Nothing is left only where both distributions agree up to rounding: then the target's own distribution is the one
+        to draw from.
     """
     total = rest.sum()
     return rest / total if total > 0 else target_probs
 
 
-def law_without(draft_probs: Tensor, tokens: Sequence[int]) -> Tensor:
+def probs_without(draft_probs: Tensor, tokens: Sequence[int]) -> Tensor:
     """(vocab,) what the next draw without replacement is made from, once `tokens` are gone.
 
-    A law that is exhausted goes on as the uniform one over all tokens that are left (Sequoia, arXiv 2402.12374).
+    A distribution that is exhausted goes on as the uniform one over all tokens that are left (Sequoia, arXiv
+    2402.12374).
     """
     if not tokens:
         return draft_probs
@@ -162,15 +165,15 @@ def law_without(draft_probs: Tensor, tokens: Sequence[int]) -> Tensor:
     return rest / rest.sum()
 
 
-def shared_laws(verifier: Verifier, draft: Draft) -> str | None:
-    """Why siblings whose draws depend on one another cannot be judged: they must come from one law, one tensor."""
-    if draft.law is None or draft.is_chain or draft.law.kind == "iid":
+def unshared_probs(verifier: Verifier, draft: Draft) -> str | None:
+    """Why dependent siblings cannot be judged: they must be drawn from one distribution, held in one tensor."""
+    if draft.probs is None or draft.is_chain or draft.probs.kind == "iid":
         return None
-    laws: dict[int, Tensor] = {}
-    for parent, law in zip(draft.parents, draft.law.rows, strict=True):
-        if law is not None and laws.setdefault(parent, law) is not law:
+    all_probs: dict[int, Tensor] = {}
+    for parent, probs in zip(draft.parents, draft.probs.rows, strict=True):
+        if probs is not None and all_probs.setdefault(parent, probs) is not probs:
             return (
-                f"siblings below node {parent} were drawn as {draft.law.kind!r} from more than one law, "
+                f"siblings below node {parent} were drawn as {draft.probs.kind!r} from more than one distribution, "
                 f"{type(verifier).__name__} needs them to share one tensor; draw them as 'iid', or from one drafter"
             )
     return None

@@ -22,7 +22,7 @@ __all__ = ["Block"]
 
 @dataclass(frozen=True)
 class Block(Verifier):
-    """Accepts the longest prefix whose joint test succeeds (see the module). Reports no laws: not for inner levels."""
+    """Accepts the longest prefix whose joint test succeeds (see the module). Not for inner levels."""
 
     lossless = True  # type: ignore[assignment]
     draws: ClassVar = "independent"

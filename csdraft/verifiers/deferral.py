@@ -1,11 +1,11 @@
 """Speculative cascades: the drafter's token stands unless a rule says that the target is worth waiting for.
 
-Speculative cascades (arXiv 2405.19261). Not lossless: at a drafted position the text's law is a mixture that the rule
-makes of the drafter's law and the target's, and that law is reproduced exactly (`mixture`). Positions that nobody drew
-a token for, point masses and the bonus token, have the target's law. Use it where the drafter is good enough in some
-places, and quality is judged by the answers, not by the distribution.
+Speculative cascades (arXiv 2405.19261). Not lossless: at a drafted position the text's distribution is a mixture that
+the rule makes of the drafter's distribution and the target's, and that distribution is reproduced exactly (`mixture`).
+Positions that nobody drew a token for, point masses and the bonus token, have the target's distribution. Use it where
+the drafter is good enough in some places, and quality is judged by the answers, not by the distribution.
 
-The paper decides by the models' distributions at temperature 1; here the laws are those that tokens are drawn from,
+The paper decides by the models' distributions at temperature 1; here they are those that tokens are drawn from,
 which are the same at temperature 1 without truncation. Greedy decoding decides by the softmax probabilities.
 """
 
@@ -31,7 +31,7 @@ Rule = Literal["chow", "diff", "opt", "token_v1", "token_v2", "token_v3"]
 
 @dataclass(frozen=True)
 class Deferral(Stepwise):
-    """Judges drawn tokens against a mixture of the drafter's and the target's law (see the module).
+    """Judges drawn tokens against a mixture of the drafter's and the target's distribution (see the module).
 
     Args:
         rule: when the drafter is kept, by its greatest probability ("chow": >= 1 - margin; "diff": >= the target's
@@ -59,12 +59,12 @@ class Deferral(Stepwise):
         return GreedyDeferral(self)
 
     def aim(self, draft: Draft, node: int, target_probs: Tensor) -> Tensor:
-        laws = (drawn_from(draft, child) for child in draft.children(node))
-        draft_probs = next((law for law in laws if law is not None), None)
+        all_probs = (drawn_from(draft, child) for child in draft.children(node))
+        draft_probs = next((probs for probs in all_probs if probs is not None), None)
         return target_probs if draft_probs is None else self.mixture(draft_probs.to(target_probs), target_probs)
 
     def mixture(self, draft_probs: Tensor, target_probs: Tensor) -> Tensor:
-        """(vocab,) law at a drafted position: draft probabilities of kept tokens, the rest as the target has it."""
+        """(vocab,) distribution at a drafted position: the drafter's for kept tokens, the target's for the rest."""
         distance = (draft_probs - target_probs).clamp(min=0).sum()
         kept = self.stands(draft_probs, target_probs, draft_probs.max(), target_probs.max(), distance)
         deferred = torch.where(kept, 0, draft_probs)
@@ -75,8 +75,8 @@ class Deferral(Stepwise):
 
         Args:
             draft_prob, target_prob: the token's.
-            draft_most, target_most: the laws' greatest.
-            distance: total variation of the laws.
+            draft_most, target_most: the distributions' greatest.
+            distance: total variation of the distributions.
         """
         value, bar = {
             "chow": (draft_most, 1 - self.margin),
@@ -91,7 +91,7 @@ class Deferral(Stepwise):
 
 @dataclass(frozen=True)
 class GreedyDeferral(Match):
-    """The rule for one-hot laws: the target's token, if it was drafted, else the first child that stands."""
+    """The rule for one-hot distributions: the target's token, if it was drafted, else the first child that stands."""
 
     deferral: Deferral
 
@@ -104,7 +104,7 @@ class GreedyDeferral(Match):
             if math.isnan(sure):  # a point mass: nobody vouches for it
                 continue
             own, greatest = scores.soft(node, token), scores.soft(node, scores.choice(node))
-            # The drafter's token is its likeliest; two different one-hot laws are at distance 1.
+            # The drafter's token is its likeliest; two different one-hot distributions are at distance 1.
             if self.deferral.stands(sure, own, sure, greatest, 1.0):
                 return child
         return None

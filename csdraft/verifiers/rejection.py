@@ -2,10 +2,11 @@
 
 The rule of Leviathan et al. (arXiv 2211.17192) and Chen et al. (arXiv 2302.01318), with its recursive form for trees
 of independent draws (SpecInfer, arXiv 2305.09781). Use it to compare with the literature, or where coupled noise is
-not wanted; it needs the true law of every token, (vocab,) numbers each, which `Match` does without.
+not wanted; it needs the true distribution of every token, (vocab,) numbers each, which `Match` does without.
 
-Point masses (n-gram, retrieval, argmax drafts) are laws like any other: accepted with the target's probability.
-Every emitted token's own law is reported, so that a reviewer one level up can judge it exactly, lenience included.
+Point masses (n-gram, retrieval, argmax drafts) are distributions like any other: accepted with the target's
+probability. Every emitted token's own distribution is reported, so that a reviewer one level up can judge it exactly,
+lenience included.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ class Rejection(Stepwise):
             left = residual(left, draft, child)
         return None, left
 
-    def emitted_law(self, draft: Draft, node: int, aim: Tensor) -> Tensor:
-        """(vocab,) law of the token emitted after `node`: the reviewer's own, unless lenience bends it."""
+    def emitted_probs(self, draft: Draft, node: int, aim: Tensor) -> Tensor:
+        """(vocab,) distribution of the token emitted after `node`: the reviewer's own, unless lenience bends it."""
         children = draft.children(node)
         draft_probs = drawn_from(draft, children[0]) if children else None
         if self.lenience == 1 or draft_probs is None:

@@ -1,8 +1,8 @@
 """SpecHub: two siblings, one of them always the drafter's likeliest token, judged as a pair by optimal transport.
 
-SpecHub (arXiv 2411.05289): the first is drawn from the draft law; the second is the likeliest token, the hub, unless
-that came first, and then it is drawn from the others. Every pair holds the hub, so that the transport problem has a
-solution in closed form. Use it with trees of two children a node; a lone draw is judged as by `Rejection`.
+SpecHub (arXiv 2411.05289): the first is drawn from the draft distribution; the second is the likeliest token, the hub,
+unless that came first, and then it is drawn from the others. Every pair holds the hub, so that the transport problem
+has a solution in closed form. Use it with trees of two children a node; a lone draw is judged as by `Rejection`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.sampling import Sampler
-from csdraft.verifiers._stepwise import TINY, Stepwise, drawn_from, law_without, left_over, shared_laws
+from csdraft.verifiers._stepwise import TINY, Stepwise, drawn_from, left_over, probs_without, unshared_probs
 
 __all__ = ["SpecHub"]
 
@@ -29,7 +29,7 @@ class SpecHub(Stepwise):
     kinds: ClassVar = frozenset({"pair"})
 
     def refusal(self, draft: Draft) -> str | None:
-        return super().refusal(draft) or shared_laws(self, draft) or not_pairs(draft)
+        return super().refusal(draft) or unshared_probs(self, draft) or not_pairs(draft)
 
     def tries(
         self, draft: Draft, group: Sequence[int], left: Tensor, row: int, sampler: Sampler
@@ -40,7 +40,7 @@ class SpecHub(Stepwise):
         tokens = [draft.tokens[child] for child in group]
         hub_second = draft_probs.clone()  # probability of each pair (x, hub), then what nobody has accepted of it
         hub_second[hub] = 0
-        hub_first = draft_probs[hub] * law_without(draft_probs, [hub])  # the same for (hub, x)
+        hub_first = draft_probs[hub] * probs_without(draft_probs, [hub])  # the same for (hub, x)
         came_first = tokens[0] == hub
         other, own = (group[1], group[0]) if came_first else (group[0], group[1])
         token = draft.tokens[other]
@@ -69,9 +69,9 @@ def supply(wanted: Tensor, offered: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def not_pairs(draft: Draft) -> str | None:
     """Why the drawn siblings of `draft` are no pairs."""
-    if draft.law is None or not draft.has_drawn_siblings:
+    if draft.probs is None or not draft.has_drawn_siblings:
         return None
-    drawn = [parent for parent, law in zip(draft.parents, draft.law.rows, strict=True) if law is not None]
+    drawn = [parent for parent, probs in zip(draft.parents, draft.probs.rows, strict=True) if probs is not None]
     most = max(map(drawn.count, drawn))
     return f"{most} siblings were drawn together, SpecHub judges pairs; draw two a node" if most > 2 else no_hub(draft)
 
@@ -79,12 +79,12 @@ def not_pairs(draft: Draft) -> str | None:
 def no_hub(draft: Draft) -> str | None:
     """Why a pair of `draft` is not drawn as SpecHub needs it: it must hold the likeliest token once."""
     pairs: dict[int, list[int]] = {}
-    laws: dict[int, Tensor] = {}
-    for token, parent, law in zip(draft.tokens, draft.parents, draft.law.rows, strict=True):  # type: ignore[union-attr]
-        if law is not None:
+    all_probs: dict[int, Tensor] = {}
+    for token, parent, probs in zip(draft.tokens, draft.parents, draft.probs.rows, strict=True):  # type: ignore[union-attr]
+        if probs is not None:
             pairs.setdefault(parent, []).append(token)
-            laws[parent] = law
-    hubs = torch.stack(list(laws.values())).argmax(-1).tolist()  # one copy to the host for all pairs
+            all_probs[parent] = probs
+    hubs = torch.stack(list(all_probs.values())).argmax(-1).tolist()  # one copy to the host for all pairs
     for tokens, hub in zip(pairs.values(), hubs, strict=True):
         if len(tokens) > 1 and tokens.count(hub) != 1:
             return f"the pair {tokens} must hold the likeliest token {hub} once, SpecHub knows no others"

@@ -6,7 +6,8 @@ on average it keeps at least as much as the same rules going down from the root.
 were drawn, independently or without replacement; point masses are allowed.
 
 Why it is exact, stochastic beams included: a node that shall be reached with some weight either supplies just that
-weight of the target's law below it or is refused with the rest, whatever hangs below it, and so tells nothing.
+weight of the target's distribution below it or is refused with the rest, whatever hangs below it, and so tells
+nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import ScoresView, Verdict, Verifier
 from csdraft.decoding.sampling import Sampler
-from csdraft.verifiers._stepwise import TINY, check_draft, drawn_from, law_without, left_over, shared_laws
+from csdraft.verifiers._stepwise import TINY, check_draft, drawn_from, left_over, probs_without, unshared_probs
 from csdraft.verifiers.match import Match
 
 __all__ = ["Traversal"]
@@ -28,7 +29,7 @@ __all__ = ["Traversal"]
 
 @dataclass(frozen=True)
 class Traversal(Verifier):
-    """Accepts the first branch, leaves first, whose joint test succeeds (see the module). Reports no laws."""
+    """Accepts the first branch, leaves first, whose joint test succeeds (see the module). Reports no distributions."""
 
     lossless = True  # type: ignore[assignment]
     draws: ClassVar = "independent"
@@ -36,7 +37,7 @@ class Traversal(Verifier):
     kinds: ClassVar = frozenset({"iid", "without_replacement"})
 
     def refusal(self, draft: Draft) -> str | None:
-        return super().refusal(draft) or shared_laws(self, draft)
+        return super().refusal(draft) or unshared_probs(self, draft)
 
     def verify(self, draft: Draft, scores: ScoresView, sampler: Sampler, root: int = ROOT) -> Verdict:
         check_draft(self, draft)
@@ -74,7 +75,7 @@ class Place:
 
     Attributes:
         weight: the probability with which the branch down to here shall still be accepted.
-        left: (vocab,) law that the token after it shall have then.
+        left: (vocab,) distribution that the token after it shall have then.
         waiting: children not tried yet.
         refused: tokens drawn, without replacement, by children that were refused.
     """
@@ -85,26 +86,26 @@ class Place:
     waiting: Iterator[int]
     refused: list[int] = field(default_factory=list)
 
-    def law_of(self, draft: Draft, child: int) -> Tensor | None:
+    def probs_of(self, draft: Draft, child: int) -> Tensor | None:
         """(vocab,) what the child was drawn from, given the ones before it; None for a point mass."""
-        law = drawn_from(draft, child)
-        return None if law is None else law_without(law, self.refused).to(self.left)
+        probs = drawn_from(draft, child)
+        return None if probs is None else probs_without(probs, self.refused).to(self.left)
 
     def weight_of(self, draft: Draft, child: int) -> float:
         """The weight of the branch that goes on to `child`: min(1, weight * left / draft probability)."""
-        token, law = draft.tokens[child], self.law_of(draft, child)
+        token, probs = draft.tokens[child], self.probs_of(draft, child)
         wanted = self.weight * float(self.left[token])
-        return wanted if law is None else min(1.0, wanted / max(float(law[token]), TINY))
+        return wanted if probs is None else min(1.0, wanted / max(float(probs[token]), TINY))
 
     def refuse(self, draft: Draft, child: int) -> None:
         """Takes away what `child` could have supplied; what is left must come from the times when it was refused."""
-        token, law = draft.tokens[child], self.law_of(draft, child)
+        token, probs = draft.tokens[child], self.probs_of(draft, child)
         rest = self.weight * self.left
-        if law is None:
+        if probs is None:
             rest[token] = 0
         else:
-            rest = (rest - law).clamp_(min=0)
-            if draft.law.kind == "without_replacement":  # type: ignore[union-attr]
+            rest = (rest - probs).clamp_(min=0)
+            if draft.probs.kind == "without_replacement":  # type: ignore[union-attr]
                 self.refused.append(token)
         total = float(rest.sum())
         self.left = left_over(rest, self.left)

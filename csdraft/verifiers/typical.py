@@ -1,7 +1,7 @@
 """Typical acceptance: keep what the target finds likely enough, the more freely the less sure it is. Not lossless.
 
 Medusa (arXiv 2401.10774): a drafted token is kept if its probability exceeds min(threshold, entropy_share * exp(-H)),
-H the entropy of the target's law there; of the branches so kept the longest wins, of equals the likelier.
+H the entropy of the target's distribution there; of the branches so kept the longest wins, of equals the likelier.
 The text is no longer a sample of the target: it leans to what the drafter proposes. Greedy decoding is unchanged. Use
 it with drafters that choose their tokens (heads, n-grams), where the speed is worth more than the distribution.
 """

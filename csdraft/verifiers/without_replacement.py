@@ -1,8 +1,9 @@
-"""Recursive rejection without replacement: each sibling judged by the law that its refused elders had left for it.
+"""Recursive rejection without replacement: each sibling judged by the distribution that its refused elders had left
+for it.
 
-RSD (arXiv 2402.14160) and Sequoia (arXiv 2402.12374), which adds that a law with nothing left goes on as the uniform
-one. A sibling that cannot repeat a refused token is worth more than an independent draw: use it with trees drawn
-without replacement, stochastic beams included. On a chain it is `Rejection`.
+RSD (arXiv 2402.14160) and Sequoia (arXiv 2402.12374), which adds that a distribution with nothing left goes on as the
+uniform one. A sibling that cannot repeat a refused token is worth more than an independent draw: use it with trees
+drawn without replacement, stochastic beams included. On a chain it is `Rejection`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.sampling import Sampler
-from csdraft.verifiers._stepwise import TINY, Stepwise, drawn_from, law_without, left_over, shared_laws
+from csdraft.verifiers._stepwise import TINY, Stepwise, drawn_from, left_over, probs_without, unshared_probs
 
 __all__ = ["WithoutReplacement"]
 
@@ -28,7 +29,7 @@ class WithoutReplacement(Stepwise):
     kinds: ClassVar = frozenset({"without_replacement"})
 
     def refusal(self, draft: Draft) -> str | None:
-        return super().refusal(draft) or shared_laws(self, draft)
+        return super().refusal(draft) or unshared_probs(self, draft)
 
     def tries(
         self, draft: Draft, group: Sequence[int], left: Tensor, row: int, sampler: Sampler
@@ -36,9 +37,9 @@ class WithoutReplacement(Stepwise):
         draft_probs, refused = drawn_from(draft, group[0]), []
         assert draft_probs is not None
         for child in group:
-            token, law = draft.tokens[child], law_without(draft_probs, refused).to(left)
-            if sampler.accepts(row, float(left[token]) / max(float(law[token]), TINY)):
+            token, probs = draft.tokens[child], probs_without(draft_probs, refused).to(left)
+            if sampler.accepts(row, float(left[token]) / max(float(probs[token]), TINY)):
                 return child, left
-            left = left_over((left - law).clamp_(min=0), left)
+            left = left_over((left - probs).clamp_(min=0), left)
             refused.append(token)
         return None, left

@@ -174,4 +174,4 @@ def check_proposal(context: Context, budget: Budget, draft: Draft) -> None:
     assert all(0 < level < len(call.level_owners) for level in draft.levels)
     assert all(math.isnan(sure) or 0 < sure < 1 for sure in draft.confidence), "law 3: one-hot confidence"
     independent = not (call.sampler.coupled or call.sampler.greedy)
-    assert draft.law is None or (independent and len(draft.law.rows) == len(draft))
+    assert draft.probs is None or (independent and len(draft.probs.rows) == len(draft))

@@ -1,4 +1,5 @@
-"""Laws 2 to 5 of the design for every drafter, verifier and schedule in the folders, none of which is named here.
+"""Laws 2 to 5 of the design for every drafter, verifier and schedule in the folders, none of which is named
+here.
 
 Law 1, exactness, is held by enumeration in tests/verifiers/test_exact.py and by the grid in test_grid.py.
 """

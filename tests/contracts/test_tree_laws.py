@@ -1,4 +1,5 @@
-"""The laws for every tree in the folder, none of which is named here: alone, at every level of a cascade, and drawn.
+"""The laws for every tree in the folder, none of which is named here: alone, at every level of a cascade, and
+drawn.
 
 Exactness under independent draws is held by enumeration in tests/verifiers/test_exact_trees.py.
 """
@@ -87,7 +88,7 @@ def test_dropping_any_cache_changes_nothing_and_the_accounts_balance(type: str) 
 
 @pytest.mark.parametrize("type", TREES)
 def test_independent_draws_or_a_refusal_that_names_both(type: str) -> None:
-    """Where a verifier takes the tree, a batch is its rows, and one-hot laws give the greedy text."""
+    """Where a verifier takes the tree, a batch is its rows, and one-hot distributions give the greedy text."""
     inputs, tree = tiny.inputs_of("llama", 3), branching(type).tree
     assert tree is not None
     taken = [judge for judge in JUDGES if not judge.chains_only and (not tree.draws or tree.draws in judge.kinds)]

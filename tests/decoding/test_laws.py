@@ -190,7 +190,7 @@ SMALL, LENGTH, DRAWS = 6, 3, 1500
 
 @pytest.fixture(scope="module")
 def coin():
-    """A target with a small vocabulary, its drafter, a prompt, and the exact law of its texts."""
+    """A target with a small vocabulary, its drafter, a prompt, and the exact distribution of its texts."""
     options = {"vocab_size": SMALL, "pad_token_id": None, "eos_token_id": None, "bos_token_id": None}
     model = tiny.fresh("llama", **options)
     model.generation_config.eos_token_id = None
@@ -200,15 +200,20 @@ def coin():
     texts = torch.tensor(list(itertools.product(range(SMALL), repeat=LENGTH)))
     with torch.no_grad():
         logits = model(torch.cat([ids.expand(len(texts), -1), texts], 1)).logits[:, -LENGTH - 1 : -1]
-    law = (logits / 0.9).log_softmax(-1).gather(2, texts[..., None]).sum((1, 2)).exp()
-    return model, tiny.noisy(model, 0.4), ids, {tuple(t): p for t, p in zip(texts.tolist(), law.tolist(), strict=True)}
+    distribution = (logits / 0.9).log_softmax(-1).gather(2, texts[..., None]).sum((1, 2)).exp()
+    return (
+        model,
+        tiny.noisy(model, 0.4),
+        ids,
+        {tuple(t): p for t, p in zip(texts.tolist(), distribution.tolist(), strict=True)},
+    )
 
 
-def fits(texts: torch.Tensor, law: dict[tuple[int, ...], float]) -> float:
-    """p-value of drawn texts under the law, rare ones pooled."""
+def fits(texts: torch.Tensor, distribution: dict[tuple[int, ...], float]) -> float:
+    """p-value of drawn texts under the distribution, rare ones pooled."""
     seen = Counter(map(tuple, texts[:, -LENGTH:].tolist()))
     observed, expected, rest, rare = [], [], 0, 0.0
-    for text, probability in law.items():
+    for text, probability in distribution.items():
         if probability * len(texts) < 5:
             rest, rare = rest + seen[text], rare + probability * len(texts)
         else:
@@ -234,17 +239,17 @@ def lossless_verifiers() -> list[type[Verifier]]:
 DRAWN = {"do_sample": True, "temperature": 0.9, "top_k": 0, "max_new_tokens": LENGTH, "num_return_sequences": DRAWS}
 
 
-def test_the_enumerated_law_is_plain_generates(coin) -> None:
-    model, _, ids, law = coin
-    assert fits(model.generate(ids, **DRAWN), law) > 1e-3
-    assert fits(model.generate(ids, **DRAWN | {"temperature": 1.1}), law) < 1e-6, "the test has no power"
+def test_the_enumerated_distribution_is_plain_generates(coin) -> None:
+    model, _, ids, distribution = coin
+    assert fits(model.generate(ids, **DRAWN), distribution) > 1e-3
+    assert fits(model.generate(ids, **DRAWN | {"temperature": 1.1}), distribution) < 1e-6, "the test has no power"
 
 
 @pytest.mark.parametrize("shape", ["model", "point masses", "tree", "vertical"])
 @pytest.mark.parametrize("verifier", lossless_verifiers(), ids=lambda kind: kind.__name__)
-def test_the_law_is_the_targets(coin, verifier: type[Verifier], shape: str) -> None:
-    model, small, ids, law = coin
-    likely = max(law, key=law.get)
+def test_the_distribution_is_the_targets(coin, verifier: type[Verifier], shape: str) -> None:
+    model, small, ids, distribution = coin
+    likely = max(distribution, key=distribution.get)
     guess = [[*ids[0].tolist(), *likely]] * DRAWS
     drafter = {
         "model": ModelDrafter(small, depth=2),
@@ -258,7 +263,7 @@ def test_the_law_is_the_targets(coin, verifier: type[Verifier], shape: str) -> N
         return
     options = {**DRAWN, "assistant": drafter, "verifier": verifier(), **FIXED}
     output = model.generate(ids, **options, return_dict_in_generate=True)
-    assert fits(output.sequences, law) > 1e-3
+    assert fits(output.sequences, distribution) > 1e-3
     assert 0.2 < output.report.acceptance_rate < 0.99
 
 
@@ -288,7 +293,7 @@ class Compared(Drafter):
                 assert drawn.tokens[i] == token
                 assert drawn.confidence[i] == pytest.approx(scores.soft(draft.tip, token), abs=1e-5)
                 draft = draft.extend((token,), 1)
-                if token in call.head.stopping.eos:
+                if token in call.chooser.stopping.eos:
                     break
             assert len(drawn.tokens) == len(draft) - len(context.draft)
             self.rounds.append(len(drawn.tokens))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from csdraft import MaxGram, ModelDrafter, Report
-from csdraft.decoding.draft import ROOT, Draft, Law
+from csdraft.decoding.draft import ROOT, Draft, DraftProbs
 from csdraft.decoding.interfaces import Round, Verdict
 from csdraft.decoding.rejections import Rejections
 from csdraft.schedules.fixed import Fixed
@@ -38,7 +38,7 @@ class Equality(Rejection):
         return draft.child(node, token), point
 
 
-def test_rejection_sampling_rejects_as_often_as_laws_differ():
+def test_rejection_sampling_rejects_as_often_as_distributions_differ():
     found = decoded("rejection").rejections
     assert found.judged > 500
     assert 0.1 < found.expected / found.judged < 0.9
@@ -52,16 +52,16 @@ def test_of_point_masses_too():
     assert abs(found.deviations) < 3
 
 
-def test_a_worse_rule_rejects_more_than_the_laws_ask_for():
+def test_a_worse_rule_rejects_more_than_the_distributions_ask_for():
     found = decoded(Equality()).rejections
     assert found.deviations > 5
     assert "the rule is the limit" in found.limit
 
 
 def test_by_hand():
-    """Two of three tokens kept: the third is judged and refused; its law is what it was drawn from."""
+    """Two of three tokens kept: the third is judged and refused; its distribution is what it was drawn from."""
     target, other = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.3, 0.5])
-    draft = Draft((0, 1, 2), (ROOT, 0, 1), (1, 1, 1), (0.5, 0.5, 0.5), Law("iid", (other, None, target)))
+    draft = Draft((0, 1, 2), (ROOT, 0, 1), (1, 1, 1), (0.5, 0.5, 0.5), DraftProbs("iid", (other, None, target)))
 
     class View:
         def probs(self, node):
@@ -96,8 +96,8 @@ def test_nobody_is_asked_unless_told():
 
 
 @pytest.mark.parametrize("options", [{"verifier": "match"}, {"verifier": "rejection", "do_sample": False}])
-def test_draws_without_laws_are_refused(options):
-    with pytest.raises(ValueError, match="diagnose=True compares laws"):
+def test_draws_without_distributions_are_refused(options):
+    with pytest.raises(ValueError, match="diagnose=True compares distributions"):
         tiny.tiny("llama").generate(
             **tiny.prompt(), **{"do_sample": True} | options, max_new_tokens=3, assistant=MaxGram(), diagnose=True
         )

@@ -10,7 +10,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper
 from csdraft import MaxGram, ModelDrafter
 from csdraft.decoding import scores
 from csdraft.decoding.sampling import Processing, Sampler
-from csdraft.decoding.scores import Head
+from csdraft.decoding.scores import TokenChooser
 from csdraft.decoding.stopping import Stopping
 from csdraft.schedules.fixed import Fixed
 from tests import tiny
@@ -18,9 +18,9 @@ from tests import tiny
 VOCAB = 50
 
 
-def head() -> Head:
+def chooser() -> TokenChooser:
     processing = Processing(LogitsProcessorList([TemperatureLogitsWarper(0.5)]), 3)
-    return Head(processing, Stopping([]), Sampler(True, [0] * 3, VOCAB))
+    return TokenChooser(processing, Stopping([]), Sampler(True, [0] * 3, VOCAB))
 
 
 def places(view: Tensor) -> list[tuple[int, int]]:
@@ -47,7 +47,9 @@ def widest(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_no_more_rows_than_the_limit_allows(rows_at_once, lengths, widest, monkeypatch):
     monkeypatch.setattr(scores, "MAX_SCORE_BYTES", 4 * VOCAB * rows_at_once)
     views = [torch.randn(length, VOCAB) for length in lengths]
-    assert head().choose_all(views, [places(view) for view in views]) == [view.argmax(-1).tolist() for view in views]
+    assert chooser().choose_all(views, [places(view) for view in views]) == [
+        view.argmax(-1).tolist() for view in views
+    ]
     assert max(widest) <= rows_at_once
     if rows_at_once == 1000:
         assert widest == [sum(lengths)], "one step where there is room"
@@ -56,7 +58,7 @@ def test_no_more_rows_than_the_limit_allows(rows_at_once, lengths, widest, monke
 def test_one_row_is_always_possible(widest, monkeypatch):
     monkeypatch.setattr(scores, "MAX_SCORE_BYTES", 1)
     view = torch.randn(4, VOCAB)
-    assert head().choose_all([view], [places(view)]) == [view.argmax(-1).tolist()]
+    assert chooser().choose_all([view], [places(view)]) == [view.argmax(-1).tolist()]
     assert set(widest) == {1}
 
 
@@ -65,7 +67,7 @@ def test_nan_is_noticed_in_any_part(monkeypatch):
     view = torch.randn(5, VOCAB)
     view[4, 7] = float("nan")
     with pytest.raises(ValueError, match="nan"):
-        head().choose_all([view], [places(view)])
+        chooser().choose_all([view], [places(view)])
 
 
 @pytest.mark.parametrize("options", [{}, {"renormalize_logits": True}])

@@ -16,7 +16,7 @@ from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Context, Request
 from csdraft.decoding.reader import Sources
 from csdraft.decoding.sampling import Processing, Sampler
-from csdraft.decoding.scores import Head
+from csdraft.decoding.scores import TokenChooser
 from csdraft.decoding.session import Session
 from csdraft.decoding.stopping import Stopping
 from csdraft.decoding.text import Text
@@ -33,8 +33,8 @@ def open_session(model: nn.Module, rows: int) -> Session:
         inputs = tiny.inputs_of("t5", rows)
         with torch.no_grad():
             sources = Sources(*inputs.values(), model.get_encoder()(**inputs))
-    head = Head(Processing([], rows), Stopping([]), Sampler(True, [0] * rows, tiny.VOCAB))
-    return Session(model, head, rows, 64, sources, tiny.VOCAB)
+    chooser = TokenChooser(Processing([], rows), Stopping([]), Sampler(True, [0] * rows, tiny.VOCAB))
+    return Session(model, chooser, rows, 64, sources, tiny.VOCAB)
 
 
 def random_tree(rng: random.Random, nodes: int, known: Draft, common: Sequence[int]) -> Draft:

@@ -27,7 +27,7 @@ class StandInCall:
     ):
         self.texts = [Text(torch.tensor(prompt, dtype=torch.long)) for prompt in prompts]
         self.rows, self.vocab = len(self.texts), vocab
-        self.head = SimpleNamespace(stopping=SimpleNamespace(eos=frozenset(eos)))
+        self.chooser = SimpleNamespace(stopping=SimpleNamespace(eos=frozenset(eos)))
         self.sources = None
         if sources is not None:
             self.sources = SimpleNamespace(
@@ -59,7 +59,7 @@ def proposed(
     assert draft.tokens[: len(path)] == tuple(path)
     assert draft.is_chain
     assert len(new) <= min(depth, room)
-    assert draft.law is None
+    assert draft.probs is None
     assert set(draft.levels[len(path) :]) <= {call.level(drafter)}
     assert all(c != c for c in draft.confidence[len(path) :])
     return list(new)

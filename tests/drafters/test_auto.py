@@ -235,7 +235,7 @@ def test_nothing_known_costs_microseconds() -> None:
     from standin import StandInCall, microseconds
 
     call = StandInCall([list(range(300))], vocab=1000)
-    call.sampler = call.head.processing = type("Way", (), {"greedy": True, "temperature": 1.0})
+    call.sampler = call.chooser.processing = type("Way", (), {"greedy": True, "temperature": 1.0})
     call.target = torch.nn.Linear(1, 1)
     drafter = Auto(remember=False)
     assert drafter.evidence(call.context()) == auto.NOTHING

@@ -96,7 +96,7 @@ def drafted(drafter: Datastore, text: list[int], depth: int = 10, eos: tuple[int
     """The paths from the root to every node, in the order of the nodes."""
     call = StandInCall([text], eos=eos)
     (draft,) = drafter.propose([call.context()], [Budget(depth, depth)])
-    assert draft.law is None
+    assert draft.probs is None
     return [tuple(draft.tokens[i] for i in draft.path(node)) for node in range(len(draft))]
 
 

@@ -1,4 +1,4 @@
-"""Merged drafts: one node for a token that several chose, apart what was drawn, and the target's law whatever came."""
+"""Merged drafts: one node for a token that several chose; drawn tokens stay apart; the text stays the target's."""
 
 from __future__ import annotations
 
@@ -66,22 +66,22 @@ def test_a_context_of_its_own_is_handed_back_first() -> None:
     assert paths(draft)[-1] == (1, 2, 3, 4)
 
 
-def drawn(tokens: tuple[int, ...], kind: Kind, law: torch.Tensor) -> Draft:
-    return Draft().attach(tokens, (ROOT,) * len(tokens), 1, None, [law] * len(tokens), kind)
+def drawn(tokens: tuple[int, ...], kind: Kind, distribution: torch.Tensor) -> Draft:
+    return Draft().attach(tokens, (ROOT,) * len(tokens), 1, None, [distribution] * len(tokens), kind)
 
 
 def test_draws_stay_apart_and_dependent_ones_are_refused() -> None:
-    law, other = torch.tensor([0.5, 0.5]), torch.tensor([0.1, 0.9])
-    draft = merged(drawn((1, 1), "iid", law), drawn((1,), "iid", other), Draft.chain((1, 0), 2))
+    distribution, other = torch.tensor([0.5, 0.5]), torch.tensor([0.1, 0.9])
+    draft = merged(drawn((1, 1), "iid", distribution), drawn((1,), "iid", other), Draft.chain((1, 0), 2))
     assert draft.tokens.count(1) == 4
-    assert draft.law is not None
-    assert draft.law.kind == "iid"
-    assert {id(law), id(other), id(None)} == {id(row) for row in draft.law.rows}
-    beside = merged(drawn((0, 1), "without_replacement", law), Draft.chain((1,), 2))
-    assert beside.law is not None
-    assert beside.law.kind == "without_replacement"
+    assert draft.probs is not None
+    assert draft.probs.kind == "iid"
+    assert {id(distribution), id(other), id(None)} == {id(row) for row in draft.probs.rows}
+    beside = merged(drawn((0, 1), "without_replacement", distribution), Draft.chain((1,), 2))
+    assert beside.probs is not None
+    assert beside.probs.kind == "without_replacement"
     with pytest.raises(ValueError, match="Given draws siblings as 'without_replacement', Given as 'iid'"):
-        merged(drawn((0, 1), "without_replacement", law), drawn((1,), "iid", other))
+        merged(drawn((0, 1), "without_replacement", distribution), drawn((1,), "iid", other))
 
 
 def test_trees_and_chains_of_models_are_merged() -> None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 import csdraft
 from csdraft.decoding.interfaces import Drafter
-from csdraft.drafters.translated import Tongue, Translated
+from csdraft.drafters.translated import TokenizerView, Translated
 from tests import tiny
 
 CORPUS = ["the cat sat on the mat and the dog sat on the log", "there are cats, dogs & ünïcödé ☃ in that house"]
@@ -35,7 +35,7 @@ def bpe(merges: int, prefix_space: bool = False) -> PreTrainedTokenizerFast:
 class Dictated(Drafter):
     """Goes on with what follows in a text, in its own tokens; writes down what it was shown."""
 
-    tongue: Tongue
+    view: TokenizerView
     whole: str
     depth: int = 6  # type: ignore[assignment]
     shown: list[str] = field(default_factory=list)
@@ -44,10 +44,10 @@ class Dictated(Drafter):
     def propose(self, contexts, budgets):
         (context,), (budget,) = contexts, budgets
         self.open.append(len(context.draft))
-        self.shown.append(self.tongue.backend.decode([*context.text.tokens, *context.path]).removeprefix(" "))
+        self.shown.append(self.view.backend.decode([*context.text.tokens, *context.path]).removeprefix(" "))
         rest = self.whole[len(self.shown[-1]) :]
         assert self.whole.startswith(self.shown[-1])
-        return [context.draft.extend(self.tongue.encode(rest, False)[: budget.depth], 0)]
+        return [context.draft.extend(self.view.encode(rest, False)[: budget.depth], 0)]
 
 
 def dictation(text: str, own: PreTrainedTokenizerFast, target: PreTrainedTokenizerFast) -> tuple[Dictated, list]:
@@ -57,7 +57,7 @@ def dictation(text: str, own: PreTrainedTokenizerFast, target: PreTrainedTokeniz
     from csdraft.decoding.interfaces import Budget
 
     ids = target(text, add_special_tokens=False).input_ids
-    inner = Dictated(Tongue(own), text)
+    inner = Dictated(TokenizerView(own), text)
     drafter, call = Translated(inner, own, target), StandInCall([ids[:4]], vocab=len(target))
     call.target, call.capacity, accepted = None, 64, []  # type: ignore[attr-defined]
     while len(call.texts[0]) < len(ids):
@@ -127,9 +127,9 @@ def test_a_piece_of_text_is_read_as_in_its_place() -> None:
     made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     made.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     made.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=90))
-    tongue = Tongue(PreTrainedTokenizerFast(tokenizer_object=made))
+    view = TokenizerView(PreTrainedTokenizerFast(tokenizer_object=made))
     head, tail = "the cat sat", " on the mat"
-    whole = tongue.encode(head + tail, True)
-    assert whole == tongue.encode(head, True) + tongue.encode(tail, False)
-    assert tongue.decode(tongue.encode(tail, False), False) == tail
-    assert tongue.decode(whole, True) == head + tail
+    whole = view.encode(head + tail, True)
+    assert whole == view.encode(head, True) + view.encode(tail, False)
+    assert view.decode(view.encode(tail, False), False) == tail
+    assert view.decode(whole, True) == head + tail

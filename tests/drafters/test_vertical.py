@@ -1,4 +1,4 @@
-"""What a schedule can tell a vertical cascade: how sure a draft must stay. The laws it keeps are tested elsewhere."""
+"""What a schedule can tell a vertical cascade: how sure a draft must stay. Distributions are tested elsewhere."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_nobody_computes_confidence_that_nobody_reads() -> None:
 
 @pytest.mark.parametrize("tree", [Sampled((2, 2)), Recursive((2, 2)), Pairs((2, 2)), BestFirst(2, 4)], ids=repr)
 def test_a_drawn_tree_is_reviewed_by_its_own_rule(tree):
-    """Under independent draws; what is handed up is a chain with the reviewer's laws, which any rule can judge."""
+    """Under independent draws what is handed up is a chain with the reviewer's distributions."""
     inner = ModelDrafter(tiny.drafter_of("llama", scale=0.2), depth=2, tree=tree)
     assistant = Vertical(tiny.drafter_of("llama"), inner, depth=4)
     how = {"do_sample": True, "max_new_tokens": 16, "verifier": "rejection", "schedule": "fixed", "strict": True}

@@ -100,12 +100,12 @@ def test_the_noise_is_the_cpus(device: str) -> None:
 
 
 def test_draws_are_the_cpus(device: str) -> None:
-    """The same law, the same seed, the same token."""
-    law = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    """The same distribution, the same seed, the same token."""
+    distribution = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     here, there = (Sampler(False, [7], 1000) for _ in range(2))
     for position in range(500):
         draws = [
-            int((law.to(d) - s.log_exponential(0, position, torch.device(d))).argmax())
+            int((distribution.to(d) - s.log_exponential(0, position, torch.device(d))).argmax())
             for s, d in ((here, "cpu"), (there, device))
         ]
         assert draws[0] == draws[1]
@@ -121,8 +121,8 @@ def test_sampled_text_does_not_depend_on_the_drafter(device: str) -> None:
 
 
 @pytest.mark.parametrize("verifier", ["rejection", "block"])
-def test_rules_with_laws_run(device: str, verifier: str) -> None:
-    """Laws stay on the device and meet there; greedy texts are plain generate's under these rules too."""
+def test_rules_with_distributions_run(device: str, verifier: str) -> None:
+    """Distributions stay on the device and meet there; greedy texts are plain generate's under these rules too."""
     target, medium, small = placed("llama", device)
     inputs = moved(tiny.inputs_of("llama", 3), device)
     wanted = target.generate(**inputs, **GREEDY)

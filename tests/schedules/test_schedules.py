@@ -19,13 +19,13 @@ def every_schedule():
     return [pytest.param(getattr(m, m.__all__[0]), id=name) for m, name in zip(found, names, strict=True)]
 
 
-def speedup(drafter, schedule, tokens=256, seeds=6, calls=1, **laws):
+def speedup(drafter, schedule, tokens=256, seeds=6, calls=1, **distributions):
     """Plain seconds over drafted seconds, summed over seeds (of the last of `calls` calls)."""
     total = {}
     for policy in (schedule, Fixed(0)):
         total[policy] = 0.0
         for seed in range(seeds):
-            device, target = Device(**laws), object
+            device, target = Device(**distributions), object
             drafter.memory.clear()
             for _ in range(calls):
                 world = World(drafter, device, seed=seed)

@@ -60,7 +60,7 @@ def asked(schedule: Schedule, drafter: Drafter | None = None, **options) -> tupl
     return [said for said in watched.drafts if said], report
 
 
-def small_law(text: list[int], temperature: float = 1.0) -> torch.Tensor:
+def small_distribution(text: list[int], temperature: float = 1.0) -> torch.Tensor:
     with torch.no_grad():
         logits = tiny.drafter_of("llama", scale=0.2)(torch.tensor([text])).logits[0, -1]
     return (logits / temperature).softmax(-1)
@@ -72,10 +72,10 @@ def test_a_stop_hears_the_confidence_and_entropy_of_every_kept_token(options, ve
     small = tiny.drafter_of("llama", scale=0.2)
     drafter = csdraft.Vertical(small, MaxGram(depth=2)) if vertical else ModelDrafter(small)
     drafts, report = asked(Fixed(3), drafter, **options)
-    law = small_law(tiny.prompt()["input_ids"][0].tolist(), options.get("temperature", 1.0))
+    distribution = small_distribution(tiny.prompt()["input_ids"][0].tolist(), options.get("temperature", 1.0))
     confidence, entropy, _ = drafts[0][0]
-    assert any(confidence == pytest.approx(float(p), abs=1e-5) for p in law)
-    assert entropy == pytest.approx(float(-(law * law.log()).sum()), abs=1e-4)
+    assert any(confidence == pytest.approx(float(p), abs=1e-5) for p in distribution)
+    assert entropy == pytest.approx(float(-(distribution * distribution.log()).sum()), abs=1e-4)
     assert sum(map(len, drafts)) == report.target.drafted.total(), "the last token of a draft too"
 
 

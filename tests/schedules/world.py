@@ -1,4 +1,4 @@
-"""A world in which schedules can be tried without models or clocks: seconds and acceptance follow given laws."""
+"""A world in which schedules can be tried without models or clocks: seconds and acceptance follow given rules."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class World:
             rows=1,
             target=self,
             sampler=SimpleNamespace(greedy=True),
-            head=SimpleNamespace(processing=SimpleNamespace(temperature=1.0)),
+            chooser=SimpleNamespace(processing=SimpleNamespace(temperature=1.0)),
             session=self.session,
             charges={},
             world=self,

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from csdraft import spec
+from csdraft.decoding.children import Children, _drawn
 from csdraft.decoding.draft import ROOT
-from csdraft.decoding.expand import Children, _drawn
-from csdraft.decoding.grow import Growth, _lead_last
 from csdraft.decoding.interfaces import Tree
 from csdraft.decoding.report import Report
 from csdraft.decoding.sampling import Sampler
 from csdraft.decoding.tally import Tally
+from csdraft.decoding.tree import Growth, _lead_last
 from csdraft.drafters.model import ModelDrafter
 from csdraft.trees.best_first import BestFirst
 from csdraft.trees.gsd import Gsd
@@ -32,17 +32,17 @@ Path = tuple[int, ...]
 PROBS = (0.5, 0.3, 0.15, 0.05)
 
 
-def law_of(path: Path) -> tuple[float, ...]:
+def probs_of(path: Path) -> tuple[float, ...]:
     """Of the token after `path`: the same numbers, for other tokens each time."""
     turn = sum(path) % 4
     return PROBS[turn:] + PROBS[:turn]
 
 
 def worth(path: Path) -> float:
-    return prod(law_of(path[:i])[token] for i, token in enumerate(path))
+    return prod(probs_of(path[:i])[token] for i, token in enumerate(path))
 
 
-def grown(tree: Tree, depth: int, law=law_of, sampler: Sampler | None = None) -> tuple[Growth, list[int], int]:
+def grown(tree: Tree, depth: int, probs=probs_of, sampler: Sampler | None = None) -> tuple[Growth, list[int], int]:
     """The candidates, the nodes kept, and the number of steps."""
     growth, steps, taken = Growth(), None, 0
     steps = tree.grow(growth, depth)
@@ -50,7 +50,9 @@ def grown(tree: Tree, depth: int, law=law_of, sampler: Sampler | None = None) ->
         step = next(steps)
         while True:
             taken += 1
-            growth.add(step.nodes, [children(tree, law(path_to(growth, n)), step.width, sampler) for n in step.nodes])
+            growth.add(
+                step.nodes, [children(tree, probs(path_to(growth, n)), step.width, sampler) for n in step.nodes]
+            )
             step = next(steps)
     except StopIteration as end:
         return growth, list(end.value), taken
@@ -111,7 +113,7 @@ def test_best_first_expands_few_and_keeps_the_likeliest() -> None:
 def test_template_keeps_the_ranks_it_names() -> None:
     tree = Template(((0, 0), (0, 2), (1, 1, 0), (3,)))
     first = [0, 1, 2, 3]  # at the root tokens come by rank
-    ranks = {path: sorted(range(4), key=lambda token: -law_of(path)[token]) for path in [(), *ALL]}
+    ranks = {path: sorted(range(4), key=lambda token: -probs_of(path)[token]) for path in [(), *ALL]}
     assert first == ranks[()]
     wanted = {(0,), (0, ranks[0,][0]), (0, ranks[0,][2]), (1,), (1, ranks[1,][1]), (3,)}
     second = (1, ranks[1,][1])
@@ -203,8 +205,8 @@ def test_recursive_draws_pairs_without_replacement() -> None:
 
 def test_a_stochastic_beam_draws_branches_without_replacement() -> None:
     """As if all nine branches of two tokens had been perturbed: Kool, van Hoof and Welling, arXiv 1903.06059."""
-    laws = (0.6, 0.3, 0.1), (0.2, 0.2, 0.6)
-    leaves = {(a, b): laws[0][a] * laws[a % 2][b] for a in range(3) for b in range(3)}
+    distributions = (0.6, 0.3, 0.1), (0.2, 0.2, 0.6)
+    leaves = {(a, b): distributions[0][a] * distributions[a % 2][b] for a in range(3) for b in range(3)}
     exact: dict = defaultdict(float)
     for (first, p), (second, q) in product(leaves.items(), repeat=2):
         if first != second:
@@ -225,18 +227,22 @@ def test_gsd_borrows_what_another_branch_has_drafted() -> None:
     after |= {(0, 1, 2): {3: 0.9}, (0, 1, 2, 3): {4: 0.9}}
     asked = []
 
-    def law(path: Path) -> tuple[float, ...]:
+    def distribution(path: Path) -> tuple[float, ...]:
         asked.append(path)
         return tuple(after.get(path, {4: 1.0}).get(token, 0.0) for token in range(5))
 
-    growth, kept, _ = grown(Gsd(branches=2, nodes=20, least=0.0), 4, law)
+    growth, kept, _ = grown(Gsd(branches=2, nodes=20, least=0.0), 4, distribution)
     paths = {path_to(growth, node) for node in kept}
     assert (0, 1, 2) not in asked, "1 2 below 0 is 1 2 below the root, and is read once"
     assert {(1, 2, 4), (0, 1, 2, 4)} <= paths
     copy = next(node for node in kept if path_to(growth, node) == (0, 1, 2, 4))
     assert growth.paths[copy] == pytest.approx(log(0.6 * 0.9 * 0.9 * 0.8))
     assert len(paths) == len(kept)
-    apart = {path_to(growth, node) for growth, kept, _ in [grown(Gsd(branches=2, context=9), 4, law)] for node in kept}
+    apart = {
+        path_to(growth, node)
+        for growth, kept, _ in [grown(Gsd(branches=2, context=9), 4, distribution)]
+        for node in kept
+    }
     assert (0, 1, 2, 3) in apart
 
 

@@ -1,4 +1,5 @@
-"""Law 1: a verifier that says `lossless` reproduces the target's law for any draft. By enumeration, so exactly.
+"""Law 1: a verifier that says `lossless` reproduces the target's distribution for any draft. By enumeration, so
+exactly.
 
 Walks csdraft/verifiers: a new file there is held to this without being named here.
 """
@@ -21,11 +22,11 @@ from toy import (
     chain,
     chosen,
     drawn,
-    exact_law,
-    law_of_text,
+    exact_distribution,
     outcomes,
     planted,
     reviewed,
+    text_distribution,
     total_variation,
 )
 from trees import beam, both_sorts, drawn_tree, lone_draws, siblings
@@ -65,8 +66,8 @@ def chosen_tree(drafter: Tables) -> Propose:
 
     def propose(place: Place, sampler: Branching) -> Draft:
         del sampler
-        best = drafter.law(place.text).topk(2).indices.tolist()
-        after = drafter.law((*place.text, best[0])).topk(2).indices.tolist()
+        best = drafter.probs(place.text).topk(2).indices.tolist()
+        after = drafter.probs((*place.text, best[0])).topk(2).indices.tolist()
         nodes = [(best[0], ROOT), (best[1], ROOT), (after[0], 0), (after[1], 0), (0, 1), (0, 1), (1, 2)]
         return planted([(token, parent, None) for token, parent in nodes])
 
@@ -150,7 +151,9 @@ MUST_REFUSE = {name: name.split()[0].strip(",") for name in TREES if name.split(
 def error(verifier: Verifier, target, propose: Propose, name: str = "", length: int = LENGTH) -> float:
     """Total variation between plain decoding's first tokens and those of rounds under `verifier`."""
     remembers = name == "refused again"
-    return total_variation(law_of_text(verifier, target, propose, length, remembers), exact_law(target, length))
+    return total_variation(
+        text_distribution(verifier, target, propose, length, remembers), exact_distribution(target, length)
+    )
 
 
 def refusal(verifier: Verifier, name: str) -> str:
@@ -175,7 +178,7 @@ def test_a_file_is_one_verifier(module):
 
 @pytest.mark.parametrize("name", SCENARIOS)
 @pytest.mark.parametrize("verifier", INDEPENDENT, ids=named)
-def test_text_has_the_targets_law(verifier, name):
+def test_text_has_the_targets_distribution(verifier, name):
     reason = refusal(verifier, name)
     if reason:
         with pytest.raises(ValueError, match=reason) as refused:
@@ -187,7 +190,7 @@ def test_text_has_the_targets_law(verifier, name):
 
 
 @pytest.mark.parametrize("verifier", INDEPENDENT, ids=named)
-def test_text_has_the_targets_law_with_more_tokens(verifier):
+def test_text_has_the_targets_distribution_with_more_tokens(verifier):
     for vocab in (4, 5):
         assert error(verifier, Tables(7, vocab), chain(Tables(107, vocab), "dd")) < EXACT
 
@@ -199,7 +202,7 @@ def test_a_drafter_equal_to_the_target_is_always_right(verifier):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("verifier", OF_TREES, ids=named)
-def test_trees_have_the_targets_law_with_more_tokens(verifier, kind):
+def test_trees_have_the_targets_distribution_with_more_tokens(verifier, kind):
     if kind in verifier.kinds:
         assert error(verifier, Tables(7, 4), drawn_tree(Tables(107, 4), kind, (2, 2)), length=2) < EXACT
         assert error(verifier, Tables(8, 5), drawn_tree(Tables(108, 5), kind, (2,)), length=2) < EXACT
@@ -213,13 +216,13 @@ def test_branches_may_be_cut_for_tokens_of_others(verifier):
     kind = min(verifier.kinds)
 
     def propose(place: Place, sampler: Branching) -> Draft:
-        drafter, law = Tables(101), Tables(101).law(place.text)
-        first, second = siblings(law, kind, 2, sampler)
-        below = [drafter.law((*place.text, token)) for token in (first, second)]
+        drafter, distribution = Tables(101), Tables(101).probs(place.text)
+        first, second = siblings(distribution, kind, 2, sampler)
+        below = [drafter.probs((*place.text, token)) for token in (first, second)]
         later = siblings(below[1], kind, 1, sampler)
         count = (second + later[0]) % 3
         sooner = siblings(below[0], kind, count, sampler)
-        nodes = [(first, ROOT, law), (second, ROOT, law)]
+        nodes = [(first, ROOT, distribution), (second, ROOT, distribution)]
         return planted(nodes + [(t, 0, below[0]) for t in sooner] + [(t, 1, below[1]) for t in later], kind)
 
     assert error(verifier, Tables(1), propose, length=2) < EXACT
@@ -228,8 +231,11 @@ def test_branches_may_be_cut_for_tokens_of_others(verifier):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("verifier", INDEPENDENT, ids=named)
 def test_unknown_draws_are_refused_naming_both_sides(verifier, kind):
-    law = Tables(100).law(())
-    lone, two = planted([(1, ROOT, law)], kind), planted([(1, ROOT, law), (int(law.argmax()), ROOT, law)], kind)
+    distribution = Tables(100).probs(())
+    lone, two = (
+        planted([(1, ROOT, distribution)], kind),
+        planted([(1, ROOT, distribution), (int(distribution.argmax()), ROOT, distribution)], kind),
+    )
     verifier.verify(lone, TableScores(Tables(0), (), lone), Branching())
     if kind in verifier.kinds and not verifier.chains_only:
         verifier.verify(two, TableScores(Tables(0), (), two), Branching())
@@ -242,8 +248,8 @@ def test_unknown_draws_are_refused_naming_both_sides(verifier, kind):
 
 @pytest.mark.parametrize("kind", sorted(set(KINDS) - {"iid"}))
 @pytest.mark.parametrize("verifier", OF_TREES, ids=named)
-def test_siblings_of_two_laws_are_independent_or_refused(verifier, kind):
-    first, second = Tables(100).law(()), Tables(101).law(())
+def test_siblings_of_two_distributions_are_independent_or_refused(verifier, kind):
+    first, second = Tables(100).probs(()), Tables(101).probs(())
     two = planted([(0, ROOT, first), (1, ROOT, second)], kind)
     if kind in verifier.kinds:
         with pytest.raises(ValueError, match=f"{kind}.*{named(verifier)}.*one tensor"):
@@ -251,11 +257,11 @@ def test_siblings_of_two_laws_are_independent_or_refused(verifier, kind):
 
 
 @pytest.mark.parametrize("verifier", [rule for rule in OF_TREES if "iid" in rule.kinds], ids=named)
-def test_trees_of_two_drafters_have_the_targets_law(verifier):
+def test_trees_of_two_drafters_have_the_targets_distribution(verifier):
     def propose(place: Place, sampler: Branching) -> Draft:
-        first, second = (Tables(seed).law(place.text) for seed in (100, 101))
-        laws = [first, second, first, second]
-        return planted([(sampler.draw(0, law), ROOT, law) for law in laws], "iid")
+        first, second = (Tables(seed).probs(place.text) for seed in (100, 101))
+        distributions = [first, second, first, second]
+        return planted([(sampler.draw(0, distribution), ROOT, distribution) for distribution in distributions], "iid")
 
     assert error(verifier, Tables(0), propose, length=2) < EXACT
 
@@ -269,13 +275,13 @@ def test_coupled_text_does_not_depend_on_the_draft(verifier, name):
         for _ in range(LENGTH):
             text += (TableScores(target, text, Draft(), noise).choice(ROOT),)
         propose = SCENARIOS[name](Tables(100 + seed))
-        law = law_of_text(verifier, target, propose, LENGTH, name == "refused again", noise)
-        assert total_variation(law, {text: 1.0}) < EXACT
+        distribution = text_distribution(verifier, target, propose, LENGTH, name == "refused again", noise)
+        assert total_variation(distribution, {text: 1.0}) < EXACT
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
 @pytest.mark.parametrize("verifier", LOSSLESS, ids=named)
-def test_one_hot_laws_give_the_greedy_text(verifier, name):
+def test_one_hot_distributions_give_the_greedy_text(verifier, name):
     if verifier in INDEPENDENT and refusal(verifier, name):
         return
     target = Peaked(Tables(5))
@@ -297,39 +303,42 @@ def test_two_inner_rounds_and_a_tail(verifier):
     def propose(place, sampler):
         return chosen(inner(place, sampler), Tables(100), place)
 
-    law = law_of_text(verifier, Tables(0), propose, 2)
-    assert total_variation(law, exact_law(Tables(0), 2)) < EXACT
+    distribution = text_distribution(verifier, Tables(0), propose, 2)
+    assert total_variation(distribution, exact_distribution(Tables(0), 2)) < EXACT
 
 
 @pytest.mark.parametrize("verifier", INDEPENDENT, ids=named)
 def test_two_lenient_levels(verifier):
     lower = reviewed(Rejection(4.0), Tables(200), chain(Tables(100), "d"), rounds=1)
     upper = reviewed(Rejection(2.0), Tables(300), lower, rounds=1)
-    law = law_of_text(verifier, Tables(0), upper, 2)
-    assert total_variation(law, exact_law(Tables(0), 2)) < EXACT
+    distribution = text_distribution(verifier, Tables(0), upper, 2)
+    assert total_variation(distribution, exact_distribution(Tables(0), 2)) < EXACT
 
 
 @pytest.mark.parametrize("kinds", ["ddd", "ccc", "dcd", ""])
 @pytest.mark.parametrize("lenience", [1.0, 2.0, 4.0])
-def test_the_reported_law_is_the_emitted_one(lenience, kinds):
-    """What `Verdict.laws` says of the first token is what enumeration finds; inner levels rely on it."""
+def test_the_reported_distribution_is_the_emitted_one(lenience, kinds):
+    """What `Verdict.emitted_probs` says of the first token is what enumeration finds; inner levels rely on it."""
     for seed in range(5):
         reviewer, propose = Tables(200 + seed), chain(Tables(100 + seed), kinds)
 
         def first(sampler, reviewer=reviewer, propose=propose):
             draft = propose(Place(()), sampler)
             verdict = Rejection(lenience).verify(draft, TableScores(reviewer, (), draft), sampler)
-            assert len(verdict.laws) == len(verdict.accepted) + 1
+            assert len(verdict.emitted_probs) == len(verdict.accepted) + 1
             token = draft.tokens[verdict.accepted[0]] if verdict.accepted else verdict.next_token
-            return token, tuple(verdict.laws[0].tolist())
+            return token, tuple(verdict.emitted_probs[0].tolist())
 
         found = outcomes(first)
-        (law,) = {law for _, law in found}
-        assert total_variation({token: weight for (token, _), weight in found.items()}, dict(enumerate(law))) < EXACT
+        (distribution,) = {distribution for _, distribution in found}
+        assert (
+            total_variation({token: weight for (token, _), weight in found.items()}, dict(enumerate(distribution)))
+            < EXACT
+        )
 
 
 @pytest.mark.parametrize("verifier", INDEPENDENT, ids=named)
 def test_single_precision_is_exact_up_to_rounding(verifier):
     for kinds in ("ddd", "dcd"):
-        law = law_of_text(verifier, Single(Tables(0)), chain(Single(Tables(100)), kinds), LENGTH)
-        assert total_variation(law, exact_law(Tables(0), LENGTH)) < 1e-6
+        distribution = text_distribution(verifier, Single(Tables(0)), chain(Single(Tables(100)), kinds), LENGTH)
+        assert total_variation(distribution, exact_distribution(Tables(0), LENGTH)) < 1e-6

@@ -1,4 +1,4 @@
-"""Law 1 for trees: whatever a tree draws or chooses, a lossless verifier that takes it writes the target's own law."""
+"""Law 1 for trees: whatever a tree drafts, a lossless verifier writes the target's distribution."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import Counter
 from itertools import product
 
 import pytest
-from toy import Place, Tables, TableScores, exact_law, law_of_text, total_variation
+from toy import Place, Tables, TableScores, exact_distribution, text_distribution, total_variation
 from toy_trees import TREES, grown, proposing, small
 
 from csdraft import spec
@@ -29,15 +29,15 @@ def taken(tree: Tree, verifier) -> bool:
 
 @pytest.mark.parametrize("verifier", INDEPENDENT, ids=lambda verifier: type(verifier).__name__)
 @pytest.mark.parametrize("type_", ENUMERATED)
-def test_the_text_has_the_targets_law(type_, verifier) -> None:
+def test_the_text_has_the_targets_distribution(type_, verifier) -> None:
     tree = small(type_)
     target, drafter = Tables(1, 3), Tables(101, 3, ruled_out=0.0)
     if taken(tree, verifier):
-        law = law_of_text(verifier, target, proposing(tree, drafter), LENGTH)
-        assert total_variation(law, exact_law(target, LENGTH)) < EXACT
+        distribution = text_distribution(verifier, target, proposing(tree, drafter), LENGTH)
+        assert total_variation(distribution, exact_distribution(target, LENGTH)) < EXACT
     else:
         with pytest.raises(ValueError, match=type(verifier).__name__):
-            law_of_text(verifier, target, proposing(tree, drafter), LENGTH)
+            text_distribution(verifier, target, proposing(tree, drafter), LENGTH)
 
 
 class Given(Drafter):
@@ -54,21 +54,21 @@ OF_IID = [verifier for verifier in INDEPENDENT if "iid" in verifier.kinds and no
 
 
 @pytest.mark.parametrize("verifier", OF_IID, ids=lambda verifier: type(verifier).__name__)
-def test_merged_drafts_have_the_targets_law(verifier) -> None:
+def test_merged_drafts_have_the_targets_distribution(verifier) -> None:
     """Two draws of one drafter, one of another, and a chosen branch that may run through equal tokens."""
     target, one, two = Tables(1, 3), Tables(101, 3, ruled_out=0.0), Tables(102, 3, ruled_out=0.0)
 
     def propose(place: Place, sampler) -> Draft:
         def draw(model: Tables, count: int) -> Given:
-            law = model.law(place.text)
-            tokens = [sampler.draw(0, law) for _ in range(count)]
-            return Given(Draft().attach(tokens, (ROOT,) * count, 1, None, [law] * count))
+            distribution = model.probs(place.text)
+            tokens = [sampler.draw(0, distribution) for _ in range(count)]
+            return Given(Draft().attach(tokens, (ROOT,) * count, 1, None, [distribution] * count))
 
-        choice = Draft.chain((int(one.law(place.text).argmax()), 0)[: place.depth], 2)
+        choice = Draft.chain((int(one.probs(place.text).argmax()), 0)[: place.depth], 2)
         context = Context(0, place.text, None)  # type: ignore[arg-type]
         return Merged((draw(one, 2), Given(choice), draw(two, 1))).propose([context], [Budget(2, 2)])[0]
 
-    assert total_variation(law_of_text(verifier, target, propose, 2), exact_law(target, 2)) < EXACT
+    assert total_variation(text_distribution(verifier, target, propose, 2), exact_distribution(target, 2)) < EXACT
 
 
 class Dropping(StochasticBeam):
@@ -91,7 +91,7 @@ def chi_square(tree: Tree, verifier, plays: int = 1500) -> float:
             verdict = verifier.verify(draft, TableScores(target, text, draft), sampler)
             text += (*(draft.tokens[node] for node in verdict.accepted), verdict.next_token)
         seen[text[:LENGTH]] += 1
-    exact = exact_law(target, LENGTH)
+    exact = exact_distribution(target, LENGTH)
     cells = list(product(range(3), repeat=LENGTH))
     return sum((seen[c] - plays * exact[c]) ** 2 / (plays * exact[c]) for c in cells) / (len(cells) - 1)
 
@@ -100,12 +100,12 @@ TAKE_BEAMS = [verifier for verifier in INDEPENDENT if "without_replacement" in v
 
 
 @pytest.mark.parametrize("verifier", TAKE_BEAMS, ids=lambda verifier: type(verifier).__name__)
-def test_a_beam_has_the_targets_law(verifier) -> None:
+def test_a_beam_has_the_targets_distribution(verifier) -> None:
     assert chi_square(small("stochastic_beam"), verifier) < 2.5  # 8 degrees of freedom: 0.01 of all seeds
 
 
 def test_a_beam_that_drops_tokens_has_not(monkeypatch) -> None:
-    monkeypatch.setattr("csdraft.decoding.grow._check_drawn", lambda *_: None)
+    monkeypatch.setattr("csdraft.decoding.tree._check_drawn", lambda *_: None)
     assert chi_square(Dropping(2), TAKE_BEAMS[0]) > 10
 
 

@@ -1,4 +1,4 @@
-"""The rules that change the text's law: what they promise instead, by enumeration and by figures from elsewhere."""
+"""The rules that change the text's distribution: what they promise instead, by enumeration and published figures."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ DRAFTER = Fixed((0.20, 0.45, 0.05, 0.25, 0.05))
 RULES = ["chow", "diff", "opt", "token_v1", "token_v2", "token_v3"]
 
 
-def law(model, *text: int) -> torch.Tensor:
-    return model.law(text)
+def distribution(model, *text: int) -> torch.Tensor:
+    return model.probs(text)
 
 
 # Deferral
@@ -45,14 +45,14 @@ def law(model, *text: int) -> torch.Tensor:
     ],
 )
 def test_figures_of_the_mixture(rule, margin, accepted, distance):
-    mixture = Deferral(rule, margin).mixture(law(DRAFTER), law(TARGET))
+    mixture = Deferral(rule, margin).mixture(distribution(DRAFTER), distribution(TARGET))
     assert float(mixture.sum()) == pytest.approx(1)
-    assert float(torch.minimum(mixture, law(DRAFTER)).sum()) == pytest.approx(accepted, abs=1e-6)
-    assert float((mixture - law(TARGET)).abs().sum()) / 2 == pytest.approx(distance, abs=1e-6)
+    assert float(torch.minimum(mixture, distribution(DRAFTER)).sum()) == pytest.approx(accepted, abs=1e-6)
+    assert float((mixture - distribution(TARGET)).abs().sum()) / 2 == pytest.approx(distance, abs=1e-6)
 
 
-def second_token_laws(rule: Deferral, target, propose) -> tuple[dict, dict]:
-    """The law of the first token, and per first token that was kept, the law of the second."""
+def second_token_distributions(rule: Deferral, target, propose) -> tuple[dict, dict]:
+    """The distribution of the first token, and per first token that was kept, the distribution of the second."""
 
     def play(sampler: Branching) -> tuple:
         draft = propose(Place((), depth=2), sampler)
@@ -77,35 +77,37 @@ def close(found: dict, wanted: torch.Tensor) -> bool:
 @pytest.mark.parametrize("counts", [(1, 1), (2, 1, 1), (1, 2), (1, 0)], ids=str)
 @pytest.mark.parametrize("margin", [0.0, 0.2, 0.6])
 @pytest.mark.parametrize("rule", RULES)
-def test_a_drafted_position_has_the_law_of_the_mixture(rule, margin, counts):
+def test_a_drafted_position_has_the_distribution_of_the_mixture(rule, margin, counts):
     for seed in range(3):
         deferral, target, drafter = Deferral(rule, margin), Tables(seed), Tables(100 + seed)
-        first, second = second_token_laws(deferral, target, drawn_tree(drafter, "iid", counts))
-        assert close(first, deferral.mixture(law(drafter), law(target)))
+        first, second = second_token_distributions(deferral, target, drawn_tree(drafter, "iid", counts))
+        assert close(first, deferral.mixture(distribution(drafter), distribution(target)))
         for token, found in second.items():
             drafted = counts[1] > 0
-            own = law(target, token)
-            assert close(found, deferral.mixture(law(drafter, token), own) if drafted else own)
+            own = distribution(target, token)
+            assert close(found, deferral.mixture(distribution(drafter, token), own) if drafted else own)
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_what_nobody_drew_has_the_targets_law(rule):
+def test_what_nobody_drew_has_the_targets_distribution(rule):
     for propose in (chain(Tables(100), "cc"), chain(Tables(100), "")):
-        first, second = second_token_laws(Deferral(rule), Tables(0), propose)
-        assert close(first, law(Tables(0)))
-        assert all(close(found, law(Tables(0), token)) for token, found in second.items())
+        first, second = second_token_distributions(Deferral(rule), Tables(0), propose)
+        assert close(first, distribution(Tables(0)))
+        assert all(close(found, distribution(Tables(0), token)) for token, found in second.items())
 
 
 def test_a_chosen_sibling_beside_drawn_ones():
     deferral = Deferral("token_v3", 0.4)
-    first, _ = second_token_laws(deferral, Tables(0), both_sorts(Tables(100), "iid", (1,)))
-    assert close(first, deferral.mixture(law(Tables(100)), law(Tables(0))))
+    first, _ = second_token_distributions(deferral, Tables(0), both_sorts(Tables(100), "iid", (1,)))
+    assert close(first, deferral.mixture(distribution(Tables(100)), distribution(Tables(0))))
 
 
-def test_the_reported_law_is_the_mixture():
-    draft = Draft((1,), (ROOT,), (2,), (0.45,)).relabelled(0, laws=(law(DRAFTER),))
+def test_the_reported_distribution_is_the_mixture():
+    draft = Draft((1,), (ROOT,), (2,), (0.45,)).relabelled(0, draft_probs=(distribution(DRAFTER),))
     verdict = Deferral("token_v1", 0.3).verify(draft, TableScores(TARGET, (), draft), Branching())
-    assert torch.equal(verdict.laws[0], Deferral("token_v1", 0.3).mixture(law(DRAFTER), law(TARGET)))
+    assert torch.equal(
+        verdict.emitted_probs[0], Deferral("token_v1", 0.3).mixture(distribution(DRAFTER), distribution(TARGET))
+    )
 
 
 @pytest.mark.parametrize(
@@ -150,10 +152,10 @@ def typical(draft: Draft, target=TARGET, **options) -> list[int]:
 
 
 def test_the_bar_of_typical_acceptance():
-    bar = Typical(threshold=0.9, entropy_share=0.5).bar(law(TARGET))
-    entropy = -sum(p * torch.tensor(p).log().item() for p in TARGET.probs)
+    bar = Typical(threshold=0.9, entropy_share=0.5).bar(distribution(TARGET))
+    entropy = -sum(p * torch.tensor(p).log().item() for p in TARGET.values)
     assert float(bar) == pytest.approx(0.5 * 2.718281828**-entropy)
-    assert float(Typical(threshold=0.05).bar(law(TARGET))) == pytest.approx(0.05)
+    assert float(Typical(threshold=0.05).bar(distribution(TARGET))) == pytest.approx(0.05)
     assert float(Typical().bar(torch.tensor([1.0, 0.0]))) == pytest.approx(0.09)
 
 

@@ -14,15 +14,15 @@ from toy import (
     chain,
     chosen,
     drawn,
-    exact_law,
-    law_of_text,
+    exact_distribution,
     planted,
     reviewed,
+    text_distribution,
     total_variation,
 )
 from trees import drawn_tree, siblings
 
-from csdraft.decoding.draft import ROOT, Draft, Law
+from csdraft.decoding.draft import ROOT, Draft, DraftProbs
 from csdraft.decoding.interfaces import Verdict
 from csdraft.verifiers import _stepwise, block, k_seq, rejection, spec_hub, traversal, without_replacement
 from csdraft.verifiers._stepwise import Stepwise
@@ -40,13 +40,13 @@ DRAFTER = Fixed((0.20, 0.45, 0.05, 0.25, 0.05))
 
 def error(verifier, propose=None, target=Tables(0)) -> float:  # noqa: B008 - a frozen table
     """Total variation of the first three tokens from plain decoding; proposes three drawn tokens by default."""
-    law = law_of_text(verifier, target, propose or chain(Tables(100), "ddd"), 3)
-    assert sum(law.values()) == pytest.approx(1)
-    return total_variation(law, exact_law(target, 3))
+    distribution = text_distribution(verifier, target, propose or chain(Tables(100), "ddd"), 3)
+    assert sum(distribution.values()) == pytest.approx(1)
+    return total_variation(distribution, exact_distribution(target, 3))
 
 
 def first_token_error(verifier, propose) -> float:
-    return total_variation(law_of_text(verifier, TARGET, propose, 1), exact_law(TARGET, 1))
+    return total_variation(text_distribution(verifier, TARGET, propose, 1), exact_distribution(TARGET, 1))
 
 
 @pytest.fixture(autouse=True)
@@ -74,13 +74,13 @@ def test_residual_subtracts_the_draft_twice(monkeypatch):
 
 def test_residual_removes_the_refused_token_only(monkeypatch):
     honest = _stepwise.unexplained
-    as_point = lambda probs, draft, node: honest(probs, replace(draft, law=None), node)  # noqa: E731
+    as_point = lambda probs, draft, node: honest(probs, replace(draft, probs=None), node)  # noqa: E731
     monkeypatch.setattr(_stepwise, "unexplained", as_point)
     assert error(Rejection()) > CAUGHT
 
 
 def test_siblings_each_start_from_the_whole_target(monkeypatch):
-    """Two chosen siblings with independent trials, each against the target's own law."""
+    """Two chosen siblings with independent trials, each against the target's own distribution."""
     monkeypatch.setattr(rejection, "residual", lambda target_probs, draft, node: target_probs)
     two = planted([(1, ROOT, None), (0, ROOT, None)])
     assert first_token_error(Rejection(), lambda place, sampler: two) > CAUGHT
@@ -95,7 +95,7 @@ def test_acceptance_times_1_2(monkeypatch, module):
 
 @dataclass(frozen=True)
 class BonusFromTheParent(Rejection):
-    """Off by one: the last node's law is read one position early."""
+    """Off by one: the last node's distribution is read one position early."""
 
     def verify(self, draft, scores, sampler, root=ROOT):
         honest = scores.probs
@@ -114,11 +114,11 @@ def test_lenience_at_the_target():
 # What the drafter says of its tokens
 
 
-def test_argmax_draft_with_the_soft_law():
+def test_argmax_draft_with_the_soft_distribution():
     def propose(place: Place, sampler: Branching) -> Draft:
         del sampler
         draft = chosen(place.draft, DRAFTER, place)
-        return draft.relabelled(0, laws=(DRAFTER.law(()),))
+        return draft.relabelled(0, draft_probs=(DRAFTER.probs(()),))
 
     assert first_token_error(Rejection(), propose) == pytest.approx(0.2811, abs=1e-4)
     assert first_token_error(Block(), propose) > CAUGHT
@@ -126,18 +126,18 @@ def test_argmax_draft_with_the_soft_law():
 
 def test_siblings_without_replacement_called_independent(monkeypatch):
     def propose(place: Place, sampler: Branching) -> Draft:
-        law, nodes = DRAFTER.law(()), []
-        left = law.clone()
+        distribution, nodes = DRAFTER.probs(()), []
+        left = distribution.clone()
         for _ in range(3):
             token = sampler.draw(0, left)
-            nodes.append((token, ROOT, law))
+            nodes.append((token, ROOT, distribution))
             left[token] = 0
         return planted(nodes, "iid")
 
     assert first_token_error(Rejection(), propose) > CAUGHT
     # With the right ratio, and only the residual as if they were independent, the bias is the one computed elsewhere.
     honest = rejection.ratio
-    left = lambda draft, node: 1 - sum(DRAFTER.probs[token] for token in draft.tokens[:node])  # noqa: E731
+    left = lambda draft, node: 1 - sum(DRAFTER.values[token] for token in draft.tokens[:node])  # noqa: E731
     monkeypatch.setattr(rejection, "ratio", lambda probs, draft, node: honest(probs, draft, node) * left(draft, node))
     assert first_token_error(Rejection(), propose) == pytest.approx(0.0358, abs=1e-4)
 
@@ -156,29 +156,30 @@ def test_a_token_dropped_after_a_look_at_it():
 MIDDLE = Fixed((0.35, 0.30, 0.12, 0.15, 0.08))
 
 
-def test_a_middle_law_is_exact_and_the_lowest_is_not():
+def test_a_middle_distribution_is_exact_and_the_lowest_is_not():
     honest = reviewed(Rejection(), MIDDLE, chain(DRAFTER, "d"), rounds=1)
     assert first_token_error(Rejection(), honest) < 1e-9
 
     def wrong_level(place: Place, sampler: Branching) -> Draft:
         draft = honest(place, sampler)
-        return replace(draft, law=Law("iid", (DRAFTER.law(()),) * len(draft)))
+        return replace(draft, probs=DraftProbs("iid", (DRAFTER.probs(()),) * len(draft)))
 
     assert first_token_error(Rejection(), wrong_level) == pytest.approx(0.1207, abs=1e-4)
 
 
 @dataclass(frozen=True)
-class ClaimsItsOwnLaw(Rejection):
-    """Algorithm 1 of the CS Drafting paper: a lenient reviewer hands up its own law."""
+class ClaimsItsOwnDistribution(Rejection):
+    """Algorithm 1 of the CS Drafting paper: a lenient reviewer hands up its own distribution."""
 
-    def emitted_law(self, draft, node, target_probs):
+    def emitted_probs(self, draft, node, target_probs):
         return target_probs
 
 
 @pytest.mark.parametrize("verifier", [Rejection(), Block()], ids=repr)
-def test_a_lenient_reviewer_claims_its_own_law(verifier):
+def test_a_lenient_reviewer_claims_its_own_distribution(verifier):
     honest, mutant = (
-        reviewed(inner(3.0), Tables(200), chain(Tables(100), "dd"), rounds=1) for inner in (Rejection, ClaimsItsOwnLaw)
+        reviewed(inner(3.0), Tables(200), chain(Tables(100), "dd"), rounds=1)
+        for inner in (Rejection, ClaimsItsOwnDistribution)
     )
     assert error(verifier, honest) < 1e-9
     assert error(verifier, mutant) > CAUGHT
@@ -186,7 +187,7 @@ def test_a_lenient_reviewer_claims_its_own_law(verifier):
 
 @dataclass(frozen=True)
 class LenientWithPoints(Rejection):
-    """Gives point masses the lenience that their reported law denies."""
+    """Gives point masses the lenience that their reported distribution denies."""
 
     def keeps(self, draft, node, target_probs, row, sampler):
         for child in draft.children(node):
@@ -196,7 +197,7 @@ class LenientWithPoints(Rejection):
         return None, target_probs
 
 
-def test_lenience_for_point_masses_behind_the_laws_back():
+def test_lenience_for_point_masses_behind_the_distributions_back():
     mutant = reviewed(LenientWithPoints(3.0), Tables(200), chain(Tables(100), "cc"), rounds=1)
     assert error(Rejection(), mutant) > CAUGHT
 
@@ -305,8 +306,8 @@ def test_wrong_rules_for_chosen_tokens(mutant):
 
 
 @dataclass(frozen=True)
-class ResamplesFromItsWholeLaw(Rejection):
-    """A middle level that draws its correction from its own whole law (TriForce)."""
+class ResamplesFromItsWholeDistribution(Rejection):
+    """A middle level that draws its correction from its own whole distribution (TriForce)."""
 
     def keeps(self, draft, node, aim, row, sampler):
         kept, _ = super().keeps(draft, node, aim, row, sampler)
@@ -314,18 +315,22 @@ class ResamplesFromItsWholeLaw(Rejection):
 
 
 def test_a_middle_level_without_a_residual():
-    mutant = reviewed(ResamplesFromItsWholeLaw(), MIDDLE, chain(DRAFTER, "d"), rounds=1)
+    mutant = reviewed(ResamplesFromItsWholeDistribution(), MIDDLE, chain(DRAFTER, "d"), rounds=1)
     assert first_token_error(Rejection(), mutant) > CAUGHT
 
 
 @pytest.mark.parametrize("verifier", [WithoutReplacement(), Traversal()], ids=repr)
 def test_siblings_pruned_by_their_probability(verifier):
-    """Drawn without replacement, then those that the drafter finds unlikely are left out, the law kept."""
+    """Drawn without replacement, then those that the drafter finds unlikely are left out, the distribution kept."""
 
     def propose(place: Place, sampler: Branching, least: float) -> Draft:
-        law = DRAFTER.law(())
-        tokens = [token for token in siblings(law, "without_replacement", 3, sampler) if law[token] >= least]
-        return planted([(token, ROOT, law) for token in tokens], "without_replacement")
+        distribution = DRAFTER.probs(())
+        tokens = [
+            token
+            for token in siblings(distribution, "without_replacement", 3, sampler)
+            if distribution[token] >= least
+        ]
+        return planted([(token, ROOT, distribution) for token in tokens], "without_replacement")
 
     assert first_token_error(verifier, lambda place, sampler: propose(place, sampler, 0.0)) < 1e-9
     assert first_token_error(verifier, lambda place, sampler: propose(place, sampler, 0.1)) > CAUGHT
@@ -346,19 +351,21 @@ def test_siblings_pruned_by_their_probability(verifier):
 )
 def test_draws_that_are_called_something_else(verifier, drawn, said):
     def propose(place: Place, sampler: Branching) -> Draft:
-        law = DRAFTER.law(())
-        return planted([(token, ROOT, law) for token in siblings(law, drawn, 2, sampler)], said)
+        distribution = DRAFTER.probs(())
+        return planted([(token, ROOT, distribution) for token in siblings(distribution, drawn, 2, sampler)], said)
 
     assert first_token_error(verifier, propose) > CAUGHT
 
 
 @pytest.mark.parametrize("verifier", [KSeq(), WithoutReplacement(), SpecHub(), Traversal()], ids=repr)
-def test_chosen_siblings_with_the_soft_law(verifier):
+def test_chosen_siblings_with_the_soft_distribution(verifier):
     """The likeliest two, verified as if they had been drawn."""
 
     def propose(place: Place, sampler: Branching) -> Draft:
-        law = DRAFTER.law(())
-        return planted([(token, ROOT, law) for token in law.topk(2).indices.tolist()], min(verifier.kinds))
+        distribution = DRAFTER.probs(())
+        return planted(
+            [(token, ROOT, distribution) for token in distribution.topk(2).indices.tolist()], min(verifier.kinds)
+        )
 
     assert first_token_error(verifier, propose) > CAUGHT
 
@@ -372,17 +379,17 @@ def of_kind(kind: str, *counts: int):
 
 def test_without_replacement_forgets_what_is_gone(monkeypatch):
     assert first_token_error(WithoutReplacement(), of_kind("without_replacement", 3)) < 1e-9
-    monkeypatch.setattr(without_replacement, "law_without", lambda draft_probs, tokens: draft_probs)
+    monkeypatch.setattr(without_replacement, "probs_without", lambda draft_probs, tokens: draft_probs)
     assert first_token_error(WithoutReplacement(), of_kind("without_replacement", 3)) > CAUGHT
 
 
-def test_an_exhausted_law_stays_empty(monkeypatch):
+def test_an_exhausted_distribution_stays_empty(monkeypatch):
     one_hot = Fixed((0.0, 1.0, 0.0, 0.0, 0.0))
     for verifier, module in ((WithoutReplacement(), without_replacement), (Traversal(), traversal)):
         propose = drawn_tree(one_hot, "without_replacement", (3,))
         assert first_token_error(verifier, propose) < 1e-9
         empty = lambda draft_probs, tokens: draft_probs.clone().index_fill_(0, torch.tensor(tokens, dtype=int), 0)  # noqa: E731
-        monkeypatch.setattr(module, "law_without", empty)
+        monkeypatch.setattr(module, "probs_without", empty)
         assert first_token_error(verifier, propose) > CAUGHT
 
 
@@ -401,19 +408,19 @@ def test_k_seq_with_the_residual_of_one_trial(monkeypatch):
 
 def test_k_seq_where_the_count_follows_the_tokens():
     def propose(place: Place, sampler: Branching) -> Draft:
-        law = DRAFTER.law(())
-        first = sampler.draw(0, law)
-        tokens = [first, sampler.draw(0, law)] if first == 1 else [first]
-        return planted([(token, ROOT, law) for token in tokens])
+        distribution = DRAFTER.probs(())
+        first = sampler.draw(0, distribution)
+        tokens = [first, sampler.draw(0, distribution)] if first == 1 else [first]
+        return planted([(token, ROOT, distribution) for token in tokens])
 
     assert first_token_error(Rejection(), propose) < 1e-9
     assert first_token_error(KSeq(), propose) > CAUGHT
 
 
 def test_spec_hub_forgets_how_the_hub_leads(monkeypatch):
-    """Takes the other token's law for the drafter's own, the hub not removed."""
+    """Takes the other token's distribution for the drafter's own, the hub not removed."""
     assert first_token_error(SpecHub(), of_kind("pair", 2)) < 1e-9
-    monkeypatch.setattr(spec_hub, "law_without", lambda draft_probs, tokens: draft_probs)
+    monkeypatch.setattr(spec_hub, "probs_without", lambda draft_probs, tokens: draft_probs)
     assert first_token_error(SpecHub(), of_kind("pair", 2)) > CAUGHT
 
 
@@ -423,7 +430,7 @@ def test_spec_hub_gives_the_same_mass_twice(monkeypatch):
     assert first_token_error(SpecHub(), of_kind("pair", 2)) > CAUGHT
 
 
-@pytest.mark.parametrize("bug", ["keeps its weight", "keeps its law", "scales the residual away"])
+@pytest.mark.parametrize("bug", ["keeps its weight", "keeps its distribution", "scales the residual away"])
 @pytest.mark.parametrize("kind", ["iid", "without_replacement"])
 def test_traversal_after_a_refusal(monkeypatch, kind, bug):
     propose = drawn_tree(Tables(100), kind, (2, 2))
@@ -437,7 +444,7 @@ def test_traversal_after_a_refusal(monkeypatch, kind, bug):
         honest(place, draft, child)
         if bug == "keeps its weight":
             place.weight = weight
-        elif bug == "keeps its law":
+        elif bug == "keeps its distribution":
             place.left = left
 
     monkeypatch.setattr(traversal.Place, "refuse", refuse)

@@ -28,8 +28,8 @@ def deviate(counts: dict, probs: dict) -> float:
     return ((chi_square / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))
 
 
-def pairs(law: dict) -> dict:
-    return {(a, b): law[a] * law[b] for a in law for b in law}
+def pairs(distribution: dict) -> dict:
+    return {(a, b): distribution[a] * distribution[b] for a in distribution for b in distribution}
 
 
 def choices(sampler: Sampler, row: int, probs: torch.Tensor = PROBS) -> list[int]:
@@ -45,24 +45,24 @@ def coupled() -> list[list[int]]:
     return [choices(sampler, row) for row in (0, 1)]
 
 
-LAW = dict(enumerate(PROBS.tolist()))
+DISTRIBUTION = dict(enumerate(PROBS.tolist()))
 
 
-def test_coupled_choices_have_the_law(coupled):
+def test_coupled_choices_have_the_distribution(coupled):
     for tokens in coupled:
-        assert abs(deviate(Counter(tokens), LAW)) < UNLIKELY
+        assert abs(deviate(Counter(tokens), DISTRIBUTION)) < UNLIKELY
 
 
 @pytest.mark.parametrize("distance", [1, 2, 7])
 def test_positions_are_independent(coupled, distance):
     for tokens in coupled:
-        assert abs(deviate(Counter(zip(tokens, tokens[distance:], strict=False)), pairs(LAW))) < UNLIKELY
+        assert abs(deviate(Counter(zip(tokens, tokens[distance:], strict=False)), pairs(DISTRIBUTION))) < UNLIKELY
 
 
 @pytest.mark.parametrize("distance", [0, 1])
 def test_rows_are_independent(coupled, distance):
     first, second = coupled
-    assert abs(deviate(Counter(zip(first, second[distance:], strict=False)), pairs(LAW))) < UNLIKELY
+    assert abs(deviate(Counter(zip(first, second[distance:], strict=False)), pairs(DISTRIBUTION))) < UNLIKELY
 
 
 def test_the_level_uniform_is_uniform_and_independent_of_the_choice(coupled):
@@ -70,7 +70,7 @@ def test_the_level_uniform_is_uniform_and_independent_of_the_choice(coupled):
     quarters = {level: [int(4 * sampler.level_uniform(0, i, level)) for i in range(POSITIONS)] for level in (0, 1)}
     quarter = dict.fromkeys(range(4), 0.25)
     assert abs(deviate(Counter(zip(quarters[0], quarters[1], strict=True)), pairs(quarter))) < UNLIKELY
-    joint = {(a, b): LAW[a] / 4 for a in LAW for b in quarter}
+    joint = {(a, b): DISTRIBUTION[a] / 4 for a in DISTRIBUTION for b in quarter}
     assert abs(deviate(Counter(zip(coupled[0], quarters[0], strict=True)), joint)) < UNLIKELY
 
 
@@ -84,21 +84,25 @@ def test_noise_does_not_depend_on_the_width_and_is_never_infinite():
     assert abs(float(huge.double().exp().mean()) - 1) < 0.005  # exponential: mean 1
 
 
-def test_wide_vocabularies_have_the_law_too():
+def test_wide_vocabularies_have_the_distribution_too():
     probs = torch.cat([PROBS / 2, torch.full((45,), 0.5 / 45)])
     tokens = choices(Sampler(False, [4], vocab=50), 0, probs)
     assert abs(deviate(Counter(tokens), dict(enumerate(probs.tolist())))) < UNLIKELY
 
 
-def test_fresh_draws_and_trials_have_their_laws_and_are_independent():
+def test_fresh_draws_and_trials_have_their_distributions_and_are_independent():
     sampler = Sampler(False, [5, 6], vocab=5, draws="independent")
     drawn = [(sampler.draw(0, 3 * PROBS), sampler.accepts(0, 0.3)) for _ in range(POSITIONS)]
-    joint = {(token, kept): LAW[token] * (0.3 if kept else 0.7) for token in LAW for kept in (False, True)}
+    joint = {
+        (token, kept): DISTRIBUTION[token] * (0.3 if kept else 0.7) for token in DISTRIBUTION for kept in (False, True)
+    }
     assert abs(deviate(Counter(drawn), joint)) < UNLIKELY
     tokens = [token for token, _ in drawn]
-    assert abs(deviate(Counter(pairwise(tokens)), pairs(LAW))) < UNLIKELY
+    assert abs(deviate(Counter(pairwise(tokens)), pairs(DISTRIBUTION))) < UNLIKELY
     other = [(sampler.draw(1, PROBS), sampler.accepts(1, 0.3)) for _ in range(POSITIONS)]
-    assert abs(deviate(Counter(zip(tokens, [token for token, _ in other], strict=True)), pairs(LAW))) < UNLIKELY
+    assert (
+        abs(deviate(Counter(zip(tokens, [token for token, _ in other], strict=True)), pairs(DISTRIBUTION))) < UNLIKELY
+    )
 
 
 def test_certain_trials_are_certain_and_impossible_tokens_never_drawn():

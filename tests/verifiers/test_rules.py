@@ -16,10 +16,10 @@ from toy import (
     Tables,
     TableScores,
     chain,
-    exact_law,
-    law_of_text,
+    exact_distribution,
     outcomes,
     planted,
+    text_distribution,
     total_variation,
 )
 from trees import drawn_tree
@@ -45,7 +45,7 @@ ALL += [Traversal(), Typical(), Deferral()]
 
 
 def accepted(verifier, target, propose) -> dict[int, float]:
-    """The law of the number of accepted tokens in the first round."""
+    """The distribution of the number of accepted tokens in the first round."""
 
     def count(sampler: Branching) -> int:
         draft = propose(Place((), depth=9), sampler)
@@ -54,8 +54,8 @@ def accepted(verifier, target, propose) -> dict[int, float]:
     return outcomes(count)
 
 
-def mean(law: dict[int, float]) -> float:
-    return sum(value * weight for value, weight in law.items())
+def mean(distribution: dict[int, float]) -> float:
+    return sum(value * weight for value, weight in distribution.items())
 
 
 # Figures of the literature
@@ -65,8 +65,8 @@ def mean(law: dict[int, float]) -> float:
 def test_acceptance_of_a_drawn_token(lenience, rate, distance):
     verifier = Rejection(lenience)
     assert accepted(verifier, TARGET, chain(DRAFTER, "d"))[1] == pytest.approx(rate)
-    law = law_of_text(verifier, TARGET, chain(DRAFTER, "d"), 1)
-    assert total_variation(law, exact_law(TARGET, 1)) == pytest.approx(distance, abs=1e-9)
+    distribution = text_distribution(verifier, TARGET, chain(DRAFTER, "d"), 1)
+    assert total_variation(distribution, exact_distribution(TARGET, 1)) == pytest.approx(distance, abs=1e-9)
 
 
 def test_acceptance_of_three_chosen_siblings():
@@ -74,7 +74,7 @@ def test_acceptance_of_three_chosen_siblings():
         return planted([(1, ROOT, None), (3, ROOT, None), (0, ROOT, None)])
 
     assert accepted(Rejection(), TARGET, propose)[1] == pytest.approx(0.76)
-    assert total_variation(law_of_text(Rejection(), TARGET, propose, 1), exact_law(TARGET, 1)) < 1e-9
+    assert total_variation(text_distribution(Rejection(), TARGET, propose, 1), exact_distribution(TARGET, 1)) < 1e-9
 
 
 def test_blocks_example_of_the_paper():
@@ -125,7 +125,7 @@ def test_block_keeps_at_least_as_much(kinds):
 
 
 def plausible(confidence: float, lenience: float, uniform: float = 1.0, choice: int = 0, tokens=(1,)) -> list[int]:
-    """Nodes kept among the root's children, the reviewer's choice being `choice` and its law `TARGET`'s."""
+    """Nodes kept among the root's children, the reviewer's choice being `choice` and its distribution `TARGET`'s."""
 
     class Coupled(Greedy):
         def level_uniform(self, row, position, level):
@@ -161,7 +161,9 @@ def test_the_choice_wins_over_lenient_siblings():
 def test_point_masses_get_no_lenience():
     assert plausible(confidence=NAN, lenience=1e6) == []
     reviewer, point = Tables(1), chain(Tables(101), "ccc")
-    assert total_variation(law_of_text(Rejection(9.0), reviewer, point, 3), exact_law(reviewer, 3)) < 1e-9
+    assert (
+        total_variation(text_distribution(Rejection(9.0), reviewer, point, 3), exact_distribution(reviewer, 3)) < 1e-9
+    )
 
 
 @pytest.mark.parametrize("verifier", [Lenient, Rejection])
@@ -188,7 +190,7 @@ def test_greedy_verdicts_are_those_of_match(tokens):
     sampler = Sampler(True, [1], vocab=3, draws="independent")
     for verifier in (Rejection(), Block(), Lenient(), KSeq(), WithoutReplacement(), SpecHub(), Traversal()):
         assert verifier.verify(draft, scores, sampler) == expected
-    # The same path as for sampling: one-hot laws leave nothing to chance.
+    # The same path as for sampling: one-hot distributions leave nothing to chance.
     verdict = Rejection().verify(draft, scores, Branching())
     assert (verdict.accepted, verdict.next_token) == (expected.accepted, expected.next_token)
 
@@ -197,11 +199,11 @@ def test_greedy_lenience_is_the_same_rule_for_both():
     draft = Draft((1, 2), (-1, 0), (2, 2), (0.45, 0.5))
     scores = TableScores(TARGET, (), draft)
     strict, lenient = (rule.verify(draft, scores, Greedy()) for rule in (Rejection(), Rejection(2.0)))
-    assert (strict.accepted, lenient.accepted, lenient.laws) == ([], [0], None)
+    assert (strict.accepted, lenient.accepted, lenient.emitted_probs) == ([], [0], None)
     assert lenient == Lenient(2.0).verify(draft, scores, Greedy())
 
 
-# Ends, laws, places
+# Ends, distributions, places
 
 
 @pytest.mark.parametrize("kinds", ["", "ccc", "ddd"])
@@ -219,20 +221,20 @@ def test_the_end_is_asked_once_for_each_emitted_token(verifier, kinds):
         assert verdict.ended == (tokens[-1] == 2)
         assert 2 not in tokens[:-1]
         assert verdict.ended or verdict.next_token is not None
-        if verdict.laws is not None:
-            assert len(verdict.laws) == len(tokens)
+        if verdict.emitted_probs is not None:
+            assert len(verdict.emitted_probs) == len(tokens)
 
     outcomes(play)
 
 
 @pytest.mark.parametrize("kinds", ["ddd", "dcd"])
 @pytest.mark.parametrize("verifier", [Rejection(), Block(), Traversal()], ids=repr)
-def test_text_that_ends_has_the_targets_law(verifier, kinds):
+def test_text_that_ends_has_the_targets_distribution(verifier, kinds):
     end, expected = 2, defaultdict(float)
-    for text, weight in exact_law(Tables(0), 3).items():
+    for text, weight in exact_distribution(Tables(0), 3).items():
         expected[text[: text.index(end) + 1] if end in text else text] += weight
-    law = law_of_text(verifier, Tables(0), chain(Tables(100), kinds), 3, eos=(end,))
-    assert total_variation(law, expected) < 1e-9
+    distribution = text_distribution(verifier, Tables(0), chain(Tables(100), kinds), 3, eos=(end,))
+    assert total_variation(distribution, expected) < 1e-9
 
 
 @pytest.mark.parametrize("verifier", [Match(), Lenient(2.0), Rejection(), Block(), Traversal(), Typical()], ids=repr)
@@ -251,8 +253,8 @@ def test_what_is_above_the_root_is_not_judged(verifier):
     assert play(whole, (), before.tip) == play(tail, (0, 1), ROOT)
 
 
-def test_laws_of_another_width_of_number_are_cast():
-    law = torch.tensor(DRAFTER.probs, dtype=torch.float32)
-    draft = Draft((1,), (ROOT,), (2,), (0.45,)).relabelled(0, laws=(law,))
+def test_distributions_of_another_width_of_number_are_cast():
+    distribution = torch.tensor(DRAFTER.values, dtype=torch.float32)
+    draft = Draft((1,), (ROOT,), (2,), (0.45,)).relabelled(0, draft_probs=(distribution,))
     verdict = Rejection(2.0).verify(draft, TableScores(TARGET, (), draft), Branching())
-    assert verdict.laws[0].dtype == torch.float64
+    assert verdict.emitted_probs[0].dtype == torch.float64

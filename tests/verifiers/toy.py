@@ -1,8 +1,8 @@
-"""A toy world where every law can be written down: tables instead of models, branching instead of chance.
+"""A toy world where every distribution can be written down: tables instead of models, branching instead of chance.
 
 `Branching` stands in for the `Sampler`. Each random decision of a drafter or verifier is a Bernoulli trial (`accepts`)
 or a categorical draw (`draw`); it takes one branch, multiplies the branch's probability, and remembers the others.
-`outcomes` replays a play until no branch is left, so the law of its result comes out exactly, rounding apart.
+`outcomes` replays a play until no branch is left, so the distribution of its result comes out exactly, rounding apart.
 """
 
 from __future__ import annotations
@@ -17,54 +17,54 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from csdraft.decoding.draft import ROOT, Draft, Law
+from csdraft.decoding.draft import ROOT, Draft, DraftProbs
 from csdraft.decoding.interfaces import Context, Round, Verifier
 from csdraft.decoding.sampling import Sampler
 
 NAN = float("nan")
-TextLaw = dict[tuple[int, ...], float]
+TextDistribution = dict[tuple[int, ...], float]
 
 
 @dataclass(frozen=True)
 class Tables:
-    """A model that is a table: a random law after every text, with some tokens ruled out altogether."""
+    """A model that is a table: a random distribution after every text, with some tokens ruled out altogether."""
 
     seed: int
     vocab: int = 3
     ruled_out: float = 0.15
 
-    def law(self, text: tuple[int, ...]) -> Tensor:
+    def probs(self, text: tuple[int, ...]) -> Tensor:
         """(vocab,) float64 probabilities of the token after `text`."""
-        return _random_law(self, text)
+        return _random_distribution(self, text)
 
 
 @cache
-def _random_law(tables: Tables, text: tuple[int, ...]) -> Tensor:
+def _random_distribution(tables: Tables, text: tuple[int, ...]) -> Tensor:
     chance = random.Random(repr((tables, text)))
     weights = [chance.expovariate(1) * (chance.random() >= tables.ruled_out) for _ in range(tables.vocab)]
     weights[chance.randrange(tables.vocab)] += 0.1
-    law = torch.tensor(weights, dtype=torch.float64)
-    return law / law.sum()
+    distribution = torch.tensor(weights, dtype=torch.float64)
+    return distribution / distribution.sum()
 
 
 @dataclass(frozen=True)
 class Fixed:
-    """A model that gives the same law after every text."""
+    """A model that gives the same distribution after every text."""
 
-    probs: tuple[float, ...]
+    values: tuple[float, ...]
 
     @property
     def vocab(self) -> int:
-        return len(self.probs)
+        return len(self.values)
 
-    def law(self, text: tuple[int, ...]) -> Tensor:
+    def probs(self, text: tuple[int, ...]) -> Tensor:
         del text
-        return torch.tensor(self.probs, dtype=torch.float64)
+        return torch.tensor(self.values, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
 class Peaked:
-    """What greedy decoding makes of a model: one-hot laws."""
+    """What greedy decoding makes of a model: one-hot distributions."""
 
     model: Tables
 
@@ -72,10 +72,10 @@ class Peaked:
     def vocab(self) -> int:
         return self.model.vocab
 
-    def law(self, text: tuple[int, ...]) -> Tensor:
-        law = torch.zeros(self.vocab, dtype=torch.float64)
-        law[int(self.model.law(text).argmax())] = 1
-        return law
+    def probs(self, text: tuple[int, ...]) -> Tensor:
+        distribution = torch.zeros(self.vocab, dtype=torch.float64)
+        distribution[int(self.model.probs(text).argmax())] = 1
+        return distribution
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ class Single:
     def vocab(self) -> int:
         return self.model.vocab
 
-    def law(self, text: tuple[int, ...]) -> Tensor:
-        return self.model.law(text).float()
+    def probs(self, text: tuple[int, ...]) -> Tensor:
+        return self.model.probs(text).float()
 
 
 Model = Tables | Fixed | Peaked | Single
@@ -107,7 +107,7 @@ class TableScores:
         self.asked: list[tuple[int, int]] = []
 
     def probs(self, node: int) -> Tensor:
-        return self.model.law(self.text + tuple(self.draft.tokens[i] for i in self.draft.path(node)))
+        return self.model.probs(self.text + tuple(self.draft.tokens[i] for i in self.draft.path(node)))
 
     def choice(self, node: int) -> int:
         log_probs = self.probs(node).log()
@@ -167,15 +167,15 @@ class Greedy(Branching):
 
 
 def outcomes(play: Callable[[Branching], Hashable]) -> dict:
-    """The exact law of what `play` returns."""
-    law: dict = defaultdict(float)
+    """The exact distribution of what `play` returns."""
+    distribution: dict = defaultdict(float)
     scripts: list[tuple[int, ...]] = [()]
     while scripts:
         sampler = Branching(scripts.pop())
         result = play(sampler)
-        law[result] += sampler.weight
+        distribution[result] += sampler.weight
         scripts += sampler.untried
-    return law
+    return distribution
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class Place:
 Propose = Callable[[Place, Branching], Draft]
 
 
-def law_of_text(
+def text_distribution(
     verifier: Verifier,
     target: Model,
     propose: Propose,
@@ -204,8 +204,8 @@ def law_of_text(
     remembers: bool = False,
     noise: Sampler | None = None,
     eos: Sequence[int] = (),
-) -> TextLaw:
-    """The exact law of the first `length` tokens, as many rounds as they take.
+) -> TextDistribution:
+    """The exact distribution of the first `length` tokens, as many rounds as they take.
 
     Args:
         remembers: whether the drafter reads `Place.refused`.
@@ -214,7 +214,7 @@ def law_of_text(
     """
 
     @cache
-    def law_after(text: tuple[int, ...], refused: tuple[int, ...]) -> TextLaw:
+    def distribution_after(text: tuple[int, ...], refused: tuple[int, ...]) -> TextDistribution:
         if len(text) >= length or (text and text[-1] in eos):
             return {text[:length]: 1.0}
 
@@ -228,47 +228,47 @@ def law_of_text(
                 kept.append(verdict.next_token)
             return tuple(kept), draft.tokens[len(kept) :] if remembers else ()
 
-        law: TextLaw = defaultdict(float)
+        distribution: TextDistribution = defaultdict(float)
         for (tokens, left), weight in outcomes(one_round).items():
-            for final, later in law_after(text + tokens, left).items():
-                law[final] += weight * later
-        return law
+            for final, later in distribution_after(text + tokens, left).items():
+                distribution[final] += weight * later
+        return distribution
 
-    return law_after((), ())
+    return distribution_after((), ())
 
 
-def exact_law(target: Model, length: int) -> TextLaw:
-    """The law of plain decoding's first `length` tokens."""
-    law = {}
+def exact_distribution(target: Model, length: int) -> TextDistribution:
+    """The distribution of plain decoding's first `length` tokens."""
+    distribution = {}
     for text in product(range(target.vocab), repeat=length):
-        law[text] = 1.0
+        distribution[text] = 1.0
         for i, token in enumerate(text):
-            law[text] *= float(target.law(text[:i])[token])
-    return law
+            distribution[text] *= float(target.probs(text[:i])[token])
+    return distribution
 
 
 def total_variation(left: dict, right: dict) -> float:
-    """Half the sum of absolute differences of two laws."""
+    """Half the sum of absolute differences of two distributions."""
     return sum(abs(left.get(key, 0.0) - right.get(key, 0.0)) for key in {*left, *right}) / 2
 
 
 def drawn(draft: Draft, model: Model, place: Place, sampler: Branching) -> Draft:
     """The chain with one more token, drawn from `model`."""
-    law = model.law(place.path(draft))
-    token = sampler.draw(0, law)
-    return draft.extend((token,), 2, (float(law[token]),), (law,))
+    distribution = model.probs(place.path(draft))
+    token = sampler.draw(0, distribution)
+    return draft.extend((token,), 2, (float(distribution[token]),), (distribution,))
 
 
 def chosen(draft: Draft, model: Model, place: Place) -> Draft:
     """The chain with one more token, the argmax of `model`: a point mass."""
-    return draft.extend((int(model.law(place.path(draft)).argmax()),), 2)
+    return draft.extend((int(model.probs(place.path(draft)).argmax()),), 2)
 
 
 def planted(nodes: Sequence[tuple[int, int, Tensor | None]], kind: str = "iid") -> Draft:
-    """A tree of (token, parent, law) nodes."""
-    tokens, parents, laws = zip(*nodes, strict=True)
-    law = None if all(row is None for row in laws) else Law(kind, laws)
-    return Draft(tokens, parents, (2,) * len(nodes), (NAN,) * len(nodes), law)
+    """A tree of (token, parent, distribution) nodes."""
+    tokens, parents, distributions = zip(*nodes, strict=True)
+    distribution = None if all(row is None for row in distributions) else DraftProbs(kind, distributions)
+    return Draft(tokens, parents, (2,) * len(nodes), (NAN,) * len(nodes), distribution)
 
 
 def chain(drafter: Model, kinds: str) -> Propose:
@@ -284,7 +284,7 @@ def chain(drafter: Model, kinds: str) -> Propose:
 
 
 def reviewed(inner: Verifier, reviewer: Model, below: Propose, rounds: int) -> Propose:
-    """A vertical cascade: `reviewer` reviews what `below` proposes, and hands up what comes out with its laws."""
+    """A vertical cascade: `reviewer` reviews what `below` proposes, and hands the result up with its distributions."""
 
     def propose(place: Place, sampler: Branching) -> Draft:
         draft = place.draft

@@ -1,4 +1,4 @@
-"""Trees grown on tables of laws, without a model: by enumeration of every draw, or with a real sampler."""
+"""Trees grown on tables of distributions, without a model: by enumeration of every draw, or with a real sampler."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from toy import Branching, Model, Place, Propose
 from trees import siblings
 
 from csdraft import spec
+from csdraft.decoding.children import Children, Question, _drawn, _likeliest
 from csdraft.decoding.draft import ROOT, Draft
-from csdraft.decoding.expand import Children, Question, _drawn, _likeliest
-from csdraft.decoding.grow import Growth, Row, _draft
 from csdraft.decoding.interfaces import Context, Tree
 from csdraft.decoding.sampling import Sampler
+from csdraft.decoding.tree import Growth, Row, _draft
 
 TREES = spec.types("trees")
 SMALL = {
@@ -39,14 +39,16 @@ def grown(tree: Tree, drafter: Model, place: Place, sampler: Branching | Sampler
         step = next(steps)
         while True:
             nodes = sorted(step.nodes)
-            laws = [drafter.law(place.text + branch(growth, node)) for node in nodes]
+            distributions = [drafter.probs(place.text + branch(growth, node)) for node in nodes]
             if sampler is None or tree.draws is None:
                 above = [growth.path(node) for node in nodes]
                 asked = Question(None, nodes, step.width, above, step.most)  # type: ignore[arg-type]
-                growth.add(nodes, _likeliest(torch.stack(laws).log(), [asked])[0])
+                growth.add(nodes, _likeliest(torch.stack(distributions).log(), [asked])[0])
             else:
                 assert step.most is None
-                growth.add(nodes, [children(tree, law, step.width, sampler) for law in laws])
+                growth.add(
+                    nodes, [children(tree, distribution, step.width, sampler) for distribution in distributions]
+                )
             step = next(steps)
     except StopIteration as end:
         row.kept = end.value
@@ -62,15 +64,15 @@ def branch(growth: Growth, node: int) -> tuple[int, ...]:
     return tuple(tokens[::-1])
 
 
-def children(tree: Tree, law: torch.Tensor, width: int, sampler: Branching | Sampler) -> Children:
+def children(tree: Tree, distribution: torch.Tensor, width: int, sampler: Branching | Sampler) -> Children:
     """Draws of one node."""
     assert tree.draws is not None
     if isinstance(sampler, Sampler):
-        return _drawn(0, sampler, law.log(), width, tree.draws)
-    possible = int((law > 0).sum())
+        return _drawn(0, sampler, distribution.log(), width, tree.draws)
+    possible = int((distribution > 0).sum())
     count = width if tree.draws == "iid" else min(width, possible)
-    tokens = siblings(law, tree.draws, count, sampler)[:count]
-    return Children(tokens, law[tokens].log().tolist(), law=law)
+    tokens = siblings(distribution, tree.draws, count, sampler)[:count]
+    return Children(tokens, distribution[tokens].log().tolist(), probs=distribution)
 
 
 def proposing(tree: Tree, drafter: Model, real: Sampler | None = None) -> Propose:

@@ -1,4 +1,4 @@
-"""Toy drafters of trees, one for every way in which siblings come about: see `Law.kind`."""
+"""Toy drafters of trees, one for every way in which siblings come about: see `DraftProbs.kind`."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from csdraft.decoding.draft import ROOT
 Node = tuple[int, int, Tensor | None]
 
 
-def siblings(law: Tensor, kind: str, count: int, sampler: Branching) -> list[int]:
-    """Tokens drawn from `law`; fewer than `count` where the kind has no more."""
+def siblings(distribution: Tensor, kind: str, count: int, sampler: Branching) -> list[int]:
+    """Tokens drawn from `distribution`; fewer than `count` where the kind has no more."""
     if kind == "iid":
-        return [sampler.draw(0, law) for _ in range(count)]
+        return [sampler.draw(0, distribution) for _ in range(count)]
     if kind == "pair":
-        hub, first = int(law.argmax()), sampler.draw(0, law)
-        return [first, sampler.draw(0, without(law, [first])) if first == hub else hub]
+        hub, first = int(distribution.argmax()), sampler.draw(0, distribution)
+        return [first, sampler.draw(0, without(distribution, [first])) if first == hub else hub]
     tokens: list[int] = []
     while len(tokens) < count:
-        tokens.append(sampler.draw(0, without(law, tokens)))
+        tokens.append(sampler.draw(0, without(distribution, tokens)))
     return tokens
 
 
-def without(law: Tensor, tokens: Sequence[int]) -> Tensor:
-    """(vocab,) weights of the tokens that are left; equal ones if the law has none left."""
-    rest = law.clone()
+def without(distribution: Tensor, tokens: Sequence[int]) -> Tensor:
+    """(vocab,) weights of the tokens that are left; equal ones if the distribution has none left."""
+    rest = distribution.clone()
     rest[list(tokens)] = 0
     if rest.sum() > 0:
         return rest
-    rest = torch.ones_like(law)
+    rest = torch.ones_like(distribution)
     rest[list(tokens)] = 0
     return rest
 
@@ -41,13 +41,15 @@ def drawn_tree(drafter: Model, kind: str, counts: Sequence[int]) -> Propose:
     """`counts[0]` tokens below the root, then `counts[i]` below the i-th of them, as far as they are wanted."""
 
     def propose(place: Place, sampler: Branching) -> list:
-        law = drafter.law(place.text)
-        first = siblings(law, kind, counts[0], sampler)
-        nodes: list[Node] = [(token, ROOT, law) for token in first]
+        distribution = drafter.probs(place.text)
+        first = siblings(distribution, kind, counts[0], sampler)
+        nodes: list[Node] = [(token, ROOT, distribution) for token in first]
         if place.depth > 1:
             for parent, (token, count) in enumerate(zip(first, counts[1:], strict=False)):
-                law = drafter.law((*place.text, token))
-                nodes += [(child, parent, law) for child in siblings(law, kind, count, sampler) if count]
+                distribution = drafter.probs((*place.text, token))
+                nodes += [
+                    (child, parent, distribution) for child in siblings(distribution, kind, count, sampler) if count
+                ]
         return planted(nodes, kind)
 
     return propose
@@ -57,10 +59,10 @@ def both_sorts(drafter: Model, kind: str, chosen_at: Sequence[int], count: int =
     """Drawn siblings with chosen ones put among them, before the places `chosen_at`; a chosen child below the last."""
 
     def propose(place: Place, sampler: Branching) -> list:
-        law = drafter.law(place.text)
-        nodes: list[Node] = [(token, ROOT, law) for token in siblings(law, kind, count, sampler)]
+        distribution = drafter.probs(place.text)
+        nodes: list[Node] = [(token, ROOT, distribution) for token in siblings(distribution, kind, count, sampler)]
         for i, at in enumerate(chosen_at):
-            nodes.insert(at, ((place.depth + i) % len(law), ROOT, None))
+            nodes.insert(at, ((place.depth + i) % len(distribution), ROOT, None))
         nodes.append((0, len(nodes) - 1, None))
         return planted(nodes, kind)
 
@@ -71,12 +73,16 @@ def lone_draws(drafter: Model, kind: str) -> Propose:
     """A drawn token beside two chosen ones, and a drawn child of the first two."""
 
     def propose(place: Place, sampler: Branching) -> list:
-        law = drafter.law(place.text)
-        best = law.topk(2).indices.tolist()
-        nodes: list[Node] = [(best[0], ROOT, None), (sampler.draw(0, law), ROOT, law), (best[1], ROOT, None)]
+        distribution = drafter.probs(place.text)
+        best = distribution.topk(2).indices.tolist()
+        nodes: list[Node] = [
+            (best[0], ROOT, None),
+            (sampler.draw(0, distribution), ROOT, distribution),
+            (best[1], ROOT, None),
+        ]
         for parent in (0, 1):
-            law = drafter.law((*place.text, nodes[parent][0]))
-            nodes.append((sampler.draw(0, law), parent, law))
+            distribution = drafter.probs((*place.text, nodes[parent][0]))
+            nodes.append((sampler.draw(0, distribution), parent, distribution))
         return planted(nodes, kind)
 
     return propose
@@ -90,20 +96,22 @@ def beam(drafter: Model, width: int) -> Propose:
     """
 
     def propose(place: Place, sampler: Branching) -> list:
-        law = drafter.law(place.text)
-        below = [drafter.law((*place.text, token)) for token in range(len(law))]
-        weights = torch.cat([law[token] * row for token, row in enumerate(below)])
+        distribution = drafter.probs(place.text)
+        below = [drafter.probs((*place.text, token)) for token in range(len(distribution))]
+        weights = torch.cat([distribution[token] * row for token, row in enumerate(below)])
         leaves: list[int] = []
         while len(leaves) < width and weights.sum() > 1e-12:
             leaves.append(sampler.draw(0, weights))
             weights[leaves[-1]] = 0
-        first = list(dict.fromkeys(leaf // len(law) for leaf in leaves))
-        while len(first) < width and (rest := law.clone().index_fill_(0, torch.tensor(first), 0)).sum() > 1e-12:
+        first = list(dict.fromkeys(leaf // len(distribution) for leaf in leaves))
+        while (
+            len(first) < width and (rest := distribution.clone().index_fill_(0, torch.tensor(first), 0)).sum() > 1e-12
+        ):
             first.append(sampler.draw(0, rest))
-        nodes: list[Node] = [(token, ROOT, law) for token in first]
+        nodes: list[Node] = [(token, ROOT, distribution) for token in first]
         if place.depth > 1:
             for leaf in leaves:
-                token, child = divmod(leaf, len(law))
+                token, child = divmod(leaf, len(distribution))
                 nodes.append((child, first.index(token), below[token]))
         return planted(nodes, "without_replacement")
 

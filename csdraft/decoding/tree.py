@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from csdraft.decoding.children import Children, Question, find_children
 from csdraft.decoding.draft import ROOT, Draft
-from csdraft.decoding.expand import Children, Question, expand
 from csdraft.decoding.interfaces import Context, Request, Step, Tree
 from csdraft.decoding.session import Session
 
-__all__ = ["Growth", "grow"]
+__all__ = ["Growth", "draft_tree"]
 
 
 @dataclass(eq=False)
@@ -45,7 +45,7 @@ class Growth:
     perturbed: list[float] = field(default_factory=list)
     latest: range = range(0)
     confidence: list[float] = field(default_factory=list)
-    laws: list[Tensor | None] = field(default_factory=list)
+    draft_probs: list[Tensor | None] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -74,7 +74,7 @@ class Growth:
             self.ranks += range(count)
             self.perturbed += own.perturbed
             self.confidence += own.confidence
-            self.laws += [own.law] * count
+            self.draft_probs += [own.probs] * count
         self.latest = range(before, len(self))
 
     def copy(self, node: int, parent: int) -> int:
@@ -88,7 +88,7 @@ class Growth:
         self.paths.append(self.path(parent) + self.log_probs[node])
         self.depths.append(0 if parent == ROOT else self.depths[parent] + 1)
         self.ranks.append(self.ranks[node])
-        self.laws.append(None)
+        self.draft_probs.append(None)
         if self.confidence:
             self.confidence.append(self.confidence[node])
         return len(self) - 1
@@ -111,7 +111,7 @@ class Row:
     kept: Sequence[int] = ()
 
 
-def grow(
+def draft_tree(
     session: Session,
     tree: Tree,
     contexts: Sequence[Context],
@@ -144,7 +144,7 @@ def grow(
             Question(scores, request.after or (), row.step.width, list(map(row.growth.path, row.asked)), row.step.most)
             for row, request, scores in zip(live, requests, session.score(requests, choose=False), strict=True)
         ]
-        for row, found in zip(live, expand(questions, tree.draws, confidence), strict=True):
+        for row, found in zip(live, find_children(questions, tree.draws, confidence), strict=True):
             row.growth.add(row.asked, found)
         live = [row for row in live if _next(row, session)]
     return [_draft(row, tree, level, confidence) for row in rows]
@@ -158,7 +158,7 @@ def _begin(tree: Tree, context: Context, depth: int) -> Row:
 
 def _next(row: Row, session: Session) -> bool:
     """Takes the row's tree one step on: False when it is grown. Nothing follows the end of a text."""
-    ends = session.head.stopping.eos
+    ends = session.chooser.stopping.eos
     try:
         while True:
             row.step = next(row.steps)
@@ -187,7 +187,7 @@ def _read(row: Row, level: int) -> None:
 def _draft(row: Row, tree: Tree, level: int, confidence: bool) -> Draft:
     """The context's own nodes, then those that the tree keeps."""
     growth, context, nodes = row.growth, row.context, sorted(row.kept)
-    drawn = any(law is not None for law in growth.laws)
+    drawn = any(probs is not None for probs in growth.draft_probs)
     if drawn:
         _check_drawn(growth, nodes, tree)
     nodes = _lead_last(growth, nodes, drawn)
@@ -200,13 +200,13 @@ def _draft(row: Row, tree: Tree, level: int, confidence: bool) -> Draft:
         [places[growth.parents[node]] for node in nodes],
         level,
         pick(growth.confidence) if confidence else None,
-        pick(growth.laws) if drawn else None,
+        pick(growth.draft_probs) if drawn else None,
         tree.draws or "iid",
     )
 
 
 def _check_drawn(growth: Growth, nodes: list[int], tree: Tree) -> None:
-    """Raises ValueError if a drawn node is kept without an elder sibling: it was chosen then, its law is another."""
+    """Raises ValueError if a drawn node is kept without an earlier sibling: then it was chosen, not drawn."""
     kept = set(nodes)
     for node in nodes:
         if growth.ranks[node] and node - 1 not in kept:

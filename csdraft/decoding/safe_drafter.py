@@ -12,17 +12,17 @@ from typing import TypeVar
 from csdraft.decoding import clock
 from csdraft.decoding.awaited import Awaited
 from csdraft.decoding.call import Call
-from csdraft.decoding.draft import ROOT, Draft, Law
+from csdraft.decoding.draft import ROOT, Draft, DraftProbs
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Schedule, Verifier
 from csdraft.decoding.report import Report
 from csdraft.decoding.scores import NAN
 
-__all__ = ["Guarded"]
+__all__ = ["SafeDrafter"]
 
 T = TypeVar("T")
 
 
-class Guarded(Drafter):
+class SafeDrafter(Drafter):
     """Runs a drafter, times it, and continues without it once it has failed.
 
     Everything that a call asks a drafter goes through here, what its schedule asks included.
@@ -154,12 +154,12 @@ class Guarded(Drafter):
             return f"a draft is {max(draft.depths) + 1} tokens deep, but its room was {room}"
         if self.verifier.reads_confidence and (odd := [c for c in draft.confidence if not _is_confidence(c)]):
             return f"confidence {odd[0]!r} of a drafted token must be a probability, or nan where there is none"
-        return None if draft.law is None else self._flaw_of_law(draft.law, size, call.vocab)
+        return None if draft.probs is None else self._flaw_of_probs(draft.probs, size, call.vocab)
 
-    def _flaw_of_law(self, law: Law, size: int, vocab: int) -> str | None:
-        if len(law.rows) != size:
-            return f"a draft of {size} tokens has laws for {len(law.rows)}"
-        return law.flaw(vocab) if self.verifier.draws == "independent" else None  # nobody reads it otherwise
+    def _flaw_of_probs(self, probs: DraftProbs, size: int, vocab: int) -> str | None:
+        if len(probs.rows) != size:
+            return f"a draft of {size} tokens has distributions for {len(probs.rows)}"
+        return probs.flaw(vocab) if self.verifier.draws == "independent" else None  # nobody reads it otherwise
 
     def _give_up(self, error: Exception) -> None:
         """Leaves the drafter out for the rest of the call, or raises when strict."""

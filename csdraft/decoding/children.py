@@ -1,4 +1,4 @@
-"""From the logits after a node to its children in a tree: the likeliest tokens, or draws from the model's law."""
+"""From the logits after a node to its children in a tree: the likeliest tokens, or drawn ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from csdraft.decoding.draft import Kind
 from csdraft.decoding.sampling import Sampler
 from csdraft.decoding.scores import NAN, Scores
 
-__all__ = ["Children", "Question", "expand"]
+__all__ = ["Children", "Question", "find_children"]
 
 
 @dataclass(eq=False)
@@ -21,14 +21,14 @@ class Children:
     """The children of one node, in the order they are proposed; see `Growth` for what the numbers mean.
 
     Attributes:
-        law: (vocab,) what they were drawn from; None if they were chosen.
+        probs: (vocab,) what they were drawn from; None if they were chosen.
     """
 
     tokens: list[int]
     log_probs: list[float]
     perturbed: list[float] = field(default_factory=list)
     confidence: list[float] = field(default_factory=list)
-    law: Tensor | None = None
+    probs: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,7 @@ class Question:
     most: int | None = None
 
 
-def expand(questions: Sequence[Question], draws: Kind | None, confidence: bool = False) -> list[list[Children]]:
+def find_children(questions: Sequence[Question], draws: Kind | None, confidence: bool = False) -> list[list[Children]]:
     """By question, the children of each of its nodes: chosen, or drawn where draws are independent.
 
     What is chosen comes to the host in one copy for all rows.
@@ -59,8 +59,8 @@ def expand(questions: Sequence[Question], draws: Kind | None, confidence: bool =
         draws: how independent draws are made; see `Tree.draws`.
         confidence: whether to compute the children's softmax probabilities at the call's temperature.
     """
-    head = questions[0].scores.head
-    if draws is None or head.sampler.greedy or head.sampler.coupled:
+    chooser = questions[0].scores.chooser
+    if draws is None or chooser.sampler.greedy or chooser.sampler.coupled:
         soft = torch.cat([_soft(question.scores) for question in questions]) if confidence else None
         return _likeliest(torch.cat([_noisy(question) for question in questions]), questions, soft)
     found = []
@@ -71,7 +71,8 @@ def expand(questions: Sequence[Question], draws: Kind | None, confidence: bool =
             )
         scores = question.scores
         children = [
-            _drawn(scores.row, head.sampler, row, question.width, draws) for row in _values(question).log_softmax(-1)
+            _drawn(scores.row, chooser.sampler, row, question.width, draws)
+            for row in _values(question).log_softmax(-1)
         ]
         if confidence:
             for own, row in zip(children, _soft(scores), strict=True):
@@ -83,21 +84,21 @@ def expand(questions: Sequence[Question], draws: Kind | None, confidence: bool =
 def _values(question: Question) -> Tensor:
     """(nodes, vocab) float32 scores after each node, as the level's processors leave them."""
     scores = question.scores
-    if scores.head.processing.text_blind:
-        return scores.head.processing.all_at_once(scores.logits).float()
+    if scores.chooser.processing.text_blind:
+        return scores.chooser.processing.all_at_once(scores.logits).float()
     return torch.stack([scores.processed(node) for node in question.nodes]).float()
 
 
 def _soft(scores: Scores) -> Tensor:
     """(nodes, vocab) softmax at the call's temperature."""
-    temperature = 1.0 if scores.head.sampler.greedy else scores.head.processing.temperature
+    temperature = 1.0 if scores.chooser.sampler.greedy else scores.chooser.processing.temperature
     return (scores.logits.float() / temperature).softmax(-1)
 
 
 def _noisy(question: Question) -> Tensor:
     """(nodes, vocab) scores less the noise of the position after each node, which siblings and cousins share."""
     scores, values = question.scores, _values(question)
-    sampler = scores.head.sampler
+    sampler = scores.chooser.sampler
     if sampler.greedy or not sampler.coupled:
         return values
     return values - sampler.noise([(scores.row, scores.position(node)) for node in question.nodes], values.device)
@@ -141,23 +142,23 @@ def _kept(question: Question, table: np.ndarray) -> list[Children]:
 
 def _drawn(row: int, sampler: Sampler, log_probs: Tensor, width: int, draws: Kind) -> Children:
     """From (vocab,) log probabilities: fresh draws, in the order in which a verifier must try them."""
-    law, perturbed = log_probs.exp(), []
+    probs, perturbed = log_probs.exp(), []
     if draws == "iid":
-        tokens = [sampler.draw(row, law) for _ in range(width)]
+        tokens = [sampler.draw(row, probs) for _ in range(width)]
     elif draws == "without_replacement":  # Gumbel-top-k: Kool, van Hoof and Welling, arXiv 1903.06059
         values = log_probs - sampler.fresh_log_exponential(row, log_probs.device)
-        top = values.topk(min(width, int((law > 0).sum())))
+        top = values.topk(min(width, int((probs > 0).sum())))
         tokens, perturbed = top.indices.tolist(), top.values.tolist()
     else:
-        tokens = _pair(row, sampler, law)[:width]
-    return Children(tokens, log_probs[tokens].tolist(), perturbed, law=law)
+        tokens = _pair(row, sampler, probs)[:width]
+    return Children(tokens, log_probs[tokens].tolist(), perturbed, probs=probs)
 
 
-def _pair(row: int, sampler: Sampler, law: Tensor) -> list[int]:
-    """SpecHub's two draws (arXiv 2411.05289): one is the likeliest token, the other from the law."""
-    hub, first = int(law.argmax()), sampler.draw(row, law)
+def _pair(row: int, sampler: Sampler, probs: Tensor) -> list[int]:
+    """SpecHub's two draws (arXiv 2411.05289): one is the likeliest token, the other from the distribution."""
+    hub, first = int(probs.argmax()), sampler.draw(row, probs)
     if first != hub:
         return [first, hub]
-    others = law.clone()
+    others = probs.clone()
     others[hub] = 0
     return [hub, sampler.draw(row, others)] if others.sum() > 0 else [hub]
