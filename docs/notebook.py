@@ -1,4 +1,4 @@
-"""Run the cells of docs/quickstart.ipynb and store what they show. `--check` stores nothing.
+"""Run the cells of docs/quickstart.ipynb and store what they show, there or in another file.
 
     python docs/notebook.py
 
@@ -67,16 +67,15 @@ def lines(text: str) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="run the cells and store nothing")
-    check = parser.parse_args().check
+    parser.add_argument("--out", type=Path, default=NOTEBOOK, help="where to store (default: in the notebook)")
+    out = parser.parse_args().out
     matplotlib.use("agg")
     matplotlib.rcParams |= {"svg.hashsalt": "csdraft", "svg.fonttype": "none"}  # equal figures give equal files
     sys.path.insert(0, str(NOTEBOOK.parent.parent))
     notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
     run(notebook["cells"])
-    if not check:
-        text = json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True)
-        NOTEBOOK.write_text(text + "\n", encoding="utf-8")
+    text = json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True)
+    out.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
