@@ -10,7 +10,7 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from xml.sax.saxutils import escape
 
 import torch
@@ -98,7 +98,7 @@ def answer(target_path: str, drafter_path: str, prompts: str) -> tuple[str, list
     """The prompt's last lines, the answer as (text of a token, level that drafted it), and the levels' names."""
     tokenizer = load_tokenizer(target_path)
     models = [load_model(path, torch.device("cpu"), torch.float32) for path in (target_path, drafter_path)]
-    target = configured(models[0], pad_token_id=tokenizer.eos_token_id)
+    target = cast(Any, configured(models[0], pad_token_id=tokenizer.eos_token_id))
     prompt = next(text for text in read_prompts(prompts) if PROMPT in text.splitlines()[-1])
     inputs = tokenizer(prompt, return_tensors="pt")
     cascade = CascadeDrafter([models[1], MaxGram()], k_matrix=[[3, 12], [0, 6]], schedule="fixed")

@@ -13,9 +13,11 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, fields
 from functools import cache, partial
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
+from benchmarks import picture
 from benchmarks.__main__ import main as benchmarks
 from csdraft.cli import main
 from csdraft.data.generate import GenerateArguments
@@ -201,6 +203,18 @@ def test_named_files_and_names_exist(page):
             assert (ROOT / span).exists() or (ROOT / "csdraft" / span).exists(), span
         if re.fullmatch(r"csdraft(\.\w+)+", span):
             assert pydoc.locate(span) is not None, span
+
+
+def test_the_picture_is_drawn(tmp_path, monkeypatch):
+    """With the figures that are kept; each method that was measured has a bar, and each kind of token a colour."""
+    monkeypatch.chdir(ROOT)
+    benchmarks(["picture", "--out", str(tmp_path / "answer.svg")])
+    drawn = ElementTree.parse(tmp_path / "answer.svg").getroot()
+    texts = {"".join(text.itertext()) for text in drawn.iter("{http://www.w3.org/2000/svg}text")}
+    measured = json.loads((ROOT / picture.KEPT).read_text("utf-8"))["figures"]
+    assert {picture.LABELS[f["name"]].replace("`", "") for f in measured if f["name"] != "plain"} <= texts
+    colours = {shape.get("fill") for shape in drawn.iter("{http://www.w3.org/2000/svg}rect")}
+    assert set(picture.COLOURS) <= colours
 
 
 def test_every_page_is_in_the_site():
