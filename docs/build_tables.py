@@ -42,11 +42,11 @@ The last two columns were measured on the bundled pair: tokens a round, and spee
 with its 95 % interval ({prompts} prompts, {max_new_tokens} new tokens, float32, {threads} CPU threads). Drafters and
 trees draft greedily at their own lengths every round; verifiers sample at temperature 1 with chains of 5, or with the
 tree that they are for. Datastore and reference hold part of the standard library, the stop head was trained on other
-prompts, `translated` drafts by way of text although the drafter's tokenizer is the target's. Not measured: what drawing
-costs a tree (greedily, `sampled` and `recursive` are one). For comparison, the default schedule with
+prompts, `translated` drafts by way of text although the drafter's tokenizer is the target's. Not measured: what
+drawing costs a tree (greedily, `sampled` and `recursive` are one). For comparison, the default schedule with
 `CascadeDrafter([model, MaxGram()])`: {cascade}. `auto` was not in that run;
-[Benchmarks](benchmarks.md) has it. The bundled pair is small, and methods come in another order on other models: measure
-on yours with
+[Benchmarks](benchmarks.md) has it. The bundled pair is small, and methods come in another order on other models:
+measure on yours with
 
     python -m benchmarks methods --target ... --drafter ... --prompts ...
 """
