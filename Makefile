@@ -11,6 +11,7 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
+SITE_READY := $(VENV)/.docs-installed
 
 .PHONY: setup lock style check test slow gpu demo bench families docs
 
@@ -61,6 +62,13 @@ bench: $(READY)
 families: $(READY)
 	$(BIN)/python -m scripts.families --out out/families.jsonl --page docs/families.md $(ARGS)
 
-docs: $(READY)
+# The site's builder, beside what `make setup` installs.
+$(SITE_READY): $(READY)
+	@$(BIN)/python -m pip install --quiet -e ".[docs]"
+	@touch $@
+
+# Fresh tables, all blocks and the notebook run, all links checked, and the site in site/.
+docs: $(READY) $(SITE_READY)
 	$(BIN)/python docs/build_tables.py
 	$(BIN)/python -m pytest -q tests/test_docs.py
+	$(BIN)/properdocs build --strict --config-file mkdocs.yml

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "suites": "pair",
+    "picture": "picture",
     "lookup": "lookup",
     "memory": "loss_memory",
     "methods": "breadth",

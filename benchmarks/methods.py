@@ -15,6 +15,7 @@ from csdraft.bench import Method, configured
 from csdraft.cascade import CascadeDrafter
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter
+from csdraft.drafters.auto import Auto
 from csdraft.drafters.max_gram import MaxGram
 from csdraft.drafters.model import ModelDrafter
 from csdraft.drafters.prompt_lookup import PromptLookup
@@ -142,6 +143,12 @@ def max_gram(setup: Setup) -> dict[str, Any]:
 def max_gram_fixed(setup: Setup) -> dict[str, Any]:
     """MaxGram alone, a fixed number of tokens a round."""
     return {"assistant": MaxGram(), "schedule": Fixed(setup.depth)}
+
+
+@method
+def auto(setup: Setup) -> dict[str, Any]:
+    """What `assistant="auto"` drafts with, nothing kept between calls: a run has its prompts several times."""
+    return {"assistant": Auto(remember=False)}
 
 
 @method

@@ -1,4 +1,6 @@
-"""Write docs/methods.md from the method folders, and keys into docs/distilling.md. `--check` only compares."""
+"""Write docs/methods.md from the method folders, keys into docs/distilling.md, and figures into README.md and
+docs/benchmarks.md. `--check` only compares.
+"""
 
 import argparse
 import dataclasses
@@ -8,12 +10,15 @@ import inspect
 import json
 import re
 import sys
+import textwrap
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 PAGE, KEYS_PAGE = ROOT / "docs" / "methods.md", ROOT / "docs" / "distilling.md"
+README, BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 FIGURES = ROOT / "docs" / "figures" / "methods.json"
 """Written by `python -m benchmarks methods`."""
 CASCADE = "CascadeDrafter, default schedule"
@@ -37,10 +42,11 @@ The last two columns were measured on the bundled pair: tokens a round, and spee
 with its 95 % interval ({prompts} prompts, {max_new_tokens} new tokens, float32, {threads} CPU threads). Drafters and
 trees draft greedily at their own lengths every round; verifiers sample at temperature 1 with chains of 5, or with the
 tree that they are for. Datastore and reference hold part of the standard library, the stop head was trained on other
-prompts, `translated` goes by way of text although the drafter's tokenizer is the target's. Not measured: what drawing
-costs a tree (greedily, `sampled` and `recursive` are one). For comparison, the default schedule with
-`CascadeDrafter([model, MaxGram()])`: {cascade}. The bundled pair is small, and its
-order of methods is its own: measure on your models with
+prompts, `translated` drafts by way of text although the drafter's tokenizer is the target's. Not measured: what
+drawing costs a tree (greedily, `sampled` and `recursive` are one). For comparison, the default schedule with
+`CascadeDrafter([model, MaxGram()])`: {cascade}. `auto` was not in that run;
+[Benchmarks](benchmarks.md) has it. The bundled pair is small, and methods come in another order on other models:
+measure on yours with
 
     python -m benchmarks methods --target ... --drafter ... --prompts ...
 """
@@ -177,11 +183,35 @@ def with_keys(text: str) -> str:
     return text
 
 
+def with_figures(text: str, *wanted: str) -> str:
+    """A page with the figures of the bundled pair between its marks `<!-- figures -->` and `<!-- /figures -->`."""
+    from benchmarks import picture
+
+    document = json.loads((ROOT / picture.KEPT).read_text(encoding="utf-8"))
+    parts = [getattr(picture, name)(document) for name in wanted]
+    made = "\n\n".join(part if part.startswith("|") else textwrap.fill(part, 120) for part in parts)
+    pattern = r"(<!-- figures -->\n).*?(<!-- /figures -->)"
+    text, count = re.subn(pattern, lambda m: f"{m[1]}{made}\n{m[2]}", text, flags=re.S)
+    assert count == 1, f"the page has {count} places for figures, expected 1"
+    return text
+
+
+def pages() -> dict[Path, str]:
+    """What is written, by page."""
+    old = {path: path.read_text(encoding="utf-8") for path in (KEYS_PAGE, README, BENCHMARKS)}
+    return {
+        PAGE: page(),
+        KEYS_PAGE: with_keys(old[KEYS_PAGE]),
+        README: with_figures(old[README], "headline", "caption"),
+        BENCHMARKS: with_figures(old[BENCHMARKS], "markdown", "caption"),
+    }
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the page is stale")
     check = parser.parse_args().check
-    for path, made in ((PAGE, page()), (KEYS_PAGE, with_keys(KEYS_PAGE.read_text(encoding="utf-8")))):
+    for path, made in pages().items():
         if not check:
             path.write_text(made, encoding="utf-8")
         elif not path.exists() or path.read_text(encoding="utf-8") != made:

@@ -1,7 +1,9 @@
 """The pages do what they say: python blocks run, commands exist, links lead somewhere, the table is fresh."""
 
 import io
+import json
 import os
+import pydoc
 import re
 import runpy
 import shlex
@@ -11,9 +13,11 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, fields
 from functools import cache, partial
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
+from benchmarks import picture
 from benchmarks.__main__ import main as benchmarks
 from csdraft.cli import main
 from csdraft.data.generate import GenerateArguments
@@ -23,6 +27,7 @@ from recipes.smol.pretrain import PretrainArguments
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*map(ROOT.joinpath, ("README.md", "CONTRIBUTING.md")), *sorted(ROOT.glob("docs/*.md"))]
 PAGES += [*sorted(ROOT.glob("recipes/*/README.md")), *sorted(ROOT.glob("models/*/README.md"))]
+NOTEBOOK = ROOT / "docs" / "quickstart.ipynb"
 MODELS = [ROOT / "models" / "smol-target", ROOT / "models" / "smol-drafter"]
 
 ARGUMENTS = {"generate_data.py": GenerateArguments, "pretrain.py": PretrainArguments}
@@ -30,7 +35,17 @@ ARGUMENTS |= dict.fromkeys(("distill_drafter.py", "training", "arms"), DistillAr
 """Whose fields the `key=value` words of a script or a benchmark are."""
 
 BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>.*?) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
-LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)")
+LINK = re.compile(r"\]\((?!https?://)(?P<path>[^)#\s]*)(?:#(?P<anchor>[^)\s]+))?\)")
+PREAMBLES = {
+    "README.md": (
+        "import csdraft\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "model, drafter = map(AutoModelForCausalLM.from_pretrained, ('models/smol-target', 'models/smol-drafter'))\n"
+        "inputs = AutoTokenizer.from_pretrained('models/smol-target')('def main(argv=None):', return_tensors='pt')\n"
+        "model.generation_config.max_new_tokens = 16\n"
+    )
+}
+"""What the reader of a page has already, by its name: run before its blocks."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +96,7 @@ def test_python_blocks_run(page, folder):
     """All of a page's blocks, in order, in one namespace."""
     wanted = [block for block in blocks(page, "python") if block.reason is None]
     missing = [model.name for model in MODELS if not (model / "config.json").exists()]
-    if missing and any("models/" in block.code for block in wanted):
+    if missing and (name_of(page) in PREAMBLES or any("models/" in block.code for block in wanted)):
         pytest.skip(f"the bundled models {missing} are not there; train them with recipes/smol")
     script = "".join("\n" * (block.line - 1) + block.code + "\0" for block in wanted)
     # A process of its own: a page may import, patch and set what it likes.
@@ -90,6 +105,7 @@ def test_python_blocks_run(page, folder):
         "import torch\n"
         "torch.set_num_threads(1)\n"
         "space = {'__name__': 'page'}\n"
+        f"exec({PREAMBLES.get(name_of(page), '')!r}, space)\n"
         f"for code in sys.stdin.read().split(chr(0)): exec(compile(code, {name_of(page)!r}, 'exec'), space)\n"
     )
     done = subprocess.run(
@@ -161,10 +177,80 @@ def check_command(words: list[str], where: str) -> None:
             assert word.split("=")[0] in {field.name for field in fields(arguments_of)}, f"{where}: no key {word}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md", NOTEBOOK], ids=name_of)
 def test_links_lead_somewhere(page):
+    """To a file, and to a heading of it. What the site's builder checks too, here without it."""
+    for link in LINK.finditer(page.read_text(encoding="utf-8")):
+        file = (page.parent / link["path"]).resolve() if link["path"] else page
+        assert file.exists(), link[0]
+        assert link["anchor"] is None or link["anchor"] in anchors(file), link[0]
+
+
+def anchors(page: Path) -> set[str]:
+    """Of a page's headings, as Markdown renderers make them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=name_of)
+def test_named_files_and_names_exist(page):
+    """Code spans such as `tests/tiny.py`, `decoding/cache.py` and `csdraft.planner.theory`."""
     text = page.read_text(encoding="utf-8")
-    assert not [link for link in LINK.findall(text) if not (page.parent / link).exists()]
+    saved_as = set(re.findall(r"saved as\s+`([^`]+)`", text, re.I))  # by the reader
+    for span in set(re.findall(r"`(\w[\w./-]*)`", text)) - saved_as:
+        folder = span.split("/")[0]
+        if "/" in span and ((ROOT / folder).is_dir() or (ROOT / "csdraft" / folder).is_dir()) and folder != "out":
+            assert (ROOT / span).exists() or (ROOT / "csdraft" / span).exists(), span
+        if re.fullmatch(r"csdraft(\.\w+)+", span):
+            assert pydoc.locate(span) is not None, span
+
+
+def test_the_map_of_the_package_is_right():
+    """Each file and folder that CONTRIBUTING.md lists exists, and each folder of the package is listed."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    listed = {name.rstrip("/") for name in re.findall(r"^  (\w+(?:\.py|/)) ", text, re.M)}
+    found = {path.name for path in (ROOT / "csdraft").iterdir()}
+    folders = {path.name for path in (ROOT / "csdraft").iterdir() if (path / "__init__.py").is_file()}
+    assert listed, "no map"
+    assert listed <= found
+    assert folders <= listed
+
+
+def test_the_picture_is_drawn(tmp_path, monkeypatch):
+    """With the figures that are kept; each method that was measured has a bar, and each kind of token a colour."""
+    monkeypatch.chdir(ROOT)
+    benchmarks(["picture", "--out", str(tmp_path / "answer.svg")])
+    drawn = ElementTree.parse(tmp_path / "answer.svg").getroot()
+    texts = {"".join(text.itertext()) for text in drawn.iter("{http://www.w3.org/2000/svg}text")}
+    measured = json.loads((ROOT / picture.KEPT).read_text("utf-8"))["figures"]
+    assert {picture.LABELS[f["name"]].replace("`", "") for f in measured if f["name"] != "plain"} <= texts
+    colours = {shape.get("fill") for shape in drawn.iter("{http://www.w3.org/2000/svg}rect")}
+    assert set(picture.COLOURS) <= colours
+
+
+def test_every_page_is_in_the_site():
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert not [page.name for page in ROOT.glob("docs/*.md") if f": {page.name}\n" not in text]
+
+
+def test_the_notebook_runs(folder):
+    """Its cells in order, by the command that stores their outputs."""
+    command = [sys.executable, str(ROOT / "docs" / "notebook.py"), "--out", "fresh.ipynb"]
+    done = subprocess.run(command, text=True, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    stored, fresh = (json.loads(path.read_text("utf-8"))["cells"] for path in (NOTEBOOK, folder / "fresh.ipynb"))
+    assert kinds(stored) == kinds(fresh)  # what is stored is what the cells show
+    assert {"stream", "text/html", "image/svg+xml"} <= {kind for cell in kinds(stored) for kind in cell}
+
+
+def kinds(cells: list[dict]) -> list[list[str]]:
+    """What each code cell shows, by kind; AssertionError for an output with nothing in it."""
+    shown = []
+    for cell in (cell for cell in cells if cell["cell_type"] == "code"):
+        forms = [output.get("data") or {"stream": output["text"]} for output in cell["outputs"]]
+        assert all("".join(lines).strip() for form in forms for lines in form.values()), cell["source"]
+        shown.append(sorted(kind for form in forms for kind in form))
+    return shown
 
 
 def test_the_table_of_methods_is_fresh():
