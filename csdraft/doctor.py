@@ -19,9 +19,9 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from torch import nn
 
+from csdraft.checks.probe import difference, padding_difference
+from csdraft.checks.refusals import refusal
 from csdraft.decoding.graphs import FEWEST_SLOTS
-from csdraft.decoding.probe import difference, padding_difference
-from csdraft.decoding.refusals import refusal
 from csdraft.prepare import Ready, measured
 
 __all__ = ["Machine", "ModelState", "Package", "examine", "machine", "packages"]

@@ -14,7 +14,8 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.stopping_criteria import StopStringCriteria
 
-from csdraft.checks import ask_model, check_processors, check_request
+from csdraft.checks.generate_options import check_early, effective
+from csdraft.checks.request import ask_model, check_processors, check_request
 from csdraft.decoding.cache import cross_attention_cache, export_cache
 from csdraft.decoding.cache_names import GENERATE_CACHE
 from csdraft.decoding.call import Call
@@ -28,7 +29,6 @@ from csdraft.decoding.safe_drafter import SafeDrafter
 from csdraft.decoding.session import Session
 from csdraft.decoding.text import Text
 from csdraft.drafters.model import base_model
-from csdraft.generate_options import check_early, effective
 from csdraft.options import NAMES, Options
 
 __all__ = ["decode", "enable", "generate", "install"]

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from csdraft.cascade import as_drafter, options_of
+from csdraft.checks.refusals import refusal
 from csdraft.decoding.graphs import FEWEST_SLOTS, Mode, bucket
 from csdraft.decoding.inputs import Plan, Shape
 from csdraft.decoding.loop import BUCKET
 from csdraft.decoding.names import distinct, name_of
 from csdraft.decoding.reader import WIDEST, Reader
 from csdraft.decoding.readers import borrow, take_back
-from csdraft.decoding.refusals import refusal
 from csdraft.options import Options
 from csdraft.progress import Progress
 

@@ -19,7 +19,8 @@ FAMILIES = {"drafters": "drafter", "trees": "tree", "verifiers": "verifier", "sc
 
 MAY_IMPORT = {
     "decoding": {"decoding"},
-    "drafters": {"drafters", "trees", "decoding", "heads", "tables"},
+    "checks": {"checks", "decoding"},
+    "drafters": {"drafters", "trees", "decoding", "heads", "tables", "checks"},
     "trees": {"trees", "decoding", "heads"},
     "verifiers": {"verifiers", "decoding"},
     "schedules": {"schedules", "decoding", "tables"},

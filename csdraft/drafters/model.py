@@ -14,13 +14,13 @@ from typing import Any
 
 from torch import nn
 
+from csdraft.checks.refusals import refusal
 from csdraft.decoding.call import Call
 from csdraft.decoding.chain import draft_chain
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Tree
 from csdraft.decoding.limits import halvings
 from csdraft.decoding.names import name_of
-from csdraft.decoding.refusals import refusal
 from csdraft.decoding.traits import unwrapped
 from csdraft.decoding.tree import draft_tree
 from csdraft.drafters._load import load_model

@@ -12,9 +12,9 @@ import transformers
 from torch import Tensor, nn
 
 from csdraft import MaxGram
-from csdraft.decoding import probe
-from csdraft.decoding.altered import alterations
-from csdraft.decoding.probe import difference
+from csdraft.checks import probe
+from csdraft.checks.altered import alterations
+from csdraft.checks.probe import difference
 from csdraft.decoding.traits import traits_of
 from tests import tiny
 

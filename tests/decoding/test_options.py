@@ -10,7 +10,7 @@ from transformers import GenerationConfig, GenerationMixin
 
 import csdraft
 from csdraft import MaxGram
-from csdraft.generate_options import CARRIED, REFUSED, WITHOUT_EFFECT
+from csdraft.checks.generate_options import CARRIED, REFUSED, WITHOUT_EFFECT
 from csdraft.hook import OTHER_DRAFTERS
 from tests import tiny
 

@@ -9,8 +9,8 @@ from torch import nn
 from transformers.generation import StoppingCriteria
 
 from csdraft import MaxGram, ModelDrafter
-from csdraft.decoding import probe
-from csdraft.decoding.refusals import refusal
+from csdraft.checks import probe
+from csdraft.checks.refusals import refusal
 from csdraft.decoding.traits import CHUNKED, FULL, SLIDING, Span, traits_of
 from csdraft.trees.best_first import BestFirst
 from tests import tiny

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from csdraft.decoding.altered import alterations, described
+from csdraft.checks.altered import alterations, described
 from csdraft.decoding.cache_names import GENERATE_CACHE, cache_name
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Request

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from csdraft.checks.generate_options import check_options
+from csdraft.checks.probe import difference, padding_difference
+from csdraft.checks.refusals import refusal
 from csdraft.decoding.cache import holds, slots_of
 from csdraft.decoding.cache_names import GENERATE_CACHE
 from csdraft.decoding.interfaces import Verifier
-from csdraft.decoding.probe import difference, padding_difference
-from csdraft.decoding.refusals import refusal
 from csdraft.decoding.sampling import Processing
 from csdraft.decoding.stopping import Stopping
 from csdraft.decoding.traits import traits_of
-from csdraft.generate_options import check_options
 from csdraft.stored import kind_of
 
 __all__ = ["ask_model", "check_processors", "check_request"]
