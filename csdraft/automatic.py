@@ -13,8 +13,8 @@ from torch import nn
 
 from csdraft.decoding.interfaces import Drafter
 from csdraft.drafters.auto import Auto
-from csdraft.drafters.model import base_model
 from csdraft.hub import DOCUMENT, vocab_size
+from csdraft.models import base_model
 from csdraft.stored import kind_of, read_object
 from csdraft.tables.adjacency import AdjacencyTable
 from csdraft.tables.outputs import OutputTable

@@ -25,10 +25,10 @@ from csdraft.decoding.interfaces import Budget, Context, Drafter, Schedule, Veri
 from csdraft.decoding.names import name_of
 from csdraft.decoding.reader import home
 from csdraft.decoding.report import Planned, Report
-from csdraft.drafters._load import HUB_OPTIONS, load_model
 from csdraft.drafters.horizontal import Horizontal
 from csdraft.drafters.model import ModelDrafter, bound
 from csdraft.kmatrix import AUTO, build, check_k_matrix, first_guess, spread_lenience
+from csdraft.models import HUB_OPTIONS, load_model
 from csdraft.options import SCHEDULE, VERIFIER, Options, split
 from csdraft.saved_costs import load_costs
 from csdraft.schedules.cost_model import CostModel

@@ -28,7 +28,7 @@ from csdraft.decoding.readers import ReadingOptions
 from csdraft.decoding.safe_drafter import SafeDrafter
 from csdraft.decoding.session import Session
 from csdraft.decoding.text import Text
-from csdraft.drafters.model import base_model
+from csdraft.models import base_model
 from csdraft.options import NAMES, Options
 
 __all__ = ["decode", "enable", "generate", "install"]

@@ -17,10 +17,9 @@ from torch import nn
 from csdraft import spec
 from csdraft.decoding.names import name_of
 from csdraft.decoding.reader import home
-from csdraft.drafters._load import load_model
-from csdraft.drafters.model import MOST_VOCABULARY_PADDING, base_model
 from csdraft.heads.on_target import OnTarget
 from csdraft.hub import DOCUMENT, FORMAT, fingerprint, vocab_size
+from csdraft.models import MOST_VOCABULARY_PADDING, base_model, load_model
 from csdraft.options import Options
 from csdraft.stored import Folder, check_keys, fit, is_hub_id, naming, read_object, shown
 from csdraft.version import __version__

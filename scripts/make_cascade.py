@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from csdraft import CascadeDrafter, ModelDrafter
-from csdraft.drafters.model import load_model
+from csdraft.models import load_model
 from csdraft.spec import resolve, types
 from csdraft.trainers.command import run_script
 from csdraft.trainers.run import check_tokenizers, check_writable, read_target

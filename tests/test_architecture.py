@@ -20,7 +20,7 @@ FAMILIES = {"drafters": "drafter", "trees": "tree", "verifiers": "verifier", "sc
 MAY_IMPORT = {
     "decoding": {"decoding"},
     "checks": {"checks", "decoding"},
-    "drafters": {"drafters", "trees", "decoding", "heads", "tables", "checks"},
+    "drafters": {"drafters", "trees", "decoding", "heads", "tables", "checks", "models"},
     "trees": {"trees", "decoding", "heads"},
     "verifiers": {"verifiers", "decoding"},
     "schedules": {"schedules", "decoding", "tables"},
@@ -42,6 +42,7 @@ MAY_IMPORT = {
         "spec",
         "tables",
         "hub",
+        "models",
         "progress",
     },
 }

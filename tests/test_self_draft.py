@@ -17,7 +17,8 @@ from torch import nn
 
 import csdraft
 from csdraft.cascade import as_drafter
-from csdraft.drafters.model import base_model, bound, load_model
+from csdraft.drafters.model import bound
+from csdraft.models import base_model, load_model
 from csdraft.trainers.students import make_student, save_student
 
 FAMILIES = ["llama", "gemma3", "gpt2", "falcon", "t5"]

@@ -12,8 +12,8 @@ import transformers
 from tiny import EOS, PAD, VOCAB, fresh, on_target, prompt, tiny, tokenizer
 from torch import nn
 
-from csdraft.drafters.model import base_model, load_model
 from csdraft.heads.layers import fingerprint, layer_stacks
+from csdraft.models import base_model, load_model
 from csdraft.trainers import engines
 from csdraft.trainers.students import (
     added_share,

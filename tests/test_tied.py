@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 
 import csdraft
 from csdraft.cascade import as_drafter
-from csdraft.drafters.model import load_model
 from csdraft.heads.layers import embeddings
+from csdraft.models import load_model
 from csdraft.trainers.run import distill
 from csdraft.trainers.students import added_share, check_student, load_student_weights, make_student, save_student
 

@@ -19,7 +19,8 @@ from csdraft.cascade import CascadeDrafter, drafter_model
 from csdraft.data.chat import ChatFormat, chat_prompt, check_template
 from csdraft.data.sources import read_prompts
 from csdraft.decoding.interfaces import Drafter
-from csdraft.drafters.model import ModelDrafter, load_model
+from csdraft.drafters.model import ModelDrafter
+from csdraft.models import load_model
 
 __all__ = [
     "Opened",

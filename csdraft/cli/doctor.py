@@ -16,7 +16,7 @@ import transformers
 
 from csdraft.cli._models import DTYPES, SHORT
 from csdraft.doctor import Machine, ModelState, Package, examine, machine, packages
-from csdraft.drafters.model import load_model
+from csdraft.models import load_model
 from csdraft.progress import Progress
 
 __all__ = ["add_arguments", "run"]

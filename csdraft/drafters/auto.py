@@ -17,8 +17,8 @@ from csdraft.decoding.call import Call
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round
 from csdraft.decoding.limits import MOST_NODES, check_range
+from csdraft.drafters._check_parts import check_parts
 from csdraft.drafters._likeliest import LikeliestTree
-from csdraft.drafters._parts import check_parts
 from csdraft.drafters.horizontal import Horizontal
 from csdraft.drafters.suffix import Suffix
 from csdraft.drafters.token_recycling import TokenRecycling

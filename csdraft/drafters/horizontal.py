@@ -13,7 +13,7 @@ from itertools import accumulate
 from csdraft.decoding import clock
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter
-from csdraft.drafters._parts import check_parts
+from csdraft.drafters._check_parts import check_parts
 
 __all__ = ["Horizontal"]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from csdraft.decoding.draft import ROOT, Draft, DraftProbs, Kind
 from csdraft.decoding.interfaces import Budget, Context, Drafter
-from csdraft.drafters._parts import check_parts
+from csdraft.drafters._check_parts import check_parts
 
 __all__ = ["Merged"]
 

@@ -14,22 +14,17 @@ from typing import Any
 
 from torch import nn
 
-from csdraft.checks.refusals import refusal
 from csdraft.decoding.call import Call
 from csdraft.decoding.chain import draft_chain
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Tree
 from csdraft.decoding.limits import halvings
-from csdraft.decoding.names import name_of
-from csdraft.decoding.traits import unwrapped
 from csdraft.decoding.tree import draft_tree
-from csdraft.drafters._load import load_model
 from csdraft.heads.on_target import OnTarget
+from csdraft.models import base_model, check_reviewer, load_model
 from csdraft.stored import kind_of
 
 __all__ = ["ModelDrafter"]
-
-MOST_VOCABULARY_PADDING = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,13 +95,6 @@ class ModelDrafter(Drafter):
         ]
 
 
-def base_model(model: nn.Module) -> nn.Module:
-    """The transformers model inside wrappers: torch.compile's, data parallelism's, PEFT's (adapters stay active)."""
-    model = unwrapped(model)
-    inner = getattr(model, "get_base_model", None)
-    return unwrapped(inner()) if inner is not None else model
-
-
 def bound(drafter: Any, target: nn.Module, seen: dict[int, Any] | None = None) -> Any:
     """The same drafter with every drafter in it that stands on a target put on this one; itself if it has none.
 
@@ -134,24 +122,3 @@ def bound(drafter: Any, target: nn.Module, seen: dict[int, Any] | None = None) -
         for name, value in changed.items():
             object.__setattr__(twin, name, value)
     return seen[id(drafter)]
-
-
-def check_reviewer(model: nn.Module, call: Call) -> None:
-    """Raises ValueError if `model` cannot draft or review for this call's target."""
-    if isinstance(model, OnTarget):
-        model()  # which says that it is not bound
-    if reason := refusal(model):
-        raise ValueError(reason)
-    target = call.target
-    own, wanted = (m.config.get_text_config(decoder=True).vocab_size for m in (model, target))  # type: ignore[union-attr]
-    if abs(own - wanted) > MOST_VOCABULARY_PADDING:
-        raise ValueError(
-            f"drafter {name_of(model)} has {own} tokens, target {name_of(target)} has {wanted}; "
-            "a drafter must share the target's tokenizer (a few padding rows may differ): train one with it"
-        )
-    if model.config.is_encoder_decoder != target.config.is_encoder_decoder:  # type: ignore[union-attr]
-        kinds = ["decoder-only", "encoder-decoder"]
-        raise ValueError(
-            f"drafter {name_of(model)} is {kinds[model.config.is_encoder_decoder]}, "  # type: ignore
-            f"target {name_of(target)} is {kinds[target.config.is_encoder_decoder]}; both must be alike"  # type: ignore
-        )

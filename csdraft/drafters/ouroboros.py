@@ -15,8 +15,8 @@ from csdraft.decoding.call import Call
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round
 from csdraft.decoding.limits import MOST_BRANCHES, check_range
+from csdraft.drafters._check_parts import check_parts
 from csdraft.drafters._copying import until
-from csdraft.drafters._parts import check_parts
 from csdraft.drafters._trie import Trie
 from csdraft.tables.phrases import PhrasePool
 

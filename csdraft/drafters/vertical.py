@@ -11,22 +11,19 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
 
 from torch import nn
 
 from csdraft.decoding.call import Call
-from csdraft.decoding.draft import ROOT, Draft
-from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, ScoresView, Verdict, Verifier
+from csdraft.decoding.draft import Draft
+from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Verifier
 from csdraft.decoding.rounds import review
-from csdraft.decoding.sampling import Sampler
-from csdraft.drafters._parts import check_parts
-from csdraft.drafters.model import base_model, check_reviewer, load_model
+from csdraft.drafters._check_parts import check_parts
+from csdraft.models import base_model, check_reviewer, load_model
+from csdraft.verifiers._by_draws import ByDraws
 from csdraft.verifiers._lenience import check_lenience
 from csdraft.verifiers.lenient import Lenient
 from csdraft.verifiers.rejection import Rejection
-from csdraft.verifiers.spec_hub import SpecHub
-from csdraft.verifiers.without_replacement import WithoutReplacement
 
 __all__ = ["Vertical"]
 
@@ -109,26 +106,6 @@ class Vertical(Drafter):
         """Tokens it can still hand up before its context is full: the last one is never fed."""
         session = context.call.session(self.reviewer)  # type: ignore[arg-type]
         return session.positions - len(context.text) - len(context.path)
-
-
-@dataclass(frozen=True)
-class ByDraws(Verifier):
-    """Judges each draft by the rule that is exact for how its siblings were drawn."""
-
-    lossless = True  # type: ignore[assignment]
-    draws: ClassVar = "independent"
-    kinds: ClassVar = frozenset({"iid", "without_replacement", "pair"})
-
-    def verify(self, draft: Draft, scores: ScoresView, sampler: Sampler, root: int = ROOT) -> Verdict:
-        return self._rule(draft).verify(draft, scores, sampler, root)
-
-    def refusal(self, draft: Draft) -> str | None:
-        return self._rule(draft).refusal(draft)
-
-    @staticmethod
-    def _rule(draft: Draft) -> Verifier:
-        kind = "iid" if draft.probs is None else draft.probs.kind
-        return {"iid": Rejection, "without_replacement": WithoutReplacement, "pair": SpecHub}[kind]()
 
 
 def _check_probs(contexts: Sequence[Context], drafts: Sequence[Draft], verifier: Verifier) -> None:

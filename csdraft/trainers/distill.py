@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from csdraft.data.packing import IGNORED, Packed
-from csdraft.drafters.model import base_model
+from csdraft.models import base_model
 from csdraft.trainers.base import BaseTrainer
 from csdraft.trainers.distill_arguments import DistillArguments
 from csdraft.trainers.distillation import Distillation

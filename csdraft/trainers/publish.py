@@ -18,9 +18,9 @@ from yaml import YAMLError
 from csdraft.data.packing import Packed, Padded
 from csdraft.data.sources import revision_of, tally_of
 from csdraft.data.target_cache import checksum
-from csdraft.drafters.model import base_model
 from csdraft.heads.tied import borrowed
 from csdraft.hub import command, public_name, without_folders
+from csdraft.models import base_model
 from csdraft.stored import is_hub_id
 from csdraft.trainers.students import added_share
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from csdraft.decoding.names import name_of
-from csdraft.drafters.model import base_model
+from csdraft.models import base_model
 
 __all__ = ["head_of", "hidden_of"]
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor
 
-from csdraft.drafters.model import base_model
 from csdraft.heads.self_draft import (
     PREFIX,
     SelfDraft,
@@ -20,6 +19,7 @@ from csdraft.heads.self_draft import (
     write_document,
 )
 from csdraft.heads.tied import TiedDraft, borrowed
+from csdraft.models import base_model
 
 __all__ = ["load_student_weights", "put_adapter", "save_student", "save_tokenizer"]
 

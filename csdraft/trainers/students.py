@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from csdraft import spec
-from csdraft.drafters.model import base_model, load_model
 from csdraft.heads.layers import check_layers
 from csdraft.heads.on_target import OnTarget
 from csdraft.heads.self_draft import (
@@ -25,6 +24,7 @@ from csdraft.heads.self_draft import (
     peft_package,
 )
 from csdraft.heads.tied import TiedDraft, borrowed
+from csdraft.models import base_model, load_model
 from csdraft.trainers.engines import uses
 from csdraft.trainers.new_students import cut_out, from_scratch, narrow_config, new_config
 from csdraft.trainers.rates import is_shared

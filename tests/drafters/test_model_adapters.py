@@ -17,8 +17,9 @@ from torch import nn
 
 import csdraft
 from csdraft.decoding.report import Report
-from csdraft.drafters.model import ModelDrafter, base_model, bound
+from csdraft.drafters.model import ModelDrafter, bound
 from csdraft.heads.self_draft import SelfDraft
+from csdraft.models import base_model
 from csdraft.trainers.students import make_student, save_student
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj", "up_proj"], "init_lora_weights": False}

@@ -1,4 +1,4 @@
-"""Models from folders and the Hub: whole ones, adapters on their base, and drafters that stand on a target.
+"""Models from folders and the Hub: whole ones, adapters on their base, and drafters that use a target's modules.
 
 Files may come from strangers. Their code is run only if the caller says so, and nothing is asked on the terminal.
 Weights that a file lacks are an error, where transformers would put random numbers.
@@ -12,11 +12,16 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from csdraft.checks.refusals import refusal
+from csdraft.decoding.call import Call
+from csdraft.decoding.names import name_of
+from csdraft.decoding.traits import unwrapped
+from csdraft.heads.on_target import OnTarget
 from csdraft.heads.self_draft import SELF_DRAFT, TIED, SelfDraft, put_adapter, read_adapter, read_document
 from csdraft.heads.tied import TiedDraft
 from csdraft.stored import check_config, is_hub_id, read_object, shown
 
-__all__ = ["HUB_OPTIONS", "load_model"]
+__all__ = ["HUB_OPTIONS", "MOST_VOCABULARY_PADDING", "base_model", "check_reviewer", "load_model"]
 
 HUB_OPTIONS = {"revision", "token", "cache_dir", "local_files_only", "force_download"}
 LAYERS = ("num_hidden_layers", "num_decoder_layers")
@@ -24,6 +29,8 @@ WIDTHS = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads
 """Keys of a config.json that say how large a model is."""
 PACKED = 16
 """Numbers that quantised weights may hold in one."""
+MOST_VOCABULARY_PADDING = 1024
+"""By which the numbers of tokens of a drafter and its target may differ."""
 SOME = 4
 """Names of weights that a message lists."""
 
@@ -149,3 +156,31 @@ def _broken_file(path: str) -> str:
         except (SafetensorError, OSError):
             return str(file)
     return repr(path)
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside wrappers: torch.compile's, data parallelism's, PEFT's (adapters stay active)."""
+    model = unwrapped(model)
+    inner = getattr(model, "get_base_model", None)
+    return unwrapped(inner()) if inner is not None else model
+
+
+def check_reviewer(model: nn.Module, call: Call) -> None:
+    """Raises ValueError if `model` cannot draft or review for this call's target."""
+    if isinstance(model, OnTarget):
+        model()  # which says that it is not bound
+    if reason := refusal(model):
+        raise ValueError(reason)
+    target = call.target
+    own, wanted = (m.config.get_text_config(decoder=True).vocab_size for m in (model, target))  # type: ignore[union-attr]
+    if abs(own - wanted) > MOST_VOCABULARY_PADDING:
+        raise ValueError(
+            f"drafter {name_of(model)} has {own} tokens, target {name_of(target)} has {wanted}; "
+            "a drafter must share the target's tokenizer (a few padding rows may differ): train one with it"
+        )
+    if model.config.is_encoder_decoder != target.config.is_encoder_decoder:  # type: ignore[union-attr]
+        kinds = ["decoder-only", "encoder-decoder"]
+        raise ValueError(
+            f"drafter {name_of(model)} is {kinds[model.config.is_encoder_decoder]}, "  # type: ignore
+            f"target {name_of(target)} is {kinds[target.config.is_encoder_decoder]}; both must be alike"  # type: ignore
+        )
