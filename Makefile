@@ -63,4 +63,4 @@ families: $(READY)
 
 docs: $(READY)
 	$(BIN)/python docs/build_tables.py
-	$(BIN)/python -m pytest -q tests/test_docs.py
+	$(BIN)/python -m pytest -q tests/house/test_docs.py

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 from data.words import CALLING, PLAIN, WORDS, make_tokenizer, write_lines
-from tiny import fresh
 from transformers import AutoConfig, AutoTokenizer
 
 from csdraft import MaxGram
@@ -20,6 +19,7 @@ from csdraft.trainers.distill import DistillArguments
 from csdraft.trainers.order import Filled
 from csdraft.trainers.publish import described_data
 from csdraft.trainers.run import make_exam, prepare
+from tests.tiny import fresh
 
 TOOLS = [{"type": "function", "function": {"name": "w20"}}]
 QUESTION = {"role": "user", "content": "w2 w3"}

@@ -4,7 +4,6 @@ from copy import deepcopy
 
 import pytest
 import torch
-from tiny import drafter_of, ragged_batch, tiny
 from torch.overrides import TorchFunctionMode
 
 from csdraft import Horizontal, MaxGram, ModelDrafter, Vertical
@@ -13,6 +12,7 @@ from csdraft.decoding.inputs import Inputs
 from csdraft.decoding.reader import Reader
 from csdraft.drafters.merged import Merged
 from csdraft.trees.best_first import BestFirst
+from tests.tiny import drafter_of, ragged_batch, tiny
 
 TO_THE_HOST = {"tolist", "item", "numpy", "__float__", "__int__", "__bool__", "__index__", "nonzero"}
 LEVELS = 4

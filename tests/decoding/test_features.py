@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from tape import recorder, storages
-from tiny import drafter_of, fresh, ragged_batch, tiny
 
 import csdraft
 from csdraft import CascadeDrafter, MaxGram
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.graphs import RECORDERS
 from csdraft.decoding.interfaces import Budget, Context, Drafter
+from tests.tiny import drafter_of, fresh, ragged_batch, tiny
 
 TAPS = (0, 1, 2)
 WANTED = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "schedule": "fixed", "strict": True}

@@ -4,13 +4,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tape import recorder, storages
-from tiny import FAMILIES, fresh, tiny
 
 import csdraft
 from csdraft import MaxGram, ModelDrafter
 from csdraft.decoding.graphs import RECORDERS, Graphs
 from csdraft.decoding.reader import Reader
 from csdraft.trees.best_first import BestFirst
+from tests.tiny import FAMILIES, fresh, tiny
 
 RECORDED = [name for name, (_, kind, _) in FAMILIES.items() if "Conditional" not in kind and name != "falcon"]
 PROMPTS = torch.tensor([[3, 14, 15, 9, 26, 5, 3, 14, 15], [0, 0, 8, 9, 7, 9, 3, 2, 3]])

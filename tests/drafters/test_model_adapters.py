@@ -12,7 +12,6 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from tiny import fresh, on_target, prompt, ragged_batch
 from torch import nn
 
 import csdraft
@@ -20,6 +19,7 @@ from csdraft.decoding.report import Report
 from csdraft.drafters.model import ModelDrafter, base_model, bound
 from csdraft.heads.self_draft import SelfDraft
 from csdraft.trainers.students import make_student, save_student
+from tests.tiny import fresh, on_target, prompt, ragged_batch
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj", "up_proj"], "init_lora_weights": False}
 GREEDY = {"max_new_tokens": 12, "return_dict_in_generate": True}

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from hub_standin import Hub, standin
-from tiny import on_target
 from trainers.pair import arguments, make_pair, settings
 from transformers import AutoModelForCausalLM
 
@@ -25,8 +24,9 @@ from csdraft.trainers.publish import card, provenance
 from csdraft.trainers.run import distill
 from csdraft.trainers.students import added_share, make_student
 from csdraft.upload import upload
+from tests.tiny import on_target
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 CASCADE = """
 import csdraft, sys

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from tiny import VOCAB, drafter_of, noisy, prompt, tiny
 from torch import nn
 from transformers import LlamaConfig
 
@@ -26,6 +25,7 @@ from csdraft.kmatrix import check_k_matrix, spread_lenience
 from csdraft.schedules.cost_model import CostModel
 from csdraft.schedules.fixed import Fixed
 from csdraft.verifiers.match import Match
+from tests.tiny import VOCAB, drafter_of, noisy, prompt, tiny
 
 K = [[5, 8, 10], [0, 1, 10], [0, 0, 10]]
 

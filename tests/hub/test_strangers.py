@@ -16,7 +16,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from tiny import fresh, noisy, on_target, prompt, tiny, tokenizer
 
 from csdraft import CascadeDrafter, Horizontal, MaxGram, ModelDrafter, Vertical, loading, spec
 from csdraft.decoding.report import Planned, Report
@@ -39,6 +38,7 @@ from csdraft.trainers.students import make_student, save_student
 from csdraft.trees.best_first import BestFirst
 from csdraft.trees.sequoia import Sequoia
 from csdraft.verifiers.deferral import Deferral
+from tests.tiny import fresh, noisy, on_target, prompt, tiny, tokenizer
 
 TEXT = [3 + 7 * i % 90 for i in range(200)]
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny import drafter_of, fresh, prompt, tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -24,6 +23,7 @@ from csdraft.bench import Cell, Method, Sample, equality, ratio
 from csdraft.metrics.intervals import Interval, bootstrap_median
 from csdraft.progress import Progress
 from csdraft.schedules.fixed import Fixed
+from tests.tiny import drafter_of, fresh, prompt, tiny
 
 NEW = 8
 PROMPTS = [tuple(prompt(length, seed)["input_ids"][0].tolist()) for length, seed in ((20, 0), (12, 1))]

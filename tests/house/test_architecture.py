@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parent.parent / "csdraft"
+PACKAGE = Path(__file__).resolve().parents[2] / "csdraft"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 Graph = dict[str, set[str]]

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import fresh, noisy, prompt, tiny
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -28,6 +27,7 @@ from csdraft.tables.acceptance_head import AcceptanceHead
 from csdraft.tables.bigram import BigramTable
 from csdraft.tables.outputs import OutputTable
 from csdraft.trees.best_first import BestFirst
+from tests.tiny import fresh, noisy, prompt, tiny
 
 K = [[3, 4, 4], [0, 2, 5], [0, 0, 6]]
 SAMPLING = {"do_sample": True, "row_seeds": [5], "max_new_tokens": 24}

@@ -20,7 +20,7 @@ from csdraft.data.generate import GenerateArguments
 from csdraft.trainers.distill import DistillArguments
 from recipes.smol.pretrain import PretrainArguments
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*map(ROOT.joinpath, ("README.md", "CONTRIBUTING.md")), *sorted(ROOT.glob("docs/*.md"))]
 PAGES += [*sorted(ROOT.glob("recipes/*/README.md")), *sorted(ROOT.glob("models/*/README.md"))]
 MODELS = [ROOT / "models" / "smol-target", ROOT / "models" / "smol-drafter"]

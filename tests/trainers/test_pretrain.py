@@ -23,7 +23,7 @@ from csdraft.trainers.stops import NonFinite
 from recipes.smol.pretrain import Blocks, PretrainArguments, pretrain
 from recipes.smol.train_tokenizer import TokenizerArguments, train_tokenizer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "recipes/smol/pretrain.py"
 TINY = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,

@@ -12,13 +12,13 @@ import peft
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from tiny import drafter_of, fresh, inputs_of, noisy, on_target, prompt
 from torch import nn
 
 import csdraft
 from csdraft.cascade import as_drafter
 from csdraft.drafters.model import base_model, bound, load_model
 from csdraft.trainers.students import make_student, save_student
+from tests.tiny import drafter_of, fresh, inputs_of, noisy, on_target, prompt
 
 FAMILIES = ["llama", "gemma3", "gpt2", "falcon", "t5"]
 MODULES = {
