@@ -41,6 +41,7 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python csdraft benchmarks examples recipes scripts
+	$(BIN)/python -m pytest -q tests/house/test_architecture.py tests/house/test_words.py
 
 test: $(READY)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow and not gpu" $(ARGS)
