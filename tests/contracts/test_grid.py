@@ -6,10 +6,10 @@ from functools import cache
 from itertools import product
 
 import pytest
-from methods import DRAFTERS, LOSSLESS, SCHEDULES, branches, drafter, schedule, verifier
 
 from csdraft import spec
 from tests import tiny
+from tests.contracts.methods import DRAFTERS, LOSSLESS, SCHEDULES, branches, drafter, schedule, verifier
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "return_dict_in_generate": True}
 

@@ -11,13 +11,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from methods import DRAFTERS, LOSSLESS, SCHEDULES, Watched, branches, drafter, schedule, verifier
 
 from csdraft import Drafter, MaxGram, spec
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Context
 from csdraft.schedules.fixed import Fixed
 from tests import tiny
+from tests.contracts.methods import DRAFTERS, LOSSLESS, SCHEDULES, Watched, branches, drafter, schedule, verifier
 
 NEW = 16
 GREEDY = {"do_sample": False, "max_new_tokens": NEW}

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from methods import LOSSLESS, TREES, Watched, branching, verifier
 
 from csdraft import Drafter, Horizontal, MaxGram, Vertical
 from csdraft.decoding.interfaces import Context
 from csdraft.schedules.fixed import Fixed
 from tests import tiny
+from tests.contracts.methods import LOSSLESS, TREES, Watched, branching, verifier
 
 NEW, SEEDS = 16, [11, 5, 8]
 GREEDY = {"do_sample": False, "max_new_tokens": NEW}

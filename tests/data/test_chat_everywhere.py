@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from data.words import CALLING, PLAIN, WORDS, make_tokenizer, write_lines
 from transformers import AutoConfig, AutoTokenizer
 
 from csdraft import MaxGram
@@ -19,6 +18,7 @@ from csdraft.trainers.distill import DistillArguments
 from csdraft.trainers.order import Filled
 from csdraft.trainers.publish import described_data
 from csdraft.trainers.run import make_exam, prepare
+from tests.data.words import CALLING, PLAIN, WORDS, make_tokenizer, write_lines
 from tests.tiny import fresh
 
 TOOLS = [{"type": "function", "function": {"name": "w20"}}]

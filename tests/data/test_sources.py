@@ -6,9 +6,9 @@ import lzma
 
 import datasets
 import pytest
-from data.words import FORGETFUL, MARKED, PLAIN, WORDS, make_tokenizer, sentence, write_lines
 
 from csdraft.data.sources import read_prompts, read_rows, revision_of
+from tests.data.words import FORGETFUL, MARKED, PLAIN, WORDS, make_tokenizer, sentence, write_lines
 from tests.tiny import BOS, EOS
 
 TEXTS = [sentence(words, seed) for seed, words in enumerate([5, 40, 1, 12])]

@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from tape import recorder, storages
 
 import csdraft
 from csdraft import CascadeDrafter, MaxGram
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.graphs import RECORDERS
 from csdraft.decoding.interfaces import Budget, Context, Drafter
+from tests.decoding.tape import recorder, storages
 from tests.tiny import drafter_of, fresh, ragged_batch, tiny
 
 TAPS = (0, 1, 2)

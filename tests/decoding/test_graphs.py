@@ -3,13 +3,13 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tape import recorder, storages
 
 import csdraft
 from csdraft import MaxGram, ModelDrafter
 from csdraft.decoding.graphs import RECORDERS, Graphs
 from csdraft.decoding.reader import Reader
 from csdraft.trees.best_first import BestFirst
+from tests.decoding.tape import recorder, storages
 from tests.tiny import FAMILIES, fresh, tiny
 
 RECORDED = [name for name, (_, kind, _) in FAMILIES.items() if "Conditional" not in kind and name != "falcon"]

@@ -7,7 +7,6 @@ import sys
 import threading
 
 import pytest
-from standin import StandInCall, microseconds, proposed
 
 from csdraft import Horizontal
 from csdraft.decoding.interfaces import Budget
@@ -19,6 +18,7 @@ from csdraft.tables.speculation import Rule
 from csdraft.tables.suffix_automaton import NOWHERE, START, SuffixAutomaton
 from tests import tiny
 from tests.drafters.quoting import draws, quotes
+from tests.drafters.standin import StandInCall, microseconds, proposed
 
 
 def words(generator: random.Random, alphabet: int, most: int, least: int = 0) -> list[int]:

@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from standin import StandInCall, microseconds
 
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Round, Verdict
 from csdraft.drafters.token_recycling import TokenRecycling
 from csdraft.tables.adjacency import KEPT, AdjacencyTable
 from tests import tiny
+from tests.drafters.standin import StandInCall, microseconds
 
 VOCAB = 600
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
-from trainers.pair import arguments, make_pair
 from transformers import AutoModelForCausalLM
 
 import csdraft
@@ -21,6 +20,7 @@ from csdraft.heads.layers import embeddings
 from csdraft.trainers.run import distill
 from csdraft.trainers.students import added_share, check_student, load_student_weights, make_student, save_student
 from tests.tiny import fresh, inputs_of, noisy, prompt, tokenizer
+from tests.trainers.pair import arguments, make_pair
 
 FAMILIES = ["llama", "gemma3", "gpt2", "opt", "falcon", "t5"]
 DEEPER = {

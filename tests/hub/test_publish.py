@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_standin import Hub, standin
-from trainers.pair import arguments, make_pair, settings
 from transformers import AutoModelForCausalLM
 
 import csdraft
@@ -24,7 +22,9 @@ from csdraft.trainers.publish import card, provenance
 from csdraft.trainers.run import distill
 from csdraft.trainers.students import added_share, make_student
 from csdraft.upload import upload
+from tests.hub.standin import Hub, standin
 from tests.tiny import on_target
+from tests.trainers.pair import arguments, make_pair, settings
 
 ROOT = Path(__file__).parents[2]
 

@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from trainers.pair import arguments, make_pair, settings
 from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, Trainer, TrainerCallback
 
 import csdraft
@@ -30,6 +29,7 @@ from csdraft.trainers.exam import Exam, left_padded
 from csdraft.trainers.interrupt import Interrupt
 from csdraft.trainers.run import distill
 from tests.tiny import on_target
+from tests.trainers.pair import arguments, make_pair, settings
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = ROOT / "scripts/distill_drafter.py"

@@ -12,8 +12,6 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from trainers.launch import ROOT
-from trainers.pair import arguments, make_pair, settings
 from transformers import TrainingArguments
 
 from csdraft.trainers import checkpoints
@@ -23,6 +21,8 @@ from csdraft.trainers.options import FREE
 from csdraft.trainers.run import distill
 from csdraft.trainers.run_folder import RunFolder, is_finished
 from recipes.smol.pretrain import PretrainArguments
+from tests.trainers.launch import ROOT
+from tests.trainers.pair import arguments, make_pair, settings
 
 
 @pytest.fixture(scope="module")

@@ -17,14 +17,14 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from trainers.launch import ROOT, start
-from trainers.pair import arguments, make_pair, settings
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from csdraft.trainers import run as run_module
 from csdraft.trainers.checkpoints import flaw, last_checkpoint
 from csdraft.trainers.run import distill
 from csdraft.trainers.stops import NonFinite, Unwritable, writing
+from tests.trainers.launch import ROOT, start
+from tests.trainers.pair import arguments, make_pair, settings
 
 SCRIPT = ROOT / "scripts/distill_drafter.py"
 RARE = "Q"

@@ -10,7 +10,13 @@ import pkgutil
 from typing import get_args
 
 import pytest
-from toy import (
+
+import csdraft.verifiers
+from csdraft.decoding.draft import ROOT, Draft, Kind
+from csdraft.decoding.interfaces import Verifier
+from csdraft.decoding.sampling import Sampler
+from csdraft.verifiers.rejection import Rejection
+from tests.verifiers.toy import (
     Branching,
     Peaked,
     Place,
@@ -28,13 +34,7 @@ from toy import (
     reviewed,
     total_variation,
 )
-from trees import beam, both_sorts, drawn_tree, lone_draws, siblings
-
-import csdraft.verifiers
-from csdraft.decoding.draft import ROOT, Draft, Kind
-from csdraft.decoding.interfaces import Verifier
-from csdraft.decoding.sampling import Sampler
-from csdraft.verifiers.rejection import Rejection
+from tests.verifiers.trees import beam, both_sorts, drawn_tree, lone_draws, siblings
 
 LENGTH = 3
 EXACT = 1e-9

@@ -7,8 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toy import Branching, Fixed, Greedy, Place, Tables, TableScores, chain, outcomes, planted, total_variation
-from trees import both_sorts, drawn_tree
 
 from csdraft import MaxGram, ModelDrafter, Vertical
 from csdraft.decoding.draft import ROOT, Draft
@@ -19,6 +17,19 @@ from csdraft.verifiers.lenient import Lenient
 from csdraft.verifiers.match import Match
 from csdraft.verifiers.typical import Typical
 from tests import tiny
+from tests.verifiers.toy import (
+    Branching,
+    Fixed,
+    Greedy,
+    Place,
+    Tables,
+    TableScores,
+    chain,
+    outcomes,
+    planted,
+    total_variation,
+)
+from tests.verifiers.trees import both_sorts, drawn_tree
 
 EXACT = 1e-9
 TARGET = Fixed((0.42, 0.23, 0.17, 0.11, 0.07))
