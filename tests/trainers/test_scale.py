@@ -75,7 +75,8 @@ def test_data_parallel_processes_are_one(folder, alone, ddp):
     assert (ddp / "checkpoint-4").is_dir()
 
 
-@pytest.mark.parametrize("recipe", ["cpu", pytest.param("ddp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["cpu", "ddp"])
 def test_recipes_start_two_processes_without_gpus(folder, recipe):
     """As the docs say it, with the script itself: each process has its random numbers in the checkpoint."""
     options = folder / f"two-{recipe}.yaml"
