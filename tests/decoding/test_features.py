@@ -53,8 +53,17 @@ class ToyHead(Drafter):
         return drafts
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(
+    ("family", "rows"),
+    [
+        ("llama", 1),
+        ("llama", 3),
+        ("gemma2", 3),
+        ("gpt2", 3),
+        pytest.param("gemma2", 1, marks=pytest.mark.slow),
+        pytest.param("gpt2", 1, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize(("branches", "forget"), [(1, False), (2, False), (2, True)], ids=["chain", "tree", "dropped"])
 def test_features_are_those_of_a_plain_forward(family, rows, branches, forget):
     target, inputs, head = tiny(family), ragged_batch((20, 3, 11)[:rows]), ToyHead(branches=branches, forget=forget)

@@ -50,7 +50,15 @@ def drafters(family, target):
     return ModelDrafter(fresh(family, seed=1)), ModelDrafter(fresh(family, seed=1), tree=BestFirst()), MaxGram()
 
 
-@pytest.mark.parametrize(("family", "rows"), [*((family, 2) for family in RECORDED), ("llama", 1), ("gemma2", 1)])
+REPRESENTATIVE = ("llama", "gemma3", "gpt2", "t5")
+"""Rotary positions, windows, a table of positions, an encoder: the other families are slow tests."""
+CASES = [*((family, 2) for family in RECORDED), ("llama", 1), ("gemma2", 1)]
+
+
+@pytest.mark.parametrize(
+    ("family", "rows"),
+    [pytest.param(*case, marks=[] if case[0] in REPRESENTATIVE else pytest.mark.slow) for case in CASES],
+)
 def test_replayed_forwards_write_the_same_text(graphs, monkeypatch, family, rows):
     target, count = tiny(family), replays(monkeypatch)
     inputs = {"inputs": PROMPTS[:rows], "attention_mask": MASK[:rows]} | WANTED
