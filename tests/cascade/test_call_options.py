@@ -97,6 +97,7 @@ class Failing(MaxGram):
         raise RuntimeError("no draft today")
 
 
+@pytest.mark.drafts_nothing
 def test_strict_reaches_the_call_from_either_place():
     with pytest.raises(RuntimeError, match="no draft today"):
         decoded(Failing(), options=Options(strict=True))
