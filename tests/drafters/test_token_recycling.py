@@ -106,6 +106,7 @@ def test_every_scored_node_is_learned_and_the_text_wins() -> None:
     assert table.successors[7].tolist() == [50] * KEPT, "the last that was seen counts"
 
 
+@pytest.mark.drafts_nothing
 def test_two_targets_never_share_a_matrix() -> None:
     first, second = tiny.tiny("llama"), tiny.drafter_of("llama")
     assert AdjacencyTable.of(first, VOCAB) is AdjacencyTable.of(first, VOCAB)
