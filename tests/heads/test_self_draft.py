@@ -20,7 +20,7 @@ from csdraft.drafters.model import base_model, bound, load_model
 from csdraft.trainers.students import make_student, save_student
 from tests.tiny import drafter_of, fresh, inputs_of, noisy, on_target, prompt
 
-FAMILIES = ["llama", "gemma3", "gpt2", "falcon", "t5"]
+FAMILIES, SLOW = ["llama", "gemma3", "gpt2", "falcon", "t5"], ("gpt2", "falcon")
 MODULES = {
     "gpt2": {"target_modules": ["c_attn"], "fan_in_fan_out": True},
     "falcon": {"target_modules": ["query_key_value"]},
@@ -79,7 +79,9 @@ def folders(target, tmp_path_factory) -> list[str]:
     return [str(folder) for folder in made]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else []) for name in FAMILIES]
+)
 def test_it_comes_back_and_drafts_as_its_merged_copy(family, tmp_path):
     """Logits, texts and parts in them: in memory, from disk and merged; greedy and sampling, one row and several."""
     target = target_of(family)

@@ -60,8 +60,16 @@ def bound_to(target: nn.Module, folder: Path) -> nn.Module:
     return as_drafter(csdraft.ModelDrafter(folder), target).network
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+FAST = [(family, family != "opt") for family in FAMILIES] + [("llama", False)]
+"""Each family with its layers tied or not, llama both ways."""
+TIED = [
+    pytest.param(family, tied, marks=[] if (family, tied) in FAST else pytest.mark.slow)
+    for family in FAMILIES
+    for tied in (False, True)
+]
+
+
+@pytest.mark.parametrize(("family", "tied"), TIED)
 def test_it_comes_back_over_the_targets_tensors_and_drafts_alike(family, tied, tmp_path):
     """In memory, from its folder, and from the folder of a cascade; the target may tie its own two or not."""
     target = target_of(family, tie_word_embeddings=tied)
