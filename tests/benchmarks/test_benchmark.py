@@ -218,7 +218,7 @@ def test_the_grid_is_searched(setup, monkeypatch):
     assert len(outcome.claims) == 3
 
 
-def test_claims():
+def test_a_claim_passes_where_its_interval_does():
     assert Claim.ratio("fast", Interval(1.2, 0.9, 1.4), 1.1).passed
     assert not Claim.ratio("surely fast", Interval(1.2, 0.9, 1.4), 1.0, surely=True).passed
     assert str(Claim("short", "3 ms", 3.0, 2.0, most=True)).startswith("FAIL  short: 3 ms")

@@ -98,7 +98,7 @@ def test_a_misspelt_drafter_is_told_its_name(models, capsys):
     assert "did you mean 'max_gram'" in capsys.readouterr().err
 
 
-def test_version(capsys):
+def test_the_version_is_printed(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
     assert capsys.readouterr().out == f"csdraft {csdraft.__version__}\n"

@@ -71,7 +71,7 @@ def check(drafter: Drafter, schedule: Schedule | str, verifier: Any = None) -> N
 
 
 @pytest.mark.parametrize(("family", "type", "option", "huge"), cases())
-def test_an_option(family, type, option, huge):
+def test_a_huge_option_costs_nothing_or_is_refused(family, type, option, huge):
     """It costs nothing, or is refused when it is made, by name."""
     made = {"drafters": methods.drafter, "trees": methods.branching, "schedules": methods.schedule,
             "verifiers": methods.verifier}[family](type)  # fmt: skip
@@ -99,14 +99,14 @@ def test_an_option(family, type, option, huge):
 
 @pytest.mark.parametrize("huge", HUGE)
 @pytest.mark.parametrize("schedule", methods.SCHEDULES)
-def test_a_k_matrix(schedule, huge):
+def test_a_huge_k_matrix_costs_nothing(schedule, huge):
     small = tiny.drafter_of("llama")
     for matrix in ([[huge, 12], [0, 4]], [[3, huge], [0, huge]], [[huge, huge], [0, huge]], huge):
         check(CascadeDrafter([small, MaxGram(depth=huge)], matrix), schedule)
     check(Vertical(small, MaxGram(depth=huge), inner_length=huge, depth=huge), schedule)
 
 
-def test_a_plan(monkeypatch):
+def test_a_plan_of_huge_drafters_is_bounded(monkeypatch):
     """The planner asks for no more than its own deepest draft."""
     monkeypatch.setattr("csdraft.planner.auto.TOKENS", NEW)
     small = tiny.drafter_of("llama")

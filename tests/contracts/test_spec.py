@@ -174,7 +174,7 @@ def test_a_type_is_a_file():
         ),
     ],
 )
-def test_refusals(family, written, message):
+def test_what_is_not_understood_is_refused(family, written, message):
     with pytest.raises(ValueError, match=message):
         spec.from_json(family, written, {"small": drafter_of("llama")})
 

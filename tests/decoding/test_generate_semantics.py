@@ -111,7 +111,7 @@ def test_end_of_text_inside_a_block(model, rows: int) -> None:
 
 
 @pytest.mark.parametrize("where", ["keyword", "generation_config", "model"])
-def test_stop_strings(where: str) -> None:
+def test_stop_strings_end_the_text_where_they_do_in_plain_generate(where: str) -> None:
     model, tokenizer, inputs = tiny.fresh("llama"), tiny.tokenizer(), tiny.prompt()
     text = tokenizer.decode(model.generate(**inputs, **GREEDY)[0, 20:])
     options = {"tokenizer": tokenizer}
@@ -210,7 +210,7 @@ def test_classifier_free_guidance_which_runs_the_model_itself(model, rows: int) 
     assert ours.tolist() == wanted.tolist()
 
 
-def test_encoder_processors() -> None:
+def test_processors_that_read_the_encoders_input_change_no_text() -> None:
     model, inputs = tiny.tiny("t5"), tiny.inputs_of("t5", 4)
     options = {"encoder_repetition_penalty": 1.4, "encoder_no_repeat_ngram_size": 2, "forced_eos_token_id": EOS}
     wanted, ours = pair(model, inputs, family="t5", **options)
@@ -319,7 +319,7 @@ def test_how_an_encoder_decoder_gets_its_inputs(spelling: str) -> None:
     assert model.generate(*args, **options, assistant=assistant, **FIXED).tolist() == wanted.tolist()
 
 
-def test_pipeline(model) -> None:
+def test_a_pipeline_writes_the_same_text(model) -> None:
     generator = pipeline("text-generation", model=model, tokenizer=tiny.tokenizer(), device="cpu")
     options = {"do_sample": False, "max_new_tokens": 12}
     for text in ("hello there", ["hello", "good morning"]):
@@ -327,7 +327,7 @@ def test_pipeline(model) -> None:
 
 
 @pytest.mark.parametrize("role", ["target", "drafter"])
-def test_peft_models(role: str) -> None:
+def test_peft_models_write_the_same_text(role: str) -> None:
     from peft import LoraConfig, get_peft_model
 
     adapted = get_peft_model(tiny.fresh("llama"), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))

@@ -162,7 +162,7 @@ def test_a_rule_that_judges_row_after_row_is_refused_by_name() -> None:
     assert model.generate(**greedy).tolist() == wanted.tolist()
 
 
-def test_encoder_decoders() -> None:
+def test_encoder_decoders_run_users_code_as_plain_generate_does() -> None:
     model, inputs = tiny.tiny("t5"), tiny.inputs_of("t5", ROWS)
     options = {**inputs, "max_new_tokens": 16, "do_sample": False}
     wanted = model.generate(**options, logits_processor=[ByCall()], stopping_criteria=[EachRow()])

@@ -228,7 +228,7 @@ def test_two_adapters_in_one_cascade(folders, tmp_path):
     assert torch.equal(target.generate(**inputs, assistant=str(tmp_path / "cascade"), max_new_tokens=10), plain)
 
 
-def test_a_path_is_enough(folders):
+def test_the_path_of_an_adapter_is_drafter_enough(folders):
     target = base()
     plain = target.generate(**prompt(), max_new_tokens=8)
     assert torch.equal(target.generate(**prompt(), assistant=folders["first"], max_new_tokens=8), plain)

@@ -50,7 +50,7 @@ def continued(text: list[int], word: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("alphabet", [2, 3, 6])
-def test_counts_and_places(alphabet: int) -> None:
+def test_the_automaton_counts_and_places_as_a_search_does(alphabet: int) -> None:
     generator = random.Random(alphabet)
     for _ in range(60):
         text, automaton = words(generator, alphabet, 30, 1), SuffixAutomaton()

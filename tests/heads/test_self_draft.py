@@ -190,7 +190,7 @@ def test_in_a_nest_it_is_bound_once(target, folders):
     assert as_drafter(plain, target) is plain
 
 
-def test_the_default_schedule(target, folders):
+def test_the_default_schedule_writes_the_targets_text(target, folders):
     """It learns costs by model, and asks for their sessions."""
     cascade = csdraft.CascadeDrafter([folders[0], csdraft.MaxGram()], [4, 4])
     plain = target.generate(**prompt(), max_new_tokens=32).tolist()

@@ -147,7 +147,7 @@ def test_greedy_deferral_prefers_the_targets_own_token():
 @pytest.mark.parametrize(
     ("options", "what"), [({"rule": "chou"}, "rule='chou'.*chow"), ({"margin": 1.5}, "margin=1.5")]
 )
-def test_options_of_deferral(options, what):
+def test_wrong_options_of_deferral_are_refused(options, what):
     assert not Deferral().lossless
     with pytest.raises(ValueError, match=what):
         Deferral(**options)
@@ -205,7 +205,7 @@ def test_typical_is_not_lossless_and_greedy_it_is_match():
 
 
 @pytest.mark.parametrize("options", [{"threshold": 1.0}, {"entropy_share": -0.1}])
-def test_options_of_typical(options):
+def test_wrong_options_of_typical_are_refused(options):
     (name,) = options
     with pytest.raises(ValueError, match=f"{name}={options[name]}.*in"):
         Typical(**options)

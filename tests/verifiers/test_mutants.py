@@ -58,7 +58,7 @@ def _healthy():
 # The token rule
 
 
-def test_no_residual(monkeypatch):
+def test_no_residual_is_found(monkeypatch):
     monkeypatch.setattr(rejection, "residual", lambda target_probs, draft, node: target_probs)
     assert error(Rejection()) > CAUGHT
     assert error(Rejection(), chain(Tables(100), "ccc")) > CAUGHT
