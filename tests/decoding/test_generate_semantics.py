@@ -84,7 +84,7 @@ class AtLength(StoppingCriteria):
 # Where a text ends.
 
 
-@pytest.mark.parametrize("new", [1, 2, 7, 24])
+@pytest.mark.parametrize("new", [pytest.param(1, marks=pytest.mark.drafts_nothing), 2, 7, 24])
 def test_max_new_tokens_is_exact(model, new: int) -> None:
     wanted, ours = pair(model, tiny.prompt(), wrong=0.0, max_new_tokens=new)
     assert ours.tolist() == wanted.tolist()
@@ -134,6 +134,7 @@ def test_stop_strings_without_a_tokenizer_is_transformers_own_error(model) -> No
         model.generate(**tiny.prompt(), stop_strings=["x"], assistant=tiny.drafter_of("llama"))
 
 
+@pytest.mark.drafts_nothing
 def test_a_prompt_that_is_longer_than_a_criterion_allows_still_gets_one_token(model) -> None:
     wanted, ours = pair(model, tiny.prompt(), stopping_criteria=[MaxLengthCriteria(5)])
     assert ours.tolist() == wanted.tolist()
