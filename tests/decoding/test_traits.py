@@ -172,7 +172,7 @@ def test_gradient_checkpointing_in_training_mode() -> None:
     model = tiny.fresh("llama")
     model.gradient_checkpointing_enable()
     model.train()
-    options = {**tiny.prompt(), "max_new_tokens": 4, "assistant": MaxGram(), "schedule": "fixed"}
+    options = {**tiny.prompt(), "max_new_tokens": 4, "assistant": tiny.drafter_of("llama"), "schedule": "fixed"}
     with pytest.raises(ValueError, match=r"model\.eval\(\) or model\.gradient_checkpointing_disable\(\)"):
         model.generate(**options)
     assert model.eval().generate(**options).shape[1] == 24
