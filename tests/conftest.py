@@ -37,7 +37,7 @@ def _gpu(request: pytest.FixtureRequest) -> None:
 
 
 DECODING = {"cascade", "contracts", "decoding", "drafters", "gpu", "heads", "schedules", "trees", "verifiers"}
-"""Folders whose tests decode for decoding's sake; elsewhere a text is only there to be trained on, printed or saved."""
+"""Folders whose tests decode for decoding's sake; elsewhere a text is there to be trained on, printed or saved."""
 
 _drafted: list[int] = []
 """Of each call of the test that is running, the tokens drafted for the target and the drafter's failures."""
