@@ -70,10 +70,13 @@ def test_a_loss_of_nan_names_its_rows_and_leaves_the_last_checkpoint(folder, pac
     assert "The target has weights that are not finite (model.embed_tokens.weight)" in message
     assert not (folder / f"nan-{packing}" / "model.safetensors").exists()
     last = last_checkpoint(f"{folder}/nan-{packing}")
-    assert last is not None
-    assert last in message
-    assert int(last.rpartition("-")[2]) + 1 == int(re.match(r"step (\d+)", message)[1])
-    assert all(tensor.isfinite().all() for tensor in load_file(f"{last}/model.safetensors").values())
+    step = int(re.match(r"step (\d+)", message)[1])
+    assert (last is None) == (step == 1)
+    assert last is not None or not packing, "with packing the row comes later"
+    if last is not None:
+        assert last in message
+        assert int(last.rpartition("-")[2]) + 1 == step
+        assert all(tensor.isfinite().all() for tensor in load_file(f"{last}/model.safetensors").values())
 
 
 @pytest.mark.slow
