@@ -42,6 +42,7 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python csdraft benchmarks examples recipes scripts
+	$(BIN)/python -m pytest -q tests/house/test_architecture.py tests/house/test_words.py
 
 test: $(READY)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow and not gpu" $(ARGS)
@@ -70,5 +71,5 @@ $(SITE_READY): $(READY)
 # Fresh tables, all blocks and the notebook run, all links checked, and the site in site/.
 docs: $(READY) $(SITE_READY)
 	$(BIN)/python docs/build_tables.py
-	$(BIN)/python -m pytest -q tests/test_docs.py
+	$(BIN)/python -m pytest -q tests/house/test_docs.py
 	$(BIN)/properdocs build --strict --config-file mkdocs.yml

@@ -8,6 +8,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; scripts they start inherit this
 
 import random
+import sys
+from collections.abc import Iterator
+from functools import wraps
 
 import numpy as np
 import pytest
@@ -31,6 +34,47 @@ def _gpu(request: pytest.FixtureRequest) -> None:
     """Tests marked gpu need a device."""
     if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+DECODING = {"cascade", "contracts", "decoding", "drafters", "gpu", "heads", "schedules", "trees", "verifiers"}
+"""Folders whose tests decode for decoding's sake; elsewhere a text is there to be trained on, printed or saved."""
+
+_drafted: list[int] = []
+"""Of each call of the test that is running, the tokens drafted for the target and the drafter's failures."""
+
+
+def _count_drafts() -> None:
+    """From now on every call that ends says how much was drafted; nothing before csdraft has been imported."""
+    module = sys.modules.get("csdraft.decoding.report")
+    finish = None if module is None else module.Report.finish
+    if finish is None or getattr(finish, "counts", False):
+        return
+
+    @wraps(finish)
+    def counting(report, *args, **kwargs):
+        finish(report, *args, **kwargs)
+        _drafted.append(report.target.drafted.total() + report.failures.total())
+
+    counting.counts = True
+    module.Report.finish = counting
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
+    """A test that decodes with a drafter fails if nothing was drafted in any of its calls: it would show nothing.
+
+    Unless the drafter failed and was left out, or the test is marked `drafts_nothing`.
+    """
+    _count_drafts()
+    _drafted.clear()
+    result = yield
+    excused = pyfuncitem.path.parent.name not in DECODING or pyfuncitem.get_closest_marker("drafts_nothing")
+    if _drafted and not any(_drafted) and not excused:
+        pytest.fail(
+            f"nothing was drafted in any of the {len(_drafted)} calls, so this test shows nothing; mark it "
+            "drafts_nothing if that is its point"
+        )
+    return result
 
 
 @pytest.fixture(scope="session")

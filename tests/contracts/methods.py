@@ -7,9 +7,11 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
+from torch import Tensor
 
 from csdraft import Drafter, Horizontal, MaxGram, ModelDrafter, Vertical, spec
 from csdraft.decoding.call import Call
@@ -24,10 +26,15 @@ from csdraft.drafters.ouroboros import Ouroboros
 from csdraft.drafters.reference import Reference
 from csdraft.drafters.token_recycling import TokenRecycling
 from csdraft.drafters.translated import Translated
+from csdraft.schedules.fixed import Fixed
 from csdraft.tables.adjacency import AdjacencyTable
 from csdraft.tables.corpus import CorpusIndex
 from csdraft.tables.successors import SuccessorTable
 from tests import tiny
+
+NEW, SEEDS = 16, [11, 5, 8]
+GREEDY = {"do_sample": False, "max_new_tokens": NEW}
+SAMPLED = {"do_sample": True, "max_new_tokens": NEW, "temperature": 0.8, "top_k": 30}
 
 Wrap = Callable[[Drafter], Drafter]
 
@@ -42,9 +49,21 @@ def noise(length: int) -> list[int]:
 
 
 @cache
+def target_texts() -> list[list[int]]:
+    """What the target writes after `prompts`, greedily, with mistakes: documents from which much of it can be copied.
+
+    Two of each text, whose mistakes differ, so that what follows a token there may branch.
+    """
+    inputs, rng, documents = prompts(3), random.Random(0), []
+    for text in tiny.continuations(tiny.tiny("llama").generate(**inputs, **GREEDY), inputs) * 2:
+        documents.append([rng.randrange(3, tiny.VOCAB) if rng.random() < 0.25 else token for token in text])
+    return documents
+
+
+@cache
 def corpus() -> CorpusIndex:
-    """One in which most pairs of tokens occur."""
-    return CorpusIndex.build([noise(20_000)])
+    """One in which most pairs of tokens occur, and the target's texts."""
+    return CorpusIndex.build([noise(20_000), *target_texts()])
 
 
 def adjacency() -> AdjacencyTable:
@@ -76,7 +95,7 @@ MAKE: dict[str, Callable[[str, Wrap], Drafter]] = {
     "merged": lambda family, wrap: Merged(
         (wrap(ModelDrafter(tiny.drafter_of(family), depth=4)), wrap(MaxGram(depth=3)))
     ),
-    "reference": lambda family, wrap: Reference([noise(300)], depth=4),
+    "reference": lambda family, wrap: Reference([noise(300), *target_texts()], depth=4),
 }
 """How to make the drafters that do not come with their defaults: with models of a family, each drafter inside
 another one wrapped."""
@@ -106,6 +125,11 @@ def branches(type: str) -> bool:
     return any(made.width(depth) > depth for depth in range(1, made.depth + 1))
 
 
+def refuses(rule: str, type: str) -> bool:
+    """Whether a verifier must refuse a drafter: it judges chains, and the drafts may branch."""
+    return verifier(rule).chains_only and branches(type)
+
+
 def verifier(type: str) -> Verifier:
     return spec.find("verifiers", type)()
 
@@ -120,6 +144,46 @@ def schedule(type: str) -> Schedule:
 
 
 LOSSLESS = [type for type in VERIFIERS if verifier(type).lossless]
+
+
+def prompts(rows: int) -> dict[str, Tensor]:
+    """A ragged batch of texts that repeat themselves, so that also what copies drafts from the first round on."""
+    inputs = tiny.ragged_batch((20, 9, 14)[:rows])
+    for row, kept in zip(inputs["input_ids"], inputs["attention_mask"].bool(), strict=True):
+        row[kept] = row[kept][: (int(kept.sum()) + 1) // 2].repeat(2)[: int(kept.sum())]
+    return inputs
+
+
+@cache
+def plain(rows: int) -> list[list[int]]:
+    """What plain `generate` writes greedily after `prompts`."""
+    return tiny.tiny("llama").generate(**prompts(rows), **GREEDY).tolist()
+
+
+def decode(assistant: Drafter | None, inputs: dict, **options: Any) -> Any:
+    """The output of a call and its report. Something was drafted, or the test fails: it would show nothing."""
+    how = {"schedule": Fixed(), "strict": True, "return_dict_in_generate": True} | options
+    output = tiny.tiny("llama").generate(**inputs, assistant=assistant, **how)
+    assert output.report.target.drafted.total() > 0, "nothing was drafted, so this shows nothing"
+    return output
+
+
+class Forgetting:
+    """Drops the cache of some sessions before a drafter proposes, and counts the tokens that were lost.
+
+    Args:
+        chance: of each session, each time.
+    """
+
+    def __init__(self, chance: float = 0.5) -> None:
+        self.random, self.chance, self.lost = random.Random(1), chance, 0
+
+    def __call__(self, contexts: Sequence[Context]) -> None:
+        for session in contexts[0].call.sessions:
+            if self.random.random() < self.chance:
+                self.lost += session.kept
+                session.forget()
+                assert session.kept == 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,13 +229,14 @@ class Watched(Drafter):
 def check_proposal(context: Context, budget: Budget, draft: Draft) -> None:
     """What any drafter owes: the nodes it was given first, no more than its room, and honest labels."""
     old, call = len(context.draft), context.call
-    assert draft.tokens[:old] == context.draft.tokens
-    assert draft.parents[:old] == context.draft.parents
-    assert draft.levels[:old] == context.draft.levels
-    assert max(draft.depths, default=-1) < draft.depth(context.tip) + budget.room
+    kept = "the nodes that it was given come first, as they were"
+    assert draft.tokens[:old] == context.draft.tokens, kept
+    assert draft.parents[:old] == context.draft.parents, kept
+    assert draft.levels[:old] == context.draft.levels, kept
+    assert max(draft.depths, default=-1) < draft.depth(context.tip) + budget.room, "more than its room"
     assert all(node >= old or parent == context.draft.parents[node] for node, parent in enumerate(draft.parents))
     assert all(0 <= token < call.vocab for token in draft.tokens)
-    assert all(0 < level < len(call.level_owners) for level in draft.levels)
+    assert all(0 < level < len(call.level_owners) for level in draft.levels), "the target's level, or no level"
     assert all(math.isnan(sure) or 0 < sure < 1 for sure in draft.confidence), "law 3: one-hot confidence"
     independent = not (call.sampler.coupled or call.sampler.greedy)
     assert draft.probs is None or (independent and len(draft.probs.rows) == len(draft))

@@ -6,29 +6,33 @@ Exactness under independent draws is held by enumeration in tests/verifiers/test
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 import pytest
 import torch
-from methods import LOSSLESS, TREES, Watched, branching, verifier
 
 from csdraft import Drafter, Horizontal, MaxGram, Vertical
 from csdraft.decoding.interfaces import Context
 from csdraft.schedules.fixed import Fixed
 from tests import tiny
+from tests.contracts.methods import (
+    GREEDY,
+    LOSSLESS,
+    NEW,
+    SAMPLED,
+    SEEDS,
+    TREES,
+    Forgetting,
+    Watched,
+    branching,
+    decode,
+    plain,
+    prompts,
+    verifier,
+)
 
-NEW, SEEDS = 16, [11, 5, 8]
-GREEDY = {"do_sample": False, "max_new_tokens": NEW}
-SAMPLED = {"do_sample": True, "max_new_tokens": NEW, "temperature": 0.8, "top_k": 30}
 JUDGES = [verifier(rule) for rule in LOSSLESS if verifier(rule).draws == "independent"]
-
-
-def written(assistant: Drafter | None, inputs: dict, **options: Any) -> Any:
-    how = {"schedule": Fixed(), "strict": True, "return_dict_in_generate": True} | options
-    return tiny.tiny("llama").generate(**inputs, assistant=assistant, **how)
 
 
 def everywhere(type: str) -> Drafter:
@@ -38,23 +42,18 @@ def everywhere(type: str) -> Drafter:
 
 
 @cache
-def plain(rows: int) -> list[list[int]]:
-    return tiny.tiny("llama").generate(**tiny.inputs_of("llama", rows), **GREEDY).tolist()
-
-
-@cache
 def coupled(rows: int) -> list[list[int]]:
     """What coupled draws write, whoever drafts: here nobody."""
     options = {**SAMPLED, "row_seeds": SEEDS[:rows]}
-    return written(MaxGram(), tiny.inputs_of("llama", rows), **options, schedule=Fixed(1)).sequences.tolist()
+    return decode(MaxGram(), prompts(rows), **options, schedule=Fixed(1)).sequences.tolist()
 
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("type", TREES)
 def test_greedy_is_identical(type: str, rows: int) -> None:
-    inputs = tiny.inputs_of("llama", rows)
+    inputs = prompts(rows)
     for assistant in (Watched(branching(type)), everywhere(type)):
-        output = written(assistant, inputs, **GREEDY)
+        output = decode(assistant, inputs, **GREEDY)
         assert output.sequences.tolist() == plain(rows)
         assert output.report.target.accepted.total() > 0, "nothing was accepted, so this proves little"
 
@@ -62,34 +61,28 @@ def test_greedy_is_identical(type: str, rows: int) -> None:
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("type", TREES)
 def test_coupled_draws_are_identical(type: str, rows: int) -> None:
-    inputs = tiny.inputs_of("llama", rows)
+    inputs = prompts(rows)
     for assistant in (Watched(branching(type)), everywhere(type)):
-        output = written(assistant, inputs, **SAMPLED, row_seeds=SEEDS[:rows])
+        output = decode(assistant, inputs, **SAMPLED, row_seeds=SEEDS[:rows])
         assert output.sequences.tolist() == coupled(rows)
         assert output.report.target.accepted.total() > 0
 
 
 @pytest.mark.parametrize("type", TREES)
 def test_dropping_any_cache_changes_nothing_and_the_accounts_balance(type: str) -> None:
-    inputs, rng = tiny.inputs_of("llama", 3), random.Random(1)
-
-    def forget(contexts: Sequence[Context]) -> None:
-        for session in contexts[0].call.sessions:
-            if rng.random() < 0.3:
-                session.forget()
-
-    for before in (None, forget):
-        watched = Watched(everywhere(type), before)
-        assert written(watched, inputs, **GREEDY).sequences.tolist() == plain(3)
+    for forget in (None, Forgetting(chance=0.3)):
+        watched = Watched(everywhere(type), forget)
+        assert decode(watched, prompts(3), **GREEDY).sequences.tolist() == plain(3)
         for session in watched.sessions:
             assert session.reader.fed == session.kept + session.rolled_back - session.imported
         assert len(watched.sessions) == 3, "a model has one session, wherever it stands"
+    assert forget.lost > 60, f"only {forget.lost} tokens were forgotten, so this shows little"
 
 
 @pytest.mark.parametrize("type", TREES)
 def test_independent_draws_or_a_refusal_that_names_both(type: str) -> None:
     """Where a verifier takes the tree, a batch is its rows, and one-hot distributions give the greedy text."""
-    inputs, tree = tiny.inputs_of("llama", 3), branching(type).tree
+    inputs, tree = prompts(3), branching(type).tree
     assert tree is not None
     taken = [judge for judge in JUDGES if not judge.chains_only and (not tree.draws or tree.draws in judge.kinds)]
     assert taken, "nobody judges this tree"
@@ -97,14 +90,14 @@ def test_independent_draws_or_a_refusal_that_names_both(type: str) -> None:
         if judge not in taken:
             named = f"{tree.draws!r}.*{judge.__class__.__name__}|a tree, {judge.__class__.__name__}"
             with pytest.raises(ValueError, match=named):
-                written(branching(type), inputs, **SAMPLED, row_seeds=SEEDS, verifier=judge)
+                decode(branching(type), inputs, **SAMPLED, row_seeds=SEEDS, verifier=judge)
     one_hot = {"do_sample": True, "top_k": 1, "max_new_tokens": NEW, "row_seeds": SEEDS}
-    assert written(branching(type), inputs, **one_hot, verifier=taken[-1]).sequences.tolist() == plain(3)
+    assert decode(branching(type), inputs, **one_hot, verifier=taken[-1]).sequences.tolist() == plain(3)
     tailed = lambda: Watched(Horizontal((Watched(branching(type)), MaxGram()), (3, 2)))  # noqa: E731 - made anew
-    batch = written(tailed(), inputs, **SAMPLED, row_seeds=SEEDS, verifier=taken[0]).sequences
+    batch = decode(tailed(), inputs, **SAMPLED, row_seeds=SEEDS, verifier=taken[0]).sequences
     for row, text in enumerate(tiny.continuations(batch, inputs)):
         ids = inputs["input_ids"][row, inputs["attention_mask"][row].bool()][None]
-        alone = written(tailed(), {"input_ids": ids}, **SAMPLED, row_seeds=SEEDS[row : row + 1], verifier=taken[0])
+        alone = decode(tailed(), {"input_ids": ids}, **SAMPLED, row_seeds=SEEDS[row : row + 1], verifier=taken[0])
         assert text[: alone.sequences.shape[1]] == alone.sequences[0].tolist()
 
 
@@ -117,7 +110,7 @@ def test_a_tail_goes_on_from_a_branch_that_was_expected(type: str) -> None:
         seen.extend(context.draft for context in contexts if len(context.draft))
 
     tail = Watched(MaxGram(), look)
-    written(Horizontal((branching(type), tail), (3, 2)), tiny.inputs_of("llama", 3), **GREEDY)
+    decode(Horizontal((branching(type), tail), (3, 2)), prompts(3), **GREEDY)
     assert seen
     for draft in seen:
         lead = -1
@@ -131,6 +124,6 @@ def test_a_tail_goes_on_from_a_branch_that_was_expected(type: str) -> None:
 @pytest.mark.parametrize("type", TREES)
 def test_processors_that_read_the_text_are_applied_along_branches(type: str) -> None:
     options = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, **GREEDY}
-    inputs = tiny.inputs_of("llama", 3)
+    inputs = prompts(3)
     wanted = tiny.tiny("llama").generate(**inputs, **options)
-    assert torch.equal(written(branching(type), inputs, **options).sequences, wanted)
+    assert torch.equal(decode(branching(type), inputs, **options).sequences, wanted)

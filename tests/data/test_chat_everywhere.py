@@ -8,8 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from data.words import CALLING, PLAIN, WORDS, make_tokenizer, write_lines
-from tiny import fresh
 from transformers import AutoConfig, AutoTokenizer
 
 from csdraft import MaxGram
@@ -20,6 +18,8 @@ from csdraft.trainers.distill import DistillArguments
 from csdraft.trainers.order import Filled
 from csdraft.trainers.publish import described_data
 from csdraft.trainers.run import make_evaluation, prepare
+from tests.data.words import CALLING, PLAIN, WORDS, make_tokenizer, write_lines
+from tests.tiny import fresh
 
 TOOLS = [{"type": "function", "function": {"name": "w20"}}]
 QUESTION = {"role": "user", "content": "w2 w3"}

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tiny import CAUSAL, fresh, tiny
 
 from csdraft.data.packing import check_packing
+from tests.tiny import CAUSAL, fresh, tiny
 
 
 def mixes(model: torch.nn.Module) -> bool:

@@ -14,8 +14,6 @@ import datasets
 import pytest
 import torch
 import yaml
-from data.words import make_target, make_tokenizer, sentence, write_lines
-from tiny import EOS, fresh
 from transformers import AutoModelForCausalLM
 
 from csdraft import MaxGram, ModelDrafter
@@ -24,6 +22,8 @@ from csdraft.data.generate import GenerateArguments, generate
 from csdraft.data.shards import Part, Shard, batches, finished
 from csdraft.data.sources import read_rows
 from csdraft.data.text import read_corpus
+from tests.data.words import make_target, make_tokenizer, sentence, write_lines
+from tests.tiny import EOS, fresh
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = ROOT / "scripts/generate_data.py"

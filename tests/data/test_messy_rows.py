@@ -8,10 +8,10 @@ from pathlib import Path
 
 import datasets
 import pytest
-from data.words import CALLING, MARKED, NEEDS_CONTENT, PARTED, PLAIN, STRICT, WORDS, make_tokenizer, write_lines
 
 from csdraft.data.chat import ChatFormat
 from csdraft.data.sources import read_prompts, read_rows, tally_of
+from tests.data.words import CALLING, MARKED, NEEDS_CONTENT, PARTED, PLAIN, STRICT, WORDS, make_tokenizer, write_lines
 
 USER, ANSWER = {"role": "user", "content": "w2"}, {"role": "assistant", "content": "w3"}
 CALL = {"type": "function", "function": {"name": "w7", "arguments": {"w10": "w11"}}}

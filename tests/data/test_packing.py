@@ -6,9 +6,9 @@ import random
 
 import pytest
 import torch
-from tiny import VOCAB, tiny
 
 from csdraft.data.packing import IGNORED, Packed, Padded, best_fit, collate, collate_seq2seq
+from tests.tiny import VOCAB, tiny
 
 
 def rows_of(lengths: list[int], prompts: list[int] | None = None) -> list[dict]:

@@ -6,10 +6,10 @@ import lzma
 
 import datasets
 import pytest
-from data.words import FORGETFUL, MARKED, PLAIN, WORDS, make_tokenizer, sentence, write_lines
-from tiny import BOS, EOS
 
 from csdraft.data.sources import read_prompts, read_rows, revision_of
+from tests.data.words import FORGETFUL, MARKED, PLAIN, WORDS, make_tokenizer, sentence, write_lines
+from tests.tiny import BOS, EOS
 
 TEXTS = [sentence(words, seed) for seed, words in enumerate([5, 40, 1, 12])]
 PAIRS = [{"prompt": sentence(4, i), "response": sentence(3 + i, 10 + i)} for i in range(3)]

@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data.words import make_target, sentence, write_lines
-from tiny import VOCAB, tiny
 
 from csdraft.data.packing import IGNORED, Packed, Padded, collate
 from csdraft.data.shards import Part
 from csdraft.data.target_cache import CacheArguments, TargetCache, cache_logits, dense, write_target_cache
 from csdraft.losses.forward_kl import forward_kl
+from tests.data.words import make_target, sentence, write_lines
+from tests.tiny import VOCAB, tiny
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = ROOT / "scripts/cache_logits.py"

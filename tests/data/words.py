@@ -7,12 +7,13 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from tiny import BOS, EOS, PAD, VOCAB, fresh
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
+
+from tests.tiny import BOS, EOS, PAD, VOCAB, fresh
 
 WORDS = ["<pad>", "</s>", "<s>", "<user>", "<assistant>", "<system>", *(f"w{i}" for i in range(VOCAB - 6))]
 TURN = "<{{ message['role'] }}> {{ message['content'] }} </s> "

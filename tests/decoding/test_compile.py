@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny import drafter_of, ragged_batch, tiny
 
 import csdraft
 from csdraft import MaxGram, ModelDrafter
 from csdraft.decoding import graphs
+from tests.tiny import drafter_of, ragged_batch, tiny
 
 pytestmark = pytest.mark.slow
 WANTED = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}

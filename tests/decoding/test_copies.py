@@ -4,7 +4,6 @@ from copy import deepcopy
 
 import pytest
 import torch
-from tiny import drafter_of, ragged_batch, tiny
 from torch.overrides import TorchFunctionMode
 
 from csdraft import Horizontal, MaxGram, ModelDrafter, Vertical
@@ -13,6 +12,7 @@ from csdraft.decoding.inputs import Inputs
 from csdraft.decoding.reader import Reader
 from csdraft.drafters.merged import Merged
 from csdraft.trees.best_first import BestFirst
+from tests.tiny import drafter_of, ragged_batch, tiny
 
 TO_THE_HOST = {"tolist", "item", "numpy", "__float__", "__int__", "__bool__", "__index__", "nonzero"}
 LEVELS = 4
@@ -68,7 +68,8 @@ def copies(monkeypatch, far):
     ids=["chain", "tree", "copied"],
 )
 def test_a_round_waits_once_and_once_more_for_each_level_of_a_tree(copies, rows, sampled, drafter, most):
-    inputs = ragged_batch((20, 3, 11)[:rows])
+    inputs = ragged_batch((20, 8, 11)[:rows])
+    inputs["input_ids"][:, -4:] = inputs["input_ids"][:, -8:-4]  # something to copy
     options = {"do_sample": sampled, "max_new_tokens": 20, "pad_token_id": 0, "schedule": "fixed", "reuse": False}
     seeds = {"row_seeds": list(range(rows))} if sampled else {}
     torch.manual_seed(0)

@@ -67,7 +67,7 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_other_generation_modes(forwards, mode: str) -> None:
+def test_other_generation_modes_are_refused(forwards, mode: str) -> None:
     options, name = MODES[mode]
     message = refused(forwards, name, **options)
     assert "greedy search and sampling" in message
@@ -106,24 +106,24 @@ def test_names_that_do_not_exist(forwards) -> None:
 # Inputs.
 
 
-def test_empty_prompts(forwards) -> None:
+def test_empty_prompts_are_refused(forwards) -> None:
     ids = torch.zeros(1, 0, dtype=torch.long)
     refused(forwards, "prompt is empty|must be|empty", inputs={"input_ids": ids, "attention_mask": ids})
 
 
-def test_embeddings_and_token_types(forwards) -> None:
+def test_embeddings_and_token_types_are_refused(forwards) -> None:
     embeddings = tiny.tiny("llama").get_input_embeddings()(tiny.prompt()["input_ids"])
     assert "assistant=" in refused(forwards, "inputs_embeds", inputs={"inputs_embeds": embeddings})
     inputs = tiny.prompt()
     refused(forwards, "token_type_ids", "gpt2", inputs={**inputs, "token_type_ids": inputs["attention_mask"] * 0})
 
 
-def test_padding_on_the_right(forwards) -> None:
+def test_padding_on_the_right_is_refused(forwards) -> None:
     message = refused(forwards, "row 1 is padded on the right", inputs=tiny.ragged_batch((9, 4), side="right"))
     assert "padding_side" in message
 
 
-def test_a_row_of_padding_alone(forwards) -> None:
+def test_a_row_of_padding_alone_is_refused(forwards) -> None:
     inputs = tiny.ragged_batch((9, 4))
     inputs["attention_mask"][1] = 0
     refused(forwards, "row 1's attention_mask has no 1", inputs=inputs)
@@ -221,7 +221,7 @@ def test_attention_that_takes_no_mask(forwards) -> None:
     assert "set_attn_implementation" in refused(forwards, "flash_attention_2", model=model)
 
 
-def test_prompt_learning_adapters(forwards) -> None:
+def test_adapters_of_virtual_tokens_are_refused(forwards) -> None:
     from peft import PromptTuningConfig, TaskType, get_peft_model
 
     config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3)

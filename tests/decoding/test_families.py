@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
@@ -17,6 +18,10 @@ FIXED = {"schedule": Fixed(), "strict": True}
 PROCESSORS = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "min_new_tokens": 4}
 CASES = [(family, attention) for family in tiny.FAMILIES for attention in tiny.attentions(family)]
 DRAFTERS = ["model", "chain", "tree"]
+ALL = list(product((1, 4), (False, True), DRAFTERS))
+FAST = [(4, True, "tree"), (4, False, "chain"), (1, False, "model")]
+"""Rows, whether there are processors, and what drafts: each value of each, and what asks most of a family together."""
+SWEEP = [pytest.param(*case, marks=[] if case in FAST else pytest.mark.slow) for case in ALL]
 
 
 @cache
@@ -45,9 +50,7 @@ def check_values(ours, plain_values, sequences, inputs, family: str) -> None:
             torch.testing.assert_close(ours[step][row], plain_values[step][row], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", DRAFTERS)
-@pytest.mark.parametrize("processed", [False, True], ids=["bare", "processors"])
-@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize(("rows", "processed", "kind"), SWEEP)
 @pytest.mark.parametrize(("family", "attention"), CASES)
 def test_greedy_is_identical(family: str, attention: str, rows: int, processed: bool, kind: str) -> None:
     wanted, inputs, options = plain(family, attention, rows, processed)

@@ -5,14 +5,14 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from tape import recorder, storages
-from tiny import drafter_of, fresh, ragged_batch, tiny
 
 import csdraft
 from csdraft import CascadeDrafter, MaxGram
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.graphs import RECORDERS
 from csdraft.decoding.interfaces import Budget, Context, Drafter
+from tests.decoding.tape import recorder, storages
+from tests.tiny import drafter_of, fresh, ragged_batch, tiny
 
 TAPS = (0, 1, 2)
 WANTED = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "schedule": "fixed", "strict": True}
@@ -53,8 +53,17 @@ class ToyHead(Drafter):
         return drafts
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(
+    ("family", "rows"),
+    [
+        ("llama", 1),
+        ("llama", 3),
+        ("gemma2", 3),
+        ("gpt2", 3),
+        pytest.param("gemma2", 1, marks=pytest.mark.slow),
+        pytest.param("gpt2", 1, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize(("branches", "forget"), [(1, False), (2, False), (2, True)], ids=["chain", "tree", "dropped"])
 def test_features_are_those_of_a_plain_forward(family, rows, branches, forget):
     target, inputs, head = tiny(family), ragged_batch((20, 3, 11)[:rows]), ToyHead(branches=branches, forget=forget)

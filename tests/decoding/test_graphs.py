@@ -3,8 +3,6 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tape import recorder, storages
-from tiny import FAMILIES, fresh, tiny
 
 import csdraft
 from csdraft import MaxGram, ModelDrafter
@@ -12,6 +10,8 @@ from csdraft.decoding.graphs import RECORDERS, Graphs
 from csdraft.decoding.reader import Reader
 from csdraft.schedules.fixed import Fixed
 from csdraft.trees.best_first import BestFirst
+from tests.decoding.tape import recorder, storages
+from tests.tiny import FAMILIES, fresh, tiny
 
 RECORDED = [name for name, (_, kind, _) in FAMILIES.items() if "Conditional" not in kind and name != "falcon"]
 PROMPTS = torch.tensor([[3, 14, 15, 9, 26, 5, 3, 14, 15], [0, 0, 8, 9, 7, 9, 3, 2, 3]])
@@ -51,7 +51,15 @@ def drafters(family, target):
     return ModelDrafter(fresh(family, seed=1)), ModelDrafter(fresh(family, seed=1), tree=BestFirst()), MaxGram()
 
 
-@pytest.mark.parametrize(("family", "rows"), [*((family, 2) for family in RECORDED), ("llama", 1), ("gemma2", 1)])
+REPRESENTATIVE = ("llama", "gemma3", "gpt2")
+"""Rotary positions, windows, a table of positions: the other families are slow tests."""
+CASES = [*((family, 2) for family in RECORDED), ("llama", 1), ("gemma2", 1)]
+
+
+@pytest.mark.parametrize(
+    ("family", "rows"),
+    [pytest.param(*case, marks=[] if case[0] in REPRESENTATIVE else pytest.mark.slow) for case in CASES],
+)
 def test_replayed_forwards_write_the_same_text(graphs, monkeypatch, family, rows):
     target, count = tiny(family), replays(monkeypatch)
     inputs = {"inputs": PROMPTS[:rows], "attention_mask": MASK[:rows]} | WANTED

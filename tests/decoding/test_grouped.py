@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny import drafter_of, ragged_batch, tiny
 from transformers.integrations import sdpa_attention
 
 from csdraft import MaxGram
 from csdraft.decoding.grouped import grouped_heads
+from tests.tiny import drafter_of, ragged_batch, tiny
 
 WANTED = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
 

@@ -7,7 +7,6 @@ import threading
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import drafter_of, fresh, ragged_batch, tiny
 from transformers import DynamicCache
 
 import csdraft
@@ -15,6 +14,7 @@ from csdraft import MaxGram, ModelDrafter
 from csdraft.decoding.cache_names import GENERATE_CACHE
 from csdraft.decoding.readers import held
 from csdraft.trees.best_first import BestFirst
+from tests.tiny import drafter_of, fresh, ragged_batch, tiny
 
 LONG, TURN, ANSWER = 2000, 9, 12
 WANTED = {"max_new_tokens": ANSWER, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}

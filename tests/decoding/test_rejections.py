@@ -46,7 +46,7 @@ def test_rejection_sampling_rejects_as_often_as_distributions_differ():
     assert "the drafter is the limit" in found.limit
 
 
-def test_of_point_masses_too():
+def test_expected_rejections_of_point_masses_are_measured():
     found = decoded("rejection", MaxGram()).rejections
     assert found.judged > 100
     assert abs(found.deviations) < 3
@@ -58,7 +58,7 @@ def test_a_worse_rule_rejects_more_than_the_distributions_ask_for():
     assert "the rule is the limit" in found.limit
 
 
-def test_by_hand():
+def test_expected_rejections_are_those_counted_by_hand():
     """Two of three tokens kept: the third is judged and refused; its distribution is what it was drawn from."""
     target, other = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.3, 0.5])
     draft = Draft((0, 1, 2), (ROOT, 0, 1), (1, 1, 1), (0.5, 0.5, 0.5), DraftProbs("iid", (other, None, target)))

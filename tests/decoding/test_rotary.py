@@ -50,8 +50,20 @@ def inputs_of(case: str) -> dict[str, torch.Tensor]:
     return {name: nn.functional.pad(value, (3, 0), value=grown[name]) for name, value in inputs.items()}
 
 
+@cache
+def disturbed(model: nn.Module) -> nn.Module:
+    """`tiny.noisy`, made once."""
+    return tiny.noisy(model)
+
+
+@cache
+def plain(family: str, case: str) -> torch.Tensor:
+    """What plain `generate` writes."""
+    return longrope(family).generate(**inputs_of(case), max_new_tokens=30, do_sample=False)
+
+
 def assistant_of(kind: str, model: nn.Module, texts: list[list[int]]):
-    noisy = tiny.noisy(model)
+    noisy = disturbed(model)
     return {
         "none": lambda: Scripted(texts, depth=1, wrong=1.0),
         "chain": lambda: Scripted(texts, wrong=0.2),
@@ -69,7 +81,7 @@ def assistant_of(kind: str, model: nn.Module, texts: list[list[int]]):
 def test_the_text_is_plain_generates_across_the_switch(family: str, case: str, kind: str) -> None:
     model, inputs = longrope(family), inputs_of(case)
     options = {**inputs, "max_new_tokens": 30, "do_sample": False}
-    wanted = model.generate(**options)
+    wanted = plain(family, case)
     assistant = assistant_of(kind, model, tiny.continuations(wanted, inputs))
     ours = model.generate(**options, assistant=assistant, schedule="fixed", strict=True, return_dict_in_generate=True)
     assert ours.sequences.tolist() == wanted.tolist()

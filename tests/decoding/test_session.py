@@ -13,7 +13,7 @@ CASES = [(family, attention) for family in tiny.FAMILIES for attention in tiny.a
 
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize(("family", "attention"), CASES)
-def test_a_random_walk(family: str, attention: str, rows: int) -> None:
+def test_a_random_walk_gives_the_logits_of_plain_forwards(family: str, attention: str, rows: int) -> None:
     for seed in range(2):
         session = open_session(tiny.tiny(family, attention), rows)
         assert walk(session, 12, seed) < CLOSE

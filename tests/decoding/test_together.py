@@ -153,7 +153,8 @@ def test_sampled_rows_do_not_depend_on_the_drafter() -> None:
 
 
 def test_a_rule_that_judges_row_after_row_is_refused_by_name() -> None:
-    options = {**tiny.inputs_of("llama", ROWS), "max_new_tokens": 4, "assistant": MaxGram(), "verifier": "rejection"}
+    small = tiny.drafter_of("llama")
+    options = {**tiny.inputs_of("llama", ROWS), "max_new_tokens": 4, "assistant": small, "verifier": "rejection"}
     model = tiny.tiny("llama")
     with pytest.raises(ValueError, match=r"Rejection judges .* ByRow may treat them differently.*verifier='match'"):
         model.generate(**options, do_sample=True, logits_processor=[ByRow()])
@@ -162,7 +163,7 @@ def test_a_rule_that_judges_row_after_row_is_refused_by_name() -> None:
     assert model.generate(**greedy).tolist() == wanted.tolist()
 
 
-def test_encoder_decoders() -> None:
+def test_encoder_decoders_run_users_code_as_plain_generate_does() -> None:
     model, inputs = tiny.tiny("t5"), tiny.inputs_of("t5", ROWS)
     options = {**inputs, "max_new_tokens": 16, "do_sample": False}
     wanted = model.generate(**options, logits_processor=[ByCall()], stopping_criteria=[EachRow()])

@@ -59,7 +59,7 @@ def test_windows_of_some_layers_that_the_code_ignores() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_chunked_attention(rows: int) -> None:
+def test_chunked_attention_is_decoded_with(rows: int) -> None:
     config = transformers.Llama4TextConfig(**LLAMA4)
     torch.manual_seed(0)
     model = transformers.Llama4ForCausalLM(config).eval()
@@ -67,7 +67,7 @@ def test_chunked_attention(rows: int) -> None:
     same_text(model, tiny.inputs_of("llama", rows))
 
 
-def test_spans_of_masks() -> None:
+def test_what_each_mask_sees_is_known() -> None:
     window = Span(window=tiny.WINDOW)
     assert traits_of(tiny.tiny("llama")).spans == {None: Span()}
     assert traits_of(tiny.tiny("mistral")).spans == {None: window}
@@ -172,7 +172,7 @@ def test_gradient_checkpointing_in_training_mode() -> None:
     model = tiny.fresh("llama")
     model.gradient_checkpointing_enable()
     model.train()
-    options = {**tiny.prompt(), "max_new_tokens": 4, "assistant": MaxGram(), "schedule": "fixed"}
+    options = {**tiny.prompt(), "max_new_tokens": 4, "assistant": tiny.drafter_of("llama"), "schedule": "fixed"}
     with pytest.raises(ValueError, match=r"model\.eval\(\) or model\.gradient_checkpointing_disable\(\)"):
         model.generate(**options)
     assert model.eval().generate(**options).shape[1] == 24
@@ -252,7 +252,7 @@ def test_known_families_would_pass(family: str, monkeypatch) -> None:
     ("family", "reason"),
     [("lfm2", "layers of kind conv, whose state cannot be rolled back"), ("bloom", "takes no position_ids")],
 )
-def test_reasons(family: str, reason: str) -> None:
+def test_a_model_is_refused_for_this_reason(family: str, reason: str) -> None:
     assert reason in (refusal(tiny.fresh(family)) or "")
 
 

@@ -76,7 +76,7 @@ def test_trees_of_free_forwards_are_larger(monkeypatch) -> None:
 
 
 def grown(tokens: list[int], rates: SourceRates | None = None) -> tuple[auto.LikeliestTree, Context]:
-    from standin import StandInCall
+    from tests.drafters.standin import StandInCall
 
     table = AdjacencyTable(64)
     table.update(np.arange(20), (np.arange(20)[:, None] + np.arange(8) + 20) % 64)
@@ -232,7 +232,7 @@ def test_errors_name_the_value(tmp_path) -> None:
 
 
 def test_nothing_known_costs_microseconds() -> None:
-    from standin import StandInCall, microseconds
+    from tests.drafters.standin import StandInCall, microseconds
 
     call = StandInCall([list(range(300))], vocab=1000)
     call.sampler = call.chooser.processing = type("Way", (), {"greedy": True, "temperature": 1.0})

@@ -89,7 +89,9 @@ def test_wrong_tables_are_refused(tmp_path: Path) -> None:
         BigramTable.load(tmp_path / "text")
 
 
-def test_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_the_script_builds_a_table_that_drafts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -10,13 +10,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from standin import StandInCall, microseconds
 
 from csdraft.decoding.interfaces import Budget
 from csdraft.drafters.datastore import Datastore
 from csdraft.tables.corpus import SPAN, CorpusIndex
 from tests import tiny
 from tests.drafters.quoting import draws, quotes
+from tests.drafters.standin import StandInCall, microseconds
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "build_datastore.py"
 

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from standin import StandInCall, microseconds
 
 import csdraft
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Budget, Round, Verdict
 from csdraft.drafters.lookahead import Lookahead
 from tests import tiny
+from tests.drafters.standin import StandInCall, microseconds
 
 ROOM = Budget(30, 30)
 Model = Callable[[list[int]], int]

@@ -8,13 +8,13 @@ import time
 import numpy as np
 import pytest
 import torch
-from standin import StandInCall, microseconds, proposed
 
 from csdraft.decoding.interfaces import Budget
 from csdraft.decoding.text import Text
 from csdraft.drafters._history import NEAR, History
 from csdraft.drafters.max_gram import MaxGram
 from csdraft.tables.bigram import BigramTable
+from tests.drafters.standin import StandInCall, microseconds, proposed
 
 
 def longest_match(source: list[int], text: list[int], path: list[int]) -> tuple[int, bool, int]:

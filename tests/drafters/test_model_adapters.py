@@ -12,7 +12,6 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from tiny import fresh, on_target, prompt, ragged_batch
 from torch import nn
 
 import csdraft
@@ -21,6 +20,7 @@ from csdraft.drafters.model import ModelDrafter, bound
 from csdraft.heads.self_draft import SelfDraft
 from csdraft.models import base_model
 from csdraft.trainers.students import make_student, save_student
+from tests.tiny import fresh, on_target, prompt, ragged_batch
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj", "up_proj"], "init_lora_weights": False}
 GREEDY = {"max_new_tokens": 12, "return_dict_in_generate": True}
@@ -229,7 +229,7 @@ def test_two_adapters_in_one_cascade(folders, tmp_path):
     assert torch.equal(target.generate(**inputs, assistant=str(tmp_path / "cascade"), max_new_tokens=10), plain)
 
 
-def test_a_path_is_enough(folders):
+def test_the_path_of_an_adapter_is_drafter_enough(folders):
     target = base()
     plain = target.generate(**prompt(), max_new_tokens=8)
     assert torch.equal(target.generate(**prompt(), assistant=folders["first"], max_new_tokens=8), plain)

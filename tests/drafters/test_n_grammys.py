@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from standin import StandInCall, microseconds
 
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget
 from csdraft.drafters.n_grammys import NGrammys
 from csdraft.tables.successors import SuccessorTable
 from tests import tiny
+from tests.drafters.standin import StandInCall, microseconds
 
 
 def leaves(draft: Draft) -> list[list[int]]:

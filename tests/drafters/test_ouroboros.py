@@ -7,13 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from standin import StandInCall
 
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Verdict
 from csdraft.drafters.ouroboros import Ouroboros
 from csdraft.tables.phrases import PhrasePool
 from tests import tiny
+from tests.drafters.standin import StandInCall
 
 
 @dataclass(frozen=True)

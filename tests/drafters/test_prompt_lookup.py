@@ -6,11 +6,11 @@ import random
 
 import pytest
 import torch
-from standin import StandInCall, microseconds, proposed
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 from csdraft.decoding.interfaces import Budget
 from csdraft.drafters.prompt_lookup import PromptLookup
+from tests.drafters.standin import StandInCall, microseconds, proposed
 
 
 def transformers_proposal(text: list[int], depth: int, max_ngram: int, eos: list[int]) -> list[int]:

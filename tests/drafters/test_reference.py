@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 
 import pytest
-from standin import StandInCall, microseconds, proposed
 
 from csdraft import spec
 from csdraft.drafters.reference import NEAR, Reference
 from csdraft.tables.documents import DocumentTable
 from tests import tiny
 from tests.drafters.quoting import draws, quotes
+from tests.drafters.standin import StandInCall, microseconds, proposed
 
 
 def words(generator: random.Random, alphabet: int, most: int, least: int = 0) -> list[int]:

@@ -7,7 +7,6 @@ import sys
 import threading
 
 import pytest
-from standin import StandInCall, microseconds, proposed
 
 from csdraft import Horizontal
 from csdraft.decoding.interfaces import Budget
@@ -19,6 +18,7 @@ from csdraft.tables.speculation import Rule
 from csdraft.tables.suffix_automaton import NOWHERE, START, SuffixAutomaton
 from tests import tiny
 from tests.drafters.quoting import draws, quotes
+from tests.drafters.standin import StandInCall, microseconds, proposed
 
 
 def words(generator: random.Random, alphabet: int, most: int, least: int = 0) -> list[int]:
@@ -50,7 +50,7 @@ def continued(text: list[int], word: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("alphabet", [2, 3, 6])
-def test_counts_and_places(alphabet: int) -> None:
+def test_the_automaton_counts_and_places_as_a_search_does(alphabet: int) -> None:
     generator = random.Random(alphabet)
     for _ in range(60):
         text, automaton = words(generator, alphabet, 30, 1), SuffixAutomaton()
@@ -248,7 +248,7 @@ def test_a_loaded_table_proposes_the_same(tmp_path) -> None:
 @pytest.mark.parametrize("alphabet", [2, 4])
 def test_a_place_stands_at_a_true_match_whatever_is_added(alphabet: int) -> None:
     """What a text's place says is what a search of that match says; if nothing is added, it is the longest."""
-    generator = random.Random(alphabet)
+    generator, compared = random.Random(alphabet), 0
     for adding in (True, False):
         for _ in range(30):
             table, place, text = OutputTable(400), Place(), words(generator, alphabet, 20)
@@ -263,9 +263,11 @@ def test_a_place_stands_at_a_true_match_whatever_is_added(alphabet: int) -> None
                 path = words(generator, alphabet, 3)
                 if not adding and matched < NEAR - 6:
                     assert table.speculate(text, RULE, path, place) == table.speculate(text + path, RULE)
+                    compared += 1
                 text += words(generator, alphabet, 6)
                 if adding:
                     table.add(words(generator, alphabet, 40, 1))
+    assert compared > 100
 
 
 def test_two_threads_share_a_table() -> None:

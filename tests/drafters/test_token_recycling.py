@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from standin import StandInCall, microseconds
 
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Round, Verdict
 from csdraft.drafters.token_recycling import TokenRecycling
 from csdraft.tables.adjacency import KEPT, AdjacencyTable
 from tests import tiny
+from tests.drafters.standin import StandInCall, microseconds
 
 VOCAB = 600
 
@@ -106,6 +106,7 @@ def test_every_scored_node_is_learned_and_the_text_wins() -> None:
     assert table.successors[7].tolist() == [50] * KEPT, "the last that was seen counts"
 
 
+@pytest.mark.drafts_nothing
 def test_two_targets_never_share_a_matrix() -> None:
     first, second = tiny.tiny("llama"), tiny.drafter_of("llama")
     assert AdjacencyTable.of(first, VOCAB) is AdjacencyTable.of(first, VOCAB)

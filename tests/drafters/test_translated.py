@@ -52,9 +52,8 @@ class Dictated(Drafter):
 
 def dictation(text: str, own: PreTrainedTokenizerFast, target: PreTrainedTokenizerFast) -> tuple[Dictated, list]:
     """The rounds of a target that writes `text`: how many tokens each accepted."""
-    from standin import StandInCall
-
     from csdraft.decoding.interfaces import Budget
+    from tests.drafters.standin import StandInCall
 
     ids = target(text, add_special_tokens=False).input_ids
     inner = Dictated(TokenizerView(own), text)

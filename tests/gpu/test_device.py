@@ -1,4 +1,4 @@
-"""What must hold on an accelerator, held on the CPU too: `make gpu` runs the CUDA half."""
+"""What must hold on an accelerator, held on the CPU too: `make gpu` runs the CUDA half, `make slow` the other."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from csdraft.decoding.sampling import Sampler
 from csdraft.schedules.fixed import Fixed
 from tests import tiny
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DEVICES = [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)]
 FIXED = {"schedule": Fixed(), "strict": True}
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
 SAMPLED = {"do_sample": True, "max_new_tokens": 20, "temperature": 0.8, "top_k": 30, "row_seeds": [3, 1, 4]}

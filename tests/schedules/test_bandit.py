@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from world import Stages, World, Writer
 
 from csdraft.schedules.bandit import Bandit
 from csdraft.schedules.fixed import Fixed
+from tests.schedules.world import Stages, World, Writer
 
 SEEDS = range(5)
 TAIL = Writer(0.002, 0.6, offers=0.6, depth=10, neural=False)

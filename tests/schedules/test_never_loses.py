@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from functools import cache, partial
 
 import pytest
-from world import Device, Stages, World, Writer
 
 from csdraft.decoding.interfaces import Budget, Schedule
 from csdraft.schedules.cost_model import CostModel, Plan, reason
 from csdraft.schedules.fixed import Fixed
 from csdraft.tables.costs import Costs, Way, Widths
+from tests.schedules.world import Device, Stages, World, Writer
 
 TOKENS, SEEDS, CALLS = 64, 8, 3
 

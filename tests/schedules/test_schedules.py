@@ -4,13 +4,13 @@ import importlib
 import pkgutil
 
 import pytest
-from world import Device, Stages, World, Writer
 
 import csdraft.schedules
 from csdraft.schedules.cost_model import CostModel
 from csdraft.schedules.fixed import Fixed
 from csdraft.schedules.heuristic import Heuristic
 from csdraft.tables.costs import Widths
+from tests.schedules.world import Device, Stages, World, Writer
 
 
 def every_schedule():

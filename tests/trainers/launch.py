@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import yaml
-from trainers.pair import settings
+
+from tests.trainers.pair import settings
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -34,7 +35,7 @@ def start(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = os.environ | {
-        "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }  # fmt: skip
     words = [str(Path(__file__).with_name("process.py")), str(recipe)]

@@ -5,20 +5,14 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from tiny import on_target
-from trainers.pair import arguments, make_pair, settings
 from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, Trainer, TrainerCallback
 
 import csdraft
@@ -30,6 +24,8 @@ from csdraft.trainers.distill import DistillArguments, DrafterTrainer
 from csdraft.trainers.evaluation import Evaluation, left_padded
 from csdraft.trainers.interrupt import Interrupt
 from csdraft.trainers.run import distill
+from tests.tiny import on_target
+from tests.trainers.pair import arguments, make_pair
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = ROOT / "scripts/distill_drafter.py"
@@ -145,28 +141,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(folder):
     again = distill(arguments(folder, "resumed", max_steps=6, on_policy=0.5))
     assert losses(again) == losses(whole)
     assert largest_difference(weights(folder / "uninterrupted"), weights(folder / "resumed")) == 0
-
-
-def test_a_signal_leaves_a_checkpoint_to_go_on_from(folder):
-    recipe = folder / "signal.yaml"
-    recipe.write_text(yaml.safe_dump(settings(folder, "signal", max_steps=4000, save_steps=10000)))
-    command = [sys.executable, str(SCRIPT), "--config", str(recipe)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, stderr=subprocess.STDOUT)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "'loss'" in line:
-            break
-    time.sleep(0.3)
-    process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=60)[0]
-    assert process.returncode == 143
-    assert "the same command continues" in said
-    (checkpoint,) = (folder / "signal").glob("checkpoint-*")
-    step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
-    trainer = distill(arguments(folder, "signal", max_steps=step + 2, save_steps=10000))
-    assert trainer.state.global_step == step + 2
-    assert len(losses(trainer)) == step + 2
 
 
 def test_one_signal_may_come_twice(monkeypatch):

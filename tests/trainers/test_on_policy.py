@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import drafter_of, tiny, tokenizer
 from torch import Tensor
-from trainers.pair import arguments
 
 from csdraft.data.packing import IGNORED, Padded, collate_seq2seq
 from csdraft.trainers.on_policy import _chosen, rewritten, texts_of
 from csdraft.trainers.run import distill
 from csdraft.trainers.students import save_student
+from tests.tiny import drafter_of, tiny, tokenizer
+from tests.trainers.pair import arguments
 
 ROWS = [
     {"input_ids": [*range(5, 5 + source), *range(20, 20 + text)], "prompt_length": source}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import datasets
-from trainers.pair import arguments, make_pair
 
 from csdraft.trainers.run import make_evaluation, prepare
+from tests.trainers.pair import arguments, make_pair
 
 
 def test_data_and_prompts_come_from_the_splits_that_are_named(tmp_path):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 
 import pytest
-from trainers.pair import arguments, make_pair
 
 from csdraft import progress
 from csdraft.trainers.run import distill
+from tests.trainers.pair import arguments, make_pair
 
 
 def test_each_step_is_shown_with_its_own_loss_and_the_last_line_once(tmp_path, monkeypatch, capfd):

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from trainers.launch import launch
-from trainers.pair import arguments, make_pair
 from transformers import AutoConfig
 
 from csdraft.trainers.distill import DrafterTrainer
 from csdraft.trainers.run import distill
+from tests.trainers.launch import launch
+from tests.trainers.pair import arguments, make_pair
 
 STEPS = 13
 """Of five in an epoch: 37 rows, 8 a step."""

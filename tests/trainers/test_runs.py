@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shutil
-import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from trainers.launch import ROOT
-from trainers.pair import arguments, make_pair, settings
 from transformers import TrainingArguments
 
 from csdraft.trainers import checkpoints
@@ -23,6 +21,8 @@ from csdraft.trainers.options import FREE
 from csdraft.trainers.run import distill
 from csdraft.trainers.run_folder import RunFolder, is_finished
 from recipes.smol.pretrain import PretrainArguments
+from tests.trainers.launch import ROOT
+from tests.trainers.pair import arguments, make_pair, settings
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +81,15 @@ def test_epochs_are_counted_as_well_as_steps(folder):
     assert steps < longer.state.global_step < 2 * steps
 
 
-def test_the_script_does_not_load_anything_for_a_finished_run(folder, done):
+def test_the_script_does_not_load_anything_for_a_finished_run(folder, done, monkeypatch, capsys):
     recipe = folder / "finished.yaml"
     recipe.write_text(json.dumps(settings(folder, "done")))
-    command = [sys.executable, str(ROOT / "scripts/distill_drafter.py"), "--config", str(recipe)]
-    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert ended.returncode == 0, ended.stderr
-    assert "nothing is done" in ended.stdout
-    assert "Loading weights" not in ended.stderr
+    monkeypatch.setattr(run_module, "load_models", lambda *_: pytest.fail("the target was loaded"))
+    monkeypatch.setattr(sys, "argv", ["distill_drafter.py", "--config", str(recipe)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "scripts/distill_drafter.py"), run_name="__main__")
+    assert not ended.value.code
+    assert "nothing is done" in capsys.readouterr().out
 
 
 def test_a_finished_run_on_other_data_is_not_taken_for_the_same(folder, copied, monkeypatch, tmp_path, capsys):

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from trainers.launch import ROOT
-from trainers.launch import launch as launched
-from trainers.pair import arguments, make_pair, settings
 from transformers import AutoModelForCausalLM
 
 from csdraft.trainers.run import distill
+from tests.trainers.launch import ROOT
+from tests.trainers.launch import launch as launched
+from tests.trainers.pair import arguments, make_pair, settings
 
 RUN = {
     "max_steps": 3, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 1e9, "on_policy": 0.5, "save_steps": 1,
@@ -75,7 +75,8 @@ def test_data_parallel_processes_are_one(folder, alone, ddp):
     assert (ddp / "checkpoint-4").is_dir()
 
 
-@pytest.mark.parametrize("recipe", ["cpu", pytest.param("ddp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["cpu", "ddp"])
 def test_recipes_start_two_processes_without_gpus(folder, recipe):
     """As the docs say it, with the script itself: each process has its random numbers in the checkpoint."""
     options = folder / f"two-{recipe}.yaml"

@@ -17,14 +17,14 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from trainers.launch import ROOT, start
-from trainers.pair import arguments, make_pair, settings
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from csdraft.trainers import run as run_module
 from csdraft.trainers.checkpoints import flaw, last_checkpoint
 from csdraft.trainers.run import distill
 from csdraft.trainers.stops import NonFinite, Unwritable, writing
+from tests.trainers.launch import ROOT, start
+from tests.trainers.pair import arguments, make_pair, settings
 
 SCRIPT = ROOT / "scripts/distill_drafter.py"
 RARE = "Q"
@@ -70,12 +70,16 @@ def test_a_loss_of_nan_names_its_rows_and_leaves_the_last_checkpoint(folder, pac
     assert "The target has weights that are not finite (model.embed_tokens.weight)" in message
     assert not (folder / f"nan-{packing}" / "model.safetensors").exists()
     last = last_checkpoint(f"{folder}/nan-{packing}")
+    step = int(re.match(r"step (\d+)", message)[1])
+    assert (last is None) == (step == 1)
+    assert last is not None or not packing, "with packing the row comes later"
     if last is not None:
         assert last in message
-        assert int(last.rpartition("-")[2]) + 1 == int(re.match(r"step (\d+)", message)[1])
+        assert int(last.rpartition("-")[2]) + 1 == step
         assert all(tensor.isfinite().all() for tensor in load_file(f"{last}/model.safetensors").values())
 
 
+@pytest.mark.slow
 def test_all_processes_stop_where_one_has_nan(folder):
     process = start(folder, "nan-2", script=SCRIPT, **rare(folder, per_device_train_batch_size=2))
     said = process.communicate(timeout=200)[0]
@@ -200,7 +204,10 @@ def run_script(folder: Path, name: str, *, file_size: int | None = None, **chang
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("file_size", "file"), [(30_000, "model.safetensors"), (100_000, "optimizer.pt")])
+@pytest.mark.parametrize(
+    ("file_size", "file"),
+    [(30_000, "model.safetensors"), pytest.param(100_000, "optimizer.pt", marks=pytest.mark.slow)],
+)
 def test_a_script_says_in_one_line_that_a_file_cannot_be_written(folder, file_size, file):
     done = run_script(folder, "limited", file_size=file_size)
     assert done.returncode == 1
@@ -217,9 +224,9 @@ def test_a_script_says_in_one_line_that_a_file_cannot_be_written(folder, file_si
 # Signals.
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_to_processes_leaves_a_whole_checkpoint_and_a_status(folder, number):
-    """One process by itself, with the status of the signal; see `test_distill` for what it goes on with."""
+    """One process by itself, with the status of the signal; the same run goes on from there."""
     recipe = folder / "signal.yaml"
     name = f"signal-{number.name}"
     recipe.write_text(json.dumps(settings(folder, name, max_steps=4000, save_steps=10000)))
@@ -237,8 +244,13 @@ def test_a_signal_to_processes_leaves_a_whole_checkpoint_and_a_status(folder, nu
     assert flaw(Path(found[2])) is None
     assert found[2].endswith(f"checkpoint-{found[1]}")
     assert "Traceback" not in said
+    step = int(found[1])
+    trainer = distill(arguments(folder, name, max_steps=step + 2, save_steps=10000))
+    assert trainer.state.global_step == step + 2
+    assert len([entry for entry in trainer.state.log_history if "loss" in entry]) == step + 2
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_stops_both(folder):
     process = start(folder, "signal-2", script=SCRIPT, max_steps=4000, save_steps=10000)
     assert process.stdout is not None
@@ -256,6 +268,7 @@ def test_a_signal_to_one_of_two_processes_stops_both(folder):
     shutil.rmtree(folder / "signal-2")
 
 
+@pytest.mark.slow
 def test_a_run_whose_launcher_has_gone_saves_and_ends_and_no_second_one_writes_there(folder):
     """accelerate's launcher of one process is ended by SIGTERM and leaves its child."""
     recipe = folder / "orphan.yaml"

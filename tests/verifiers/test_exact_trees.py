@@ -6,8 +6,6 @@ from collections import Counter
 from itertools import product
 
 import pytest
-from toy import Place, Tables, TableScores, exact_distribution, text_distribution, total_variation
-from toy_trees import TREES, grown, proposing, small
 
 from csdraft import spec
 from csdraft.decoding.draft import ROOT, Draft
@@ -15,6 +13,8 @@ from csdraft.decoding.interfaces import Budget, Context, Drafter, Tree
 from csdraft.decoding.sampling import Sampler
 from csdraft.drafters.merged import Merged
 from csdraft.trees.stochastic_beam import StochasticBeam
+from tests.verifiers.toy import Place, Tables, TableScores, exact_distribution, text_distribution, total_variation
+from tests.verifiers.toy_trees import TREES, grown, proposing, small
 
 LENGTH, EXACT = 2, 1e-9
 VERIFIERS = [spec.find("verifiers", type)() for type in spec.types("verifiers")]

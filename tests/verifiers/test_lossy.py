@@ -7,8 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toy import Branching, Fixed, Greedy, Place, Tables, TableScores, chain, outcomes, planted, total_variation
-from trees import both_sorts, drawn_tree
 
 from csdraft import MaxGram, ModelDrafter, Vertical
 from csdraft.decoding.draft import ROOT, Draft
@@ -19,6 +17,19 @@ from csdraft.verifiers.lenient import Lenient
 from csdraft.verifiers.match import Match
 from csdraft.verifiers.typical import Typical
 from tests import tiny
+from tests.verifiers.toy import (
+    Branching,
+    Fixed,
+    Greedy,
+    Place,
+    Tables,
+    TableScores,
+    chain,
+    outcomes,
+    planted,
+    total_variation,
+)
+from tests.verifiers.trees import both_sorts, drawn_tree
 
 EXACT = 1e-9
 TARGET = Fixed((0.42, 0.23, 0.17, 0.11, 0.07))
@@ -138,7 +149,7 @@ def test_greedy_deferral_prefers_the_targets_own_token():
 @pytest.mark.parametrize(
     ("options", "what"), [({"rule": "chou"}, "rule='chou'.*chow"), ({"margin": 1.5}, "margin=1.5")]
 )
-def test_options_of_deferral(options, what):
+def test_wrong_options_of_deferral_are_refused(options, what):
     assert not Deferral().lossless
     with pytest.raises(ValueError, match=what):
         Deferral(**options)
@@ -196,7 +207,7 @@ def test_typical_is_not_lossless_and_greedy_it_is_match():
 
 
 @pytest.mark.parametrize("options", [{"threshold": 1.0}, {"entropy_share": -0.1}])
-def test_options_of_typical(options):
+def test_wrong_options_of_typical_are_refused(options):
     (name,) = options
     with pytest.raises(ValueError, match=f"{name}={options[name]}.*in"):
         Typical(**options)

@@ -6,7 +6,18 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from toy import (
+
+from csdraft.decoding.draft import ROOT, Draft, DraftProbs
+from csdraft.decoding.interfaces import Verdict
+from csdraft.verifiers import _stepwise, block, k_seq, rejection, spec_hub, traversal, without_replacement
+from csdraft.verifiers._stepwise import Stepwise
+from csdraft.verifiers.block import Block
+from csdraft.verifiers.k_seq import KSeq
+from csdraft.verifiers.rejection import Rejection
+from csdraft.verifiers.spec_hub import SpecHub
+from csdraft.verifiers.traversal import Traversal
+from csdraft.verifiers.without_replacement import WithoutReplacement
+from tests.verifiers.toy import (
     Branching,
     Fixed,
     Place,
@@ -20,18 +31,7 @@ from toy import (
     text_distribution,
     total_variation,
 )
-from trees import drawn_tree, siblings
-
-from csdraft.decoding.draft import ROOT, Draft, DraftProbs
-from csdraft.decoding.interfaces import Verdict
-from csdraft.verifiers import _stepwise, block, k_seq, rejection, spec_hub, traversal, without_replacement
-from csdraft.verifiers._stepwise import Stepwise
-from csdraft.verifiers.block import Block
-from csdraft.verifiers.k_seq import KSeq
-from csdraft.verifiers.rejection import Rejection
-from csdraft.verifiers.spec_hub import SpecHub
-from csdraft.verifiers.traversal import Traversal
-from csdraft.verifiers.without_replacement import WithoutReplacement
+from tests.verifiers.trees import drawn_tree, siblings
 
 CAUGHT = 1e-3
 TARGET = Fixed((0.42, 0.23, 0.17, 0.11, 0.07))
@@ -58,7 +58,7 @@ def _healthy():
 # The token rule
 
 
-def test_no_residual(monkeypatch):
+def test_no_residual_is_found(monkeypatch):
     monkeypatch.setattr(rejection, "residual", lambda target_probs, draft, node: target_probs)
     assert error(Rejection()) > CAUGHT
     assert error(Rejection(), chain(Tables(100), "ccc")) > CAUGHT

@@ -7,7 +7,20 @@ from collections import defaultdict
 
 import pytest
 import torch
-from toy import (
+
+from csdraft.decoding.draft import ROOT, Draft
+from csdraft.decoding.sampling import Sampler
+from csdraft.verifiers.block import Block
+from csdraft.verifiers.deferral import Deferral
+from csdraft.verifiers.k_seq import KSeq
+from csdraft.verifiers.lenient import Lenient
+from csdraft.verifiers.match import Match
+from csdraft.verifiers.rejection import Rejection
+from csdraft.verifiers.spec_hub import SpecHub
+from csdraft.verifiers.traversal import Traversal
+from csdraft.verifiers.typical import Typical
+from csdraft.verifiers.without_replacement import WithoutReplacement
+from tests.verifiers.toy import (
     Branching,
     Fixed,
     Greedy,
@@ -22,20 +35,7 @@ from toy import (
     text_distribution,
     total_variation,
 )
-from trees import drawn_tree
-
-from csdraft.decoding.draft import ROOT, Draft
-from csdraft.decoding.sampling import Sampler
-from csdraft.verifiers.block import Block
-from csdraft.verifiers.deferral import Deferral
-from csdraft.verifiers.k_seq import KSeq
-from csdraft.verifiers.lenient import Lenient
-from csdraft.verifiers.match import Match
-from csdraft.verifiers.rejection import Rejection
-from csdraft.verifiers.spec_hub import SpecHub
-from csdraft.verifiers.traversal import Traversal
-from csdraft.verifiers.typical import Typical
-from csdraft.verifiers.without_replacement import WithoutReplacement
+from tests.verifiers.trees import drawn_tree
 
 NAN = float("nan")
 TARGET = Fixed((0.42, 0.23, 0.17, 0.11, 0.07))

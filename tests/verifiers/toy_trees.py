@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import torch
-from toy import Branching, Model, Place, Propose
-from trees import siblings
 
 from csdraft import spec
 from csdraft.decoding.children import Children, Question, _drawn, _likeliest
@@ -12,6 +10,8 @@ from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Context, Tree
 from csdraft.decoding.sampling import Sampler
 from csdraft.decoding.tree import Growth, Row, _draft
+from tests.verifiers.toy import Branching, Model, Place, Propose
+from tests.verifiers.trees import siblings
 
 TREES = spec.types("trees")
 SMALL = {

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from toy import Branching, Model, Place, Propose, planted
 
 from csdraft.decoding.draft import ROOT
+from tests.verifiers.toy import Branching, Model, Place, Propose, planted
 
 Node = tuple[int, int, Tensor | None]
 

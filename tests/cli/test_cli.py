@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import scipy.stats
 import torch
-from tiny import EOS, drafter_of, tiny, tokenizer
 
 import csdraft
 from csdraft.bench import Method
@@ -19,6 +18,7 @@ from csdraft.cli import _models, check, commands, main
 from csdraft.decoding.interfaces import Verdict
 from csdraft.decoding.report import Report
 from csdraft.verifiers.match import Match
+from tests.tiny import EOS, drafter_of, tiny, tokenizer
 
 PROMPT = "thequickbrownfoxjumps"
 SPECIAL = 2
@@ -98,7 +98,7 @@ def test_a_misspelt_drafter_is_told_its_name(models, capsys):
     assert "did you mean 'max_gram'" in capsys.readouterr().err
 
 
-def test_version(capsys):
+def test_the_version_is_printed(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
     assert capsys.readouterr().out == f"csdraft {csdraft.__version__}\n"

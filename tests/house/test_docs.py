@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import pydoc
 import re
 import runpy
@@ -23,8 +22,9 @@ from csdraft.cli import main
 from csdraft.data.generate import GenerateArguments
 from csdraft.trainers.distill import DistillArguments
 from recipes.smol.pretrain import PretrainArguments
+from tests.house.page_process import run_page
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*map(ROOT.joinpath, ("README.md", "CONTRIBUTING.md")), *sorted(ROOT.glob("docs/*.md"))]
 PAGES += [*sorted(ROOT.glob("recipes/*/README.md")), *sorted(ROOT.glob("models/*/README.md"))]
 NOTEBOOK = ROOT / "docs" / "quickstart.ipynb"
@@ -77,10 +77,6 @@ def having(language: str) -> list:
     return [pytest.param(page, id=name_of(page)) for page in PAGES if blocks(page, language)]
 
 
-def offline() -> dict[str, str]:
-    return os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-
-
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     """A working directory that looks like the checkout and may be written to."""
@@ -92,26 +88,23 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize("page", having("python"))
-def test_python_blocks_run(page, folder):
+def test_python_blocks_run(page, folder, tmp_path):
     """All of a page's blocks, in order, in one namespace."""
     wanted = [block for block in blocks(page, "python") if block.reason is None]
     missing = [model.name for model in MODELS if not (model / "config.json").exists()]
     if missing and (name_of(page) in PREAMBLES or any("models/" in block.code for block in wanted)):
         pytest.skip(f"the bundled models {missing} are not there; train them with recipes/smol")
-    script = "".join("\n" * (block.line - 1) + block.code + "\0" for block in wanted)
-    # A process of its own: a page may import, patch and set what it likes.
-    program = (
-        "import sys\n"
-        "import torch\n"
-        "torch.set_num_threads(1)\n"
-        "space = {'__name__': 'page'}\n"
-        f"exec({PREAMBLES.get(name_of(page), '')!r}, space)\n"
-        f"for code in sys.stdin.read().split(chr(0)): exec(compile(code, {name_of(page)!r}, 'exec'), space)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], input=script, text=True, capture_output=True, env=offline(), timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    code = [PREAMBLES.get(name_of(page), "")] + ["\n" * (block.line - 1) + block.code for block in wanted]
+    assert not (wrong := run_page(name_of(page), code, tmp_path / "said")), wrong
+
+
+def test_a_page_that_fails_is_found(tmp_path):
+    """And one page does not see what another has set."""
+    said = tmp_path / "said"
+    assert "ZeroDivisionError" in run_page("page", ["import csdraft\ncsdraft.mark = 1", "1 / 0"], said)
+    assert 'File "page", line 2' in run_page("page", ["\n1 / 0"], said)
+    assert run_page("page", ["import sys\nsys.exit(3)"], said)
+    assert not run_page("page", ["import csdraft", "assert not getattr(csdraft, 'mark', 0)"], said)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -254,9 +247,9 @@ def kinds(cells: list[dict]) -> list[list[str]]:
 
 
 def test_the_table_of_methods_is_fresh():
-    command = [sys.executable, str(ROOT / "docs" / "build_tables.py"), "--check"]
-    done = subprocess.run(command, text=True, capture_output=True, env=offline(), timeout=120)
-    assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["build_tables.py", "--check"])
+        runpy.run_path(str(ROOT / "docs" / "build_tables.py"), run_name="__main__")  # exits where a page is stale
 
 
 def test_every_public_name_is_in_the_docs():

@@ -10,9 +10,7 @@ import peft
 import pytest
 import torch
 from safetensors import safe_open
-from tiny import fresh, inputs_of, noisy, prompt, tokenizer
 from torch import nn
-from trainers.pair import arguments, make_pair
 from transformers import AutoModelForCausalLM
 
 import csdraft
@@ -21,6 +19,8 @@ from csdraft.heads.layers import embeddings
 from csdraft.models import load_model
 from csdraft.trainers.run import distill
 from csdraft.trainers.students import added_share, check_student, load_student_weights, make_student, save_student
+from tests.tiny import fresh, inputs_of, noisy, prompt, tokenizer
+from tests.trainers.pair import arguments, make_pair
 
 FAMILIES = ["llama", "gemma3", "gpt2", "opt", "falcon", "t5"]
 DEEPER = {
@@ -60,8 +60,16 @@ def bound_to(target: nn.Module, folder: Path) -> nn.Module:
     return as_drafter(csdraft.ModelDrafter(folder), target).network
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+FAST = [(family, family != "opt") for family in FAMILIES] + [("llama", False)]
+"""Each family with its layers tied or not, llama both ways."""
+TIED = [
+    pytest.param(family, tied, marks=[] if (family, tied) in FAST else pytest.mark.slow)
+    for family in FAMILIES
+    for tied in (False, True)
+]
+
+
+@pytest.mark.parametrize(("family", "tied"), TIED)
 def test_it_comes_back_over_the_targets_tensors_and_drafts_alike(family, tied, tmp_path):
     """In memory, from its folder, and from the folder of a cascade; the target may tie its own two or not."""
     target = target_of(family, tie_word_embeddings=tied)

@@ -6,7 +6,6 @@ import dataclasses
 import json
 
 import pytest
-from tiny import drafter_of, prompt, tiny
 
 import csdraft
 from csdraft import CascadeDrafter, MaxGram, Options, hub
@@ -14,6 +13,7 @@ from csdraft.cascade import options_of
 from csdraft.schedules.fixed import Fixed
 from csdraft.verifiers.match import Match
 from csdraft.verifiers.rejection import Rejection
+from tests.tiny import drafter_of, prompt, tiny
 
 SAMPLED = {"do_sample": True, "max_new_tokens": 12}
 
@@ -97,6 +97,7 @@ class Failing(MaxGram):
         raise RuntimeError("no draft today")
 
 
+@pytest.mark.drafts_nothing
 def test_strict_reaches_the_call_from_either_place():
     with pytest.raises(RuntimeError, match="no draft today"):
         decoded(Failing(), options=Options(strict=True))

@@ -6,16 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny import drafter_of, on_target, tiny, tokenizer
 
 from benchmarks import arms as module
 from benchmarks.arms import compare_arms
 from csdraft.data.text import Document, read_corpus
 from csdraft.trainers.arguments import make_arguments, read_values
 from csdraft.trainers.distill import DistillArguments
+from tests.tiny import drafter_of, on_target, tiny, tokenizer
 
 RECIPES = sorted(
-    path for path in Path(__file__).parents[1].glob("recipes/*/*.yaml") if path.name.startswith(("arms", "losses"))
+    path for path in Path(__file__).parents[2].glob("recipes/*/*.yaml") if path.name.startswith(("arms", "losses"))
 )
 
 
@@ -151,7 +151,7 @@ def test_the_librarys_tests_are_a_corpus_of_their_own():
 
 
 def test_prompts_of_the_domain_are_held_out():
-    prompts = Path(__file__).parents[1] / "recipes" / "smol" / "prompts_drifted.jsonl"
+    prompts = Path(__file__).parents[2] / "recipes" / "smol" / "prompts_drifted.jsonl"
     names = {json.loads(line)["id"].rpartition(":")[0] for line in prompts.read_text(encoding="utf-8").splitlines()}
     assert len(names) == 24
     assert all(Document(name, "").held_out for name in names)

@@ -12,7 +12,6 @@ import peft
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from tiny import drafter_of, fresh, inputs_of, noisy, on_target, prompt
 from torch import nn
 
 import csdraft
@@ -20,8 +19,9 @@ from csdraft.cascade import as_drafter
 from csdraft.drafters.model import bound
 from csdraft.models import base_model, load_model
 from csdraft.trainers.students import make_student, save_student
+from tests.tiny import drafter_of, fresh, inputs_of, noisy, on_target, prompt
 
-FAMILIES = ["llama", "gemma3", "gpt2", "falcon", "t5"]
+FAMILIES, SLOW = ["llama", "gemma3", "gpt2", "falcon", "t5"], ("gpt2", "falcon")
 MODULES = {
     "gpt2": {"target_modules": ["c_attn"], "fan_in_fan_out": True},
     "falcon": {"target_modules": ["query_key_value"]},
@@ -80,7 +80,9 @@ def folders(target, tmp_path_factory) -> list[str]:
     return [str(folder) for folder in made]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else []) for name in FAMILIES]
+)
 def test_it_comes_back_and_drafts_as_its_merged_copy(family, tmp_path):
     """Logits, texts and parts in them: in memory, from disk and merged; greedy and sampling, one row and several."""
     target = target_of(family)
@@ -189,7 +191,7 @@ def test_in_a_nest_it_is_bound_once(target, folders):
     assert as_drafter(plain, target) is plain
 
 
-def test_the_default_schedule(target, folders):
+def test_the_default_schedule_writes_the_targets_text(target, folders):
     """It learns costs by model, and asks for their sessions."""
     cascade = csdraft.CascadeDrafter([folders[0], csdraft.MaxGram()], [4, 4])
     plain = target.generate(**prompt(), max_new_tokens=32).tolist()

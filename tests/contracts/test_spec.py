@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
-from tiny import drafter_of, tiny
 from torch import nn
 
 import csdraft
@@ -19,6 +18,7 @@ from csdraft.decoding.interfaces import Drafter
 from csdraft.tables.bigram import BigramTable
 from csdraft.tables.corpus import CorpusIndex
 from csdraft.tables.documents import DocumentTable
+from tests.tiny import drafter_of, tiny
 
 METHODS = [(family, name) for family in spec.FAMILIES for name in spec.types(family)]
 
@@ -174,7 +174,7 @@ def test_a_type_is_a_file():
         ),
     ],
 )
-def test_refusals(family, written, message):
+def test_what_is_not_understood_is_refused(family, written, message):
     with pytest.raises(ValueError, match=message):
         spec.from_json(family, written, {"small": drafter_of("llama")})
 

@@ -9,7 +9,6 @@ import peft
 import pytest
 import torch
 import transformers
-from tiny import EOS, PAD, VOCAB, fresh, on_target, prompt, tiny, tokenizer
 from torch import nn
 
 from csdraft.heads.layers import fingerprint, layer_stacks
@@ -23,6 +22,7 @@ from csdraft.trainers.students import (
     make_student,
     save_student,
 )
+from tests.tiny import EOS, PAD, VOCAB, fresh, on_target, prompt, tiny, tokenizer
 
 CUTTABLE = ["llama", "qwen3", "gemma2", "gemma3", "gpt2", "gpt_neox", "opt", "falcon", "t5", "flan"]
 DEEPER = {

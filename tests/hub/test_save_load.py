@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import fresh, noisy, prompt, tiny
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -28,6 +27,7 @@ from csdraft.tables.acceptance_head import AcceptanceHead
 from csdraft.tables.bigram import BigramTable
 from csdraft.tables.outputs import OutputTable
 from csdraft.trees.best_first import BestFirst
+from tests.tiny import fresh, noisy, prompt, tiny
 
 K = [[3, 4, 4], [0, 2, 5], [0, 0, 6]]
 SAMPLING = {"do_sample": True, "row_seeds": [5], "max_new_tokens": 24}
@@ -79,7 +79,7 @@ def test_round_trip(saved):
         assert first.last_report.levels == second.last_report.levels
 
 
-def test_layout(saved):
+def test_a_saved_cascade_has_these_files_and_no_others(saved):
     files = {path.relative_to(saved).as_posix() for path in saved.rglob("*") if path.is_file()}
     assert files == {
         "cascade.json",
@@ -303,7 +303,7 @@ def test_load_options_reach_the_models(saved):
     assert [model.dtype for model in loaded.models()] == [torch.bfloat16] * 2
 
 
-def test_encoder_decoder(tmp_path):
+def test_a_cascade_for_an_encoder_decoder_comes_back(tmp_path):
     target = tiny("t5")
     cascade = csdraft.CascadeDrafter([noisy(target), csdraft.MaxGram()], [3, 4])
     cascade.save_pretrained(tmp_path / "c", target=target)
@@ -313,7 +313,7 @@ def test_encoder_decoder(tmp_path):
     assert type(loaded.models()[0]) is type(target)
 
 
-def test_hub_ids(saved, tmp_path, monkeypatch):
+def test_models_that_are_hub_ids_are_asked_of_the_hub(saved, tmp_path, monkeypatch):
     """The cascade's own repository, and models that are named by id and revision."""
     asked = []
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, file, **o: asked.append((repo, file, o)))
@@ -366,7 +366,7 @@ def adapted(base: Path, **more):
     return peft.get_peft_model(model, config).eval()
 
 
-def test_adapter(tmp_path):
+def test_an_adapter_is_saved_without_its_base_and_comes_back(tmp_path):
     """A PEFT folder without its base, as PEFT itself would write it."""
     target = tiny("llama")
     noisy(target).save_pretrained(tmp_path / "base")

@@ -58,7 +58,7 @@ def test_the_wider_vocabulary_is_cut():
     assert torch.equal(greedy_agreement(draft, target), greedy_agreement(draft, target[:, :11]))
 
 
-def test_means_by_position():
+def test_means_are_taken_by_position():
     values, positions = torch.tensor([True, False, True, True]), torch.tensor([2, 2, 1, 5])
     assert by_position(values, positions) == {1: 1.0, 2: 0.5, 5: 1.0}
 

@@ -7,9 +7,9 @@ import re
 
 import datasets
 import pytest
-from trainers.pair import make_pair
 
 from examples import demo, demo_distill
+from tests.trainers.pair import make_pair
 
 
 @pytest.fixture

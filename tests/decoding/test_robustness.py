@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import fresh, tiny
 
 import csdraft
 from csdraft import CascadeDrafter, Drafter, MaxGram, ModelDrafter, Vertical
 from csdraft.decoding.draft import Draft, DraftProbs
 from csdraft.schedules.fixed import Fixed
+from tests.tiny import fresh, tiny
 
 PROMPT = torch.tensor([[3, 14, 15, 9, 26, 5, 3, 14, 15]])
 WANTED = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}

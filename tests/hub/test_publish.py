@@ -13,9 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_standin import Hub, standin
-from tiny import on_target
-from trainers.pair import arguments, make_pair, settings
 from transformers import AutoModelForCausalLM
 
 import csdraft
@@ -25,8 +22,11 @@ from csdraft.trainers.publish import card, provenance
 from csdraft.trainers.run import distill
 from csdraft.trainers.students import added_share, make_student
 from csdraft.upload import upload
+from tests.hub.standin import Hub, standin
+from tests.tiny import on_target
+from tests.trainers.pair import arguments, make_pair, settings
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 CASCADE = """
 import csdraft, sys
@@ -80,13 +80,14 @@ def test_a_cascade_is_uploaded_as_it_is_saved(folder, hub):
 
 def test_a_branch_is_made_for_the_upload(tmp_path, hub):
     """Of a repository that is new, and of one that has it."""
-    (tmp_path / "files").mkdir()
-    for text in ("first", "second"):
-        (tmp_path / "files" / "file.txt").write_text(text)
-        command = f"from csdraft.upload import upload; upload({str(tmp_path / 'files')!r}, 'me/new', revision='v2')"
-        program(hub, "-c", command)
-        assert hub.repos["me/new@v2"]["file.txt"] == text.encode()
-    assert "file.txt" not in hub.repos["me/new"]
+    command = "from csdraft.upload import upload"
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.txt").write_text(name)
+        command += f"; upload({str(tmp_path / name)!r}, 'me/new', revision='v2')"
+    program(hub, "-c", command)
+    assert all(hub.repos["me/new@v2"][f"{name}.txt"] == name.encode() for name in ("first", "second"))
+    assert not {"first.txt", "second.txt"} & hub.repos["me/new"].keys()
 
 
 @pytest.mark.parametrize("name", ["user/", "/name", "user/name/more", "", "user/a name"])

@@ -11,7 +11,6 @@ from typing import Any, get_type_hints
 import pytest
 import torch
 import yaml
-from tiny import drafter_of, fresh, inputs_of, tiny, tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from csdraft import CascadeDrafter, MaxGram, ModelDrafter
@@ -22,8 +21,9 @@ from csdraft.trainers.run import distill
 from csdraft.trainers.students import check_student, make_student, save_student
 from recipes.smol.pretrain import PretrainArguments
 from recipes.smol.train_tokenizer import TokenizerArguments
+from tests.tiny import drafter_of, fresh, inputs_of, tiny, tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(path for path in ROOT.glob("recipes/*/*.yaml") if path.parent.name != "accelerate")
 LARGE = {"flan-t5-xxl": "flan", "llama-3.1-8b": "llama", "qwen3-8b": "qwen3", "papers": "flan"}
 """Families of the folders whose models are not here."""

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from tiny import VOCAB, drafter_of, noisy, prompt, tiny
 from torch import nn
 from transformers import LlamaConfig
 
@@ -26,6 +25,7 @@ from csdraft.kmatrix import check_k_matrix, spread_lenience
 from csdraft.schedules.cost_model import CostModel
 from csdraft.schedules.fixed import Fixed
 from csdraft.verifiers.match import Match
+from tests.tiny import VOCAB, drafter_of, noisy, prompt, tiny
 
 K = [[5, 8, 10], [0, 1, 10], [0, 0, 10]]
 
@@ -117,7 +117,7 @@ def example():
     return cascade, copier, ScriptedCall(Stub("target"))
 
 
-def test_worked_example(example):
+def test_the_worked_example_comes_out_token_by_token(example):
     """1 forward of the target, 1 of medium, 2 of small, 23 drafted tokens, 24 rows scored."""
     cascade, copier, call = example
     target = call.script(call.target, 0)
@@ -188,7 +188,7 @@ def shape(drafter: Drafter):
     return drafter.model.config._name_or_path if isinstance(drafter, csdraft.ModelDrafter) else "copier"
 
 
-def test_structure():
+def test_a_k_matrix_becomes_nested_drafters():
     medium, small, copier = Stub("medium"), Stub("small"), Copier()
     cascade = csdraft.CascadeDrafter([medium, small, copier], K, lenience=[2, 3])
     small_reviews = ("small", 3.0, ([10], ["copier"]))
@@ -235,12 +235,12 @@ def test_an_all_zero_row_is_token_by_token():
         ([0, 0], r"drafts nothing"),
     ],
 )
-def test_k_matrix_refusals(k_matrix, message):
+def test_a_wrong_k_matrix_is_refused(k_matrix, message):
     with pytest.raises(ValueError, match=message):
         csdraft.CascadeDrafter([Stub("small"), Copier()], k_matrix)
 
 
-def test_other_refusals():
+def test_a_wrong_list_of_drafters_is_refused():
     with pytest.raises(ValueError, match="at least one drafter"):
         csdraft.CascadeDrafter([])
     with pytest.raises(ValueError, match=r"is one drafter; give a list"):
@@ -297,7 +297,7 @@ class Lossy(Verifier):
     name: str = "lossy"
 
 
-def test_choices():
+def test_a_calls_choice_wins_over_the_cascades_and_that_over_the_default():
     cascade = csdraft.CascadeDrafter([Copier()], verifier="rejection", schedule={"type": "fixed", "depth": 3})
     assert type(choose_verifier(None, cascade)).__name__ == "Rejection"
     assert choose_verifier("match", cascade) == Match()
@@ -320,7 +320,7 @@ def test_a_lossy_verifier_warns_once():
         choose_verifier(Lossy(), None)
 
 
-def test_as_drafter():
+def test_models_and_drafters_become_drafters():
     copier = Copier()
     assert as_drafter(None) is None
     assert as_drafter(copier) is copier
@@ -381,7 +381,7 @@ def test_every_drafter_observes_once():
     assert seen == [watcher]
 
 
-def test_public_names():
+def test_public_names_exist():
     assert set(csdraft.__all__) >= {"CascadeDrafter", "ModelDrafter", "MaxGram", "PromptLookup", "Vertical", "Drafter"}
     assert {"Horizontal", "Report", "decode", "enable", "install"} <= set(csdraft.__all__)
     assert all(getattr(csdraft, name) for name in (*csdraft.__all__, "__version__"))

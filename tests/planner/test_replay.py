@@ -8,7 +8,6 @@ import math
 
 import pytest
 import torch
-from tiny import EOS, VOCAB, Scripted, drafter_of, prompt, tiny, tokenizer
 
 from benchmarks.replay import NO_CHOICE, NotRecorded, RecordedScores, Recording, replay
 from benchmarks.replays import Yield, measure, read_answers, read_pairs, read_rounds, table
@@ -22,6 +21,7 @@ from csdraft.decoding.text import Text
 from csdraft.metrics.intervals import bootstrap_ratio
 from csdraft.schedules.fixed import Fixed
 from csdraft.verifiers.lenient import Lenient
+from tests.tiny import EOS, VOCAB, Scripted, drafter_of, prompt, tiny, tokenizer
 
 NEW = 48
 

@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 
 import pytest
-from tiny import drafter_of, tiny, tokenizer
 
 import csdraft
 from csdraft.cli import main
 from csdraft.decoding.report import Report
+from tests.tiny import drafter_of, tiny, tokenizer
 
 TEMPLATE = (
     "{% for message in messages %}{{ 'U' if message.role == 'user' else 'A' }}{{ message.content }}"

@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny import drafter_of, fresh, prompt, tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -24,6 +23,7 @@ from csdraft.bench import Cell, Method, Sample, equality, ratio
 from csdraft.metrics.intervals import Interval, bootstrap_median
 from csdraft.progress import Progress
 from csdraft.schedules.fixed import Fixed
+from tests.tiny import drafter_of, fresh, prompt, tiny
 
 NEW = 8
 PROMPTS = [tuple(prompt(length, seed)["input_ids"][0].tolist()) for length, seed in ((20, 0), (12, 1))]
@@ -218,7 +218,7 @@ def test_the_grid_is_searched(setup, monkeypatch):
     assert len(outcome.claims) == 3
 
 
-def test_claims():
+def test_a_claim_passes_where_its_interval_does():
     assert Claim.ratio("fast", Interval(1.2, 0.9, 1.4), 1.1).passed
     assert not Claim.ratio("surely fast", Interval(1.2, 0.9, 1.4), 1.0, surely=True).passed
     assert str(Claim("short", "3 ms", 3.0, 2.0, most=True)).startswith("FAIL  short: 3 ms")

@@ -7,7 +7,6 @@ import warnings
 import pytest
 import torch
 import transformers
-from tiny import COMMON, ENCODER_DECODERS, FAMILIES, REFUSED, fresh, noisy, tiny
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,6 +14,7 @@ from csdraft.losses.cross_entropy import cross_entropy
 from csdraft.losses.forward_kl import forward_kl
 from csdraft.losses.jsd import jsd
 from csdraft.trainers.objective import Objective, head_of, hidden_of, losses
+from tests.tiny import COMMON, ENCODER_DECODERS, FAMILIES, REFUSED, fresh, noisy, tiny
 
 MIXED = {"forward_kl": 1.0, "cross_entropy": 0.1, "jsd": {"weight": 0.5, "beta": 0.3}}
 MORE = {  # families whose heads do something of their own

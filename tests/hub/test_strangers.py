@@ -16,7 +16,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from tiny import fresh, noisy, on_target, prompt, tiny, tokenizer
 
 from csdraft import CascadeDrafter, Horizontal, MaxGram, ModelDrafter, Vertical, loading, spec
 from csdraft.decoding.report import Planned, Report
@@ -39,6 +38,7 @@ from csdraft.trainers.students import make_student, save_student
 from csdraft.trees.best_first import BestFirst
 from csdraft.trees.sequoia import Sequoia
 from csdraft.verifiers.deferral import Deferral
+from tests.tiny import fresh, noisy, on_target, prompt, tiny, tokenizer
 
 TEXT = [3 + 7 * i % 90 for i in range(200)]
 
@@ -133,15 +133,17 @@ def test_every_key_with_every_kind_of_wrong_value(saved, tmp_path, monkeypatch):
         monkeypatch.setattr(spec, name, functools.cache(getattr(spec, name)))
     document, file = document_of(saved), tmp_path / "c" / "cascade.json"
     document["models"] |= {"far": {"id": "me/small", "revision": "abc"}, "same": {"target": True}}
-    wrong = []
+    wrong, tried = [], 0
     for at in places(document):
         if at[:1] == ("k_matrix",) and max(at[1:], default=0) > 1:  # all entries are alike
             continue
         key = next(key for key in reversed(at) if isinstance(key, str))
         for value in VALUES:
             file.write_text(json.dumps(changed(document, at, value)))
+            tried += 1
             if found := fault(tmp_path / "c", key):
                 wrong.append(f"{at} = {'deleted' if value is DELETED else repr(value)[:20]}: {found}")
+    assert tried > 200
     assert not wrong, f"{len(wrong)} faults, such as\n" + "\n".join(wrong[:20])
 
 

@@ -6,7 +6,6 @@ from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import pytest
-from tiny import Scripted, drafter_of, prompt, ragged_batch, tiny, tokenizer
 
 from csdraft import CascadeDrafter, ModelDrafter, release
 from csdraft.decoding.draft import ROOT, Draft
@@ -17,6 +16,7 @@ from csdraft.decoding.report import ModelUse, Report
 from csdraft.decoding.tally import Tally
 from csdraft.schedules.fixed import Fixed
 from csdraft.trees.best_first import BestFirst
+from tests.tiny import Scripted, drafter_of, prompt, ragged_batch, tiny, tokenizer
 
 DEPTH = 4
 

@@ -6,11 +6,11 @@ import json
 from dataclasses import replace
 
 import pytest
-from tiny import fresh, tiny
 
 from csdraft import doctor
 from csdraft.cli import main
 from csdraft.doctor import Machine, ModelState, Package
+from tests.tiny import fresh, tiny
 
 
 @pytest.fixture(scope="module")
