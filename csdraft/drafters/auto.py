@@ -172,7 +172,7 @@ class Auto(Drafter):
         return call.memo((self, TokenRecycling), make)
 
     def _suffix(self, call: Call) -> Suffix:
-        """Whoever knows the earlier outputs, and takes in new ones."""
+        """The one that knows the earlier outputs, and takes in new ones."""
         kept = self.outputs is None and self.remember
         make = lambda: Suffix(outputs=OutputTable.of(call.target) if kept else self.outputs)  # noqa: E731 - as above
         return call.memo((self, Suffix), make)

@@ -164,7 +164,7 @@ def template(nodes: int, depth: int) -> Template:
 def _known(tokens: list[int], parents: Sequence[int], best: Sequence[int]) -> tuple[list[int], list[int]]:
     """The known nodes, the end of the likeliest path last: that of `best` (a chain) which is the deepest known one.
 
-    Nobody is below it: the matrix knows either no successor of a token or all of them.
+    No node is below it: the matrix knows either no successor of a token or all of them.
     """
     end = max(node for node in best if tokens[node] >= 0)
     order = [node for node, token in enumerate(tokens) if token >= 0 and node != end] + [end]

@@ -92,7 +92,7 @@ def best_shape(nodes: int, depth: int, acceptance: tuple[float, ...]) -> tuple[P
     """The tree of at most so many nodes and levels with the greatest sum of products of `acceptance` along branches.
 
     `worth[d][r][n]` is that sum for n nodes below a node that has d levels left, its children from rank r on; `own` of
-    them go to the child r and what is below it. Elder siblings come first: the second child needs the first.
+    them go to the child r and what is below it. Earlier siblings come first: the second child needs the first.
     """
     ranks = len(acceptance)
     worth = np.zeros((depth + 1, ranks + 1, nodes + 1))

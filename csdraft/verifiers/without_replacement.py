@@ -1,5 +1,4 @@
-"""Recursive rejection without replacement: each sibling judged by the distribution that its refused elders had left
-for it.
+"""Recursive rejection without replacement: each sibling is judged by what its refused earlier siblings left over.
 
 RSD (arXiv 2402.14160) and Sequoia (arXiv 2402.12374), which adds that a distribution with nothing left continues as
 the uniform one. A sibling that cannot repeat a refused token is worth more than an independent draw: use it with trees
