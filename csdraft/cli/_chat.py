@@ -134,7 +134,7 @@ def chat_with(opened: Opened, chat: ChatFormat, args: argparse.Namespace) -> int
     if opened.target.generation_config.pad_token_id is None:
         options["pad_token_id"] = opened.tokenizer.pad_token_id or opened.tokenizer.eos_token_id
     talk = Chat(opened, chat, options, sys.stdout, args.color or sys.stdout.isatty())
-    drafting = "" if opened.assistant is not None else "no drafter named: drafting with max_gram. "
+    drafting = "" if opened.assistant is not None else 'no drafter named: drafting with assistant="auto". '
     _tell(f"{drafting}{COMMANDS}")
     for line in _lines():
         if line == "/reset":

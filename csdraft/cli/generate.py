@@ -2,7 +2,7 @@
 
 The chat reads one line a turn. After each answer it shows how fast it was, and how much of the conversation did not
 have to be read again. /reset begins a new conversation, /quit (or end of input) leaves. Without --cascade or --drafter
-the chat drafts with max_gram, which needs no model.
+the text is drafted by assistant="auto", which needs no other model.
 """
 
 from __future__ import annotations
