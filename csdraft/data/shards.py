@@ -1,7 +1,8 @@
 """Work on rows that several processes share and that may be killed at any byte: nothing is lost, nothing done twice.
 
 A process takes every so-many-th batch of a plan that depends on the rows alone, and appends a line of JSON for each
-row it has finished to a file of its own. A writer that starts later reads all files; half a line counts as not written.
+row it has finished to a file of its own. A writer that starts later reads all files; half a line counts as not
+written.
 """
 
 from __future__ import annotations

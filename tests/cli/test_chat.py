@@ -63,7 +63,7 @@ def test_reset_forgets_and_quit_leaves(folder, monkeypatch, capsys):
     lines = ["thequick", "/reset", "brownfox", "/what", "/quit", "jumps"]
     answers, err = chat(folder, monkeypatch, capsys, lines)
     assert answers == [plainly("UthequickA"), plainly("UbrownfoxA")]
-    assert "drafting with max_gram" in err
+    assert "drafting with assistant" in err
     assert "/what is no command" in err
     assert [figures[3] for figures in FIGURES.findall(err)] == ["10", "10"]
 
