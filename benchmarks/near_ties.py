@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,9 +35,6 @@ class Parting:
     def __str__(self) -> str:
         kind = "a near-tie" if self.tied else "NOT a near-tie"
         return f"token {self.at}, {kind}: top-2 logit gap {self.gap:.2g}, rounding {self.rounding:.2g}"
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "tied": self.tied}
 
 
 def parting(target: Any, prompt: Sequence[int], plain: Sequence[int], other: Sequence[int]) -> Parting | None:

@@ -2,20 +2,20 @@
 
 python -m benchmarks tasks --target MODEL --prompts spec=spec_bench.jsonl math=gsm8k_test.jsonl code=humaneval.jsonl
 
-Prompts come from JSON lines files, .xz or not; rows with a `category` are a task of their own each, those of several
-turns together "multi-turn". They go through the target's chat template, but for the kind "code". All ways answer a
-prompt greedily, before the next prompt comes: plain first and last, the others in turns between. A ratio is the mean of
-the two plain times over a way's, prompt by prompt; a cell has the median and its 95 % interval, and the table ends with
-what the two plain times say of each other. "auto" keeps what it learns, as it does by default. Answers are kept in --out; the same command goes on there.
+Prompts come from JSON lines files, .xz or not; each `category` of rows is a task of its own, and all rows of several
+turns are the task "multi-turn", of which the first turn is asked. They go through the target's chat template, but for
+the kind "code". All ways answer a prompt greedily, before the next prompt comes: plain first and last, the others in
+turns between. A ratio is the mean of the two plain times over a way's, prompt by prompt; a cell has the median and its
+95 % interval, and the last column is the noise. "auto" keeps what it learns, as it does by default; MaxGram is new for
+each prompt. What was measured is kept in --out; the same command goes on there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from benchmarks.near_ties import parting
+from benchmarks.answers import AGAIN, AUTO, CLOCKS, LOOKUP_LENGTH, PLAIN, answers, in_turns
+from benchmarks.near_ties import Parting, parting
 from benchmarks.never_loses import FIELDS, encode
 from benchmarks.replays import TALK
+from csdraft.bench import Prompt
 from csdraft.data.json_lines import read_objects
 from csdraft.drafters.max_gram import MaxGram
 from csdraft.metrics.intervals import bootstrap_median
@@ -34,22 +36,21 @@ from csdraft.version import __version__
 
 __all__ = ["Question", "questions", "table"]
 
-LOOKUP_LENGTH = 10
-"""Tokens a round of transformers' prompt lookup, as its documentation has it."""
-PLAIN, AGAIN, LOOKUP, AUTO = "plain", "plain again", "prompt lookup", "auto"
+LOOKUP = "prompt lookup"
+WAYS = (LOOKUP, "MaxGram", "auto")
 WARM = "Say hello, and then tell me in a few words what you can do."
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-Answers = dict[str, Any]
-"""Of one prompt: `task`, `id`, `prompt` and `tokens` (lengths), `wall` and `cpu` (seconds by way), `rounds`, `parted`."""
+Measured = dict[str, Any]
+"""Of one prompt: `task`, `id`, `prompt` and `tokens` (lengths), `wall` and `cpu` (seconds by way), `rounds`, and
+`parted`, the texts that are not plain generate's."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt: its task, a name that is its own, and its token ids, (1, length)."""
+    """A prompt: its task, a name that is its own, and its token ids."""
 
     task: str
     name: str
-    ids: torch.Tensor
+    ids: Prompt
 
 
 def questions(tokenizer: Any, files: Mapping[str, str], count: int, longest: int) -> list[Question]:
@@ -72,85 +73,74 @@ def questions(tokenizer: Any, files: Mapping[str, str], count: int, longest: int
             tasks.setdefault(kind if part is None else f"{kind}: {part}", []).append((kind, f"{kind} {number}", text))
     chosen = {task: rows[:: max(len(rows) // count, 1)][:count] for task, rows in tasks.items()}
     return [
-        Question(task, rows[turn][1], encode(tokenizer, rows[turn][0], rows[turn][2], longest))
+        Question(task, rows[turn][1], as_prompt(tokenizer, rows[turn][0], rows[turn][2], longest))
         for turn in range(count)
         for task, rows in chosen.items()
         if turn < len(rows)
     ]
 
 
-def ways(number: int) -> dict[str, dict[str, Any]]:
-    """Keywords of `generate` by way, in the order of prompt `number`."""
-    drafted = [
-        (LOOKUP, {"prompt_lookup_num_tokens": LOOKUP_LENGTH}),
-        ("MaxGram", {"assistant": MaxGram(), "reuse": False}),  # all ways read the prompt
-        (AUTO, {"assistant": "auto", "reuse": False}),
-    ]
-    turn = number % len(drafted)
-    return {PLAIN: {}, **dict(drafted[turn:] + drafted[:turn]), AGAIN: {}}
+def as_prompt(tokenizer: Any, kind: str, text: str, longest: int) -> Prompt:
+    return tuple(encode(tokenizer, kind, text, longest)[0].tolist())
 
 
-def answer(target: Any, question: Question, number: int, tokens: int) -> Answers:
+def measured(target: Any, question: Question, number: int, tokens: int) -> Measured:
     """Every way answers one prompt."""
-    seconds: dict[str, dict[str, float]] = {clock: {} for clock in CLOCKS}
-    texts, rounds, length = {}, {}, question.ids.shape[1]
-    for way, options in ways(number).items():
-        if "assistant" in options:
-            options = {**options, "return_dict_in_generate": True}
-        began = {name: clock() for name, clock in CLOCKS.items()}
-        made = target.generate(question.ids, max_new_tokens=tokens, do_sample=False, **options)
-        for name, clock in CLOCKS.items():
-            seconds[name][way] = clock() - began[name]
-        if "assistant" in options:
-            rounds[way], made = made.report.rounds, made.sequences
-        texts[way] = made[0, length:].tolist()
-    apart = {way: parting(target, question.ids[0].tolist(), texts[PLAIN], text) for way, text in texts.items()}
-    parted = {way: found.to_dict() for way, found in apart.items() if found is not None}
-    about = {"task": question.task, "id": question.name, "prompt": length, "tokens": len(texts[PLAIN])}
-    return {**about, **seconds, "rounds": rounds, "parted": parted}
+    drafted = {LOOKUP: {"prompt_lookup_num_tokens": LOOKUP_LENGTH}, "MaxGram": {"assistant": MaxGram()}, "auto": AUTO}
+    found = answers(target, question.ids, in_turns(drafted, number), tokens)
+    plain = found[PLAIN].text
+    apart = {way: parting(target, question.ids, plain, answer.text) for way, answer in found.items()}
+    about = {"task": question.task, "id": question.name, "prompt": len(question.ids), "tokens": len(plain)}
+    return {
+        **about,
+        **{clock: {way: answer.seconds[clock] for way, answer in found.items()} for clock in CLOCKS},
+        "rounds": {way: answer.report.rounds for way, answer in found.items() if answer.report is not None},
+        "parted": {way: asdict(parted) for way, parted in apart.items() if parted is not None},
+    }
 
 
-def table(answers: Sequence[Answers], clock: str) -> str:
+def table(found: Sequence[Measured], clock: str) -> str:
     """Markdown: a line a task, and one for all; then which texts were other ones."""
-    names = [way for way in answers[0][clock] if way not in (PLAIN, AGAIN)]
-    names.sort(key=[LOOKUP, "MaxGram", AUTO].index)
-    lines = [
-        f"| Task | Prompts | Plain, tokens/s | {' | '.join(names)} | {AUTO} over {LOOKUP} | {AUTO}, least | "
-        f"{AUTO}, tokens a round | {AGAIN} over {PLAIN} |",
-        "|---" * (len(names) + 7) + "|",
+    head = ("Task", "Prompts", "Plain, tokens/s", *WAYS, f"auto over {LOOKUP}", "auto, least", "auto, tokens a round")
+    lines = [f"| {' | '.join(head)} | {AGAIN} over {PLAIN} |", "|---" * (len(head) + 1) + "|"]
+    for task in (*dict.fromkeys(one["task"] for one in found), "all"):
+        those = [one for one in found if task in (one["task"], "all")]
+        lines.append(f"| {task} | {' | '.join(cells(those, clock))} |")
+    return "\n".join([*lines, "", *said_of_texts(found)])
+
+
+def cells(those: Sequence[Measured], clock: str) -> list[str]:
+    """A task's line."""
+    seconds = [one[clock] for one in those]
+    plain = [(s[PLAIN] + s[AGAIN]) / 2 for s in seconds]
+    ratios = {way: [p / s[way] for p, s in zip(plain, seconds, strict=True)] for way in WAYS}
+    tokens, rounds = sum(one["tokens"] for one in those), sum(one["rounds"]["auto"] for one in those)
+    return [
+        f"{len(those)}",
+        f"{tokens / sum(plain):.1f}",
+        *(interval(ratios[way]) for way in WAYS),
+        interval([s[LOOKUP] / s["auto"] for s in seconds]),
+        f"{min(ratios['auto']):.2f}",
+        f"{tokens / rounds:.2f}",
+        interval([s[PLAIN] / s[AGAIN] for s in seconds]),
     ]
-    tasks = dict.fromkeys(a["task"] for a in answers)
-    for task in (*tasks, "all"):
-        those = [a for a in answers if task in (a["task"], "all")]
-        seconds = [a[clock] for a in those]
-        plain = [(s[PLAIN] + s[AGAIN]) / 2 for s in seconds]
-        speed = sum(a["tokens"] for a in those) / sum(plain)
-        ratios = {way: [p / s[way] for p, s in zip(plain, seconds, strict=True)] for way in names}
-        cells = [interval(ratios[way]) for way in names]
-        cells += [interval([s[LOOKUP] / s[AUTO] for s in seconds]), f"{min(ratios[AUTO]):.2f}"]
-        cells += [f"{sum(a['tokens'] for a in those) / sum(a['rounds'][AUTO] for a in those):.2f}"]
-        cells += [interval([s[AGAIN] / s[PLAIN] for s in seconds])]
-        lines.append(f"| {task} | {len(those)} | {speed:.1f} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *said_of_texts(answers)])
 
 
 def interval(ratios: Sequence[float]) -> str:
     return str(bootstrap_median([[ratio] for ratio in ratios]))
 
 
-def said_of_texts(answers: Sequence[Answers]) -> list[str]:
+def said_of_texts(measured: Sequence[Measured]) -> list[str]:
     """A line, and one for each text that is not plain generate's."""
-    other = [(a, way, found) for a in answers for way, found in a["parted"].items()]
-    ties = sum(found["tied"] for _, _, found in other)
+    other = [(f"{one['id']}, {way}", Parting(**at)) for one in measured for way, at in one["parted"].items()]
     if not other:
         return ["Every text was plain generate's."]
-    return [f"{len(other)} texts are not plain generate's, {ties} of them parted at a near-tie:"] + [
-        f"* {a['id']}, {way}: token {found['at']}, top-2 logit gap {found['gap']:.2g}, rounding {found['rounding']:.2g}"
-        for a, way, found in other
-    ]
+    ties = sum(found.tied for _, found in other)
+    said = [f"* {where}: {found}" for where, found in other]
+    return [f"{len(other)} texts are not plain generate's, {ties} of them parted at a near-tie:", *said]
 
 
-def kept(out: Path, about: Mapping[str, Any]) -> list[Answers]:
+def kept(out: Path, about: Mapping[str, Any]) -> list[Measured]:
     """The answers that an earlier run with the same settings left; starts the file if there are none."""
     lines = out.read_text(encoding="utf-8").split("\n")[:-1] if out.is_file() else []  # without half a line
     if not lines:
@@ -186,30 +176,28 @@ def main(argv: Sequence[str]) -> int:
     done = kept(options.out, {"target": Path(options.target).name, "csdraft": __version__, **about})
     tokenizer = AutoTokenizer.from_pretrained(options.target)
     asked = questions(tokenizer, files, options.count, options.longest)
-    names = {answers["id"] for answers in done}
+    names = {one["id"] for one in done}
     missing = [(number, one) for number, one in enumerate(asked) if one.name not in names]
     if missing:
         target = AutoModelForCausalLM.from_pretrained(options.target, dtype=options.dtype).eval()
         done += answered(target, tokenizer, missing, options)
     wanted = {one.name for one in asked}
-    done = [answers for answers in done if answers["id"] in wanted]
+    done = [one for one in done if one["id"] in wanted]
     print(table(done, options.clock))
-    return 0 if all(found["tied"] for answers in done for found in answers["parted"].values()) else 1
+    return 0 if all(Parting(**found).tied for one in done for found in one["parted"].values()) else 1
 
 
 def answered(
     target: Any, tokenizer: Any, missing: Sequence[tuple[int, Question]], options: argparse.Namespace
-) -> list[Answers]:
+) -> list[Measured]:
     """Answers what is missing, a line of the file a prompt; every way has run before the first is timed."""
     progress, made = Progress(), []
-    answer(target, Question("", "", encode(tokenizer, "", WARM, options.longest)), 0, options.tokens)
+    measured(target, Question("", "", as_prompt(tokenizer, "", WARM, options.longest)), 0, options.tokens)
     progress.restart()
     for turn, (number, question) in enumerate(missing, 1):
-        found = answer(target, question, number, options.tokens)
+        found = measured(target, question, number, options.tokens)
         with options.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(found) + "\n")
         made.append(found)
         progress(question.name, turn / len(missing))
     return made
-
-
