@@ -208,9 +208,7 @@ def say_texts(target: Any, asked: Sequence[Asked]) -> bool:
         print(f"\nAll {texts} texts are plain generate's, token for token: checked, not assumed.")
         return True
     tied = sum(found.tied for _, found in other)
-    print(
-        f"\n{len(other)} of {texts} texts leave plain generate's, {tied} of them at a near-tie, where rounding decides:"
-    )
+    print(f"\n{len(other)} of {texts} texts leave plain generate's, {tied} at a near-tie, where rounding decides:")
     for name, found in other:
         print(f"  {name}: {found}")
     return tied == len(other)
