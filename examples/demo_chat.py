@@ -42,7 +42,7 @@ __all__ = ["dtype_of_machine", "main"]
 PROMPTS = "recipes/smollm2/prompts.jsonl"
 SECONDS = 200.0
 """After so many no other round of questions, one of each kind, is begun."""
-K_MATRIX = ((2, 8, 8), (0, 8, 8), (0, 0, 8))
+K_MATRIX = ((2, 8, 8), (0, 8, 8), (0, 0, 0))
 """Of the cascade [student, MaxGram, suffix], as recipes/smollm2/cascade.yaml has it."""
 LABELS = {
     PLAIN: "generate()",

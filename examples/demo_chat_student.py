@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,6 @@ BATCH_GAIN = 4.0
 """Tokens a second of a batch over those of one row, with which the time of writing is forecast."""
 STEP_FORWARDS = 2.2
 """Seconds of a training step in those of the target's forward over as many tokens."""
-PROBE = 8
-"""Tokens that are written to see how fast the target is."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,8 @@ def distilled(path: str, target: Any, dtype: str, out: Path) -> Student:
     quieten()
     written = write(path, target, dtype, out / "written")
     steps = steps_in_time(target)
-    arguments = DistillArguments(**training(path, dtype, out, steps))
-    layers = arguments.init["from_target"]["layers"] if arguments.init else []
+    layers = chosen_layers(target.config.num_hidden_layers)
+    arguments = DistillArguments(**training(path, dtype, layers, out, steps))
     print(f"A student of its layers {layers} learns to answer as it does: {steps} steps of {TEXTS * LENGTH} tokens, "
           f"about {steps * step_seconds(target):.0f} s, and two exams.", flush=True)  # fmt: skip
     trainer = distill(arguments)
@@ -96,12 +95,19 @@ def write(path: str, target: Any, dtype: str, folder: Path) -> int:
     return sum(len(row["input_ids"]) - row["prompt_length"] for row in made)
 
 
-def training(path: str, dtype: str, out: Path, steps: int) -> dict[str, Any]:
+def chosen_layers(count: int) -> list[int]:
+    """Of a model of so many layers: the first two, the middle one and the last, as the recipe has them of 30."""
+    return sorted({0, min(1, count - 1), count // 2, count - 1})
+
+
+def training(path: str, dtype: str, layers: Sequence[int], out: Path, steps: int) -> dict[str, Any]:
     """The recipe's keys, but for those that a longer run has otherwise."""
     return read_values(DISTILL, []) | {
+        "init": {"from_target": {"layers": list(layers), "tie_to_target": True}},
         "target": path, "target_dtype": dtype, "dataset": str(out / "written"), "output_dir": str(out / "drafter"),
         "max_steps": steps, "per_device_train_batch_size": TEXTS, "max_length": LENGTH, "warmup_steps": 2,
         "eval_limit": 4, "eval_new_tokens": 32, "eval_steps": steps, "logging_steps": 1, "save_strategy": "no",
+        "disable_tqdm": False,
     }  # fmt: skip
 
 
