@@ -54,7 +54,7 @@ gpu: $(READY)
 demo: $(READY)
 	$(BIN)/python -m examples.demo $(ARGS)
 
-# Ten minutes on two cores, without the download of the model (92 MB).
+# Sized for ten minutes on two cores, without the download of the model (92 MB).
 demo-chat: $(READY)
 	$(BIN)/python -m examples.demo_chat $(ARGS)
 
