@@ -35,7 +35,7 @@ from csdraft.metrics.intervals import bootstrap_median
 from csdraft.progress import Progress
 from csdraft.version import __version__
 
-__all__ = ["Question", "questions", "table"]
+__all__ = ["WARM", "Question", "questions", "table"]
 
 LOOKUP = "prompt lookup"
 WAYS = (LOOKUP, "MaxGram", "auto")

@@ -25,6 +25,7 @@ from transformers.utils import logging
 from benchmarks.answers import AGAIN, AUTO, LOOKUP_LENGTH, PLAIN, Answer, answers, in_turns
 from benchmarks.near_ties import Parting, parting
 from benchmarks.pair import load_model
+from benchmarks.tasks import WARM
 from csdraft.bench import Prompt, aligned
 from csdraft.cascade import CascadeDrafter
 from csdraft.data.chat import chat_prompt
@@ -106,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"target  {where}: {size(target)}, {dtype}, {torch.get_num_threads()} threads", flush=True)
     student = None if options.no_distill else distilled(path, target, dtype, options.out)
     kinds = read_questions(tokenizer, options.prompts)
+    answers(target, warm_up(tokenizer), in_turns(drafted(student), 0), WARM_TOKENS)
     asked = ask(target, kinds, drafted(student), options.max_new_tokens, options.count)
 
     show(tokenizer, asked, options.color == "always" or colours_by_default(options.color), options.out)
@@ -142,19 +144,19 @@ def read_questions(tokenizer: Any, file: str) -> dict[str, list[Prompt]]:
     return kinds
 
 
+def warm_up(tokenizer: Any) -> Prompt:
+    """What every way answers before anything is timed: none of the questions, whose answers are remembered."""
+    return tuple(chat_prompt([{"role": "user", "content": WARM}], tokenizer))
+
+
 def ask(
     target: Any, kinds: Mapping[str, Sequence[Prompt]], ways: Mapping[str, Any], tokens: int, count: int | None
 ) -> list[Asked]:
-    """Asks one question of each kind, then the next of each, until so many of each are asked or the time is over.
-
-    Every way has answered a question that is not counted before the first that is.
-    """
+    """Asks one question of each kind, then the next of each, until so many of each are asked or the time is over."""
     rounds = list(zip(*kinds.values(), strict=False))[:count]
     print(f"Every question is answered in {len(ways) + 2} ways, in turns, greedily, with {tokens} tokens at most ...",
           flush=True)  # fmt: skip
     progress, made, began = Progress(), [], time.perf_counter()
-    answers(target, rounds[-1][0][:-1], in_turns(ways, 0), WARM_TOKENS)
-    progress.restart()
     for turn, prompts in enumerate(rounds):
         for kind, prompt in zip(kinds, prompts, strict=True):
             made.append(Asked(kind, prompt, answers(target, prompt, in_turns(ways, len(made)), tokens)))

@@ -69,6 +69,13 @@ def test_the_demo_cuts_the_student_that_the_recipe_cuts():
     assert [list(row) for row in demo_chat.K_MATRIX] == matrix
 
 
+def test_no_question_is_answered_before_it_is_timed(folder):
+    """A way that remembers would copy its own answer."""
+    words = AutoTokenizer.from_pretrained(folder / "target")
+    asked = demo_chat.read_questions(words, demo_chat.PROMPTS)
+    assert demo_chat.warm_up(words) not in [prompt for prompts in asked.values() for prompt in prompts]
+
+
 @pytest.mark.parametrize("amx", [False, True])
 @pytest.mark.parametrize("avx", [False, True])
 def test_bfloat16_where_the_cpu_multiplies_it(monkeypatch, amx, avx):
