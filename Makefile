@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 SITE_READY := $(VENV)/.docs-installed
 
-.PHONY: setup lock style check test slow gpu demo bench families docs
+.PHONY: setup lock style check test slow gpu demo demo-chat bench families docs
 
 setup: $(READY)
 
@@ -55,6 +55,10 @@ gpu: $(READY)
 
 demo: $(READY)
 	$(BIN)/python -m examples.demo $(ARGS)
+
+# Sized for ten minutes on two cores, without the download of the model (92 MB).
+demo-chat: $(READY)
+	$(BIN)/python -m examples.demo_chat $(ARGS)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks suites $(ARGS)

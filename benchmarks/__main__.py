@@ -16,6 +16,7 @@ COMMANDS = {
     "arms": "arms",
     "verifiers": "verifiers",
     "never-loses": "never_loses",
+    "tasks": "tasks",
     "replay": "replays",
 }
 """Command -> the module of this folder that has its `main(argv)`, which returns the exit status."""
