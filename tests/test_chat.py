@@ -11,7 +11,7 @@ from tiny import drafter_of, tiny, tokenizer
 
 import csdraft
 from csdraft.cli import main
-from csdraft.decoding.report import Report
+from csdraft.reports.report import Report
 
 TEMPLATE = (
     "{% for message in messages %}{{ 'U' if message.role == 'user' else 'A' }}{{ message.content }}"

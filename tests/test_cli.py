@@ -17,7 +17,7 @@ import csdraft
 from csdraft.bench import Method
 from csdraft.cli import _models, check, commands, main
 from csdraft.decoding.interfaces import Verdict
-from csdraft.decoding.report import Report
+from csdraft.reports.report import Report
 from csdraft.verifiers.match import Match
 
 PROMPT = "thequickbrownfoxjumps"

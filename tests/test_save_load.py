@@ -21,8 +21,8 @@ import csdraft
 from csdraft import cascade as cascade_module
 from csdraft import hub, loading
 from csdraft.decoding.reader import place
-from csdraft.decoding.report import Report
 from csdraft.drafters.suffix import Suffix
+from csdraft.reports.report import Report
 from csdraft.schedules.stop_head import StopHead
 from csdraft.tables.acceptance_head import AcceptanceHead
 from csdraft.tables.bigram import BigramTable

@@ -19,7 +19,6 @@ from safetensors.numpy import load_file, save_file
 from tiny import fresh, noisy, on_target, prompt, tiny, tokenizer
 
 from csdraft import CascadeDrafter, Horizontal, MaxGram, ModelDrafter, Vertical, loading, spec
-from csdraft.decoding.report import Planned, Report
 from csdraft.drafters.datastore import Datastore
 from csdraft.drafters.model import load_model
 from csdraft.drafters.n_grammys import NGrammys
@@ -27,6 +26,7 @@ from csdraft.drafters.reference import Reference
 from csdraft.drafters.suffix import Suffix
 from csdraft.drafters.token_recycling import TokenRecycling
 from csdraft.drafters.translated import Translated
+from csdraft.reports.report import Planned, Report
 from csdraft.schedules.stop_head import StopHead
 from csdraft.tables.acceptance_head import AcceptanceHead
 from csdraft.tables.adjacency import AdjacencyTable

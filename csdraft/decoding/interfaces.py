@@ -15,11 +15,11 @@ from torch import Tensor
 
 from csdraft.decoding.draft import ROOT, Draft, Kind
 from csdraft.decoding.memory import Memory
+from csdraft.decoding.reported import Reported
 from csdraft.decoding.text import Text
 
 if TYPE_CHECKING:
     from csdraft.decoding.call import Call
-    from csdraft.decoding.report import Report
     from csdraft.decoding.sampling import Sampler
     from csdraft.decoding.tree import Growth
 
@@ -210,7 +210,7 @@ class ScoresView(Protocol):
         ...
 
 
-class Drafter:
+class Drafter(Reported):
     """Anything that proposes drafts.
 
     Attributes:
@@ -270,11 +270,6 @@ class Drafter:
     def expected(self, context: Context, depth: int, size: int) -> tuple[float, int] | None:
         """Of a tree so deep with so many nodes: tokens expected to be kept, and nodes; None: it cannot tell."""
         return None
-
-    def keep_report(self, report: Report) -> None:
-        """Takes the report of a finished call; cascades accumulate it."""
-        for part in self.parts():
-            part.keep_report(report)
 
     def check(self, call: Call) -> None:
         """Raises ValueError if it cannot draft for this call; runs before any model does."""

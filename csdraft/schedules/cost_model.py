@@ -339,7 +339,7 @@ class CostModelRun(Schedule):
         """Seconds a level of every stage that drafted: what its cascade charged, or all for a lone drafter."""
         charged = [(draft_seconds, depth)]
         if len(self.stages) > 1:
-            now = [self.call.charges.get(id(drafter), (0.0, 0)) for drafter, _ in self.stages]
+            now = [self.call.ledger.stage(drafter) for drafter, _ in self.stages]
             charged = [(a - c, b - d) for (a, b), (c, d) in zip(now, self._charged, strict=True)]
             self._charged = now
         for stage, (seconds, tokens) in enumerate(charged):

@@ -72,7 +72,7 @@ def forgetful(type: str) -> Watched:
 def test_dropping_any_cache_changes_nothing(type: str) -> None:
     inputs, watched = tiny.inputs_of("llama", 3), forgetful(type)
     assert written(watched, inputs, **GREEDY).sequences.tolist() == plain(inputs)
-    assert watched.sessions[0].rolled_back > 60, "nothing was ever forgotten, so this proves little"
+    assert watched.sessions[0].use.rolled_back > 60, "nothing was ever forgotten, so this proves little"
 
 
 @pytest.mark.parametrize("rule", LOSSLESS)
@@ -81,7 +81,7 @@ def test_dropping_any_cache_changes_no_draw(rule: str) -> None:
     watched = forgetful("vertical")
     wanted = written(drafter("vertical", wrap=Watched), inputs, **options).sequences.tolist()
     assert written(watched, inputs, **options).sequences.tolist() == wanted
-    assert watched.sessions[0].rolled_back > 60
+    assert watched.sessions[0].use.rolled_back > 60
 
 
 @pytest.mark.parametrize("policy", SCHEDULES)
@@ -153,8 +153,8 @@ def balanced(watched: Drafter) -> None:
     assert isinstance(watched, Watched)
     assert watched.sessions, "nothing was drafted, so this proves nothing"
     for session in watched.sessions:
-        assert session.reader.fed == session.kept + session.rolled_back - session.imported
-    assert watched.sessions[0].reader.fed > 0
+        assert session.use.fed == session.kept + session.use.rolled_back - session.imported
+    assert watched.sessions[0].use.fed > 0
 
 
 @pytest.mark.parametrize("type", DRAFTERS)

@@ -16,9 +16,9 @@ from tiny import fresh, on_target, prompt, ragged_batch
 from torch import nn
 
 import csdraft
-from csdraft.decoding.report import Report
 from csdraft.drafters.model import ModelDrafter, base_model, bound
 from csdraft.heads.self_draft import SelfDraft
+from csdraft.reports.report import Report
 from csdraft.trainers.students import make_student, save_student
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj", "up_proj"], "init_lora_weights": False}

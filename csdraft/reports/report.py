@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from csdraft.decoding.call import Call
-from csdraft.decoding.interfaces import Round
-from csdraft.decoding.names import name_of
-from csdraft.decoding.rejections import Rejections
-from csdraft.decoding.tally import Tally
+from csdraft.decoding.ledger import ModelUse
+from csdraft.reports.rejections import Rejections
+from csdraft.reports.tally import Tally
 from csdraft.stored import check_keys, fit, naming, read_object, shown
 
 if TYPE_CHECKING:
@@ -25,42 +23,6 @@ FORMAT = 1
 MOST_TOKENS = 1 << 31
 MOST_FAILURES = 16
 """Different messages that an accumulated report keeps."""
-
-
-@dataclass
-class ModelUse:
-    """What one model did.
-
-    Attributes:
-        name: the model's own name.
-        forwards: times it ran, whatever the batch.
-        fed: tokens it read, and `rolled_back` those of them that it had to forget.
-        seconds: spent in its forwards by the host's clock (an accelerator may still be at work when one returns).
-        cache_bytes: the most that its keys and values took.
-        recorded: shapes that are replayed, and `recorded_bytes` of the device's memory that they took.
-    """
-
-    name: str = ""
-    forwards: int = 0
-    fed: int = 0
-    rolled_back: int = 0
-    seconds: float = 0.0
-    cache_bytes: int = 0
-    recorded: int = 0
-    recorded_bytes: int = 0
-
-    def merged(self, other: ModelUse) -> ModelUse:
-        """Both together; of the memory the larger."""
-        return ModelUse(
-            self.name if self.name == other.name else "several",
-            self.forwards + other.forwards,
-            self.fed + other.fed,
-            self.rolled_back + other.rolled_back,
-            self.seconds + other.seconds,
-            max(self.cache_bytes, other.cache_bytes),
-            max(self.recorded, other.recorded),
-            max(self.recorded_bytes, other.recorded_bytes),
-        )
 
 
 @dataclass(frozen=True)
@@ -117,60 +79,6 @@ class Report:
     levels: list[list[int]] = field(default_factory=list, repr=False)
     lengths: list[list[int]] = field(default_factory=list, repr=False)
     level_names: list[str] = field(default_factory=list, repr=False)
-    _call: Call | None = field(default=None, repr=False, compare=False)
-
-    # Recording.
-
-    @classmethod
-    def begin(cls, call: Call, diagnose: bool = False) -> Report:
-        """An empty report of a call that is about to start; ValueError if it cannot be diagnosed."""
-        if diagnose and (call.sampler.greedy or call.sampler.coupled):
-            raise ValueError(
-                "diagnose=True compares distributions, which greedy and coupled draws have none of; pass "
-                "do_sample=True and a verifier of independent draws, such as 'rejection'"
-            )
-        report = cls(_call=call, rejections=Rejections() if diagnose else None)
-        report.tokens, report.levels, report.lengths = ([[] for _ in range(call.rows)] for _ in range(3))
-        return report
-
-    def add(self, rounds: Sequence[Round]) -> None:
-        """Counts one forward of the target and what it led to."""
-        self.target_calls += 1
-        assert self._call is not None
-        self._call.tallies[0].add(rounds)
-        if self.rejections is not None:
-            self.rejections.add(rounds)
-        ended = False
-        for finished in rounds:
-            row, tokens = finished.context.row, finished.tokens
-            self.tokens[row] += tokens
-            self.levels[row] += finished.levels
-            self.lengths[row].append(len(tokens))
-            ended |= finished.verdict.ended
-        if ended:  # the last moment before the caches may shrink
-            self._note_memory(self._call)
-
-    def finish(self, call: Call, seconds: float, failure: str | None, why: str = "") -> None:
-        """Takes in what the call's models have counted."""
-        self._note_memory(call)
-        self._call = None
-        self.seconds, self.cut, self.level_names, self.why = seconds, call.cut, call.level_names, why
-        if failure:
-            self.failures[failure] += 1
-        self.reviews = {self.level_names[i]: call.tallies[i].named(self.level_names) for i in sorted(call.tallies)}
-        for session in call.sessions:
-            reader, use = session.reader, self.models[_session_name(call, session.model)]
-            use.forwards, use.fed, use.seconds = reader.forwards, reader.fed, reader.seconds
-            use.rolled_back = session.rolled_back
-            if reader.graphs is not None:
-                use.recorded, use.recorded_bytes = len(reader.graphs.shapes), reader.graphs.bytes
-
-    def _note_memory(self, call: Call) -> None:
-        for session in call.sessions:
-            name = _session_name(call, session.model)
-            use = self.models.setdefault(name, ModelUse(name_of(session.model)))
-            use.cache_bytes = max(use.cache_bytes, session.reader.cache.bytes)
-
     # Reading.
 
     @property
@@ -308,12 +216,12 @@ class Report:
     # Showing.
 
     def __str__(self) -> str:
-        from csdraft.decoding.report_view import terminal
+        from csdraft.reports.view import terminal
 
         return terminal(self)
 
     def _repr_html_(self) -> str:
-        from csdraft.decoding.report_view import fragment
+        from csdraft.reports.view import fragment
 
         return fragment(self)
 
@@ -323,7 +231,7 @@ class Report:
         Args:
             tokenizer: turns tokens into text; None shows their ids.
         """
-        from csdraft.decoding.report_view import page
+        from csdraft.reports.view import page
 
         Path(path).write_text(page(self, tokenizer), encoding="utf-8")
 
@@ -341,14 +249,6 @@ STORED: dict[str, Any] = {
     "planned": Planned | None,
 }
 """What `Report.to_dict` writes."""
-
-
-def _session_name(call: Call, model: Any) -> str:
-    """The name by which a report lists a session's model: that of its level."""
-    owners = call.level_owners
-    if model is call.target or model not in owners:
-        return "target" if model is call.target else name_of(model)
-    return call.level_names[owners.index(model)]
 
 
 def _merged(own: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
 
-from csdraft.decoding.pieces import Pieces
-from csdraft.decoding.tally import Tally
+from csdraft.reports.detokenizer import Detokenizer
+from csdraft.reports.tally import Tally
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from csdraft.decoding.report import Report
+    from csdraft.reports.report import Report
 
 __all__ = ["fragment", "page", "terminal"]
 
@@ -290,7 +290,7 @@ def _coloured(report: Report, row: int, tokenizer: PreTrainedTokenizerBase | Non
 def _texts(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
     if tokenizer is None:
         return [f"{token} " for token in tokens]
-    pieces = Pieces(tokenizer, special=True)
+    pieces = Detokenizer(tokenizer, special=True)
     texts = [pieces.push(token) for token in tokens]
     if texts:
         texts[-1] += pieces.flush()
