@@ -383,6 +383,10 @@ class Schedule:
     def finish(self) -> None:
         """Called once, after the last round."""
 
+    def plain_seconds(self) -> float:
+        """What a plain step takes by its latest measurements, for the report; 0 if it knows of none."""
+        return 0.0
+
     def why(self) -> str:
         """One sentence for the report: why it drafts as it does; empty if it does what it was told."""
         return ""

@@ -74,7 +74,8 @@ class Ledger:
         cut: draft tokens that a K matrix asks for and that the budget, or the room in the text, did not allow.
         failure: why the drafter was left out; None if it was not.
         why: the schedule's reasons in a sentence.
-        plain_seconds: a token of plain decoding, as far as the schedule knows its price; 0 if it does not.
+        plain_step: seconds of a plain step, as far as the schedule has measured any; 0 if it has not.
+        first: seconds of scoring in the first round, which also reads the prompt.
     """
 
     def __init__(self) -> None:
@@ -82,7 +83,8 @@ class Ledger:
         self.seconds = self.drafting = self.scoring = 0.0
         self.cut = 0
         self.failure: str | None = None
-        self.why, self.plain_seconds = "", 0.0
+        self.why, self.plain_step = "", 0.0
+        self.first: float | None = None
         self.stages: dict[int, tuple[float, float]] = {}  # by the id of a stage's drafter
         self._started = self._began = 0.0  # the call, and its latest round
         self._drafting = self._scoring = 0.0  # of the latest round
@@ -112,6 +114,7 @@ class Ledger:
             self._scoring = clock.now() - self._began - self._drafting
             self.drafting += self._drafting
             self.scoring += self._scoring
+            self.first = self._scoring if self.first is None else self.first
         self.count(level, rounds)
 
     @property

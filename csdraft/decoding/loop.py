@@ -83,7 +83,7 @@ def run(
     call.note_memory()
     safe.finish(schedule)
     ledger.stop()
-    ledger.why, ledger.failure = safe.why(schedule), safe.failure
+    ledger.plain_step, ledger.why, ledger.failure = safe.plain_seconds(schedule), safe.why(schedule), safe.failure
 
 
 def _room(call: Call, target: Session, row: int) -> int:

@@ -110,6 +110,10 @@ class SafeDrafter(Drafter):
         """Tells the schedule that the call is over."""
         self.attempt(lambda drafter: schedule.finish(), None)
 
+    def plain_seconds(self, schedule: Schedule) -> float:
+        """The schedule's price of a plain step, for the report."""
+        return self.attempt(lambda drafter: schedule.plain_seconds(), 0.0)
+
     def why(self, schedule: Schedule) -> str:
         """The schedule's reasons, for the report."""
         return self.attempt(lambda drafter: schedule.why(), "")

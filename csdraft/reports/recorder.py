@@ -31,7 +31,7 @@ class Recorder(Ledger):
         self.tallies: defaultdict[int, Tally] = defaultdict(Tally)  # what each reviewer decided, by its level
         self.rejections = Rejections() if diagnose else None
         self.target_calls = 0
-        self.tokens, self.levels, self.lengths = ([[] for _ in range(rows)] for _ in range(3))
+        self.tokens, self.levels, self.lengths, self.rejected = ([[] for _ in range(rows)] for _ in range(4))
 
     def check(self, sampler: Sampler) -> None:
         """Raises ValueError if draws as the call makes them cannot be diagnosed."""
@@ -54,6 +54,7 @@ class Recorder(Ledger):
             self.tokens[row] += tokens
             self.levels[row] += finished.levels
             self.lengths[row].append(len(tokens))
+            self.rejected[row].append(_rejected(finished))
 
     def report(self, call: Call) -> Report:
         """What a call that has ended came to."""
@@ -71,7 +72,26 @@ class Recorder(Ledger):
             levels=self.levels,
             lengths=self.lengths,
             level_names=names,
+            rejected=self.rejected,
+            drafting=self.drafting,
+            plain_seconds=self._plain_seconds(),
+            compared_seconds=self.seconds if self._plain_seconds() else 0.0,
         )
+
+    def _plain_seconds(self) -> float:
+        """What plain decoding would have taken for the only row: the prompt as it was read, and a step a token."""
+        if len(self.tokens) > 1 or not self.plain_step or self.first is None:
+            return 0.0
+        return self.first + self.plain_step * (len(self.tokens[0]) - 1)
+
+
+def _rejected(finished: Round) -> list[tuple[int, int]]:
+    """(level, tokens) of what was drafted and not kept."""
+    drafted, kept = finished.draft.levels, finished.levels[: finished.accepted]
+    if len(drafted) == len(kept):
+        return []
+    counts = [(level, drafted.count(level) - kept.count(level)) for level in dict.fromkeys(drafted)]
+    return [(level, tokens) for level, tokens in counts if tokens]
 
 
 def _listed(call: Call, model: Any) -> str:

@@ -63,6 +63,10 @@ class Report:
         levels: per row, the level of each emitted token, an index into `level_names`.
         lengths: per row, the tokens that each round emitted.
         level_names: "target", then the drafters.
+        rejected: per row, of each round the (level, tokens) that were drafted and not kept; empty if nobody noted it.
+        drafting: of `seconds`, those that went into drafting.
+        plain_seconds: that plain decoding would have taken for the texts of the calls of one row whose schedule had
+            measured a plain step, and `compared_seconds` that these calls took.
     """
 
     calls: int = 1
@@ -79,6 +83,11 @@ class Report:
     levels: list[list[int]] = field(default_factory=list, repr=False)
     lengths: list[list[int]] = field(default_factory=list, repr=False)
     level_names: list[str] = field(default_factory=list, repr=False)
+    rejected: list[list[list[tuple[int, int]]]] = field(default_factory=list, repr=False)
+    drafting: float = 0.0
+    plain_seconds: float = 0.0
+    compared_seconds: float = 0.0
+
     # Reading.
 
     @property
@@ -122,6 +131,27 @@ class Report:
         return self.emitted / self.seconds if self.seconds else 0.0
 
     @property
+    def speedup(self) -> float | None:
+        """About how many times as fast as plain decoding it was, as `speedup_from` says; None if nobody can tell."""
+        if self.compared_seconds:
+            return self.plain_seconds / self.compared_seconds
+        if self.planned is not None and len(self.tokens) == 1 and self.seconds:  # a batch is another matter
+            return self.planned.plain_seconds * self.emitted / self.seconds
+        return None
+
+    @property
+    def speedup_from(self) -> str:
+        """What the speedup is an estimate from."""
+        if self.compared_seconds:
+            return (
+                f"plain decoding would have taken about {self.plain_seconds:.2f} s instead of "
+                f"{self.compared_seconds:.2f} s, by the price of a plain step that the schedule measured"
+            )
+        if self.speedup is not None:
+            return "compared with plain decoding as it was timed when the cascade was planned"
+        return "how much faster than plain decoding is not known, since no plain step was measured"
+
+    @property
     def loop_seconds(self) -> float:
         """Seconds outside the models' forwards: comparing, choosing, bookkeeping, and drafters without a model."""
         return max(self.seconds - sum(use.seconds for use in self.models.values()), 0.0)
@@ -148,6 +178,10 @@ class Report:
             last.levels,
             last.lengths,
             last.level_names,
+            last.rejected,
+            self.drafting + other.drafting,
+            self.plain_seconds + other.plain_seconds,
+            self.compared_seconds + other.compared_seconds,
         )
 
     __add__ = merged
@@ -160,8 +194,11 @@ class Report:
         plain = ("calls", "target_calls", "cut", "seconds", "why", "tokens", "levels", "lengths", "level_names")
         return {
             "csdraft_report": FORMAT,
-            "summary": {**{name: getattr(self, name) for name in derived}, "by_depth": self.target.by_depth},
-            **{name: getattr(self, name) for name in plain},
+            "summary": {
+                **{name: getattr(self, name) for name in (*derived, "speedup")},
+                "by_depth": self.target.by_depth,
+            },
+            **{name: getattr(self, name) for name in (*plain, *NEWER)},
             "reviews": {name: tally.to_dict() for name, tally in self.reviews.items()},
             "models": {name: asdict(use) for name, use in self.models.items()},
             "failures": dict(self.failures),
@@ -175,7 +212,7 @@ class Report:
         found = data.get("csdraft_report") if isinstance(data, Mapping) else None
         if found is True or found != FORMAT:
             raise ValueError(f"csdraft_report={shown(found)}, expected {FORMAT}; is this a report that csdraft saved?")
-        given = {"rejections": None, "planned": None, "why": "", **data}
+        given = {"rejections": None, "planned": None, "why": "", **NEWER, **data}
         check_keys(given, (*STORED, "csdraft_report", "summary"), "the report")
         if missing := [key for key in STORED if key not in given]:
             raise ValueError(f"the report lacks {', '.join(missing)}")
@@ -202,6 +239,15 @@ class Report:
                 raise ValueError(
                     f"levels[{row}] must be places in level_names, of which there are {len(self.level_names)}"
                 )
+        self._check_rejected()
+
+    def _check_rejected(self) -> None:
+        """Raises ValueError unless each round says what of its draft was not kept, or none does."""
+        if self.rejected and list(map(len, self.rejected)) != list(map(len, self.lengths)):
+            raise ValueError("rejected must have the rows and rounds of lengths, or be empty")
+        pairs = [pair for row in self.rejected for found in row for pair in found]
+        if not all(0 <= level < len(self.level_names) and 0 < tokens < MOST_TOKENS for level, tokens in pairs):
+            raise ValueError("rejected must hold places in level_names, each with a number of tokens")
 
     def save(self, path: str | Path) -> None:
         """Writes the report as JSON, which `load` and `csdraft report` read."""
@@ -221,20 +267,23 @@ class Report:
         return terminal(self)
 
     def _repr_html_(self) -> str:
-        from csdraft.reports.view import fragment
+        from csdraft.reports.page import fragment
 
         return fragment(self)
 
     def to_html(self, path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        """Writes a page of its own: the text of the last call coloured by drafting level, and the tables.
+        """Writes a page of its own: a sentence, the last call's text coloured by level, its rounds, and the tables.
 
         Args:
             tokenizer: turns tokens into text; None shows their ids.
         """
-        from csdraft.reports.view import page
+        from csdraft.reports.page import page
 
         Path(path).write_text(page(self, tokenizer), encoding="utf-8")
 
+
+NEWER: dict[str, Any] = {"rejected": [], "drafting": 0.0, "plain_seconds": 0.0, "compared_seconds": 0.0}
+"""What reports of earlier versions lack, and what it is then."""
 
 STORED: dict[str, Any] = {
     **dict.fromkeys(("calls", "target_calls", "cut"), int),
@@ -247,6 +296,8 @@ STORED: dict[str, Any] = {
     "failures": dict[str, int],
     "rejections": Rejections | None,
     "planned": Planned | None,
+    "rejected": list[list[list[tuple[int, int]]]],
+    **dict.fromkeys(("drafting", "plain_seconds", "compared_seconds"), float),
 }
 """What `Report.to_dict` writes."""
 

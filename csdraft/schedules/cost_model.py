@@ -350,6 +350,9 @@ class CostModelRun(Schedule):
         if self.options.remember:
             self.drafter.memory.save(self.call.target, self.key, self.ledger)
 
+    def plain_seconds(self) -> float:
+        return self.prices.seconds(1) if self.prices.known(1) else 0.0
+
     def why(self) -> str:
         kind = max(self._plans, key=lambda kind: self._kinds[kind], default=None)
         plans = self._plans.get(kind) if kind is not None else None
