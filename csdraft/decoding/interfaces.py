@@ -23,7 +23,19 @@ if TYPE_CHECKING:
     from csdraft.decoding.sampling import Sampler
     from csdraft.decoding.tree import Growth
 
-__all__ = ["Budget", "Context", "Drafter", "Request", "Round", "Schedule", "ScoresView", "Step", "Stop", "Tree"]
+__all__ = [
+    "NOTHING",
+    "Budget",
+    "Context",
+    "Drafter",
+    "Request",
+    "Round",
+    "Schedule",
+    "ScoresView",
+    "Step",
+    "Stop",
+    "Tree",
+]
 __all__ += ["Verdict", "Verifier"]
 
 
@@ -75,6 +87,10 @@ class Budget:
     size: int | None = None
     confidence: bool = False
     stop: Stop | None = None
+
+
+NOTHING = Budget(0, 0)
+"""Asks for nothing."""
 
 
 @dataclass(frozen=True)

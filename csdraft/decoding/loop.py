@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from csdraft.decoding.call import Call
-from csdraft.decoding.interfaces import Budget, Context, Drafter, Schedule, Verifier
+from csdraft.decoding.interfaces import NOTHING, Context, Drafter, Schedule, Verifier
 from csdraft.decoding.ledger import Ledger
 from csdraft.decoding.output import Output
 from csdraft.decoding.reader import Sources
@@ -64,7 +64,7 @@ def run(
         writing = [context for context in contexts if context.row not in call.rows_of_padding]
         rooms = [_room(call, target, context.row) for context in writing]
         told = dict(zip(writing, safe.budgets(schedule, writing, rooms), strict=True))
-        budgets = [told.get(context, Budget(0, 0)) for context in contexts]
+        budgets = [told.get(context, NOTHING) for context in contexts]
         rounds = run_round(contexts, target, 0, safe, verifier, budgets)
         output.take(rounds)  # a streamer may wait: its time is not the round's
         of_text = [finished for finished in rounds if finished.context in told]

@@ -48,7 +48,8 @@ def review(
         confidence: whether the emitted tokens' confidence will be read by somebody above.
     """
     call = contexts[0].call
-    together, padding = (call.together, call.rows_of_padding) if level == TARGET else (None, ())
+    together = call.together if level == TARGET else None
+    padding = () if together is None else call.rows_of_padding  # before anything is decided
     if together is not None:
         drafts = together.drafts(contexts, drafts)
     for context, draft in zip(contexts, drafts, strict=True):

@@ -12,7 +12,7 @@ from typing import TypeVar
 from csdraft.decoding.awaited import Awaited
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import ROOT, Draft, DraftProbs
-from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Schedule, Verifier
+from csdraft.decoding.interfaces import NOTHING, Budget, Context, Drafter, Round, Schedule, Verifier
 from csdraft.decoding.scores import NAN
 
 __all__ = ["SafeDrafter"]
@@ -76,7 +76,7 @@ class SafeDrafter(Drafter):
             budgets = schedule.budgets(contexts, rooms, drafter)
             return [replace(b, confidence=True) for b in budgets] if self.verifier.reads_confidence else budgets
 
-        return self.attempt(allowed, [Budget(0, 0) for _ in rooms])
+        return self.attempt(allowed, [NOTHING] * len(rooms))
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
         nothing = [context.draft for context in contexts]

@@ -54,7 +54,8 @@ class Recorder(Ledger):
             self.tokens[row] += tokens
             self.levels[row] += finished.levels
             self.lengths[row].append(len(tokens))
-            self.rejected[row].append(_rejected(finished))
+            kept_whole = len(finished.draft.levels) == len(finished.verdict.accepted)
+            self.rejected[row].append([] if kept_whole else _rejected(finished))
 
     def report(self, call: Call) -> Report:
         """What a call that has ended came to."""
@@ -88,8 +89,6 @@ class Recorder(Ledger):
 def _rejected(finished: Round) -> list[tuple[int, int]]:
     """(level, tokens) of what was drafted and not kept."""
     drafted, kept = finished.draft.levels, finished.levels[: finished.accepted]
-    if len(drafted) == len(kept):
-        return []
     counts = [(level, drafted.count(level) - kept.count(level)) for level in dict.fromkeys(drafted)]
     return [(level, tokens) for level, tokens in counts if tokens]
 
