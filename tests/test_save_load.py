@@ -471,8 +471,8 @@ def test_costs_come_along_by_target_and_device(tmp_path):
     again.save_pretrained(tmp_path / "two", target=target)
     assert csdraft.CascadeDrafter.from_pretrained(tmp_path / "two").memory.saved["elsewhere"] == [(1, 9, 1, 0.5)]
     target.generate(**prompt(), assistant=again, max_new_tokens=8)
-    ((_, _, ledger),) = again.memory.entries()
-    assert ledger.costs.groups[1, 9].count(1) >= 1
+    ((_, _, learned),) = again.memory.entries()
+    assert learned.costs.groups[1, 9].count(1) >= 1
 
 
 @pytest.mark.parametrize(
