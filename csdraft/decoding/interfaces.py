@@ -23,20 +23,8 @@ if TYPE_CHECKING:
     from csdraft.decoding.sampling import Sampler
     from csdraft.decoding.tree import Growth
 
-__all__ = [
-    "NOTHING",
-    "Budget",
-    "Context",
-    "Drafter",
-    "Request",
-    "Round",
-    "Schedule",
-    "ScoresView",
-    "Step",
-    "Stop",
-    "Tree",
-]
-__all__ += ["Verdict", "Verifier"]
+__all__ = ["NOTHING", "Budget", "Context", "Drafter", "Request", "Round", "Schedule", "ScoresView", "Step"]
+__all__ += ["Stop", "Tree", "Verdict", "Verifier"]
 
 
 @dataclass(frozen=True, eq=False)
