@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from csdraft.decoding.report import Report
+from csdraft.reports.report import Report
 
 __all__ = ["AGAIN", "AUTO", "CLOCKS", "LOOKUP_LENGTH", "PLAIN", "Answer", "answers", "in_turns"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,11 +9,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+import csdraft
 from benchmarks.memory import PeakMemory
 from benchmarks.methods import Setup
 from csdraft import bench
-from csdraft.bench import Cell, Method, Prompt, generate, synchronize
-from csdraft.decoding.report import Report
+from csdraft.bench import Cell, Prompt, generate, synchronize
+from csdraft.reports.report import Report
 
 __all__ = ["Forwards", "Look", "Run", "measure"]
 
@@ -115,23 +115,8 @@ def _look(setup: Setup, cell: Cell, group: Sequence[Prompt], index: int) -> Iter
         with (
             Forwards(models, setup.clock) as forwards,
             PeakMemory(setup.target.device) as memory,
-            _reports(cell.method) as reports,
         ):
             result = generate(setup, cell, group[i : i + cell.rows])
-        report = reports[-1] if reports else None
+        report = csdraft.report(cell.method.options.get("assistant"), last=True)
         counts = forwards.counts[0], sum(map(len, result.text)), len(result.text)
         yield Look(cell.name, index, result.seconds, sum(forwards.seconds), *counts, memory.peak, report)
-
-
-@contextlib.contextmanager
-def _reports(method: Method) -> Iterator[list[Report]]:
-    """The reports of csdraft's calls: a drafter that has `keep_report` is handed each one."""
-    reports: list[Report] = []
-    drafter = method.options.get("assistant")
-    if drafter is not None:
-        object.__setattr__(drafter, "keep_report", reports.append)  # drafters are frozen
-    try:
-        yield reports
-    finally:
-        if drafter is not None:
-            object.__delattr__(drafter, "keep_report")

@@ -103,7 +103,7 @@ def answer(target_path: str, drafter_path: str, prompts: str) -> tuple[str, list
     inputs = tokenizer(prompt, return_tensors="pt")
     cascade = CascadeDrafter([models[1], MaxGram()], k_matrix=[[3, 12], [0, 6]], schedule="fixed")
     target.generate(**inputs, assistant=cascade, max_new_tokens=NEW_TOKENS, do_sample=False)
-    report, parts, before = cascade.report, [], ""
+    report, parts, before = cast(Report, cascade.report), [], ""
     for place, level in enumerate(report.levels[0]):
         text = tokenizer.decode(report.tokens[0][: place + 1])
         parts.append((text[len(before) :], level))

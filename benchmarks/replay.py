@@ -23,14 +23,16 @@ from transformers.generation import MaxLengthCriteria
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Drafter, Request, Schedule, Verifier
+from csdraft.decoding.ledger import Ledger, ModelUse
 from csdraft.decoding.loop import run
 from csdraft.decoding.output import Output
-from csdraft.decoding.report import Report
 from csdraft.decoding.sampling import Processing, Sampler
 from csdraft.decoding.scores import TokenChooser
 from csdraft.decoding.session import Session
 from csdraft.decoding.stopping import Stopping
 from csdraft.decoding.text import Text
+from csdraft.reports.recorder import Recorder
+from csdraft.reports.report import Report
 from csdraft.schedules.fixed import Fixed
 from csdraft.verifiers.match import Match
 
@@ -111,37 +113,37 @@ def _replay(
     stopping = Stopping([] if tokens[-1] in eos else [MaxLengthCriteria(len(tokens))])
     stopping.eos = eos
     chooser = TokenChooser(Processing([], 1), stopping, Sampler(True, [0], vocab))
-    call = RecordedCall(Record([tokens]), chooser, [Text(prompt)], len(tokens), None)
+    ledger = Recorder(rows=1)
+    call = RecordedCall(Record([tokens]), chooser, [Text(prompt)], len(tokens), ledger)
     drafter.check(call)
     policy = schedule.start(call, drafter)
-    report = run(call, drafter, verifier, policy, Output(GenerationConfig(), 1), strict=True)
+    run(call, drafter, verifier, policy, Output(GenerationConfig(), 1), strict=True)
     if call.texts[0].tokens != tokens:
         raise NotRecorded(f"{type(verifier).__name__} left the recorded text; replay with a lossless verifier")
-    return report
+    return ledger.report(call)
 
 
 class RecordedCall(Call):
     """A call whose target is a record."""
 
-    def __init__(self, target: Record, chooser: TokenChooser, texts: Sequence[Text], capacity: int, sources: None):
-        super().__init__(target, chooser, texts, capacity, sources)
-        self._sessions[id(target)] = RecordedSession(target, chooser)
+    def __init__(self, target: Record, chooser: TokenChooser, texts: Sequence[Text], capacity: int, ledger: Ledger):
+        super().__init__(target, chooser, texts, capacity, None, ledger=ledger)
+        self._sessions[id(target)] = RecordedSession(target, chooser, ledger.model(target, "Record"))
 
 
 class RecordedSession(Session):
     """Answers from a record what a session would have to ask its model."""
 
-    def __init__(self, record: Record, chooser: TokenChooser):
+    def __init__(self, record: Record, chooser: TokenChooser, use: ModelUse):
         self.model, self.chooser, self.vocab = record, chooser, chooser.sampler.vocab
         self.texts = record.texts
         self.reader: Any = Unused()
-        self.pinned = False
-        self.rolled_back = self.imported = 0
+        self.use, self.pinned, self.imported = use, False, 0
 
     def score(
         self, requests: Sequence[Request], choose: bool = True, chooser: TokenChooser | None = None
     ) -> list[Any]:
-        self.reader.forwards += 1
+        self.use.forwards += 1
         return [RecordedScores(self.chooser, self.texts[r.row], r) for r in requests]
 
     def room(self, row: int, text: Text) -> int:
@@ -158,11 +160,10 @@ class RecordedSession(Session):
 
 
 class Unused:
-    """Counts of a reader that reads nothing and has no cache."""
+    """A reader that reads nothing and has no cache."""
 
     def __init__(self) -> None:
-        self.forwards = self.fed = 0
-        self.seconds, self.cache, self.graphs = 0.0, Empty(), None
+        self.cache, self.graphs = Empty(), None
 
 
 class Empty:

@@ -4,6 +4,9 @@ Importing csdraft teaches every model's `generate` the keyword `assistant`, as i
 assistant=drafter)`. Calls without it are handed to transformers as they are. This is the only thing that the import
 changes. With the environment variable CSDRAFT_NO_PATCH=1 it changes nothing: then `csdraft.enable(model)` teaches one
 model, `csdraft.install()` all, and `custom_generate=csdraft.decode` needs neither.
+
+After a call, `drafter.report` says how drafting went, and so does `csdraft.report(x)` for whatever `x` was passed as
+`assistant`, a model, a path or "auto" included, or was the target. Nothing is set on a user's model.
 """
 
 import os
@@ -11,16 +14,16 @@ import os
 from csdraft.cascade import CascadeDrafter
 from csdraft.decoding.interfaces import Drafter
 from csdraft.decoding.readers import release
-from csdraft.decoding.report import Report
 from csdraft.drafters.auto import Auto
 from csdraft.drafters.horizontal import Horizontal
 from csdraft.drafters.max_gram import MaxGram
 from csdraft.drafters.model import ModelDrafter
 from csdraft.drafters.prompt_lookup import PromptLookup
 from csdraft.drafters.vertical import Vertical
-from csdraft.hook import decode, enable, install
+from csdraft.hook import decode, enable, install, report
 from csdraft.options import Options
 from csdraft.prepare import prepare
+from csdraft.reports.report import Report
 from csdraft.version import __version__ as __version__
 
 __all__ = [
@@ -39,6 +42,7 @@ __all__ = [
     "install",
     "prepare",
     "release",
+    "report",
 ]
 
 if os.environ.get("CSDRAFT_NO_PATCH", "") in ("", "0"):

@@ -24,12 +24,12 @@ from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Schedule, Verifier
 from csdraft.decoding.names import name_of
 from csdraft.decoding.reader import home
-from csdraft.decoding.report import Planned, Report
 from csdraft.drafters.horizontal import Horizontal
 from csdraft.drafters.model import ModelDrafter, bound
 from csdraft.kmatrix import AUTO, build, check_k_matrix, first_guess, spread_lenience
 from csdraft.models import HUB_OPTIONS, load_model
 from csdraft.options import SCHEDULE, VERIFIER, Options, split
+from csdraft.reports.report import Planned
 from csdraft.saved_costs import load_costs
 from csdraft.schedules.cost_model import CostModel
 from csdraft.schedules.fixed import Fixed
@@ -44,19 +44,6 @@ if TYPE_CHECKING:
 __all__ = ["CascadeDrafter", "as_drafter", "choose_schedule", "choose_verifier", "options_of"]
 
 _LOCK = threading.Lock()
-
-
-@dataclass
-class Reports:
-    """What the calls so far came to, and the last of them. Calls may end in several threads at once."""
-
-    total: Report = field(default_factory=lambda: Report(calls=0))
-    last: Report | None = None
-    target: hub.Target | None = None
-
-    def add(self, report: Report) -> None:
-        with _LOCK:
-            self.total, self.last = self.total.merged(report), report
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -82,8 +69,8 @@ class CascadeDrafter(Drafter):
     schedule: Schedule | str | Mapping[str, Any] = SCHEDULE
     options: Options = field(default_factory=Options)
     root: Horizontal = field(init=False)
-    _reports: Reports = field(init=False, default_factory=Reports)
-    _plan: Planned | None = field(init=False, default=None)
+    _target: list[hub.Target] = field(init=False, default_factory=list)  # of the last call
+    forecast: Planned | None = field(init=False, default=None)  # of the planner, if it chose this cascade
     _plans: MutableMapping[nn.Module, CascadeDrafter] = field(init=False, default_factory=WeakKeyDictionary)
 
     def __post_init__(self) -> None:
@@ -141,7 +128,7 @@ class CascadeDrafter(Drafter):
             else:
                 call.level(drafter)
         self.root.check(call)
-        self._reports.target = hub.Target.of(call.target)
+        self._target[:] = [hub.Target.of(call.target)]
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
         return self.root.propose(contexts, budgets)
@@ -170,8 +157,8 @@ class CascadeDrafter(Drafter):
             kept = [self.drafters[j] for j in best.kept]
             own = (self.lenience, self.verifier, self.schedule, self.options)
             known = CascadeDrafter(kept, best.trimmed(), *own)
-            object.__setattr__(known, "_plan", expected)
-            object.__setattr__(known, "_reports", self._reports)
+            object.__setattr__(known, "forecast", expected)
+            object.__setattr__(known, "_target", self._target)
             object.__setattr__(known, "memory", self.memory)
             with _LOCK:
                 self._plans[target] = known
@@ -181,24 +168,6 @@ class CascadeDrafter(Drafter):
     def plan(self) -> CascadeDrafter | None:
         """With `k_matrix="auto"` the cascade that was planned last, which can be saved; None before the first call."""
         return next(reversed([*self._plans.values()]), None)
-
-    # Reports.
-
-    @property
-    def report(self) -> Report:
-        """What all calls so far came to."""
-        return self._reports.total
-
-    @property
-    def last_report(self) -> Report | None:
-        """The last call's report; None before the first call."""
-        return self._reports.last
-
-    def keep_report(self, report: Report) -> None:
-        """Takes in a finished call's report."""
-        report.planned = self._plan
-        self._reports.add(report)
-        super().keep_report(report)
 
     # Saving.
 
@@ -240,7 +209,7 @@ class CascadeDrafter(Drafter):
             return upload(folder, repo_id, **options)
 
     def _save(self, path: Path, tokenizer: Any, target: nn.Module | None, *options: Any) -> None:
-        hub.save(self, path, tokenizer, hub.Target.of(target) if target else self._reports.target, *options)
+        hub.save(self, path, tokenizer, hub.Target.of(target) if target else next(iter(self._target), None), *options)
 
     @classmethod
     def from_pretrained(

@@ -25,13 +25,16 @@ from csdraft.decoding.loop import open_call, run
 from csdraft.decoding.output import Output
 from csdraft.decoding.reader import Sources
 from csdraft.decoding.readers import ReadingOptions
+from csdraft.decoding.reported import keep, last_report_of, report_of
 from csdraft.decoding.safe_drafter import SafeDrafter
 from csdraft.decoding.session import Session
 from csdraft.decoding.text import Text
 from csdraft.models import base_model
 from csdraft.options import NAMES, Options
+from csdraft.reports.recorder import Recorder
+from csdraft.reports.report import Report
 
-__all__ = ["decode", "enable", "generate", "install"]
+__all__ = ["decode", "enable", "generate", "install", "report"]
 
 OPTIONS = ("options", *NAMES)
 """Keywords of `generate` that csdraft adds beside `assistant`."""
@@ -95,14 +98,17 @@ def decode(
     _plan(safe, model, _first_prompt(input_ids, mask, encoder_input_ids, model_kwargs), generation_config)
     reading = _reading(model, safe, chosen)
     rest = row_seeds, _sources(model, input_ids, encoder_input_ids, model_kwargs, safe), mask, past, reading
-    call = open_call(model, input_ids, logits_processor, stopping_criteria, generation_config, rule, *rest)
+    ledger = Recorder(input_ids.shape[0], diagnose)
+    call = open_call(model, input_ids, logits_processor, stopping_criteria, generation_config, rule, *rest, ledger)
+    ledger.check(call.sampler)
     _check_parts(call, rule, safe, model_kwargs)
     policy = safe.start(policy, call)
     output = Output(generation_config, call.rows, streamer)
     call.chooser.stopping.kept = output.scores
     target = call.session(model)
     target.pinned = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
-    report = run(call, safe, rule, policy, output, strict, diagnose)
+    run(call, safe, rule, policy, output, strict)
+    report = _reported(ledger.report(call), assistant, drafter, safe.drafter, model)
     sequences = output.sequences(input_ids, call.texts)
     if target.pinned and cache is not None:
         _hand_out(target, cache, mask, sequences, call.texts)
@@ -132,6 +138,36 @@ def _plan(safe: SafeDrafter, model: PreTrainedModel, prompt: Tensor, config: Any
     if isinstance(safe.drafter, CascadeDrafter):
         options = {key: getattr(config, key) for key in PLANNED_FOR}
         safe.drafter = safe.attempt(lambda cascade: cascade.planned(model, prompt, options), safe.drafter)
+
+
+def _reported(report: Report, assistant: Any, drafter: Any, used: Any, target: nn.Module) -> Report:
+    """The report of a call that went well, which all that took part in it now have.
+
+    Args:
+        assistant: as the user gave it; `drafter`: made of it; `used`: in its place, where a planner has chosen.
+    """
+    from csdraft.cascade import CascadeDrafter
+
+    report.planned = used.forecast if isinstance(used, CascadeDrafter) else None
+    models = [base_model(assistant)] if isinstance(assistant, nn.Module) else []
+    keep(report, assistant, *models, drafter, used, target)
+    return report
+
+
+def report(of: Any, last: bool = False) -> Report | None:
+    """What the calls came to in which something was the assistant or the target; None if there were none.
+
+    Nothing is set on a model, and a model that is no longer used takes its reports with it. Drafters have them as
+    `drafter.report` and `drafter.last_report`, too.
+
+    Args:
+        of: whatever was passed as `assistant=`: a drafter, a model, a path or a name such as "auto"; or a target.
+        last: of the last call only, instead of all of them together.
+    """
+    found = (last_report_of if last else report_of)(of)
+    if found is None and isinstance(of, nn.Module) and (inner := base_model(of)) is not of:
+        return report(inner, last)  # in a wrapper, such as torch.compile's
+    return found
 
 
 def _hand_out(target: Session, cache: Any, mask: Tensor | None, sequences: Tensor, texts: Sequence[Text]) -> None:

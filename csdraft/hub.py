@@ -239,7 +239,7 @@ def _provenance(models: dict[str, nn.Module], cascade: CascadeDrafter) -> dict[s
         for name, model in models.items()
     }
     measured = None
-    if report.rounds:
+    if report is not None and report.rounds:
         figures = ("calls", "emitted", "rounds", "target_calls", "block_efficiency", "acceptance_rate")
         measured = {figure: getattr(report, figure) for figure in figures}
     return {

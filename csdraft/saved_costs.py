@@ -12,7 +12,7 @@ from typing import Any
 from csdraft.decoding.memory import Memory
 from csdraft.decoding.reader import place
 from csdraft.stored import Folder, check_keys, naming, read_object
-from csdraft.tables.costs import Ledger, check_costs
+from csdraft.tables.costs import Learned, check_costs
 
 __all__ = ["NAME", "load_costs", "save_costs"]
 
@@ -22,9 +22,9 @@ NAME, FORMAT = "tables/costs.json", 1
 def save_costs(memory: Memory, folder: Path) -> None:
     """Writes what a drafter has learned, and what it was loaded with; no file if that is nothing."""
     tables = {at: {tuple(line[:3]): line[3] for line in table} for at, table in memory.saved.items()}
-    for target, _, ledger in memory.entries():
-        if isinstance(ledger, Ledger):
-            found = {(rows, bucket, width): seconds for rows, bucket, width, seconds in ledger.costs.to_list()}
+    for target, _, learned in memory.entries():
+        if isinstance(learned, Learned):
+            found = {(rows, bucket, width): seconds for rows, bucket, width, seconds in learned.costs.to_list()}
             tables.setdefault(place(target), {}).update(found)
     costs = {at: [[*shape, seconds] for shape, seconds in table.items()] for at, table in tables.items()}
     if costs:

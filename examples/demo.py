@@ -35,11 +35,11 @@ from benchmarks.pair import (
 )
 from csdraft.bench import Cell, Method, Prompt, configured, generate
 from csdraft.cascade import CascadeDrafter
-from csdraft.decoding.pieces import Pieces
-from csdraft.decoding.report import Report
 from csdraft.drafters.max_gram import MaxGram
 from csdraft.drafters.model import ModelDrafter
 from csdraft.progress import Progress
+from csdraft.reports.detokenizer import Detokenizer
+from csdraft.reports.report import Report
 from csdraft.schedules.fixed import Fixed
 from examples.demo_distill import distilled_pair
 
@@ -200,7 +200,7 @@ def show_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, report: Report
     before = tokenizer.decode(list(prompt)).splitlines()[-6:]
     print("\n--- the end of a prompt, and how the cascade went on " + "-" * 47)
     print(painted("\n".join(before), "2" if colour else ""), end="")
-    pieces = Pieces(tokenizer, after=prompt)
+    pieces = Detokenizer(tokenizer, after=prompt)
     for token, level in zip(report.tokens[0], report.levels[0], strict=True):
         print(painted(pieces.push(token), COLOURS[level % len(COLOURS)] if colour else ""), end="")
     print(pieces.flush() + "\n" + "-" * 100)

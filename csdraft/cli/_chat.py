@@ -16,7 +16,7 @@ from csdraft.data.chat import ChatFormat, chat_prompt, check_template
 from csdraft.data.messages import Message
 from csdraft.data.tally import Unusable
 from csdraft.decoding.interfaces import Round
-from csdraft.decoding.report import Report
+from csdraft.reports.report import Report
 
 __all__ = ["Answer", "chat_with", "sampling_of"]
 
@@ -60,7 +60,7 @@ class ChatPrinter(Printer):
     def put_round(self, finished: Round) -> None:
         if not self.counts:
             call = finished.context.call
-            read = call.session(call.target).reader.fed - len(finished.draft)
+            read = call.session(call.target).use.fed - len(finished.draft)
             self.reused = max(len(finished.context.text) - read, 0)
         super().put_round(finished)
 

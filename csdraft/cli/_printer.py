@@ -10,7 +10,7 @@ from torch import Tensor
 from csdraft.cli._models import Opened
 from csdraft.decoding.interfaces import Round
 from csdraft.decoding.output import RoundStreamer
-from csdraft.decoding.pieces import Pieces
+from csdraft.reports.detokenizer import Detokenizer
 
 __all__ = ["Printer"]
 
@@ -30,7 +30,7 @@ class Printer(RoundStreamer):
     def __init__(self, opened: Opened, file: TextIO, colour: bool):
         self.tokenizer, self.file, self.colour = opened.tokenizer, file, colour
         self.encoder_decoder = opened.target.config.is_encoder_decoder
-        self.pieces: Pieces | None = None
+        self.pieces: Detokenizer | None = None
         self.names: list[str] = []
         self.counts: Counter[int] = Counter()
 
@@ -38,7 +38,7 @@ class Printer(RoundStreamer):
         """The prompt first, which is not written; then, when nothing drafts, single tokens."""
         if self.pieces is None:
             prompt = [] if self.encoder_decoder else value.view(-1).tolist()
-            self.pieces = Pieces(self.tokenizer, after=prompt)
+            self.pieces = Detokenizer(self.tokenizer, after=prompt)
             return
         for token in value.view(-1).tolist():
             self._write(token, 0)

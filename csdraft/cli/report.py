@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from functools import reduce
 
-from csdraft.decoding.report import Report
+from csdraft.reports.report import Report
 
 __all__ = ["add_arguments", "run"]
 

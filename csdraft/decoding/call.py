@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
+from csdraft.decoding.ledger import Ledger
 from csdraft.decoding.names import distinct, name_of
 from csdraft.decoding.reader import Sources
 from csdraft.decoding.readers import ALONE, ReadingOptions
 from csdraft.decoding.sampling import Sampler
 from csdraft.decoding.scores import TokenChooser
 from csdraft.decoding.session import Session
-from csdraft.decoding.tally import Tally
 from csdraft.decoding.text import Text
 from csdraft.decoding.together import Together
 
@@ -33,6 +32,7 @@ class Call:
         sources: the encoder's inputs as the target reads them, if it is an encoder-decoder.
         together: chooses for all rows at once, if something must see all of them.
         reading: how the models read; `taps` are the target's.
+        ledger: takes down what the call costs and comes to.
 
     Attributes:
         drafting: how models that draft turn logits into tokens, the target among them where it drafts for itself: no
@@ -48,9 +48,10 @@ class Call:
         sources: Sources | None,
         together: Together | None = None,
         reading: ReadingOptions = ALONE,
+        ledger: Ledger | None = None,
     ):
         self.target, self.chooser, self.texts, self.capacity, self.sources = target, chooser, texts, capacity, sources
-        self.together, self.reading = together, reading
+        self.together, self.reading, self.ledger = together, reading, ledger or Ledger()
         self.rows = len(texts)
         self.vocab = chooser.sampler.vocab
         self.drafting = TokenChooser(
@@ -60,9 +61,6 @@ class Call:
         self._memos: dict[Hashable, Any] = {}
         self._levels: dict[Hashable, int] = {"target": 0}
         self._names: dict[Hashable, str] = {}
-        self.tallies: defaultdict[int, Tally] = defaultdict(Tally)  # what each reviewer decided, by its level
-        self.cut = 0  # draft tokens that a K matrix asks for and that did not fit
-        self.charges: dict[int, tuple[float, float]] = {}  # seconds and tokens a row, by the id of a stage's drafter
 
     @property
     def sampler(self) -> Sampler:
@@ -76,8 +74,9 @@ class Call:
             if sources is not None and not is_target:
                 sources = Sources(sources.input_ids, sources.attention_mask)
             reading = self.reading if is_target else replace(self.reading, taps=frozenset())
+            use = self.ledger.model(model, name_of(model))
             self._sessions[id(model)] = Session(
-                model, self.drafting, self.rows, self.capacity, sources, self.vocab, self.texts, reading
+                model, self.drafting, self.rows, self.capacity, sources, self.vocab, self.texts, reading, use
             )
         return self._sessions[id(model)]
 
@@ -97,14 +96,6 @@ class Call:
         if owner not in self._memos:
             self._memos[owner] = make()
         return self._memos[owner]
-
-    def charge(self, drafter: object, seconds: float, tokens: float) -> None:
-        """Adds to what a stage of the outermost cascade has cost, and drafted a row, so far.
-
-        Inner ones charge nothing: their time is in the stage above them, and their drafters may be stages there too.
-        """
-        spent, drafted = self.charges.get(id(drafter), (0.0, 0.0))
-        self.charges[id(drafter)] = (spent + seconds, drafted + tokens)
 
     def level(self, owner: Hashable, name: str = "") -> int:
         """The number by which reports and drafts name whose choice a token was; the target is 0.
@@ -127,6 +118,11 @@ class Call:
         """A distinct name for each level number, in order."""
         return distinct(self._names.get(owner) or name_of(owner) for owner in self._levels)
 
+    def note_memory(self) -> None:
+        """Writes down what every model's cache takes."""
+        for session in self._sessions.values():
+            session.use.note_memory(session.reader)
+
     def close(self, failed: bool = False) -> None:
         """The end of a call that went well: models keep what they have read, and recorded, for the next one.
 
@@ -139,5 +135,6 @@ class Call:
 
     def retire(self, live: Sequence[int]) -> None:
         """Tells every session which rows continue."""
+        self.note_memory()  # the last moment before caches may shrink
         for session in self._sessions.values():
             session.retire(live)

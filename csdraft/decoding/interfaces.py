@@ -15,16 +15,16 @@ from torch import Tensor
 
 from csdraft.decoding.draft import ROOT, Draft, Kind
 from csdraft.decoding.memory import Memory
+from csdraft.decoding.reported import Reported
 from csdraft.decoding.text import Text
 
 if TYPE_CHECKING:
     from csdraft.decoding.call import Call
-    from csdraft.decoding.report import Report
     from csdraft.decoding.sampling import Sampler
     from csdraft.decoding.tree import Growth
 
-__all__ = ["Budget", "Context", "Drafter", "Request", "Round", "Schedule", "ScoresView", "Step", "Stop", "Tree"]
-__all__ += ["Verdict", "Verifier"]
+__all__ = ["NOTHING", "Budget", "Context", "Drafter", "Request", "Round", "Schedule", "ScoresView", "Step"]
+__all__ += ["Stop", "Tree", "Verdict", "Verifier"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +75,10 @@ class Budget:
     size: int | None = None
     confidence: bool = False
     stop: Stop | None = None
+
+
+NOTHING = Budget(0, 0)
+"""Asks for nothing."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +214,7 @@ class ScoresView(Protocol):
         ...
 
 
-class Drafter:
+class Drafter(Reported):
     """Anything that proposes drafts.
 
     Attributes:
@@ -271,11 +275,6 @@ class Drafter:
     def expected(self, context: Context, depth: int, size: int) -> tuple[float, int] | None:
         """For a tree of this depth and size: the tokens expected to be kept, and its nodes; None if it cannot tell."""
         return None
-
-    def keep_report(self, report: Report) -> None:
-        """Takes the report of a finished call; cascades accumulate it."""
-        for part in self.parts():
-            part.keep_report(report)
 
     def check(self, call: Call) -> None:
         """Raises ValueError if it cannot draft for this call; runs before any model does."""
@@ -388,6 +387,10 @@ class Schedule:
 
     def finish(self) -> None:
         """Called once, after the last round."""
+
+    def plain_seconds(self) -> float:
+        """What a plain step takes by its latest measurements, for the report; 0 if it knows of none."""
+        return 0.0
 
     def why(self) -> str:
         """One sentence for the report: why it drafts as it does; empty if it has no choice."""

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from csdraft.decoding import clock
 from csdraft.decoding.call import Call
-from csdraft.decoding.interfaces import Budget, Context, Drafter, Schedule, Verifier
+from csdraft.decoding.interfaces import NOTHING, Context, Drafter, Schedule, Verifier
+from csdraft.decoding.ledger import Ledger
 from csdraft.decoding.output import Output
 from csdraft.decoding.reader import Sources
 from csdraft.decoding.readers import ALONE, ReadingOptions
-from csdraft.decoding.report import Report
 from csdraft.decoding.rounds import run_round
 from csdraft.decoding.safe_drafter import SafeDrafter
 from csdraft.decoding.sampling import Processing, Sampler
@@ -41,9 +40,8 @@ def run(
     schedule: Schedule,
     output: Output,
     strict: bool = False,
-    diagnose: bool = False,
-) -> Report:
-    """Writes all rows of a call to their ends and reports how that went.
+) -> None:
+    """Writes all rows of a call to their ends; the call's ledger is told how that goes.
 
     Every round is the same: the schedule says how much to draft, the drafter drafts it, the target scores it in one
     forward, the verifier decides, and what it emits is committed. With nothing drafted a round is plain decoding.
@@ -55,31 +53,26 @@ def run(
         schedule: how much to draft each round.
         output: takes the emitted tokens (streamer, scores).
         strict: raise when a drafter fails instead of continuing without it.
-        diagnose: compare the distributions of target and drafts at every judged token (`Report.rejections`).
     """
-    target = call.session(call.target)
+    target, ledger = call.session(call.target), call.ledger
     safe = drafter if isinstance(drafter, SafeDrafter) else SafeDrafter(drafter, verifier, strict)
-    report = Report.begin(call, diagnose)
     live = list(range(call.rows))
-    started = clock.now()
+    ledger.start()
     while live:
-        began, drafting = clock.now(), safe.seconds
+        ledger.begin()
         contexts = [Context(row, call.texts[row], call) for row in live]
         writing = [context for context in contexts if context.row not in call.rows_of_padding]
         rooms = [_room(call, target, context.row) for context in writing]
         told = dict(zip(writing, safe.budgets(schedule, writing, rooms), strict=True))
-        budgets = [told.get(context, Budget(0, 0)) for context in contexts]
+        budgets = [told.get(context, NOTHING) for context in contexts]
         rounds = run_round(contexts, target, 0, safe, verifier, budgets)
-        drafting = safe.seconds - drafting
-        scoring = clock.now() - began - drafting  # all of the round but drafting: not the streamer, which may wait
-        output.take(rounds)
+        output.take(rounds)  # a streamer may wait: its time is not the round's
         of_text = [finished for finished in rounds if finished.context in told]
-        report.add(of_text)
         safe.observe(of_text)
         for context, finished in zip(contexts, rounds, strict=True):
             context.text.append(finished.tokens)
             call.sampler.forget(context.row, len(context.text))
-        safe.learn(schedule, of_text, drafting, scoring)
+        safe.learn(schedule, of_text, *ledger.latest)
         ended = {r.context.row for r in rounds if r.verdict.ended}
         if ended:
             live = [row for row in live if row not in ended]
@@ -87,10 +80,10 @@ def run(
                 call.retire(live)
         # Scores are large, and the next forward needs as much room.
         del contexts, writing, told, rounds, of_text, context, finished
+    call.note_memory()
     safe.finish(schedule)
-    report.finish(call, clock.now() - started, safe.failure, safe.why(schedule))
-    safe.keep_report(report)
-    return report
+    ledger.stop()
+    ledger.plain_step, ledger.why, ledger.failure = safe.plain_seconds(schedule), safe.why(schedule), safe.failure
 
 
 def _room(call: Call, target: Session, row: int) -> int:
@@ -111,6 +104,7 @@ def open_call(
     mask: Tensor | None,
     past: Any,
     reading: ReadingOptions = ALONE,
+    ledger: Ledger | None = None,
 ) -> Call:
     """The call that `generate` has prepared: texts without padding, its token chooser, the cache if the user gave one.
 
@@ -119,6 +113,7 @@ def open_call(
         mask: (rows, length) 1 where a token counts; None if all do.
         past: the user's own filled cache, or None.
         reading: how the models read.
+        ledger: takes down what the call costs and comes to.
     """
     rows = input_ids.shape[0]
     texts = [Text(ids, None if mask is None else mask[row]) for row, ids in enumerate(input_ids)]
@@ -135,7 +130,7 @@ def open_call(
         together = Together(chooser, input_ids, config)
     if past is not None:
         reading = replace(reading, reuse=False)
-    call = Call(model, chooser, texts, capacity, sources, together, reading)
+    call = Call(model, chooser, texts, capacity, sources, together, reading, ledger)
     if past is not None and not reading.taps:  # the user's cache has no features: then all is read again
         kept = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
         call.session(model).preload(past, texts, kept[:, : int(past.get_seq_length())])

@@ -19,7 +19,7 @@ from csdraft.decoding.text import Text
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
-    from csdraft.decoding.report import Report
+    from csdraft.reports.report import Report
 
 __all__ = ["DraftedDecoderOnlyOutput", "DraftedEncoderDecoderOutput", "Output", "RoundStreamer"]
 

@@ -18,6 +18,7 @@ from csdraft.decoding.cache import SlotCache, encoder_decoder_cache
 from csdraft.decoding.graphs import FEWEST_SLOTS, Forward, Graphs, Mode, bucket, forward, make_graphs, slots_bucket
 from csdraft.decoding.grouped import grouped_heads
 from csdraft.decoding.inputs import Inputs, Plan, Shape
+from csdraft.decoding.ledger import ModelUse
 from csdraft.decoding.names import name_of
 from csdraft.decoding.traits import Span, traits_of
 
@@ -44,7 +45,7 @@ class Sources:
 
 
 class Reader:
-    """Runs one model on batches of plans, over its own cache, and keeps count of what that costs.
+    """Runs one model on batches of plans, over its own cache.
 
     Args:
         model: a causal LM or a T5-like encoder-decoder.
@@ -55,6 +56,7 @@ class Reader:
     Attributes:
         inference: whether its tensors were made under `torch.inference_mode`.
         size: batch size of its cache, and `rows`: of its forwards, without those that have ended.
+        use: the call's counts of its forwards and their seconds.
         shape: of the last forward, and `warm`: whether the model had run that shape before, as it runs it now.
         costs: seconds of a warm forward by shape, as far as shapes were recorded or prepared.
     """
@@ -72,8 +74,7 @@ class Reader:
         layers = text.num_decoder_layers if self.encoder_decoder else text.num_hidden_layers
         by_position = not self.traits.sees_all or self.encoder_decoder
         self.cache = SlotCache(layers, rows, capacity, self.device, by_position)
-        self.lacks_tokens = False
-        self.seconds, self.forwards, self.fed = 0.0, 0, 0
+        self.lacks_tokens, self.use = False, ModelUse()
         self.costs: dict[Shape, float] = {}
         self.mode: Mode = False
         self.graphs: Graphs | None = None  # while it is None, shapes are exact and forwards eager
@@ -85,13 +86,15 @@ class Reader:
         self._prompts = torch.zeros(rows, 2, dtype=torch.long, device=self.device)
         self._steps = torch.arange(capacity, device=self.device)
 
-    def begin(self, sources: Sources | None, lacks_tokens: bool, graphs: Mode = False) -> None:
-        """Another call: counts from nothing.
+    def begin(
+        self, sources: Sources | None, lacks_tokens: bool, graphs: Mode = False, use: ModelUse | None = None
+    ) -> None:
+        """Another call.
 
         Args:
             sources: the encoder's inputs, for encoder-decoders; they are encoded if they are not yet.
             lacks_tokens: whether it may be given tokens that only the padding rows of other models have.
-            graphs: how forwards of fixed shape run, see `graphs`.
+            graphs: how forwards of fixed shape run, see `graphs`; `use`: the call's counts.
         """
         graphs = graphs if sources is None else False  # each call has an encoder's output of its own
         self.rows = self.size
@@ -100,8 +103,7 @@ class Reader:
             self.reserve(self.cache.capacity)
         if self.graphs is not None and lacks_tokens != self.lacks_tokens:
             self.graphs.clear()  # ids are clamped within the forward
-        self.sources, self.lacks_tokens = sources, lacks_tokens
-        self.seconds, self.forwards, self.fed = 0.0, 0, 0
+        self.use, self.sources, self.lacks_tokens = use or ModelUse(), sources, lacks_tokens
         if sources is not None and sources.attention_mask is not None:
             sources.attention_mask = sources.attention_mask.to(self.device)
         self._encode()
@@ -195,10 +197,10 @@ class Reader:
         started = clock.now()
         self.shape = Shape(rows, queries, slots, 0 if inputs.paths is None else inputs.paths.shape[2])
         self.warm = self.graphs.is_warm(self.shape)
-        self.forwards += 1
+        self.use.forwards += 1
         body = partial(self._body, inputs, queries, slots, forward=self.graphs.forward)
         logits = self.graphs.run(self.shape, body, at_once)
-        self.seconds += clock.now() - started
+        self.use.seconds += clock.now() - started
         return logits
 
     def _run(
@@ -206,15 +208,15 @@ class Reader:
     ) -> Tensor:
         started = clock.now()
         self.shape = Shape(self.rows, inputs.ids.shape[1], slots)
-        self.forwards += 1
+        self.use.forwards += 1
         self.reserve(slots)
         logits = self._body(inputs, keep, slots, shared, unmasked, inputs.seen_by_all)
-        if self.forwards == 1 and not self.cache.is_written:
+        if self.use.forwards == 1 and not self.cache.is_written:
             raise NoCache(
                 f"{type(self.model).__name__} kept no keys and values of what it read, which drafted decoding needs; "
                 "if it is in training mode, call model.eval() first, otherwise leave assistant= out"
             )
-        self.seconds += clock.now() - started
+        self.use.seconds += clock.now() - started
         return logits
 
     def _body(

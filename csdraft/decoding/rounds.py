@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from csdraft.decoding import clock
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Request, Round, ScoresView, Verdict, Verifier
 from csdraft.decoding.session import Session
@@ -24,7 +25,9 @@ def run_round(
     confidence: bool = False,
 ) -> list[Round]:
     """One round of every row: `drafter` proposes, `reviewer` scores, `verifier` decides."""
+    started = clock.now()
     drafts = drafter.propose(contexts, budgets)
+    contexts[0].call.ledger.drafted(clock.now() - started)
     return review(contexts, drafts, reviewer, level, verifier, confidence)
 
 
@@ -38,11 +41,15 @@ def review(
 ) -> list[Round]:
     """Scores one draft a row in one forward; each row keeps what the verifier keeps, and adds the reviewer's token.
 
+    The call's ledger is told what came of it.
+
     Args:
         level: the reviewer's level number.
         confidence: whether the emitted tokens' confidence will be read by a reviewer above.
     """
-    call, together = contexts[0].call, contexts[0].call.together if level == TARGET else None
+    call = contexts[0].call
+    together = call.together if level == TARGET else None
+    padding = () if together is None else call.rows_of_padding  # before anything is decided
     if together is not None:
         drafts = together.drafts(contexts, drafts)
     for context, draft in zip(contexts, drafts, strict=True):
@@ -62,6 +69,7 @@ def review(
     for context, draft, scores, verdict in zip(contexts, drafts, views, verdicts, strict=True):
         sure = _confidence(context, draft, scores, verdict) if confidence else None
         rounds.append(Round(context, draft, verdict, level, scores, sure))
+    call.ledger.reviewed(level, [r for r in rounds if r.context.row not in padding] if padding else rounds)
     return rounds
 
 

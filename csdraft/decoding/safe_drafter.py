@@ -9,12 +9,10 @@ from dataclasses import replace
 from numbers import Real
 from typing import TypeVar
 
-from csdraft.decoding import clock
 from csdraft.decoding.awaited import Awaited
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import ROOT, Draft, DraftProbs
-from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Schedule, Verifier
-from csdraft.decoding.report import Report
+from csdraft.decoding.interfaces import NOTHING, Budget, Context, Drafter, Round, Schedule, Verifier
 from csdraft.decoding.scores import NAN
 
 __all__ = ["SafeDrafter"]
@@ -23,7 +21,7 @@ T = TypeVar("T")
 
 
 class SafeDrafter(Drafter):
-    """Runs a drafter, times it, and continues without it once it has failed.
+    """Runs a drafter, and continues without it once it has failed.
 
     Everything that a call asks a drafter goes through here, what its schedule asks included.
 
@@ -36,7 +34,6 @@ class SafeDrafter(Drafter):
     def __init__(self, drafter: Drafter | None, verifier: Verifier, strict: bool = False):
         self.drafter, self.verifier, self.strict = drafter, verifier, strict
         self.failure: str | None = None
-        self.seconds = 0.0
 
     def attempt(self, action: Callable[[Drafter], T], otherwise: T) -> T:
         """What `action` makes of the drafter; `otherwise` if that fails, or if the drafter has failed before."""
@@ -79,7 +76,7 @@ class SafeDrafter(Drafter):
             budgets = schedule.budgets(contexts, rooms, drafter)
             return [replace(b, confidence=True) for b in budgets] if self.verifier.reads_confidence else budgets
 
-        return self.attempt(allowed, [Budget(0, 0) for _ in rooms])
+        return self.attempt(allowed, [NOTHING] * len(rooms))
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
         nothing = [context.draft for context in contexts]
@@ -91,10 +88,7 @@ class SafeDrafter(Drafter):
             self._check(drafts, budgets, contexts[0].call)
             return drafts
 
-        started = clock.now()
-        drafts = self.attempt(checked, nothing)
-        self.seconds += clock.now() - started
-        return drafts
+        return self.attempt(checked, nothing)
 
     def observe(self, rounds: Sequence[Round]) -> None:
         def checked(drafter: Drafter) -> None:
@@ -116,18 +110,13 @@ class SafeDrafter(Drafter):
         """Tells the schedule that the call is over."""
         self.attempt(lambda drafter: schedule.finish(), None)
 
+    def plain_seconds(self, schedule: Schedule) -> float:
+        """The schedule's price of a plain step, for the report."""
+        return self.attempt(lambda drafter: schedule.plain_seconds(), 0.0)
+
     def why(self, schedule: Schedule) -> str:
         """The schedule's reasons, for the report."""
         return self.attempt(lambda drafter: schedule.why(), "")
-
-    def keep_report(self, report: Report) -> None:
-        if self.drafter is not None:  # even if it has failed: the report says so
-            try:
-                self.drafter.keep_report(report)
-            except Exception as error:  # as above
-                if self.failure is None:
-                    self._give_up(error)
-                    report.failures[str(self.failure)] += 1
 
     # What it hands up.
 

@@ -14,6 +14,7 @@ from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.graphs import bucket
 from csdraft.decoding.inputs import Inputs, Plan
 from csdraft.decoding.interfaces import Request
+from csdraft.decoding.ledger import ModelUse
 from csdraft.decoding.plans import again_in, plan_of
 from csdraft.decoding.reader import Sources
 from csdraft.decoding.readers import ALONE, ReadingOptions, borrow, take_back
@@ -61,6 +62,7 @@ class Session:
         vocab: width that logits are cut or padded (with -inf) to; the target's.
         texts: one a row; needed by models whose rotary factors depend on the length of the longest.
         reading: how it reads.
+        use: where it counts what it does.
     """
 
     def __init__(
@@ -73,12 +75,13 @@ class Session:
         vocab: int,
         texts: Sequence[Text] = (),
         reading: ReadingOptions = ALONE,
+        use: ModelUse | None = None,
     ):
-        self.model, self.chooser, self.vocab = model, chooser, vocab
+        self.model, self.chooser, self.vocab, self.use = model, chooser, vocab, use or ModelUse()
         self._reuse = reading.reuse and sources is None
         known = [text.tokens if self._reuse else () for text in texts] if self._reuse or reading.graphs else ()
         self.reader, held = borrow(model, rows, capacity, known, reading.taps)
-        self.reader.begin(sources, self.reader.vocab < vocab, reading.graphs)
+        self.reader.begin(sources, self.reader.vocab < vocab, reading.graphs, self.use)
         switch = self.reader.traits.switch
         self.factors = RotaryFactors(switch, texts) if switch and texts and not switch.every_token else None
         if texts:
@@ -87,7 +90,7 @@ class Session:
         self._readings = {row: Reading() for row in range(rows)}
         self._unproven: dict[int, tuple[int, list[Tensor]]] = {}  # by row: the last token held, its keys and values
         self.pinned = False  # whether ended rows must stay, since the cache will be handed out
-        self.rolled_back = self.imported = 0
+        self.imported = 0
         for row, count in enumerate(held):
             if count:
                 self._take_over(row, texts[row], count)
@@ -97,7 +100,7 @@ class Session:
         self._readings[row] = Reading(text, count - 1)
         self._unproven[row] = count - 1, self.reader.cache.at(row, count - 1)
         self.imported += count
-        self.rolled_back += 1
+        self.use.rolled_back += 1
 
     def close(self) -> None:
         """The end of a call without failures: keeps the cache for the model's next call."""
@@ -159,7 +162,7 @@ class Session:
         """Drops everything the cache holds (speed, never output)."""
         self._unproven.clear()
         for reading in self._readings.values():
-            self.rolled_back += reading.used
+            self.use.rolled_back += reading.used
             reading.text, reading.read, reading.draft = None, 0, Draft()
 
     def settle(self, texts: Sequence[Text], length: int) -> None:
@@ -283,8 +286,8 @@ class Session:
         """Notes which tokens `step` has read for a row, and how many more it read in vain."""
         reading = self._readings[row]
         reading.draft = reading.draft.extend(tokens, 0)
-        self.reader.fed += len(tokens) + surplus
-        self.rolled_back += surplus
+        self.use.fed += len(tokens) + surplus
+        self.use.rolled_back += surplus
 
     # Comparing what is asked with what is cached.
 
@@ -302,7 +305,7 @@ class Session:
         cached = range(len(reading.draft)) if grows else self._keep(row, reading, draft)
         first = min(reading.read, length - 1) if ROOT in wanted else reading.read
         again = set(wanted).intersection(cached)
-        self.rolled_back += reading.read - first + len(again)
+        self.use.rolled_back += reading.read - first + len(again)
         nodes = [node for node in range(len(draft)) if node not in cached or node in again]
         reading.read, reading.draft = length, draft
         at = {node: length - first + i for i, node in enumerate(nodes)} | {ROOT: length - first - 1}
@@ -332,7 +335,7 @@ class Session:
         moves = [(source, target) for source, target in moves if source != target]
         if moves:
             self.reader.cache.move(self.place(row), *zip(*moves, strict=True))
-        self.rolled_back += len(old) - len(path) - len(again)
+        self.use.rolled_back += len(old) - len(path) - len(again)
         reading.read, reading.draft = end, Draft()
         return set(again)
 
@@ -342,7 +345,7 @@ class Session:
             return
         long = self.factors.long(row, 0, length)
         if long != reading.long:
-            self.rolled_back += reading.used
+            self.use.rolled_back += reading.used
             reading.read, reading.draft, reading.long = 0, Draft(), long
 
     def _restart(self, reading: Reading, text: Text) -> None:
@@ -352,7 +355,7 @@ class Session:
             old = reading.text.tokens
             while common < min(reading.read, len(text)) and old[common] == text.tokens[common]:
                 common += 1
-        self.rolled_back += reading.used - common
+        self.use.rolled_back += reading.used - common
         reading.text, reading.read, reading.draft = text, common, Draft()
 
     # Reading.
@@ -366,7 +369,7 @@ class Session:
             plans: what each row reads, by row; of the others nothing is read.
             keep: how many trailing queries need logits.
         """
-        self.reader.fed += sum(len(plan.tokens) for plan in plans.values())
+        self.use.fed += sum(len(plan.tokens) for plan in plans.values())
         if self.factors is None:
             return self._read(plans, keep)
         short, long = (self.factors.part(plans, long) for long in (False, True))

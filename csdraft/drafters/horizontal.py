@@ -65,7 +65,7 @@ class Horizontal(Drafter):
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
         call, drafts = contexts[0].call, [context.draft for context in contexts]
         outermost = call.memo(Horizontal, lambda: self)  # which is asked before those inside it
-        call.cut += sum(max(self.depth - budget.depth, 0) for budget in budgets)
+        call.ledger.cut += sum(max(self.depth - budget.depth, 0) for budget in budgets)
         limits = [[min(limit, b.depth) for limit in accumulate(self.lengths)] for b in budgets]
         for stage, drafter in enumerate(self.drafters):
             if self.lengths[stage] == 0 or stage < budgets[0].skip:
@@ -85,7 +85,7 @@ class Horizontal(Drafter):
                     drafts[i] = draft
                 grown = max(sum(draft.depth(draft.tip) for draft in drafts) - before, 0) / len(asked)
                 if self is outermost:
-                    call.charge(drafter, clock.now() - started, grown)
+                    call.ledger.charge(drafter, clock.now() - started, grown)
         return drafts
 
 

@@ -81,7 +81,6 @@ class Vertical(Drafter):
             proposed = self.drafter.propose(inner, asked)
             _check_probs(inner, proposed, verifier)
             rounds = review(inner, proposed, session, level, verifier, confidence)
-            call.tallies[level].add(rounds)
             going = []
             for i, finished in zip(live, rounds, strict=True):
                 drafts[i] = finished.extended

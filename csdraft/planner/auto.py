@@ -11,9 +11,9 @@ import torch
 
 from csdraft.decoding.interfaces import Drafter
 from csdraft.decoding.names import name_of
-from csdraft.decoding.report import Planned
 from csdraft.planner.search import Plan, search
 from csdraft.planner.trace import measure_drafters
+from csdraft.reports.report import Planned
 
 __all__ = ["plan_on"]
 

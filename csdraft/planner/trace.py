@@ -21,6 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Request, Round, Schedule
+from csdraft.decoding.reported import unreported
 from csdraft.decoding.text import Text
 from csdraft.drafters.model import ModelDrafter
 from csdraft.drafters.vertical import Vertical
@@ -112,6 +113,7 @@ class Measured:
     depths: Sequence[Sequence[int]]
 
 
+@unreported()
 def measure_drafters(
     target: Any,
     drafters: Sequence[Drafter],

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from csdraft.decoding.call import Call
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Schedule
 from csdraft.decoding.reader import place
-from csdraft.tables.costs import STREAK, Costs, Ledger, Survival, Way, Widths
+from csdraft.tables.costs import STREAK, Costs, Learned, Survival, Way, Widths
 
 __all__ = ["CostModel"]
 
@@ -122,10 +122,10 @@ class CostModelRun(Schedule):
             Way(skip, size) for skip, (stage, _) in enumerate(self.stages) for size in stage.sizes() or (None,)
         ]
         self.key = (CostModel, call.rows, call.sampler.greedy, call.chooser.processing.temperature)
-        self.ledger = drafter.memory.load(call.target, self.key, self._fresh) if options.remember else Ledger()
+        self.learned = drafter.memory.load(call.target, self.key, self._fresh) if options.remember else Learned()
         self.reader = call.session(call.target).reader
-        self.ledger.costs.add_prepared(self.reader.costs.items())
-        for survival in self.ledger.survivals.values():
+        self.learned.costs.add_prepared(self.reader.costs.items())
+        for survival in self.learned.survivals.values():
             survival.fade(CARRIED)
         self._streaky = bool(drafter.models())
         self.most = options.most or (self.limits[-1] if len(self.stages) > 1 else max(2 * self.limits[-1], LONE_DEPTH))
@@ -144,11 +144,11 @@ class CostModelRun(Schedule):
         self._plans: dict[int, list[Plan]] = {}  # by evidence: the last that were compared
         self._kinds: Counter[int] = Counter()  # rounds by evidence
 
-    def _fresh(self) -> Ledger:
+    def _fresh(self) -> Learned:
         """The first call: costs that were saved with a cascade, if they are of this target and device."""
         saved = self.drafter.memory.saved
         saved = saved.get(place(self.call.target)) if saved else None
-        return Ledger(Costs.from_list(saved)) if saved else Ledger()
+        return Learned(Costs.from_list(saved)) if saved else Learned()
 
     # What to draft.
 
@@ -161,7 +161,7 @@ class CostModelRun(Schedule):
         self._kinds[kind] += 1
         self.way, self.depth, more = self._settled.get(kind, (self.ways[0], 0, 0))
         if more <= 0:
-            self.prices = self.ledger.costs.widths(len(contexts), max(len(context.text) for context in contexts))
+            self.prices = self.learned.costs.widths(len(contexts), max(len(context.text) for context in contexts))
             self.way, self.depth = self._choose(kind, contexts, max(rooms) + 1)
             settled = self.rounds > LEARNING and not self._trial and kind != MIXED and not self._telling
             more = SETTLED_FOR if settled else 1
@@ -268,7 +268,7 @@ class CostModelRun(Schedule):
     def _survival(self, evidence: int, way: Way) -> Survival:
         """What is known of this way with this evidence, until the next round is observed."""
         if (evidence, way) not in self._known:
-            self._known[evidence, way] = self.ledger.survival(evidence, way)
+            self._known[evidence, way] = self.learned.survival(evidence, way)
         return self._known[evidence, way]
 
     # Prices.
@@ -299,7 +299,7 @@ class CostModelRun(Schedule):
 
     def _token_seconds(self, stage: int) -> float:
         models = self.stages[stage][0].models()
-        return self.ledger.costs.token(stage, self._model_seconds(models[0]) if models else 0.0)
+        return self.learned.costs.token(stage, self._model_seconds(models[0]) if models else 0.0)
 
     def _model_seconds(self, model: object) -> float:
         """Of a drafter model's forward, before it has drafted: as prepared, or as such models usually are."""
@@ -321,20 +321,20 @@ class CostModelRun(Schedule):
     # What came of it.
 
     def observe(self, rounds: Sequence[Round], draft_seconds: float, score_seconds: float) -> None:
-        ledger, reader = self.ledger, self.reader
+        learned, reader = self.learned, self.reader
         self.rounds += 1
-        ledger.costs.add(len(rounds), reader.shape.queries, reader.shape.slots, score_seconds, reader.warm)
-        for survival in ledger.survivals.values():
+        learned.costs.add(len(rounds), reader.shape.queries, reader.shape.slots, score_seconds, reader.warm)
+        for survival in learned.survivals.values():
             survival.wait -= draft_seconds + score_seconds
         if self.depth == 0:
             return
         self._known.clear()
         if self._trial and sum(r.accepted for r in rounds) == sum(self._asked):  # promising: try again at once
-            ledger.survival(self.evidence[0] if len(rounds) == 1 else MIXED, self.way).wait = 0.0
+            learned.survival(self.evidence[0] if len(rounds) == 1 else MIXED, self.way).wait = 0.0
             for evidence in set(self.evidence):
-                ledger.survival(evidence, self.way).fade(BLURRED)
+                learned.survival(evidence, self.way).fade(BLURRED)
         for r, asked, evidence in zip(rounds, self._asked, self.evidence, strict=True):
-            ledger.survival(evidence, self.way).add(asked, r.depth, r.accepted)
+            learned.survival(evidence, self.way).add(asked, r.depth, r.accepted)
             if self._streaky and r.depth:
                 (self._whole.add if r.accepted == r.depth else self._whole.discard)(r.context.row)
         self._learn_costs(max(r.depth for r in rounds), draft_seconds)
@@ -343,16 +343,19 @@ class CostModelRun(Schedule):
         """Learns the seconds a token of every stage that drafted; for a lone drafter all seconds are its own."""
         charged = [(draft_seconds, depth)]
         if len(self.stages) > 1:
-            now = [self.call.charges.get(id(drafter), (0.0, 0)) for drafter, _ in self.stages]
+            now = [self.call.ledger.stage(drafter) for drafter, _ in self.stages]
             charged = [(a - c, b - d) for (a, b), (c, d) in zip(now, self._charged, strict=True)]
             self._charged = now
         for stage, (seconds, tokens) in enumerate(charged):
             if tokens and not self._reads:
-                self.ledger.costs.add_token(stage, seconds / tokens)
+                self.learned.costs.add_token(stage, seconds / tokens)
 
     def finish(self) -> None:
         if self.options.remember:
-            self.drafter.memory.save(self.call.target, self.key, self.ledger)
+            self.drafter.memory.save(self.call.target, self.key, self.learned)
+
+    def plain_seconds(self) -> float:
+        return self.prices.seconds(1) if self.prices.known(1) else 0.0
 
     def why(self) -> str:
         kind = max(self._plans, key=lambda kind: self._kinds[kind], default=None)

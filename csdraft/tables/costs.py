@@ -1,6 +1,6 @@
 """What forwards and drafting cost, from warm measurements, and how drafts survive.
 
-A drafter's memory holds one `Ledger` for each target and way of decoding. Noise only ever adds to a measurement, so a
+A drafter's memory holds one `Learned` for each target and way of decoding. Noise only ever adds to a measurement, so a
 shape's price is the lower quartile of its last few. What was never run is priced after the nearest shape that was.
 """
 
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from csdraft.stored import fit
 
-__all__ = ["STREAK", "Costs", "Ledger", "Survival", "Widths", "check_costs"]
+__all__ = ["STREAK", "Costs", "Learned", "Survival", "Widths", "check_costs"]
 
 KEPT = 12
 """Measurements of a shape that are kept."""
@@ -318,7 +318,7 @@ class Survival:
 
 
 @dataclass
-class Ledger:
+class Learned:
     """All that one call has learned, and what the next one starts from."""
 
     costs: Costs = field(default_factory=Costs)

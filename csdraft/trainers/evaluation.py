@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from csdraft.decoding.report import Report
 from csdraft.drafters.model import ModelDrafter
 from csdraft.metrics.intervals import bootstrap_ratio
 from csdraft.metrics.measures import expected_acceptance, greedy_agreement, tokens_per_call
+from csdraft.reports.report import Report
 from csdraft.schedules.fixed import Fixed
 
 __all__ = ["FRESH", "Evaluation", "check_figure", "ends_of", "left_padded", "pad_of", "seed_of", "up_to_end"]

@@ -22,7 +22,7 @@ from csdraft.decoding.tree import Growth
 from csdraft.trees.template import Path, Template
 
 if TYPE_CHECKING:
-    from csdraft.decoding.report import Report
+    from csdraft.reports.report import Report
 
 __all__ = ["Sequoia"]
 

@@ -16,6 +16,7 @@ import csdraft
 from csdraft.cascade import as_drafter, choose_schedule, choose_verifier
 from csdraft.decoding.call import Call
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Request, Verifier
+from csdraft.decoding.reported import keep
 from csdraft.decoding.rounds import run_round
 from csdraft.decoding.sampling import Processing, Sampler
 from csdraft.decoding.scores import TokenChooser
@@ -145,9 +146,9 @@ def test_only_the_outermost_cascade_charges_its_stages(example):
     call.script(cascade.drafters[0].network, 6)
     call.script(cascade.drafters[1].network, 3, 6)
     cascade.propose([Context(0, call.texts[0], call)], [Budget(23, 23)])
-    medium, small, tail = (call.charges[id(drafter)] for drafter, _ in cascade.stages())
+    medium, small, tail = (call.ledger.stage(drafter) for drafter, _ in cascade.stages())
     assert (medium[1], small[1], tail[1]) == (7, 7, 9)
-    assert len(call.charges) == 3
+    assert len(call.ledger.stages) == 3
     assert medium[0] > 0
 
 
@@ -164,7 +165,7 @@ def test_room_of_row_0_with_12_tokens_left(example):
     assert [(b.depth, b.room) for b in copier.budgets] == [(9, 9), (6, 6), (3, 3)]
     assert (medium.rows, small.rows, target.rows) == ([11], [10, 4], [12])
     assert done.drafted == 11
-    assert call.cut == 12 + 1 + 1 + 7  # rows 0, 1 and 2 twice
+    assert call.ledger.cut == 12 + 1 + 1 + 7  # rows 0, 1 and 2 twice
 
 
 def test_a_row_never_hands_up_more_than_its_limit():
@@ -358,7 +359,7 @@ def test_cascade_gives_the_targets_text_and_reports():
 def test_reports_from_several_threads_add_up():
     cascade = csdraft.CascadeDrafter([Copier()])
     threads = [
-        threading.Thread(target=lambda: [cascade.keep_report(csdraft.Report(target_calls=1)) for _ in range(200)])
+        threading.Thread(target=lambda: [keep(csdraft.Report(target_calls=1), cascade) for _ in range(200)])
         for _ in range(4)
     ]
     for thread in threads:

@@ -10,7 +10,7 @@ import pytest
 
 import csdraft
 from csdraft.cli import main
-from csdraft.decoding.report import Report
+from csdraft.reports.report import Report
 from tests.tiny import drafter_of, tiny, tokenizer
 
 TEMPLATE = (

@@ -16,7 +16,7 @@ import csdraft
 from csdraft.bench import Method
 from csdraft.cli import _models, check, commands, main
 from csdraft.decoding.interfaces import Verdict
-from csdraft.decoding.report import Report
+from csdraft.reports.report import Report
 from csdraft.verifiers.match import Match
 from tests.tiny import EOS, drafter_of, tiny, tokenizer
 

@@ -146,8 +146,8 @@ def balanced(watched: Drafter) -> None:
     assert isinstance(watched, Watched)
     assert watched.sessions, "no session was open, so this shows nothing"
     for session in watched.sessions:
-        assert session.reader.fed == session.kept + session.rolled_back - session.imported
-    assert watched.sessions[0].reader.fed > 0
+        assert session.use.fed == session.kept + session.use.rolled_back - session.imported
+    assert watched.sessions[0].use.fed > 0
 
 
 @pytest.mark.parametrize("type", DRAFTERS)

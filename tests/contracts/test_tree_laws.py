@@ -74,7 +74,7 @@ def test_dropping_any_cache_changes_nothing_and_the_accounts_balance(type: str) 
         watched = Watched(everywhere(type), forget)
         assert decode(watched, prompts(3), **GREEDY).sequences.tolist() == plain(3)
         for session in watched.sessions:
-            assert session.reader.fed == session.kept + session.rolled_back - session.imported
+            assert session.use.fed == session.kept + session.use.rolled_back - session.imported
         assert len(watched.sessions) == 3, "a model has one session, wherever it stands"
     assert forget.lost > 60, f"only {forget.lost} tokens were forgotten, so this shows little"
 

@@ -98,7 +98,7 @@ def test_dropping_any_cache_changes_nothing(family: str, shape: str) -> None:
     watched = Watched(drafters(family, texts, forgetting(1))[shape])
     output = model.generate(**inputs, **GREEDY, assistant=watched, **FIXED)
     assert output.tolist() == wanted.tolist()
-    assert watched.sessions[0].rolled_back > 60, "nothing was ever forgotten, so this proves little"
+    assert watched.sessions[0].use.rolled_back > 60, "nothing was ever forgotten, so this proves little"
 
 
 # Law 4.
@@ -129,8 +129,8 @@ def test_a_model_sees_a_token_once_unless_it_was_rolled_back(shape: str, forgets
         watched = Watched(drafters(family, texts, forgetting(2) if forgets else None)[shape])
         model.generate(**inputs, **GREEDY, assistant=watched, return_dict_in_generate=forgets, **FIXED)
         for session in watched.sessions:
-            assert session.reader.fed == session.kept + session.rolled_back - session.imported
-            assert session.reader.fed > 0
+            assert session.use.fed == session.kept + session.use.rolled_back - session.imported
+            assert session.use.fed > 0
 
 
 def test_a_right_draft_is_read_once() -> None:
@@ -140,8 +140,8 @@ def test_a_right_draft_is_read_once() -> None:
     watched = Watched(Scripted(told.tolist(), wrong=0.0, depth=6))
     model.generate(**inputs, **GREEDY, eos_token_id=None, assistant=watched, reuse=False, **FIXED)
     target = watched.sessions[0]
-    assert target.rolled_back == 0
-    assert target.reader.fed in (told.shape[1] - 1, told.shape[1])
+    assert target.use.rolled_back == 0
+    assert target.use.fed in (told.shape[1] - 1, told.shape[1])
 
 
 def test_a_users_cache_is_in_the_accounts() -> None:
@@ -156,7 +156,7 @@ def test_a_users_cache_is_in_the_accounts() -> None:
     assert target.imported == int(short["attention_mask"].sum())
     assert all(session.imported == 0 for session in others)
     for session in watched.sessions:
-        assert session.reader.fed == session.kept + session.rolled_back - session.imported
+        assert session.use.fed == session.kept + session.use.rolled_back - session.imported
 
 
 # Match: the text does not depend on the drafter.

@@ -10,7 +10,7 @@ import torch
 from csdraft import MaxGram, ModelDrafter, Report
 from csdraft.decoding.draft import ROOT, Draft, DraftProbs
 from csdraft.decoding.interfaces import Round, Verdict
-from csdraft.decoding.rejections import Rejections
+from csdraft.reports.rejections import Rejections
 from csdraft.schedules.fixed import Fixed
 from csdraft.verifiers.rejection import Rejection
 from tests import tiny

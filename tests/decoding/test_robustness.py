@@ -228,7 +228,6 @@ METHODS = {
     "evidence": ("cost_model",),
     "parts": ("fixed", "cost_model"),
     "check": ("fixed", "cost_model"),
-    "keep_report": ("fixed", "cost_model"),
     "depth": ("fixed", "heuristic"),
 }
 """What a call asks a drafter, and schedules under which it does."""
@@ -305,10 +304,10 @@ def test_a_drafter_that_fails_while_a_plan_is_made(target, plain, monkeypatch):
 
 
 def test_the_report_of_a_cascade_is_kept_though_a_part_of_it_fails(target):
-    cascade = CascadeDrafter([failing("keep_report", KeyError("lost"))])
+    cascade = CascadeDrafter([failing("propose", KeyError("lost"))])
     with pytest.warns(RuntimeWarning, match="left out"):
         target.generate(PROMPT, assistant=cascade, **WANTED)
-    assert cascade.report.calls == 1
+    assert (cascade.report.calls, cascade.report.failures) == (1, {"KeyError: 'lost'": 1})
 
 
 EVEN = torch.full((97,), 1 / 97)

@@ -147,9 +147,9 @@ def test_the_accounts_notice_a_draft_that_is_dropped_in_silence(monkeypatch: pyt
     kept = Session._keep
 
     def silent(self, row, reading, draft):
-        before = self.rolled_back
+        before = self.use.rolled_back
         found = kept(self, row, reading, draft)
-        self.rolled_back = before
+        self.use.rolled_back = before
         return found
 
     monkeypatch.setattr(Session, "_keep", silent)

@@ -133,4 +133,4 @@ def rolled_error(session: Session, requests: Sequence[Request], rng: random.Rand
 
 def balanced(session: Session) -> bool:
     """Law 5: tokens fed = tokens kept + rolled back, but for those that came with the user's cache."""
-    return session.reader.fed == session.kept + session.rolled_back - session.imported
+    return session.use.fed == session.kept + session.use.rolled_back - session.imported

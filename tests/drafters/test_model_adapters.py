@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 import csdraft
-from csdraft.decoding.report import Report
 from csdraft.drafters.model import ModelDrafter, bound
 from csdraft.heads.self_draft import SelfDraft
 from csdraft.models import base_model
+from csdraft.reports.report import Report
 from csdraft.trainers.students import make_student, save_student
 from tests.tiny import fresh, on_target, prompt, ragged_batch
 

@@ -46,6 +46,12 @@ class Source:
         return {name.split(".")[1] for name in self.imports if name.startswith("csdraft.")}
 
     @cached_property
+    def parts_named(self) -> set[str]:
+        """The parts that it imports for annotations only."""
+        running = {name.split(".")[1] for name in imported_by(self.tree, False) if name.startswith("csdraft.")}
+        return self.parts - running
+
+    @cached_property
     def names(self) -> set[str]:
         """Every identifier: names, attributes, imported names. Comments and docstrings do not count."""
         used = {part for name in self.imports for part in name.split(".")}

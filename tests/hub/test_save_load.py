@@ -20,8 +20,8 @@ import csdraft
 from csdraft import cascade as cascade_module
 from csdraft import hub, loading
 from csdraft.decoding.reader import place
-from csdraft.decoding.report import Report
 from csdraft.drafters.suffix import Suffix
+from csdraft.reports.report import Report
 from csdraft.schedules.stop_head import StopHead
 from csdraft.tables.acceptance_head import AcceptanceHead
 from csdraft.tables.bigram import BigramTable
@@ -471,8 +471,8 @@ def test_costs_come_along_by_target_and_device(tmp_path):
     again.save_pretrained(tmp_path / "two", target=target)
     assert csdraft.CascadeDrafter.from_pretrained(tmp_path / "two").memory.saved["elsewhere"] == [(1, 9, 1, 0.5)]
     target.generate(**prompt(), assistant=again, max_new_tokens=8)
-    ((_, _, ledger),) = again.memory.entries()
-    assert ledger.costs.groups[1, 9].count(1) >= 1
+    ((_, _, learned),) = again.memory.entries()
+    assert learned.costs.groups[1, 9].count(1) >= 1
 
 
 @pytest.mark.parametrize(

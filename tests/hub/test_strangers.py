@@ -18,7 +18,6 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from csdraft import CascadeDrafter, Horizontal, MaxGram, ModelDrafter, Vertical, loading, spec
-from csdraft.decoding.report import Planned, Report
 from csdraft.drafters.datastore import Datastore
 from csdraft.drafters.n_grammys import NGrammys
 from csdraft.drafters.reference import Reference
@@ -26,6 +25,7 @@ from csdraft.drafters.suffix import Suffix
 from csdraft.drafters.token_recycling import TokenRecycling
 from csdraft.drafters.translated import Translated
 from csdraft.models import load_model
+from csdraft.reports.report import Planned, Report
 from csdraft.schedules.stop_head import StopHead
 from csdraft.tables.acceptance_head import AcceptanceHead
 from csdraft.tables.adjacency import AdjacencyTable

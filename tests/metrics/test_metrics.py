@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from csdraft.decoding.report import Report
 from csdraft.losses.total_variation import total_variation
 from csdraft.metrics.measures import (
     by_position,
@@ -14,6 +13,7 @@ from csdraft.metrics.measures import (
     greedy_agreement,
     tokens_per_call,
 )
+from csdraft.reports.report import Report
 from tests.tiny import fresh, noisy, prompt
 
 DRAFT_PROBS = torch.tensor([0.20, 0.45, 0.05, 0.25, 0.05])

@@ -11,9 +11,9 @@ from csdraft import CascadeDrafter, ModelDrafter, release
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Drafter, Round, Verdict
 from csdraft.decoding.output import RoundStreamer
-from csdraft.decoding.pieces import Pieces
-from csdraft.decoding.report import ModelUse, Report
-from csdraft.decoding.tally import Tally
+from csdraft.reports.detokenizer import Detokenizer
+from csdraft.reports.report import ModelUse, Report
+from csdraft.reports.tally import Tally
 from csdraft.schedules.fixed import Fixed
 from csdraft.trees.best_first import BestFirst
 from tests.tiny import Scripted, drafter_of, prompt, ragged_batch, tiny, tokenizer
@@ -321,7 +321,7 @@ def byte_tokenizer():
 @pytest.mark.parametrize("text", ["plain", "naïve — 日本語 🙂🙃!", ""])
 def test_pieces_never_hold_half_a_character(text):
     byte_level = byte_tokenizer()
-    pieces = Pieces(byte_level)
+    pieces = Detokenizer(byte_level)
     found = [pieces.push(token) for token in byte_level(text)["input_ids"]]
     assert "".join(found) == text
     assert pieces.flush() == ""
@@ -329,6 +329,6 @@ def test_pieces_never_hold_half_a_character(text):
 
 def test_what_stays_incomplete_is_flushed():
     byte_level = byte_tokenizer()
-    pieces = Pieces(byte_level)
+    pieces = Detokenizer(byte_level)
     assert [pieces.push(token) for token in byte_level("é")["input_ids"][:1]] == [""]
     assert pieces.flush() == "\ufffd"

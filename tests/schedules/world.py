@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.inputs import Shape
 from csdraft.decoding.interfaces import Context, Drafter, Round, Verdict
+from csdraft.decoding.ledger import Ledger
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class World:
             sampler=SimpleNamespace(greedy=True),
             chooser=SimpleNamespace(processing=SimpleNamespace(temperature=1.0)),
             session=self.session,
-            charges={},
+            ledger=Ledger(),
             world=self,
         )
 
@@ -159,8 +160,7 @@ class World:
                 spent += 0.05 * writer.cost * max(unread - 1, 0)
                 self.read[id(writer)] = len(self.text)
             seconds += spent
-            before = self.call.charges.get(id(writer), (0.0, 0))
-            self.call.charges[id(writer)] = (before[0] + spent, before[1] + wanted)
+            self.call.ledger.charge(writer, spent, wanted)
             for _ in range(wanted):
                 chance = writer.kinds[self.kind - 1][1] if self.kind else writer.chance(budget.size)
                 alive = alive and self.luck[len(self.text) + drafted][1] < chance

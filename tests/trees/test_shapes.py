@@ -14,11 +14,11 @@ from csdraft import spec
 from csdraft.decoding.children import Children, _drawn
 from csdraft.decoding.draft import ROOT
 from csdraft.decoding.interfaces import Tree
-from csdraft.decoding.report import Report
 from csdraft.decoding.sampling import Sampler
-from csdraft.decoding.tally import Tally
 from csdraft.decoding.tree import Growth, _lead_last
 from csdraft.drafters.model import ModelDrafter
+from csdraft.reports.report import Report
+from csdraft.reports.tally import Tally
 from csdraft.trees.best_first import BestFirst
 from csdraft.trees.gsd import Gsd
 from csdraft.trees.lead import Lead

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Pieces"]
+__all__ = ["Detokenizer"]
 
 CONTEXT = 8
 
 
-class Pieces:
+class Detokenizer:
     """Decodes a growing text. A token that ends inside a character adds nothing; the one that completes it, all of it.
 
     Args:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from csdraft.decoding.call import Call
-from csdraft.decoding.interfaces import Round
-from csdraft.decoding.names import name_of
-from csdraft.decoding.rejections import Rejections
-from csdraft.decoding.tally import Tally
+from csdraft.decoding.ledger import ModelUse
+from csdraft.reports.rejections import Rejections
+from csdraft.reports.tally import Tally
 from csdraft.stored import check_keys, fit, naming, read_object, shown
 
 if TYPE_CHECKING:
@@ -25,42 +23,6 @@ FORMAT = 1
 MOST_TOKENS = 1 << 31
 MOST_FAILURES = 16
 """Different messages that an accumulated report keeps."""
-
-
-@dataclass
-class ModelUse:
-    """What one model did.
-
-    Attributes:
-        name: the model's own name.
-        forwards: times it ran, whatever the batch.
-        fed: tokens it read, and `rolled_back` those of them that it had to forget.
-        seconds: spent in its forwards by the host's clock (an accelerator may still be at work when one returns).
-        cache_bytes: the most that its keys and values took.
-        recorded: shapes that are replayed, and `recorded_bytes` of the device's memory that they took.
-    """
-
-    name: str = ""
-    forwards: int = 0
-    fed: int = 0
-    rolled_back: int = 0
-    seconds: float = 0.0
-    cache_bytes: int = 0
-    recorded: int = 0
-    recorded_bytes: int = 0
-
-    def merged(self, other: ModelUse) -> ModelUse:
-        """Both together; of the memory the larger."""
-        return ModelUse(
-            self.name if self.name == other.name else "several",
-            self.forwards + other.forwards,
-            self.fed + other.fed,
-            self.rolled_back + other.rolled_back,
-            self.seconds + other.seconds,
-            max(self.cache_bytes, other.cache_bytes),
-            max(self.recorded, other.recorded),
-            max(self.recorded_bytes, other.recorded_bytes),
-        )
 
 
 @dataclass(frozen=True)
@@ -101,6 +63,10 @@ class Report:
         levels: per row, the level of each emitted token, an index into `level_names`.
         lengths: per row, the tokens that each round emitted.
         level_names: "target", then the drafters.
+        rejected: per row, of each round the (level, tokens) that were drafted and not kept; empty if nobody noted it.
+        drafting: of `seconds`, those that went into drafting.
+        plain_seconds: that plain decoding would have taken for the texts of the calls of one row whose schedule had
+            measured a plain step, and `compared_seconds` that these calls took.
     """
 
     calls: int = 1
@@ -117,59 +83,10 @@ class Report:
     levels: list[list[int]] = field(default_factory=list, repr=False)
     lengths: list[list[int]] = field(default_factory=list, repr=False)
     level_names: list[str] = field(default_factory=list, repr=False)
-    _call: Call | None = field(default=None, repr=False, compare=False)
-
-    # Recording.
-
-    @classmethod
-    def begin(cls, call: Call, diagnose: bool = False) -> Report:
-        """An empty report of a call that is about to start; ValueError if it cannot be diagnosed."""
-        if diagnose and (call.sampler.greedy or call.sampler.coupled):
-            raise ValueError(
-                "diagnose=True compares distributions, which greedy and coupled draws have none of; pass "
-                "do_sample=True and a verifier of independent draws, such as 'rejection'"
-            )
-        report = cls(_call=call, rejections=Rejections() if diagnose else None)
-        report.tokens, report.levels, report.lengths = ([[] for _ in range(call.rows)] for _ in range(3))
-        return report
-
-    def add(self, rounds: Sequence[Round]) -> None:
-        """Counts one forward of the target and what it led to."""
-        self.target_calls += 1
-        assert self._call is not None
-        self._call.tallies[0].add(rounds)
-        if self.rejections is not None:
-            self.rejections.add(rounds)
-        ended = False
-        for finished in rounds:
-            row, tokens = finished.context.row, finished.tokens
-            self.tokens[row] += tokens
-            self.levels[row] += finished.levels
-            self.lengths[row].append(len(tokens))
-            ended |= finished.verdict.ended
-        if ended:  # the last moment before the caches may shrink
-            self._note_memory(self._call)
-
-    def finish(self, call: Call, seconds: float, failure: str | None, why: str = "") -> None:
-        """Takes in what the call's models have counted."""
-        self._note_memory(call)
-        self._call = None
-        self.seconds, self.cut, self.level_names, self.why = seconds, call.cut, call.level_names, why
-        if failure:
-            self.failures[failure] += 1
-        self.reviews = {self.level_names[i]: call.tallies[i].named(self.level_names) for i in sorted(call.tallies)}
-        for session in call.sessions:
-            reader, use = session.reader, self.models[_session_name(call, session.model)]
-            use.forwards, use.fed, use.seconds = reader.forwards, reader.fed, reader.seconds
-            use.rolled_back = session.rolled_back
-            if reader.graphs is not None:
-                use.recorded, use.recorded_bytes = len(reader.graphs.shapes), reader.graphs.bytes
-
-    def _note_memory(self, call: Call) -> None:
-        for session in call.sessions:
-            name = _session_name(call, session.model)
-            use = self.models.setdefault(name, ModelUse(name_of(session.model)))
-            use.cache_bytes = max(use.cache_bytes, session.reader.cache.bytes)
+    rejected: list[list[list[tuple[int, int]]]] = field(default_factory=list, repr=False)
+    drafting: float = 0.0
+    plain_seconds: float = 0.0
+    compared_seconds: float = 0.0
 
     # Reading.
 
@@ -214,6 +131,27 @@ class Report:
         return self.emitted / self.seconds if self.seconds else 0.0
 
     @property
+    def speedup(self) -> float | None:
+        """About how many times as fast as plain decoding it was, as `speedup_from` says; None if nobody can tell."""
+        if self.compared_seconds:
+            return self.plain_seconds / self.compared_seconds
+        if self.planned is not None and len(self.tokens) == 1 and self.seconds:  # a batch is another matter
+            return self.planned.plain_seconds * self.emitted / self.seconds
+        return None
+
+    @property
+    def speedup_from(self) -> str:
+        """What the speedup is an estimate from."""
+        if self.compared_seconds:
+            return (
+                f"plain decoding would have taken about {self.plain_seconds:.2f} s instead of "
+                f"{self.compared_seconds:.2f} s, by the price of a plain step that the schedule measured"
+            )
+        if self.speedup is not None:
+            return "compared with plain decoding as it was timed when the cascade was planned"
+        return "how much faster than plain decoding is not known, since no plain step was measured"
+
+    @property
     def loop_seconds(self) -> float:
         """Seconds outside the models' forwards: comparing, choosing, bookkeeping, and drafters without a model."""
         return max(self.seconds - sum(use.seconds for use in self.models.values()), 0.0)
@@ -240,6 +178,10 @@ class Report:
             last.levels,
             last.lengths,
             last.level_names,
+            last.rejected,
+            self.drafting + other.drafting,
+            self.plain_seconds + other.plain_seconds,
+            self.compared_seconds + other.compared_seconds,
         )
 
     __add__ = merged
@@ -252,8 +194,11 @@ class Report:
         plain = ("calls", "target_calls", "cut", "seconds", "why", "tokens", "levels", "lengths", "level_names")
         return {
             "csdraft_report": FORMAT,
-            "summary": {**{name: getattr(self, name) for name in derived}, "by_depth": self.target.by_depth},
-            **{name: getattr(self, name) for name in plain},
+            "summary": {
+                **{name: getattr(self, name) for name in (*derived, "speedup")},
+                "by_depth": self.target.by_depth,
+            },
+            **{name: getattr(self, name) for name in (*plain, *NEWER)},
             "reviews": {name: tally.to_dict() for name, tally in self.reviews.items()},
             "models": {name: asdict(use) for name, use in self.models.items()},
             "failures": dict(self.failures),
@@ -267,7 +212,7 @@ class Report:
         found = data.get("csdraft_report") if isinstance(data, Mapping) else None
         if found is True or found != FORMAT:
             raise ValueError(f"csdraft_report={shown(found)}, expected {FORMAT}; is this a report that csdraft saved?")
-        given = {"rejections": None, "planned": None, "why": "", **data}
+        given = {"rejections": None, "planned": None, "why": "", **NEWER, **data}
         check_keys(given, (*STORED, "csdraft_report", "summary"), "the report")
         if missing := [key for key in STORED if key not in given]:
             raise ValueError(f"the report lacks {', '.join(missing)}")
@@ -294,6 +239,15 @@ class Report:
                 raise ValueError(
                     f"levels[{row}] must be places in level_names, of which there are {len(self.level_names)}"
                 )
+        self._check_rejected()
+
+    def _check_rejected(self) -> None:
+        """Raises ValueError unless each round says what of its draft was not kept, or none does."""
+        if self.rejected and list(map(len, self.rejected)) != list(map(len, self.lengths)):
+            raise ValueError("rejected must have the rows and rounds of lengths, or be empty")
+        pairs = [pair for row in self.rejected for found in row for pair in found]
+        if not all(0 <= level < len(self.level_names) and 0 < tokens < MOST_TOKENS for level, tokens in pairs):
+            raise ValueError("rejected must hold places in level_names, each with a number of tokens")
 
     def save(self, path: str | Path) -> None:
         """Writes the report as JSON, which `load` and `csdraft report` read."""
@@ -308,25 +262,28 @@ class Report:
     # Showing.
 
     def __str__(self) -> str:
-        from csdraft.decoding.report_view import terminal
+        from csdraft.reports.view import terminal
 
         return terminal(self)
 
     def _repr_html_(self) -> str:
-        from csdraft.decoding.report_view import fragment
+        from csdraft.reports.page import fragment
 
         return fragment(self)
 
     def to_html(self, path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        """Writes a page of its own: the text of the last call coloured by drafting level, and the tables.
+        """Writes a page of its own: a sentence, the last call's text coloured by level, its rounds, and the tables.
 
         Args:
             tokenizer: turns tokens into text; None shows their ids.
         """
-        from csdraft.decoding.report_view import page
+        from csdraft.reports.page import page
 
         Path(path).write_text(page(self, tokenizer), encoding="utf-8")
 
+
+NEWER: dict[str, Any] = {"rejected": [], "drafting": 0.0, "plain_seconds": 0.0, "compared_seconds": 0.0}
+"""What reports of earlier versions lack, and what it is then."""
 
 STORED: dict[str, Any] = {
     **dict.fromkeys(("calls", "target_calls", "cut"), int),
@@ -339,16 +296,10 @@ STORED: dict[str, Any] = {
     "failures": dict[str, int],
     "rejections": Rejections | None,
     "planned": Planned | None,
+    "rejected": list[list[list[tuple[int, int]]]],
+    **dict.fromkeys(("drafting", "plain_seconds", "compared_seconds"), float),
 }
 """What `Report.to_dict` writes."""
-
-
-def _session_name(call: Call, model: Any) -> str:
-    """The name by which a report lists a session's model: that of its level."""
-    owners = call.level_owners
-    if model is call.target or model not in owners:
-        return "target" if model is call.target else name_of(model)
-    return call.level_names[owners.index(model)]
 
 
 def _merged(own: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:

@@ -1,21 +1,17 @@
-"""A report to look at: tables for a terminal and a notebook, and a page with the text coloured by drafting level."""
+"""A report in words and tables, and as a terminal shows them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from html import escape
 from typing import TYPE_CHECKING
 
-from csdraft.decoding.pieces import Pieces
-from csdraft.decoding.tally import Tally
+from csdraft.reports.tally import Tally
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from csdraft.reports.report import Report
 
-    from csdraft.decoding.report import Report
-
-__all__ = ["fragment", "page", "terminal"]
+__all__ = ["Bar", "Table", "count", "headlines", "percent", "ratio", "tables", "terminal"]
 
 WIDTH = 100
 BAR_WIDTH = 24
@@ -188,110 +184,3 @@ def _aligned(table: Table) -> Iterable[str]:
 
 def clipped(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
-
-
-# HTML.
-
-PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
-LINES = ("solid", "dashed", "dotted", "double")
-"""Okabe and Ito's colours, which colour-blind readers can tell apart; the kind of underline repeats the level."""
-
-STYLE = """
-.csdraft { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; }
-.csdraft table { border-collapse: collapse; margin: .3rem 0 1.2rem; font-variant-numeric: tabular-nums; }
-.csdraft caption { text-align: left; font-weight: 600; padding: .3rem 0; }
-.csdraft th, .csdraft td { text-align: right; padding: .15rem .7rem; font-weight: 400;
-  border-bottom: 1px solid #8886; }
-.csdraft th { font-weight: 600; }
-.csdraft th:first-child, .csdraft td:first-child, .csdraft td.bar { text-align: left; }
-.csdraft .bar i { display: block; height: .7em; background: #0072b2; min-width: 1px; }
-.csdraft .bar { width: 12rem; }
-.csdraft pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 14px/1.9 ui-monospace, monospace; padding: 1rem;
-  border: 1px solid #8886; border-radius: 6px; }
-.csdraft .legend span { margin-right: .8rem; padding: .05rem .4rem; }
-"""
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>csdraft report</title>
-<style>
-:root {{ color-scheme: light dark; }}
-body {{ margin: 2rem auto; max-width: 60rem; padding: 0 1rem; background: Canvas; color: CanvasText; }}
-</style></head><body>
-{body}
-</body></html>
-"""
-
-
-def fragment(report: Report) -> str:
-    """Headlines and tables for a notebook."""
-    return f'<div class="csdraft"><style>{STYLE}</style>{_summary(report)}</div>'
-
-
-def page(report: Report, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
-    """A page that needs nothing else: the tables, and the last call's text with each token in its level's colour."""
-    body = [f'<div class="csdraft"><style>{STYLE}{_level_style(report)}</style>', _summary(report)]
-    if any(report.tokens):
-        body += ["<h2>The text by drafting level</h2>", _legend(report)]
-        body += [_coloured(report, row, tokenizer) for row in range(len(report.tokens))]
-    return PAGE.format(body="\n".join([*body, "</div>"]))
-
-
-def _summary(report: Report) -> str:
-    lines = "".join(f"<p>{escape(line)}</p>" for line in headlines(report))
-    return lines + "".join(map(_html_table, tables(report) if report.rounds else ()))
-
-
-def _html_table(table: Table) -> str:
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.head)
-    rows = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in table.rows)
-    return f"<table><caption>{escape(table.title)}</caption><tr>{head}</tr>{rows}</table>"
-
-
-def _cell(cell: str | Bar) -> str:
-    if isinstance(cell, Bar):
-        return f'<td class="bar"><i style="width:{100 * cell.share:.1f}%"></i></td>'
-    return f"<td>{escape(cell)}</td>"
-
-
-def _level_style(report: Report) -> str:
-    rules = []
-    for level in range(1, len(report.level_names)):
-        colour, line = PALETTE[(level - 1) % len(PALETTE)], LINES[(level - 1) % len(LINES)]
-        tint = f"background: color-mix(in srgb, {colour} 28%, transparent)"
-        rules.append(f".csdraft .l{level} {{ {tint}; border-bottom: 3px {line} {colour}; }}")
-    return "\n".join(rules)
-
-
-def _legend(report: Report) -> str:
-    used = {level for row in report.levels for level in row}
-    spans = [
-        f'<span class="l{level}">{escape(name)}{" (no colour)" if level == 0 else ""}</span>'
-        for level, name in enumerate(report.level_names)
-        if level in used
-    ]
-    return f'<p class="legend">{"".join(spans)}Point at a token to see its level and its depth in the draft.</p>'
-
-
-def _coloured(report: Report, row: int, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """One row's text as one span a token."""
-    tokens = report.tokens[row]
-    depths = [(place, length) for length in report.lengths[row] for place in range(1, length + 1)]
-    spans = []
-    for token, text, level, (depth, length) in zip(
-        tokens, _texts(tokens, tokenizer), report.levels[row], depths, strict=True
-    ):
-        title = f"{report.level_names[level]}, depth {depth} of {length} emitted in its round, token {token}"
-        spans.append(f'<span class="l{level}" title="{escape(title, quote=True)}">{escape(text)}</span>')
-    name = f"<h3>Row {row}</h3>" if len(report.tokens) > 1 else ""
-    return f"{name}<pre>{''.join(spans)}</pre>"
-
-
-def _texts(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
-    if tokenizer is None:
-        return [f"{token} " for token in tokens]
-    pieces = Pieces(tokenizer, special=True)
-    texts = [pieces.push(token) for token in tokens]
-    if texts:
-        texts[-1] += pieces.flush()
-    return texts

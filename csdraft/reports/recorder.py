@@ -1,0 +1,101 @@
+"""The ledger that becomes a report: beside what a call takes, it counts what its reviewers decide."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from csdraft.decoding.call import Call
+from csdraft.decoding.interfaces import Round
+from csdraft.decoding.ledger import Ledger
+from csdraft.decoding.names import name_of
+from csdraft.decoding.sampling import Sampler
+from csdraft.reports.rejections import Rejections
+from csdraft.reports.report import Report
+from csdraft.reports.tally import Tally
+
+__all__ = ["Recorder"]
+
+
+class Recorder(Ledger):
+    """Counts one call's rounds; `report` says what they came to.
+
+    Args:
+        rows: batch size.
+        diagnose: whether to compare the distributions of target and drafts at every judged token.
+    """
+
+    def __init__(self, rows: int, diagnose: bool = False):
+        super().__init__()
+        self.tallies: defaultdict[int, Tally] = defaultdict(Tally)  # what each reviewer decided, by its level
+        self.rejections = Rejections() if diagnose else None
+        self.target_calls = 0
+        self.tokens, self.levels, self.lengths, self.rejected = ([[] for _ in range(rows)] for _ in range(4))
+
+    def check(self, sampler: Sampler) -> None:
+        """Raises ValueError if draws as the call makes them cannot be diagnosed."""
+        if self.rejections is not None and (sampler.greedy or sampler.coupled):
+            raise ValueError(
+                "diagnose=True compares distributions, which greedy and coupled draws have none of; pass "
+                "do_sample=True and a verifier of independent draws, such as 'rejection'"
+            )
+
+    def count(self, level: int, rounds: Sequence[Round]) -> None:
+        """A few microseconds a row."""
+        self.tallies[level].add(rounds)
+        if level:
+            return
+        self.target_calls += 1
+        if self.rejections is not None:
+            self.rejections.add(rounds)
+        for finished in rounds:
+            row, tokens = finished.context.row, finished.tokens
+            self.tokens[row] += tokens
+            self.levels[row] += finished.levels
+            self.lengths[row].append(len(tokens))
+            kept_whole = len(finished.draft.levels) == len(finished.verdict.accepted)
+            self.rejected[row].append([] if kept_whole else _rejected(finished))
+
+    def report(self, call: Call) -> Report:
+        """What a call that has ended came to."""
+        names = call.level_names
+        return Report(
+            target_calls=self.target_calls,
+            cut=self.cut,
+            seconds=self.seconds,
+            reviews={names[level]: self.tallies[level].named(names) for level in sorted(self.tallies)},
+            models={_listed(call, session.model): session.use for session in call.sessions},
+            failures=Counter([self.failure] if self.failure else ()),
+            rejections=self.rejections,
+            why=self.why,
+            tokens=self.tokens,
+            levels=self.levels,
+            lengths=self.lengths,
+            level_names=names,
+            rejected=self.rejected,
+            drafting=self.drafting,
+            plain_seconds=self._plain_seconds(),
+            compared_seconds=self.seconds if self._plain_seconds() else 0.0,
+        )
+
+    def _plain_seconds(self) -> float:
+        """What plain decoding would have taken for the only row: the prompt as it was read, and a step a token."""
+        if len(self.tokens) > 1 or not self.plain_step or self.first is None:
+            return 0.0
+        return self.first + self.plain_step * (len(self.tokens[0]) - 1)
+
+
+def _rejected(finished: Round) -> list[tuple[int, int]]:
+    """(level, tokens) of what was drafted and not kept."""
+    drafted, kept = finished.draft.levels, finished.levels[: finished.accepted]
+    counts = [(level, drafted.count(level) - kept.count(level)) for level in dict.fromkeys(drafted)]
+    return [(level, tokens) for level, tokens in counts if tokens]
+
+
+def _listed(call: Call, model: Any) -> str:
+    """The name by which a report lists a session's model: that of its level."""
+    owners = call.level_owners
+    if model is call.target or model not in owners:
+        return "target" if model is call.target else name_of(model)
+    return call.level_names[owners.index(model)]
