@@ -17,6 +17,7 @@ import torch
 from transformers.utils import logging
 
 from benchmarks.pair import DRAFTER, PROMPTS, TARGET, load_model, load_tokenizer, read_prompts
+from csdraft import Report
 from csdraft.bench import configured
 from csdraft.cascade import CascadeDrafter
 from csdraft.drafters.max_gram import MaxGram

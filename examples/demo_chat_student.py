@@ -42,7 +42,7 @@ class Student:
     Attributes:
         folder: its weights, without the target's embedding.
         network: it, with the target's embedding: what transformers takes as assistant_model.
-        before, after: the exam's figures, `block_efficiency` and `agreement` among them.
+        before, after: the evaluation's figures, `block_efficiency` and `agreement` among them.
         share: seconds of its forward of one token over the target's.
         tokens: that the target wrote, and that were read in all steps.
     """
@@ -72,12 +72,12 @@ def distilled(path: str, target: Any, dtype: str, out: Path) -> Student:
     layers = chosen_layers(target.config.num_hidden_layers)
     arguments = DistillArguments(**training(path, dtype, layers, out, steps))
     print(f"A student of its layers {layers} learns to answer as it does: {steps} steps of {TEXTS * LENGTH} tokens, "
-          f"about {steps * step_seconds(target):.0f} s, and two exams.", flush=True)  # fmt: skip
+          f"about {steps * step_seconds(target):.0f} s, and two evaluations.", flush=True)  # fmt: skip
     trainer = distill(arguments)
     if trainer.interrupt.stopped:
         raise KeyboardInterrupt
-    exams = [entry for entry in trainer.state.log_history if "eval_block_efficiency" in entry]
-    before, after = ({key.removeprefix("eval_"): value for key, value in exams[i].items()} for i in (0, -1))
+    graded = [entry for entry in trainer.state.log_history if "eval_block_efficiency" in entry]
+    before, after = ({key.removeprefix("eval_"): value for key, value in graded[i].items()} for i in (0, -1))
     stored: Any = drafter_model(str(out / "drafter"), dtype=dtype)
     network = stored.bind(target)
     share = forward_seconds(network, 1) / forward_seconds(target, 1)

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from csdraft.checks.altered import alterations, described
+from csdraft.decoding.cache import NoCache
 from csdraft.decoding.cache_names import GENERATE_CACHE, cache_name
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Request
-from csdraft.decoding.reader import NoCache, Sources, home
+from csdraft.decoding.reader import Sources, home
 from csdraft.decoding.sampling import Processing, Sampler
 from csdraft.decoding.scores import TokenChooser
 from csdraft.decoding.session import Session

@@ -18,6 +18,7 @@ from transformers.cache_utils import (
 )
 
 __all__ = [
+    "NoCache",
     "SlotCache",
     "cross_attention_cache",
     "encoder_decoder_cache",
@@ -27,6 +28,10 @@ __all__ = [
     "slots_of",
     "windows_of_cache",
 ]
+
+
+class NoCache(ValueError):
+    """A model has kept no keys and values of what it read."""
 
 
 class SlotLayer(DynamicLayer):

@@ -2,7 +2,7 @@
 
 Every part of a call that times or counts writes here, and nothing else keeps such numbers: rounds write how long
 drafting and scoring took, sessions and readers what each model did, cascades what each of their stages cost. Schedules
-read it while the call runs. Whoever makes the call owns its ledger: `csdraft.reports` has one that also counts what
+read it while the call runs. The maker of the call owns its ledger: `csdraft.reports` has one that also counts what
 reviewers decide, and makes a report of it. This one keeps costs only.
 """
 

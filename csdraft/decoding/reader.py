@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from csdraft.decoding import clock
-from csdraft.decoding.cache import SlotCache, encoder_decoder_cache
+from csdraft.decoding.cache import NoCache, SlotCache, encoder_decoder_cache
 from csdraft.decoding.graphs import FEWEST_SLOTS, Forward, Graphs, Mode, bucket, forward, make_graphs, slots_bucket
 from csdraft.decoding.grouped import grouped_heads
 from csdraft.decoding.inputs import Inputs, Plan, Shape
@@ -22,16 +22,12 @@ from csdraft.decoding.ledger import ModelUse
 from csdraft.decoding.names import name_of
 from csdraft.decoding.traits import Span, traits_of
 
-__all__ = ["NoCache", "Reader", "Sources", "home", "place"]
+__all__ = ["Reader", "Sources", "home", "place"]
 
 WIDEST = 64
 """Inputs of so many queries or fewer are kept for the next forward of their shape, and may have a fixed one."""
 _RAN: WeakKeyDictionary[nn.Module, set[tuple[int, int, int]]] = WeakKeyDictionary()
 """Rows, queries and depths of the forwards that each model has run eagerly, in whichever reader."""
-
-
-class NoCache(ValueError):
-    """A model has kept no keys and values of what it read."""
 
 
 @dataclass

@@ -92,7 +92,7 @@ class Reported:
 
 @contextmanager
 def unreported() -> Iterator[None]:
-    """Calls in here, of this thread, are nobody's: a planner's trials are not what the user asked for."""
+    """Calls in here, of this thread, are in no report: a planner's trials are not what the user asked for."""
     token = _silent.set(True)
     try:
         yield

@@ -137,8 +137,6 @@ class Session:
         reading = self._readings[row]
         return len(text) - (reading.read if reading.text is text else 0)
 
-    # The cache as a whole.
-
     def preload(self, cache: object, texts: Sequence[Text], kept: Tensor) -> None:
         """Takes over the user's own cache, which holds all of each text but its last tokens.
 
@@ -192,8 +190,6 @@ class Session:
         order = [place if place in places else behind.pop() for place in range(count)]  # holes are filled from behind
         self.reader.keep_rows(order)
         self._batch = [self._batch[place] for place in order]
-
-    # Questions.
 
     def score(
         self, requests: Sequence[Request], choose: bool = True, chooser: TokenChooser | None = None

@@ -63,7 +63,7 @@ class Report:
         levels: per row, the level of each emitted token, an index into `level_names`.
         lengths: per row, the tokens that each round emitted.
         level_names: "target", then the drafters.
-        rejected: per row, of each round the (level, tokens) that were drafted and not kept; empty if nobody noted it.
+        rejected: per row, of each round the (level, tokens) that were drafted and not kept; empty if it was not noted.
         drafting: of `seconds`, those that went into drafting.
         plain_seconds: that plain decoding would have taken for the texts of the calls of one row whose schedule had
             measured a plain step, and `compared_seconds` that these calls took.
@@ -132,7 +132,7 @@ class Report:
 
     @property
     def speedup(self) -> float | None:
-        """About how many times as fast as plain decoding it was, as `speedup_from` says; None if nobody can tell."""
+        """About how many times as fast as plain decoding it was, as `speedup_from` says; None if it is not known."""
         if self.compared_seconds:
             return self.plain_seconds / self.compared_seconds
         if self.planned is not None and len(self.tokens) == 1 and self.seconds:  # a batch is another matter

@@ -1,4 +1,4 @@
-"""A report in one sentence, for whoever pays: how much faster, what drafted, and what would help most."""
+"""A report in one sentence, for a manager: how much faster, what drafted, and what would help most."""
 
 from __future__ import annotations
 

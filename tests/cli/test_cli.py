@@ -318,7 +318,7 @@ def test_check_finds_a_changed_text(opened, verifier):
 def test_check_finds_a_changed_distribution(opened):
     opened.options["verifier"] = Gullible()
     args = argparse.Namespace(samples=400, batch=100, sampled_tokens=3, temperature=1.0)
-    control, sampling = check.probs(opened, _models.encode(opened, PROMPT), args, "prompt")
+    control, sampling = check.distribution(opened, _models.encode(opened, PROMPT), args, "prompt")
     assert control.passed
     assert not sampling.passed
 

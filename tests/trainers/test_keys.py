@@ -93,7 +93,7 @@ def test_a_script_says_in_one_line_what_the_user_can_put_right(tmp_path, capsys)
     assert (status, said[:30]) == (1, f"error: {tmp_path} cannot be written"[:30])
     assert "Make room and give the same command again" in said
     assert ended(lambda: fails(KeyboardInterrupt())) == (
-        130, "stopped at once; the same command goes on from what is there\n"
+        130, "stopped at once; the same command continues from what is there\n"
     )  # fmt: skip
     with pytest.raises(ValueError, match="a fault"), one_line_errors():
         fails(ValueError("a fault"))

@@ -239,7 +239,7 @@ def test_a_signal_to_processes_leaves_a_whole_checkpoint_and_a_status(folder, nu
     process.send_signal(number)
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + number
-    found = re.search(r"stopped at step (\d+) of 4000; the same command goes on from (\S+)", said)
+    found = re.search(r"stopped at step (\d+) of 4000; the same command continues from (\S+)", said)
     assert found, said
     assert flaw(Path(found[2])) is None
     assert found[2].endswith(f"checkpoint-{found[1]}")
