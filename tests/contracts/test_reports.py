@@ -71,6 +71,7 @@ def test_a_path_has_a_report(tmp_path) -> None:
     assert csdraft.report(str(tmp_path / "saved")) == csdraft.report(tmp_path / "saved") == report
 
 
+@pytest.mark.drafts_nothing
 def test_plain_decoding_is_the_targets() -> None:
     target = copy.deepcopy(tiny.tiny("llama"))
     report = decoded(None, target, custom_generate=csdraft.decode)
