@@ -72,7 +72,7 @@ class SlotLayer(DynamicLayer):
         """Makes the buffers as long as the cache's new capacity."""
         for name in ("key_buffer", "value_buffer"):
             old = getattr(self, name)
-            new = old.new_zeros(*old.shape[:2], self.cache.capacity, old.shape[3])
+            new = old.new_zeros(*old.shape[:2], self.cache.capacity, old.shape[3])  # (rows, heads, capacity, head_dim)
             new[:, :, : old.shape[2]] = old
             setattr(self, name, new)
 
@@ -84,13 +84,13 @@ class SlotLayer(DynamicLayer):
 
 
 class SlotCache(Cache):
-    """KV cache with preallocated slots; `place` says where the next forward writes and how far it sees.
+    """KV cache with preallocated slots. Before a forward, `place` sets where it writes and how far it sees.
 
     Args:
         layers: number of self-attention layers.
         rows: batch size.
         capacity: slots to reserve; grows by doubling when a forward needs more.
-        device: of slot numbers and positions; keys and values stay on the devices where they are computed.
+        device: where slot numbers and positions are; keys and values stay on the devices where they are computed.
         by_position: whether masks need the position of the token in each slot.
 
     Attributes:
@@ -123,7 +123,7 @@ class SlotCache(Cache):
         self.start = visible - slots.shape[1] if shared is None else shared.start
         self._indices.clear()
         if self.positions is not None:
-            self.positions.scatter_(1, slots, positions)
+            self.positions.scatter_(1, slots, positions)  # (rows, capacity)
 
     def note(self, taps: Iterable[int], states: Sequence[Tensor]) -> None:
         """Stores the features of the tokens that a forward has just read.
@@ -135,7 +135,7 @@ class SlotCache(Cache):
             state = states[tap]
             if tap not in self.features:
                 self.features[tap] = state.new_zeros(state.shape[0], self.capacity, state.shape[-1])
-            index = self.slots.to(state.device)[..., None].expand(state.shape)
+            index = self.slots.to(state.device)[..., None].expand(state.shape)  # (rows, queries, hidden)
             self.features[tap].scatter_(1, index, state)
 
     def reserve(self, slots: int) -> bool:
@@ -252,7 +252,7 @@ def windows_of_cache(config: Any) -> set[int | None]:
     """How many of the last tokens the layers of plain `generate`'s cache keep; None: all.
 
     Args:
-        config: of the text model. Its fields decide, even if the model's own masks ignore them.
+        config: the text model's config. Its fields decide, even if the model's own masks ignore them.
     """
     return {getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers}
 
@@ -275,7 +275,7 @@ def import_cache(cache: Cache, own: SlotCache, kept: Tensor) -> None:
         new.lazy_initialization(keys, values)
         dropped = length - keys.shape[2]
         for row, count in enumerate(counts):
-            seen = kept[row, dropped:].to(keys.device)
+            seen = kept[row, dropped:].to(keys.device)  # (entries,) bool
             size = int(seen.sum())
             new.key_buffer[row, :, count - size : count] = keys[row][:, seen]  # type: ignore[union-attr]
             new.value_buffer[row, :, count - size : count] = values[row][:, seen]  # type: ignore[union-attr]

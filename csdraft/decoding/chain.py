@@ -62,7 +62,7 @@ def draft_chain(
 
     Args:
         contexts: where to continue from.
-        wanted: (rows,) numbers of tokens; a row also ends on an end-of-text token, or when its `stop` says so.
+        wanted: (rows,) numbers of tokens; a row also ends on an end-of-text token, or when its `stop` returns True.
         confidence: whether to compute each token's softmax probability.
         stops: (rows,) called after each drafted token; see `Budget`.
     """
@@ -182,18 +182,18 @@ class OnDevice(Growing):
         self._columns: list[Tensor] = []  # per step (4, batch): token, its score, confidence, entropy
 
     def choose(self, logits: Tensor) -> Tensor:
-        scores = self.chooser.processing.all_at_once(logits).float()
+        scores = self.chooser.processing.all_at_once(logits).float()  # (batch, vocab)
         if not self.chooser.sampler.greedy:
             scores = scores - self._noise(scores)
         best = scores.max(-1)
         column = [best.indices.double(), best.values.double()]
         if self.watched:
-            probs = self.soft(logits)
+            probs = self.soft(logits)  # (batch, vocab)
             column += [
                 probs.gather(1, best.indices[:, None])[:, 0].double(),
                 torch.special.entr(probs).sum(-1).double(),
             ]
-        self._columns.append(torch.stack(column))
+        self._columns.append(torch.stack(column))  # (2 or 4, batch)
         return best.indices
 
     def _noise(self, scores: Tensor) -> Tensor:

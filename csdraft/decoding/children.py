@@ -131,7 +131,7 @@ def _kept(question: Question, table: np.ndarray) -> list[Children]:
     logs = table[1]  # (nodes, width)
     kept = logs > -np.inf
     if question.most is not None and question.most < logs.size:
-        paths = logs + np.array(question.above)[:, None]
+        paths = logs + np.array(question.above)[:, None]  # (nodes, width)
         kept &= paths >= np.partition(paths, -question.most, None)[-question.most]
     children = []
     for node, count in enumerate(kept.sum(1).tolist()):  # children are sorted, so the kept ones are the first

@@ -54,7 +54,7 @@ class DraftProbs:
                 return f"a draft's distribution has shape {tuple(row.shape)}, the target's distributions ({vocab},)"
         stacked = torch.stack(rows)  # (distinct rows, vocab)
         sums, least = stacked.sum(-1, dtype=torch.float32), stacked.amin(-1)
-        found = torch.stack([sums, least.float()]).tolist()
+        found = torch.stack([sums, least.float()]).tolist()  # (2, distinct rows)
         for total, lowest in zip(*found, strict=True):
             if not abs(total - 1) <= ROUNDING or not lowest >= 0:  # also true for nan
                 return (

@@ -97,12 +97,12 @@ class Inputs:
 
     def __init__(self, rows: int, queries: int, deepest: int, device: torch.device):
         shape = (PATHS + deepest, rows, queries)
-        self._host = torch.zeros(shape, dtype=torch.long)
+        self._host = torch.zeros(shape, dtype=torch.long)  # (5 + deepest, rows, queries)
         self._table = self._host.numpy()  # shares its memory
         self._there = self._host if device.type == "cpu" else torch.zeros(shape, dtype=torch.long, device=device)
         self._here: Any = self._table if self._there is self._host else self._there  # on a CPU, NumPy is faster
         self.ids, self.positions, self.slots, self.sees = self._there[:PATHS]
-        self.paths = self._there[PATHS:].permute(1, 2, 0) if deepest else None
+        self.paths = self._there[PATHS:].permute(1, 2, 0) if deepest else None  # (rows, queries, deepest)
         self.end = self.seen_by_all = 0
 
     def load(self, plans: Sequence[Plan], reach: int = 0) -> None:
@@ -151,7 +151,7 @@ class Inputs:
         if self._here is self._table:
             self._here[IDS, :, 0] = tokens
         else:
-            self.ids[:, 0] = torch.as_tensor(tokens, device=self.ids.device)
+            self.ids[:, 0] = torch.as_tensor(tokens, device=self.ids.device)  # (rows,)
 
     def _send(self) -> None:
         if self._there is not self._host:

@@ -83,7 +83,7 @@ class Reader:
         self._buffers: dict[tuple[int, int, int], Inputs] = {}
         self._past = None
         self._prompts = torch.zeros(rows, 2, dtype=torch.long, device=self.device)
-        self._steps = torch.arange(capacity, device=self.device)
+        self._steps = torch.arange(capacity, device=self.device)  # (capacity,)
 
     def begin(self, sources: Sources | None, lacks_tokens: bool, graphs: Mode = False) -> None:
         """Starts another call: sets all counts to 0.
@@ -281,7 +281,7 @@ class Reader:
         """
         prompts, kept = self._prompts[: self.rows, :, None].unbind(1)  # (rows, 1) each
         first = torch.where(positions < prompts, kept, positions) - window  # (rows, queries)
-        near = allowed & (standing[:, None] > first[..., None])
+        near = allowed & (standing[:, None] > first[..., None])  # (rows, queries, slots)
         return near | (~near.any(-1, keepdim=True) & allowed)  # a padding query must see something
 
     def set_prompts(self, prompts: Sequence[int], kept: Sequence[int]) -> None:

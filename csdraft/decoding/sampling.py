@@ -132,7 +132,7 @@ class Sampler:
 
     def draw(self, row: int, probs: Tensor) -> int:
         """A new draw from (vocab,) probabilities, by inversion in double precision."""
-        cumulative = probs.double().cumsum(0)
+        cumulative = probs.double().cumsum(0)  # (vocab,)
         total = float(cumulative[-1])
         if not total > 0:
             raise ValueError(f"cannot draw from probabilities that sum to {total}; are the logits nan?")
@@ -206,7 +206,7 @@ class Processing:
         scores = logits.float()
         if scores is logits:
             scores = logits.clone()
-        ids = torch.empty(scores.shape[0], 0, dtype=torch.long, device=scores.device)
+        ids = torch.empty(scores.shape[0], 0, dtype=torch.long, device=scores.device)  # (n, 0) no text
         for processor in self.processors:
             scores = processor(ids, scores)
         return scores

@@ -189,13 +189,13 @@ class Scores:
 
     def probs(self, node: int) -> Tensor:
         if self.chooser.sampler.greedy:
-            one_hot = torch.zeros(self.logits.shape[-1], device=self.logits.device)
+            one_hot = torch.zeros(self.logits.shape[-1], device=self.logits.device)  # (vocab,)
             one_hot[self.choice(node)] = 1.0
             return one_hot
         return self.processed(node).float().softmax(-1)
 
     def top(self, k: int) -> Tensor:
-        values = self.logits.float() if self.logits.device.type == "cpu" else self.logits
+        values = self.logits.float() if self.logits.device.type == "cpu" else self.logits  # (scored, vocab)
         if k == 1 and values.device.type == "cpu":  # as in `argmax`
             return torch.from_numpy(values.numpy().argmax(-1))[:, None]
         return values.topk(k, -1).indices.cpu()

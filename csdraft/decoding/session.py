@@ -245,7 +245,7 @@ class Session:
     ) -> Sequence[list[int] | None]:
         """All choices of the batch at once; None for each request where choosing one by one is cheaper.
 
-        One by one is cheaper on a CPU for trees, most of whose choices are never asked for, and under coupled draws,
+        On a CPU, one by one is cheaper for trees, where most choices are never asked for, and under coupled draws,
         where each choice needs its own noise.
         """
         chosen = chooser.sampler.greedy or chooser.sampler.coupled
@@ -374,10 +374,10 @@ class Session:
         if not (short and long):  # the usual case
             return self._read(plans, keep, reach if long else 0)
         parts = [(short, self._read(short, keep)), (long, self._read(long, keep, reach))]
-        logits = parts[0][1].new_zeros(len(self._batch), keep, self.vocab)
+        logits = parts[0][1].new_zeros(len(self._batch), keep, self.vocab)  # (batch, keep, vocab)
         for row in plans:
             own = [found[self.place(row), -len(part[row].tokens) :] for part, found in parts if row in part]
-            joined = torch.cat(own)[-keep:]
+            joined = torch.cat(own)[-keep:]  # (<= keep, vocab)
             logits[self.place(row), -len(joined) :] = joined
         return logits
 

@@ -79,7 +79,7 @@ class Together:
     def _step(self, views: Sequence[Scores], nodes: Sequence[int]) -> list[int]:
         """(rows,) the token after each row's node; also updates `ids` and applies the criteria."""
         logits = torch.stack([view.raw(node) for view, node in zip(views, nodes, strict=True)])  # (rows, vocab)
-        scores = logits.to(torch.float32, copy=True)
+        scores = logits.to(torch.float32, copy=True)  # (rows, vocab)
         for processor in self.chooser.processing.processors:
             scores = processor(self.ids, scores)
         tokens = []
@@ -87,7 +87,7 @@ class Together:
             view.note(node, row)
             ended = self.pad is not None and bool(self.ended[view.row])
             tokens.append(self.pad if ended else self.chooser.choose(view.row, view.position(node), row))
-        self.ids = torch.cat([self.ids, torch.tensor(tokens)[:, None].to(self.ids)], 1)
+        self.ids = torch.cat([self.ids, torch.tensor(tokens)[:, None].to(self.ids)], 1)  # (rows, length + 1)
         if self._scores is not None:
             self._scores += (scores,)
         self.ended |= self.chooser.stopping.ended(self.ids, self._scores)

@@ -132,7 +132,7 @@ class _Row:
 
     def advance(self, finished: Round) -> None:
         """One Jacobi step: each column in the draft gets the target's next token; a full column becomes an n-gram."""
-        draft, likeliest = finished.draft, finished.scores.top(1)[:, 0].tolist()
+        draft, likeliest = finished.draft, finished.scores.top(1)[:, 0].tolist()  # (nodes + 1,) first ROOT's
         first, moved = ROOT, {}
         for start in self.offered:
             column = self.columns[start]

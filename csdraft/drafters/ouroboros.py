@@ -101,7 +101,7 @@ def _harvest(pool: PhrasePool, finished: Round) -> None:
     draft, accepted, text = finished.draft, set(finished.verdict.accepted), finished.context.text.tokens
     if not len(draft) or not text:
         return
-    likeliest = finished.scores.top(1)[:, 0].tolist()
+    likeliest = finished.scores.top(1)[:, 0].tolist()  # (nodes + 1,) first ROOT's
     inner, done = set(draft.parents), set()
     for leaf in range(len(draft)):
         if leaf in inner or leaf in accepted:

@@ -97,7 +97,7 @@ class TokenRecycling(Drafter):
         if depth <= 0 or last is None or last in call.chooser.stopping.eos or not matrix.known(last):
             return draft
         tree = template(nodes, depth)
-        tokens = np.empty(len(tree.parents) + 1, np.int64)
+        tokens = np.empty(len(tree.parents) + 1, np.int64)  # (nodes + 1,) first the root
         tokens[0] = last
         for start, end, above, ranks in tree.layers:
             tokens[start:end] = matrix.follow(tokens[above], ranks)
@@ -119,7 +119,7 @@ class TokenRecycling(Drafter):
             order = [*range(len(seen)), 0, *(node + 1 for node in finished.verdict.accepted)]
             order = [at for at in order if seen[at] not in eos and seen[at] != UNSEEN]
             tokens += [seen[at] for at in order]
-            found.append(finished.scores.top(KEPT).numpy()[order])
+            found.append(finished.scores.top(KEPT).numpy()[order])  # (len(order), KEPT)
         matrix.update(np.array(tokens, np.int64), np.concatenate(found))
 
 
@@ -154,7 +154,7 @@ def template(nodes: int, depth: int) -> Template:
     layers = []
     for size in range(1, max(map(len, kept)) + 1):
         paths = [path for path in kept if len(path) == size]
-        above = np.array([number[path[:-1]] for path in paths])
+        above = np.array([number[path[:-1]] for path in paths])  # (nodes of the layer,)
         ranks = np.array([path[-1] for path in paths])
         layers.append((number[paths[0]], number[paths[-1]] + 1, above, ranks))
     return Template(tuple(number[path[:-1]] - 1 for path in kept), tuple(layers))

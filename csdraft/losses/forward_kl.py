@@ -26,5 +26,5 @@ def forward_kl(student_logits: Tensor, target_logits: Tensor, labels: Tensor) ->
         target does not, that token costs 1e4 times its target probability, not infinity.
     """
     del labels
-    student, target = log_probs(student_logits), log_probs(target_logits)
+    student, target = log_probs(student_logits), log_probs(target_logits)  # (positions, vocab) each
     return (target.exp() * (target - student)).sum(-1)

@@ -27,5 +27,5 @@ def reverse_kl(student_logits: Tensor, target_logits: Tensor, labels: Tensor) ->
         use `jsd`.
     """
     del labels
-    student, target = log_probs(student_logits), log_probs(target_logits)
+    student, target = log_probs(student_logits), log_probs(target_logits)  # (positions, vocab) each
     return (student.exp() * (student - target)).sum(-1)

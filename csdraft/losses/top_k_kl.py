@@ -32,7 +32,7 @@ def top_k_kl(student_logits: Tensor, target_logits: Tensor, labels: Tensor, *, k
         raise ValueError(f"k={k} must be 1 or more: the number of the target's tokens to tell apart")
     student, target = log_probs(student_logits), log_probs(target_logits)
     target_top, top = target.topk(min(k, target.shape[-1]), sorted=False)  # (positions, k) each
-    student_top = student.gather(-1, top)
+    student_top = student.gather(-1, top)  # (positions, k)
     target_rest, student_rest = (logs.scatter(-1, top, FLOOR).logsumexp(-1) for logs in (target, student))
-    inside = (target_top.exp() * (target_top - student_top)).sum(-1)
+    inside = (target_top.exp() * (target_top - student_top)).sum(-1)  # (positions,)
     return inside + target_rest.exp() * (target_rest - student_rest)

@@ -48,7 +48,7 @@ class Acceptance(evaluate.Metric):
     def _compute(
         self, predictions: Any, references: Any, temperature: float = 1.0, positions: list[int] | None = None
     ) -> dict[str, Any]:
-        draft, target = torch.tensor(predictions), torch.tensor(references)
+        draft, target = torch.tensor(predictions), torch.tensor(references)  # (count, vocab) each
         accepted, agreed = expected_acceptance(draft, target, temperature), greedy_agreement(draft, target)
         figures: dict[str, Any] = {"acceptance": float(accepted.mean()), "agreement": float(agreed.float().mean())}
         if positions is not None:

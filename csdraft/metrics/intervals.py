@@ -40,7 +40,7 @@ def bootstrap_median(values: Sequence[Sequence[float]], draws: int = DRAWS, seed
     generator = np.random.default_rng(seed)
     rows = generator.integers(prompts, size=(draws, prompts, 1))  # indexed below: (draws, prompts, repetitions)
     columns = generator.integers(repetitions, size=(draws, prompts, repetitions))
-    medians = np.median(table[rows, columns].reshape(draws, -1), axis=1)
+    medians = np.median(table[rows, columns].reshape(draws, -1), axis=1)  # (draws,)
     low, high = np.quantile(medians, (0.025, 0.975))
     return Interval(float(np.median(table)), float(low), float(high))
 

@@ -27,7 +27,7 @@ class Stage:
     Args:
         acceptance: the chance that a token is accepted, given that those before it were.
         length: tokens that it adds; a stage that reviews continues until it has at least this many.
-        cost: of one of its forwards (or proposals, if it has no model), in forwards of the target.
+        cost: the time of one of its forwards (or proposals, if it has no model), in forwards of the target.
         reviews: the cascade that it reviews; empty: it drafts token by token.
         proposes: whether one proposal has all `length` tokens, as from statistical drafters.
     """
@@ -70,7 +70,7 @@ def expected_round(stages: Sequence[Stage]) -> tuple[Counts, float, float]:
 
 def drafts(stage: Stage) -> tuple[Counts, float]:
     """Distribution of the tokens that a stage drafts, and its mean cost."""
-    exact = np.zeros(stage.length + 1)
+    exact = np.zeros(stage.length + 1)  # Counts
     exact[stage.length] = 1.0
     if not stage.reviews:
         return exact, stage.cost * (min(stage.length, 1) if stage.proposes else stage.length)

@@ -18,7 +18,7 @@ __all__ = ["Confidence"]
 
 @dataclass(frozen=True)
 class Confidence(Schedule):
-    """Drafts up to `depth` tokens, ending after the first whose confidence is below `threshold`.
+    """Drafts up to `depth` tokens, and stops after the first with a confidence below `threshold`.
 
     Args:
         threshold: softmax probability in [0, 1]; 0 never stops early.

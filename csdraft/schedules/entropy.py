@@ -25,7 +25,7 @@ RATE_MEMORY, THRESHOLD_MEMORY, STEP = 0.5, 0.9, 0.01
 
 @dataclass(frozen=True)
 class Entropy(Schedule):
-    """Drafts up to `depth` tokens, ending after the first with 1 - sqrt(gamma * entropy) < threshold.
+    """Drafts up to `depth` tokens, and stops after the first with 1 - sqrt(gamma * entropy) < threshold.
 
     Args:
         gamma: scale of the entropy, in nats; 0.2 in the paper.

@@ -68,7 +68,7 @@ class AcceptanceHead:
     def __call__(self, confidence: float, entropy: float, depth: int) -> float:
         """Predicted probability that the token is kept, given that all before it are."""
         x = (np.array(self.features(confidence, entropy, depth), dtype=np.float32) - self.mean) / self.scale
-        inner = self.w1 @ x + self.b1
+        inner = self.w1 @ x + self.b1  # (hidden,)
         return float(1 / (1 + np.exp(-(self.w2 @ (inner / (1 + np.exp(-inner))) + self.b2))))
 
     def __eq__(self, other: object) -> bool:

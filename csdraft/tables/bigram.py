@@ -84,7 +84,7 @@ class BigramTable:
         waiting: list[np.ndarray] = []
         size = 0
         for document in documents:
-            ids = np.asarray(document, dtype=np.int64)
+            ids = np.asarray(document, dtype=np.int64)  # (tokens,)
             if ids.size and not (ids.min() >= 0 and ids.max() < vocab):
                 raise ValueError(f"token ids from {ids.min()} to {ids.max()} do not fit a vocabulary of {vocab}")
             waiting.append(ids[:-1] * vocab + ids[1:])
@@ -117,6 +117,6 @@ def _merge(pairs: np.ndarray, counts: np.ndarray, waiting: Sequence[np.ndarray])
     """Sorted distinct pairs and their counts, with the pairs of `waiting` added."""
     fresh, seen = np.unique(np.concatenate([np.empty(0, np.int64), *waiting]), return_counts=True)
     distinct, where = np.unique(np.concatenate([pairs, fresh]), return_inverse=True)
-    total = np.zeros(len(distinct), np.int64)
+    total = np.zeros(len(distinct), np.int64)  # (distinct pairs,)
     np.add.at(total, where, np.concatenate([counts, seen]))
     return distinct, total

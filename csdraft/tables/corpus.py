@@ -99,7 +99,7 @@ class CorpusIndex:
             if ids.size and ids.min() < 0:
                 raise ValueError(f"a document has token {ids.min()}; token ids are 0 or more")
             parts += [ids, np.array([JUNCTION], np.int32)]
-        flat = np.concatenate([np.empty(0, np.int32), *parts])[::-1].copy()
+        flat = np.concatenate([np.empty(0, np.int32), *parts])[::-1].copy()  # (tokens,)
         if len(flat) >= 1 << 31:
             raise ValueError(f"{len(flat)} tokens are too many for one index; build it from less than 2 ** 31")
         order = _sorted_places(flat, progress or (lambda what, share: None))
@@ -183,14 +183,14 @@ def _sorted_places(flat: np.ndarray, progress: Callable[[str, float], None]) -> 
     for done in range(1, rounds):
         progress("sorting", done / rounds)
         width = 1 << (done - 1)
-        behind = np.zeros(size, np.int64)
+        behind = np.zeros(size, np.int64)  # (tokens,) rank `width` places later
         behind[: max(size - width, 0)] = rank[width:]
         key = rank * (size + 1) + behind
         order = np.argsort(key, kind="stable")
-        sorted_key = key[order]
+        sorted_key = key[order]  # (tokens,)
         rank = np.empty(size, np.int64)
         rank[order] = np.cumsum(np.concatenate([[True], sorted_key[1:] != sorted_key[:-1]])[:size])
     progress("sorting", 1.0)
-    useful = (flat[order] != JUNCTION) & (order > 0)
+    useful = (flat[order] != JUNCTION) & (order > 0)  # (tokens,) bool
     useful &= flat[order - 1] != JUNCTION
     return order[useful].astype(np.int32)

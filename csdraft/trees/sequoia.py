@@ -62,7 +62,7 @@ class Sequoia(Tree):
         Args:
             report: the report of these calls. They should sample like later calls: acceptance depends on it.
             nodes: nodes of the draft.
-            reviewer: name, in the report, of the reviewer whose decisions count.
+            reviewer: name of a reviewer in the report; its decisions are counted.
         """
         counts = report.reviews[reviewer].ranks
         rates = []

@@ -152,7 +152,7 @@ def probs_without(draft_probs: Tensor, tokens: Sequence[int]) -> Tensor:
     """
     if not tokens:
         return draft_probs
-    rest = draft_probs.clone()
+    rest = draft_probs.clone()  # (vocab,)
     rest[list(tokens)] = 0
     if not rest.sum() > 0:
         rest.fill_(1)

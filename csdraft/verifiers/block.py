@@ -48,7 +48,7 @@ class Block(Verifier):
         for node in nodes[:kept]:
             if scores.ends(node - 1, draft.tokens[node]):
                 return Verdict(list(range(root + 1, node + 1)), None, True)
-        left = target_probs[kept]
+        left = target_probs[kept]  # (vocab,)
         if kept < len(nodes):
             left = residual(weights[kept] * left, draft, nodes[kept])
         token = sampler.draw(scores.row, left)

@@ -43,7 +43,7 @@ class KSeq(Stepwise):
             token = draft.tokens[child]
             if sampler.accepts(row, float(target_probs[token]) / max(rho * float(draft_probs[token]), TINY)):
                 return child, left
-        kept = torch.minimum(draft_probs, target_probs / rho)
+        kept = torch.minimum(draft_probs, target_probs / rho)  # (vocab,)
         one = float(kept.sum())
         rest = (target_probs - kept * (any_of(one, len(group)) / max(one, TINY))).clamp_(min=0)
         return None, left_over(rest, target_probs).to(left)

@@ -74,5 +74,5 @@ class Rejection(Stepwise):
         draft_probs = drawn_from(draft, children[0]) if children else None
         if self.lenience == 1 or draft_probs is None:
             return aim
-        kept = torch.minimum(draft_probs.to(aim), self.lenience * aim)
+        kept = torch.minimum(draft_probs.to(aim), self.lenience * aim)  # (vocab,)
         return kept + (1 - kept.sum()).clamp(min=0) * residual(aim, draft, children[0])

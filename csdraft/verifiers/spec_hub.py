@@ -52,8 +52,8 @@ class SpecHub(Stepwise):
         if sampler.accepts(row, float((taken_late if came_first else taken)[token]) / max(offered, TINY)):
             return other, left
         # The hub's own mass goes first to the pairs in which the hub came first.
-        wanted = left[hub]
-        first = torch.minimum(wanted, hub_first.sum())
+        wanted = left[hub]  # ()
+        first = torch.minimum(wanted, hub_first.sum())  # ()
         second = torch.minimum(wanted - first, hub_second.sum())
         chance = first / hub_first.sum() if came_first else second / hub_second.sum()
         if sampler.accepts(row, float(chance.nan_to_num(0.0))):

@@ -99,7 +99,7 @@ class Place:
     def refuse(self, draft: Draft, child: int) -> None:
         """Removes what `child` could have supplied from `left`; `weight` is then conditional on its rejection."""
         token, probs = draft.tokens[child], self.probs_of(draft, child)
-        rest = self.weight * self.left
+        rest = self.weight * self.left  # (vocab,)
         if probs is None:
             rest[token] = 0
         else:
