@@ -180,7 +180,7 @@ class Session:
             self.score(missing, choose=False)
 
     def retire(self, live: Sequence[int]) -> None:
-        """Removes ended rows from the batch. With recorded graphs, only where fewer rows have a graph of their own."""
+        """Removes ended rows from the batch. With recorded graphs, only once the rest fit a smaller power of two."""
         if self.pinned or (self.reader.graphs is not None and bucket(len(live)) >= len(self._batch)):
             return
         self._unproven.clear()
