@@ -1,7 +1,7 @@
-"""Tokens that a model has chosen on its device and the host has not seen yet.
+"""Tokens that a model has chosen on its device and that were not copied to the host yet.
 
-The target can read them where they are. The host sees them in the one copy that also brings the target's choices; who
-looks at them before waits for a copy of its own, and sees the same.
+The target can read them on the device. They reach the host in the same copy as the target's choices. Code that looks
+at them earlier waits for an extra copy, and gets the same tokens.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ __all__ = ["Awaited", "Choices"]
 
 
 class Choices:
-    """What the steps of a chain have chosen in a batch.
+    """The tokens that the steps of a chain have chosen, for a batch.
 
     Args:
-        table: (steps, 2, batch) float64 on the device: each token, and its score.
+        table: (steps, 2, batch) float64 on the device: each token and its score.
     """
 
     def __init__(self, table: Tensor):
@@ -28,35 +28,35 @@ class Choices:
 
     @property
     def waiting(self) -> bool:
-        """Whether the host has not seen them yet."""
+        """Whether they were not copied to the host yet."""
         return self._seen is None
 
     def receive(self, values: Sequence[float]) -> None:
-        """Takes the flat values of `table`, which came with another copy."""
+        """Stores the flat values of `table`, which came to the host with another copy."""
         steps, columns, batch = self.table.shape
         numbers = iter(values)
         self._seen = [[[next(numbers) for _ in range(batch)] for _ in range(columns)] for _ in range(steps)]
 
     def column(self, place: int, steps: int) -> tuple[int, ...]:
-        """The first tokens of one row of the batch, on the host."""
+        """(steps,) the first `steps` tokens of one row of the batch, on the host."""
         if self._seen is None:
             self._seen = self.table.tolist()
         return tuple(int(step[0][place]) for step in self._seen[:steps])
 
     def has_nan(self, place: int) -> bool:
-        """Whether a score of a row is nan: its model has failed."""
+        """Whether a score of a row is nan, which means that the model has failed."""
         self.column(place, 0)
         assert self._seen is not None
         return any(step[1][place] != step[1][place] for step in self._seen)
 
 
 class Awaited(Sequence[int]):
-    """One row's tokens of some `Choices`: a sequence of numbers that is fetched when it is looked into.
+    """One row's tokens from `Choices`: a sequence of token ids that is copied to the host when it is first read.
 
     Args:
-        choices: of the batch.
-        place: of the row in it.
-        count: how many.
+        choices: the choices of the batch.
+        place: the row's index in the batch.
+        count: number of tokens.
     """
 
     def __init__(self, choices: Choices, place: int, count: int):
@@ -64,17 +64,17 @@ class Awaited(Sequence[int]):
 
     @property
     def waiting(self) -> bool:
-        """Whether the host has not seen them yet."""
+        """Whether they were not copied to the host yet."""
         return self.choices.waiting
 
     @property
     def have_nan(self) -> bool:
-        """Whether the model that chose them has failed; asked when the host has seen them."""
+        """Whether the model that chose them has failed; call it when they are on the host."""
         return self.choices.has_nan(self.place)
 
     @property
     def on_device(self) -> Tensor:
-        """(count,) int64 where the model chose them."""
+        """(count,) int64 on the model's device."""
         return self.choices.tokens[: self._count, self.place]
 
     def __len__(self) -> int:
@@ -88,7 +88,7 @@ class Awaited(Sequence[int]):
 
     def __getitem__(self, index: int | slice) -> int | Sequence[int]:
         if isinstance(index, slice) and not index.start and index.step is None and (index.stop or 0) >= 0:
-            return Awaited(self.choices, self.place, range(self._count)[index].stop)  # not looked into yet
+            return Awaited(self.choices, self.place, range(self._count)[index].stop)  # still needs no copy
         return self.choices.column(self.place, self._count)[index]
 
     def __iter__(self) -> Iterator[int]:

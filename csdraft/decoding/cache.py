@@ -1,4 +1,4 @@
-"""A preallocated KV cache whose slots are written by index (rollback is free); all about transformers' caches."""
+"""A preallocated KV cache with slots written by index, so rollback is free; and all code for transformers' caches."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class SlotLayer(DynamicLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         self.key_buffer, self.value_buffer = (
-            # Zeros, since a masked slot still meets a weight of 0, and 0 * nan is nan.
+            # Zeros: attention multiplies a masked slot by 0, and 0 * nan would be nan.
             states.new_zeros(states.shape[0], states.shape[1], self.cache.capacity, states.shape[-1])
             for states in (key_states, value_states)
         )
@@ -59,14 +59,14 @@ class SlotLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         shared, visible, rows = self.cache.shared, self.cache.visible, key_states.shape[0]
         keys, values = self.key_buffer, self.value_buffer
-        if rows < keys.shape[0]:  # others have ended
+        if rows < keys.shape[0]:  # some rows have ended
             keys, values = keys[:rows], values[:rows]
-        if shared is not None:  # narrow: half the price of indexing, and this runs in every layer of every step
+        if shared is not None:  # narrow takes half the time of indexing, and this runs in every layer of every step
             queries = shared.stop - shared.start
             keys.narrow(2, shared.start, queries).copy_(key_states)
             values.narrow(2, shared.start, queries).copy_(value_states)
         else:
-            index = self.cache.index_for(key_states)
+            index = self.cache.index_for(key_states)  # (rows, heads, queries, head_dim)
             keys.scatter_(2, index, key_states)
             index = index if value_states.shape == key_states.shape else self.cache.index_for(value_states)
             values.scatter_(2, index, value_states)
@@ -74,10 +74,10 @@ class SlotLayer(DynamicLayer):
         return self.keys, self.values
 
     def grow(self) -> None:
-        """Takes the cache's new capacity."""
+        """Makes the buffers as long as the cache's new capacity."""
         for name in ("key_buffer", "value_buffer"):
             old = getattr(self, name)
-            new = old.new_zeros(*old.shape[:2], self.cache.capacity, old.shape[3])
+            new = old.new_zeros(*old.shape[:2], self.cache.capacity, old.shape[3])  # (rows, heads, capacity, head_dim)
             new[:, :, : old.shape[2]] = old
             setattr(self, name, new)
 
@@ -89,19 +89,19 @@ class SlotLayer(DynamicLayer):
 
 
 class SlotCache(Cache):
-    """KV cache with preallocated slots; `place` says where the next forward writes and how far it sees.
+    """KV cache with preallocated slots. Before a forward, `place` sets where it writes and how far it sees.
 
     Args:
         layers: number of self-attention layers.
         rows: batch size.
         capacity: slots to reserve; grows by doubling when a forward needs more.
-        device: where slots are numbered; keys and values lie where they arrive.
-        by_position: whether masks need to know where the token of each slot stands.
+        device: where slot numbers and positions are; keys and values stay on the devices where they are computed.
+        by_position: whether masks need the position of the token in each slot.
 
     Attributes:
-        positions: (rows, capacity) int64, where the token of each slot stands; None if it is not needed.
-        features: by tap, (rows, capacity, hidden) hidden states of the tokens in the slots; see `Drafter.taps`. They
-            are written, moved and dropped with keys and values.
+        positions: (rows, capacity) int64 position of the token in each slot; None if not needed.
+        features: tap -> (rows, capacity, hidden) hidden states of the tokens in the slots; see `Drafter.taps`. They
+            are written, moved and dropped together with keys and values.
     """
 
     def __init__(self, layers: int, rows: int, capacity: int, device: torch.device, by_position: bool):
@@ -117,34 +117,34 @@ class SlotCache(Cache):
         super().__init__(layers=[SlotLayer(self) for _ in range(layers)])
 
     def place(self, slots: Tensor, positions: Tensor, visible: int, shared: slice | None = None) -> None:
-        """Before a forward: its queries write `slots`, and the model sees slots 0 to `visible`.
+        """Called before a forward: its queries are written to `slots`, and the model sees the first `visible` slots.
 
         Args:
-            slots, positions: (rows, queries) where each query is written, and where it stands.
-            visible: number of leading slots the mask covers.
-            shared: the range that all rows write, if it is one.
+            slots, positions: (rows, queries) slot and position of each query.
+            visible: number of leading slots that the mask covers.
+            shared: the range of slots, if all rows write the same range.
         """
         self.slots, self.shared, self.visible = slots, shared, visible
         self.start = visible - slots.shape[1] if shared is None else shared.start
         self._indices.clear()
         if self.positions is not None:
-            self.positions.scatter_(1, slots, positions)
+            self.positions.scatter_(1, slots, positions)  # (rows, capacity)
 
     def note(self, taps: Iterable[int], states: Sequence[Tensor]) -> None:
-        """Takes the features of the tokens that a forward has just read.
+        """Stores the features of the tokens that a forward has just read.
 
         Args:
-            states: (rows, queries, hidden) each, the embeddings and then the output of every block.
+            states: (rows, queries, hidden) each: the embeddings, then the output of every block.
         """
         for tap in taps:
             state = states[tap]
             if tap not in self.features:
                 self.features[tap] = state.new_zeros(state.shape[0], self.capacity, state.shape[-1])
-            index = self.slots.to(state.device)[..., None].expand(state.shape)
+            index = self.slots.to(state.device)[..., None].expand(state.shape)  # (rows, queries, hidden)
             self.features[tap].scatter_(1, index, state)
 
     def reserve(self, slots: int) -> bool:
-        """Makes room for so many slots, and says whether it had to: keys and values then lie elsewhere."""
+        """Makes room for `slots` slots; True if it had to, which moves keys and values to other addresses."""
         if slots <= self.capacity:
             return False
         self.capacity = max(slots, 2 * self.capacity)
@@ -160,7 +160,7 @@ class SlotCache(Cache):
         return True
 
     def index_for(self, states: Tensor) -> Tensor:
-        """(rows, heads, queries, head_dim) view of the slots, made once a forward and shape."""
+        """(rows, heads, queries, head_dim) view of `slots`, made once for each forward and shape."""
         key = (states.device, states.shape)
         if key not in self._indices:
             self._indices[key] = self.slots.to(states.device)[:, None, :, None].expand(states.shape)
@@ -168,7 +168,7 @@ class SlotCache(Cache):
 
     def move(self, row: int, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copies slot `sources[i]` of a row to `targets[i]`, all at once."""
-        indices: dict[torch.device, Tensor] = {}  # layers may be on several devices: one copy each
+        indices: dict[torch.device, Tensor] = {}  # (2, moves): sources, targets; one copy for each device of layers
         if self.positions is not None:
             self.positions[row, list(targets)] = self.positions[row, list(sources)]
         parts = [b[row] for x in self._filled() for b in (x.key_buffer, x.value_buffer)]  # (heads, capacity, head_dim)
@@ -180,14 +180,14 @@ class SlotCache(Cache):
             part.index_copy_(1, target, part.index_select(1, source))
 
     def at(self, row: int, slot: int) -> list[Tensor]:
-        """Copies of the keys and values of one token, layer after layer; each (heads, head_dim)."""
+        """Copies of one token's keys and values of every layer; (heads, head_dim) each."""
         return [b[row, :, slot].clone() for layer in self._filled() for b in (layer.key_buffer, layer.value_buffer)]
 
     def keep_rows(self, rows: Sequence[int]) -> None:
-        """Drops all batch rows but `rows`, which become the first, in that order; the memory stays where it is.
+        """Drops all batch rows but `rows`, which become the first rows in this order. The memory is not moved.
 
         Args:
-            rows: each must stay where it is, or come from behind those that are kept.
+            rows: `rows[i]` is i, or an index of len(rows) or more.
         """
         buffers = [b for layer in self._filled() for b in (layer.key_buffer, layer.value_buffer)]
         buffers += self.features.values()
@@ -202,18 +202,18 @@ class SlotCache(Cache):
 
     @property
     def is_written(self) -> bool:
-        """Whether a forward has put keys and values into it."""
+        """Whether a forward has written keys and values."""
         return bool(self._filled())
 
     @property
     def bytes(self) -> int:
-        """Memory held by keys, values and features."""
+        """Bytes of memory that keys, values and features take."""
         buffers = [b for x in self._filled() for b in (x.key_buffer, x.value_buffer)]
         return sum(b.numel() * b.element_size() for b in [*buffers, *self.features.values()])
 
 
 def encoder_decoder_cache(own: SlotCache, cross: Cache | None) -> EncoderDecoderCache:
-    """`own` for self-attention; `cross` (a fresh one if None) for the encoder's keys and values, written once."""
+    """A cache with `own` for self-attention, and `cross` (None: a new one) for the encoder's keys and values."""
     return EncoderDecoderCache(own, cross if cross is not None else DynamicCache())
 
 
@@ -223,7 +223,7 @@ def cross_attention_cache(cache: Cache | None) -> Cache | None:
 
 
 def holds(cache: Cache) -> bool:
-    """Whether `import_cache` and `export_cache` know this kind of cache."""
+    """Whether `import_cache` and `export_cache` can handle this kind of cache."""
     cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     return all(type(layer) in KNOWN for layer in cache.layers)
 
@@ -232,10 +232,10 @@ KNOWN = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWind
 
 
 def slots_of(cache: Cache, window: int | None) -> int | None:
-    """How many tokens a static cache can hold; None if it grows, or has only layers that keep a whole window.
+    """How many tokens a static cache can hold; None if it grows, or if all its layers keep a whole sliding window.
 
     Args:
-        window: of the model's sliding layers.
+        window: the window of the model's sliding layers.
     """
     cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     bounded = [layer for layer in cache.layers if isinstance(layer, StaticLayer)]
@@ -244,30 +244,30 @@ def slots_of(cache: Cache, window: int | None) -> int | None:
 
 
 def _entries(layer: Any) -> tuple[Tensor, Tensor]:
-    """The keys and values that a layer of a user's cache holds."""
+    """(rows, heads, length, head_dim) each: the keys and values in a layer of a user's cache."""
     if not isinstance(layer, StaticLayer):
         return layer.keys, layer.values
-    keys, values, seen = layer.keys, layer.values, int(layer.get_seq_length())  # of a window, all that it has seen
+    keys, values, seen = layer.keys, layer.values, int(layer.get_seq_length())  # with a window: tokens seen so far
     assert keys is not None
     assert values is not None
     return keys[:, :, :seen], values[:, :, :seen]
 
 
 def windows_of_cache(config: Any) -> set[int | None]:
-    """How many of the last tokens the layers of plain `generate`'s cache keep; None for all.
+    """How many of the last tokens the layers of plain `generate`'s cache keep; None: all.
 
     Args:
-        config: of the text model. Its fields decide, whether or not the model's own masks heed them.
+        config: the text model's config. Its fields decide, even if the model's own masks ignore them.
     """
     return {getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers}
 
 
 def import_cache(cache: Cache, own: SlotCache, kept: Tensor) -> None:
-    """Fills `own` with what the user's cache holds.
+    """Fills `own` with the contents of the user's cache.
 
     Args:
-        kept: (rows, length) bool, False where the user's cache holds padding; each row's kept entries become its
-            first slots. A sliding layer that has dropped old entries leaves their slots empty: no mask lets them show.
+        kept: (rows, length) bool, False where the user's cache holds padding. Each row's other entries go to its first
+            slots. If a sliding layer has dropped old entries, their slots stay empty: every mask hides them.
     """
     length = kept.shape[1]
     counts = kept.sum(1).tolist()
@@ -280,7 +280,7 @@ def import_cache(cache: Cache, own: SlotCache, kept: Tensor) -> None:
         new.lazy_initialization(keys, values)
         dropped = length - keys.shape[2]
         for row, count in enumerate(counts):
-            seen = kept[row, dropped:].to(keys.device)
+            seen = kept[row, dropped:].to(keys.device)  # (entries,) bool
             size = int(seen.sum())
             new.key_buffer[row, :, count - size : count] = keys[row][:, seen]  # type: ignore[union-attr]
             new.value_buffer[row, :, count - size : count] = values[row][:, seen]  # type: ignore[union-attr]
@@ -290,8 +290,8 @@ def export_cache(own: SlotCache, kept: Tensor, into: Cache) -> None:
     """The inverse of `import_cache`: fills a cache so that plain `generate` can continue from it.
 
     Args:
-        kept: (rows, length) bool, False where the output has padding, zeros in the cache.
-        into: the user's cache or the one that `generate` prepared; what it held is replaced.
+        kept: (rows, length) bool, False where the output has padding; the cache gets zeros there.
+        into: the user's cache, or the one that `generate` prepared; its contents are replaced.
     """
     target = into
     if isinstance(into, EncoderDecoderCache):

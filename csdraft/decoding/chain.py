@@ -1,4 +1,4 @@
-"""Drafting a chain: a model writes token after token, each chosen where it was computed and read again from there."""
+"""Drafting a chain: a model writes one token after another; each is chosen and read again on the model's device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAN = float("nan")
 
 @dataclass
 class Drawn:
-    """What was drawn for one row: tokens, and on demand their confidence and the distributions they are from."""
+    """The draft of one row: (drafted,) tokens and, if asked for, their confidence and (vocab,) distributions."""
 
     tokens: list[int] | Awaited = field(default_factory=list)
     confidence: list[float] | None = None
@@ -31,7 +31,7 @@ class Drawn:
 
 @dataclass(eq=False)
 class Row:
-    """One row of a chain that grows: its place in the batch, the tokens wanted, and what has come of it."""
+    """One row while its chain is drafted: its batch index, the number of tokens wanted, and the tokens so far."""
 
     context: Context
     place: int
@@ -42,7 +42,7 @@ class Row:
 
     @property
     def position(self) -> int:
-        """Of the token that comes next, as far as the host knows."""
+        """Position of the next token, counting only tokens that the host has seen."""
         return len(self.context.text) + len(self.context.path) + len(self.drawn.tokens)
 
 
@@ -53,18 +53,18 @@ def draft_chain(
     confidence: bool = False,
     stops: Sequence[Stop | None] | None = None,
 ) -> list[Drawn]:
-    """Draws `wanted[i]` tokens after each context: equal, token for token, to so many calls of score and choice.
+    """Drafts `wanted[i]` tokens after context i. They equal those of `wanted[i]` calls of `score` and `choice`.
 
-    Where the host need not see a token before the next is drawn (on an accelerator, unless a processor reads the
-    text), nothing is copied before the end. What follows a token to stop at is then cut off: that changes nothing,
-    since a `stop` looks at no later token. Where no token is asked about, they are `Awaited`, and may continue behind
-    the end of a text: their review ends there.
+    On an accelerator, unless a processor reads the text, tokens stay on the device until the end of the chain. Tokens
+    after one to stop at are then cut off. That gives the same draft, since a `stop` never looks at later tokens. If no
+    `stop` or confidence is asked for, the tokens are `Awaited`. They may go on after the end of a text: the review
+    ends there.
 
     Args:
         contexts: where to continue from.
-        wanted: (rows,) numbers of tokens; a row also ends on an end-of-text token, or when its `stop` says so.
+        wanted: (rows,) numbers of tokens; a row also ends on an end-of-text token, or when its `stop` returns True.
         confidence: whether to compute each token's softmax probability.
-        stops: per row, asked about each token kept; see `Budget`.
+        stops: (rows,) called after each drafted token; see `Budget`.
     """
     chooser, requests, rows = session.chooser, [], []
     independent = not chooser.sampler.greedy and not chooser.sampler.coupled
@@ -92,17 +92,17 @@ def draft_chain(
         steps += 1
     growing.finish()
     for row in rows:
-        fed = len(row.drawn.tokens) - 1  # the last one was never read
+        fed = len(row.drawn.tokens) - 1  # the model never read the last one
         session.drafted(row.context.row, row.drawn.tokens[:fed], steps - 1 - fed)
     return result
 
 
 class Growing:
-    """Chooses the next token of every row, as one kind of machine does it best.
+    """Chooses the next token of every row. There is one subclass for CPUs and one for accelerators.
 
     Args:
-        chooser: how logits become tokens.
-        rows: those that draft.
+        chooser: turns logits into tokens.
+        rows: the rows that draft.
     """
 
     def __init__(self, chooser: TokenChooser, rows: Sequence[Row]):
@@ -111,26 +111,26 @@ class Growing:
 
     @property
     def all_ended(self) -> bool:
-        """Whether no row needs another token, as far as the host knows."""
+        """Whether all rows have ended, as far as the host knows."""
         return all(row.ended for row in self.rows)
 
     def choose(self, logits: Tensor) -> Tensor | list[int]:
-        """(batch,) the next token of every row, from (batch, vocab) logits; 0 where no row drafts.
+        """(batch,) the next token of every row, from (batch, vocab) logits; 0 for rows that do not draft.
 
-        On the device, or a list where the host has seen them.
+        A tensor on the device, or a list if the host has seen the tokens.
         """
         raise NotImplementedError
 
     def finish(self) -> None:
-        """Called once: now `Row.drawn` must be complete."""
+        """Called once at the end; it must complete `Row.drawn`."""
 
     def soft(self, logits: Tensor) -> Tensor:
-        """The softmax of (..., vocab) logits at the call's temperature (1 when greedy)."""
+        """(..., vocab) softmax of the logits at the call's temperature (1 when greedy)."""
         temperature = 1.0 if self.chooser.sampler.greedy else self.chooser.processing.temperature
         return (logits.float() / temperature).softmax(-1)
 
     def take(self, row: Row, token: int, sure: float = NAN, unsure: Callable[[], float] = lambda: NAN) -> None:
-        """Adds a token to a row, and asks whether it is the last one; its confidence and entropy where watched."""
+        """Adds a token to a row, with its confidence and entropy if `watched`, and decides whether the row ends."""
         assert isinstance(row.drawn.tokens, list)
         row.drawn.tokens.append(token)
         if row.drawn.confidence is not None:
@@ -141,7 +141,7 @@ class Growing:
 
 
 class OnHost(Growing):
-    """Every token is seen before the next is drawn: the chain ends with the last row that needs another."""
+    """The host sees every token before the next is drawn, so the chain ends when the last row does."""
 
     def choose(self, logits: Tensor) -> list[int]:
         live = [row for row in self.rows if not row.ended]
@@ -159,7 +159,7 @@ class OnHost(Growing):
         chooser, sampler = self.chooser, self.chooser.sampler
         if sampler.greedy and chooser.processing.text_blind:
             places = [row.place for row in live]
-            of_all = places == list(range(len(logits)))  # and in the batch's order
+            of_all = places == list(range(len(logits)))  # all rows of the batch, in its order
             return argmax(chooser.processing.all_at_once(logits if of_all else logits[places]))
         tokens = []
         for row in live:
@@ -175,29 +175,29 @@ class OnHost(Growing):
 
 
 class OnDevice(Growing):
-    """Nothing is seen before the end, in one copy for all steps and rows; tokens alone, only with their review."""
+    """Nothing is copied to the host before the end: one copy for all steps and rows. Bare tokens stay `Awaited`."""
 
     def __init__(self, chooser: TokenChooser, rows: Sequence[Row]):
         super().__init__(chooser, rows)
         self._columns: list[Tensor] = []  # per step (4, batch): token, its score, confidence, entropy
 
     def choose(self, logits: Tensor) -> Tensor:
-        scores = self.chooser.processing.all_at_once(logits).float()
+        scores = self.chooser.processing.all_at_once(logits).float()  # (batch, vocab)
         if not self.chooser.sampler.greedy:
             scores = scores - self._noise(scores)
         best = scores.max(-1)
         column = [best.indices.double(), best.values.double()]
         if self.watched:
-            probs = self.soft(logits)
+            probs = self.soft(logits)  # (batch, vocab)
             column += [
                 probs.gather(1, best.indices[:, None])[:, 0].double(),
                 torch.special.entr(probs).sum(-1).double(),
             ]
-        self._columns.append(torch.stack(column))
+        self._columns.append(torch.stack(column))  # (2 or 4, batch)
         return best.indices
 
     def _noise(self, scores: Tensor) -> Tensor:
-        """(batch, vocab) of the position that comes next, or fresh where draws are independent."""
+        """(batch, vocab) the noise of the next position; under independent draws new noise."""
         noise, sampler = torch.zeros_like(scores), self.chooser.sampler
         if sampler.coupled:
             places = [(row.context.row, row.position + len(self._columns)) for row in self.rows]

@@ -1,4 +1,4 @@
-"""From the logits after a node to its children in a tree: the likeliest tokens, or drawn ones."""
+"""Finds the children of a tree's nodes from the logits after them: the likeliest tokens, or drawn ones."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = ["Children", "Question", "find_children"]
 
 @dataclass(eq=False)
 class Children:
-    """The children of one node, in the order they are proposed; see `Growth` for what the numbers mean.
+    """The children of one node, in the order in which they are proposed; see `Growth` for the lists' meaning.
 
     Attributes:
-        probs: (vocab,) what they were drawn from; None if they were chosen.
+        probs: (vocab,) distribution that they were drawn from; None if they were chosen.
     """
 
     tokens: list[int]
@@ -33,14 +33,14 @@ class Children:
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """What one row's tree asks about the nodes of a level.
+    """The nodes that one row's tree expands in a step.
 
     Attributes:
-        scores: of one forward, with the logits after just these nodes.
-        nodes: whose children are wanted.
-        width: children of each, at most.
-        above: (nodes,) log probability of each node's own path, which `most` goes by.
-        most: keep so many of all children, those with the likeliest paths (and equals of the last of them).
+        scores: scores of one forward, after exactly these nodes.
+        nodes: the nodes to expand.
+        width: the most children of each node.
+        above: (nodes,) log probability of each node's path; needed for `most`.
+        most: keep only this many children in all, those with the likeliest paths (ties with the last one stay too).
     """
 
     scores: Scores
@@ -51,12 +51,12 @@ class Question:
 
 
 def find_children(questions: Sequence[Question], draws: Kind | None, confidence: bool = False) -> list[list[Children]]:
-    """By question, the children of each of its nodes: chosen, or drawn where draws are independent.
+    """For each question, the children of each of its nodes: chosen, or drawn under independent draws.
 
-    What is chosen comes to the host in one copy for all rows.
+    Chosen children come to the host in one copy for all rows.
 
     Args:
-        draws: how independent draws are made; see `Tree.draws`.
+        draws: how to draw under independent draws; see `Tree.draws`.
         confidence: whether to compute the children's softmax probabilities at the call's temperature.
     """
     chooser = questions[0].scores.chooser
@@ -82,7 +82,7 @@ def find_children(questions: Sequence[Question], draws: Kind | None, confidence:
 
 
 def _values(question: Question) -> Tensor:
-    """(nodes, vocab) float32 scores after each node, as the level's processors leave them."""
+    """(nodes, vocab) float32 scores after each node, after the level's processors."""
     scores = question.scores
     if scores.chooser.processing.text_blind:
         return scores.chooser.processing.all_at_once(scores.logits).float()
@@ -90,13 +90,13 @@ def _values(question: Question) -> Tensor:
 
 
 def _soft(scores: Scores) -> Tensor:
-    """(nodes, vocab) softmax at the call's temperature."""
+    """(nodes, vocab) softmax at the call's temperature (1 when greedy)."""
     temperature = 1.0 if scores.chooser.sampler.greedy else scores.chooser.processing.temperature
     return (scores.logits.float() / temperature).softmax(-1)
 
 
 def _noisy(question: Question) -> Tensor:
-    """(nodes, vocab) scores less the noise of the position after each node, which siblings and cousins share."""
+    """(nodes, vocab) scores minus the noise of the position after each node; nodes of one depth share a position."""
     scores, values = question.scores, _values(question)
     sampler = scores.chooser.sampler
     if sampler.greedy or not sampler.coupled:
@@ -108,15 +108,15 @@ def _likeliest(values: Tensor, questions: Sequence[Question], soft: Tensor | Non
     """The likeliest children of all rows' nodes, in one copy to the host.
 
     Args:
-        values: (all nodes, vocab) scores, question after question.
+        values: (all nodes, vocab) scores of all questions, one after the other.
         soft: (all nodes, vocab) probabilities, if the children's confidence is wanted.
     """
     widest = min(max(question.width for question in questions), values.shape[-1])
-    top = values.log_softmax(-1).topk(widest, -1)
+    top = values.log_softmax(-1).topk(widest, -1)  # (all nodes, widest)
     columns = [top.indices.double(), top.values.double()]  # (all nodes, widest) each
     if soft is not None:
         columns.append(soft.gather(1, top.indices).double())
-    table = torch.stack(columns).cpu().numpy()
+    table = torch.stack(columns).cpu().numpy()  # (2 or 3, all nodes, widest)
     if np.isnan(table[1]).any():
         raise ValueError(NAN)
     found, first = [], 0
@@ -127,21 +127,21 @@ def _likeliest(values: Tensor, questions: Sequence[Question], soft: Tensor | Non
 
 
 def _kept(question: Question, table: np.ndarray) -> list[Children]:
-    """From (2 or 3, nodes, width) tokens, log probabilities and confidence: what the question lets stay."""
-    logs = table[1]
+    """The children that a question keeps, from (2 or 3, nodes, width) tokens, log probabilities and confidence."""
+    logs = table[1]  # (nodes, width)
     kept = logs > -np.inf
     if question.most is not None and question.most < logs.size:
-        paths = logs + np.array(question.above)[:, None]
+        paths = logs + np.array(question.above)[:, None]  # (nodes, width)
         kept &= paths >= np.partition(paths, -question.most, None)[-question.most]
     children = []
-    for node, count in enumerate(kept.sum(1).tolist()):  # children come by probability: those kept are the first
+    for node, count in enumerate(kept.sum(1).tolist()):  # children are sorted, so the kept ones are the first
         tokens, log_probs, *confidence = (column[node, :count].tolist() for column in table)
         children.append(Children([int(token) for token in tokens], log_probs, [], *confidence))
     return children
 
 
 def _drawn(row: int, sampler: Sampler, log_probs: Tensor, width: int, draws: Kind) -> Children:
-    """From (vocab,) log probabilities: fresh draws, in the order in which a verifier must try them."""
+    """Draws children from (vocab,) log probabilities, in the order in which a verifier must try them."""
     probs, perturbed = log_probs.exp(), []
     if draws == "iid":
         tokens = [sampler.draw(row, probs) for _ in range(width)]
@@ -155,7 +155,7 @@ def _drawn(row: int, sampler: Sampler, log_probs: Tensor, width: int, draws: Kin
 
 
 def _pair(row: int, sampler: Sampler, probs: Tensor) -> list[int]:
-    """SpecHub's two draws (arXiv 2411.05289): one is the likeliest token, the other from the distribution."""
+    """SpecHub's pair (arXiv 2411.05289): the likeliest token, and another token drawn from the distribution."""
     hub, first = int(probs.argmax()), sampler.draw(row, probs)
     if first != hub:
         return [first, hub]

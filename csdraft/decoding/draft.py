@@ -1,4 +1,4 @@
-"""The draft: a tree of tokens proposed to follow a text. An immutable value that every part hands to the next."""
+"""The draft: a tree of tokens proposed to follow a text. It is an immutable value."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ ROOT = -1
 
 NAN = float("nan")
 ROUNDING = 0.02
-"""By which the probabilities of a distribution in half precision may miss 1."""
+"""How far the sum of a distribution in half precision may be from 1."""
 
 
 @dataclass(frozen=True, eq=False)
 class DraftProbs:
-    """What each token of a draft was really drawn from, which is what makes `draft_probs` usable.
+    """The distributions that the tokens of a draft were really drawn from.
 
     Attributes:
-        kind: how siblings were drawn: independently, without replacement, or as a coupled pair. A child must not be
-            left out for being the token that it is, nor for what follows it; of those drawn independently or as a
-            pair, how many there are must not depend on the earlier ones either.
-        rows: one (vocab,) tensor of probabilities a node, on the model's device; siblings share one tensor.
-            None marks a point mass: the token was chosen, not drawn.
+        kind: how siblings were drawn: independently, without replacement, or as a coupled pair. A drawn child must not
+            be left out because of its token, or because of the tokens below it. If children are drawn independently or
+            as a pair, their number must not depend on the tokens drawn before.
+        rows: (nodes,) the (vocab,) probabilities for each node, on the model's device; siblings share one tensor. None
+            marks a point mass: the token was chosen, not drawn.
     """
 
     kind: Kind
     rows: tuple[Tensor | None, ...]
 
     def flaw(self, vocab: int, start: int = 0) -> str | None:
-        """Why rows from `start` on are no distributions of so many tokens; None if they are.
+        """Why the rows from `start` on are not distributions over `vocab` tokens; None if they are.
 
-        One reduction and one copy to the host for all of them.
+        It takes one reduction and one copy to the host for all rows.
         """
         rows = list({id(row): row for row in self.rows[start:] if row is not None}.values())
         if not rows:
@@ -54,9 +54,9 @@ class DraftProbs:
                 return f"a draft's distribution has shape {tuple(row.shape)}, the target's distributions ({vocab},)"
         stacked = torch.stack(rows)  # (distinct rows, vocab)
         sums, least = stacked.sum(-1, dtype=torch.float32), stacked.amin(-1)
-        found = torch.stack([sums, least.float()]).tolist()
+        found = torch.stack([sums, least.float()]).tolist()  # (2, distinct rows)
         for total, lowest in zip(*found, strict=True):
-            if not abs(total - 1) <= ROUNDING or not lowest >= 0:  # nan is neither
+            if not abs(total - 1) <= ROUNDING or not lowest >= 0:  # also true for nan
                 return (
                     f"a draft's distribution sums to {total:.4g}, its least value is {lowest:.4g}; give probabilities"
                 )
@@ -70,11 +70,11 @@ class Draft:
     Nodes are numbered in topological order: `parents[i] < i`, `ROOT` for the children of the text.
 
     Attributes:
-        tokens: (nodes,) vocabulary ids; of a chain they may still be on the device, see `Awaited`.
+        tokens: (nodes,) token ids; those of a chain may still be on the device, see `Awaited`.
         parents: (nodes,) index of each node's parent.
-        levels: (nodes,) level of the cascade whose choice the token was (see `Call.level`).
+        levels: (nodes,) the level of the cascade that chose the token (see `Call.level`).
         confidence: (nodes,) softmax probability under the model that chose it; nan for a point mass or when unknown.
-        probs: what the tokens were drawn from; None means that all are point masses, which is always safe.
+        probs: the distributions that the tokens were drawn from; None: all are point masses, which is always safe.
     """
 
     tokens: tuple[int, ...] | Awaited = ()
@@ -104,7 +104,7 @@ class Draft:
 
     @cached_property
     def has_drawn_siblings(self) -> bool:
-        """Whether some node has two children or more that were drawn, so that it matters how."""
+        """Whether some node has two or more drawn children: only then does `DraftProbs.kind` matter."""
         if self.probs is None or self.is_chain:
             return False
         return _branches([p for p, row in zip(self.parents, self.probs.rows, strict=True) if row is not None])
@@ -130,7 +130,7 @@ class Draft:
         return self._named.get((node, token))
 
     def goes_on(self, other: Draft) -> bool:
-        """Whether it is `other` with more nodes behind."""
+        """Whether this draft is `other`, perhaps with more nodes after it."""
         old = len(other.tokens)
         return self.tokens[:old] == other.tokens and self.parents[:old] == other.parents
 
@@ -145,7 +145,7 @@ class Draft:
         return path[::-1]
 
     def ancestors(self, node: int) -> Iterator[int]:
-        """The nodes above `node`, nearest first, `ROOT` not included."""
+        """The nodes above `node`, nearest first, without `ROOT`."""
         while (node := self.parents[node]) != ROOT:
             yield node
 
@@ -185,10 +185,10 @@ class Draft:
         """This draft with a chain of `tokens` appended below its last node.
 
         Args:
-            tokens: (new,) vocabulary ids.
-            level: whose choice they are.
-            confidence: (new,) softmax probabilities; nan when not given.
-            draft_probs: (new,) tensors (vocab,) they were drawn from; point masses when not given.
+            tokens: (new,) token ids.
+            level: the level that chose them.
+            confidence: (new,) softmax probabilities; nan if not given.
+            draft_probs: (new,) the (vocab,) distributions that they were drawn from; point masses if not given.
         """
         old = len(self.tokens)
         return self.attach(tokens, range(old - 1, old + len(tokens) - 1), level, confidence, draft_probs)
@@ -202,11 +202,11 @@ class Draft:
         draft_probs: Sequence[Tensor | None] | None = None,
         kind: Kind = "iid",
     ) -> Draft:
-        """This draft with more nodes behind its own, anywhere in the tree; the arguments are those of `extend`.
+        """This draft with new nodes anywhere in the tree, numbered after its own; other arguments as in `extend`.
 
         Args:
-            parents: (new,) each an earlier node of the whole draft, or `ROOT`.
-            kind: how siblings were drawn, if `draft_probs` are given. Nodes without siblings are of any kind.
+            parents: (new,) the parent of each: an earlier node of the whole draft, or `ROOT`.
+            kind: how siblings were drawn, if `draft_probs` are given. It does not matter for nodes without siblings.
         """
         if not tokens:
             return self
@@ -231,7 +231,7 @@ class Draft:
     def relabelled(
         self, start: int, draft_probs: Sequence[Tensor | None] | None = None, confidence: Sequence[float] | None = None
     ) -> Draft:
-        """This chain with what a reviewer found out about its nodes from `start` on."""
+        """This chain with a reviewer's distributions and confidence for the nodes from `start` on."""
         probs = self.probs
         if draft_probs is not None:
             before = probs.rows[:start] if probs is not None else (None,) * start
@@ -245,7 +245,7 @@ def _branches(parents: Sequence[int]) -> bool:
 
 
 def _one_kind(kinds: set[Kind]) -> Kind:
-    """The kind of a draft whose branching parts have these; without siblings all kinds are the same."""
+    """The common kind of a draft's branching parts; without siblings the kind does not matter."""
     if len(kinds) > 1:
         raise ValueError(
             f"siblings drawn in two ways, {sorted(kinds)}, cannot stand in one draft; use one kind of tree"

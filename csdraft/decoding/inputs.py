@@ -1,4 +1,4 @@
-"""What one forward reads: buffers of one shape at fixed addresses, filled in one copy or moved on in place."""
+"""The inputs of a forward: buffers of one shape at fixed addresses, filled in one copy or advanced in place."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from csdraft.decoding.awaited import Awaited
 __all__ = ["Inputs", "Plan", "Shape"]
 
 IDS, POSITIONS, SLOTS, SEES, PATHS = range(5)
-"""Rows of the table of an `Inputs`; from PATHS on the further slots that a query sees."""
+"""Rows of the table of an `Inputs`; from PATHS on, the extra slots that a query sees."""
 
 FAR = 1 << 29
-"""A last position that no text reaches."""
+"""A position that no text reaches."""
 
 
 class Shape(NamedTuple):
-    """What a forward's price depends on.
+    """The sizes that a forward's time depends on.
 
     Attributes:
-        rows: of the batch.
-        queries: tokens read a row.
-        slots: leading slots of the cache that are looked at.
-        deepest: further slots that a query sees (its path in a tree), in forwards of fixed shape.
+        rows: batch size.
+        queries: tokens read in each row.
+        slots: leading slots of the cache that the forward sees.
+        deepest: the most extra slots that a query sees (its path in a tree), in forwards of fixed shape.
     """
 
     rows: int
@@ -40,14 +40,14 @@ class Shape(NamedTuple):
 class Plan:
     """One row's part of a forward: its queries, in the order in which they are read.
 
-    A row's slots are dense: slot s holds the token at position s of the text, and the nodes of the draft follow.
+    A row's slots are dense: slot s holds the text's token at position s, and the nodes of the draft follow.
 
     Attributes:
-        tokens, positions, slots: (queries,) what is read, where it stands, where it is written.
+        tokens, positions, slots: (queries,) each query's token, its position, and the slot where it is written.
         sees: (queries,) how many leading slots each query sees.
-        paths: per query the further slots that it sees: its path in the tree, and itself. None if `sees` says all,
-            as of a chain.
-        spare: a slot behind all that are in use: padding is written there.
+        paths: (queries,) the extra slots that each query sees: its path in the tree, itself included. None if `sees`
+            is enough, as in a chain.
+        spare: the slot after all used slots; padding is written there.
         length: tokens of the row's text.
         awaited: the last tokens, if they are still on the device; `tokens` has zeros there.
     """
@@ -63,16 +63,16 @@ class Plan:
 
     @classmethod
     def idle(cls, used: int) -> Plan:
-        """Of a row that nothing is asked of: one token that only itself sees, behind the slots that are in use."""
+        """The plan of a row that needs nothing: one token after the used slots, which sees only itself."""
         return cls((0,), (0,), (used,), (0,), ((used,),), used + 1)
 
     @property
     def deepest(self) -> int:
-        """The most further slots that a query sees."""
+        """The most extra slots that a query sees."""
         return max(map(len, self.paths)) if self.paths else 0
 
     def only(self, queries: Sequence[int]) -> Plan:
-        """The same with some of its queries, in their order."""
+        """The plan with only these queries."""
         known = self.tokens if self.awaited is None else [*self.tokens[: -len(self.awaited)], *self.awaited]
         tokens, positions, slots, sees = (
             [values[query] for query in queries] for values in (known, self.positions, self.slots, self.sees)
@@ -82,33 +82,34 @@ class Plan:
 
 
 class Inputs:
-    """The inputs of a forward of `rows` x `queries` tokens, each of which sees up to `deepest` further slots.
+    """The inputs of a forward of `rows` x `queries` tokens, each of which sees up to `deepest` extra slots.
 
-    Short rows are padded on the left: a padding query stands at position `reach`, is written to the row's spare slot
-    and sees that slot alone.
+    Short rows are padded on the left. A padding query has position `reach`, is written to the row's spare slot, and
+    sees only that slot.
 
     Attributes:
         ids, positions, slots, sees: (rows, queries) int64 views of one buffer; see `Plan`.
-        paths: (rows, queries, deepest) int64, filled up with the query's own slot; None if `deepest` is 0.
-        end: how many leading slots hold all that is read, and all that it sees.
-        seen_by_all: how many leading slots every query sees, or fewer.
+        paths: (rows, queries, deepest) int64; short paths are filled up with the query's own slot. None if `deepest`
+            is 0.
+        end: how many leading slots contain everything that is written or seen.
+        seen_by_all: a number of leading slots that every query sees; it may be too low.
     """
 
     def __init__(self, rows: int, queries: int, deepest: int, device: torch.device):
         shape = (PATHS + deepest, rows, queries)
-        self._host = torch.zeros(shape, dtype=torch.long)
+        self._host = torch.zeros(shape, dtype=torch.long)  # (5 + deepest, rows, queries)
         self._table = self._host.numpy()  # shares its memory
         self._there = self._host if device.type == "cpu" else torch.zeros(shape, dtype=torch.long, device=device)
-        self._here: Any = self._table if self._there is self._host else self._there  # NumPy is the quicker on a CPU
+        self._here: Any = self._table if self._there is self._host else self._there  # on a CPU, NumPy is faster
         self.ids, self.positions, self.slots, self.sees = self._there[:PATHS]
-        self.paths = self._there[PATHS:].permute(1, 2, 0) if deepest else None
+        self.paths = self._there[PATHS:].permute(1, 2, 0) if deepest else None  # (rows, queries, deepest)
         self.end = self.seen_by_all = 0
 
     def load(self, plans: Sequence[Plan], reach: int = 0) -> None:
-        """Takes one plan a row from the host, in one copy.
+        """Fills the buffers with one plan for each row, in one copy to the device.
 
         Args:
-            reach: position of padding queries.
+            reach: the position of padding queries.
         """
         table, self.end = self._table, 0
         self.seen_by_all = min(min(plan.sees) for plan in plans)
@@ -133,11 +134,11 @@ class Inputs:
                 self.ids[row, -len(plan.awaited) :] = plan.awaited.on_device
 
     def advance(self, tokens: Tensor | Sequence[int], last: int) -> None:
-        """One more step of a chain in every row: (rows,) tokens behind those that were read.
+        """Moves on to the next step of a chain in every row.
 
         Args:
-            tokens: where they are, on the device or on the host.
-            last: the last position that there is.
+            tokens: (rows,) the next tokens, on the device or on the host.
+            last: the model's last position.
         """
         self.put(tokens)
         self._here[POSITIONS:] += 1
@@ -146,14 +147,14 @@ class Inputs:
             self.positions.clamp_(max=last)
 
     def put(self, tokens: Tensor | Sequence[int]) -> None:
-        """Replaces the tokens of inputs of one query."""
+        """Replaces the (rows,) tokens of inputs with one query."""
         if self._here is self._table:
             self._here[IDS, :, 0] = tokens
         else:
-            self.ids[:, 0] = torch.as_tensor(tokens, device=self.ids.device)
+            self.ids[:, 0] = torch.as_tensor(tokens, device=self.ids.device)  # (rows,)
 
     def _send(self) -> None:
         if self._there is not self._host:
-            # A pinned copy of its own: the table may be loaded again before the device has read this one.
+            # A new pinned copy each time: the table may be filled again before the device has read it.
             sent = self._host.pin_memory() if self._there.is_cuda else self._host
             self._there.copy_(sent, non_blocking=self._there.is_cuda)

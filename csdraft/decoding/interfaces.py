@@ -1,7 +1,7 @@
-"""The five nouns as interfaces: what a drafter, a verifier and a schedule are asked, and the values between them.
+"""The interfaces `Drafter`, `Tree`, `Verifier` and `Schedule`, and the values that are passed between them.
 
-Drafters, verifiers and schedules are frozen dataclasses: their fields are their options (and weights), no more.
-State of one `generate` call lives in the `Call`; what outlives a call lives in a locked table.
+In a round the schedule gives budgets, the drafter proposes, a session scores, the verifier decides. They are frozen
+dataclasses of options and weights. One call's state is in its `Call`; what outlives a call is in a locked table.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ += ["Stop", "Tree", "Verdict", "Verifier"]
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """Where a drafter stands: a row's text, and a draft that already follows it, whose last node it continues from."""
+    """Where a drafter starts: after a row's text and the draft that already follows it, at that draft's last node."""
 
     row: int
     text: Text
@@ -38,7 +38,7 @@ class Context:
 
     @property
     def tip(self) -> int:
-        """The node to continue from: the draft's last, or `ROOT`."""
+        """The node to continue from: the draft's last node, or `ROOT` if the draft is empty."""
         return self.draft.tip
 
     def after(self, draft: Draft) -> Context:
@@ -47,11 +47,12 @@ class Context:
 
     @property
     def path(self) -> list[int]:
-        """Token ids between the text and the place to continue from."""
+        """Token ids of the draft from its root to the tip."""
         return [self.draft.tokens[node] for node in self.draft.path(self.tip)]
 
 
 Stop = Callable[[float, Callable[[], float]], bool]
+"""(confidence, entropy()) of a drafted token -> whether to stop drafting after it."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,14 @@ class Budget:
     """How much to draft for one row, in tokens beyond the context's tip.
 
     Attributes:
-        depth: tokens wanted; 0 asks for nothing, and the round is a plain decoding step.
-        room: the most that may be handed up (>= depth).
+        depth: tokens to draft; 0 asks for nothing, and the round is a plain decoding step.
+        room: the most tokens that the drafter may return (>= depth).
         skip: how many leading stages a horizontal cascade leaves out. Other drafters have one stage and ignore it.
         size: the most nodes of a tree, for drafters with `sizes`; None: the drafter decides.
         confidence: whether a reviewer above will read `Draft.confidence` (it costs a softmax a token).
-        stop: called with the confidence of each token that a model kept, and with a function that computes the
-            entropy, in nats, of the softmax that this is a probability of; True ends what this model drafts.
-            The token is kept in any case: dropping a token because of what it is would bias sampling.
+        stop: called after each token that a model drafts, with the token's softmax probability and a function that
+            computes the entropy, in nats, of that softmax. True stops this model. The token itself is kept either
+            way: dropping a token because of which token it is would bias sampling.
     """
 
     depth: int
@@ -86,11 +87,11 @@ class Verdict:
     """What a verifier decided.
 
     Attributes:
-        accepted: nodes kept, root outwards.
+        accepted: nodes kept, from the root downwards.
         next_token: correction or bonus token; None if the text ended on an accepted node.
-        ended: whether the text ends with the last of these.
-        emitted_probs: under independent draws, the (vocab,) distribution that each emitted token really has, None for
-            a point mass; None as a whole under coupled or greedy draws, where no rule reads it.
+        ended: whether the text ends with the last emitted token.
+        emitted_probs: under independent draws, for each emitted token the (vocab,) distribution that it was really
+            drawn from, or None for a point mass. Under coupled or greedy draws it is None: no rule reads it.
     """
 
     accepted: list[int]
@@ -101,9 +102,9 @@ class Verdict:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """Ask a session for the logits after some nodes of a draft.
+    """Asks a session for the logits after some nodes of a draft.
 
-    `after` is in draft order and ends with the draft's last node; None means the text itself and every node.
+    `after` lists the nodes in draft order, the draft's last node last; None means `ROOT` and every node.
     """
 
     row: int
@@ -118,10 +119,10 @@ class Round:
 
     Attributes:
         context: where it started.
-        draft: what was put under review (the context's own nodes first).
-        verdict: what was decided.
-        level: the reviewer's level.
-        scores: the reviewer's view; valid until its session's next forward.
+        draft: the draft that was reviewed (the context's own nodes first).
+        verdict: what the verifier decided.
+        level: the level of the reviewer (0 for the target).
+        scores: the reviewer's scores; valid until its session's next forward.
         confidence: (emitted,) confidence of each emitted token, if it was asked for.
     """
 
@@ -134,17 +135,17 @@ class Round:
 
     @property
     def accepted(self) -> int:
-        """Draft tokens kept, the reviewer's own token not counted."""
+        """Draft tokens kept; the reviewer's own token does not count."""
         return len(self.verdict.accepted)
 
     @property
     def drafted(self) -> int:
-        """Draft tokens that were put under review."""
+        """Draft tokens that were reviewed."""
         return len(self.draft) - len(self.context.draft)
 
     @property
     def depth(self) -> int:
-        """Draft tokens on the longest branch that was put under review; `drafted` of a chain."""
+        """Draft tokens on the longest branch that was reviewed; the same as `drafted` for a chain."""
         if self.draft.is_chain or not self.drafted:
             return self.drafted
         return max(self.draft.depths[len(self.context.draft) :]) + 1 - self.draft.depth(self.context.tip)
@@ -157,13 +158,13 @@ class Round:
 
     @cached_property
     def levels(self) -> list[int]:
-        """(emitted,) the level that each emitted token came from."""
+        """(emitted,) the level of the model or table that chose each emitted token."""
         levels = [self.draft.levels[node] for node in self.verdict.accepted]
         return levels if self.verdict.next_token is None else [*levels, self.level]
 
     @cached_property
     def extended(self) -> Draft:
-        """The context's path followed by the emitted tokens: what an inner level hands up."""
+        """A chain of the context's path and the emitted tokens: what an inner level of a cascade passes on."""
         verdict, tip = self.verdict, self.context.tip
         if verdict.accepted:
             tip = verdict.accepted[-1]
@@ -177,23 +178,23 @@ class Round:
 
 
 class ScoresView(Protocol):
-    """One row's view of one forward of a reviewer; valid until that session's next score."""
+    """What one forward of a reviewer says about one row; valid until that session's next `score`."""
 
     row: int
 
     def choice(self, node: int) -> int:
-        """The reviewer's token after `node`: the argmax, or the argmax with the position's noise."""
+        """The reviewer's token after `node`: the argmax, under coupled draws with the position's noise added."""
         ...
 
     def probs(self, node: int) -> Tensor:
-        """(vocab,) float32 distribution of the reviewer's token after `node`, processed; one-hot if greedy."""
+        """(vocab,) float32 distribution of the reviewer's token after `node`, after processors; one-hot if greedy."""
         ...
 
     def top(self, k: int) -> Tensor:
         """(scored, k) int64 on the host: the reviewer's likeliest tokens after every scored node, best first.
 
-        Of the raw logits, which processors have not seen. Rows are in the order of `Request.after`: at the target the
-        first is `ROOT`'s, row i + 1 that of node i.
+        They come from the raw logits, before any processor. Rows are in the order of `Request.after`. At the target
+        row 0 belongs to `ROOT`, row i + 1 to node i.
         """
         ...
 
@@ -202,11 +203,11 @@ class ScoresView(Protocol):
         ...
 
     def entropy(self, node: int) -> float:
-        """Entropy in nats of the softmax that `soft` is a probability of."""
+        """Entropy in nats of the softmax that `soft` reads."""
         ...
 
     def position(self, node: int) -> int:
-        """Absolute position, padding not counted, of the token that follows `node`."""
+        """Absolute position of the token that follows `node`; padding does not count."""
         ...
 
     def ends(self, node: int, token: int) -> bool:
@@ -218,27 +219,27 @@ class Drafter(Reported):
     """Anything that proposes drafts.
 
     Attributes:
-        depth: the number of tokens that it drafts by default.
+        depth: tokens that it drafts by default.
     """
 
     depth: int = 5
 
     @cached_property
     def memory(self) -> Memory:
-        """What schedules have learned about it in earlier calls. Not an option: equal drafters have one each."""
+        """What schedules learned about it in earlier calls. It is not an option: each drafter has its own."""
         return Memory()
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
-        """One draft a context: the context's own nodes first, unchanged, then at most `budget.room` new ones."""
+        """One draft for each context: the context's own nodes, unchanged, then at most `budget.room` new ones."""
         raise NotImplementedError
 
     def parts(self) -> Sequence[Drafter]:
-        """The drafters that it is made of. The methods below reach each of them."""
+        """The drafters that it is made of. By default the methods below call each of them."""
         return ()
 
     def observe(self, rounds: Sequence[Round]) -> None:
-        """Learns from finished rounds of the target; does nothing by default."""
-        for part in {id(part): part for part in self.parts()}.values():  # once each, however often they draft
+        """Learns from finished rounds of the target; by default only its parts do."""
+        for part in {id(part): part for part in self.parts()}.values():  # each part once, even if it is listed twice
             part.observe(rounds)
 
     def models(self) -> list[object]:
@@ -246,18 +247,18 @@ class Drafter(Reported):
         return [model for part in self.parts() for model in part.models()]
 
     def taps(self) -> frozenset[int]:
-        """Hidden states of the target that it reads, by `call.session(call.target).features`.
+        """Which hidden states of the target it reads with `call.session(call.target).features`.
 
-        0 is the embeddings, i the output of block i; of the last block many models give it after their last norm.
+        0 is the embeddings, i the output of block i. Many models return the last block's output after the final norm.
         """
         return frozenset(tap for part in self.parts() for tap in part.taps())
 
     def stages(self) -> list[tuple[Drafter, int]]:
-        """Who writes the draft, in order, and the depth at which each ends. Only cascades have several stages."""
+        """The drafters that write a draft in turn, each with the depth where it ends; several only in cascades."""
         return [(self, self.depth)]
 
     def width(self, depth: int) -> int:
-        """The most tokens of a draft of this depth, all branches counted: what a reviewer must read."""
+        """The most tokens that a draft of this depth has on all branches together: what a reviewer must read."""
         return depth
 
     def sizes(self) -> Sequence[int]:
@@ -265,31 +266,31 @@ class Drafter(Reported):
         return ()
 
     def evidence(self, context: Context) -> int:
-        """Before drafting, a hint of how well a draft would do here: one of a few small numbers.
+        """A hint, before drafting, of how likely a draft is to be kept here: one of a few small numbers.
 
-        Schedules keep statistics for each number. 0 says nothing; a statistical drafter returns the length of its
-        match. It must take microseconds.
+        Schedules keep separate statistics for each number. 0 is no hint; a drafter that copies text returns the length
+        of its match. It must take microseconds.
         """
         return 0
 
     def expected(self, context: Context, depth: int, size: int) -> tuple[float, int] | None:
-        """For a tree of this depth and size: the tokens expected to be kept, and its nodes; None if it cannot tell."""
+        """(tokens expected to be kept, nodes) of a tree of this depth and size; None if it cannot tell."""
         return None
 
     def check(self, call: Call) -> None:
-        """Raises ValueError if it cannot draft for this call; runs before any model does."""
+        """Raises ValueError if it cannot draft for this call. Runs before any model runs."""
         for part in self.parts():
             part.check(call)
 
 
 class Step(NamedTuple):
-    """What a tree wants next: the children of some nodes, from one forward.
+    """What a tree asks for next: the children of some nodes, which one forward finds.
 
     Attributes:
-        nodes: to expand, `ROOT` for the place where the draft begins. A node is expanded once.
-        width: the most children of each.
-        most: the most new nodes of the step, those with the likeliest paths; None keeps all. Only for trees that draw
-            nothing, since it drops tokens because of what they are.
+        nodes: the nodes to expand; `ROOT` is the place where the draft begins. A node is expanded once.
+        width: the most children of each node.
+        most: the most new nodes of the step, those with the likeliest paths; None keeps all. Only for trees with
+            `draws` None: it drops tokens because of which tokens they are.
     """
 
     nodes: Sequence[int]
@@ -301,9 +302,9 @@ class Tree:
     """A way to grow a model's draft into a tree.
 
     Attributes:
-        draws: how a node's children are drawn where draws are independent; None: they are chosen, the likeliest first.
-            Under greedy or coupled draws they are always chosen: by probability, with the position's noise if any.
-            Of drawn children a tree must keep the first few of each node, in the order of the draws: dropping one
+        draws: how a node's children are drawn under independent draws; None: they are chosen, the likeliest first.
+            Under greedy or coupled draws they are always chosen by probability, plus the position's noise if coupled.
+            A tree may keep only the first few drawn children of a node, in the order of the draws: dropping one
             because of its token would bias sampling. `DraftProbs.kind` says what their number may depend on.
     """
 
@@ -312,15 +313,15 @@ class Tree:
     def grow(self, growth: Growth, depth: int) -> Generator[Step, None, Sequence[int]]:
         """Grows one row's tree; the model runs once a step, for all rows.
 
-        A generator: it yields what it wants next, and finds the children in `growth` when it is resumed. Tokens that
-        end the text have no children, so `growth.latest` may be empty.
+        This is a generator: it yields a `Step`, and when it is resumed the children are in `growth`. Tokens that end
+        the text get no children, so `growth.latest` may be empty.
 
         Args:
             growth: the candidates so far.
             depth: the most levels.
 
         Returns:
-            The nodes to draft, each with its parent, in any order.
+            The nodes of the draft in any order; with each node also its parent.
         """
         raise NotImplementedError
 
@@ -329,20 +330,19 @@ class Tree:
         raise NotImplementedError
 
     def sized(self, nodes: int) -> Tree:
-        """The same tree with at most `nodes` nodes; itself if it has no such option."""
+        """The same tree limited to `nodes` nodes; the tree itself if it has no option `nodes`."""
         return replace(self, nodes=nodes) if getattr(self, "nodes", 0) > nodes else self  # type: ignore[type-var]
 
 
 class Verifier:
-    """An acceptance rule. It sees a draft and numbers, never a model.
+    """An acceptance rule. It sees a draft and the reviewer's scores, never a model.
 
     Attributes:
         lossless: whether the output has the reviewer's distribution for every draft that it does not refuse.
-        draws: "coupled" if all levels share one noise vector a position, "independent" otherwise.
+        draws: "coupled" if drafters and reviewers add the same noise vector at a position, else "independent".
         kinds: the kinds of `DraftProbs` that it judges exactly; if empty, drafters need not compute probabilities.
-        chains_only: whether a tree must be refused.
-        looks_ahead: whether it asks for distributions beyond the accepted path, which stateful processors must not
-            see.
+        chains_only: whether it refuses trees.
+        looks_ahead: whether it asks for distributions off the accepted path, which no stateful processor allows.
         reads_confidence: whether it reads `Draft.confidence`, which drafters then compute.
     """
 
@@ -356,7 +356,7 @@ class Verifier:
     def refusal(self, draft: Draft) -> str | None:
         """Why it cannot judge `draft` exactly; None if it can. Coupled draws need no `DraftProbs`."""
         unknown = draft.probs is not None and draft.probs.kind not in self.kinds and self.draws == "independent"
-        if unknown and draft.has_drawn_siblings:  # a lone draw is of every kind
+        if unknown and draft.has_drawn_siblings:  # kinds differ only in how siblings are drawn
             return (
                 f"the draft's siblings were drawn as {draft.probs.kind!r}, {type(self).__name__} judges "  # type: ignore[union-attr]
                 f"{sorted(self.kinds)} and point masses; use another verifier or tree, or declare point masses with "
@@ -367,23 +367,23 @@ class Verifier:
         return None
 
     def verify(self, draft: Draft, scores: ScoresView, sampler: Sampler, root: int = ROOT) -> Verdict:
-        """Decides which nodes below `root` are kept, and the token that follows."""
+        """Decides which nodes below `root` are kept, and which token follows them."""
         raise NotImplementedError
 
 
 class Schedule:
-    """Decides how much to draft in each round. `start` makes the object that serves one call."""
+    """Decides how much to draft in each round. `start` returns the object that does so for one call."""
 
     def start(self, call: Call, drafter: Drafter) -> Schedule:
-        """The object that serves one call; a stateless schedule returns itself."""
+        """The object for one call; a schedule without state returns itself."""
         return self
 
     def budgets(self, contexts: Sequence[Context], rooms: Sequence[int], drafter: Drafter) -> list[Budget]:
-        """One budget a row. `rooms`: the most drafted tokens that each row has room for (one less than remain)."""
+        """One budget a row. `rooms`: the most draft tokens that each row has room for: its tokens left, less one."""
         raise NotImplementedError
 
     def observe(self, rounds: Sequence[Round], draft_seconds: float, score_seconds: float) -> None:
-        """Called after every round with its results and its seconds."""
+        """Called after every round, with its results and the seconds that drafting and scoring took."""
 
     def finish(self) -> None:
         """Called once, after the last round."""
@@ -393,5 +393,5 @@ class Schedule:
         return 0.0
 
     def why(self) -> str:
-        """One sentence for the report: why it drafts as it does; empty if it has no choice."""
+        """One sentence for the report: why it drafts this much; empty if there is nothing to choose."""
         return ""

@@ -1,4 +1,4 @@
-"""From a text and its draft to what one row reads, and which nodes of an old draft a new one has again."""
+"""Makes the plan of one row from its text and draft, and finds the nodes that an old and a new draft share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["again_in", "plan_of"]
 
 
 def plan_of(text: Text, draft: Draft, first: int, nodes: Sequence[int]) -> Plan:
-    """Reads `text` from position `first` on, then these nodes of `draft`, which follows it."""
+    """A plan that reads `text` from position `first` on, then `nodes` of the draft after it."""
     length = len(text)
     drafted = draft.tokens
     awaited = drafted if isinstance(drafted, Awaited) and drafted.waiting and len(nodes) == len(drafted) else None
@@ -25,7 +25,7 @@ def plan_of(text: Text, draft: Draft, first: int, nodes: Sequence[int]) -> Plan:
     positions = [*range(first, length), *(length + draft.depths[node] for node in nodes)]
     sees = [*range(first + 1, length + 1), *(length for _ in nodes)]
     seen: dict[int, tuple[int, ...]] = {ROOT: ()}
-    paths: list[tuple[int, ...]] = [()] * (length - first)
+    paths: list[tuple[int, ...]] = [()] * (length - first)  # (queries,) text tokens have no extra slots
     for node in range(len(draft)):  # parents come first
         seen[node] = (*seen[draft.parents[node]], length + node)
     paths += [seen[node] for node in nodes]
@@ -33,9 +33,9 @@ def plan_of(text: Text, draft: Draft, first: int, nodes: Sequence[int]) -> Plan:
 
 
 def again_in(old: Draft, draft: Draft, tip: int) -> dict[int, int]:
-    """Node of `draft` -> the node below `tip` of the old draft that is the same."""
+    """Node of `draft` -> the same node below `tip` in the old draft."""
     again: dict[int, int] = {}
-    taken = set()  # siblings may carry the same token: only one of them can have its twin's slot
+    taken = set()  # siblings may have the same token, but each old node can be used only once
     for node, (token, parent) in enumerate(zip(draft.tokens, draft.parents, strict=True)):
         above = tip if parent == ROOT else again.get(parent)
         twin = None if above is None else old.child(above, token)

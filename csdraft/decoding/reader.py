@@ -1,4 +1,4 @@
-"""One model and its cache, reading: from plans to inputs, masks and logits, for every family."""
+"""A reader: runs one model with its cache. It turns plans into inputs and masks, and returns logits."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from csdraft.decoding.traits import Span, traits_of
 __all__ = ["Reader", "Sources", "home", "place"]
 
 WIDEST = 64
-"""Inputs of so many queries or fewer are kept for the next forward of their shape, and may have a fixed one."""
+"""Inputs with at most this many queries are kept for the next forward of their shape, and may be of fixed shape."""
 _RAN: WeakKeyDictionary[nn.Module, set[tuple[int, int, int]]] = WeakKeyDictionary()
-"""Rows, queries and depths of the forwards that each model has run eagerly, in whichever reader."""
+"""Model -> (rows, queries, depth) of all forwards that it has run eagerly, in any reader."""
 
 
 @dataclass
 class Sources:
-    """What an encoder-decoder model reads besides its own text: one row a batch row."""
+    """The encoder's inputs and outputs of an encoder-decoder model, for each row of the batch."""
 
     input_ids: Tensor | None
     attention_mask: Tensor | None
@@ -41,20 +41,20 @@ class Sources:
 
 
 class Reader:
-    """Runs one model on batches of plans, over its own cache.
+    """Runs one model on batches of plans with its own cache.
 
     Args:
         model: a causal LM or a T5-like encoder-decoder.
         rows: batch size.
-        capacity: slots to reserve a row.
-        taps: the hidden states that it keeps beside keys and values, see `Drafter.taps`.
+        capacity: slots to reserve for each row.
+        taps: the hidden states that it keeps with keys and values, see `Drafter.taps`.
 
     Attributes:
         inference: whether its tensors were made under `torch.inference_mode`.
-        size: batch size of its cache, and `rows`: of its forwards, without those that have ended.
+        size, rows: the batch size of its cache, and that of its forwards, which leave out rows that have ended.
         use: the call's counts of its forwards and their seconds.
-        shape: of the last forward, and `warm`: whether the model had run that shape before, as it runs it now.
-        costs: seconds of a warm forward by shape, as far as shapes were recorded or prepared.
+        shape, warm: the shape of the last forward, and whether the model had run that shape before in the same way.
+        costs: shape -> seconds of a warm forward, for shapes that were recorded or prepared.
     """
 
     def __init__(self, model: nn.Module, rows: int, capacity: int, taps: frozenset[int] = frozenset()):
@@ -64,7 +64,7 @@ class Reader:
         self.sources: Sources | None = None
         self.inference = torch.is_inference_mode_enabled()
         self.device, self.dtype = home(model)
-        self.on_host = self.device.type == "cpu"  # what the model computes is at hand without a copy
+        self.on_host = self.device.type == "cpu"  # logits can be read without a copy
         self.vocab, self.traits = text.vocab_size, traits_of(model)
         self.encoder_decoder = config.is_encoder_decoder
         layers = text.num_decoder_layers if self.encoder_decoder else text.num_hidden_layers
@@ -80,19 +80,19 @@ class Reader:
         self._buffers: dict[tuple[int, int, int], Inputs] = {}
         self._past = None
         self._prompts = torch.zeros(rows, 2, dtype=torch.long, device=self.device)
-        self._steps = torch.arange(capacity, device=self.device)
+        self._steps = torch.arange(capacity, device=self.device)  # (capacity,)
 
     def begin(
         self, sources: Sources | None, lacks_tokens: bool, graphs: Mode = False, use: ModelUse | None = None
     ) -> None:
-        """Another call.
+        """Starts another call.
 
         Args:
-            sources: the encoder's inputs, for encoder-decoders; they are encoded if they are not yet.
-            lacks_tokens: whether it may be given tokens that only the padding rows of other models have.
-            graphs: how forwards of fixed shape run, see `graphs`; `use`: the call's counts.
+            sources: the encoder's inputs of an encoder-decoder; they are encoded now if they were not yet.
+            lacks_tokens: whether it may get token ids beyond its vocabulary, as other models pad theirs differently.
+            graphs: how forwards of fixed shape run, see `graphs`. `use`: the call's counts.
         """
-        graphs = graphs if sources is None else False  # each call has an encoder's output of its own
+        graphs = graphs if sources is None else False  # recorded forwards cannot use each call's encoder output
         self.rows = self.size
         if graphs != self.mode:
             self.mode, self.graphs = graphs, make_graphs(self, graphs)
@@ -105,7 +105,7 @@ class Reader:
         self._encode()
 
     def renew(self) -> None:
-        """Other keys and values are about to come, which lie elsewhere, each at the position of its slot."""
+        """Called before the cache gets new buffers, where slot s holds position s: drops what was recorded."""
         if self.graphs is not None:
             self.graphs.clear()
         if self.cache.positions is not None:
@@ -115,13 +115,13 @@ class Reader:
         """(rows, keep, vocab) logits of the last `keep` queries of each row; short rows are padded on the left.
 
         Args:
-            plans: one a batch row, in batch order.
+            plans: one for each batch row, in batch order.
             keep: how many trailing queries need logits.
-            reach: a position that the model must see in this forward, as a masked query if no token stands there.
-            at_once: whether a new shape is recorded now, rather than when it is asked for again.
+            reach: a position that this forward must contain; if no token has it, a masked query is added.
+            at_once: whether to record a new shape now, not only when it comes a second time.
 
         Raises:
-            NoCache: the model kept no keys and values.
+            NoCache: the model did not write keys and values.
         """
         queries = max(len(plan.tokens) for plan in plans)
         if reach and max(max(plan.positions) for plan in plans) < reach:
@@ -139,11 +139,11 @@ class Reader:
         return self._run(inputs, keep, inputs.end, shared, unmasked)
 
     def queries(self, wanted: int) -> int:
-        """How many queries a forward has that reads so many tokens of text or draft in each row."""
+        """How many queries a forward has that must read `wanted` tokens in each row."""
         return wanted if self.graphs is None or wanted > WIDEST else bucket(wanted)
 
     def follow(self, plans: Sequence[Plan], tokens: Any) -> Inputs:
-        """The inputs of one more token in every row, behind those that `plans` have read."""
+        """The inputs of one more token in every row, after those that `plans` have read."""
         nexts = []
         for plan in plans:
             slot, idle = plan.slots[-1] + 1, not plan.sees[-1]
@@ -156,7 +156,7 @@ class Reader:
         return inputs
 
     def step(self, inputs: Inputs) -> Tensor:
-        """(rows, vocab) logits after one more token in every row: inputs of `follow`, or moved on since."""
+        """(rows, vocab) logits after one more token in every row; `inputs` come from `follow`, perhaps advanced."""
         if self.graphs is not None:
             return self._run_fixed(inputs)[:, 0]
         if self.rows > 1 or inputs.paths is not None:
@@ -165,7 +165,7 @@ class Reader:
         return self._run(inputs, 1, inputs.end, slots, self._masks_itself(slots, 1))[:, 0]
 
     def _inputs(self, queries: int, deepest: int) -> Inputs:
-        """The buffers of a shape."""
+        """The buffers of a shape; also sets `warm`."""
         key = (self.rows, queries, deepest)
         self.warm = key in self._ran
         self._ran.add(key)
@@ -177,7 +177,7 @@ class Reader:
         return made
 
     def _masks_itself(self, slots: slice, queries: int) -> bool:
-        """Whether the model's own mask is right for a chain in these slots: an ordinary prefill, or one more token."""
+        """Whether the model's own mask is right for a chain in these slots: an ordinary prefill, or a single token."""
         if self.traits.cache_windows:
             return False
         return slots.start == 0 or (queries == 1 and self.traits.sees_all and not self.traits.additive)
@@ -188,7 +188,7 @@ class Reader:
         assert self.graphs is not None
         self.reserve(inputs.end)
         slots = slots_bucket(inputs.end, self.cache.capacity)
-        if not self.cache.is_written:  # its buffers are made by the first forward
+        if not self.cache.is_written:  # the first forward creates the buffers
             return self._run(inputs, queries, slots)
         started = clock.now()
         self.shape = Shape(rows, queries, slots, 0 if inputs.paths is None else inputs.paths.shape[2])
@@ -225,16 +225,16 @@ class Reader:
         told: int = 0,
         forward: Forward = forward,
     ) -> Tensor:
-        """(rows, keep, vocab) logits of the last `keep` queries: the one forward, run, recorded or compiled.
+        """(rows, keep, vocab) logits of the last `keep` queries. This forward may be run, recorded or compiled.
 
-        Nothing in it looks at the values of `inputs`, which differ when it is replayed.
+        It never reads the values of `inputs` on the host, since they differ when it is replayed.
 
         Args:
             slots: how many leading slots it sees.
-            shared: the range of slots that all rows write, if it is one.
-            unmasked: whether the model's own mask is the right one.
-            told: leading slots that every query sees; a number of the host's, so 0 in what is replayed.
-            forward: of the model; compiled, it may be.
+            shared: the range of slots, if all rows write the same range.
+            unmasked: whether the model's own mask is right.
+            told: a number of leading slots that every query sees; it is on the host, so 0 in recorded forwards.
+            forward: the model's forward, perhaps compiled.
         """
         self.cache.place(inputs.slots, inputs.positions, slots, shared)
         arguments = self._arguments(inputs, None if unmasked else self._masks(inputs, slots, told))
@@ -249,7 +249,7 @@ class Reader:
         return output.logits[:, -keep:]
 
     def _masks(self, inputs: Inputs, slots: int, told: int) -> Tensor | dict[str | None, Tensor]:
-        """What the model's attention takes: True and False for sdpa, 0 and -inf for eager; a dict if it takes several.
+        """The model's attention mask: True and False for sdpa, 0 and -inf for eager; a dict if it takes several.
 
         Each mask is (rows, 1, queries, slots), over the first `slots` slots; every query sees the first `told`.
         """
@@ -273,17 +273,17 @@ class Reader:
         return masks.get(None, masks)
 
     def _in_cache(self, allowed: Tensor, window: int, positions: Tensor, standing: Any) -> Tensor:
-        """(rows, queries, slots) bool: of what is allowed, what plain `generate` still has in its cache.
+        """(rows, queries, slots) bool: the allowed slots that plain `generate` would still have in its cache.
 
-        The prompt is read in one forward, before anything is dropped; each later token sees the last `window`.
+        It reads the prompt in one forward, before anything is dropped. Each later token sees the last `window` tokens.
         """
         prompts, kept = self._prompts[: self.rows, :, None].unbind(1)  # (rows, 1) each
         first = torch.where(positions < prompts, kept, positions) - window  # (rows, queries)
-        near = allowed & (standing[:, None] > first[..., None])
+        near = allowed & (standing[:, None] > first[..., None])  # (rows, queries, slots)
         return near | (~near.any(-1, keepdim=True) & allowed)  # a padding query must see something
 
     def set_prompts(self, prompts: Sequence[int], kept: Sequence[int]) -> None:
-        """Says how long each row's prompt is, and how much of it a cache of the user's held."""
+        """Sets the length of each row's prompt, and how many of its tokens a cache of the user held."""
         self._prompts.copy_(torch.tensor([prompts, kept]).T)  # in place: recorded forwards read it
 
     def _additive(self, allowed: Tensor) -> Tensor:
@@ -291,7 +291,7 @@ class Reader:
         return torch.zeros(allowed.shape, dtype=self.dtype, device=allowed.device).masked_fill_(~allowed, low)
 
     def _position_bias(self, positions: Tensor, standing: Any) -> Tensor:
-        """(rows, heads, queries, slots) bias(positions) - bias(slots), for T5, which computes its bias from slots."""
+        """(rows, heads, queries, slots) bias(positions) - bias(slots): corrects T5, which uses bias(slots)."""
         attention = self.model.get_decoder().block[0].layer[0].SelfAttention  # type: ignore[operator,union-attr]
         buckets = attention._relative_position_bucket(  # type: ignore[union-attr,operator]
             standing[:, None, :] - positions[..., None],
@@ -327,9 +327,9 @@ class Reader:
         }
 
     def reserve(self, slots: int) -> None:
-        """Makes room for so many slots a row; what was recorded is forgotten if that moves the cache."""
+        """Makes room for `slots` slots in each row; drops recorded forwards if that moves the cache."""
         if self.graphs is not None:
-            slots = bucket(slots, FEWEST_SLOTS)  # so that the next text need not move it
+            slots = bucket(slots, FEWEST_SLOTS)  # so that it seldom moves again
         if self.cache.reserve(slots):
             self._steps = torch.arange(self.cache.capacity, device=self.device)
             if self.graphs is not None:
@@ -364,14 +364,14 @@ class Reader:
 
 
 def _range_of_all(plans: Sequence[Plan]) -> slice | None:
-    """The one range of slots that all rows write, if they do."""
+    """The range of slots, if all rows write the same range; else None."""
     first, count = plans[0].slots[0], len(plans[0].slots)
     wanted = range(first, first + count)
     return slice(first, first + count) if all(list(wanted) == list(plan.slots) for plan in plans) else None
 
 
 def _spanned(allowed: Tensor, span: Span, positions: Tensor, standing: Any) -> Tensor:
-    """(rows, queries, slots) bool: of what is allowed, what lies in the span of each query."""
+    """(rows, queries, slots) bool: the allowed slots within the span of each query."""
     if span.window is not None and allowed.shape[-1] > span.window:
         return allowed & (standing[:, None] > positions[..., None] - span.window)
     if span.chunk is not None and allowed.shape[-1] > span.chunk:
@@ -380,16 +380,16 @@ def _spanned(allowed: Tensor, span: Span, positions: Tensor, standing: Any) -> T
 
 
 def home(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where a model takes its token ids, and the dtype it computes in."""
+    """The device where a model takes its token ids, and the dtype that it computes in."""
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
     device = embeddings.weight.device
-    if device.type == "meta":  # offloaded: accelerate brings the weights there for each forward
+    if device.type == "meta":  # offloaded: accelerate loads the weights to this device for each forward
         device = torch.device(embeddings._hf_hook.execution_device)
     return device, model.dtype  # type: ignore[return-value]
 
 
 def place(model: nn.Module) -> str:
-    """What costs are measured of and on: the model's name and dtype, the accelerator or the processor's threads."""
+    """A label for measured costs: the model's name and dtype, and the accelerator or the CPU with its threads."""
     device, dtype = home(model)
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

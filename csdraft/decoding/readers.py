@@ -1,9 +1,9 @@
-"""Readers outlive calls: the next call of a model continues from the text that its cache still holds.
+"""Keeps readers between calls: a model's next call continues from the text that is still in the cache.
 
-A reader is lent to one call at a time, so that two threads have two; it is taken back when the call ends, and kept
-as long as its model lives, within MOST of all. What it holds is only trusted if the model is as it was: its parameters
-have not been written to, its modules are set as they were, and the last token that is kept, read once more, leaves the
-same keys and values. What it has recorded is only replayed while the parameters lie where they did.
+A reader is lent to one call at a time, so two threads get two readers. It is taken back when the call ends, and kept
+as long as its model lives; at most MOST are kept. Its cache is only used if the model is unchanged: nothing was
+written to its parameters, its modules have the same settings, and the last kept token, read again, gives the same keys
+and values. Its recorded forwards are only replayed while the parameters are at the same addresses.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from csdraft.decoding.reader import Reader
 __all__ = ["ALONE", "ReadingOptions", "borrow", "held", "release", "take_back"]
 
 MOST, OF_ONE = 8, 4
-"""Readers that wait for their next call, of all models together and of one; who has waited longest goes first."""
+"""The most readers that wait for a next call, for all models and for one model; the oldest is dropped first."""
 SHARE = 0.125
-"""Of a device's memory: what waiting readers may hold of it, however few they are."""
+"""The share of a device's memory that all waiting readers together may hold."""
 RECORDED = 256
-"""Tokens that are rather read again than that a reader with recordings is passed over."""
+"""Recorded forwards are worth this many tokens that another reader would not need to read again."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class ReadingOptions:
     """How a model reads in one call.
 
     Attributes:
-        reuse: whether it continues from what it has read of these texts in earlier calls, and keeps what it reads now.
-        graphs: how forwards of fixed shape run.
+        reuse: whether it continues from what it read of these texts in earlier calls, and keeps what it reads now.
+        graphs: how forwards of fixed shape run, see `csdraft.decoding.graphs`.
         taps: the hidden states that it keeps, see `Drafter.taps`.
     """
 
@@ -48,7 +48,7 @@ class ReadingOptions:
 
 
 ALONE = ReadingOptions()
-"""Of a call that takes nothing over and leaves nothing."""
+"""The options of a call that uses nothing from earlier calls and keeps nothing for later ones."""
 
 
 @dataclass(eq=False)
@@ -56,11 +56,11 @@ class Waiting:
     """A reader between two calls.
 
     Attributes:
-        model: whose it is; not kept alive.
-        reader: without its model.
-        texts: (rows,) the tokens that its cache holds of each row.
-        state: of the model's parameters, when the call ended.
-        setting: of its modules, at the same time.
+        model: its model, as a weak reference.
+        reader: the reader, without its model.
+        texts: (rows,) the tokens of each row that its cache holds.
+        state: the state of the model's parameters when the call ended (`state_of`).
+        setting: the settings of the model's modules at that time (`setting_of`).
     """
 
     model: weakref.ref[nn.Module]
@@ -75,20 +75,20 @@ class Waiting:
         return graphs is not None and bool(graphs.shapes)
 
     def worth(self, texts: Sequence[Sequence[int]]) -> int:
-        """Of texts to read, the tokens that it spares; a little more if it has recorded something."""
+        """How many tokens of `texts` need not be read again; `RECORDED` more if it has recorded forwards."""
         return sum(map(_common, self.texts, texts)) + RECORDED * self.recorded
 
     def may_be_taken(self, texts: Sequence[Sequence[int]]) -> bool:
-        """Whether a call of these texts continues from most of what it holds, or needs its recordings."""
+        """Whether a call with these texts would use at least half of its cache, or its recorded forwards."""
         return self.recorded or 2 * sum(map(_common, self.texts, texts)) >= sum(map(len, self.texts))
 
     def suits(self, rows: int, taps: frozenset[int]) -> bool:
-        """Whether it can serve a call of so many rows here: what inference mode has made is of no use outside."""
+        """Whether it fits a call with these rows and taps; tensors of inference mode cannot be used outside it."""
         reader = self.reader
         return (reader.size, reader.taps, reader.inference) == (rows, taps, torch.is_inference_mode_enabled())
 
 
-_LOCK = threading.RLock()  # a model may go while this thread holds it
+_LOCK = threading.RLock()  # reentrant: a model may be freed, which calls `_forget`, while this thread holds it
 _waiting: list[Waiting] = []
 
 
@@ -99,13 +99,13 @@ def borrow(
     texts: Sequence[Sequence[int]],
     taps: frozenset[int] = frozenset(),
 ) -> tuple[Reader, list[int]]:
-    """A reader for one call, and how many leading tokens of each row's text it holds.
+    """A reader for one call, and (rows,) how many leading tokens of each row's text its cache holds.
 
     Args:
         rows: batch size.
-        capacity: slots to reserve a row.
-        texts: (rows,) the tokens of each row; all of them empty for a reader that holds nothing, which may have
-            recorded something; none for a new one.
+        capacity: slots to reserve for each row.
+        texts: (rows,) the tokens of each row. If all are empty, only readers with an empty cache are used, for their
+            recorded forwards. If `texts` is empty, the reader is new.
         taps: the hidden states that it must keep.
     """
     if not texts:
@@ -114,12 +114,12 @@ def borrow(
     with _LOCK:
         of_model = [w for w in _waiting if w.model() is model]
         for moved in [w for w in of_model if _places(w.state) != _places(state)]:
-            _waiting.remove(moved)  # what it holds and has recorded is of tensors that are gone
+            _waiting.remove(moved)  # its cache and recorded forwards belong to parameters that are gone
         own = [w for w in of_model if w in _waiting and w.setting == setting and w.suits(rows, taps)]
         own = own if any(texts) else [w for w in own if not any(w.texts)]
         best = max(own, key=lambda w: w.worth(texts), default=None)
         if best is not None and len(of_model) < OF_ONE and not best.may_be_taken(texts):
-            best = None  # another chat continues there
+            best = None  # leave it to the text that it holds
         if best is not None:
             _waiting.remove(best)
     if best is None:
@@ -130,10 +130,10 @@ def borrow(
 
 
 def take_back(reader: Reader, texts: Sequence[Sequence[int]]) -> None:
-    """The end of a call: keeps the reader for the next one.
+    """Called when a call ends: keeps its reader for the next call.
 
     Args:
-        texts: (rows,) what its cache holds of each row.
+        texts: (rows,) the tokens of each row that its cache holds.
     """
     model = reader.model
     state = state_of(model)
@@ -149,14 +149,14 @@ def take_back(reader: Reader, texts: Sequence[Sequence[int]]) -> None:
 
 
 def _make_room(device: torch.device) -> None:
-    """Drops who has waited longest until the others hold no more than their share; the latest stays in any case."""
+    """Drops the oldest waiting readers until the others fit into `SHARE` of the memory; always keeps the newest."""
     there = [w for w in _waiting if w.reader.device == device]
     while len(there) > 1 and sum(w.reader.cache.bytes for w in there) > SHARE * memory_of(device):
         _waiting.remove(there.pop(0))
 
 
 def memory_of(device: torch.device) -> float:
-    """Bytes that a device has; infinity where it cannot be asked."""
+    """Bytes of memory that a device has; infinity if unknown."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[1])
     if device.type == "cpu" and os.name == "posix":
@@ -165,7 +165,7 @@ def memory_of(device: torch.device) -> float:
 
 
 def release(model: nn.Module | None = None) -> int:
-    """Frees the caches that are kept between calls, of one model or of all; how many bytes that were."""
+    """Frees the caches that are kept between calls, of one model or of all; returns their bytes."""
     with _LOCK:
         gone = [w for w in _waiting if model is None or w.model() in (model, None)]
         _waiting[:] = [w for w in _waiting if w not in gone]
@@ -173,15 +173,15 @@ def release(model: nn.Module | None = None) -> int:
 
 
 def held(model: nn.Module | None = None) -> int:
-    """Bytes that are kept between calls, of one model or of all."""
+    """Bytes of the caches that are kept between calls, of one model or of all."""
     with _LOCK:
         return sum(w.reader.cache.bytes for w in _waiting if model is None or w.model() is model)
 
 
 def state_of(model: nn.Module) -> tuple | None:
-    """What changes when the model's parameters do: where they are, and how often they were written to.
+    """A value that changes when the model's parameters do: their addresses, and how often they were written to.
 
-    None of a model that must not be trusted: in training mode, or with parameters that do not count.
+    None if changes cannot be noticed: in training mode, or with inference tensors, which do not count writes.
     """
     if model.training:
         return None
@@ -192,7 +192,7 @@ def state_of(model: nn.Module) -> tuple | None:
 
 
 def setting_of(model: nn.Module) -> tuple:
-    """What decides which operators a forward runs, besides its inputs: numbers, names and hooks of the modules."""
+    """The settings that decide which operators a forward runs: numbers, names and hooks of config and modules."""
     config: Any = model.config
     found: list[Any] = [_plain(vars(part)) for part in (config, config.get_text_config(decoder=True))]
     for module in model.modules():
@@ -206,11 +206,11 @@ def setting_of(model: nn.Module) -> tuple:
 PLAIN = (bool, int, float, str, type(None))
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 OF_ALL = frozenset(vars(nn.Module()))
-"""What every module has: parameters and buffers, modules, hooks."""
+"""The attributes that every module has: parameters and buffers, modules, hooks."""
 
 
 def _plain(value: Any) -> Any:
-    """A setting that can be compared with a later one; of objects of other kinds only which they are."""
+    """A setting as a value that can be compared later; an object of another type becomes its id."""
     if type(value) in PLAIN:
         return value
     if isinstance(value, dict):
@@ -221,18 +221,18 @@ def _plain(value: Any) -> Any:
 
 
 def _places(state: tuple | None) -> list[int]:
-    """Where a model's parameters are."""
+    """The addresses of a model's parameters."""
     return [place for place, _ in state or ()]
 
 
 def _forget(model: weakref.ref[nn.Module]) -> None:
-    """A model is gone, and its readers go too."""
+    """Called when a model is freed: drops its readers."""
     with _LOCK:
         _waiting[:] = [w for w in _waiting if w.model is not model]
 
 
 def _common(held: Sequence[int], text: Sequence[int]) -> int:
-    """Leading tokens that both have; one less than the text has, since a model must be asked about its last."""
+    """How many leading tokens are equal; less than the whole text, since the model must read its last token."""
     most = max(min(len(held), len(text) - 1), 0)
     if held[:most] == text[:most]:
         return most

@@ -1,4 +1,4 @@
-"""Randomness and the way from logits to tokens. All randomness of csdraft enters through the `Sampler`."""
+"""Randomness, and logits processors. All randomness of csdraft comes from the `Sampler`."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ def _log_exponential(v: Tensor) -> Tensor:
 class Sampler:
     """Draws tokens for all rows of one call.
 
-    Coupled draws: one noise vector a row and position, shared by every level of a cascade, so that a drafter tends to
-    draw what the reviewer will draw (Daliri, Musco, Suresh, arXiv 2408.07978). Independent draws: fresh randomness
-    each time; what rules with `draft_probs` need, for which reusing the coupled noise would be biased.
+    Coupled draws use one noise vector for each row and position, which all levels of a cascade share. So a drafter
+    often draws the token that the reviewer will draw (Daliri, Musco, Suresh, arXiv 2408.07978). Independent draws use
+    new randomness each time. Rules with `draft_probs` need that: with the coupled noise they would be biased.
 
     Args:
-        greedy: choose the argmax; nothing is random then.
-        row_seeds: one integer a row. Equal seeds give equal noise for every vocabulary width and on every device,
-            there up to the last bits of a logarithm.
+        greedy: whether to choose the argmax, without randomness.
+        row_seeds: one integer for each row. Equal seeds give equal noise for every vocabulary width and every device;
+            between devices the last bits of a logarithm may differ.
         vocab: the target's number of logits.
-        draws: how the levels' draws relate.
+        draws: whether levels share their noise.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Sampler:
         return self.draws == "coupled"
 
     def log_exponential(self, row: int, position: int, device: torch.device) -> Tensor:
-        """(vocab,) log E for the token at `position`, E exponential: `argmax(log probs - log E)` is a draw from probs.
+        """(vocab,) log E for the token at `position`, E exponential: argmax(log probs - log E) is a draw from probs.
 
         E = -log1p(-v), v = (hash32(row seed, position, token) + 1/2) / 2^32, finite for every hash.
         """
@@ -75,7 +75,7 @@ class Sampler:
         return self.noise([(row, position)], device)[0] if known is None or known.device != device else known
 
     def noise(self, places: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
-        """(places, vocab) `log_exponential` of rows and positions, of which those that are new are made together."""
+        """(places, vocab) `log_exponential` for (row, position) places; new ones are computed together."""
         if missing := [place for place in dict.fromkeys(places) if place not in self._noise]:
             self._noise |= zip(missing, _log_exponential(self.hashed(missing, device)), strict=True)
         found = [self._noise[place] for place in places]
@@ -83,13 +83,13 @@ class Sampler:
         return torch.stack(found) if len(found) > 1 else found[0][None]
 
     def fresh_log_exponential(self, row: int, device: torch.device) -> Tensor:
-        """(vocab,) log E as above, but of no other row: drawn again each time, as `uniform` is."""
+        """(vocab,) log E as above, but new each time, like `uniform`."""
         self._drawn[row] += 1
         key = mix64(self.row_seeds[row] + 0xD1B54A32D192ED03 * self._drawn[row])
         return _log_exponential(self._hashed([key], device))[0]
 
     def hashed(self, places: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
-        """(places, vocab) v of `log_exponential`: the same bits on every device, which logarithms need not give."""
+        """(places, vocab) the v of `log_exponential`: the same bits on every device, unlike logarithms."""
         return self._hashed([mix64(self.row_seeds[row] ^ mix64(position)) for row, position in places], device)
 
     def _hashed(self, keys: Sequence[int], device: torch.device) -> Tensor:
@@ -97,7 +97,7 @@ class Sampler:
             ids = torch.arange(self.vocab, dtype=torch.int32, device=device)
             self._tokens[device] = ids.mul_(signed32(0x9E3779B1))
         halves = [[signed32(key), signed32(key >> 32)] for key in keys]
-        low, high = halves[0]  # of one key, numbers need no copy to the device
+        low, high = halves[0]  # one key: plain numbers, without a copy to the device
         if len(keys) > 1:
             low, high = torch.tensor(halves, dtype=torch.int32).to(device, non_blocking=True).T[..., None]  # (keys, 1)
         x = self._tokens[device][None] + low  # (keys, vocab)
@@ -116,12 +116,12 @@ class Sampler:
             del self._noise[key]
 
     def uniform(self, row: int) -> float:
-        """A fresh uniform number in [0, 1), a function of the row's seed and of how many it drew before."""
+        """A new uniform number in [0, 1). It depends on the row's seed and on how many numbers it drew before."""
         self._drawn[row] += 1
         return (mix64(self.row_seeds[row] + 0xD1B54A32D192ED03 * self._drawn[row]) >> 11) * 2.0**-53
 
     def accepts(self, row: int, probability: float) -> bool:
-        """True with `probability` (above 1: always), by a fresh uniform number."""
+        """True with this probability (above 1: always), by a new uniform number."""
         return self.uniform(row) < probability
 
     def level_uniform(self, row: int, position: int, level: int) -> float:
@@ -131,8 +131,8 @@ class Sampler:
         return (mix64(self.row_seeds[row] ^ mix64(position) ^ mix64(~level & MASK64)) >> 11) * 2.0**-53
 
     def draw(self, row: int, probs: Tensor) -> int:
-        """A fresh draw from (vocab,) probabilities, by inversion in double precision."""
-        cumulative = probs.double().cumsum(0)
+        """A new draw from (vocab,) probabilities, by inversion in double precision."""
+        cumulative = probs.double().cumsum(0)  # (vocab,)
         total = float(cumulative[-1])
         if not total > 0:
             raise ValueError(f"cannot draw from probabilities that sum to {total}; are the logits nan?")
@@ -153,7 +153,7 @@ TEXT_BLIND = (
     hf.LogitNormalization,
     hf.SuppressTokensLogitsProcessor,
 )
-"""Processors that never look at the text: they may see many positions at once."""
+"""Processors that never read the text: they can process many positions at once."""
 
 STATELESS = (
     hf.RepetitionPenaltyLogitsProcessor,
@@ -170,21 +170,21 @@ STATELESS = (
     hf.ForcedEOSTokenLogitsProcessor,
     hf.ExponentialDecayLengthPenalty,
 )
-"""Processors that read the text but keep no state: a drafter may call them as often as it likes."""
+"""Processors that read the text but keep no state: a drafter may call them any number of times."""
 
 BATCH_INDEXED = (
     hf.RepetitionPenaltyLogitsProcessor,
     hf.EncoderRepetitionPenaltyLogitsProcessor,
     hf.EncoderNoRepeatNGramLogitsProcessor,
 )
-"""Processors that know which row of the batch they are given."""
+"""Processors that need to know which row of the batch they process."""
 
 
 class Processing:
-    """The logits processors of one level: the whole list, in its order, for every row of a batch.
+    """The logits processors of one level: the whole list, in order, for every row of a batch.
 
     Args:
-        processors: what `generate` prepared, warpers included.
+        processors: the list that `generate` prepared, with warpers.
         rows: batch size.
     """
 
@@ -196,25 +196,25 @@ class Processing:
         self.temperature = math.prod(p.temperature for p in self.processors if type(p) is hf.TemperatureLogitsWarper)
 
     def for_drafters(self) -> Processing:
-        """The part that drafters may apply: the text-blind and the stateless ones of transformers."""
+        """The processors that drafters may apply: the text-blind and the stateless ones of transformers."""
         return Processing([p for p in self.processors if type(p) in TEXT_BLIND + STATELESS], self.rows)
 
     def all_at_once(self, logits: Tensor) -> Tensor:
-        """(n, vocab) raw logits of any rows and positions -> processed; only when `text_blind`."""
+        """(n, vocab) processed scores of (n, vocab) raw logits of any rows and positions; only if `text_blind`."""
         if not self.processors:
             return logits
         scores = logits.float()
         if scores is logits:
             scores = logits.clone()
-        ids = torch.empty(scores.shape[0], 0, dtype=torch.long, device=scores.device)
+        ids = torch.empty(scores.shape[0], 0, dtype=torch.long, device=scores.device)  # (n, 0) no text
         for processor in self.processors:
             scores = processor(ids, scores)
         return scores
 
     def one(self, row: int, ids: Tensor, logits: Tensor) -> Tensor:
-        """(vocab,) raw logits after the text `ids` (1, length) of `row` -> processed.
+        """(vocab,) processed scores of (vocab,) raw logits after the text `ids` (1, length) of `row`.
 
-        Of a batch only what asks each row by itself comes here; for other processors see `together`.
+        In a batch it is only used if each row can be processed alone; for other processors see `together`.
         """
         scores = logits.to(torch.float32, copy=True)[None]
         for processor in self.processors:
@@ -229,6 +229,6 @@ class Processing:
 
 
 def _constrained(processor: hf.PrefixConstrainedLogitsProcessor, row: int) -> hf.PrefixConstrainedLogitsProcessor:
-    """The same constraint for one row: the user's function is told the number of the row's prompt."""
+    """The same constraint for one row: the user's function gets the index of the row's prompt."""
     allowed, prompt = processor._prefix_allowed_tokens_fn, row // processor._num_beams
     return hf.PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(prompt, ids), num_beams=1)

@@ -1,4 +1,4 @@
-"""From the logits of one forward to the choices, distributions and ends that a verifier asks about."""
+"""Turns the logits of one forward into what a verifier asks for: choices, distributions, and ends of texts."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ __all__ = ["Scores", "TokenChooser", "argmax", "entropy"]
 
 NAN = "the model's logits are nan; check its dtype (fp16 overflows where bf16 does not)"
 MAX_SCORE_BYTES = 1 << 28
-"""What the processed scores of one step may take in float32, each processor's copy counted as one."""
+"""The most bytes for the processed float32 scores of one step; the processors' own copies are not counted."""
 
 
 def argmax(logits: Tensor, along: Sequence[Choices] = ()) -> list[int]:
-    """(n, vocab) -> n indices of the first maximum, in one copy to the host; on a CPU by NumPy, which is faster.
+    """(n,) indices of the first maximum of (n, vocab) logits, in one copy to the host; on a CPU with NumPy (faster).
 
     Args:
-        along: what the same copy also brings.
+        along: choices of earlier steps that the same copy also brings to the host.
 
     Raises:
         ValueError: a row holds nan.
@@ -34,7 +34,7 @@ def argmax(logits: Tensor, along: Sequence[Choices] = ()) -> list[int]:
     values = logits.float() if logits.dtype not in (torch.float32, torch.float64) else logits
     if values.device.type == "cpu" and not along:
         table = values.numpy()
-        if len(table) == 1:  # every step of a drafter: worth a short cut
+        if len(table) == 1:  # a short cut for every step of a drafter
             index = int(table[0].argmax())
             if table[0, index] != table[0, index]:
                 raise ValueError(NAN)
@@ -55,7 +55,7 @@ def argmax(logits: Tensor, along: Sequence[Choices] = ()) -> list[int]:
 
 
 def entropy(probs: Tensor) -> float:
-    """Of (vocab,) probabilities, in nats."""
+    """Entropy of (vocab,) probabilities, in nats."""
     return float(torch.special.entr(probs).sum())
 
 
@@ -72,7 +72,7 @@ class TokenChooser:
         self.processing, self.stopping, self.sampler = processing, stopping, sampler
 
     def processed(self, row: int, text: Text, path: Sequence[int], logits: Tensor) -> Tensor:
-        """(vocab,) raw logits after `text` and `path` -> processed scores, float32."""
+        """(vocab,) float32 processed scores of (vocab,) raw logits after `text` and `path`."""
         if self.processing.text_blind:
             return self.processing.all_at_once(logits[None])[0]
         return self.processing.one(row, text.padded(path), logits)
@@ -83,13 +83,13 @@ class TokenChooser:
         places: Sequence[Sequence[tuple[int, int]]],
         along: Sequence[Choices] = (),
     ) -> list[list[int]]:
-        """The choices after every row of some (n, vocab) raw logits; only when `text_blind`, and greedy or coupled.
+        """The choices for every row of the (n, vocab) raw logits `views`; only if `text_blind`, and greedy or coupled.
 
-        In one copy to the host, unless the scores would take more than MAX_SCORE_BYTES: then so many rows at a time.
+        One copy to the host; if the scores would take more than MAX_SCORE_BYTES, several copies of fewer rows.
 
         Args:
-            places: of each view, the row and the position of the token after each of its n rows.
-            along: what the one copy also brings.
+            places: for each view, (text row, position) of the token that each of its n rows predicts.
+            along: choices of earlier steps that the one copy also brings to the host.
         """
         at_once = max(MAX_SCORE_BYTES // (4 * views[0].shape[-1]), 1)
         if sum(map(len, views)) > at_once:
@@ -113,21 +113,21 @@ class TokenChooser:
         return argmax(scores, along)
 
     def choose(self, row: int, position: int, scores: Tensor) -> int:
-        """The token at `position` from (vocab,) processed scores: their argmax, with the position's noise if any."""
+        """The token at `position` from (vocab,) processed scores: the argmax, with the position's noise if any."""
         if self.sampler.greedy:
             return argmax(scores[None])[0]
         return argmax((scores.float() - self.sampler.log_exponential(row, position, scores.device))[None])[0]
 
 
 class Scores:
-    """One row's view of one forward; valid until its session's next one.
+    """What one forward says about one row; valid until its session's next forward.
 
     Args:
-        chooser: the level's way to choose.
+        chooser: turns the level's logits into tokens.
         row, text, draft: what was scored.
-        after: the nodes whose logits were asked for.
-        logits: (len(after), vocab) raw logits after those nodes.
-        choices: the token after each, when the whole batch could be chosen at once.
+        after: (scored,) the nodes that have logits.
+        logits: (scored, vocab) raw logits after those nodes.
+        choices: (scored,) the token after each, if all choices of the batch were made at once.
     """
 
     def __init__(
@@ -170,14 +170,14 @@ class Scores:
         return len(self.text) + self.draft.depth(node)
 
     def processed(self, node: int) -> Tensor:
-        """(vocab,) scores after `node` with the level's processors applied, once."""
+        """(vocab,) scores after `node`, after the level's processors, which run only once."""
         if node not in self._processed:
             path = () if self.chooser.processing.text_blind else self.path(node)
             self._processed[node] = self.chooser.processed(self.row, self.text, path, self.raw(node))
         return self._processed[node]
 
     def note(self, node: int, scores: Tensor) -> None:
-        """Takes (vocab,) scores after `node` that were processed elsewhere."""
+        """Stores (vocab,) processed scores after `node` that were computed elsewhere."""
         self._processed[node] = scores
 
     def choice(self, node: int) -> int:
@@ -189,13 +189,13 @@ class Scores:
 
     def probs(self, node: int) -> Tensor:
         if self.chooser.sampler.greedy:
-            one_hot = torch.zeros(self.logits.shape[-1], device=self.logits.device)
+            one_hot = torch.zeros(self.logits.shape[-1], device=self.logits.device)  # (vocab,)
             one_hot[self.choice(node)] = 1.0
             return one_hot
         return self.processed(node).float().softmax(-1)
 
     def top(self, k: int) -> Tensor:
-        values = self.logits.float() if self.logits.device.type == "cpu" else self.logits
+        values = self.logits.float() if self.logits.device.type == "cpu" else self.logits  # (scored, vocab)
         if k == 1 and values.device.type == "cpu":  # as in `argmax`
             return torch.from_numpy(values.numpy().argmax(-1))[:, None]
         return values.topk(k, -1).indices.cpu()

@@ -1,4 +1,4 @@
-"""A model that reads a batch of texts: given texts and drafts, it returns logits, and updates its KV cache itself."""
+"""A session: one model that reads a batch of texts and drafts, returns logits, and keeps its own KV cache."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ __all__ = ["Session"]
 
 @dataclass
 class Reading:
-    """What the cache holds of one row: the first `read` tokens of its text, then the nodes of a draft, in order.
+    """What the cache holds for one row: the first `read` tokens of its text, then the nodes of a draft.
 
-    Slot s holds the token at position s of the text. Node n of the draft is in slot `read` + n.
+    Slot s holds the text's token at position s; slot `read` + n holds node n of the draft.
     """
 
     text: Text | None = None
@@ -50,18 +50,18 @@ class Session:
     the few slots of an accepted branch, reads what is missing in one forward of the whole batch, and returns the
     logits that were asked for. The cache is never the truth: dropping it between two calls changes speed only.
 
-    `score` is the usual question. `plan` says what a row must read, `ask` reads it. `follow` and `step` read one
-    drafted token at a time without planning again.
+    Most callers use `score`. Below it, `plan` says what a row must read, and `ask` reads it. `follow` and `step` read
+    one drafted token at a time without a new plan.
 
     Args:
         model: a causal LM or T5-like model.
-        chooser: how its logits become tokens, unless `score` is told otherwise.
+        chooser: turns its logits into tokens, unless `score` gets another one.
         rows: batch size.
-        capacity: slots to reserve a row.
+        capacity: slots to reserve for each row.
         sources: the encoder's inputs of an encoder-decoder model.
-        vocab: width that logits are cut or padded (with -inf) to; the target's.
-        texts: one a row; needed by models whose rotary factors depend on the length of the longest.
-        reading: how it reads.
+        vocab: the target's vocabulary size; logits are cut, or padded with -inf, to this width.
+        texts: one a row; needed by models with rotary factors that depend on the longest text's length.
+        reading: options: whether to reuse the last call's cache, record graphs, keep hidden states.
         use: where it counts what it does.
     """
 
@@ -86,29 +86,29 @@ class Session:
         self.factors = RotaryFactors(switch, texts) if switch and texts and not switch.every_token else None
         if texts:
             self.reader.set_prompts([text.prompt_length for text in texts], [0] * rows)
-        self._batch = list(range(rows))  # which row each batch index of the cache holds
+        self._batch = list(range(rows))  # batch index of the cache -> row; shrinks when rows end
         self._readings = {row: Reading() for row in range(rows)}
-        self._unproven: dict[int, tuple[int, list[Tensor]]] = {}  # by row: the last token held, its keys and values
-        self.pinned = False  # whether ended rows must stay, since the cache will be handed out
+        self._unproven: dict[int, tuple[int, list[Tensor]]] = {}  # row -> slot of a reused token, its keys and values
+        self.pinned = False  # whether ended rows must stay, since the caller gets the cache
         self.imported = 0
         for row, count in enumerate(held):
             if count:
                 self._take_over(row, texts[row], count)
 
     def _take_over(self, row: int, text: Text, count: int) -> None:
-        """Takes over the first `count` tokens of the cache. The last is read again, to check the others."""
+        """Uses the first `count` tokens of an earlier call's cache. The last one is read again to check the others."""
         self._readings[row] = Reading(text, count - 1)
         self._unproven[row] = count - 1, self.reader.cache.at(row, count - 1)
         self.imported += count
         self.use.rolled_back += 1
 
     def close(self) -> None:
-        """The end of a call without failures: keeps the cache for the model's next call."""
+        """Called when a call ends without an error: keeps the cache for the model's next call."""
         readings = list(self._readings.values())
         if self._batch == list(self._readings) and all(reading.text for reading in readings) and self._reuse:
             take_back(self.reader, [reading.text.tokens[: reading.read] for reading in readings])  # type: ignore
         elif self.reader.graphs is not None:
-            take_back(self.reader, [()] * len(readings))  # for what it has recorded
+            take_back(self.reader, [()] * len(readings))  # no text to reuse, but its recorded graphs
 
     @property
     def kept(self) -> int:
@@ -119,7 +119,7 @@ class Session:
     def positions(self) -> int:
         """How many positions the model has; a large number if there is no limit.
 
-        Rotary models have no limit. Past their training length they draft worse, and schedules notice that.
+        Rotary models have none. Past their training length they draft worse, and schedules measure that.
         """
         return self.reader.last_position + 1
 
@@ -128,20 +128,20 @@ class Session:
         return self._batch.index(row)
 
     def room(self, row: int, text: Text) -> int:
-        """How many drafted tokens may follow `text`, so that one forward can read both."""
+        """How many drafted tokens may follow `text` so that one forward can still read both."""
         room = max(self.positions - len(text), 0)
         return room if self.factors is None else min(room, self.factors.room(row, len(text)))
 
     def unread(self, row: int, text: Text) -> int:
-        """Tokens of `text` that the model has not read yet, and must read before it answers."""
+        """How many tokens of `text` the model has not read yet."""
         reading = self._readings[row]
         return len(text) - (reading.read if reading.text is text else 0)
 
     def preload(self, cache: object, texts: Sequence[Text], kept: Tensor) -> None:
-        """Takes over the user's own cache, which holds all of each text but its last tokens.
+        """Copies in a cache that the user gave, which holds each text but for its last tokens.
 
         Args:
-            kept: (rows, length) bool, which entries of the cache are tokens rather than padding.
+            kept: (rows, length) bool, True where the cache holds a token, False for padding.
         """
         self.reader.renew()
         import_cache(cache, self.reader.cache, kept)  # type: ignore[arg-type]
@@ -157,17 +157,17 @@ class Session:
         self.reader.set_prompts([text.prompt_length for text in texts], read)
 
     def forget(self) -> None:
-        """Drops everything the cache holds (speed, never output)."""
+        """Drops everything that the cache holds. This costs time and never changes the output."""
         self._unproven.clear()
         for reading in self._readings.values():
             self.use.rolled_back += reading.used
             reading.text, reading.read, reading.draft = None, 0, Draft()
 
     def settle(self, texts: Sequence[Text], length: int) -> None:
-        """Prepares the cache for `export_cache`: it then holds each text, as far as `length` columns with padding
-        reach.
+        """Prepares the cache for `export_cache`: reads every text up to column `length` of the padded batch.
 
-        Plain `generate` does not read the last token of its longest text. In rows that ended earlier it has read it.
+        Like plain `generate`, which never reads the last token of the longest text, but does read the last token of
+        rows that ended earlier.
         """
         missing = []
         for row, text in enumerate(texts):
@@ -181,13 +181,13 @@ class Session:
             self.score(missing, choose=False)
 
     def retire(self, live: Sequence[int]) -> None:
-        """Removes ended rows from the batch; where shapes are recorded, only down to powers of two."""
+        """Removes ended rows from the batch. With recorded graphs, only once the rest fit a smaller power of two."""
         if self.pinned or (self.reader.graphs is not None and bucket(len(live)) >= len(self._batch)):
             return
         self._unproven.clear()
         places, count = {self.place(row) for row in live}, len(live)
         behind = sorted(place for place in places if place >= count)
-        order = [place if place in places else behind.pop() for place in range(count)]  # holes are filled from behind
+        order = [place if place in places else behind.pop() for place in range(count)]  # last rows move into the gaps
         self.reader.keep_rows(order)
         self._batch = [self._batch[place] for place in order]
 
@@ -197,27 +197,27 @@ class Session:
         """The logits after the wanted nodes of each request, from one forward of the whole batch.
 
         Args:
-            choose: whether `Scores.choice` will be called, so that all choices may be made at once.
-            chooser: how logits become tokens; None: the session's own.
+            choose: whether `Scores.choice` will be called; then all choices may be computed at once.
+            chooser: turns logits into tokens; None: the session's own.
         """
         chooser = chooser or self.chooser
-        plans, queries, logits = self.ask(requests)
-        views = []
+        plans, queries, logits = self.ask(requests)  # logits: (batch, queries, vocab)
+        views = []  # (wanted, vocab) logits of each request
         for request in requests:
-            rows, before = logits[self.place(request.row)], len(plans[request.row].tokens) - logits.shape[1]
-            at = [query - before for query in queries[request.row]]  # a batch is aligned at the end
-            views.append(rows[at[0] : at[-1] + 1] if at == list(range(at[0], at[-1] + 1)) else rows[at])
+            own, cut = logits[self.place(request.row)], len(plans[request.row].tokens) - logits.shape[1]
+            at = [query - cut for query in queries[request.row]]  # rows of a batch end together: `cut` may be negative
+            views.append(own[at[0] : at[-1] + 1] if at == list(range(at[0], at[-1] + 1)) else own[at])
         choices = self._choose(requests, views, chooser) if choose else [None] * len(requests)
         return [
-            Scores(chooser, request.row, request.text, request.draft, _wanted(request), rows, chosen)
-            for request, rows, chosen in zip(requests, views, choices, strict=True)
+            Scores(chooser, request.row, request.text, request.draft, _wanted(request), view, chosen)
+            for request, view, chosen in zip(requests, views, choices, strict=True)
         ]
 
     def ask(self, requests: Sequence[Request]) -> tuple[dict[int, Plan], dict[int, list[int]], Tensor]:
         """Reads what is missing, in one forward of the whole batch.
 
-        Returns: by row, what was read and which of its queries the wanted nodes are; and the (batch, queries, vocab)
-            logits of the last queries, of as many as are wanted of any row.
+        Returns: the plan of each row; for each row, which queries of its plan are the wanted nodes; and (batch,
+            queries, vocab) logits of the last queries, as many as the neediest row wants.
         """
         plans, queries = {}, {}
         for request in requests:
@@ -230,7 +230,7 @@ class Session:
         return plans, queries, logits
 
     def _prove(self, rows: Iterable[int]) -> bool:
-        """Whether the tokens that were read again gave the same keys and values as before."""
+        """Whether the reused tokens that were read again gave the same keys and values as before."""
         for row in rows:
             slot, before = self._unproven.pop(row, (0, []))
             close = 2 * torch.finfo(self.reader.dtype).eps ** 0.75
@@ -242,10 +242,10 @@ class Session:
     def _choose(
         self, requests: Sequence[Request], views: Sequence[Tensor], chooser: TokenChooser
     ) -> Sequence[list[int] | None]:
-        """The choices of the whole batch at once, where that is cheaper; None a request where it is not.
+        """All choices of the batch at once; None for each request where choosing one by one is cheaper.
 
-        On a CPU it is not cheaper for trees, most of whose choices are never asked for, nor where each choice needs
-        noise of its own.
+        On a CPU, one by one is cheaper for trees, where most choices are never asked for, and under coupled draws,
+        where each choice needs its own noise.
         """
         chosen = chooser.sampler.greedy or chooser.sampler.coupled
         lazily = self.reader.on_host and not (chooser.sampler.greedy and all(r.draft.is_chain for r in requests))
@@ -257,9 +257,9 @@ class Session:
         return chooser.choose_all(views, places, list(along))
 
     def features(self, row: int, text: Text, stop: int) -> dict[int, Tensor]:
-        """By tap, (stop, hidden) the model's hidden states of the first `stop` tokens of a row's text.
+        """By tap, the model's (stop, hidden) hidden states of the first `stop` tokens of a row's text.
 
-        Most are in the cache already; the last token or two of a text that has just grown are read first.
+        Most are in the cache already. The last one or two tokens of a text that has just grown are read first.
         """
         reading = self._readings[row]
         if reading.text is not text:
@@ -271,7 +271,7 @@ class Session:
         return {tap: buffer[place, :stop] for tap, buffer in self.reader.cache.features.items()}
 
     def follow(self, plans: dict[int, Plan], tokens: Tensor | Sequence[int]) -> Inputs:
-        """The inputs of a step of a chain: (batch,) tokens behind what `plans` have read. See `Reader.follow`."""
+        """The inputs of a chain's next step: (batch,) tokens after what `plans` have read. See `Reader.follow`."""
         return self.reader.follow(self._of_batch(plans), tokens)
 
     def step(self, inputs: Inputs) -> Tensor:
@@ -279,18 +279,18 @@ class Session:
         return self._cut(self.reader.step(inputs))
 
     def drafted(self, row: int, tokens: Sequence[int], surplus: int) -> None:
-        """Notes which tokens `step` has read for a row, and how many more it read in vain."""
+        """Records which tokens `step` has read for a row, and how many more it read that are not used."""
         reading = self._readings[row]
         reading.draft = reading.draft.extend(tokens, 0)
         self.use.fed += len(tokens) + surplus
         self.use.rolled_back += surplus
 
-    # Comparing what is asked with what is cached.
+    # Comparing the request with the cache.
 
     def plan(self, request: Request) -> tuple[Plan, list[int]]:
-        """What must be read so that the cache holds the request's text and draft; updates the row's reading.
+        """What must be read so that the cache holds the request's text and draft; updates the row's `Reading`.
 
-        Returns: the plan, and which of its queries the wanted nodes are.
+        Returns: the plan, and which queries of the plan are the wanted nodes.
         """
         row, text, draft = request.row, request.text, request.draft
         reading, length, wanted = self._readings[row], len(request.text), _wanted(request)
@@ -308,11 +308,11 @@ class Session:
         return plan_of(text, draft, first, nodes), [at[node] for node in wanted]
 
     def _keep(self, row: int, reading: Reading, draft: Draft) -> set[int]:
-        """Turns cached nodes that have become text into text, and finds those that `draft` has again.
+        """Keeps the cached nodes that are still of use: those that became text, and those that `draft` has again.
 
-        They are moved to the slots where they belong now; all others are given up.
+        It moves both to the slots where they belong now, and drops all other nodes.
 
-        Returns: nodes of `draft` whose keys and values are in the cache.
+        Returns: the nodes of `draft` that are in the cache.
         """
         tokens, old, start = reading.text.tokens, reading.draft, reading.read  # type: ignore[union-attr]
         if not len(old):
@@ -325,8 +325,8 @@ class Session:
             path.append(node)
             tip = node
         end = start + len(path)
-        again = again_in(old, draft, tip) if end == len(tokens) else {}  # else the text has left the draft
-        moves = [(start + node, start + i) for i, node in enumerate(path)]
+        again = again_in(old, draft, tip) if end == len(tokens) else {}  # node of `draft` -> the same node of `old`
+        moves = [(start + node, start + i) for i, node in enumerate(path)]  # (from slot, to slot)
         moves += [(start + twin, end + node) for node, twin in again.items()]
         moves = [(source, target) for source, target in moves if source != target]
         if moves:
@@ -336,7 +336,7 @@ class Session:
         return set(again)
 
     def _check_factors(self, row: int, reading: Reading, length: int) -> None:
-        """Forgets a text that the model must read again, since other rotary factors apply to all of it now."""
+        """Drops what was read of a row's text if all of it now needs other rotary factors than it was read with."""
         if self.factors is None:
             return
         long = self.factors.long(row, 0, length)
@@ -345,7 +345,7 @@ class Session:
             reading.read, reading.draft, reading.long = 0, Draft(), long
 
     def _restart(self, reading: Reading, text: Text) -> None:
-        """Another text in this row: keep what both have in common."""
+        """Another text in this row: keeps the tokens that both texts begin with."""
         common = 0
         if reading.text is not None:
             old = reading.text.tokens
@@ -359,10 +359,10 @@ class Session:
     def read(self, plans: dict[int, Plan], keep: int) -> Tensor:
         """(batch, keep, vocab) logits of the last `keep` queries of each row.
 
-        One forward; two where rotary factors change between the queries, those for short texts first.
+        One forward; two if some queries need the rotary factors for long texts and others those for short ones.
 
         Args:
-            plans: what each row reads, by row; of the others nothing is read.
+            plans: what each row reads, by row; rows that are missing read nothing.
             keep: how many trailing queries need logits.
         """
         self.use.fed += sum(len(plan.tokens) for plan in plans.values())
@@ -370,13 +370,13 @@ class Session:
             return self._read(plans, keep)
         short, long = (self.factors.part(plans, long) for long in (False, True))
         reach = self.factors.switch.length
-        if not (short and long):  # as nearly always
+        if not (short and long):  # the usual case
             return self._read(plans, keep, reach if long else 0)
         parts = [(short, self._read(short, keep)), (long, self._read(long, keep, reach))]
-        logits = parts[0][1].new_zeros(len(self._batch), keep, self.vocab)
+        logits = parts[0][1].new_zeros(len(self._batch), keep, self.vocab)  # (batch, keep, vocab)
         for row in plans:
             own = [found[self.place(row), -len(part[row].tokens) :] for part, found in parts if row in part]
-            joined = torch.cat(own)[-keep:]
+            joined = torch.cat(own)[-keep:]  # (<= keep, vocab)
             logits[self.place(row), -len(joined) :] = joined
         return logits
 
@@ -384,11 +384,11 @@ class Session:
         return self._cut(self.reader.read(self._of_batch(plans), keep, reach))
 
     def _of_batch(self, plans: dict[int, Plan]) -> list[Plan]:
-        """One plan for each row of the cache, in its order."""
+        """One plan for each batch index of the cache; rows without a plan get one that reads nothing."""
         return [plans[row] if row in plans else Plan.idle(self._readings[row].used) for row in self._batch]
 
     def _cut(self, logits: Tensor) -> Tensor:
-        """The same of the target's vocabulary: padding rows differ from model to model."""
+        """(..., vocab) the logits with the target's vocabulary size: models pad their vocabularies differently."""
         missing = self.vocab - logits.shape[-1]
         if missing > 0:
             return torch.nn.functional.pad(logits, (0, missing), value=float("-inf"))

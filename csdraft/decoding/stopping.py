@@ -1,4 +1,4 @@
-"""Where a text ends: `generate`'s stopping criteria, asked about every token, also inside an accepted block."""
+"""Decides where a text ends: applies `generate`'s stopping criteria to every token, also inside an accepted draft."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from csdraft.decoding.text import Text
 __all__ = ["Stopping"]
 
 KNOWN = (MaxTimeCriteria, StopStringCriteria)
-"""Criteria that ask each row by itself and keep no state."""
+"""Criteria that treat each row alone and keep no state."""
 
 
 class Stopping:
-    """Asks every stopping criterion about every emitted token; the two common ones without building a tensor.
+    """Applies every stopping criterion to every emitted token; the two common ones without building a tensor.
 
     Args:
-        criteria: what `generate` prepared.
+        criteria: the criteria that `generate` prepared.
 
     Attributes:
-        max_length: of a row with its padding; None for no limit.
+        max_length: the most tokens of a row, with its padding; None: no limit.
         eos: tokens that end a text.
-        pads: whether an ended row is filled up with padding while others continue; without a criterion for end-of-text
-            tokens plain `generate` lets it write on.
-        known, custom: the other criteria, those of transformers that ask each row by itself, and all that are left.
-        kept: per row the (vocab,) processed scores of its tokens so far, which criteria see if they are returned.
+        pads: whether an ended row is filled up with padding while others continue. Without a criterion for end-of-text
+            tokens, plain `generate` lets such a row continue.
+        known, custom: the other criteria: those in `KNOWN`, and the rest.
+        kept: by row, the (vocab,) processed scores of its tokens so far; criteria get them if the call returns scores.
     """
 
     def __init__(self, criteria: Sequence[StoppingCriteria]):
@@ -54,14 +54,14 @@ class Stopping:
         self.kept: list[list[Tensor]] | None = None
 
     def for_drafters(self) -> Stopping:
-        """End-of-text tokens only: a drafter need not know more to stop in time."""
+        """End-of-text tokens only, which is all that a drafter needs."""
         inner = Stopping([])
         inner.eos = self.eos
         return inner
 
     @property
     def by_token(self) -> bool:
-        """Whether the last token alone says that a text has ended."""
+        """Whether the last token alone decides if a text has ended."""
         return not self.known and not self.custom and self.max_length is None
 
     def remaining(self, text: Text) -> int:
@@ -71,10 +71,10 @@ class Stopping:
     def ends(
         self, row: int, text: Text, path: Sequence[int], token: int, scores: Callable[[], list[Tensor]] | None = None
     ) -> bool:
-        """Whether `token` after `text` and the uncommitted `path` is the row's last.
+        """Whether `token`, after `text` and the drafted `path`, is the row's last.
 
         Args:
-            scores: makes the (vocab,) processed scores that `path` and `token` were chosen from.
+            scores: computes the (vocab,) processed scores that each token of `path` and `token` were chosen from.
         """
         ended = token in self.eos or self.remaining(text) - len(path) <= 1
         if not self.known and not self.custom:
@@ -88,5 +88,5 @@ class Stopping:
         return ended
 
     def ended(self, ids: Tensor, scores: tuple[Tensor, ...] | None) -> Tensor:
-        """(rows,) bool on the host: which rows of (rows, length) `ids` have ended, as plain `generate` asks."""
+        """(rows,) bool on the host: which rows of (rows, length) `ids` have ended, as in plain `generate`."""
         return self.criteria(ids, scores).cpu()  # type: ignore[arg-type]

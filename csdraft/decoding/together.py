@@ -1,8 +1,8 @@
-"""A batch whose rows go in step: processors and criteria see all of its rows once a step, as in plain `generate`.
+"""Decodes a batch with all rows in step: processors and criteria see all rows once a step, as in plain `generate`.
 
-Custom code may treat rows differently, look across them, or count its calls; so may some of transformers' own
-processors. Where a batch has such code, its rows emit their tokens together: in a round all rows take the same number
-of steps, as many as the row whose draft is left first.
+Custom code may treat rows differently, look across them, or count its calls, and so may some of transformers' own
+processors. If a batch has such code, its rows emit their tokens together: in a round all rows take the same number of
+steps, and the first row to leave its draft ends the round for all.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["Together", "check_rule", "names_of_custom_code"]
 
 
 def names_of_custom_code(processing: Processing, stopping: Stopping) -> list[str]:
-    """The classes of the processors and criteria of a batch that must see all of its rows at once."""
+    """The class names of a batch's processors and criteria that must see all rows at once."""
     criteria = stopping.custom if stopping.pads else [*stopping.custom, *stopping.known]
     return [type(code).__name__ for code in (*processing.stateful, *criteria)]
 
@@ -36,13 +36,13 @@ class Together:
 
     Args:
         chooser: the target's processors, criteria and randomness.
-        ids: (rows, length) the prompts, the user's padding included.
-        config: of the call: the token that ended rows are filled up with, and whether criteria are shown the scores.
+        ids: (rows, length) the prompts, with the user's padding.
+        config: the call's generation config: the padding token of ended rows, and whether criteria get the scores.
 
     Attributes:
         ids: (rows, length) the texts so far.
-        ended: (rows,) bool, on the host. Without a criterion for end-of-text tokens an ended row writes on until all
-            have ended, as in plain `generate`.
+        ended: (rows,) bool, on the host. Without a criterion for end-of-text tokens, an ended row continues until all
+            rows have ended, as in plain `generate`.
     """
 
     def __init__(self, chooser: TokenChooser, ids: Tensor, config: GenerationConfig):
@@ -54,7 +54,7 @@ class Together:
             self._scores = ()
 
     def drafts(self, contexts: Sequence[Context], drafts: Sequence[Draft]) -> list[Draft]:
-        """The same, with padding for the rows that have ended: they must not hold up the others."""
+        """The same drafts, but padding for ended rows: so they do not end the round early for the others."""
         longest = max(len(draft) and max(draft.depths) + 1 for draft in drafts)
         filler = Draft() if self.pad is None else Draft.chain([self.pad] * longest)
         return [
@@ -63,7 +63,7 @@ class Together:
         ]
 
     def verify(self, drafts: Sequence[Draft], views: Sequence[Scores]) -> list[Verdict]:
-        """One verdict a row, all rows in order; every row emits the same number of tokens."""
+        """One verdict for each row, in order; every row emits the same number of tokens."""
         nodes, paths = [ROOT] * len(drafts), [[] for _ in drafts]
         below: list[int | None]
         while True:
@@ -77,9 +77,9 @@ class Together:
                 path.append(node)
 
     def _step(self, views: Sequence[Scores], nodes: Sequence[int]) -> list[int]:
-        """The tokens after `nodes`, one a row; shows them to the criteria."""
+        """(rows,) the token after each row's node; also updates `ids` and applies the criteria."""
         logits = torch.stack([view.raw(node) for view, node in zip(views, nodes, strict=True)])  # (rows, vocab)
-        scores = logits.to(torch.float32, copy=True)
+        scores = logits.to(torch.float32, copy=True)  # (rows, vocab)
         for processor in self.chooser.processing.processors:
             scores = processor(self.ids, scores)
         tokens = []
@@ -87,7 +87,7 @@ class Together:
             view.note(node, row)
             ended = self.pad is not None and bool(self.ended[view.row])
             tokens.append(self.pad if ended else self.chooser.choose(view.row, view.position(node), row))
-        self.ids = torch.cat([self.ids, torch.tensor(tokens)[:, None].to(self.ids)], 1)
+        self.ids = torch.cat([self.ids, torch.tensor(tokens)[:, None].to(self.ids)], 1)  # (rows, length + 1)
         if self._scores is not None:
             self._scores += (scores,)
         self.ended |= self.chooser.stopping.ended(self.ids, self._scores)
@@ -95,7 +95,7 @@ class Together:
 
 
 def check_rule(verifier: Verifier, greedy: bool, custom: Sequence[str]) -> None:
-    """Raises ValueError for a rule that cannot go in step: one that emits other tokens than the target chooses."""
+    """Raises ValueError if a rule may emit other tokens than the target chooses: it cannot decode rows in step."""
     if verifier.lossless and (greedy or verifier.draws == "coupled"):
         return
     raise ValueError(

@@ -1,7 +1,7 @@
-"""What a model's own code does with masks, positions and its cache, as far as decoding with drafts depends on it.
+"""Finds out how a model handles masks, positions and its cache, where decoding with drafts depends on it.
 
-A config field says little: `sliding_window` in the config of a model whose code never makes such a mask does nothing.
-So the code is asked: which masks its decoder's file makes, and what its functions take.
+Config fields alone are not enough: `sliding_window` does nothing if the model's code never makes such a mask. So this
+file inspects the source code: which masks the decoder makes, and which arguments its functions take.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attenti
 
 @dataclass(frozen=True)
 class Span:
-    """How far back a query sees in one kind of layer, itself included.
+    """How far back a query sees in one kind of layer.
 
     Attributes:
-        window: so many tokens; None for all.
-        chunk: the tokens of its own chunk, where chunks of so many tokens follow one another; None for all.
+        window: it sees this many tokens, itself included; None: all.
+        chunk: the text is split into chunks of this many tokens, and it sees only its own chunk; None: all.
     """
 
     window: int | None = None
@@ -44,8 +44,8 @@ class Switch:
 
     Attributes:
         length: the longest text that is read with the factors for short texts.
-        rereads: whether plain `generate` drops its cache there and reads the whole text again.
-        every_token: whether each length past it has factors of its own (dynamic NTK).
+        rereads: whether plain `generate` drops its cache after that length and reads the whole text again.
+        every_token: whether each longer length has different factors (dynamic NTK).
     """
 
     length: int
@@ -55,19 +55,18 @@ class Switch:
 
 @dataclass(frozen=True)
 class Traits:
-    """Of one model.
+    """What decoding with drafts needs to know about one model.
 
     Attributes:
-        cache_name: the forward's argument for the KV cache.
+        cache_name: name of the forward's argument for the KV cache.
         keeps_logits: whether the forward takes `logits_to_keep`.
         additive: whether attention adds its mask to the scores (eager) instead of taking True and False.
-        spans: what each mask lets a query see, by the key of the dict of masks that the forward takes; one entry with
-            the key None where it takes one mask.
-        cache_windows: how many of the last tokens plain `generate`'s cache keeps of a layer, though no mask of the
-            model's says so (a field that its code ignores): they bind the tokens that are read after the prompt.
-            Empty if it keeps all.
-        positions: how many positions it has an embedding for; None for no limit (rotary and relative ones).
-        switch: where its rotary factors change, if they do.
+        spans: key in the dict of masks that the forward takes -> how far a query sees with that mask; the only key is
+            None if the forward takes a single mask.
+        cache_windows: how many of the last tokens plain `generate`'s cache keeps in a layer, if the config has windows
+            that the model's masks ignore. They limit what tokens after the prompt see. Empty if the cache keeps all.
+        positions: how many position embeddings it has; None: no limit (rotary and relative positions).
+        switch: where its rotary factors change; None: nowhere.
     """
 
     cache_name: str
@@ -85,7 +84,7 @@ class Traits:
 
     @property
     def reusable(self) -> bool:
-        """Whether what was read of a text in one call is what another call would read: not if its prompt decides."""
+        """Whether another call can use the same cache. It cannot if the cache depends on the prompt's length."""
         return self.switch is None and not self.cache_windows
 
     @property
@@ -112,7 +111,7 @@ def traits_of(model: nn.Module) -> Traits:
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
-    """The module that makes the masks: the innermost around the token embedding whose code names one."""
+    """The module that makes the masks: the innermost module around the token embedding with mask code."""
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     name = next(name for name, module in model.named_modules() if module is embedding)
     around = [model.get_submodule(name.rpartition(".")[0])]
@@ -123,9 +122,9 @@ def decoder_of(model: nn.Module) -> nn.Module:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside what `torch.compile` or data parallelism has put around it."""
+    """The model inside the wrappers of `torch.compile` or data parallelism."""
     while True:
-        if "_orig_mod" in model._modules:  # torch.compile's wrapper, whose class is costly to import
+        if "_orig_mod" in model._modules:  # torch.compile's wrapper; importing its class is slow
             model = model._modules["_orig_mod"]  # type: ignore[assignment]
         elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
@@ -135,7 +134,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Code:
-    """What a decoder's code does: which masks it makes, whether its forward takes several, whether it rotates."""
+    """What a decoder's code does: which masks it makes, whether it takes several masks, whether it has rotary code."""
 
     windows: bool
     chunks: bool
@@ -145,7 +144,7 @@ class Code:
 
 @cache
 def _source(made: type) -> str:
-    """The text of a class; empty if it was made at run time."""
+    """The source code of a class; empty if the class was made at run time."""
     try:
         return inspect.getsource(made)
     except (OSError, TypeError):
@@ -170,7 +169,7 @@ def _spans(text: Any, code: Code) -> dict[str | None, Span]:
     kinds = set(getattr(text, "layer_types", None) or ()) & known.keys()
     if code.several and kinds - {FULL}:
         return {kind: known[kind] for kind in sorted(kinds | {FULL})}
-    if code.several and kinds:  # full layers alone: one mask serves them
+    if code.several and kinds:  # only full attention layers: one mask is enough
         return {None: Span()}
     return {None: Span(window=window)}
 
@@ -185,7 +184,7 @@ def _cache_windows(text: Any, code: Code) -> frozenset[int | None]:
 
 def _switch(model: nn.Module, text: Any) -> Switch | None:
     parameters = getattr(text, "rope_parameters", None) or {}
-    if "rope_type" not in parameters:  # one set a kind of layer
+    if "rope_type" not in parameters:  # one set of parameters for each kind of layer
         parameters = next((p for p in parameters.values() if isinstance(p, Mapping) and _changes(p)), {})
     if not _changes(parameters):
         return None

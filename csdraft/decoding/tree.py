@@ -1,9 +1,9 @@
 """Tree drafting: a model drafts a tree of tokens for every row, one forward a step.
 
-In each step the `Tree` of every row names the nodes whose children it wants. The model reads all of them in one
-forward of the batch. The children of a node are the likeliest tokens after it, or tokens drawn from the model's
-distribution. When a tree has ended, the nodes that it returns are the draft. Chosen candidates may be left out freely:
-they are point masses. Which drawn candidates may be left out is said at `Tree.draws`.
+In each step every row's `Tree` names the nodes that it wants to expand. The model reads them all in one forward of the
+batch. The children of a node are the likeliest tokens after it, or tokens drawn from the model's distribution. At the
+end the tree returns the candidates that make up the draft. It may leave out any chosen candidate, since those are
+point masses. `Tree.draws` says which drawn candidates it may leave out.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ __all__ = ["Growth", "draft_tree"]
 
 @dataclass(eq=False)
 class Growth:
-    """The candidates of one row's tree so far: a tree too, its nodes numbered in the order they came, parents first.
+    """The candidates of one row's tree so far, numbered in the order they were found, parents before children.
 
     Attributes:
         tokens, parents: (nodes,) as in a `Draft`; `ROOT` is the place where the draft begins.
-        log_probs: (nodes,) the model's log probability of each token after its parent. Under coupled draws that of the
-            token being chosen, given the position's noise E: log softmax(scores - log E). This takes the reviewer's
-            scores to differ from the model's by Gumbel errors.
-        paths: (nodes,) sums of `log_probs` from the root: the log of the chance that the branch is kept down to there.
+        log_probs: (nodes,) the model's log probability of each token after its parent. Under coupled draws it is
+            log softmax(scores - log E), E the position's noise: the chance that the reviewer chooses the token if its
+            scores differ from the model's by Gumbel errors.
+        paths: (nodes,) sums of `log_probs` from the root: the log of the chance that the branch is kept down to here.
         depths: (nodes,) 0 for the root's children.
         ranks: (nodes,) 0 for the first child of its parent.
-        perturbed: (nodes,) where siblings are drawn without replacement: log_probs + Gumbel noise, in draw order.
+        perturbed: (nodes,) log_probs + Gumbel noise, in draw order; empty unless siblings are drawn without
+            replacement.
         latest: the nodes that the last step added.
     """
 
@@ -56,14 +57,14 @@ class Growth:
         return 0.0 if node == ROOT else self.paths[node]
 
     def best(self, nodes: Iterable[int], most: int) -> list[int]:
-        """The `most` nodes with the likeliest paths, in the order they came; of equals the earlier.
+        """The `most` nodes with the likeliest paths, in order of number; ties go to the earlier node.
 
-        A node is at most as likely as its parent, so the best of all candidates are closed under parents.
+        A node is at most as likely as its parent, so the best of all candidates include their parents.
         """
         return sorted(sorted(nodes, key=lambda node: (-self.paths[node], node))[:most])
 
     def add(self, parents: Sequence[int], children: Sequence[Children]) -> None:
-        """Takes in what one step found below `parents`."""
+        """Adds the children that one step found: `children[i]` below node `parents[i]`."""
         before = len(self)
         for parent, own in zip(parents, children, strict=True):
             above, depth, count = self.path(parent), 0 if parent == ROOT else self.depths[parent] + 1, len(own.tokens)
@@ -79,9 +80,9 @@ class Growth:
         self.latest = range(before, len(self))
 
     def copy(self, node: int, parent: int) -> int:
-        """A new candidate: what was found at `node`, below `parent`, where the model has not looked for it.
+        """Adds a candidate with the token of `node` below another parent, though the model has not scored it there.
 
-        For trees that only choose. It can be kept, not expanded.
+        For trees with `draws` None only. The copy can be kept, but not expanded.
         """
         self.tokens.append(self.tokens[node])
         self.parents.append(parent)
@@ -100,16 +101,16 @@ NOTHING = Step((), 0)
 
 @dataclass(eq=False)
 class Row:
-    """One row's tree while it is drafted: what the model has read of it, and which node of that each candidate is."""
+    """One row's tree while it is drafted. The model reads only the candidates that are expanded."""
 
     context: Context
-    growth: Growth
+    growth: Growth  # all candidates
     steps: Generator[Step, None, Sequence[int]]
-    read: Draft
+    read: Draft  # the context's path and the candidates that were expanded
     places: dict[int, int]  # candidate -> node of `read`
     step: Step = NOTHING
-    asked: Sequence[int] = ()
-    kept: Sequence[int] = ()
+    asked: Sequence[int] = ()  # candidates that this step expands
+    kept: Sequence[int] = ()  # candidates that the finished tree returned
 
 
 def draft_tree(
@@ -120,18 +121,18 @@ def draft_tree(
     level: int,
     confidence: bool = False,
 ) -> list[Draft]:
-    """Trees of at most `depths[i]` levels below each context's tip.
+    """Drafts a tree of at most `depths[i]` levels below the tip of each context i.
 
     Args:
         level: the model's level number.
         confidence: whether the tokens' softmax probabilities will be read by a reviewer above.
 
     Returns:
-        One draft a context, the context's own nodes first. The last node ends the likeliest branch, or is a sibling of
-        that end, so that another drafter can continue from there.
+        One draft for each context, the context's own nodes first. Its last node is the end of the likeliest branch, or
+        a sibling of it, so that another drafter can continue there.
 
     Raises:
-        ValueError: the tree asked or returned what `Tree` forbids.
+        ValueError: the tree asked for, or returned, something that `Tree` forbids.
     """
     rows = [_begin(tree, context, depth) for context, depth in zip(contexts, depths, strict=True)]
     live = [row for row, depth in zip(rows, depths, strict=True) if depth > 0 and _next(row, session)]
@@ -158,7 +159,7 @@ def _begin(tree: Tree, context: Context, depth: int) -> Row:
 
 
 def _next(row: Row, session: Session) -> bool:
-    """Takes the row's tree one step on: False when it is grown. Nothing follows the end of a text."""
+    """Gets the row's next step; False if its tree is finished. Tokens that end the text are never expanded."""
     ends = session.chooser.stopping.eos
     try:
         while True:
@@ -175,7 +176,7 @@ def _next(row: Row, session: Session) -> bool:
 
 
 def _read(row: Row, level: int) -> None:
-    """Adds the nodes that are asked about to those that the model reads."""
+    """Adds the candidates that this step expands to the draft that the model reads."""
     growth, places = row.growth, row.places
     new = [node for node in row.asked if node != ROOT]
     for i, node in enumerate(new):
@@ -186,13 +187,13 @@ def _read(row: Row, level: int) -> None:
 
 
 def _draft(row: Row, tree: Tree, level: int, confidence: bool) -> Draft:
-    """The context's own nodes, then those that the tree keeps."""
+    """The context's own nodes, then the candidates that the tree keeps."""
     growth, context, nodes = row.growth, row.context, sorted(row.kept)
     drawn = any(probs is not None for probs in growth.draft_probs)
     if drawn:
         _check_drawn(growth, nodes, tree)
     nodes = _lead_last(growth, nodes, drawn)
-    places = {ROOT: context.tip} | {node: len(context.draft) + i for i, node in enumerate(nodes)}
+    places = {ROOT: context.tip} | {n: len(context.draft) + i for i, n in enumerate(nodes)}  # candidate -> draft node
     if missing := [node for node in nodes if growth.parents[node] not in places]:
         raise ValueError(f"a tree kept nodes {missing} without their parents")
     pick = lambda values: [values[node] for node in nodes]  # noqa: E731 - three uses on three lines
@@ -207,7 +208,7 @@ def _draft(row: Row, tree: Tree, level: int, confidence: bool) -> Draft:
 
 
 def _check_drawn(growth: Growth, nodes: list[int], tree: Tree) -> None:
-    """Raises ValueError if a drawn node is kept without an earlier sibling: then it was chosen, not drawn."""
+    """Raises ValueError if a drawn node is kept without the sibling drawn before it: that would bias sampling."""
     kept = set(nodes)
     for node in nodes:
         if growth.ranks[node] and node - 1 not in kept:
@@ -220,9 +221,9 @@ def _check_drawn(growth: Growth, nodes: list[int], tree: Tree) -> None:
 def _lead_last(growth: Growth, nodes: list[int], drawn: bool) -> list[int]:
     """The same nodes, reordered so that the end of the likeliest branch comes last: a chain can continue from it.
 
-    The order of drawn siblings matters. So with drawn nodes all its siblings move along, and the last of them is last.
+    Drawn siblings must stay in order. So among drawn nodes all siblings of that end move, and the last drawn is last.
     """
-    families: dict[int, list[int]] = {}
+    families: dict[int, list[int]] = {}  # parent -> children
     for node in nodes:
         families.setdefault(growth.parents[node], []).append(node)
     lead = ROOT

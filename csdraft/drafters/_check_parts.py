@@ -1,4 +1,4 @@
-"""What drafters that are made of drafters check first."""
+"""The check that a drafter made of drafters runs on them."""
 
 from __future__ import annotations
 

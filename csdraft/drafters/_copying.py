@@ -1,4 +1,4 @@
-"""What drafters that copy have in common: how telling a match is, and where a copy ends."""
+"""Shared by drafters that copy text: the evidence of a match, and where a copy ends."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Sequence
 __all__ = ["match_evidence", "until"]
 
 LONG_MATCHES = (2, 4, 8)
-"""Matches of at least so many tokens are evidence of their own kinds."""
+"""A match that reaches another of these lengths is the next kind of evidence."""
 
 
 def match_evidence(matched: int, least: int = 1) -> int:
-    """`Drafter.evidence` for a match of so many tokens; 0 if it is shorter than `least`, or nothing."""
+    """`Drafter.evidence` for a match of `matched` tokens; 0 if it is empty or shorter than `least`."""
     return 0 if matched < max(least, 1) else 1 + sum(matched >= length for length in LONG_MATCHES)
 
 
 def until(ends: frozenset[int], tokens: Sequence[int]) -> Sequence[int]:
-    """The tokens up to the first that ends a text, that one included."""
+    """The tokens up to and including the first one that ends a text."""
     if ends.isdisjoint(tokens):
         return tokens
     return tokens[: 1 + next(i for i, token in enumerate(tokens) if token in ends)]

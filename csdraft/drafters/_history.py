@@ -1,4 +1,4 @@
-"""One row's searchable history, shared by all drafters that look things up in it."""
+"""A searchable index of one row's text, shared by all drafters that search it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ NEAR = 16
 
 
 class History:
-    """What a row's encoder reads, if it has one, and its committed text.
+    """A row's committed text, after the encoder's input if there is one.
 
     Args:
-        source: a document in front of the text. No match spans the two: the automaton reads a junction in place of
-            its last token, the one token of a document that nothing follows, to be copied but never matched.
+        source: the encoder's input. No match spans it and the text: the automaton reads a junction in place of its
+            last token. Nothing follows that token, so it may be copied but need not be matched.
     """
 
     def __init__(self, source: Sequence[int] = ()):
@@ -30,7 +30,7 @@ class History:
             self.automaton.extend([*source[:-1], JUNCTION])
 
     def read(self, text: Text) -> None:
-        """Takes in what was committed since last time."""
+        """Reads the tokens that were committed since last time."""
         known = len(self.tokens) - self.source
         if known < len(text):
             fresh = text.tokens[known:]
@@ -38,12 +38,12 @@ class History:
             self.tokens += fresh
 
     def find(self, path: Sequence[int] = ()) -> tuple[int, int]:
-        """State and length of the longest ending of text and `path` that occurs earlier."""
+        """State and length of the longest ending of text + `path` that occurs earlier."""
         automaton = self.automaton
         if not path:
             return max(automaton.link[automaton.last], START), automaton.matched
         found = automaton.walk(automaton.last, automaton.read, path, MOST_LINKS)
-        if found is None:  # long matches nested in each other by the dozen, and `path` continues from none
+        if found is None:  # too many nested matches that `path` does not continue: search only the last tokens
             near = [*self.tokens[max(self.source, len(self.tokens) - NEAR) :], *path]
             found = automaton.walk(START, 0, near, len(near))
         return found or (START, 0)
@@ -58,7 +58,7 @@ def history(context: Context) -> History:
 
 
 def _source(call: Call, row: int) -> list[int]:
-    """What the row's encoder reads, padding excluded; empty for a decoder-only target."""
+    """The tokens that the row's encoder reads, without padding; empty for a decoder-only target."""
     if call.sources is None or call.sources.input_ids is None:
         return []
     ids, mask = call.sources.input_ids[row], call.sources.attention_mask

@@ -1,5 +1,5 @@
-"""A tree of the likeliest tokens, from what costs no model: copies of the text and of earlier outputs, and the
-successors that the target found likely before."""
+"""A tree of the likeliest tokens, found without a model: copies from the text and from earlier outputs, and the
+remembered successors of each token."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from csdraft.tables.suffix_automaton import MOST_LINKS, START, SuffixAutomaton
 __all__ = ["LikeliestTree"]
 
 Match = tuple[SuffixAutomaton, int, int]
-"""Where a text stands: the longest ending of it that an automaton knows, as its state and its length."""
+"""(automaton, state, length) of the longest ending of a text that the automaton knows."""
 
 
 class LikeliestTree:
     """The tree that follows one row's text, grown node by node, the likeliest node first.
 
-    A tree of n nodes is the first n of any larger one, so that a schedule may look at several sizes for the price of
-    the largest. After each node comes, with the chance that its kind has shown, the token that a copy continues with;
-    what is left of the chance is spread over the remembered successors of the node's token.
+    A tree of n nodes is the first n nodes of any larger one, so a schedule can compare several sizes at the cost of
+    the largest. Below each node, the token that a copy continues with gets the chance measured for its kind of copy;
+    the rest of the chance is shared among the remembered successors of the node's token.
 
     Args:
         context: where the tree begins.
         matrix: the remembered successors.
         outputs: the earlier outputs; None: none are searched.
-        place: where the row's text stands in them.
+        place: how far the row's text was matched with the earlier outputs.
         rates: how often each source was right.
 
     Attributes:
-        tokens, parents, depths, chances: (nodes,) so far. The chance is that of the whole path.
+        tokens, parents, depths, chances: (nodes,) so far. A chance is that of the whole path to the node.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class LikeliestTree:
         self._matrix, self._rates = matrix, rates
         self._ends = context.call.chooser.stopping.eos
         self._lock = nullcontext() if outputs is None else outputs.lock  # another thread may add an output
-        self._guesses: dict[int, tuple[Copy | None, int, list[int]]] = {}  # by node: the copy, its token, successors
+        self._guesses: dict[int, tuple[Copy | None, int, list[int]]] = {}  # node -> kind of copy, token, successors
         self._waiting: list[tuple[float, int, int, int, list[Match]]] = []  # -chance, order, parent, token, matches
         path = context.path
         last = path[-1] if path else next(iter(context.text.tail(1)), None)
@@ -69,7 +69,7 @@ class LikeliestTree:
             self._expand(ROOT, last, 1.0, matches)
 
     def grow(self, nodes: int) -> None:
-        """Makes it so large, if so many tokens are known."""
+        """Grows the tree to `nodes` nodes, or as many as are known."""
         waiting = self._waiting
         if not waiting or len(self.tokens) >= nodes:
             return
@@ -85,7 +85,7 @@ class LikeliestTree:
                     self._expand(node, token, -chance, [_moved(match, token) for match in matches])
 
     def _expand(self, node: int, token: int, chance: float, matches: list[Match]) -> None:
-        """Puts what may follow a node among what waits."""
+        """Adds the possible children of a node to the waiting candidates."""
         waiting, rates, order = self._waiting, self._rates, len(self.tokens)
         successors = self._matrix.successors[token].tolist() if self._matrix.known(token) else []
         copy, copied, sure = None, ROOT, 0.0
@@ -104,7 +104,7 @@ class LikeliestTree:
                 heappush(waiting, (-left * share, order, node, other, matches))
 
     def draft(self, context: Context, depth: int, nodes: int, level: int) -> Draft:
-        """The context's draft with the first `nodes` nodes, those that are deeper than `depth` left out."""
+        """The context's draft with the first `nodes` nodes of the tree, without those below `depth` levels."""
         trie, best, places = Trie(), ROOT, {ROOT: ROOT}
         for node in range(min(nodes, len(self.tokens))):
             if self.depths[node] < depth:
@@ -117,7 +117,7 @@ class LikeliestTree:
         return trie.below(context, best, level) if trie.tokens else context.draft
 
     def learn(self, tokens: Sequence[int]) -> None:
-        """Counts which guesses were right, drafted or not, of the `tokens` that the target wrote here."""
+        """Counts which guesses were right, drafted or not, given the `tokens` that the target wrote here."""
         children = {key: node for node, key in enumerate(zip(self.parents, self.tokens, strict=True))}
         node: int | None = ROOT
         for token in tokens:
@@ -128,7 +128,7 @@ class LikeliestTree:
 
 
 def _next(match: Match) -> tuple[int, int]:
-    """The token that a match continues with most often, and the match's length; 0 if nothing is known to follow."""
+    """The token that follows a match most often, and the match's length; length 0 if no token follows."""
     automaton, state, matched = match
     followed = automaton.going_on(state)
     if followed == START:

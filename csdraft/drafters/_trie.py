@@ -1,4 +1,4 @@
-"""Token sequences merged into one tree by their common beginnings."""
+"""Merges token sequences with common beginnings into one tree."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Trie"]
 
 
 class Trie:
-    """A tree under construction, numbered like a `Draft` of its own."""
+    """A tree that is being built; nodes are numbered as in a `Draft`."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -19,7 +19,7 @@ class Trie:
         self._children: dict[tuple[int, int], int] = {}
 
     def add(self, tokens: Iterable[int], node: int = ROOT) -> int:
-        """Adds a sequence below `node`, as far as it is new; the node it ends on."""
+        """Adds the new part of a sequence below `node`; returns the node where the sequence ends."""
         children = self._children
         for token in tokens:
             child = children.get((node, token))
@@ -31,7 +31,7 @@ class Trie:
         return node
 
     def below(self, context: Context, best: int, level: int) -> Draft:
-        """The context's draft with this tree at its tip; its last node is `best`, or a leaf below that."""
+        """The context's draft with this tree at its tip; its last node is `best`, or a leaf below `best`."""
         tokens, parents, tip = self.tokens, self.parents, context.tip
         for node in range(best + 1, len(tokens)):  # the newest child of the newest child, and so on
             if parents[node] == best:

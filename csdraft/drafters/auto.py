@@ -1,10 +1,10 @@
-"""Auto: copies, earlier outputs and remembered successors in one tree; no model, nothing to choose, for any target.
+"""Auto: copies, earlier outputs and remembered successors in one tree; for any target, with no model and no tuning.
 
 Max-Gram (arXiv 2312.11462), suffix decoding (arXiv 2411.04975) and Token Recycling (arXiv 2408.08696) find different
-tokens. It counts how often each kind of guess was right, drafts the likeliest nodes of all, and tells the schedule how
-many tokens it expects of them; the default schedule chooses the size of the tree by price, or drafts nothing.
-`generate(..., assistant="auto")` drafts with the one of the target: its tables outlive the call, and a drafter saved
-beside the target joins in.
+tokens. `Auto` counts how often each kind of guess was right, drafts the likeliest nodes, and tells the schedule how
+many of them it expects to be kept. The default schedule then chooses the size of the tree by cost, or drafts nothing.
+`generate(..., assistant="auto")` uses the target's own `Auto`: its tables outlive the call, and a drafter that is
+saved beside the target drafts too.
 """
 
 from __future__ import annotations
@@ -29,30 +29,29 @@ from csdraft.tables.rates import SourceRates
 __all__ = ["Auto"]
 
 SMALLEST = 3
-"""Nodes of the smallest tree among which a schedule chooses: with the text's last token, a forward of four tokens."""
+"""Nodes of the smallest tree that a schedule may choose: with the text's last token, a forward of four tokens."""
 TAIL = 7
-"""Nodes, at most, behind another drafter's draft, which the forward has to read too."""
+"""The most nodes after another drafter's draft, which the forward must read too."""
 LOOKED_AT = 7
-"""Nodes whose chances are the evidence."""
+"""The evidence comes from the chances of this many nodes."""
 EXPECTED = (0.3, 0.6, 1.0, 1.6)
-"""Tokens expected of these nodes, from which on the evidence is of the next kind."""
+"""Bounds of the expected tokens of these nodes: each begins the next kind of evidence."""
 NOTHING = 5
-"""Evidence where nothing is known to follow."""
+"""The evidence if no token is known to follow."""
 
 
 @dataclass(frozen=True)
 class Auto(Drafter):
-    """Drafts the tokens that are likeliest to follow, by what earlier texts of the target have shown.
+    """Drafts the likeliest next tokens, learned from earlier texts of the target.
 
     Args:
-        depth: most tokens in a row.
-        nodes: most tokens of the tree. One less than a power of two fills forwards of 32, 16, 8 and 4 tokens.
-        remember: whether what it learns outlives the call: then what is drafted depends on earlier calls, which the
-            text never does.
-        adjacency: remembered successors, or the path of a saved table. None: one for each target, kept in memory as
-            long as the target, or an empty one a call.
+        depth: the most tokens in a row.
+        nodes: the most tokens of the tree. One less than a power of two fills forwards of 32, 16, 8 and 4 tokens.
+        remember: whether what it learns outlives the call. Drafts, but never the text, then depend on earlier calls.
+        adjacency: remembered successors, or the path of a saved table. None: if `remember`, one table for each target,
+            kept in memory as long as the target; else an empty table for each call.
         outputs: earlier outputs, or the path of a saved table; None as above.
-        drafter: a drafter that joins in: it drafts first, where that pays, and the tree continues from its end.
+        drafter: another drafter, which drafts first where that pays; the tree continues from the end of its draft.
     """
 
     depth: int = 20  # type: ignore[assignment]
@@ -62,7 +61,7 @@ class Auto(Drafter):
     outputs: OutputTable | str | Path | None = None
     drafter: Drafter | None = None
     nest: Horizontal | None = field(init=False, default=None, repr=False, compare=False)
-    """The drafter and, behind it, this one without it; None if there is no other drafter."""
+    """A cascade of the other drafter and then this one without it; None if there is no other drafter."""
 
     def __post_init__(self) -> None:
         check_range("an Auto", self, depth=None, nodes=MOST_NODES)
@@ -79,7 +78,7 @@ class Auto(Drafter):
             return Horizontal((*drafter.drafters, alone), (*drafter.lengths, self.depth))
         return Horizontal((drafter, alone), (drafter.depth, self.depth))
 
-    # What a call asks of the drafter that joins in, too.
+    # What a call asks of the other drafter too.
 
     def parts(self) -> Sequence[Drafter]:
         if self.nest is not None:
@@ -106,7 +105,7 @@ class Auto(Drafter):
             if self.remember:
                 self._suffix(call).observe(rounds)
 
-    # What it says to a schedule.
+    # For the schedule.
 
     def width(self, depth: int) -> int:
         if self.nest is not None:
@@ -150,10 +149,10 @@ class Auto(Drafter):
         tree.grow(nodes)
         return tree.draft(context, depth, nodes, context.call.level(self))
 
-    # Where it looks.
+    # The tables that it searches.
 
     def _tree(self, context: Context) -> LikeliestTree:
-        """The row's tree: the one that the schedule has looked at is the one that is drafted."""
+        """The row's tree; the schedule looks at the same tree that is then drafted."""
         call, at = context.call, (len(context.text), tuple(context.path))
         trees = self._trees(call, context.row)
         if at not in trees:
@@ -164,7 +163,7 @@ class Auto(Drafter):
         return trees[at]
 
     def _trees(self, call: Call, row: int) -> dict[tuple, LikeliestTree]:
-        """The row's last tree, by where it begins."""
+        """(text length, path) where a tree begins -> the tree; only the row's last tree."""
         return call.memo((self, LikeliestTree, row), dict)
 
     def _recycling(self, call: Call) -> TokenRecycling:
@@ -172,7 +171,7 @@ class Auto(Drafter):
         return call.memo((self, TokenRecycling), make)
 
     def _suffix(self, call: Call) -> Suffix:
-        """The one that knows the earlier outputs, and takes in new ones."""
+        """The drafter that holds the earlier outputs and adds new ones."""
         kept = self.outputs is None and self.remember
         make = lambda: Suffix(outputs=OutputTable.of(call.target) if kept else self.outputs)  # noqa: E731 - as above
         return call.memo((self, Suffix), make)

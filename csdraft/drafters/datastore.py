@@ -1,7 +1,7 @@
-"""Retrieval from a datastore: drafts what followed the text's ending in a large corpus, as a tree; no model.
+"""Retrieval from a datastore: drafts, as a tree, what followed the text's last tokens in a large corpus; no model.
 
-REST (arXiv 2311.08252). Use it where the target writes what many others have written: code, standard phrases, its own
-earlier outputs by the million. Build the corpus with `scripts/build_datastore.py`.
+REST (arXiv 2311.08252). Use it where the target writes what many others have written: code, standard phrases, or a
+large store of its own earlier outputs. Build the corpus with `scripts/build_datastore.py`.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from csdraft.tables.corpus import SPAN, CorpusIndex
 __all__ = ["Datastore"]
 
 MOST_MATCHES = 10_000
-"""Twice what the paper looks at."""
+"""Twice as many as in the paper."""
 
 
 @dataclass(frozen=True)
 class Datastore(Drafter):
-    """Finds the longest ending of the text in a corpus and drafts the most frequent of what followed it there.
+    """Finds the longest ending of the text in a corpus, and drafts the most frequent tokens that follow it there.
 
-    All tokens are point masses: under independent draws the tree is judged without any of the bias of sampling rules
-    that take frequencies for probabilities.
+    All tokens are point masses. So under independent draws the tree is judged exactly; rules that take frequencies for
+    probabilities would be biased.
 
     Args:
         corpus: a `CorpusIndex`, or the path of one.
-        depth: most tokens in a row unless a schedule or a cascade says otherwise.
-        nodes: most tokens of a draft: the most frequent, of equals the nearest.
-        min_match: shortest match worth drafting from; the longest that is found is 16.
-        matches: places looked at, spread evenly where a match has more. The paper looks at 5000; 64 would keep 0.7 %
-            more tokens of source code than 32 and take a third longer.
+        depth: the most tokens in a row, unless a schedule or a cascade says otherwise.
+        nodes: the most tokens of a draft: the most frequent ones, in a tie the nearest.
+        min_match: the shortest match to draft from; no match is longer than 16.
+        matches: how many places of a match are used, spread evenly over all of them. The paper uses 5000. With source
+            code, 64 keeps 0.7 % more tokens than 32 and takes a third longer.
     """
 
     corpus: CorpusIndex | str | Path
@@ -93,12 +93,12 @@ class Datastore(Drafter):
 
 
 def _merged(sequences: Sequence[Sequence[int]], nodes: int) -> tuple[list[int], list[int]]:
-    """Tokens and parents of the `nodes` most frequent nodes of the sequences' trie, nearest first among equals."""
+    """Tokens and parents of the `nodes` most frequent nodes of the sequences' trie; in a tie the nearest first."""
     tokens: list[int] = []
     parents: list[int] = []
     waiting: list[
         tuple[int, int, int, int, Sequence[Sequence[int]]]
-    ] = []  # -count, depth, order, parent, those that go there
+    ] = []  # -count, depth, order, parent, sequences that go through the node
     order, node, depth, here = 0, -1, 0, sequences
     while True:
         by_token: dict[int, list[Sequence[int]]] = {}
@@ -108,7 +108,7 @@ def _merged(sequences: Sequence[Sequence[int]], nodes: int) -> tuple[list[int], 
         for those in by_token.values():
             order += 1
             heappush(waiting, (-len(those), depth, order, node, those))
-        if len(tokens) == nodes or not waiting or waiting[0][0] == -1:  # the rest are sequences by themselves
+        if len(tokens) == nodes or not waiting or waiting[0][0] == -1:  # the other nodes have one sequence each
             break
         _, depth, _, parent, here = heappop(waiting)
         node = len(tokens)

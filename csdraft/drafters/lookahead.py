@@ -1,14 +1,14 @@
-"""Lookahead: the target guesses ahead in parallel inside its own forward, and its guesses are the later drafts.
+"""Lookahead: the target guesses several tokens ahead inside its own forward; the guesses become later drafts.
 
-Lookahead decoding (Fu et al., arXiv 2402.02057): Jacobi iteration on a window of guessed tokens behind the text yields
-n-grams; those that begin with the last token are drafted. No model and no repetition is needed, but forwards become
-wide, (W + G)(N - 1) tokens: for accelerators with compute to spare.
+Lookahead decoding (Fu et al., arXiv 2402.02057): Jacobi iteration on a window of guessed tokens after the text yields
+n-grams, and those that begin with the last token are drafted. It needs no model and no repetition. But forwards become
+wide, (W + G)(N - 1) tokens, so use it on accelerators with compute to spare.
 
-The window is a branch of the draft like any other: of every column the first token stands below the first token of
-the column before, the rest below one another, as the paper's mask has it. So any verifier may even accept it. The
-window moves with the text by as many places as were committed, and columns grow again from tokens of the prompt at its
-far end. Where another model reviews the draft, or the draft continues from another drafter's, there is no window, and
-the pool has the prompt's n-grams only.
+The window is a branch of the draft like any other. The first token of each column is below the first token of the
+column before it, and the other tokens of a column are a chain below its first, as in the paper's mask. So a verifier
+may even accept them. The window moves with the text by the number of committed tokens; at its far end new columns
+start from tokens of the prompt. If another model reviews the draft, or the draft continues another drafter's, there is
+no window, and the pool has only the prompt's n-grams.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from csdraft.tables.phrases import PhrasePool
 __all__ = ["Lookahead"]
 
 STRIDE = 2654435761
-"""Picks tokens of the prompt that do not stand side by side there."""
+"""Neighbouring columns get tokens from distant places of the prompt."""
 
 
 @dataclass(frozen=True)
 class Lookahead(Drafter):
-    """Drafts the n-grams that the target's own guesses left behind, and has it guess on (see the module).
+    """Drafts n-grams from the target's earlier guesses, and a window in which it guesses further (see the module).
 
     Args:
         window: columns of guesses, the paper's W; 0 drafts from the prompt only.
         ngram: tokens of an n-gram, the paper's N.
-        guesses: n-grams kept for a first token, and drafted at once, the paper's G.
+        guesses: n-grams that are kept for each first token and drafted at once, the paper's G.
         prompt: whether the pool also has the n-grams of the prompt.
     """
 
@@ -52,7 +52,7 @@ class Lookahead(Drafter):
 
     @property
     def depth(self) -> int:  # type: ignore[override]
-        """The last column of the window ends so deep; n-grams are shorter."""
+        """The depth where the last column of the window ends; n-grams are shorter."""
         return max(self.window + self.ngram - 2, self.ngram - 1)
 
     def width(self, depth: int) -> int:
@@ -90,13 +90,13 @@ class Lookahead(Drafter):
 
 @dataclass
 class _Row:
-    """A row's pool and window. A column is a guessed text from its start, a position, on."""
+    """A row's pool and window."""
 
     options: Lookahead
     prompt: list[int]
-    inner: bool = False  # another model reviews what is drafted
-    columns: dict[int, list[int]] = field(default_factory=dict)
-    offered: list[int] = field(default_factory=list)  # the starts of the columns in the draft
+    inner: bool = False  # whether another model than the target reviews the drafts
+    columns: dict[int, list[int]] = field(default_factory=dict)  # start position -> guessed tokens from there on
+    offered: list[int] = field(default_factory=list)  # start positions of the columns in the draft
 
     def __post_init__(self) -> None:
         self.pool = PhrasePool(self.options.ngram - 1, self.options.guesses)
@@ -105,7 +105,7 @@ class _Row:
             self.pool.read(self.prompt)
 
     def offer(self, trie: Trie, context: Context, room: int) -> int:
-        """Puts the window behind the text, as far as there is room; the end of its first column."""
+        """Adds the window to the draft, as many columns as there is room for; returns the end of the first column."""
         self._slide(len(context.text))
         first, best = ROOT, ROOT
         self.offered = []
@@ -119,7 +119,7 @@ class _Row:
         return best
 
     def _slide(self, base: int) -> None:
-        """Columns from `base` on, where the text now ends: of two at one place the longer, a new one where none is."""
+        """Moves the window to `base`, the text's end: cuts columns, keeps the longest at a place, adds new ones."""
         old: dict[int, list[int]] = {}
         for start, column in self.columns.items():
             left, start = column[max(base - start, 0) :], max(start, base)
@@ -131,8 +131,8 @@ class _Row:
         }
 
     def advance(self, finished: Round) -> None:
-        """One Jacobi step: every offered column gets the target's token after its last; a full one is an n-gram."""
-        draft, likeliest = finished.draft, finished.scores.top(1)[:, 0].tolist()
+        """One Jacobi step: each column in the draft gets the target's next token; a full column becomes an n-gram."""
+        draft, likeliest = finished.draft, finished.scores.top(1)[:, 0].tolist()  # (nodes + 1,) first ROOT's
         first, moved = ROOT, {}
         for start in self.offered:
             column = self.columns[start]

@@ -1,8 +1,8 @@
-"""Max-Gram: copies what followed the longest earlier occurrence of the text's ending; no model, microseconds a draft.
+"""Max-Gram: copies what followed the longest earlier occurrence of the text's last tokens; no model, microseconds.
 
-Cascade Speculative Drafting (arXiv 2312.11462, appendix A), where it is the last drafter of every cascade. Use it so,
-or alone when the output repeats the input: summaries, edits, retrieved passages, code. It differs from the paper's
-code in reading prompt and text as one history, in taking the most recent of the longest matches, and in its cost.
+Cascade Speculative Drafting (arXiv 2312.11462, appendix A), where it is the last drafter of every cascade. Use it
+there, or alone when the output repeats the input: summaries, edits, retrieved passages, code. Unlike the paper's code
+it reads prompt and text as one history, takes the most recent of the longest matches, and is fast at any text length.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ __all__ = ["MaxGram"]
 class MaxGram(Drafter):
     """Finds the longest ending of text and draft that occurs earlier, and proposes what followed it last time.
 
-    A match that reaches the end of the history continues copying from its own proposal: a loop is drafted to any
-    depth. For encoder-decoders it also searches the encoder's input; no match spans the two.
+    A copy that reaches the end of the history continues with its own proposal, so a loop is drafted to any depth. For
+    encoder-decoders it also searches the encoder's input; no match spans that and the text.
 
     Args:
-        depth: tokens a round unless a schedule or a cascade says otherwise.
-        min_match: shortest match worth copying from; 1 as in the paper.
-        bigram: what to continue with where nothing matches: a `BigramTable`, or the path of a saved one. None:
-            nothing.
+        depth: tokens a round, unless a schedule or a cascade says otherwise.
+        min_match: the shortest match to copy from; 1 as in the paper.
+        bigram: a `BigramTable` to draft from where nothing matches, or the path of a saved one. None: drafts nothing
+            there.
     """
 
     depth: int = 10  # type: ignore[assignment]
@@ -72,7 +72,7 @@ class MaxGram(Drafter):
 
 
 def _copied(known: History, path: list[int], depth: int, min_match: int) -> list[int]:
-    """`depth` tokens, or as many as are known, that followed the longest match of the text and `path`."""
+    """At most `depth` tokens that followed the longest match of the end of text + `path`."""
     automaton = known.automaton
     if path:
         state, matched = known.find(path)

@@ -1,8 +1,8 @@
-"""Merged: several drafters draft the same text, and the target reads all their drafts as one tree.
+"""Merged: several drafters draft for the same text, and the target reads all their drafts as one tree.
 
-SpecInfer's merge (arXiv 2305.09781): drafters that fail on different texts cover for one another. A token that several
-have chosen after the same tokens becomes one node. Use it with cheap drafters beside a model, or with small ones that
-were trained apart; each costs its own time.
+SpecInfer's merge (arXiv 2305.09781): where one drafter fails, another may be right. A token that several drafters
+chose after the same tokens becomes one node. Use it with cheap drafters beside a model, or with small models that were
+trained separately. The times of all drafters add up.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ __all__ = ["Merged"]
 
 @dataclass(frozen=True)
 class Merged(Drafter):
-    """Merges what its drafters draft, branch by branch.
+    """Merges the drafts of its drafters into one tree.
 
-    Chosen tokens are merged; drawn ones stay apart, each with its own distribution. Draws of two drafters can stand in
-    one tree if all were made independently ("iid"). A chain continues from the end of the first drafter's likeliest
-    branch.
+    Equal chosen tokens become one node. Drawn tokens stay separate nodes, each with its own distribution. Draws of
+    several drafters can be in one tree only if all are independent ("iid"). A following drafter continues from the end
+    of the first drafter's likeliest branch.
 
     Args:
-        drafters: the first is tried first.
+        drafters: a verifier tries the first one's tokens first.
     """
 
     drafters: tuple[Drafter, ...]
@@ -47,7 +47,7 @@ class Merged(Drafter):
         return sum(drafter.width(depth) for drafter in self.drafters)
 
     def sizes(self) -> Sequence[int]:
-        """Those of the part that has most of them, and the width of the others."""
+        """The sizes of the drafter that has the most sizes, plus the fixed width of the others."""
         return [size + self._fixed_width for size in self._sizes]
 
     @property
@@ -78,7 +78,7 @@ class Merged(Drafter):
         return nodes.draft(len(context.draft), places[0][drafts[0].tip])
 
     def _check_draws(self, context: Context, drafts: Sequence[Draft]) -> None:
-        """Raises ValueError if draws that depend on one another would get siblings of another drafter's draws."""
+        """Raises ValueError if siblings drawn dependently would be mixed with another drafter's draws."""
         old, kinds = len(context.draft), {}
         for drafter, draft in zip(self.drafters, drafts, strict=True):
             if draft.probs is not None and any(row is not None for row in draft.probs.rows[old:]):
@@ -98,7 +98,7 @@ def _name(drafter: Drafter) -> str:
 
 @dataclass
 class Nodes:
-    """The tree as it is put together: columns of a `Draft`, and which chosen token stands where."""
+    """The tree while it is built: the columns of a `Draft`, and (parent, token) -> node for chosen tokens."""
 
     tokens: list[int]
     parents: list[int]
@@ -116,7 +116,7 @@ class Nodes:
         )
 
     def take(self, draft: Draft, start: int) -> dict[int, int]:
-        """Adds the nodes of `draft` from `start` on; where each of its nodes stands now."""
+        """Adds the nodes of `draft` from `start` on; returns the new number of each of its nodes."""
         places = {node: node for node in range(ROOT, start)}
         for node in range(start, len(draft)):
             probs = draft.probs.rows[node] if draft.probs is not None else None
@@ -137,7 +137,7 @@ class Nodes:
         return places
 
     def draft(self, start: int, lead: int) -> Draft:
-        """The draft; its last node ends the branch that continues from `lead`; `start` nodes keep their places."""
+        """The draft, with the first `start` nodes unchanged; its last node is the end of the branch through `lead`."""
         last = self._end(lead)
         order = list(range(len(self.tokens)))
         if last >= start:
@@ -151,7 +151,7 @@ class Nodes:
         return Draft(pick(self.tokens), parents, pick(self.levels), pick(self.confidence), probs)
 
     def _end(self, node: int) -> int:
-        """The leaf below `node` by first children; of drawn ones, by the last drawn from the first distribution."""
+        """A leaf below `node`: follows first children; among drawn ones, the last draw from the first distribution."""
         while below := [child for child, parent in enumerate(self.parents) if parent == node]:
             probs = self.draft_probs[below[0]]
             node = below[0] if probs is None else [child for child in below if self.draft_probs[child] is probs][-1]

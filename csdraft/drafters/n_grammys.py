@@ -1,8 +1,8 @@
-"""N-Grammys: several guesses at once, from n-grams of the text and from what the target says after a token alone.
+"""N-Grammys: several guesses at once, from n-grams of the text and from the target's choices after a single token.
 
-The N-Grammys (Stewart et al., arXiv 2411.03786): k continuations of w tokens, those that followed the last token
-earlier in the text first, the likeliest by a table of the target's own next-token choices in the remaining places. For
-targets whose forward is nearly as cheap for k * w tokens as for one. The paper verifies k rows; here they are a tree.
+The N-Grammys (Stewart et al., arXiv 2411.03786) draft k continuations of w tokens. The first ones followed the last
+token earlier in the text; the others come from a table of the target's likeliest next tokens. Use it with targets that
+read k * w tokens nearly as fast as one. The paper verifies k rows; here they are one tree.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ __all__ = ["NGrammys"]
 
 @dataclass(frozen=True)
 class NGrammys(Drafter):
-    """Drafts what followed the text's last tokens most often (the latest among equals), then what the table says.
+    """Drafts what followed the text's last tokens most often (in a tie the latest), then what the table says.
 
     Args:
         depth: tokens of a continuation, the paper's w.
-        rows: continuations, the paper's k.
-        match: tokens that must match in the text, the paper's q; 1 is best there.
+        rows: number of continuations, the paper's k.
+        match: tokens that must match in the text, the paper's q; the paper finds 1 best.
         table: the target's `SuccessorTable`, or the path of a saved one; None: n-grams of the text only.
     """
 
@@ -55,7 +55,7 @@ class NGrammys(Drafter):
             )
 
     def _continuations(self, context: Context) -> _Continuations:
-        """The row's, up to date; drafters of one cascade with the same lengths share them."""
+        """The row's continuations, up to date; drafters of one cascade with the same lengths share them."""
         key = (_Continuations, self.match, self.depth, context.row)
         known: _Continuations = context.call.memo(key, lambda: _Continuations(self.match, self.depth))
         known.read(context.text.tokens)
@@ -83,7 +83,7 @@ class NGrammys(Drafter):
 
 
 class _Continuations:
-    """What followed each n-gram of a text, how often and when last: one step a token, whatever the text's length.
+    """What followed each n-gram of a text, how often, and where last; a new token costs the same at any text length.
 
     Args:
         match: tokens of an n-gram.
@@ -94,12 +94,12 @@ class _Continuations:
         self.match, self.length = match, length
         self.tokens: list[int] = []
         self.taken = 0
-        self.entries: dict[int, tuple[int, int]] = {}  # by hash of n-gram and continuation
+        self.entries: dict[int, tuple[int, int]] = {}  # hash of n-gram and continuation -> its entry in `ranked`
         self.ranked: dict[tuple[int, ...], list[tuple[int, int]]] = {}
-        """By n-gram: (-count, -start) of its distinct continuations, sorted; `start` is the latest one's."""
+        """N-gram -> sorted (-count, -start) of its continuations; `start` is where the latest occurrence begins."""
 
     def read(self, tokens: list[int]) -> None:
-        """Takes in what was committed since last time."""
+        """Reads the tokens that were committed since last time."""
         self.tokens = tokens
         for end in range(max(self.taken, self.match + self.length - 1) + 1, len(tokens) + 1):
             start = end - self.length
@@ -114,12 +114,12 @@ class _Continuations:
         self.taken = len(tokens)
 
     def times(self, tail: list[int]) -> int:
-        """How often the commonest continuation of `tail` followed it."""
+        """How often the most frequent continuation of `tail` followed it."""
         ranked = self.ranked.get(tuple(tail))
         return -ranked[0][0] if ranked else 0
 
     def after(self, tail: list[int], rows: int, depth: int) -> list[list[int]]:
-        """At most `rows` continuations of `tail`, best first, cut to `depth`; those that the text's end cuts too."""
+        """At most `rows` continuations of `tail`, best first, cut to `depth`; also ones that the text's end cuts."""
         tokens, match = self.tokens, self.match
         found = self.ranked.get(tuple(tail), [])[:rows]
         last = len(tokens) - 1

@@ -1,9 +1,9 @@
-"""Ouroboros: lengthens another drafter's draft with phrases, learned from what the target said about earlier drafts.
+"""Ouroboros: extends another drafter's draft with phrases, learned from the target's choices along earlier drafts.
 
 Ouroboros (Zhao et al., arXiv 2402.13720): a drafter model writes a few tokens, and the target checks several phrases
-that may follow them in the same forward. Phrases come from the verified text, and from rejected drafts: what the
-target would have said there, token by token. Use it around a model whose own tokens are expensive. The paper also has
-the drafter model write by Lookahead; that is `Vertical(model, ...)` around any drafter of this package.
+that may follow them in the same forward. Phrases come from the verified text and from rejected drafts: there they are
+the tokens that the target would have chosen at each place. Use it around a model with expensive tokens. In the paper
+the drafter model also writes by Lookahead; for that, use `Vertical(model, ...)` around any drafter of this package.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ __all__ = ["Ouroboros"]
 
 @dataclass(frozen=True)
 class Ouroboros(Drafter):
-    """Puts the newest phrases of the draft's last token below it, as branches.
+    """Adds the newest phrases after the draft's last token, as branches below it.
 
     Args:
-        drafter: whose drafts are lengthened.
-        phrases: branches at once, the paper's K.
-        ngram: tokens of an n-gram, the paper's N: a phrase is the N - 1 that follow a token.
-        pool: phrases kept a token, the paper's G.
-        remember: whether the pool outlives the call, one for each target; then what is drafted depends on earlier
-            calls, which the text never does.
+        drafter: writes the drafts that are extended.
+        phrases: the number of branches, the paper's K.
+        ngram: tokens of an n-gram, the paper's N: a phrase is the N - 1 tokens after the first.
+        pool: phrases kept for each token, the paper's G.
+        remember: whether the pool outlives the call, one pool for each target. Drafts, but never the text, then depend
+            on earlier calls.
     """
 
     drafter: Drafter
@@ -97,11 +97,11 @@ class Ouroboros(Drafter):
 
 
 def _harvest(pool: PhrasePool, finished: Round) -> None:
-    """Adds what the target would have said, place by place, along every branch that it refused somewhere."""
+    """Adds the target's choices after each node along every rejected branch to the pool, as phrases."""
     draft, accepted, text = finished.draft, set(finished.verdict.accepted), finished.context.text.tokens
     if not len(draft) or not text:
         return
-    likeliest = finished.scores.top(1)[:, 0].tolist()
+    likeliest = finished.scores.top(1)[:, 0].tolist()  # (nodes + 1,) first ROOT's
     inner, done = set(draft.parents), set()
     for leaf in range(len(draft)):
         if leaf in inner or leaf in accepted:
@@ -110,7 +110,7 @@ def _harvest(pool: PhrasePool, finished: Round) -> None:
         said = [likeliest[node + 1] for node in path]
         for start in range(len(path) - pool.length + 1):
             end = path[start + pool.length - 1]
-            if end in accepted or end == ROOT or end in done:  # in the text anyway, or another leaf's
+            if end in accepted or end == ROOT or end in done:  # part of the text, or added for another leaf
                 continue
             done.add(end)
             token = draft.tokens[path[start]] if path[start] != ROOT else text[-1]

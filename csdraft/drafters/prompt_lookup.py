@@ -1,7 +1,7 @@
 """Prompt lookup: copies what followed the first earlier occurrence of the text's last few tokens; no model.
 
-Prompt lookup decoding (Saxena, 2023), exactly as transformers' `prompt_lookup_num_tokens` does it, so that the two
-can be compared, or a known setting kept. `max_gram` finds longer and fresher matches at the same price.
+Prompt lookup decoding (Saxena, 2023), exactly as transformers' `prompt_lookup_num_tokens` does it. Use it to compare
+with transformers, or to keep a known setting. `max_gram` finds longer and more recent matches at the same cost.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from csdraft.decoding.text import Text
 __all__ = ["PromptLookup"]
 
 MOST_NGRAM = 64
-"""Every n-gram of the text up to that length is kept; `max_gram` finds matches of any length without that."""
+"""Every n-gram of the text up to this length is stored; `max_gram` finds matches of any length without that."""
 
 
 @dataclass(frozen=True)
 class PromptLookup(Drafter):
-    """Looks the last `max_ngram` tokens up, then ever fewer; the first (oldest) match that something follows wins.
+    """Looks up the last `max_ngram` tokens, then fewer and fewer; takes the first (oldest) match with a next token.
 
     It copies up to the end of the text and no further, and stops before an end-of-text token.
 
     Args:
-        depth: tokens a round unless a schedule or a cascade says otherwise; transformers' `prompt_lookup_num_tokens`.
-        max_ngram: longest match tried; transformers' `max_matching_ngram_size`.
+        depth: tokens a round, unless a schedule or a cascade says otherwise; transformers' `prompt_lookup_num_tokens`.
+        max_ngram: the longest match that is tried; transformers' `max_matching_ngram_size`.
     """
 
     depth: int = 10  # type: ignore[assignment]
@@ -60,20 +60,20 @@ class PromptLookup(Drafter):
 
 @dataclass
 class _Index:
-    """Where each n-gram of a text was first followed by something: one lookup an n, whatever the text's length."""
+    """The position after the first occurrence of each n-gram of a text; a search costs one lookup for each n."""
 
     max_ngram: int
     read_tokens: int = 0
     first: dict[tuple[int, ...], int] = field(default_factory=dict)
 
     def read(self, text: Text) -> None:
-        """Takes in what was committed since last time."""
+        """Reads the tokens that were committed since last time."""
         if self.read_tokens < len(text):
             _note(self.first, text.tokens, self.read_tokens, self.max_ngram)
             self.read_tokens = len(text)
 
     def find(self, text: Text, path: list[int]) -> int | None:
-        """The position that follows the first match of the longest n-gram that has one; None if none has."""
+        """The position after the first match of the longest n-gram that has a match; None if no n-gram has one."""
         tail = text.tail(self.max_ngram) + path
         end, offset = len(text) + len(path), len(text) + len(path) - len(tail)
         fresh: dict[tuple[int, ...], int] = {}
@@ -90,7 +90,7 @@ class _Index:
 
 
 def _note(first: dict[tuple[int, ...], int], tokens: list[int], start: int, max_ngram: int) -> None:
-    """Enters the n-grams of `tokens` that end at `start` or later."""
+    """Adds to `first` the n-grams of `tokens` that end at `start` or later."""
     for end in range(start + 1, len(tokens) + 1):
         for size in range(1, min(max_ngram, end) + 1):
             first.setdefault(tuple(tokens[end - size : end]), end)

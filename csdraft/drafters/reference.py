@@ -1,8 +1,8 @@
-"""Reference: copies from documents that the output is likely to quote, where its last tokens match them; no model.
+"""Reference: copies from documents that the output is likely to quote, after a match of the last tokens; no model.
 
 LLMA, "Inference with Reference" (arXiv 2304.04487). Use it for retrieval, caches of earlier answers, or edits of a
-document that is not in the prompt; what is in the prompt, `max_gram` copies by itself. It differs from the paper in
-taking the longest match rather than any of a fixed length.
+document that is not in the prompt; from the prompt `max_gram` copies too. Unlike the paper it takes the longest match,
+not any match of a fixed length.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ __all__ = ["Reference"]
 
 
 NEAR = 32
-"""Tokens of the prompt that may open a match."""
+"""How many of the prompt's last tokens a match may include."""
 
 
 @dataclass(frozen=True, eq=False)
 class Reference(Drafter):
-    """Proposes what follows the longest ending of text and draft that a document has, to the document's end at most.
+    """Finds the longest ending of text and draft in the documents, and copies what follows it, within its document.
 
     Args:
-        documents: token ids of each, a `DocumentTable` (its `encode` takes texts), or the path of a saved one.
-        depth: tokens a round unless a schedule or a cascade says otherwise; the paper's k.
-        min_match: shortest match worth copying from; the paper's n.
+        documents: the token ids of each document, a `DocumentTable` (its `encode` takes texts), or the path of one.
+        depth: tokens a round, unless a schedule or a cascade says otherwise; the paper's k.
+        min_match: the shortest match to copy from; the paper's n.
     """
 
     documents: DocumentTable | Sequence[Sequence[int]] | str | Path
@@ -64,7 +64,7 @@ class Reference(Drafter):
         return match_evidence(matched, self.min_match)
 
     def _cursor(self, context: Context) -> _Cursor:
-        """Where the row's text stands in the documents, up to date."""
+        """The match of the row's text in the documents, up to date."""
         text = context.text
         cursor: _Cursor = context.call.memo((self, context.row), lambda: _Cursor(max(len(text) - NEAR, 0)))
         if cursor.read < len(text):
@@ -73,7 +73,7 @@ class Reference(Drafter):
         return cursor
 
     def _walk(self, cursor: _Cursor, tokens: Sequence[int]) -> tuple[int, int]:
-        most = cursor.matched + len(tokens)  # a match is shortened no oftener than it grew
+        most = cursor.matched + len(tokens)  # a match cannot shrink more often than it grew
         found = self._documents.automaton.walk(cursor.state, cursor.matched, tokens, most)
         assert found is not None
         return found
@@ -94,7 +94,7 @@ class Reference(Drafter):
 
 @dataclass
 class _Cursor:
-    """The longest ending of what was read that the documents have."""
+    """The longest ending of the tokens read so far that is found in the documents."""
 
     read: int
     state: int = START

@@ -1,8 +1,8 @@
-"""Suffix decoding: drafts what most often followed the text's ending, here and in earlier outputs; no model.
+"""Suffix decoding: drafts what most often followed the text's last tokens, here and in earlier outputs; no model.
 
-SuffixDecoding (arXiv 2411.04975). It drafts more the longer the match, and stops where the continuations disagree.
-Use it where outputs resemble their inputs or each other: agents, code edits, extraction, the same prompt many times.
-`max_gram` is simpler, and drafts to any depth; give this one an `OutputTable` and it also learns from call to call.
+SuffixDecoding (arXiv 2411.04975). A longer match drafts more; drafting stops where the continuations disagree. Use it
+where outputs resemble their inputs or each other: agents, code edits, extraction, the same prompt many times.
+`max_gram` is simpler and drafts to any depth. With an `OutputTable`, suffix decoding also learns from call to call.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ __all__ = ["Suffix"]
 
 @dataclass(frozen=True)
 class Suffix(Drafter):
-    """Proposes the most frequent continuation of a match, from the text or the earlier outputs, by expected tokens.
+    """Proposes the most frequent continuation of a match in the text or the earlier outputs, by expected tokens.
 
-    A match of n tokens allows factor * n + offset drafted ones. The chance of a token is its share of what followed
-    its parent, times its parent's. All tokens are point masses.
+    A match of n tokens allows factor * n + offset drafted tokens. The chance of a token is its parent's chance times
+    its share of the tokens that followed its parent. All tokens are point masses.
 
     Args:
-        depth: most tokens in a row unless a schedule or a cascade says otherwise.
-        factor, offset: how much a match allows.
-        min_prob: chance below which nothing is drafted.
-        nodes: most tokens of a tree; None drafts chains.
-        outputs: an `OutputTable`, or the path of a saved one: it is searched, and takes in every finished text. None:
-            each call for itself.
+        depth: the most tokens in a row, unless a schedule or a cascade says otherwise.
+        factor, offset: how many drafted tokens a match allows.
+        min_prob: the least chance of a drafted token.
+        nodes: the most tokens of a tree; None drafts chains.
+        outputs: an `OutputTable`, or the path of a saved one: it is searched, and every finished text is added. None:
+            only the call's own text is searched.
     """
 
     depth: int = 16  # type: ignore[assignment]
@@ -82,7 +82,7 @@ class Suffix(Drafter):
         return match_evidence(matched)
 
     def place(self, context: Context) -> Place:
-        """Where the row's text stands in the table."""
+        """How far the row's text was matched with the table."""
         return context.call.memo((Place, id(self.outputs), context.row), Place)
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
@@ -108,7 +108,7 @@ class Suffix(Drafter):
         return draft.attach(found.tokens, [tip if p < 0 else old + p for p in found.parents], level)
 
     def observe(self, rounds: Sequence[Round]) -> None:
-        """Takes in the texts that ended, once each."""
+        """Adds each text that has ended to the table, once."""
         if self.table is None:
             return
         for finished in rounds:

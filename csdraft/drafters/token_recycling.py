@@ -1,9 +1,9 @@
-"""Token Recycling: drafts the tokens that the target found likely the last time it saw each token; no model.
+"""Token Recycling: drafts the tokens that the target found likeliest when it last read each token; no model.
 
-Token Recycling (Luo et al., arXiv 2408.08696): a matrix of the eight likeliest successors of every token, refreshed
-from the logits of every scored node, unrolled into a fixed tree. Use it for any text of any target where a wide
-forward is nearly free (a GPU, small batches): unlike copying drafters it needs no repetition. On a CPU take few
-`nodes`.
+Token Recycling (Luo et al., arXiv 2408.08696): a matrix holds the eight likeliest successors of every token. It is
+updated from the logits of every scored node, and unrolled into a fixed tree. It works with any text and any target,
+and unlike copying drafters it needs no repetition. Use it where a wide forward is nearly free (a GPU, small batches).
+On a CPU take few `nodes`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CHILDREN: tuple[tuple[int, ...], ...] = (
     (3, 1, 1, 0, 0, 1, 0, 0, 0, 0, 1, 0, 1, 0, 0),
     (2, 0, 0, 1, 0, 0, 0, 0),
 )
-"""The paper's tree: how many children each node of each layer has, breadth first, likeliest first."""
+"""The paper's tree: for each layer, the number of children of each node, likeliest node first."""
 NODES = sum(map(sum, CHILDREN))
 
 
@@ -42,11 +42,10 @@ class TokenRecycling(Drafter):
 
     Args:
         depth: layers of the tree, at most 6.
-        nodes: tokens of the tree, at most 80; of fewer, those of the paper's tree with the best ranks are kept.
-        remember: whether the matrix outlives the call: then what is drafted depends on earlier calls, which the text
-            never does.
-        table: the matrix, or the path of a saved one. It is kept up to date, or where nothing is remembered every call
-            starts from it. None: one for each target that lives as long as the target, or an empty one a call.
+        nodes: tokens of the tree, at most 80. With fewer, the nodes of the paper's tree with the best ranks are kept.
+        remember: whether the matrix outlives the call. Drafts, but never the text, then depend on earlier calls.
+        table: the matrix, or the path of a saved one; it is updated if `remember`, else each call starts from a copy.
+            None: if `remember`, one for each target, kept as long as the target; else an empty one for each call.
     """
 
     depth: int = len(CHILDREN)  # type: ignore[assignment]
@@ -75,7 +74,7 @@ class TokenRecycling(Drafter):
                 self.table.claim(call.target)
 
     def matrix(self, call: Call) -> AdjacencyTable:
-        """What it unrolls: the call's, the target's or its own."""
+        """The matrix that it unrolls: its own, the target's, or the call's."""
         table = self.table
         assert not isinstance(table, str | Path)
         if self.remember:
@@ -98,7 +97,7 @@ class TokenRecycling(Drafter):
         if depth <= 0 or last is None or last in call.chooser.stopping.eos or not matrix.known(last):
             return draft
         tree = template(nodes, depth)
-        tokens = np.empty(len(tree.parents) + 1, np.int64)
+        tokens = np.empty(len(tree.parents) + 1, np.int64)  # (nodes + 1,) first the root
         tokens[0] = last
         for start, end, above, ranks in tree.layers:
             tokens[start:end] = matrix.follow(tokens[above], ranks)
@@ -116,11 +115,11 @@ class TokenRecycling(Drafter):
         for finished in rounds:
             text = finished.context.text.tokens
             seen = [text[-1] if text else UNSEEN, *finished.draft.tokens]
-            # What was accepted comes last, so that of a token's places the one in the text is kept.
+            # Accepted nodes come last: if a token occurs several times, its entry is then the one from the text.
             order = [*range(len(seen)), 0, *(node + 1 for node in finished.verdict.accepted)]
             order = [at for at in order if seen[at] not in eos and seen[at] != UNSEEN]
             tokens += [seen[at] for at in order]
-            found.append(finished.scores.top(KEPT).numpy()[order])
+            found.append(finished.scores.top(KEPT).numpy()[order])  # (len(order), KEPT)
         matrix.update(np.array(tokens, np.int64), np.concatenate(found))
 
 
@@ -132,8 +131,8 @@ class Template(NamedTuple):
 
     Attributes:
         parents: (nodes,) as in a `Draft`.
-        layers: a layer each: its first node and the one behind its last, counting the root as 0; the parent, so
-            counted, and the rank of each of its nodes. A layer's last node is the one whose ranks are all 0.
+        layers: (first, end, parents, ranks) of each layer: its nodes are first to end - 1, with the root as node 0;
+            then the parent and the rank of each of its nodes. The ranks on the path to a layer's last node are all 0.
     """
 
     parents: tuple[int, ...]
@@ -142,7 +141,7 @@ class Template(NamedTuple):
 
 @lru_cache(maxsize=64)
 def template(nodes: int, depth: int) -> Template:
-    """The best `nodes` nodes of the paper's tree, as if a token of rank r were right one time in 2 + 2r."""
+    """The best `nodes` nodes of the paper's tree, if a token of rank r is right with chance 1 / (2 + 2r)."""
     layer: list[tuple[int, ...]] = [()]
     paths: list[tuple[int, ...]] = []
     for counts in CHILDREN:
@@ -155,16 +154,16 @@ def template(nodes: int, depth: int) -> Template:
     layers = []
     for size in range(1, max(map(len, kept)) + 1):
         paths = [path for path in kept if len(path) == size]
-        above = np.array([number[path[:-1]] for path in paths])
+        above = np.array([number[path[:-1]] for path in paths])  # (nodes of the layer,)
         ranks = np.array([path[-1] for path in paths])
         layers.append((number[paths[0]], number[paths[-1]] + 1, above, ranks))
     return Template(tuple(number[path[:-1]] - 1 for path in kept), tuple(layers))
 
 
 def _known(tokens: list[int], parents: Sequence[int], best: Sequence[int]) -> tuple[list[int], list[int]]:
-    """The known nodes, the end of the likeliest path last: that of `best` (a chain) which is the deepest known one.
+    """The known nodes, with the end of the likeliest path last: the deepest known node of the chain `best`.
 
-    No node is below it: the matrix knows either no successor of a token or all of them.
+    No known node is below it: the matrix knows either all successors of a token or none.
     """
     end = max(node for node in best if tokens[node] >= 0)
     order = [node for node, token in enumerate(tokens) if token >= 0 and node != end] + [end]

@@ -1,11 +1,11 @@
-"""Translated: lets a drafter of another tokenizer draft, by way of text.
+"""Translated: uses a drafter with another tokenizer, by decoding its draft to text and encoding it again.
 
 Universal assisted generation (Hugging Face, 2024; Timor et al., arXiv 2502.05202): the drafter reads the text in its
-own tokens; its draft is decoded, encoded with the target's tokenizer, and drafted as point masses. Use it where no
-small model shares the target's vocabulary; one that does is accepted more often. Decoder-only targets.
+own tokens. Its draft is decoded, encoded with the target's tokenizer, and drafted as point masses. Use it if no small
+model shares the target's vocabulary; such a model would be accepted more often. For decoder-only targets.
 
-Only the end of a text is translated each round: what lies before a place where both tokenizers part the text, some
-tokens back, is settled. A text that is parted otherwise than its tokenizer would do it costs acceptance, never text.
+Only the end of a text is translated each round. The text before some place where both tokenizers split it is settled.
+If a text is split differently from how its tokenizer would split it, acceptance may fall, but the output stays exact.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from csdraft.decoding.text import Text
 __all__ = ["Translated"]
 
 OPEN, KEPT_OPEN, MOST_OPEN = 32, 8, 128
-"""Target tokens that are translated again each round: with more than OPEN, all but about KEPT_OPEN are settled where
-both tokenizers part the text; beyond MOST_OPEN, anywhere."""
+"""Open target tokens are translated again each round. With more than OPEN, all but about KEPT_OPEN are settled at a
+place where both tokenizers split the text; with more than MOST_OPEN, at any place."""
 PARTIAL = "\ufffd"
-"""What a character decodes to of which bytes are missing."""
+"""What a character with missing bytes decodes to."""
 STAND_IN = "a"
-"""Stands for the settled text: a tokenizer may treat the beginning of a text unlike the rest."""
+"""A text in place of the settled one, before the open tokens: tokenizers may treat the start of a text specially."""
 
 
 @dataclass(frozen=True, eq=False)
 class Translated(Drafter):
-    """Drafts with a drafter of another tokenizer, greedily, whatever the target draws (see the module).
+    """Drafts with a drafter of another tokenizer, always greedily (see the module).
 
     Args:
-        drafter: reads and writes tokens of its own, and sees texts of its own. It learns nothing from the target.
-        tokenizer: the drafter's, or a path or Hub id to load it from (which is what can be saved).
-        target_tokenizer: the target's, likewise.
+        drafter: reads and writes its own tokens. It does not learn from the target's rounds.
+        tokenizer: the drafter's tokenizer, or a path or Hub id to load it from (only these can be saved).
+        target_tokenizer: the same for the target.
     """
 
     drafter: Drafter
@@ -96,7 +96,7 @@ class Translated(Drafter):
         )
 
     def _inner(self, call: Call) -> Call:
-        """The drafter's own call, whose texts are in its own tokens."""
+        """The call that the inner drafter sees: its texts are in the drafter's tokens."""
         return call.memo((self, Call), lambda: self._open(call))
 
     def _open(self, call: Call) -> Call:
@@ -110,12 +110,12 @@ class Translated(Drafter):
 
 
 class TokenizerView:
-    """A tokenizer of its own, without padding, truncation or anything added.
+    """A copy of a tokenizer without padding, truncation or added special tokens.
 
     Attributes:
         size: number of tokens.
-        opening: what it puts before a text.
-        eos: what ends one.
+        opening: tokens that it puts before a text.
+        eos: tokens that end a text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | str | Path):
@@ -136,7 +136,7 @@ class TokenizerView:
         self.skipped = len(self.backend.decode(self.before, skip_special_tokens=False))
 
     def encode(self, text: str, opens: bool) -> list[int]:
-        """Token ids of a piece of text, which opens the text or stands further on."""
+        """Token ids of a piece of text; `opens` says whether it is the beginning of the text."""
         if not opens:
             tokens = self.backend.encode(STAND_IN + text, add_special_tokens=False).ids
             if tokens[: len(self.before)] == self.before:
@@ -144,30 +144,30 @@ class TokenizerView:
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, tokens: Sequence[int], opens: bool) -> str:
-        """The text of these tokens, which open a text or stand further on."""
+        """The text of these tokens; `opens` says whether they are the beginning of the text."""
         if opens:
             return self.backend.decode(tokens, skip_special_tokens=False)
         return self.backend.decode([*self.before, *tokens], skip_special_tokens=False)[self.skipped :]
 
 
 class _Reading:
-    """A row's text in the drafter's tokens: settled ones in `text`, the rest made again from the target's last tokens.
+    """A row's text in the drafter's tokens: the settled ones, and the rest, which is encoded again each round.
 
     Args:
-        drafter: whose tokenizers to use.
-        text: takes the settled tokens.
+        drafter: its tokenizers are used.
+        text: holds the settled tokens.
         tokens: the row's text in the target's tokens.
     """
 
     def __init__(self, drafter: Translated, text: Text, tokens: Sequence[int]):
         self.own, self.theirs, self.text = drafter.own, drafter.theirs, text
-        self.settled = int(tokens[:1] == [drafter.theirs.bos])  # number of target tokens that `text` stands for
-        self.opens = True
+        self.settled = int(tokens[:1] == [drafter.theirs.bos])  # number of target tokens that are settled
+        self.opens = True  # whether the open tokens are the beginning of the text
         self.end = ""
-        """The text behind what is settled, as far as its last character is whole."""
+        """The text of the open tokens, without an incomplete last character."""
 
     def translate(self, context: Context) -> list[int]:
-        """The drafter's tokens behind the settled ones."""
+        """The drafter's tokens after the settled ones."""
         if len(context.text) - self.settled > OPEN:
             self._settle(context.text.tokens[self.settled :])
         self.end = self.theirs.decode(self._open(context), self.opens).rstrip(PARTIAL)
@@ -177,7 +177,7 @@ class _Reading:
         return [*context.text.tokens[self.settled :], *(context.path if len(context.draft) else ())]
 
     def _settle(self, tokens: list[int]) -> None:
-        """Settles all but the last of `tokens`, best up to a space, and only where the rest reads the same alone."""
+        """Settles all but the last of `tokens`, if possible up to a space, where the rest encodes the same alone."""
         whole = self.theirs.decode(tokens, self.opens)
         written = self.own.encode(whole, self.opens)
         last = len(tokens) - KEPT_OPEN
@@ -198,7 +198,7 @@ class _Reading:
         self.opens = False
 
     def translate_back(self, context: Context, tokens: list[int], known: int) -> list[int]:
-        """What the drafter wrote, the tokens behind the first `known`, in the target's tokens."""
+        """The drafter's new tokens, those after the first `known`, in the target's tokens."""
         new = tokens[known:]
         ended = not self.own.eos.isdisjoint(new)
         if ended:
@@ -209,7 +209,7 @@ class _Reading:
         translated = self.theirs.encode(self.end + written, self.opens)
         if translated[: len(old)] == old:
             found = translated[len(old) :]
-        elif self.theirs.decode(old, self.opens) == self.end:  # the text is parted in another way than it would be
+        elif self.theirs.decode(old, self.opens) == self.end:  # the tokenizer would split the text differently
             found = self.theirs.encode(written, False)
         else:
             return []

@@ -1,4 +1,4 @@
-"""What the losses share: log-probabilities with which one may calculate."""
+"""Shared by the losses: log-probabilities that are always finite."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import Tensor
 __all__ = ["FLOOR", "log_probs"]
 
 FLOOR = -1e4
-"""Stands for the logarithm of 0: its probability is 0, and 0 times it is 0, not NaN."""
+"""Used as log 0: its exponential is 0, and 0 * FLOOR is 0, where 0 * -inf is NaN."""
 
 
 def log_probs(logits: Tensor) -> Tensor:
     """(positions, vocab) float32 log-softmax, no lower than `FLOOR`.
 
-    A logit of -inf, which padded vocabularies and masks have, gets probability 0 and no gradient.
+    A logit of -inf, as in padded vocabularies and masks, gets probability 0 and no gradient.
     """
     return logits.float().log_softmax(-1).clamp(min=FLOOR)

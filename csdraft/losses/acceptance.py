@@ -1,7 +1,7 @@
 """Negative logarithm of the acceptance rate, -log of the sum over tokens of min(target, student).
 
-The likelihood loss of LK losses (arXiv 2602.23881): it asks for what rejection sampling rewards, as total variation
-does, but its gradient stays large where a draft is hardly ever accepted.
+The likelihood loss of LK losses (arXiv 2602.23881). Like total variation it trains what rejection sampling accepts,
+but its gradient stays large where drafts are hardly ever accepted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def acceptance(student_logits: Tensor, target_logits: Tensor, labels: Tensor) ->
         labels: not used.
 
     Returns:
-        (positions,) float32, >= 0 up to rounding, 0 where the two agree; finite, even where they share no token.
+        (positions,) float32, >= 0 up to rounding, 0 where the two agree; finite even where they share no token.
     """
     del labels
     return -torch.minimum(log_probs(student_logits), log_probs(target_logits)).logsumexp(-1)

@@ -1,4 +1,4 @@
-"""Cross-entropy with the text's next token: ordinary training, and no need of the target's logits.
+"""Cross-entropy with the text's next token: ordinary training, without the target's logits.
 
 On the target's own text it is sequence-level distillation (Kim and Rush, arXiv 1606.07947).
 """
@@ -12,7 +12,7 @@ from csdraft.losses._log_probs import log_probs
 __all__ = ["cross_entropy"]
 
 ZERO_AT_EQUALITY = False
-"""It compares with a token, not with the target: where the two agree it still is not 0."""
+"""It compares the student with a token, not with the target, so it is not 0 where the two agree."""
 
 
 def cross_entropy(student_logits: Tensor, target_logits: Tensor, labels: Tensor) -> Tensor:

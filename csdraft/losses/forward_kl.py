@@ -1,6 +1,6 @@
-"""Forward KL, sum over tokens of target * log(target / student): the student must cover all that the target may say.
+"""Forward KL, sum over tokens of target * log(target / student): the student must cover all likely target tokens.
 
-Knowledge distillation as usual (Hinton et al., arXiv 1503.02531), and the first choice here: its gradient is that of
+The usual knowledge distillation (Hinton et al., arXiv 1503.02531), and the first choice here. Its gradient is that of
 cross-entropy on soft labels. One of DistillSpec's divergences (arXiv 2310.08461, section 4).
 """
 
@@ -22,9 +22,9 @@ def forward_kl(student_logits: Tensor, target_logits: Tensor, labels: Tensor) ->
         labels: not used.
 
     Returns:
-        (positions,) float32, >= 0 and 0 where the two agree. A token that the student rules out with a logit of -inf
-        and the target does not costs 1e4 times its probability, rather than infinity.
+        (positions,) float32, >= 0 and 0 where the two agree. If the student has a logit of -inf for a token and the
+        target does not, that token costs 1e4 times its target probability, not infinity.
     """
     del labels
-    student, target = log_probs(student_logits), log_probs(target_logits)
+    student, target = log_probs(student_logits), log_probs(target_logits)  # (positions, vocab) each
     return (target.exp() * (target - student)).sum(-1)

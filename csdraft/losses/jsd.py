@@ -22,7 +22,8 @@ def jsd(student_logits: Tensor, target_logits: Tensor, labels: Tensor, *, beta: 
         student_logits: (positions, vocab) of any float dtype, computed in float32.
         target_logits: (positions, vocab) likewise.
         labels: not used.
-        beta: between 0 and 1. Divided by beta it tends to forward KL at 0, by 1 - beta to reverse KL at 1.
+        beta: between 0 and 1. The loss / beta tends to forward KL for beta -> 0, loss / (1 - beta) to reverse KL for
+            beta -> 1.
 
     Returns:
         (positions,) float32 in nats, >= 0, 0 where the two agree, at most log 2.
@@ -31,6 +32,6 @@ def jsd(student_logits: Tensor, target_logits: Tensor, labels: Tensor, *, beta: 
     if not 0 < beta < 1:
         raise ValueError(f"beta={beta} must lie between 0 and 1; for the two ends use forward_kl and reverse_kl")
     student, target = log_probs(student_logits), log_probs(target_logits)
-    mixture = torch.logaddexp(target + math.log(beta), student + math.log1p(-beta))
+    mixture = torch.logaddexp(target + math.log(beta), student + math.log1p(-beta))  # (positions, vocab)
     of_target = (target.exp() * (target - mixture)).sum(-1)
     return beta * of_target + (1 - beta) * (student.exp() * (student - mixture)).sum(-1)

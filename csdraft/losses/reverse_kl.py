@@ -1,7 +1,7 @@
 """Reverse KL, sum over tokens of student * log(student / target): the student must not say what the target would not.
 
-Mode-seeking: a small student keeps to what it can imitate (MiniLLM, arXiv 2306.08543). One of DistillSpec's
-divergences (arXiv 2310.08461, section 4).
+It is mode-seeking: a small student learns the part that it can imitate (MiniLLM, arXiv 2306.08543). One of
+DistillSpec's divergences (arXiv 2310.08461, section 4).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ def reverse_kl(student_logits: Tensor, target_logits: Tensor, labels: Tensor) ->
         labels: not used.
 
     Returns:
-        (positions,) float32, >= 0 and 0 where the two agree. A token that the target rules out with a logit of -inf
-        and the student does not costs 1e4 times its probability, rather than infinity: cut such logits off, or mix the
-        two with `jsd`.
+        (positions,) float32, >= 0 and 0 where the two agree. If the target has a logit of -inf for a token and the
+        student does not, that token costs 1e4 times its student probability, not infinity: cut such logits off, or
+        use `jsd`.
     """
     del labels
-    student, target = log_probs(student_logits), log_probs(target_logits)
+    student, target = log_probs(student_logits), log_probs(target_logits)  # (positions, vocab) each
     return (student.exp() * (student - target)).sum(-1)

@@ -1,9 +1,9 @@
 """Forward KL over the target's most probable tokens and one more outcome, "any other token".
 
-For targets of which only the top logits are kept, and to spend the student's capacity on tokens that may be drafted.
-By lumping the other tokens together it stays a divergence: never negative, at most forward KL, 0 only if the student's
-top probabilities and what it leaves for the rest are right. (The top-k loss of HASS, arXiv 2408.15766, drops the rest,
-and so is not 0 where the two agree.)
+Use it if only the target's top logits are stored, or to spend the student's capacity on tokens that may be drafted.
+The other tokens count as one outcome, so it is still a divergence: never negative, at most forward KL, and 0 only if
+the student's top probabilities and its total for the rest are right. (The top-k loss of HASS, arXiv 2408.15766, drops
+the rest, so it is not 0 where the two agree.)
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def top_k_kl(student_logits: Tensor, target_logits: Tensor, labels: Tensor, *, k
         student_logits: (positions, vocab) of any float dtype, computed in float32.
         target_logits: (positions, vocab) likewise.
         labels: not used.
-        k: tokens told apart, at least 1; from the vocabulary's size on it is forward KL.
+        k: the number of tokens that count separately, at least 1; with the whole vocabulary it is forward KL.
 
     Returns:
         (positions,) float32, >= 0 and 0 where the two agree.
@@ -31,8 +31,8 @@ def top_k_kl(student_logits: Tensor, target_logits: Tensor, labels: Tensor, *, k
     if k < 1:
         raise ValueError(f"k={k} must be 1 or more: the number of the target's tokens to tell apart")
     student, target = log_probs(student_logits), log_probs(target_logits)
-    target_top, top = target.topk(min(k, target.shape[-1]), sorted=False)
-    student_top = student.gather(-1, top)
+    target_top, top = target.topk(min(k, target.shape[-1]), sorted=False)  # (positions, k) each
+    student_top = student.gather(-1, top)  # (positions, k)
     target_rest, student_rest = (logs.scatter(-1, top, FLOOR).logsumexp(-1) for logs in (target, student))
-    inside = (target_top.exp() * (target_top - student_top)).sum(-1)
+    inside = (target_top.exp() * (target_top - student_top)).sum(-1)  # (positions,)
     return inside + target_rest.exp() * (target_rest - student_rest)

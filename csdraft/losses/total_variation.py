@@ -1,8 +1,8 @@
 """Total variation, half the sum over tokens of |target - student|: the chance that a drafted token is rejected.
 
-1 less the acceptance rate of rejection sampling (Leviathan et al., arXiv 2211.17192, theorem 3.5), so what DistillSpec
-(arXiv 2310.08461) is after; there rarely the best loss to train with, because its gradient ignores by how much two
-probabilities differ.
+It is 1 - the acceptance rate of rejection sampling (Leviathan et al., arXiv 2211.17192, theorem 3.5), which
+DistillSpec (arXiv 2310.08461) wants to raise. In that paper it is rarely the best loss to train with, because its
+gradient does not depend on how much two probabilities differ.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Expected acceptance and greedy agreement as a module of Hugging Face `evaluate`, which loads it by its path.
+"""Expected acceptance and greedy agreement as a metric of Hugging Face `evaluate`, which loads it by its path.
 
     acceptance = evaluate.load("csdraft/metrics/acceptance.py")
     acceptance.compute(predictions=draft_logits, references=target_logits, positions=[1, 2, 3, 1, 2, 3])
 
-The functions behind it, which need no `evaluate`, are in `csdraft.metrics.measures`.
+The functions that it calls are in `csdraft.metrics.measures`; they work without `evaluate`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Acceptance(evaluate.Metric):
     def _compute(
         self, predictions: Any, references: Any, temperature: float = 1.0, positions: list[int] | None = None
     ) -> dict[str, Any]:
-        draft, target = torch.tensor(predictions), torch.tensor(references)
+        draft, target = torch.tensor(predictions), torch.tensor(references)  # (count, vocab) each
         accepted, agreed = expected_acceptance(draft, target, temperature), greedy_agreement(draft, target)
         figures: dict[str, Any] = {"acceptance": float(accepted.mean()), "agreement": float(agreed.float().mean())}
         if positions is not None:

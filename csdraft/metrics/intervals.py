@@ -1,4 +1,4 @@
-"""Medians of paired ratios and how sure they are: a bootstrap over prompts, then over repetitions."""
+"""Medians, means and ratios with bootstrap intervals, over prompts and then over repetitions."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ class Interval(NamedTuple):
 
 
 def bootstrap_median(values: Sequence[Sequence[float]], draws: int = DRAWS, seed: int = 0) -> Interval:
-    """The median of all values; prompts are drawn with replacement, then repetitions within each.
+    """The median of all values and its interval; draws prompts with replacement, then repetitions of each prompt.
 
-    Repetitions of one prompt are alike, so to draw single values would make the interval too narrow.
+    Repetitions of one prompt are alike, so drawing single values would make the interval too narrow.
 
     Args:
-        values: (prompts, repetitions), as many repetitions for each prompt.
-        draws: bootstrap samples.
-        seed: of the draws.
+        values: (prompts, repetitions), the same number of repetitions for each prompt.
+        draws: number of bootstrap samples.
+        seed: seed of the draws.
     """
     table = np.asarray(values, dtype=float)  # (prompts, repetitions)
     if table.ndim != 2 or table.size == 0:
         raise ValueError(f"values has shape {table.shape}; give as many repetitions for each prompt, at least one")
     prompts, repetitions = table.shape
     generator = np.random.default_rng(seed)
-    rows = generator.integers(prompts, size=(draws, prompts, 1))
+    rows = generator.integers(prompts, size=(draws, prompts, 1))  # indexed below: (draws, prompts, repetitions)
     columns = generator.integers(repetitions, size=(draws, prompts, repetitions))
-    medians = np.median(table[rows, columns].reshape(draws, -1), axis=1)
+    medians = np.median(table[rows, columns].reshape(draws, -1), axis=1)  # (draws,)
     low, high = np.quantile(medians, (0.025, 0.975))
     return Interval(float(np.median(table)), float(low), float(high))
 
@@ -54,7 +54,7 @@ def bootstrap_mean(values: Sequence[float], draws: int = DRAWS, seed: int = 0) -
 
 
 def bootstrap_ratio(parts: Sequence[float], wholes: Sequence[float], draws: int = DRAWS, seed: int = 0) -> Interval:
-    """Sum of parts / sum of wholes, one of each a prompt, and its interval; prompts are drawn with replacement."""
+    """Sum of parts / sum of wholes, and its interval; prompts, with one of each, are drawn with replacement."""
     pairs = np.asarray([parts, wholes], dtype=float)  # (2, prompts)
     chosen = np.random.default_rng(seed).integers(pairs.shape[1], size=(draws, pairs.shape[1]))
     sums = pairs[:, chosen].sum(axis=2)  # (2, draws)

@@ -1,4 +1,4 @@
-"""Figures of how well a drafter fits its target, as plain functions of logits and of counts."""
+"""Figures that say how well a drafter fits its target, as plain functions of logits and counts."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["by_position", "expected_acceptance", "greedy_agreement", "tokens_per
 def expected_acceptance(draft_logits: Tensor, target_logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Chance that rejection sampling accepts a token drawn from the drafter: the sum of the smaller probabilities.
 
-    Leviathan et al., arXiv 2211.17192, corollary 3.6; 1 less the total variation.
+    Leviathan et al., arXiv 2211.17192, corollary 3.6; it is 1 - total variation.
 
     Args:
         draft_logits: (..., vocab) of any float dtype, computed in float32.
-        target_logits: (..., vocab) likewise. Where the two vocabularies differ by padding, the wider is cut.
-        temperature: divides both, above 0.
+        target_logits: (..., vocab) likewise. If the two vocabularies differ by padding, the wider one is cut.
+        temperature: above 0; divides both logits.
 
     Returns:
         (...) float32 from 0 to 1.
@@ -31,7 +31,7 @@ def expected_acceptance(draft_logits: Tensor, target_logits: Tensor, temperature
 
 
 def greedy_agreement(draft_logits: Tensor, target_logits: Tensor) -> Tensor:
-    """Whether both choose the same token when the most probable is taken.
+    """Whether both have the same most probable token.
 
     Args:
         draft_logits: (..., vocab).
@@ -49,7 +49,7 @@ def by_position(values: Tensor, positions: Tensor) -> dict[int, float]:
 
     Args:
         values: (count,) numbers or truth values.
-        positions: (count,) integers: what the values are told apart by, such as the place in the text or in a draft.
+        positions: (count,) integers that group the values, such as the place in the text or in a draft.
 
     Returns:
         Means by position, the lowest first.
@@ -61,7 +61,7 @@ def by_position(values: Tensor, positions: Tensor) -> dict[int, float]:
 
 
 def tokens_per_call(emitted: Iterable[float], calls: Iterable[float]) -> float:
-    """Block efficiency from counts: all emitted tokens / all calls of the target, 0 without calls.
+    """Block efficiency from counts: all emitted tokens / all calls of the target; 0 if there are no calls.
 
     Args:
         emitted: tokens of each text.

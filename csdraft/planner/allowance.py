@@ -1,4 +1,4 @@
-"""How long a tuning may take, and a true estimate of what is left of it."""
+"""The time limit of a tuning run, and progress as a share of the time."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 __all__ = ["Allowance"]
 
 ALMOST = 0.99
-"""The largest share that is reported before the end."""
+"""The largest share that `tell` reports; 1 is only reported at the end."""
 
 
 @dataclass
 class Allowance:
-    """Counts the seconds of a piece of work that has several parts.
+    """Measures the seconds of work that has several parts.
 
     Args:
-        seconds: that the whole may take; infinity for as long as it needs.
+        seconds: the most that the whole may take; infinity for no limit.
         say: called with what is being done and the share of the time that has passed.
         now: the clock.
     """
@@ -37,13 +37,14 @@ class Allowance:
 
     @property
     def remaining(self) -> float:
-        """Seconds that are left; not below 0."""
+        """Seconds that are left, at least 0."""
         return max(self.seconds - self.passed, 0.0)
 
     def tell(self, what: str, left: float) -> None:
-        """Reports the share that has passed, if the rest takes `left` seconds, or all that is allowed if that is less.
+        """Reports the share of the time that has passed if the rest takes `left` seconds, or until the limit if
+        sooner.
 
-        The share never falls: a reader of it would take that for the beginning of other work.
+        The share never falls: a falling share would look like the start of other work.
         """
         passed, left = self.passed, min(left, self.remaining)
         share = passed / (passed + left) if passed + left > 0 else 0.0

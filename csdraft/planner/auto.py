@@ -1,4 +1,4 @@
-"""`k_matrix="auto"`: a plan on one prompt, at the first call with a target, and the line that says so."""
+"""`k_matrix="auto"`: makes a plan from one prompt at the first call with a target, and prints one line about it."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from csdraft.reports.report import Planned
 __all__ = ["plan_on"]
 
 TOKENS = 48
-"""That the target writes for a plan."""
+"""Tokens that the target writes to make a plan."""
 
 
 def plan_on(
     target: Any, drafters: Sequence[Drafter], names: Sequence[str], input_ids: torch.Tensor, options: Mapping[str, Any]
 ) -> tuple[Plan, Planned]:
-    """The best plan for a target on one prompt, and what is expected of it; one line on stderr says what was planned.
+    """The best plan for a target on one prompt, and its expected figures; prints one line about it on stderr.
 
     Args:
         target: the model.
         drafters: largest first.
-        names: of the drafters, for the reader.
-        input_ids: (1, length) of the prompt, without padding.
-        options: of `generate`.
+        names: the drafters' names, for that line.
+        input_ids: (1, length) token ids of the prompt, without padding.
+        options: options of `generate`.
     """
     started = time.perf_counter()
     prompt = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-    with torch.random.fork_rng(devices=[]):  # a plan must not change what is sampled
+    with torch.random.fork_rng(devices=[]):  # planning must not change the later samples
         measured = measure_drafters(target, drafters, [prompt] * 2, max_new_tokens=TOKENS, **options)
     best = search(measured)[0]
     kept = [names[j] for j in best.kept]

@@ -1,9 +1,9 @@
-"""What a K matrix should give: its rounds replayed on texts that the target wrote, with measured seconds.
+"""The expected speed of a K matrix: its rounds are replayed on texts that the target wrote, with measured seconds.
 
-The replay is the decoding loop without the models: a draft is right up to the first place where its model's choice, or
-its copy, is not the target's token. What a model does behind such a place is not known, nor does it matter but for its
-time; there an inner round gains what inner rounds gain on the average. Acceptances come in runs (a text that repeats
-itself does so for long), which is why texts are replayed and rates are not multiplied.
+The replay is the decoding loop without the models. A draft is right up to the first place where the drafter's token is
+not the target's. After such a place it is unknown what a model would write. Only its time matters there, and each
+inner round is assumed to gain the average of inner rounds. Texts are replayed, instead of multiplying rates, because
+acceptances come in runs: a text that repeats itself does so for long.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ KMatrix = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class Expectation:
-    """Of one K matrix, over all texts.
+    """What to expect from one K matrix, over all texts.
 
     Attributes:
         tokens_per_round: block efficiency.
-        seconds_per_token: of `generate`, all included.
+        seconds_per_token: time of the whole `generate` for each token.
         speedup: over plain `generate`.
     """
 
@@ -45,7 +45,7 @@ def expect(k_matrix: KMatrix, measured: Measured) -> Expectation:
 
 @dataclass
 class Drafted:
-    """A draft so far: its tokens (of all branches), its depth, and how many are the target's."""
+    """A draft so far: its tokens on all branches, its depth, and how many levels are the target's tokens."""
 
     width: int = 0
     depth: int = 0
@@ -57,7 +57,7 @@ class Drafted:
 
 
 class Replay:
-    """One text under one K matrix."""
+    """The replay of one text with one K matrix. `here` is a place in the text; None after a wrong token."""
 
     def __init__(self, k_matrix: KMatrix, measured: Measured, trace: Trace):
         self.k_matrix, self.measured, self.trace = k_matrix, measured, trace
@@ -81,7 +81,7 @@ class Replay:
             place += draft.right + 1
 
     def _draft(self, row: int, place: int, room: int, on_path: bool = True) -> Drafted:
-        """What the stages of a row write together, `place` tokens into the text; off the path, what they cost."""
+        """The draft that the stages of a row write, `place` tokens into the text; off the path only its cost."""
         draft, limit = Drafted(), 0
         for j in range(row, len(self.k_matrix)):
             limit += self.k_matrix[row][j]
@@ -91,7 +91,7 @@ class Replay:
         return draft
 
     def _stage(self, j: int, draft: Drafted, place: int, wanted: int, room: int, on_path: bool) -> None:
-        """Lengthens `draft` by stage `j`."""
+        """Lets stage `j` extend `draft`."""
         here = place + draft.depth if on_path and draft.on_path else None
         if not self.measured.models[j]:
             self._propose(j, draft, here, wanted)
@@ -109,14 +109,14 @@ class Replay:
         self._add(draft, depth + (offer.width - offer.depth) * (depth > 0), depth, min(offer.right, depth), here)
 
     def _proposal(self, j: int, here: int | None) -> Proposal:
-        """What is proposed at a place; off the path, as much as at the text's beginning, and nothing of it right."""
+        """The proposal at a place; off the path, one as large as at the text's beginning with no token right."""
         proposals = self.trace.proposals[j]
         if here is not None and here < len(proposals):
             return proposals[here]
         return Proposal(proposals[0].width, proposals[0].depth, 0)
 
     def _review(self, j: int, draft: Drafted, here: int | None, wanted: int, room: int) -> None:
-        """Inner rounds until there is enough, or the room is used up."""
+        """Runs inner rounds until there are enough tokens, or no room is left."""
         cost, gained, begun = self.measured.drafters[j], 0, here
         while gained < wanted and gained < room - draft.depth + gained:
             inner = self._draft(j + 1, here or 0, max(room - draft.depth - 1, 0), here is not None)
@@ -133,7 +133,7 @@ class Replay:
             here = here + gain if here is not None and right >= gain else None
 
     def _agreement(self, j: int, here: int | None, most: int) -> int:
-        """Tokens from a place on, at most `most`, that the model would choose as the target did."""
+        """How many tokens from a place on, at most `most`, the model would choose like the target."""
         if here is None:
             return 0
         agrees, count = self.trace.agrees[j], 0
@@ -142,7 +142,7 @@ class Replay:
         return count
 
     def _catch_up(self, j: int, here: int | None) -> float:
-        """Seconds beyond one token's for reading what was committed since the model last drafted."""
+        """Extra seconds, beyond those of one token, to read what was committed since the model last drafted."""
         if here is None:
             return 0.0
         reviews = self.measured.drafters[j].reviews
@@ -150,7 +150,7 @@ class Replay:
         return reviews.seconds(min(unread, 32)) - reviews.seconds(1)
 
     def _take(self, draft: Drafted, depth: int, right: int, j: int, here: int | None) -> None:
-        """Adds a model's own tokens, all but the last of which it has read."""
+        """Adds a model's own tokens; it has read all of them but the last."""
         self._add(draft, depth, depth, right, here)
         if here is not None:
             self.read[j] = here + min(right, depth - 1) + 1

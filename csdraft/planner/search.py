@@ -1,4 +1,4 @@
-"""The K matrix with the greatest expected speed-up: which drafters to keep, and how long each drafts, for whom."""
+"""The K matrix with the greatest expected speed-up: which drafters to use, and how much each drafts."""
 
 from __future__ import annotations
 
@@ -13,37 +13,38 @@ from csdraft.planner.trace import Measured
 __all__ = ["Plan", "alternatives", "search"]
 
 FEW = 1500
-"""Matrices that may all be replayed: seconds."""
+"""Up to this many matrices are all replayed, which takes seconds."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A K matrix and what is expected of it."""
+    """A K matrix and its expected figures."""
 
     k_matrix: KMatrix
     expected: Expectation
 
     @property
     def kept(self) -> list[int]:
-        """The drafters it uses."""
+        """The indices of the drafters that it uses."""
         return sorted({j for row in self.k_matrix for j, k in enumerate(row) if k})
 
     def trimmed(self) -> list[list[int]]:
-        """The matrix of the drafters that are kept."""
+        """The matrix with rows and columns of the kept drafters only."""
         kept = self.kept
         rows = [self.k_matrix[0], *(self.k_matrix[j + 1] for j in kept[:-1])]
         return [[row[j] for j in kept] for row in rows]
 
 
 def search(measured: Measured, over: Callable[[], bool] = lambda: False) -> list[Plan]:
-    """All matrices that were looked at, the fastest first.
+    """All matrices that were tried, the fastest first.
 
-    All of them where they are few, as for two drafters. Else, from each drafter alone at its best length, the entry is
-    changed that helps most, until none does: some hundred replays, where a grid over three would need a million.
+    If there are few, as for two drafters, all are tried. A greedy search starts from each drafter alone at its best
+    length, and changes the entry that helps most until none helps. That takes some hundred replays; a grid over three
+    drafters would need a million.
 
     Args:
-        measured: what was observed.
-        over: whether the time is up; then the search ends with what it has found.
+        measured: the measurements.
+        over: returns whether the time is up; then the search ends with what it has found.
     """
     seen: dict[KMatrix, Expectation] = {}
 
@@ -72,13 +73,13 @@ def search(measured: Measured, over: Callable[[], bool] = lambda: False) -> list
 
 
 def entries(measured: Measured) -> Iterator[tuple[int, int]]:
-    """The places of a K matrix that may hold more than 0: what does not write by itself reviews nothing."""
+    """(row, column) of the entries of a K matrix that may be above 0: only models that write tokens can review."""
     size = len(measured.drafters)
     return ((i, j) for i in range(size) for j in range(i, size) if i == 0 or measured.models[i - 1])
 
 
 def filled(nothing: KMatrix, grid: Sequence[tuple[int, int, Sequence[int]]]) -> Iterator[KMatrix]:
-    """Every matrix of a grid, each place of which has the lengths to try, that drafts something."""
+    """All matrices that draft something; `grid` lists (row, column, lengths to try) of each entry."""
     for values in product(*(lengths for *_, lengths in grid)):
         k_matrix = nothing
         for (i, j, _), k in zip(grid, values, strict=True):
@@ -88,7 +89,7 @@ def filled(nothing: KMatrix, grid: Sequence[tuple[int, int, Sequence[int]]]) -> 
 
 
 def neighbours(k_matrix: KMatrix, measured: Measured) -> Iterator[KMatrix]:
-    """The matrices that differ in one entry."""
+    """The matrices that differ from `k_matrix` in one entry."""
     for i, j in entries(measured):
         for k in (0, *measured.depths[j]):
             other = cleaned(changed(k_matrix, i, j, k))
@@ -103,7 +104,7 @@ def changed(k_matrix: KMatrix, i: int, j: int, k: int) -> KMatrix:
 
 
 def cleaned(k_matrix: KMatrix) -> KMatrix:
-    """Without the rows of reviewers that are not asked."""
+    """The same matrix with 0 in the rows of reviewers that are not used."""
     rows = [k_matrix[0]]
     for i in range(1, len(k_matrix)):
         asked = any(row[i - 1] for row in rows[:i])
@@ -112,7 +113,7 @@ def cleaned(k_matrix: KMatrix) -> KMatrix:
 
 
 def alternatives(plans: Sequence[Plan], most: int) -> list[Plan]:
-    """The best plan of each set of drafters, the fastest first, at most so many."""
+    """The best plan of each set of drafters and reviewers, the fastest first, at most `most`."""
     best: dict[tuple, Plan] = {}
     for plan in plans:
         reviews = tuple(bool(any(row)) for row in plan.k_matrix[1:])

@@ -1,9 +1,10 @@
-"""What a cascade should gain, by generating functions: acceptance rates and costs in, tokens and time out.
+"""The gain of a cascade in theory, by generating functions: from acceptance rates and costs to tokens and time.
 
 Cascade Speculative Drafting (arXiv 2312.11462, theorems 4.1, 4.3 and 4.5): every token of a drafter is accepted
-independently with one rate. A distribution over token counts is an array of probabilities, a generating function's
-coefficients; accepting, reviewing and drafting until there is enough are operations on such arrays. Use it to reason
-("would a third model pay?"); `csdraft tune` replays real texts instead, whose acceptances are not independent.
+independently with one rate. A distribution over token counts is an array of probabilities: the coefficients of a
+generating function. Accepting, reviewing, and drafting until there are enough tokens are operations on such arrays.
+Use it for questions like "would a third model pay?". `csdraft tune` replays real texts instead, where acceptances are
+not independent.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 __all__ = ["Stage", "expected_round", "improvement"]
 
 Counts = np.ndarray
-"""(n,) probability of each number of tokens, 0 first."""
+"""(n,) probability of 0, 1, ... n - 1 tokens."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,11 @@ class Stage:
     """One stage of a horizontal cascade, as its reviewer sees it.
 
     Args:
-        acceptance: chance of each token to be accepted, given that those before it were.
-        length: tokens it adds; as a reviewer it continues until it has at least so many.
-        cost: of one of its forwards (or proposals, if it has no model), in forwards of the target.
-        reviews: the cascade that it reviews; none: it drafts token by token.
-        proposes: whether one proposal writes all `length` tokens, as statistical drafters do.
+        acceptance: the chance that a token is accepted, given that those before it were.
+        length: tokens that it adds; a stage that reviews continues until it has at least this many.
+        cost: the time of one of its forwards (or proposals, if it has no model), in forwards of the target.
+        reviews: the cascade that it reviews; empty: it drafts token by token.
+        proposes: whether one proposal has all `length` tokens, as from statistical drafters.
     """
 
     acceptance: float
@@ -46,16 +47,16 @@ def improvement(stages: Sequence[Stage], widening: float = 0.0) -> float:
     """Expected walltime improvement factor: plain decoding's time over the cascade's.
 
     Args:
-        stages: of the cascade that the target reviews.
-        widening: what each further token under review adds to the target's forward, as a share of it; 0 in the paper.
+        stages: the cascade that the target reviews.
+        widening: cost of each drafted token in the target's forward, as a share of the forward; 0 in the paper.
     """
     counts, cost, drafted = expected_round(stages)
     return mean(counts) / (1 + cost + widening * drafted)
 
 
 def expected_round(stages: Sequence[Stage]) -> tuple[Counts, float, float]:
-    """One round of a reviewer: how many tokens it gives, what drafting costs, and how many tokens it reviews."""
-    alive, dead, cost, drafted = np.ones(1), np.zeros(1), 0.0, 0.0
+    """One round of a reviewer: distribution of its tokens, cost of drafting, mean number of reviewed tokens."""
+    alive, dead, cost, drafted = np.ones(1), np.zeros(1), 0.0, 0.0  # Counts: all accepted so far; rejected before
     for stage in stages:
         lengths, price = drafts(stage)
         fates = np.arange(len(lengths))
@@ -64,12 +65,12 @@ def expected_round(stages: Sequence[Stage]) -> tuple[Counts, float, float]:
         die = np.append(longer[1:], 0.0) * stage.acceptance**fates * (1 - stage.acceptance)
         dead, alive = added(dead, np.convolve(alive, die)), np.convolve(alive, survive)
         cost, drafted = cost + price, drafted + mean(lengths)
-    return np.append(0.0, added(dead, alive)), cost, drafted  # the reviewer's own token comes on top
+    return np.append(0.0, added(dead, alive)), cost, drafted  # one more: the reviewer's own token
 
 
 def drafts(stage: Stage) -> tuple[Counts, float]:
-    """How many tokens a stage hands up, and its cost."""
-    exact = np.zeros(stage.length + 1)
+    """Distribution of the tokens that a stage drafts, and its mean cost."""
+    exact = np.zeros(stage.length + 1)  # Counts
     exact[stage.length] = 1.0
     if not stage.reviews:
         return exact, stage.cost * (min(stage.length, 1) if stage.proposes else stage.length)

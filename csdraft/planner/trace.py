@@ -1,8 +1,8 @@
-"""What each drafter would have drafted at every place of a text that the target wrote, and what forwards cost.
+"""Measures what each drafter would draft at every place of a text that the target wrote, and what forwards cost.
 
-One plain decoding pass of the target, and one forward of each drafter model over its text: then every K matrix can be
-replayed on it without a model (see `csdraft.planner.expect`). Models are compared choice by choice, with the call's
-processors and noise; drafters without a model are asked after every token.
+The target decodes a text once, and each drafter model reads it in one forward. Then every K matrix can be replayed on
+it without a model (see `csdraft.planner.expect`). Models are compared with the target token by token, with the call's
+processors and noise. Drafters without a model propose after every token.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ __all__ = ["Costs", "Measured", "Proposal", "Trace", "measure_drafters"]
 WIDTHS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 """Draft lengths at which a reviewer is timed."""
 DEEPEST = 32
-"""Tokens that drafters without a model are asked for; trees are grown to their own depth, or to this one."""
+"""Tokens that drafters without a model are asked for; trees have their own depth, at most this."""
 MOST_STEPS = 8
-"""Tokens that a model may be asked to write."""
+"""The most tokens that a plan lets a model write."""
 STEPS = (1, 6)
-"""Draft lengths whose times give a model's first and every later token."""
+"""Draft lengths that are timed to get the cost of a model's first token and of each later one."""
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """What a drafter without a model had to offer at one place: its tokens, its depth, and how many were right."""
+    """The proposal of a drafter without a model at one place: its nodes, its depth, and how many tokens were right."""
 
     width: int
     depth: int
@@ -50,15 +50,15 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Trace:
-    """One text.
+    """The measurements of one text.
 
     Attributes:
         length: tokens that the target wrote.
-        agrees: by drafter: at each place, whether the model's choice is the target's.
-        proposals: by drafter without a model: at each place, what it would have proposed.
+        agrees: drafter model -> at each place, whether its choice is the target's.
+        proposals: drafter without a model -> its proposal at each place.
         plain: seconds of plain `generate`.
-        outside: of csdraft's `generate`, the seconds outside rounds.
-        reads: seconds for reading the prompt: the target's first, then those of each drafter.
+        outside: seconds of csdraft's `generate` outside rounds.
+        reads: seconds to read the prompt, for the target and then for each drafter.
     """
 
     length: int
@@ -71,12 +71,12 @@ class Trace:
 
 @dataclass
 class Costs:
-    """Seconds of one model, or of one drafter without.
+    """Seconds of one model, or of one drafter without a model.
 
     Attributes:
-        reviews: of a round's forward, verdict included, by its number of tokens.
-        drafts: of drafting, by its number of tokens: of a model's first and its later ones; of one proposal.
-        reads: of the first round of each text, which reads the prompt.
+        reviews: seconds of a round's forward and verdict, by the number of tokens that it reads.
+        drafts: seconds of drafting, by the number of tokens; for a drafter without a model, of one proposal.
+        reads: seconds of the first round of each text, which reads the prompt.
     """
 
     reviews: Widths = field(default_factory=Widths)
@@ -96,14 +96,14 @@ class Costs:
 
 @dataclass(frozen=True)
 class Measured:
-    """All that planning needs to know.
+    """All measurements that planning needs.
 
     Attributes:
-        traces: one a text.
+        traces: one for each text.
         target: the target's costs.
-        drafters: of each drafter, largest first.
-        depths: of each drafter, the lengths that it can be given: a tree has one, its own.
-        models: which of them are models that write token by token, and may review.
+        drafters: each drafter's costs, largest drafter first.
+        depths: for each drafter, the lengths that a plan may give it; a tree only has its own depth.
+        models: for each drafter, whether it is a model that writes token by token, and so may review.
     """
 
     traces: Sequence[Trace]
@@ -127,10 +127,10 @@ def measure_drafters(
     Args:
         target: the model.
         drafters: largest first.
-        prompts: encoded, one row each.
+        prompts: encoded prompts of one row each.
         progress: called with what is being done and the share that is done.
-        enough: called after each prompt with the number that is done; True leaves out the others.
-        options: of `generate`: max_new_tokens, do_sample, temperature, ...
+        enough: called after each prompt with the number of prompts that are done; True skips the rest.
+        options: options of `generate`: max_new_tokens, do_sample, temperature, ...
     """
     models = [writes(drafter) for drafter in drafters]
     costs = [Costs() for _ in drafters]
@@ -160,7 +160,7 @@ def measure_drafters(
 
 
 class Beats(BaseStreamer):
-    """Notes when each token came; the prompt, which is put first, counts as one."""
+    """A streamer that records the time of each token. The prompt, which comes first, counts as one token."""
 
     def __init__(self) -> None:
         self.marks: list[float] = []
@@ -173,7 +173,7 @@ class Beats(BaseStreamer):
 
 
 def plain_seconds(target: Any, prompt: Mapping[str, Tensor], options: Mapping[str, Any]) -> float:
-    """Of `generate` without drafts; a token that took longer than usual is taken to have been disturbed."""
+    """Seconds of plain `generate`, every token at the median time: a slow one was disturbed by something else."""
     beats, began = Beats(), time.perf_counter()
     target.generate(**prompt, **options, streamer=beats)
     total, steps = time.perf_counter() - began, [b - a for a, b in pairwise(beats.marks[1:])]
@@ -181,7 +181,7 @@ def plain_seconds(target: Any, prompt: Mapping[str, Tensor], options: Mapping[st
 
 
 def writes(drafter: Drafter) -> bool:
-    """Whether it is a model that writes token by token."""
+    """Whether the drafter is a model that writes token by token, not in trees."""
     return isinstance(drafter, ModelDrafter) and drafter.tree is None
 
 
@@ -192,13 +192,13 @@ def lengths(drafter: Drafter) -> Sequence[int]:
 
 
 def own_depth(drafter: Drafter) -> int:
-    """The depth that a drafter likes, as far as plans go."""
+    """The drafter's default depth, at most `DEEPEST`."""
     return min(drafter.depth, DEEPEST)
 
 
 @dataclass(frozen=True)
 class Filler(Drafter):
-    """Drafts the text's last token again and again: a draft of any length, for its reviewer to be timed."""
+    """Drafts the text's last token again and again: a draft of any length, to time its reviewer."""
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
         level = contexts[0].call.level(self)
@@ -207,12 +207,12 @@ class Filler(Drafter):
 
 @dataclass(frozen=True)
 class Lengths(Schedule):
-    """Goes through some lengths in turn, and keeps what they cost; the first round also reads the prompt.
+    """Drafts some lengths in turn and records their seconds; the first round also reads the prompt.
 
     Args:
-        lengths: to draft.
-        cost: where it is kept: the target's for scoring, if it is watched, or else the drafter's for drafting.
-        writer: who looks at the text.
+        lengths: the draft lengths.
+        cost: where the seconds are recorded: those of scoring if there is a `writer`, else those of drafting.
+        writer: makes the trace of the text at the end.
     """
 
     lengths: Sequence[int]
@@ -248,9 +248,9 @@ class Lengths(Schedule):
 
 @dataclass(frozen=True)
 class InnerLengths(Schedule):
-    """One inner round at a time, of drafts of some lengths in turn, between forwards of the target as in a cascade.
+    """Times inner rounds with drafts of some lengths in turn; between them the target reads, as in a cascade.
 
-    A reviewer whose draft must have one token and may have n + 1 reviews n.
+    A reviewer that is asked for 1 token and has room for n + 1 runs one inner round with n drafted tokens.
     """
 
     cost: Costs
@@ -265,13 +265,13 @@ class InnerLengths(Schedule):
         return [Budget(min(1, room), min(wanted + 1, room))]
 
     def observe(self, rounds: Sequence[Round], draft_seconds: float, score_seconds: float) -> None:
-        if len(self._asked) > 1 and self._asked[-1] >= 0:  # the first also reads the prompt
+        if len(self._asked) > 1 and self._asked[-1] >= 0:  # the first round also reads the prompt
             self.cost.reviews.add(1 + self._asked[-1], draft_seconds)
 
 
 @dataclass
 class TraceWriter:
-    """Looks at a finished call's text through the eyes of every drafter."""
+    """Makes the trace of a finished call's text: what each drafter would have drafted at each place."""
 
     drafters: Sequence[Drafter]
     costs: Sequence[Costs]
@@ -295,7 +295,7 @@ class TraceWriter:
         self.seconds += time.perf_counter() - began
 
     def _agrees(self, drafter: Any, prompt: Sequence[int], new: Sequence[int]) -> list[bool]:
-        """The whole text in one forward: the model's choice after each of its tokens but the last."""
+        """(new,) whether the model would choose each new token of the text; it reads the text in one forward."""
         call = self.call
         assert call is not None
         draft = Draft.chain(new[:-1], call.level(drafter.network))

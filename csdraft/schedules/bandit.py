@@ -1,11 +1,11 @@
-"""Bandit: who drafts, and how much, is an arm; the arm with the most tokens a second is played, others now and then.
+"""Bandit: plays the arm with the most tokens a second, and others now and then; an arm is who drafts, and how much.
 
-After BanditSpec (arXiv 2505.15141), whose arms are drafters and whose rule is UCB. Here an arm is a number of leading
-stages of a cascade to leave out (`Budget.skip`) together with a depth, and drafting nothing is an arm too. Its reward
-is the ratio of the tokens to the seconds of its rounds, its bonus the discounted UCB of Garivier and Moulines (arXiv
-0805.3415), since texts change. It assumes nothing about how costs or acceptance come about, so it needs more rounds
-than `cost_model`, which does: take it where that model is wrong, such as for drafters whose time does not grow with
-the depth, and for long texts or many calls.
+After BanditSpec (arXiv 2505.15141), which has drafters as arms and UCB as the rule. Here an arm is a number of leading
+stages of a cascade to leave out (`Budget.skip`) together with a depth. Drafting nothing is an arm too. An arm's reward
+is the tokens of its rounds over their seconds. Its bonus is the discounted UCB of Garivier and Moulines (arXiv
+0805.3415), since texts change. It assumes nothing about costs or acceptance, so it needs more rounds than
+`cost_model`, which does. Use it where that model is wrong, for example for drafters that take the same time at any
+depth, and for long texts or many calls.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Schedul
 __all__ = ["Bandit"]
 
 UNREAD = 16
-"""With more text for a drafter to read than this, a round says nothing about its arm."""
+"""If a drafter has more text than this to read, the round says nothing about its arm."""
 
 
 @dataclass(frozen=True)
 class Bandit(Schedule):
-    """Plays the arm with the highest upper bound of tokens a second.
+    """Plays the arm with the highest upper bound on tokens a second.
 
     Args:
-        depths: draft tokens a round; with each number of leading stages to leave out they make an arm.
-        exploration: weight of the bonus for arms of few rounds, in units of the best arm's tokens a second.
-        memory: how many rounds weigh: each is faded by 1 - 1 / memory with every later one.
+        depths: draft tokens a round; each depth with each number of leading stages to leave out is an arm.
+        exploration: weight of the bonus for arms with few rounds, in units of the best arm's tokens a second.
+        memory: about how many rounds count: every new round multiplies the older ones by 1 - 1 / memory.
         remember: whether calls learn from the drafter's earlier calls with the same target.
     """
 
@@ -56,7 +56,7 @@ class Bandit(Schedule):
 
 @dataclass
 class Arm:
-    """What the rounds of one arm came to, old ones faded."""
+    """The sums over the rounds of one arm; older rounds count less."""
 
     rounds: float = 0.0
     tokens: float = 0.0
@@ -82,12 +82,12 @@ class BanditRun(Schedule):
 
     def budgets(self, contexts: Sequence[Context], rooms: Sequence[int], drafter: Drafter) -> list[Budget]:
         skip, depth = self.playing = self._choose()
-        # The first round reads the prompt, and a text about to end cuts drafts: neither says what an arm is worth.
+        # The first round also reads the prompt, and a text near its end cuts drafts short: neither round is typical.
         self.counts = self.rounds > 0 and min(rooms) >= depth and self._unread(skip, depth, contexts) <= UNREAD
         return [Budget(min(depth, room), min(depth, room), skip=skip) for room in rooms]
 
     def _choose(self) -> tuple[int, int]:
-        """An arm never played, else the one with the highest upper bound."""
+        """An arm that was never played, if there is one; else the arm with the highest upper bound."""
         for pair, arm in self.arms.items():
             if not arm.rounds:
                 return pair
@@ -102,7 +102,7 @@ class BanditRun(Schedule):
         return max(self.arms, key=bound)
 
     def _unread(self, skip: int, depth: int, contexts: Sequence[Context]) -> int:
-        """Tokens of text that the arm's models have not seen yet."""
+        """Tokens of text that the arm's models have not read yet."""
         drafting = self.stages[skip:] if depth else []
         sessions = [self.call.session(model) for stage, _ in drafting for model in stage.models()[:1]]  # type: ignore
         return max((session.unread(c.row, c.text) for session in sessions for c in contexts), default=0)

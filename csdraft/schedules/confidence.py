@@ -1,9 +1,9 @@
 """Confidence: a model drafter continues while it is sure of itself.
 
 The dynamic stop of transformers' assisted generation (`assistant_confidence_threshold`) and of many papers: a token
-drafted with a probability below the threshold is the last of its draft. The token itself is kept, so that stopping
-never selects by identity and sampling stays exact. Costs a softmax a drafted token. A vertical cascade stops after the
-inner round that emitted such a token, and keeps what stands behind it; statistical drafters do not look at it.
+drafted with a probability below the threshold is the last of its draft. The token itself is kept, so stopping never
+depends on which token was drawn, and sampling stays exact. It costs a softmax a drafted token. A vertical cascade
+stops after the inner round that emitted such a token, and keeps the tokens after it. Statistical drafters ignore it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["Confidence"]
 
 @dataclass(frozen=True)
 class Confidence(Schedule):
-    """Drafts up to `depth` tokens, ending after the first whose confidence is below `threshold`.
+    """Drafts up to `depth` tokens, and stops after the first with a confidence below `threshold`.
 
     Args:
         threshold: softmax probability in [0, 1]; 0 never stops early.

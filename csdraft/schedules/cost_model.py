@@ -1,20 +1,20 @@
-"""Cost model: draft as much as pays, by measured seconds and acceptance; decode plainly where nothing pays.
+"""Cost model: drafts the amount that pays most, by measured seconds and acceptance; none where drafting does not pay.
 
 Leviathan et al. (arXiv 2211.17192, section 3.3) choose the draft length from one acceptance rate and one cost ratio.
-This schedule measures both while it decodes. Before each round it compares plans: how many of a cascade's leading
-stages to leave out (an expensive drafter may not pay where a cheap one does), which size of tree, and how deep to
-draft. It takes the plan with the most expected tokens a second,
+This schedule measures both while it decodes. Before each round it compares plans. A plan says how many of a cascade's
+leading stages to leave out (an expensive drafter may not pay where a cheap one does), which size of tree to draft, and
+how deep. It takes the plan with the most expected tokens a second,
 
     (1 + sum over i <= depth of survival[i]) / (target seconds at width depth + 1 + drafting seconds).
 
 Drafting nothing is always one of the plans.
 
-* `survival[i]` is the chance that draft token i is kept, learned separately for each `Drafter.evidence`.
-* Seconds are those of warm forwards, by shape. A shape that was never run is taken to cost what the nearest known one
-  does, and a wider one a little more. So drafts are tried from the first round on.
-* A plan that does not pay is tried again from time to time, after ever longer pauses.
+* `survival[i]` is the chance that draft token i is kept. It is learned separately for each `Drafter.evidence`.
+* Seconds are those of warm forwards, by shape. A shape that was never run is priced like the nearest known one, and a
+  wider one a little higher. So drafts are tried from the first round on.
+* A plan that does not pay is tried again from time to time, after longer and longer pauses.
 
-What is learned stays with the drafter for its next call. This is the default schedule; use `fixed` to compare methods
+The drafter remembers what was learned for its next call. This is the default schedule; use `fixed` to compare methods
 at equal length.
 """
 
@@ -33,39 +33,39 @@ from csdraft.tables.costs import STREAK, Costs, Learned, Survival, Way, Widths
 __all__ = ["CostModel"]
 
 DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
-"""Depths to choose from, beside the largest. Each is a shape of its own, which is slow once and must be measured."""
+"""Depths to choose from, and the largest. They are few: each is another shape, slow to run once, to be measured."""
 MODEL_COST = 0.15
-"""A drafter token's cost before it is measured, in target steps."""
+"""Cost of a drafted token before it is measured, in plain steps of the target."""
 READING_COST = 0.05
-"""Reading a token of text costs a model this share of drafting one."""
+"""Cost of reading a token of text, as a share of the cost of drafting one."""
 MARGIN = 1.02
-"""How many times faster than plain decoding a plan must look. Below that, timing noise would decide."""
+"""A plan must look this many times faster than plain decoding. With less, timing noise would decide."""
 PROVEN = 2.0
-"""If drafts look so many times faster than plain decoding, a plain step need not be measured."""
+"""If a plan looks this many times faster than plain decoding, the plain step need not be measured."""
 PATIENCE = 3
-"""After so many rounds without a plain step, one is made to measure it."""
+"""Rounds after which a plain step is made to measure it, if there was none yet."""
 FIRST_DEPTH, FIRST_COPY = 2, 8
-"""The largest depth of a first draft: by a model, which is also the depth of a trial, and by other drafters."""
+"""The largest depth of the first draft of a model, and of other drafters. A trial has the first depth too."""
 TRIAL_PAUSE = 16.0
-"""The pause after a trial, in multiples of its cost; doubled after each lost trial."""
+"""The pause after a trial, in multiples of the trial's cost; doubled after each lost trial."""
 MOST_DOUBLINGS = 6
-"""The pause between trials stops growing after so many losses."""
+"""The pause between trials stops growing after this many losses."""
 TRUSTED = 4
-"""A width with fewer measurements may turn out cheaper: optimistic estimates count half of what it adds."""
+"""A width with fewer measurements may turn out cheaper: optimistic estimates count half of its extra cost."""
 CARRIED = 0.8
-"""Share of the survival counts that the next call starts from: texts change, costs do not."""
+"""Share of the survival counts that the next call starts with. Texts change, so it is below 1; costs do not change."""
 BLURRED = 0.5
-"""Share of the counts that stages keep when a trial goes well: the text has changed."""
+"""Share of the survival counts that are kept when a trial goes well: the text has changed."""
 UNREAD = 16
-"""With more text to read than this, a drafter's time says nothing about its cost a token."""
+"""If a drafter has more text than this to read, its time says nothing about the cost of a drafted token."""
 MIXED = -1
-"""Stands for the evidence of a whole batch, whose rows each have their own."""
+"""Stands for the evidence of a whole batch: its rows have different evidence."""
 LONE_DEPTH = 20
-"""The largest depth of a lone drafter whose own depth is small."""
+"""The largest depth of a single drafter, unless twice its own depth is more."""
 HORIZON = 64
-"""Tokens over which a new shape must make up for its slow first run."""
+"""Tokens within which a new shape must make up for its slow first run."""
 LEARNING, SETTLED_FOR = 16, 4
-"""After so many rounds, a choice stands for so many."""
+"""After LEARNING rounds, a choice is kept for SETTLED_FOR rounds before plans are compared again."""
 
 
 @dataclass(frozen=True)
@@ -91,13 +91,13 @@ class CostModel(Schedule):
 
 @dataclass(frozen=True)
 class Plan:
-    """What one row's round is expected to yield and cost with this way and depth.
+    """One way and depth to draft, and what a round with it is expected to yield and cost.
 
     Attributes:
-        way: leading stages left out, and the size of tree.
-        tokens: emitted.
-        seconds: drafting, the target's forward, and a share of reading the text.
-        width: tokens of the target's forward.
+        way: leading stages left out, and size of the tree.
+        tokens: expected emitted tokens of a row.
+        seconds: for drafting, the target's forward, and a share of reading the text.
+        width: tokens of a row in the target's forward.
     """
 
     way: Way
@@ -132,20 +132,20 @@ class CostModelRun(Schedule):
         self.depths = sorted({depth for depth in DEPTHS if depth < self.most} | {self.most})
         self.prices = Widths()
         self._draft_widths = {way: [0] for way in self.ways}
-        self._telling: set[Way] = set()  # ways whose drafter says in each round what it expects
+        self._telling: set[Way] = set()  # ways with a drafter that predicts its own yield (`Drafter.expected`)
         self.rounds, self.way, self.depth = 0, self.ways[0], 0
         self.evidence: list[int] = []  # by row
-        self._whole: set[int] = set()  # rows whose last draft was kept whole: models are right, or wrong, in stretches
-        self._asked: list[int] = []
-        self._settled: dict[int, tuple[Way, int, int]] = {}  # by evidence: way, depth, rounds that this stands for
-        self._reads = self._trial = False
-        self._charged = [(0.0, 0.0)] * len(self.stages)
+        self._whole: set[int] = set()  # rows that kept all of the last draft: models are right, or wrong, in stretches
+        self._asked: list[int] = []  # by row: the depth that was asked for
+        self._settled: dict[int, tuple[Way, int, int]] = {}  # by evidence: way, depth, rounds that both still hold
+        self._reads = self._trial = False  # whether the drafter has much text to read; whether this round is a trial
+        self._charged = [(0.0, 0.0)] * len(self.stages)  # by stage: seconds and tokens up to the last round
         self._known: dict[tuple[int, Way], Survival] = {}
-        self._plans: dict[int, list[Plan]] = {}  # by evidence: the last that were compared
+        self._plans: dict[int, list[Plan]] = {}  # by evidence: the plans that were last compared
         self._kinds: Counter[int] = Counter()  # rounds by evidence
 
     def _fresh(self) -> Learned:
-        """The first call: costs that were saved with a cascade, if they are of this target and device."""
+        """For a drafter's first call: the costs that its cascade saved for this target and device."""
         saved = self.drafter.memory.saved
         saved = saved.get(place(self.call.target)) if saved else None
         return Learned(Costs.from_list(saved)) if saved else Learned()
@@ -169,13 +169,13 @@ class CostModelRun(Schedule):
         skip, size = self.way
         self._reads = self.depth > 0 and self._unread(skip, contexts) > UNREAD
         self._asked = [min(self.depth, room) for room in rooms]
-        if len(self.stages) == 1:  # a lone drafter may add to it, such as a window of guesses
+        if len(self.stages) == 1:  # a single drafter may return more than `depth`, such as a window of guesses
             both = zip(self._asked, rooms, strict=True)
             return [Budget(depth, room if depth else 0, size=size) for depth, room in both]
         return [Budget(depth, depth, skip, size) for depth in self._asked]
 
     def _choose(self, kind: int, contexts: Sequence[Context], remaining: int) -> tuple[Way, int]:
-        """Way and depth of the next rounds."""
+        """The way and depth of the next rounds: those of the best plan, those of a trial, or a plain step."""
         plain = self.prices.seconds(1)
         plans = [plan for way in self.ways for plan in self._compared(way, contexts, remaining)]
         survivals = {way: self._survival(kind, way) for way in self.ways if way not in self._telling}  # count trials
@@ -184,54 +184,54 @@ class CostModelRun(Schedule):
         if best is None or best.rate * plain < MARGIN:
             best = None
         elif best.rate * plain < PROVEN and self.rounds >= PATIENCE and not self.prices.known(1):
-            return self.ways[0], 0  # what drafts must beat
+            return self.ways[0], 0  # measures the plain step, which drafts must beat
         rate = best.rate if best else 1 / plain
-        for way, stages in survivals.items():
+        for way, survival in survivals.items():
             if best and way == best.way:
-                stages.losses, stages.wait = 0, 0.0
-            elif stages.wait <= 0:
+                survival.losses, survival.wait = 0, 0.0
+            elif survival.wait <= 0:
                 same_stages = best is not None and best.way.skip == way.skip
-                could_win = self._worth_a_trial(way, stages, rate, contexts, remaining)
-                for other in self.ways if not same_stages else ():  # of its trees too, whatever their size
+                could_win = self._worth_a_trial(way, survival, rate, contexts, remaining)
+                for other in self.ways if not same_stages else ():  # its trees of other sizes pause too
                     if other.skip == way.skip:
-                        survivals[other].wait = max(survivals[other].wait, stages.wait)
+                        survivals[other].wait = max(survivals[other].wait, survival.wait)
                 if could_win:
                     self._trial = True
                     return way, best.depth if best and same_stages else min(FIRST_DEPTH, self.most)
         return (best.way, best.depth) if best else (self.ways[0], 0)
 
     def _worth_a_trial(
-        self, way: Way, stages: Survival, rate: float, contexts: Sequence[Context], remaining: int
+        self, way: Way, survival: Survival, rate: float, contexts: Sequence[Context], remaining: int
     ) -> bool:
-        """Whether a way that is not the best could turn out to be. Trials cost, so each loss doubles the pause."""
+        """Whether another way could turn out to beat `rate`; also sets the pause until the way's next trial."""
         plain, depth = self.prices.seconds(1), min(FIRST_DEPTH, self.most)
         reading = self._reading_seconds(way.skip, contexts)
         width = 1 + self._widths(way, depth)[depth]
         price = reading + depth * self._token_seconds(way.skip) + self._seconds(width) - plain
-        stages.losses = min(stages.losses + 1, MOST_DOUBLINGS)
-        stages.wait = TRIAL_PAUSE * 2.0 ** (stages.losses - 1) * max(price, 0.1 * plain)
+        survival.losses = min(survival.losses + 1, MOST_DOUBLINGS)
+        survival.wait = TRIAL_PAUSE * 2.0 ** (survival.losses - 1) * max(price, 0.1 * plain)
         could_win = max((plan.rate for plan in self._compared(way, contexts, remaining, optimistic=True)), default=0.0)
         return could_win > rate and remaining * plain > 2 * TRIAL_PAUSE * reading
 
     def _compared(self, way: Way, contexts: Sequence[Context], remaining: int, optimistic: bool = False) -> list[Plan]:
-        """One plan a depth for this way; a single plan if the drafter itself says what it expects."""
+        """One plan for each depth with this way; a single plan if the drafter predicts its own yield."""
         if (told := self._told(way, contexts, remaining)) is not None:
             return [told]
         skip = way.skip
-        counts = [(self._survival(e, way), self.evidence.count(e)) for e in set(self.evidence)]
+        counts = [(self._survival(e, way), self.evidence.count(e)) for e in set(self.evidence)]  # (survival, rows)
         first = FIRST_DEPTH if self.stages[skip][0].models() else FIRST_COPY
-        most = min(self.most, 2 * max(len(stages.asked) for stages, _ in counts) + first, remaining - 1)
+        most = min(self.most, 2 * max(len(known.asked) for known, _ in counts) + first, remaining - 1)
         reading, widths = self._reading_seconds(skip, contexts), self._widths(way, most)
         drafting = [self._token_seconds(stage) for stage in range(len(self.stages))]
         chances = [
-            (stages.survival_rates(most, optimistic), stages.shares_offered(most), number) for stages, number in counts
+            (known.survival_rates(most, optimistic), known.shares_offered(most), number) for known, number in counts
         ]
         survival, tokens, plans, before = [1.0] * len(counts), 1.0, [], 0
         seconds = wide = self._seconds(1)
         for depth in self.depths:
             if depth > most:
                 break
-            short, spent = 1.0, 0.0  # the chance that no row is offered so much: nothing gets wider
+            short, spent = 1.0, 0.0  # short: the chance that no row's draft gets this deep, so that nothing is added
             for k, (chance, share, number) in enumerate(chances):
                 for i in range(before, depth):
                     survival[k] *= chance[i]
@@ -246,7 +246,7 @@ class CostModelRun(Schedule):
         return plans
 
     def _told(self, way: Way, contexts: Sequence[Context], remaining: int) -> Plan | None:
-        """The plan of a drafter that says what it expects (`Drafter.expected`); None for other drafters."""
+        """The plan of a drafter that predicts its own yield (`Drafter.expected`); None for other drafters."""
         stage, depth = self.stages[way.skip][0], min(self.most, remaining - 1)
         if way.size is None or depth < 1:
             return None
@@ -260,13 +260,13 @@ class CostModelRun(Schedule):
         return Plan(way, depth, tokens, self._seconds(1 + nodes), 1 + nodes)
 
     def _preference(self, plan: Plan, remaining: int) -> float:
-        """The rate if this plan is kept: a new shape is slow once. Slightly more if its price is known."""
+        """The plan's rate, less the slow first run of a new shape; slightly more if the shape's price is known."""
         width = self._queries(plan.width)
         once = self.prices.first_run(width) * plan.tokens / min(remaining, HORIZON)
         return plan.tokens / (plan.seconds + once) * (MARGIN if self.prices.known(width) else 1.0)
 
     def _survival(self, evidence: int, way: Way) -> Survival:
-        """What is known of this way with this evidence, until the next round is observed."""
+        """What is known about drafting this way with this evidence; computed once a round."""
         if (evidence, way) not in self._known:
             self._known[evidence, way] = self.learned.survival(evidence, way)
         return self._known[evidence, way]
@@ -274,11 +274,11 @@ class CostModelRun(Schedule):
     # Prices.
 
     def _queries(self, width: int) -> int:
-        """How many queries the target's forward over so many tokens has."""
+        """How many queries the target's forward over `width` tokens has."""
         return self.reader.queries(width)
 
     def _seconds(self, width: int, optimistic: bool = False) -> float:
-        """Of the target's forward; or, if it was rarely measured, an optimistic estimate."""
+        """Seconds of the target's forward over `width` tokens; optimistic: less if it was rarely measured."""
         width = self._queries(width)
         price, plain = self.prices.seconds(width), self.prices.seconds(1)
         return (price + plain) / 2 if optimistic and self.prices.count(width) < TRUSTED else price
@@ -288,7 +288,7 @@ class CostModelRun(Schedule):
         return max(skip, min(bisect_right(self.limits, i), len(self.limits) - 1))
 
     def _widths(self, way: Way, most: int) -> list[int]:
-        """(> most,) tokens under review when the stages that are left draft so deep: more if they branch."""
+        """(> most,) by depth: the tokens that the target reviews, which are more than the depth if stages branch."""
         widths, (skip, size) = self._draft_widths[way], way
         for i in range(len(widths) - 1, most):
             stage = self._stage_at(skip, i)
@@ -302,23 +302,23 @@ class CostModelRun(Schedule):
         return self.learned.costs.token(stage, self._model_seconds(models[0]) if models else 0.0)
 
     def _model_seconds(self, model: object) -> float:
-        """Of a drafter model's forward, before it has drafted: as prepared, or as such models usually are."""
+        """Seconds of a drafter model's forward before it has drafted: as `prepare` measured, or a usual value."""
         known = self.call.session(model).reader.costs  # type: ignore[arg-type]
         least = min((cost for shape, cost in known.items() if shape.queries == 1), default=None)
         return MODEL_COST * self.prices.seconds(1) if least is None else least
 
     def _reading_seconds(self, skip: int, contexts: Sequence[Context]) -> float:
-        """Seconds in which the drafter models read the text that they have not seen; paid once."""
+        """Seconds that the drafter models take to read the text that they have not read yet; paid once."""
         slowest = max((self._token_seconds(stage) for stage in range(skip, len(self.stages))), default=0.0)
         return READING_COST * max(self._unread(skip, contexts) - 2, 0) * slowest
 
     def _unread(self, skip: int, contexts: Sequence[Context]) -> int:
-        """Tokens of text that the drafter models have not seen yet."""
+        """Tokens of text that the drafter models have not read yet."""
         models = [model for stage, _ in self.stages[skip:] for model in stage.models()[:1]]
         sessions = [self.call.session(model) for model in models]  # type: ignore[arg-type]
         return max((session.unread(c.row, c.text) for session in sessions for c in contexts), default=0)
 
-    # What came of it.
+    # What the rounds showed.
 
     def observe(self, rounds: Sequence[Round], draft_seconds: float, score_seconds: float) -> None:
         learned, reader = self.learned, self.reader
@@ -340,7 +340,7 @@ class CostModelRun(Schedule):
         self._learn_costs(max(r.depth for r in rounds), draft_seconds)
 
     def _learn_costs(self, depth: int, draft_seconds: float) -> None:
-        """Learns the seconds a token of every stage that drafted; for a lone drafter all seconds are its own."""
+        """Learns the seconds a token of every stage that drafted; a single drafter is charged all of them."""
         charged = [(draft_seconds, depth)]
         if len(self.stages) > 1:
             now = [self.call.ledger.stage(drafter) for drafter, _ in self.stages]
@@ -364,7 +364,7 @@ class CostModelRun(Schedule):
 
 
 def reason(plans: Sequence[Plan], plain: float) -> str:
-    """One sentence: the best of the depths that were compared, and the next one.
+    """One sentence on the best of the plans that were compared, and the next deeper one.
 
     Args:
         plain: seconds of a plain step.

@@ -1,12 +1,11 @@
 """Entropy: a model drafter continues while the entropy of its distribution says that its token is likely to be kept.
 
-AdaEDL (arXiv 2410.18351): 1 - sqrt(gamma * H) is a training-free estimate from below of the chance that a token drawn
-from a distribution of entropy H is accepted, and drafting ends where it falls under a threshold. Of use where texts
-are sampled: the confidence of a drawn token is noisy, the entropy of the distribution it came from is not. The paper
-asks
-    before it
-draws; here the token is drawn and kept, as in every schedule, so that stopping never selects by identity: drafts are
-one token longer. The threshold can follow the acceptance rate, as in Draft & Verify (arXiv 2309.08168, section 3.3).
+AdaEDL (arXiv 2410.18351): 1 - sqrt(gamma * H) is a training-free lower estimate of the chance that a token drawn from
+a distribution with entropy H is accepted. Drafting ends when it falls below a threshold. Use it where texts are
+sampled: the confidence of a drawn token is noisy, the entropy of its distribution is not. The paper tests before it
+draws. Here, as in every schedule, the token is drawn and kept first, so stopping never depends on which token was
+drawn; drafts are one token longer. The threshold can follow the acceptance rate, as in Draft & Verify (arXiv
+2309.08168, section 3.3).
 """
 
 from __future__ import annotations
@@ -21,18 +20,19 @@ from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Schedul
 __all__ = ["Entropy"]
 
 RATE_MEMORY, THRESHOLD_MEMORY, STEP = 0.5, 0.9, 0.01
-"""Draft & Verify's beta1 and beta2, the weights of the past, and epsilon, by which the threshold moves."""
+"""Draft & Verify's beta1 and beta2 (weights of the past), and its epsilon (the step of the threshold)."""
 
 
 @dataclass(frozen=True)
 class Entropy(Schedule):
-    """Drafts up to `depth` tokens, ending after the first with 1 - sqrt(gamma * entropy) < threshold.
+    """Drafts up to `depth` tokens, and stops after the first with 1 - sqrt(gamma * entropy) < threshold.
 
     Args:
         gamma: scale of the entropy, in nats; 0.2 in the paper.
-        threshold: lower bound of the acceptance in [0, 1], or where it starts from; 0 asks for at most 1 / gamma nats.
-        rate: the acceptance rate that the threshold should lead to: it rises, so that drafts get shorter, while fewer
-            tokens are kept. None: the threshold stays where it is.
+        threshold: the acceptance estimate needed to continue, in [0, 1]; with `rate`, its first value. 0 continues up
+            to 1 / gamma nats.
+        rate: the acceptance rate to aim for. While fewer tokens are kept, the threshold rises and drafts get shorter;
+            else it falls. None: the threshold stays as it is.
         depth: the most draft tokens a round.
     """
 
@@ -58,7 +58,7 @@ class Entropy(Schedule):
         return [self.budget(room, self.threshold) for room in rooms]
 
     def budget(self, room: int, threshold: float) -> Budget:
-        """One row's, under a threshold of its own."""
+        """The budget of one row with this threshold."""
 
         def unsure(confidence: float, entropy: Callable[[], float]) -> bool:
             return 1 - math.sqrt(self.gamma * entropy()) < threshold
@@ -67,7 +67,7 @@ class Entropy(Schedule):
 
 
 class Following(Schedule):
-    """One call's thresholds, one a row: a batch is its rows."""
+    """The thresholds of one call; each row of a batch has its own."""
 
     def __init__(self, options: Entropy, rate: float):
         self.options, self.rate = options, rate

@@ -15,7 +15,7 @@ class Fixed(Schedule):
     """Asks for `depth` tokens a round.
 
     Args:
-        depth: draft tokens a round; None asks for what the drafter likes (`Drafter.depth`).
+        depth: draft tokens a round; None: the drafter's default (`Drafter.depth`).
     """
 
     depth: int | None = None

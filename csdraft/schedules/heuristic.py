@@ -1,7 +1,7 @@
 """Heuristic: two more draft tokens after a round that kept all, one fewer after any other.
 
-The rule of transformers' assisted generation (`num_assistant_tokens_schedule="heuristic"`). Simple, and slow to learn
-that drafting does not pay: it never goes below one token. Use it to compare; `cost_model` is the default.
+The rule of transformers' assisted generation (`num_assistant_tokens_schedule="heuristic"`). It is simple, but it never
+drafts fewer than one token, even where drafting does not pay. Use it to compare; `cost_model` is the default.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Heuristic(Schedule):
     """One depth a row, moved by +2 or -1 after every round.
 
     Args:
-        depth: draft tokens of the first round; None asks for what the drafter likes.
+        depth: draft tokens of the first round; None: the drafter's default (`Drafter.depth`).
         most: the largest depth.
     """
 
@@ -38,7 +38,7 @@ class Heuristic(Schedule):
 
 
 class Moving(Schedule):
-    """One call's depths, one a row."""
+    """The depths of one call; each row has its own."""
 
     def __init__(self, options: Heuristic, first: int):
         self.options, self.first = options, first
@@ -51,5 +51,5 @@ class Moving(Schedule):
     def observe(self, rounds: Sequence[Round], draft_seconds: float, score_seconds: float) -> None:
         for r in rounds:
             depth = self.depths[r.context.row]
-            kept_all = r.depth >= depth and r.accepted == r.depth  # no credit for what was not drafted
+            kept_all = r.depth >= depth and r.accepted == r.depth  # a draft shorter than asked for does not count
             self.depths[r.context.row] = min(depth + 2, self.options.most) if kept_all else max(depth - 1, 1)

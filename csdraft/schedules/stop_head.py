@@ -1,10 +1,10 @@
 """Stop head: a model drafter continues until a rejection somewhere in the draft has become too likely.
 
-SpecDec++ (arXiv 2405.19715) shows that the best policy stops once the probability of at least one rejection, one minus
-the product of the tokens' predicted chances, exceeds a threshold. The chances come from a small head, which
-`csdraft.trainers.stop_head` trains in seconds on drafts that a target has judged. It reads confidence, entropy and
-depth instead of the paper's hidden state, so it also knows about the token just drafted, where the paper's is one
-token behind. Without a head the confidence itself stands for the chance: a baseline that needs no training.
+SpecDec++ (arXiv 2405.19715) shows that the best policy stops when the probability of at least one rejection exceeds a
+threshold. That is one minus the product of the tokens' predicted chances to be kept. A small head predicts the
+chances; `csdraft.trainers.stop_head` trains it in seconds on drafts that a target has judged. It reads confidence,
+entropy and depth instead of the paper's hidden state. So it knows about the token just drafted, while the paper's head
+is one token behind. Without a head the confidence is taken as the chance: a baseline that needs no training.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ __all__ = ["StopHead"]
 
 @dataclass(frozen=True)
 class StopHead(Schedule):
-    """Drafts up to `depth` tokens, ending after the one with which P(some token is rejected) exceeds `threshold`.
+    """Drafts up to `depth` tokens, and stops after the token that lifts P(some token is rejected) above `threshold`.
 
     Args:
-        head: a trained head, or the path of a saved one; None: confidences.
-        threshold: in [0, 1]; larger drafts longer, 1 never stops early. The paper's best is 0.7.
+        head: a trained head, or the path of a saved one; None: the confidence is the chance.
+        threshold: in [0, 1]; a larger one drafts longer, 1 never stops early. The paper's best is 0.7.
         depth: the most draft tokens a round.
     """
 
@@ -46,7 +46,7 @@ class StopHead(Schedule):
 
 
 class StopWhenUnlikely:
-    """One row's draft in the making: how likely it is that all of it will be kept.
+    """The stop rule of one row's draft: `alive` is the chance that all of it will be kept.
 
     Args:
         options: the schedule.

@@ -1,4 +1,4 @@
-"""How a table is read from a safetensors file that a stranger may have written."""
+"""Reads a table from a safetensors file that may come from anywhere, and checks it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def read_arrays(
 
     Args:
         format: what the metadata must call the format.
-        parts: type, as safetensors calls it, and number of dimensions of each array.
-        way_out: how to get a right file, for messages.
+        parts: name of each array -> (type as safetensors calls it, number of dimensions).
+        way_out: for messages: how to get a right file.
 
     Raises:
-        ValueError: it is another file; it is named.
-        FileNotFoundError: there is none.
+        ValueError: the file is of another kind; the message names it.
+        FileNotFoundError: there is no file.
     """
     try:
         with safe_open(path, "np") as file:

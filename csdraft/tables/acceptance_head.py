@@ -1,9 +1,8 @@
-"""An acceptance head: how likely a drafted token is to be kept if all before it are, by a small network.
+"""An acceptance head: a small network that predicts how likely a drafted token is kept if all before it are.
 
-SpecDec++ (arXiv 2405.19715) reads the drafter's hidden state. This one reads three numbers that every drafter with a
-distribution has: the token's log confidence, the distribution's entropy, and the token's place in the draft. It needs
-    no model to be
-opened, costs microseconds on the host, and the same head serves any stage of a cascade.
+SpecDec++ (arXiv 2405.19715) reads the drafter's hidden state. This head reads three numbers that every drafter with a
+distribution has: the token's log confidence, the distribution's entropy, and the token's place in the draft. So it
+does not touch the model, costs microseconds on the host, and works for any stage of a cascade.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class AcceptanceHead:
     """sigmoid(w2 . silu(w1 x + b1) + b2) of the standardised features; an immutable value.
 
     Attributes:
-        mean, scale: (features,) by which features are standardised.
+        mean, scale: (features,) each feature is standardised as (x - mean) / scale.
         w1, b1: (hidden, features), (hidden,).
         w2, b2: (hidden,), ().
     """
@@ -69,7 +68,7 @@ class AcceptanceHead:
     def __call__(self, confidence: float, entropy: float, depth: int) -> float:
         """Predicted probability that the token is kept, given that all before it are."""
         x = (np.array(self.features(confidence, entropy, depth), dtype=np.float32) - self.mean) / self.scale
-        inner = self.w1 @ x + self.b1
+        inner = self.w1 @ x + self.b1  # (hidden,)
         return float(1 / (1 + np.exp(-(self.w2 @ (inner / (1 + np.exp(-inner))) + self.b2))))
 
     def __eq__(self, other: object) -> bool:

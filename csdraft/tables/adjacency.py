@@ -1,6 +1,6 @@
-"""What a target thought likely after each token when it last saw it: the adjacency matrix of Token Recycling.
+"""The adjacency matrix of Token Recycling: the likeliest tokens after each token, as the target last scored them.
 
-Token Recycling (arXiv 2408.08696): the likeliest tokens that decoding throws away are the drafts of later rounds.
+Token Recycling (arXiv 2408.08696): plain decoding throws these tokens away; here they are the drafts of later rounds.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class AdjacencyTable:
         vocab: the target's number of tokens.
 
     Attributes:
-        successors: (vocab + 1, KEPT) int32, best first; -1 where unknown. The last row, all unknown, is what follows
-            an unknown token.
+        successors: (vocab + 1, KEPT) int32, best first; -1 where unknown. The last row stands for what follows an
+            unknown token; it is all unknown.
     """
 
     def __init__(self, vocab: int):
@@ -64,14 +64,14 @@ class AdjacencyTable:
                 )
 
     def copy(self) -> AdjacencyTable:
-        """One that knows the same and has no owner yet."""
+        """A table with the same successors that belongs to no target yet."""
         twin = AdjacencyTable(len(self))
         with self._lock:
             twin.successors[:] = self.successors
         return twin
 
     def update(self, tokens: np.ndarray, successors: np.ndarray) -> None:
-        """Notes (n, KEPT) `successors` of (n,) `tokens`; the last entry of a token counts."""
+        """Stores (n, KEPT) `successors` of (n,) `tokens`; if a token comes twice, the last entry counts."""
         with self._lock:
             self.successors[tokens] = successors
 
@@ -80,7 +80,7 @@ class AdjacencyTable:
         return self.successors[token, 0] != UNKNOWN
 
     def follow(self, tokens: np.ndarray, ranks: np.ndarray) -> np.ndarray:
-        """(n,) successor of each token at its rank; -1 where unknown, also after -1."""
+        """(n,) the successor of each of (n,) `tokens` at its rank; -1 where unknown, and after a token -1."""
         return self._flat[tokens * KEPT + ranks]
 
     def save(self, path: str | Path) -> None:

@@ -1,7 +1,7 @@
-"""A bigram table: the token that most often follows each token in a text of the user's own.
+"""A bigram table: the token that most often follows each token in a text that the user gives.
 
 The fallback of Max-Gram in Cascade Speculative Drafting (arXiv 2312.11462, appendix A). `scripts/build_bigrams.py`
-builds one for any tokenizer; a token that the text never continued has no successor, rather than an arbitrary one.
+builds one for any tokenizer. A token that never has another one after it in the text gets no successor.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ CHUNK = 1 << 22
 
 @dataclass(frozen=True, eq=False)
 class BigramTable:
-    """An immutable value: equal tables are one key, and threads may share one.
+    """An immutable value: equal tables have equal hashes, and threads may share one.
 
     Attributes:
-        successor: (vocab,) int32 most frequent next token, the lowest id among equals; -1 where unknown.
+        successor: (vocab,) int32 most frequent next token, the lowest id in a tie; -1 where unknown.
         count: (vocab,) int64 how often that pair was seen.
     """
 
@@ -67,7 +67,7 @@ class BigramTable:
 
     @cached_property
     def _view(self) -> memoryview:
-        """Plain integers by index, twice as fast as numpy's."""
+        """The successors as plain integers: indexing is twice as fast as numpy's."""
         return self.successor.data
 
     def after(self, token: int, depth: int) -> list[int]:
@@ -79,12 +79,12 @@ class BigramTable:
 
     @classmethod
     def build(cls, documents: Iterable[Sequence[int]], vocab: int) -> BigramTable:
-        """Counts the pairs inside each document; none spans two of them."""
+        """Counts the pairs of neighbouring tokens inside each document; no pair spans two documents."""
         pairs, counts = np.empty(0, np.int64), np.empty(0, np.int64)
         waiting: list[np.ndarray] = []
         size = 0
         for document in documents:
-            ids = np.asarray(document, dtype=np.int64)
+            ids = np.asarray(document, dtype=np.int64)  # (tokens,)
             if ids.size and not (ids.min() >= 0 and ids.max() < vocab):
                 raise ValueError(f"token ids from {ids.min()} to {ids.max()} do not fit a vocabulary of {vocab}")
             waiting.append(ids[:-1] * vocab + ids[1:])
@@ -94,7 +94,7 @@ class BigramTable:
                 waiting, size = [], 0
         pairs, counts = _merge(pairs, counts, waiting)
         successor, count = np.full(vocab, UNKNOWN, np.int32), np.zeros(vocab, np.int64)
-        order = np.lexsort((-pairs, counts))  # rising counts; among equals the lowest id is written last
+        order = np.lexsort((-pairs, counts))  # rising counts; in a tie the lowest id is written last, and stays
         successor[pairs[order] // vocab] = pairs[order] % vocab
         count[pairs[order] // vocab] = counts[order]
         return cls(successor, count)
@@ -117,6 +117,6 @@ def _merge(pairs: np.ndarray, counts: np.ndarray, waiting: Sequence[np.ndarray])
     """Sorted distinct pairs and their counts, with the pairs of `waiting` added."""
     fresh, seen = np.unique(np.concatenate([np.empty(0, np.int64), *waiting]), return_counts=True)
     distinct, where = np.unique(np.concatenate([pairs, fresh]), return_inverse=True)
-    total = np.zeros(len(distinct), np.int64)
+    total = np.zeros(len(distinct), np.int64)  # (distinct pairs,)
     np.add.at(total, where, np.concatenate([counts, seen]))
     return distinct, total

@@ -1,7 +1,7 @@
-"""A corpus of token ids that can be searched by what a text ends with: a suffix array in a file, memory-mapped.
+"""A corpus of token ids, searched for the last tokens of a text: a memory-mapped suffix array.
 
-For retrieval-based drafting (REST, arXiv 2311.08252). The corpus is stored backwards and its positions are sorted by
-the tokens that come before them, so one binary search finds the longest match, whatever its length.
+For retrieval-based drafting (REST, arXiv 2311.08252). The corpus is stored backwards, and its positions are sorted by
+the tokens that come before them. So one binary search finds the longest match, however long it is.
 """
 
 from __future__ import annotations
@@ -26,24 +26,25 @@ FORMAT = "csdraft-corpus-1"
 JUNCTION = -1
 MOST_HEADER = 1 << 20
 SPAN = 16
-"""Tokens by which positions are sorted, and so the longest match."""
+"""Positions are sorted by this many tokens, so no match is longer."""
 
 
 class CorpusIndex:
-    """An immutable value: what was opened stays on disk but for the pages that are read; threads may share it.
+    """An immutable value that threads may share. An opened file stays on disk; only the pages that are read load.
 
     Args:
-        backwards: (tokens,) int32 the documents, last token first, with a -1 after each document.
-        order: (places,) int32 places of `backwards` that something precedes, sorted by the `SPAN` tokens from there.
+        backwards: (tokens,) int32 the documents, last token first; in reading order each document ends with a -1.
+        order: (places,) int32 the places in `backwards` of tokens that another token follows in their document, sorted
+            by the `SPAN` tokens from there on.
         largest: the largest token id.
-        path: the file that both are mapped from, if they are.
+        path: the file that both arrays are mapped from, if any.
     """
 
     def __init__(self, backwards: memoryview, order: memoryview, largest: int, path: Path | None = None):
         self._tokens, self._order, self.largest, self.path = backwards, order, largest, path
 
     def __len__(self) -> int:
-        """Tokens, one for the end of each document included."""
+        """Tokens, plus one for the end of each document."""
         return len(self._tokens)
 
     @property
@@ -51,11 +52,12 @@ class CorpusIndex:
         return self._tokens.nbytes + self._order.nbytes
 
     def find(self, tail: Sequence[int], least: int) -> tuple[int, int, int]:
-        """Length of the longest ending of `tail` that something follows, and the range of its places.
+        """Finds the longest ending of `tail` that the corpus continues: (its length, first, last) of its range of
+        places.
 
         Args:
-            tail: a text's last tokens; the last `SPAN` are looked at.
-            least: shortest match; nothing as long is (0, 0, 0).
+            tail: a text's last tokens; only the last `SPAN` are used.
+            least: the shortest match that counts; without one the answer is (0, 0, 0).
         """
         tokens, order, wanted = self._tokens, self._order, list(tail[-SPAN:])[::-1]
         at = bisect_left(order, wanted, key=lambda place: tokens[place : place + SPAN].tolist())  # type: ignore[call-overload]
@@ -73,7 +75,7 @@ class CorpusIndex:
         return matched, first, last
 
     def continuations(self, first: int, last: int, depth: int, most: int) -> list[list[int]]:
-        """Up to `depth` tokens, inside their document, that follow each of `most` places spread over a range."""
+        """Up to `depth` tokens after each of `most` places spread over a range; none crosses a document's end."""
         tokens, found = self._tokens, []
         step = max((last - first) / most, 1.0)
         for i in range(min(last - first, most)):
@@ -86,7 +88,7 @@ class CorpusIndex:
     def build(
         cls, documents: Iterable[Sequence[int]], progress: Callable[[str, float], None] | None = None
     ) -> CorpusIndex:
-        """Indexes documents of token ids, 8 bytes a token; it takes about 60 bytes a token while it works.
+        """Indexes documents of token ids. The index has 8 bytes a token; building it takes about 60 bytes a token.
 
         Raises:
             ValueError: a token id is negative, no document has two tokens, or there are 2 ** 31 tokens or more.
@@ -97,7 +99,7 @@ class CorpusIndex:
             if ids.size and ids.min() < 0:
                 raise ValueError(f"a document has token {ids.min()}; token ids are 0 or more")
             parts += [ids, np.array([JUNCTION], np.int32)]
-        flat = np.concatenate([np.empty(0, np.int32), *parts])[::-1].copy()
+        flat = np.concatenate([np.empty(0, np.int32), *parts])[::-1].copy()  # (tokens,)
         if len(flat) >= 1 << 31:
             raise ValueError(f"{len(flat)} tokens are too many for one index; build it from less than 2 ** 31")
         order = _sorted_places(flat, progress or (lambda what, share: None))
@@ -106,7 +108,7 @@ class CorpusIndex:
         return cls(flat.data, order.data, int(flat.max()))
 
     def save(self, path: str | Path) -> None:
-        """Writes a safetensors file, or copies the one it is mapped from."""
+        """Writes a safetensors file, or copies the file that the index is mapped from."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         if self.path is not None:
@@ -118,7 +120,7 @@ class CorpusIndex:
 
     @classmethod
     def load(cls, path: str | Path) -> CorpusIndex:
-        """Maps what `save` wrote into memory; nothing is read before it is needed."""
+        """Maps a file from `save` into memory; pages are read only when they are needed."""
         way_out = "build an index with scripts/build_datastore.py"
         with naming(path), open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size < 8:
@@ -139,7 +141,7 @@ class CorpusIndex:
 
 
 def _part(view: memoryview, described: dict[str, Any], name: str) -> memoryview:
-    """An int32 array of a safetensors file, whose header describes it so."""
+    """An int32 array of a safetensors file; `described` is its entry in the file's header."""
     start, end = fit(described.get("data_offsets"), tuple[int, int], f"{name}.data_offsets")
     if described.get("dtype") != "I32" or not 0 <= start <= end <= len(view) or (end - start) % 4:
         raise ValueError(f"{name} is no int32 array inside the file: {shown(described)}")
@@ -147,7 +149,7 @@ def _part(view: memoryview, described: dict[str, Any], name: str) -> memoryview:
 
 
 def _agreeing(wanted: list[int], found: list[int]) -> int:
-    """How many first tokens are the same."""
+    """How many tokens at the beginning are the same."""
     length = 0
     for one, other in zip(wanted, found, strict=False):
         if one != other:
@@ -157,7 +159,7 @@ def _agreeing(wanted: list[int], found: list[int]) -> int:
 
 
 def _stretch(outside: Callable[[int], bool]) -> int:
-    """The last n from 0 up before `outside(n)` is true; found in O(log n) steps, since it then stays true."""
+    """The largest n for which `outside(n)` is still false, in O(log n) steps; once true, `outside` stays true."""
     reach = 1
     while not outside(reach):
         reach *= 2
@@ -169,25 +171,26 @@ def _stretch(outside: Callable[[int], bool]) -> int:
 
 
 def _sorted_places(flat: np.ndarray, progress: Callable[[str, float], None]) -> np.ndarray:
-    """Places sorted by the `SPAN` tokens from there on, by prefix doubling; equal ones by place.
+    """(places,) places of `flat` sorted by the `SPAN` tokens from there on, by prefix doubling; ties by place.
 
-    Only places that a token stands on and another one precedes (in the corpus as it is written: follows) are kept.
+    Only places of tokens that another token follows in the document (in `flat`, which is backwards: precedes) are
+    kept.
     """
     size, rounds = len(flat), SPAN.bit_length()
     _, rank = np.unique(flat, return_inverse=True)
-    rank = rank.astype(np.int64) + 1  # 0 is what stands behind the end
+    rank = rank.astype(np.int64) + 1  # (tokens,); 0 stands for a place past the end
     order = np.arange(size)
     for done in range(1, rounds):
         progress("sorting", done / rounds)
         width = 1 << (done - 1)
-        behind = np.zeros(size, np.int64)
+        behind = np.zeros(size, np.int64)  # (tokens,) rank `width` places later
         behind[: max(size - width, 0)] = rank[width:]
         key = rank * (size + 1) + behind
         order = np.argsort(key, kind="stable")
-        sorted_key = key[order]
+        sorted_key = key[order]  # (tokens,)
         rank = np.empty(size, np.int64)
         rank[order] = np.cumsum(np.concatenate([[True], sorted_key[1:] != sorted_key[:-1]])[:size])
     progress("sorting", 1.0)
-    useful = (flat[order] != JUNCTION) & (order > 0)
+    useful = (flat[order] != JUNCTION) & (order > 0)  # (tokens,) bool
     useful &= flat[order - 1] != JUNCTION
     return order[useful].astype(np.int32)

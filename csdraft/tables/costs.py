@@ -1,7 +1,8 @@
-"""What forwards and drafting cost, from warm measurements, and how drafts survive.
+"""What forwards and drafted tokens cost, from warm measurements, and how likely drafts are to be kept.
 
-A drafter's memory holds one `Learned` for each target and way of decoding. Noise only ever adds to a measurement, so a
-shape's price is the lower quartile of its last few. What was never run is priced after the nearest shape that was.
+A drafter's memory holds one `Learned` for each target and way of decoding. Noise only makes a measurement longer, so a
+shape's price is the lower quartile of its last few. A shape that was never run is priced like the nearest one that
+was.
 """
 
 from __future__ import annotations
@@ -18,29 +19,29 @@ from csdraft.stored import fit
 __all__ = ["STREAK", "Costs", "Learned", "Survival", "Widths", "check_costs"]
 
 KEPT = 12
-"""Measurements of a shape that are kept."""
+"""How many measurements of a shape are kept."""
 SLOPE = 0.02
-"""Share of a step that another query is taken to cost where nothing is known: weights are read once for all."""
+"""Assumed cost of one more query, as a share of a step: little, since the weights are read once for all queries."""
 DOUBT = 1.25
-"""A single measurement that is so many times what its neighbours say is measured again before it is believed."""
+"""A single measurement this many times above its neighbours' price is not believed until it is measured again."""
 BELIEVED = 2
-"""Measurements of a shape that settle its price."""
+"""After this many measurements of a shape its price is settled."""
 SHORT = 9
-"""Up to 2 ** SHORT slots are one bucket; above, each power of two is."""
+"""Up to 2 ** SHORT slots are one bucket; above that, each power of two is a bucket."""
 FADE = 0.98
-"""Weight that a round's counts keep after each later one: a memory of about 50 rounds."""
+"""Each round multiplies the counts of the rounds before by this: a memory of about 50 rounds."""
 PRIOR, PRIOR_WEIGHT = (0.6, 0.3, 0.45, 0.65, 0.8), 2.0
-"""Survival of a draft's first token before anything is known, by evidence: a copy's grows with its match."""
+"""Prior chance that a draft's first token is kept, by evidence (longer matches are kept more), and its weight."""
 GOES_ON, TAIL = 0.75, 6.0
-"""Survival of a token behind one that survived, before anything is known, and the tokens that this counts for."""
+"""Prior chance that a token after a kept one is kept too, and its weight in tokens."""
 REMEMBERED = 4.0
-"""Failed rounds that an optimistic estimate counts at most: texts change."""
+"""An optimistic estimate counts at most this many failed rounds, since texts change."""
 CHAIN, SPARED = 4, 0.8
-"""A tree of so few nodes is as good as a chain, and each doubling leaves so much of what fails, before it is known."""
+"""Prior: a tree of CHAIN nodes fails as often as a chain; each doubling of its nodes multiplies that by SPARED."""
 KIN = 16.0
-"""The most rounds that what is known of trees of other sizes counts for."""
+"""What trees of other sizes have shown counts for at most this many rounds."""
 STREAK, AFTER_STREAK = 8, 0.85
-"""Added to the evidence of a row whose last draft was kept whole, and the prior survival there."""
+"""STREAK is added to the evidence of a row that kept all of its last draft; AFTER_STREAK is its prior survival."""
 
 
 def _quartile(samples: deque[float]) -> float:
@@ -49,11 +50,11 @@ def _quartile(samples: deque[float]) -> float:
 
 @dataclass
 class Widths:
-    """Seconds of a forward by its number of queries, other things equal.
+    """Seconds of a forward by its width, its number of queries, for one number of rows and bucket of slots.
 
     Attributes:
-        samples: the last warm measurements.
-        bounds: the least that a cold forward took: a warm one takes no longer.
+        samples: width -> the last warm measurements.
+        bounds: width -> the shortest cold forward: a warm one takes no longer.
     """
 
     samples: dict[int, deque[float]] = field(default_factory=dict)
@@ -62,7 +63,7 @@ class Widths:
     _points: dict[int, float] = field(default_factory=dict, repr=False, compare=False)
 
     def add(self, width: int, seconds: float, warm: bool = True) -> None:
-        """One forward's measurement."""
+        """Adds one measured forward."""
         self._priced, self._points = {}, {}
         if warm:
             self.samples.setdefault(width, deque(maxlen=KEPT)).append(seconds)
@@ -74,11 +75,11 @@ class Widths:
         return width in self.samples
 
     def count(self, width: int) -> int:
-        """Warm measurements of it."""
+        """How many warm measurements there are."""
         return len(self.samples.get(width, ()))
 
     def first_run(self, width: int) -> float:
-        """Seconds by which its first run is likely to exceed its price, going by others'; 0 if it has run."""
+        """Extra seconds that its first run is likely to take, judging by other widths; 0 if it has run."""
         if width in self.samples or width in self.bounds:
             return 0.0
         both = self.samples.keys() & self.bounds.keys()
@@ -86,14 +87,14 @@ class Widths:
         return max(excess[len(excess) // 2], 0.0) if excess else 0.0
 
     def seconds(self, width: int) -> float:
-        """Measured, or after the nearest widths; never more than a wider one. In steps while nothing is known."""
+        """The price: measured, or from the nearest widths; at most that of a wider one. In steps if none is known."""
         if width not in self._priced:
             self._points = self._points or self._known_points()
             self._priced[width] = _between(self._points, width)
         return self._priced[width]
 
     def _known_points(self) -> dict[int, float]:
-        """Prices by width: what was measured at least twice, and what stands alone as far as it can be believed."""
+        """Width -> price: settled prices, and single measurements limited to DOUBT times their neighbours' price."""
         centres = {w: _quartile(kept) for w, kept in self.samples.items()}
         settled = {w: centre for w, centre in centres.items() if self._is_settled(w, centre)}
         points = dict(settled)
@@ -106,11 +107,11 @@ class Widths:
         return dict(reversed(rising.items()))
 
     def _is_settled(self, width: int, centre: float) -> bool:
-        """Measured warm twice, or once and, cold, about the same."""
+        """Whether it was measured warm twice, or warm once and cold with about the same result."""
         return self.count(width) >= BELIEVED or self.bounds.get(width, math.inf) < DOUBT * centre
 
     def scaled(self, factor: float) -> Widths:
-        """The same on a machine that takes `factor` times as long."""
+        """The same measurements, each `factor` times as long."""
         samples = {w: deque((factor * s for s in kept), KEPT) for w, kept in self.samples.items()}
         return Widths(samples, {w: factor * bound for w, bound in self.bounds.items()})
 
@@ -120,7 +121,7 @@ def _steps(width: int) -> float:
 
 
 def _between(points: Mapping[int, float], width: int) -> float:
-    """Interpolated; outside what is known, the nearest and a gentle slope from there; in steps if nothing is known."""
+    """Interpolates between known widths. Beyond them: the nearest, with a gentle slope. In steps if none is known."""
     if not points:
         return _steps(width)
     known = sorted(points)
@@ -140,45 +141,45 @@ class Way(NamedTuple):
 
 
 Group = tuple[int, int]
-"""Batch rows, and the bucket of slots."""
+"""(batch rows, bucket of slots)."""
 
 
 @dataclass
 class Costs:
-    """Seconds by shape, and by drafted token.
+    """Seconds of the target's forwards by shape, and seconds of a drafted token.
 
     Attributes:
-        groups: of the target's forwards.
-        stages: by stage of the drafter, the last measurements of a drafted token.
+        groups: the target's forwards.
+        stages: stage of the drafter -> the last measured seconds of a drafted token.
     """
 
     groups: dict[Group, Widths] = field(default_factory=dict)
     stages: dict[int, deque[float]] = field(default_factory=dict)
 
     def add(self, rows: int, queries: int, slots: int, seconds: float, warm: bool) -> None:
-        """One forward of the target, with all else that its round took but drafting."""
+        """Adds one forward of the target; its seconds are those of the whole round without drafting."""
         self.groups.setdefault((rows, _bucket(slots)), Widths()).add(queries, seconds, warm)
 
     def add_prepared(self, costs: Iterable[tuple[tuple[int, int, int, int], float]]) -> None:
-        """What forwards took before the first text, by their `Shape`, where no text has had it yet."""
+        """Adds the seconds that `prepare` measured, by `Shape`, for shapes that no text has used yet."""
         for (rows, queries, slots, _), seconds in costs:
             widths = self.groups.setdefault((rows, _bucket(slots)), Widths())
             if not widths.known(queries):
                 widths.add(queries, seconds)
 
     def add_token(self, stage: int, seconds: float) -> None:
-        """What a stage took for each token of a draft."""
+        """Adds the seconds that a stage took for each token of a draft."""
         self.stages.setdefault(stage, deque(maxlen=KEPT)).append(seconds)
 
     def token(self, stage: int, prior: float) -> float:
-        """Seconds of a stage's token; a single measurement is believed up to what doubt allows over `prior`."""
+        """Seconds of a stage's token; `prior` if not measured. A single measurement counts up to 2 * DOUBT * prior."""
         known = self.stages.get(stage)
         if not known:
             return prior
         return min(known[0], 2 * DOUBT * prior) if len(known) < BELIEVED and prior else _quartile(known)
 
     def widths(self, rows: int, slots: int) -> Widths:
-        """Prices for so many rows and slots: what was measured there, completed from the nearest rows and slots."""
+        """Prices for this many rows and slots: those measured there, completed from the nearest group."""
         group = rows, _bucket(slots)
         own = self.groups.get(group, Widths())
         others = [other for other in self.groups if other != group]
@@ -186,7 +187,7 @@ class Costs:
             return own
         near = min(others, key=lambda g: (abs(math.log2(g[0] / rows)), abs(g[1] - group[1])))
         other = self.groups[near]
-        shared = sorted(_quartile(own.samples[w]) / other.seconds(w) for w in own.samples)
+        shared = sorted(_quartile(own.samples[w]) / other.seconds(w) for w in own.samples)  # ratios: ours / theirs
         merged = other.scaled(shared[len(shared) // 2] if shared else 1.0)
         merged.bounds = dict(own.bounds) if own.samples else merged.bounds | own.bounds
         merged.samples |= own.samples
@@ -203,7 +204,7 @@ class Costs:
 
     @classmethod
     def from_list(cls, table: list[tuple[int, int, int, float]]) -> Costs:
-        """The inverse: each price counts as one measurement, so that what is measured here soon replaces it."""
+        """The inverse of `to_list`. Each price counts as one measurement, so new measurements soon replace it."""
         costs = cls()
         for rows, bucket, width, seconds in table:
             if rows:
@@ -221,7 +222,7 @@ MOST_ROWS, MOST_BUCKET, MOST_QUERIES, MOST_SECONDS, MOST_ENTRIES = 1 << 20, 40, 
 
 
 def check_costs(document: Any, at: str) -> dict[str, list[tuple[int, int, int, float]]]:
-    """A saved costs table, by device and target; ValueError that names the place if it is none."""
+    """Checks saved cost tables, by device and target; raises ValueError that names the wrong entry."""
     tables = fit(document, dict[str, list[tuple[int, int, int, float]]], at)
     for name, table in tables.items():
         if len(table) > MOST_ENTRIES:
@@ -238,21 +239,21 @@ def check_costs(document: Any, at: str) -> dict[str, list[tuple[int, int, int, f
 
 @dataclass
 class Survival:
-    """What drafting from one stage on has shown: which tokens were offered, and how many survived, by position."""
+    """How drafts of one way did, by position in the draft: which tokens were offered, and how many were kept."""
 
-    prior: float = PRIOR[0]
-    goes_on: float = GOES_ON  # prior survival of a token behind one that survived
-    weight: float = PRIOR_WEIGHT  # of the priors, in rounds
-    failing: float = 1.0  # of what fails in a chain, the share that fails in trees of this size too
+    prior: float = PRIOR[0]  # chance that the first token is kept
+    goes_on: float = GOES_ON  # prior chance that a token after a kept one is kept too
+    weight: float = PRIOR_WEIGHT  # weight of the priors, in rounds
+    failing: float = 1.0  # share of a chain's failures that happen in trees of this size too
     tried: list[float] = field(default_factory=list)  # rounds that kept the first i tokens and asked for one more
-    kept: list[float] = field(default_factory=list)  # of these, how many kept that one too
+    kept: list[float] = field(default_factory=list)  # rounds among `tried` that kept that one too
     asked: list[float] = field(default_factory=list)  # rounds that asked for token i
-    offered: list[float] = field(default_factory=list)  # of these, how many got it
+    offered: list[float] = field(default_factory=list)  # rounds among `asked` that got it
     losses: int = 0  # trials in a row that did not make it the best choice
     wait: float = 0.0  # seconds until the next trial
 
     def add(self, asked: int, offered: int, accepted: int) -> None:
-        """One row's round."""
+        """Adds one round of one row: tokens asked for, drafted, and kept."""
         for column in (self.tried, self.kept, self.asked, self.offered):
             column[:] = [FADE * count for count in column] + [0.0] * (asked - len(column))
         for i in range(asked):
@@ -263,18 +264,18 @@ class Survival:
                 self.kept[i] += i < accepted
 
     def fade(self, share: float) -> None:
-        """Lets what survived so far count less: texts change. What a stage has to offer does not."""
+        """Multiplies the counts of kept tokens by `share`: texts change. What a stage can offer does not change."""
         for column in (self.tried, self.kept):
             column[:] = [share * count for count in column]
 
     def survival_rates(self, depth: int, optimistic: bool = False) -> list[float]:
-        """The chance of each of `depth` tokens to survive, given that those before it did.
+        """(depth,) the chance that each token is kept, given that those before it were.
 
-        The first stands for itself, since a draft is often wrong as a whole; what follows a right one has much in
-        common, and is rarely known as well.
+        The first token has its own estimate, since a draft is often wrong from the start. Later tokens behave alike
+        and are tried less often, so they share a pooled estimate.
 
         Args:
-            optimistic: assume that all unknown tokens survive; a token that is not offered cannot.
+            optimistic: assume that all unknown tokens are kept; a token that is not offered cannot be.
         """
         if not depth:
             return []
@@ -292,11 +293,11 @@ class Survival:
 
     @property
     def shown(self) -> float:
-        """Rounds in which a first token was not only asked for but drafted."""
+        """Rounds in which a first token was really drafted, not only asked for."""
         return self.tried[0] * self.shares_offered(1)[0] if self.tried else 0.0
 
     def lean_on(self, kin: Sequence[Survival]) -> None:
-        """Takes for its priors what trees of other sizes have shown, in terms of a chain."""
+        """Takes its priors from what trees of other sizes have shown, converted to a chain."""
 
         def chance(tries: Callable[[list[float]], float], usual: float) -> float:
             expected = sum(other.failing * tries(other.tried) for other in kin)
@@ -308,24 +309,24 @@ class Survival:
         self.weight = PRIOR_WEIGHT + min(sum(other.tried[0] for other in kin), KIN)
 
     def _unknown(self, chance: float) -> float:
-        """A chance of a chain's token, for trees of this size."""
+        """Converts the chance that a chain's token is kept to trees of this size."""
         return 1 - self.failing * (1 - chance)
 
     def shares_offered(self, depth: int) -> list[float]:
-        """How often each of `depth` tokens was drafted when asked for."""
+        """(depth,) how often each token was drafted when it was asked for."""
         known = [(offered + 1) / (asked + 1) for offered, asked in zip(self.offered[:depth], self.asked, strict=False)]
         return known + [known[-1] if known else 1.0] * (depth - len(known))
 
 
 @dataclass
 class Learned:
-    """All that one call has learned, and what the next one starts from."""
+    """All that a call has learned; the next call starts from it."""
 
     costs: Costs = field(default_factory=Costs)
     survivals: dict[tuple[int, Way], Survival] = field(default_factory=dict)  # by evidence and way
 
     def survival(self, evidence: int, way: Way) -> Survival:
-        """What drafting showed with this evidence in this way."""
+        """How drafts did with this evidence and this way; its priors come from other sizes, or other evidence."""
         known = self.survivals.setdefault((evidence, way), Survival())
         known.failing = SPARED ** math.log2(max(way.size or CHAIN, CHAIN) / CHAIN)
         others = [(w, s) for (e, w), s in self.survivals.items() if e == evidence and w != way and s.tried]

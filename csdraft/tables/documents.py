@@ -1,4 +1,4 @@
-"""Documents of token ids that drafts may be copied from."""
+"""A table of documents, as token ids, that drafts can be copied from."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ FORMAT = "csdraft-documents-1"
 
 
 class DocumentTable:
-    """An immutable value, about 150 bytes a token once it is searched; threads may share one.
+    """An immutable value that threads may share. Once it is searched it takes about 150 bytes a token.
 
     Args:
-        documents: token ids each; empty ones are left out.
+        documents: token ids of each document; empty documents are left out.
     """
 
     def __init__(self, documents: Sequence[Sequence[int]]):
@@ -43,7 +43,7 @@ class DocumentTable:
 
     @classmethod
     def encode(cls, texts: Sequence[str], tokenizer: Any) -> DocumentTable:
-        """Documents from texts, without special tokens."""
+        """A table of these texts, tokenized without special tokens."""
         return cls([tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts])
 
     def __len__(self) -> int:
@@ -52,12 +52,12 @@ class DocumentTable:
 
     @cached_property
     def largest(self) -> int:
-        """The largest token id; -1 if there is none."""
+        """The largest token id; -1 for an empty table."""
         return max(self.tokens, default=-1)
 
     @cached_property
     def automaton(self) -> SuffixAutomaton:
-        """Of the documents, a junction in place of each one's last token: a match is always followed by something."""
+        """The documents' automaton. A junction replaces each one's last token, so every match has a token after it."""
         made, start = SuffixAutomaton(), 0
         for end in self._ends:
             made.extend([*self.tokens[start : end - 1], JUNCTION])
@@ -65,7 +65,7 @@ class DocumentTable:
         return made
 
     def after(self, place: int, depth: int) -> list[int]:
-        """At most `depth` tokens that follow a place in its document."""
+        """At most `depth` tokens after a place, up to the end of its document."""
         end = self._ends[bisect_right(self._ends, place)]
         return self.tokens[place + 1 : min(place + 1 + depth, end)]
 

@@ -1,4 +1,4 @@
-"""Earlier outputs, remembered from call to call for suffix decoding (arXiv 2411.04975), up to a bound."""
+"""A bounded table of earlier outputs, kept from call to call for suffix decoding (arXiv 2411.04975)."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ __all__ = ["OutputTable", "Place"]
 FORMAT = "csdraft-outputs-1"
 MOST_GENERATIONS = 2
 KEPT = 1 << 16
-"""Tokens of the table that is kept for a target."""
+"""The most tokens of the table that the process keeps for a target."""
 NEAR = 24
-"""Tokens before the first look at a text that may open a match."""
+"""At the first look at a text, only its last NEAR tokens are searched for a match."""
 
 
 @dataclass
 class Place:
-    """Where one text stands in a table, so that only its new tokens need be read; the table keeps it up to date.
+    """How far one text has been matched with a table, so that next time only its new tokens are read.
 
     Attributes:
         read: tokens of the text that were read.
-        matches: the longest known match in each part of the table: state and length, by the part's identity.
+        matches: id of an automaton -> (the automaton, state and length of the longest match in it).
     """
 
     read: int = 0
@@ -41,10 +41,13 @@ class Place:
 
 
 class OutputTable:
-    """The latest outputs, first in, first out: half the bound is forgotten at a time. Threads may share one.
+    """The latest outputs, in two generations of half the bound each: the older one is dropped as a whole.
+
+    Threads may share one.
 
     Args:
-        max_tokens: the most it holds; a token takes about 140 bytes. Of one output, the last half of that at most.
+        max_tokens: the most tokens that it holds, each about 140 bytes. It keeps at most half that much of one output,
+            from its end.
 
     Attributes:
         lock: held while it changes.
@@ -55,7 +58,7 @@ class OutputTable:
             raise ValueError(f"max_tokens={max_tokens} of an OutputTable must be at least 4")
         self.max_tokens = max_tokens
         self.lock = threading.Lock()
-        self._generations: list[tuple[SuffixAutomaton, list[int]]] = []  # the youngest first, two at most
+        self._generations: list[tuple[SuffixAutomaton, list[int]]] = []  # the newest first, two at most
         self._largest = -1
 
     @classmethod
@@ -65,24 +68,24 @@ class OutputTable:
             return _TABLES.setdefault(target, cls(KEPT))
 
     def __len__(self) -> int:
-        """Tokens held, one for the end of each output included."""
+        """Tokens held, plus one for the end of each output."""
         with self.lock:
             return sum(len(tokens) for _, tokens in self._generations)
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, by an estimate."""
+        """An estimate of the bytes held."""
         with self.lock:
             return sum(automaton.nbytes + 8 * len(tokens) for automaton, tokens in self._generations)
 
     @property
     def largest(self) -> int:
-        """The largest token id it ever took in; -1 if none."""
+        """The largest token id that was ever added; -1 if there was none."""
         return self._largest
 
     @property
     def outputs(self) -> list[list[int]]:
-        """What it remembers, oldest first."""
+        """The outputs that it holds, oldest first."""
         with self.lock:
             flat = [token for _, tokens in reversed(self._generations) for token in tokens]
         found: list[list[int]] = [[]]
@@ -94,7 +97,7 @@ class OutputTable:
         return found[:-1]
 
     def add(self, output: Sequence[int]) -> None:
-        """Remembers an output; forgets the oldest ones if there are too many tokens."""
+        """Adds an output; drops the oldest ones if there are too many tokens."""
         half = self.max_tokens // 2
         tokens = [*output[-(half - 1) :], JUNCTION]
         if len(tokens) == 1:
@@ -110,11 +113,11 @@ class OutputTable:
             known += tokens
 
     def match(self, tokens: Sequence[int], place: Place | None = None) -> int:
-        """Length of the longest known match of an ending of `tokens` in an output.
+        """Length of the longest ending of `tokens` that is found in an output.
 
         Args:
             tokens: a text.
-            place: where it stood when it was shorter; None looks at its last `NEAR` tokens.
+            place: how far the text was matched when it was shorter; None: only its last `NEAR` tokens are searched.
         """
         with self.lock:
             return max((matched for _, _, matched in self._moved(tokens, place or Place())), default=0)
@@ -122,9 +125,9 @@ class OutputTable:
     def matches(
         self, tokens: Sequence[int], path: Sequence[int], place: Place
     ) -> list[tuple[SuffixAutomaton, int, int]]:
-        """The longest known match of an ending of `tokens` and `path` in each of its automata: state and length.
+        """For each automaton: (automaton, state, length) of the longest ending of `tokens` + `path` found in it.
 
-        The caller that continues from there holds the `lock` while reading.
+        A caller that reads on from these states must hold the `lock`.
         """
         with self.lock:
             found = self._moved(tokens, place)
@@ -133,7 +136,7 @@ class OutputTable:
     def speculate(
         self, tokens: Sequence[int], rule: Rule, path: Sequence[int] = (), place: Place | None = None
     ) -> Speculation:
-        """The best proposal for what follows the text `tokens` and the uncommitted `path`; `place` as above."""
+        """The best proposal for what follows the text `tokens` and the drafted `path`; `place` is as in `match`."""
         best = NOTHING
         with self.lock:
             for automaton, state, matched in self._moved(tokens, place or Place()):
@@ -143,7 +146,7 @@ class OutputTable:
         return best
 
     def _moved(self, tokens: Sequence[int], place: Place) -> list[tuple[SuffixAutomaton, int, int]]:
-        """Brings `place` up to date: what it knows is followed, what is new to it is searched."""
+        """Brings `place` up to date: extends the known matches, and searches automata that are new to it."""
         matches, fresh = {}, tokens[place.read :] if place.read + NEAR > len(tokens) else None
         for automaton, _ in self._generations:
             known = place.matches.get(id(automaton))
@@ -151,7 +154,7 @@ class OutputTable:
                 found = _walked(automaton, START, 0, tokens[-NEAR:])
             else:
                 _, state, matched = known
-                while automaton.length[automaton.link[state]] >= matched > 0:  # it was split meanwhile
+                while automaton.length[automaton.link[state]] >= matched > 0:  # the state was split meanwhile
                     state = automaton.link[state]
                 found = _walked(automaton, state, matched, fresh)
             matches[id(automaton)] = (automaton, *found)
@@ -168,7 +171,7 @@ class OutputTable:
 
     @classmethod
     def load(cls, path: str | Path) -> OutputTable:
-        """Reads what `save` wrote; it then proposes what the saved table did."""
+        """Reads what `save` wrote; the table then proposes the same as the saved one."""
         way_out = "save one with OutputTable.save"
         count = int(read_arrays(path, FORMAT, {"count": ("I64", 1)}, way_out)[0]["count"].sum())
         if not 0 <= count <= MOST_GENERATIONS:
@@ -196,7 +199,7 @@ def _walked(automaton: SuffixAutomaton, state: int, matched: int, tokens: Sequen
     if not tokens:
         return state, matched
     found = automaton.walk(state, matched, tokens, matched + len(tokens))
-    assert found is not None  # a match is shortened no oftener than it grew
+    assert found is not None  # a match cannot shrink more often than it grew
     return found
 
 

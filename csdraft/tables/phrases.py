@@ -1,4 +1,4 @@
-"""A pool of phrases by the token they follow, the newest of each kept: what Lookahead and Ouroboros draft from."""
+"""A pool of the newest phrases after each token, which Lookahead and Ouroboros draft from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class PhrasePool:
 
     Args:
         length: tokens of a phrase.
-        most: phrases kept a token; the one not seen for longest goes first.
+        most: phrases kept for each token; the one that was not seen for longest is dropped first.
     """
 
     def __init__(self, length: int, most: int):
@@ -25,12 +25,12 @@ class PhrasePool:
 
     @classmethod
     def of(cls, target: Any, length: int, most: int) -> PhrasePool:
-        """The pool of this kind that this process keeps for a target, until the target is gone."""
+        """The pool with this length and size that the process keeps for a target, until the target is gone."""
         with _LOCK:
             return _POOLS.setdefault(target, {}).setdefault((length, most), cls(length, most))
 
     def add(self, token: int, phrase: tuple[int, ...]) -> None:
-        """Notes that `phrase`, of `length` tokens, followed `token`."""
+        """Adds `phrase`, of `length` tokens, as the newest after `token`."""
         with self._lock:
             kept = self._phrases.setdefault(token, {})
             kept.pop(phrase, None)
@@ -39,7 +39,7 @@ class PhrasePool:
                 del kept[next(iter(kept))]
 
     def read(self, tokens: Sequence[int], start: int = 0) -> None:
-        """Adds the phrases of a text that begin at `start` or later and are whole."""
+        """Adds all complete phrases of a text after the tokens from `start` on."""
         for at in range(max(start, 0), len(tokens) - self.length):
             self.add(tokens[at], tuple(tokens[at + 1 : at + 1 + self.length]))
 

@@ -1,4 +1,4 @@
-"""How often a target's next token was the one that a source named: what makes the guesses of several comparable."""
+"""How often a source's guess was the target's next token: with these rates, guesses of several sources compare."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from typing import Any, NamedTuple
 __all__ = ["Copy", "SourceRates"]
 
 LENGTHS = (2, 3, 5, 9, 17)
-"""Lengths of a match from which on a copy is of the next kind."""
+"""Bounds of the match lengths: each begins the next kind of copy."""
 COPIED = (0.1, 0.2, 0.3, 0.5, 0.7, 0.85)
-"""Share of copied tokens that are right, by the length of the match, before anything is known."""
+"""Prior share of copied tokens that are right, by the kind of match length."""
 EARLIER, UNSEEN, SECOND, FIRST = 0.6, 0.6, 0.9, 0.6
-"""Of that share, what is left where the copy is from an earlier output; where it is none of the remembered successors;
-where it is one of them, but not the first. Where it is the first: what is left of the share that is wrong."""
+"""Factors on that share: the copy is from an earlier output; it is none of the remembered successors; it is one of
+them, but not the first. FIRST, if it is the first of them, multiplies the share that is wrong instead."""
 RANKED = (0.4, 0.13, 0.07, 0.05, 0.04, 0.03, 0.02, 0.02)
-"""Share of a token's remembered successors that come again, by rank, where no copy was right: before it is known."""
+"""Prior chance that a remembered successor comes again, by its rank, where no copy was right."""
 COPIES, RANKS = 8.0, 40.0
-"""Tokens that these priors count for."""
+"""The weights of these two priors, in tokens."""
 FADE = 0.998
-"""Weight that counts keep after each token: a memory of about 500."""
+"""Each token multiplies the counts before it by this: a memory of about 500 tokens."""
 
 
 class Copy(NamedTuple):
     """The kind of a copied token.
 
     Attributes:
-        earlier: whether it is from an earlier output; else from the text itself.
-        length: of the match, by `LENGTHS`.
-        rank: among the remembered successors of the token before: 0 for the first, 1 for another, 2 for none of them;
-            3 if nothing is remembered.
+        earlier: whether it was copied from an earlier output; else it is from the text itself.
+        length: the kind of match length, by `LENGTHS`.
+        rank: what it is among the remembered successors of the token before: 0 the first, 1 another, 2 none of them; 3
+            if no successors are remembered.
     """
 
     earlier: bool
@@ -41,7 +41,7 @@ class Copy(NamedTuple):
 
     @classmethod
     def of(cls, token: int, earlier: bool, matched: int, successors: Sequence[int]) -> Copy:
-        """Of a token that followed a match of so many tokens."""
+        """The kind of a token that followed a match of `matched` tokens."""
         if not successors:
             rank = 3
         else:
@@ -50,16 +50,16 @@ class Copy(NamedTuple):
 
     @property
     def prior(self) -> float:
-        """The share of such tokens that are right, before anything is known."""
+        """The prior share of such tokens that are right."""
         share = COPIED[self.length] * (EARLIER if self.earlier else 1.0)
         return (1 - FIRST * (1 - share), SECOND * share, UNSEEN * share, share)[self.rank]
 
 
 class SourceRates:
-    """For one target and way of decoding: which guesses were right. Threads may share it.
+    """How often guesses were right, for one target and way of decoding. Threads may share it.
 
     Attributes:
-        ranks: (8,) the chance of each remembered successor of a token, best first, where no copy is right.
+        ranks: (8,) the chance of each remembered successor of a token, best first, if no copy is right.
     """
 
     def __init__(self) -> None:
@@ -70,21 +70,21 @@ class SourceRates:
 
     @classmethod
     def of(cls, target: Any, way: Hashable) -> SourceRates:
-        """Those that this process keeps for a target and a way of decoding, until the target is gone."""
+        """The rates that the process keeps for a target and a way of decoding, until the target is gone."""
         with _LOCK:
             return _RATES.setdefault(target, {}).setdefault(way, cls())
 
     def chance(self, copy: Copy) -> float:
-        """Of a copied token to be right."""
+        """The chance that a copied token of this kind is right."""
         right, tried = self._copies.get(copy) or (COPIES * copy.prior, COPIES)
         return right / tried
 
     def learn(self, token: int, copy: Copy | None, copied: int, successors: Sequence[int]) -> None:
-        """Takes in a token that the target wrote.
+        """Learns from a token that the target wrote.
 
         Args:
-            copy: the kind of `copied`, the token that was guessed; None if there was none.
-            successors: what was remembered to follow the token before, best first; empty if nothing was.
+            copy: the kind of the guess `copied`; None if nothing was copied.
+            successors: the remembered successors of the token before, best first; empty if there are none.
         """
         with self._lock:
             if copy is not None:

@@ -1,7 +1,8 @@
-"""What a suffix automaton says comes next, by how often it came: SuffixDecoding's speculation (arXiv 2411.04975).
+"""SuffixDecoding's speculation (arXiv 2411.04975): a suffix automaton proposes what followed most often.
 
-The chance of a node is its parent's times count(node) / count(parent). A proposal is the most frequent path, or the
-tree of the likeliest nodes, while that chance lasts; its score is the sum of the chances: the tokens to be expected.
+The chance of a node is its parent's chance times count(node) / count(parent). A proposal is the most frequent path, or
+the tree of the likeliest nodes, down to a least chance. Its score is the sum of the chances: the expected right
+tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from csdraft.tables.suffix_automaton import START, SuffixAutomaton
 __all__ = ["NOTHING", "Rule", "Speculation"]
 
 MOST_TRIED = 8
-"""Ever shorter matches that are tried; the bound on their scores ends the search sooner nearly always."""
+"""The most matches that are tried, each shorter than the last. The bound on scores nearly always stops earlier."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Speculation:
     Attributes:
         tokens: (nodes,) parents first.
         parents: (nodes,) -1 for the children of the text; None for a chain.
-        score: tokens of it that are expected to be right.
+        score: how many of its tokens are expected to be right.
     """
 
     tokens: list[int]
@@ -41,11 +42,11 @@ class Rule:
     """How to speculate.
 
     Args:
-        factor, offset: a match of n tokens allows factor * n + offset drafted ones.
-        min_prob: a node's chance, at least.
-        depth: tokens in a row, at most.
-        nodes: of a tree, at most; None draws the most frequent path.
-        stop: tokens that nothing follows.
+        factor, offset: a match of n tokens allows factor * n + offset drafted tokens.
+        min_prob: the least chance of a node.
+        depth: the most levels.
+        nodes: the most nodes of a tree; None: a chain, the most frequent path.
+        stop: tokens that nothing follows, such as the end of a text.
     """
 
     factor: float
@@ -56,7 +57,7 @@ class Rule:
     stop: Container[int]
 
     def best(self, automaton: SuffixAutomaton, state: int, matched: int) -> Speculation:
-        """The proposal with the highest score among those of the match and of its shorter endings."""
+        """The proposal with the highest score, for the match or one of its shorter endings."""
         found, followed = NOTHING, automaton.going_on(state)
         if followed != state:
             state, matched = followed, automaton.length[followed]
@@ -78,7 +79,7 @@ class Rule:
         chance, score, likeliest, going_on = 1.0, 0.0, automaton.likeliest, automaton.going_on
         while len(tokens) < most:
             state = going_on(state)
-            if state == START:  # how often a token comes at all is no reason to expect it
+            if state == START:  # the empty match: how frequent a token is overall does not predict it here
                 break
             token, state, share = likeliest(state)
             chance *= share
@@ -91,7 +92,7 @@ class Rule:
         return Speculation(tokens, None, score)
 
     def _tree(self, automaton: SuffixAutomaton, state: int, most: int) -> Speculation:
-        """The `most` likeliest nodes; parents are likelier than their children, so best first finds them."""
+        """The `most` likeliest nodes. Parents are likelier than their children, so a best-first search finds them."""
         tokens: list[int] = []
         parents: list[int] = []
         score, order = 0.0, 0

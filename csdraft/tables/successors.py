@@ -1,7 +1,7 @@
-"""What a model says after each token alone: its likeliest successors, and how it continues from them.
+"""A table of a model's likeliest successors of each token, given that token alone, and of how it continues from them.
 
-The model-derived bigram of the N-Grammys (arXiv 2411.03786), with its extension to a few tokens. Built once for a
-target, in minutes, by `scripts/build_bigrams.py --model`; no text is needed.
+The model-derived bigram of the N-Grammys (arXiv 2411.03786), with its extension to a few tokens.
+`scripts/build_bigrams.py --model` builds it once for a target, in minutes, without any text.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class SuccessorTable:
     """An immutable value that threads may share.
 
     Attributes:
-        successors: (vocab, rows, length) int32; entry [t, i] begins with the token that the model finds i-th likeliest
-            after t, and continues with what it writes greedily after those two.
+        successors: (vocab, rows, length) int32; entry [t, i] is the i-th likeliest token after t, and then what the
+            model writes greedily after both.
     """
 
     successors: np.ndarray
@@ -53,13 +53,13 @@ class SuccessorTable:
 
     @cached_property
     def _best(self) -> memoryview:
-        """Each token's likeliest successor, as plain integers by index."""
+        """(vocab,) each token's likeliest successor, as plain integers."""
         return np.ascontiguousarray(self.successors[:, 0, 0]).data
 
     def after(self, token: int, rows: int, depth: int) -> list[list[int]]:
         """At most `rows` continuations of `token`, the likeliest first, each of `depth` tokens.
 
-        Beyond the table's length a row continues with the likeliest successor of its last token.
+        Past the table's length, a row continues with the likeliest successor of its last token.
         """
         found, best = self.successors[token, :rows, :depth].tolist(), self._best
         for row in found:
@@ -72,22 +72,22 @@ class SuccessorTable:
     def build(
         cls, model: nn.Module, rows: int = 10, length: int = 3, prefix: Sequence[int] = (), batch: int = 1024
     ) -> SuccessorTable:
-        """Asks a causal LM about every token of its vocabulary.
+        """Runs a causal LM on every token of its vocabulary.
 
         Args:
-            rows: likeliest successors kept of each token.
-            length: tokens of a continuation; all beyond the first cost `rows` forwards a token of the vocabulary.
-            prefix: what stands in front of the token: a begin-of-text token where the model knows no text without.
+            rows: how many likeliest successors to keep for each token.
+            length: tokens of a continuation; each after the first costs `rows` sequences for each vocabulary token.
+            prefix: tokens before each token, such as a begin-of-text token if the model always expects one.
             batch: sequences a forward.
         """
         vocab = model.config.get_text_config(decoder=True).vocab_size  # type: ignore[union-attr,operator]
         device = next(model.parameters()).device
         found = np.empty((vocab, rows, length), np.int32)
         for start in range(0, vocab, batch):
-            ids = torch.arange(start, min(start + batch, vocab), device=device)[:, None]
+            ids = torch.arange(start, min(start + batch, vocab), device=device)[:, None]  # (tokens, 1)
             texts = torch.cat([torch.tensor(prefix, dtype=torch.long, device=device).expand(len(ids), -1), ids], 1)
             best = _last_logits(model, texts).topk(rows, -1).indices  # (tokens, rows)
-            texts = torch.cat([texts.repeat_interleave(rows, 0), best.reshape(-1, 1)], 1)
+            texts = torch.cat([texts.repeat_interleave(rows, 0), best.reshape(-1, 1)], 1)  # (tokens * rows, length)
             for _ in range(length - 1):
                 parts = [_last_logits(model, part).argmax(-1) for part in texts.split(batch)]
                 texts = torch.cat([texts, torch.cat(parts)[:, None]], 1)

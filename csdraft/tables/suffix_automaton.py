@@ -1,7 +1,7 @@
-"""A suffix automaton with counts: which strings a token sequence has, how often, where last, and what followed them.
+"""A suffix automaton with counts: for every string in a token sequence, how often it occurs, where last, what follows.
 
-Blumer et al., "The smallest automaton recognizing the subwords of a text" (1985); online, O(1) amortised a token. It
-serves Max-Gram (places) and suffix decoding (counts), which share one automaton a text.
+Blumer et al., "The smallest automaton recognizing the subwords of a text" (1985); online, O(1) amortised a token.
+Max-Gram uses the places, suffix decoding the counts; both share one automaton for each text.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["JUNCTION", "MOST_LINKS", "NOWHERE", "START", "SuffixAutomaton"]
 START = 0
 NOWHERE = -1
 JUNCTION = -1
-"""Read between documents: no query has it, so no match spans two."""
+"""A token between documents. No query contains it, so no match spans two documents."""
 NO_TOKEN = -2
 MOST_LINKS = 32
 MOST_WAYS = 64
@@ -23,21 +23,21 @@ LINKS = range(MOST_LINKS)
 
 
 class SuffixAutomaton:
-    """A state stands for a set of strings that end at the same places; `START` for the empty one.
+    """A state stands for a set of strings that end at the same places; `START` stands for the empty string.
 
-    Every ending of the sequence occurs at each new token. Counts and places are brought up to date for the
-    `MOST_LINKS` longest that occurred before, so both are exact unless more of them nest (loops); then the shortest
-    lag behind.
+    Every new token is one more occurrence of all endings of the sequence. Counts and places are updated only for the
+    `MOST_LINKS` longest endings that occurred before. So both are exact unless more endings nest, as in loops; then
+    those of the shortest endings are too old.
 
     Attributes:
         length: (states,) tokens of a state's longest string.
-        link: (states,) the state of that string's longest ending that occurs elsewhere too.
-        recent: (states,) the last place where its strings end.
+        link: (states,) the state of that string's longest ending that also occurs elsewhere.
+        recent: (states,) the last place where the state's strings end.
         count: (states,) how often they occur.
-        token, target: (states,) its first way on. Others are in `more`: state -> token -> state.
-        read: tokens taken in.
+        token, target: (states,) the first transition of a state. Others are in `more`: state -> token -> state.
+        read: tokens read so far.
         last: the state of the whole sequence.
-        matched, end: length of the longest ending that occurs earlier, and where it last does.
+        matched, end: length of the longest ending that occurred earlier, and the last place where it ended.
     """
 
     def __init__(self) -> None:
@@ -49,12 +49,12 @@ class SuffixAutomaton:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arrays, and of the ways on by an estimate of what CPython's dictionaries take."""
+        """Bytes of the arrays and, as an estimate, of the transitions in CPython dictionaries."""
         ways = sum(184 if len(more) <= 5 else 36 * len(more) + 184 for more in self.more.values())
         return 6 * 4 * len(self.length) + 104 * len(self.more) + ways
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Takes in `tokens` behind what was read."""
+        """Reads `tokens` after those read before."""
         self._reserve(2 * len(tokens))
         length, link, recent, count = self.length, self.link, self.recent, self.count
         first, target, more, more_of = self.token, self.target, self.more, self.more.get
@@ -63,7 +63,7 @@ class SuffixAutomaton:
             new, state = states, last
             states += 1
             length[new], recent[new], last = place + 1, place, new
-            while state != NOWHERE:  # `new` is where every ending so far leads that had no such way on
+            while state != NOWHERE:  # every ending without a transition by `token` gets one to `new`
                 known = first[state]
                 if known == token:
                     suffix = target[state]
@@ -92,7 +92,7 @@ class SuffixAutomaton:
         self.last, self.states, self.read = last, states, place
 
     def _reserve(self, new: int) -> None:
-        """Room for `new` states, and then some."""
+        """Makes room for `new` more states, and some in reserve."""
         missing = self.states + new - len(self.length)
         if missing > 0:
             missing = max(missing, self.states >> 3)
@@ -102,7 +102,7 @@ class SuffixAutomaton:
             self.token.extend(array("i", [NO_TOKEN]) * missing)
 
     def _split(self, state: int, token: int, whole: int, part: int) -> None:
-        """Parts the shorter strings of `whole`, which from now on end in one more place, from its longer ones."""
+        """Moves the shorter strings of `whole` to the state `part`: from now on they end in one more place."""
         self.length[part] = self.length[state] + 1
         for values in (self.link, self.recent, self.count, self.token, self.target):
             values[part] = values[whole]
@@ -124,11 +124,11 @@ class SuffixAutomaton:
         return NOWHERE if more is None else more.get(token, NOWHERE)
 
     def walk(self, state: int, matched: int, tokens: Iterable[int], links: int) -> tuple[int, int] | None:
-        """State and length of the longest ending that occurs, after reading `tokens` from `state`.
+        """Reads `tokens` from `state`; returns the state and length of the longest ending that occurs.
 
         Args:
             matched: length of the match that `state` stands for.
-            links: shortenings allowed; None is returned once they are used up.
+            links: how often the match may be shortened; after more the answer is None.
         """
         length, link, first, target, more_of = self.length, self.link, self.token, self.target, self.more.get
         for token in tokens:
@@ -152,20 +152,19 @@ class SuffixAutomaton:
         return state, matched
 
     def going_on(self, state: int) -> int:
-        """`state`, or what is left of its strings where something follows them: the sequence's end has no way on."""
+        """`state` if a token follows its strings, else the state of their longest ending that a token follows."""
         while self.token[state] == NO_TOKEN and state != START:
             state = self.link[state]
         return state
 
     def followed(self, state: int) -> int:
-        """How often something follows its strings, the sequence's own end not counted."""
+        """How often a token follows the state's strings: all occurrences but the one at the sequence's end."""
         return self.count[state] - (self.recent[state] == self.read - 1)
 
     def likeliest(self, state: int) -> tuple[int, int, float]:
-        """Token, state and share of the way on that was taken most, the latest of equals; share 0 if there is none.
+        """(token, state, share) of the most frequent transition, in a tie the latest; share 0 if there is none.
 
-        Of a state with many ways on, the first `MOST_WAYS` + 1 that it got are compared: one that is taken often
-        comes early.
+        A state with many transitions compares only its first `MOST_WAYS` + 1: a frequent one is found early.
         """
         count, recent = self.count, self.recent
         token, found = self.token[state], self.target[state]
@@ -182,7 +181,7 @@ class SuffixAutomaton:
         return token, found, most / max(self.followed(state), most, 1)
 
     def ways(self, state: int) -> list[tuple[float, int, int]]:
-        """(share, token, state) of its ways on, as `likeliest` sees them."""
+        """(share, token, state) of each transition that `likeliest` compares."""
         count, most = self.count, max(self.followed(state), 1)
         found = [(self.token[state], self.target[state])]
         found += islice(self.more.get(state, {}).items(), MOST_WAYS)

@@ -1,4 +1,4 @@
-"""What trees of a set number of children a level share: every node is expanded, and everything is kept."""
+"""The base of trees with a fixed number of children on each level: every node is expanded, and all nodes are kept."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Branching(Tree):
     """Gives every node of a level the same number of children.
 
     Args:
-        branching: children of the root, of each of its children, and so on; further levels have one each.
+        branching: children of the root, of each of its children, and so on; on deeper levels a node has one child.
     """
 
     branching: tuple[int, ...] = (3, 2)
@@ -38,7 +38,7 @@ class Branching(Tree):
             )
 
     def children(self, depth: int) -> list[int]:
-        """Children of a node, level by level, in a tree so deep."""
+        """(depth,) children of a node on each level of a tree of this depth."""
         return [*self.branching, *[1] * depth][:depth]
 
     def width(self, depth: int) -> int:

@@ -1,8 +1,8 @@
-"""Best-first: the branches that the model itself thinks likeliest, level by level, then the best nodes of all.
+"""Best-first: expands the model's likeliest branches level by level, then keeps the likeliest nodes of all levels.
 
-EAGLE-2's dynamic tree (arXiv 2406.16858): a drafter's confidence is a good guess of acceptance, so the product of
-confidences along a branch says how likely it is to be kept. Use it with any model drafter, at low batch sizes, where a
-wider forward of the target is nearly free.
+EAGLE-2's dynamic tree (arXiv 2406.16858): a drafter's confidence predicts acceptance well, so the product of the
+confidences along a branch estimates how likely it is to be kept. Use it with any model drafter at small batch sizes,
+where a wider forward of the target is nearly free.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class BestFirst(Tree):
     """Expands the `branches` likeliest nodes of each level, and keeps the `nodes` likeliest of all.
 
     Args:
-        branches: nodes expanded a level, and children of each.
+        branches: nodes expanded on each level, and children of each.
         nodes: nodes of the draft.
     """
 

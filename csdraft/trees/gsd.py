@@ -1,11 +1,11 @@
-"""Gsd: hypotheses that come to the same words are drafted once, and share what follows.
+"""Gsd: branches that reach the same tokens are drafted once, and share what follows.
 
-Graph-structured speculative decoding (arXiv 2407.16207): where a branch arrives at the tokens that another one has
-already, it is not drafted further; an edge leads over there. The graph is unrolled into a tree before the target reads
-it, so that a continuation may stand below several branches. Use it where a drafter's alternatives soon meet again.
+Graph-structured speculative decoding (arXiv 2407.16207): when a branch reaches tokens that another branch already has,
+it is not drafted further but gets an edge to that branch. Before the target reads the graph it is unrolled into a
+tree, where one continuation may be below several branches. Use it where a drafter's alternatives soon meet again.
 
-The borrowed continuation was found in another context, which costs acceptance only. Unlike the paper's, the unrolling
-goes by the likeliest branches, and no token is drawn: all are point masses.
+The shared continuation was found in another context; this can only cost acceptance. Two things differ from the paper:
+the unrolling takes the likeliest branches first, and no token is drawn: all are point masses.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ __all__ = ["Gsd"]
 
 @dataclass(frozen=True)
 class Gsd(Tree):
-    """Expands what is not said elsewhere, and unrolls the graph.
+    """Expands nodes that no other branch has, and unrolls the graph (see the module).
 
     Args:
         branches: children of a node.
         nodes: nodes of the draft, copies of shared ones included.
         sibling_share: leave out children less likely than this share of the likeliest one.
         least: a child less likely than this is kept, but gets no children.
-        context: tokens before a token that must agree too for it to be the same.
+        context: two nodes count as the same if their tokens and this many tokens before agree.
     """
 
     branches: int = 4
@@ -64,13 +64,13 @@ class Gsd(Tree):
         return graph.unrolled(self.nodes, depth)
 
     def _passes(self, growth: Growth, node: int) -> bool:
-        """Whether the child is not much less likely than its first sibling, the likeliest."""
+        """Whether the child is likely enough compared with its first sibling, the likeliest."""
         first = growth.log_probs[node - growth.ranks[node]]
         return growth.log_probs[node] >= first + _log(self.sibling_share)
 
 
 class Graph:
-    """The candidates as a graph of tokens: an edge to a node of the same tokens takes the place of a new node.
+    """The candidates as a graph: instead of a second node with the same tokens there is an edge to the first.
 
     Args:
         growth: the candidates.
@@ -84,7 +84,7 @@ class Graph:
         self._known: dict[tuple[int, ...], int] = {}
 
     def take(self, node: int) -> bool:
-        """Adds a candidate; False if it is another node once more, to which its parent then has an edge."""
+        """Adds a candidate; False if a known node is the same: then the parent only gets an edge to that node."""
         growth, parent = self.growth, self.growth.parents[node]
         words, above = [growth.tokens[node]], parent
         while above != ROOT and len(words) <= self.context:
@@ -108,7 +108,7 @@ class Graph:
         return below == node
 
     def unrolled(self, most: int, depth: int) -> list[int]:
-        """The likeliest nodes of the tree that the graph stands for; shared ones are copied for each branch."""
+        """The likeliest nodes of the unrolled tree; a shared node is copied for each branch that leads to it."""
         growth, kept, order = self.growth, [], count()
         waiting = [(0.0, next(order), ROOT, ROOT)]  # (- log probability, order, node, its parent in the tree)
         while waiting and len(kept) <= most:

@@ -1,8 +1,8 @@
-"""Lead: a chain of the likeliest tokens, each with its runners-up, which have no children.
+"""Lead: a chain of the likeliest tokens; each level also has the next likeliest tokens, which get no children.
 
 The tree variant of Cascade Speculative Drafting (arXiv 2312.11462): 8 children of each lead node, with the K matrix
-[[1, 3], [0, 1]]. One node a level is read, so that it costs the drafter what a chain does; use it with drafters whose
-first guess is good and whose mistakes are near misses.
+[[1, 3], [0, 1]]. The drafter reads one node a level, so it costs the drafter the same as a chain. Use it with drafters
+that guess well, and that often have the right token second or third when they are wrong.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Lead(Tree):
     """Gives children to the first node of each level only.
 
     Args:
-        children: of each lead node, the lead of the next level among them.
+        children: children of each lead node; the likeliest of them is the next lead.
     """
 
     children: int = 8

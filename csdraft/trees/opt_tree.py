@@ -1,8 +1,9 @@
-"""OptTree: of all trees of so many nodes, the one that the drafter expects most accepted tokens of.
+"""OptTree: the tree of a given number of nodes that has the most expected accepted tokens by the drafter's estimate.
 
-OPT-Tree (arXiv 2406.17276): a branch is kept with about the product of the drafter's probabilities, and the sum of
-those products is what a tree is worth; the likeliest nodes of all are the best tree. It stops deepening once a level
-adds too little to that sum. Use it with a drafter that knows how sure it may be, at a width the target reads for free.
+OPT-Tree (arXiv 2406.17276): a branch is kept with about the product of the drafter's probabilities, so a tree's
+expected accepted tokens are the sum of these products. The best tree is therefore the likeliest nodes of all. It stops
+when another level adds too little to the sum. Use it with a drafter that has well calibrated probabilities, at a width
+that costs the target nearly nothing.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ __all__ = ["OptTree"]
 
 @dataclass(frozen=True)
 class OptTree(Tree):
-    """The `nodes` likeliest nodes, level by level while that pays.
+    """Drafts the `nodes` likeliest nodes, level by level while that pays.
 
     Args:
-        nodes: nodes of the draft, and the most that are expanded a level.
-        threshold: in tokens; no further level once the last one added no more than this to what is expected. The
-            drafter's time for a level, in forwards of the target, is the least that makes sense.
+        nodes: nodes of the draft, and the most that are expanded on a level.
+        threshold: in tokens; stops when the last level added no more than this to the expected tokens. It should be at
+            least the drafter's time for a level, in forwards of the target.
     """
 
     nodes: int = 24

@@ -1,8 +1,8 @@
-"""Recursive: children drawn without replacement by Gumbel-top-k, as many a node as its level says.
+"""Recursive: children drawn without replacement by Gumbel-top-k, with a fixed number of children on each level.
 
 RSD-C, recursive speculative decoding with constant branching (arXiv 2402.14160). No node is wasted on a token that a
-sibling has: the usual choice for trees under independent draws, with the verifier `WithoutReplacement`. Branch where
-the drafter is unsure, near the root.
+sibling already has. It is the usual tree under independent draws, with the verifier `WithoutReplacement`. Branch near
+the root, where the drafter is unsure.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Recursive(Branching):
     """Draws a node's children without replacement, in the order of their perturbed log probabilities.
 
     Args:
-        branching: children of the root, of each of its children, and so on; further levels have one each.
+        branching: children of the root, of each of its children, and so on; on deeper levels a node has one child.
     """
 
     draws: ClassVar = "without_replacement"

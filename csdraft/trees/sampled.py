@@ -1,8 +1,8 @@
-"""Sampled: children drawn independently from the drafter's distribution, as many a node as its level says.
+"""Sampled: children drawn independently from the drafter's distribution, with a fixed number on each level.
 
 The trees of SpecInfer (arXiv 2305.09781) and of multi-candidate speculative decoding (arXiv 2401.06706), judged by
-recursive rejection or K-SEQ. The same token may be drawn twice, which `Recursive` avoids: use this one to compare with
-the literature, or where several drafters' draws go into one tree (`Merged`).
+recursive rejection or K-SEQ. The same token may be drawn twice; `Recursive` avoids that. Use this tree to compare with
+the literature, or to put the draws of several drafters into one tree (`Merged`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Sampled(Branching):
     """Draws each child independently.
 
     Args:
-        branching: children of the root, of each of its children, and so on; further levels have one each.
+        branching: children of the root, of each of its children, and so on; on deeper levels a node has one child.
     """
 
     draws: ClassVar = "iid"

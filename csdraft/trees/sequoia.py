@@ -1,9 +1,9 @@
-"""Sequoia: the shape that is best for how often a target accepts the first, second, third child of a node.
+"""Sequoia: the best tree shape, given how often the target accepts the first, second, third child of a node.
 
-Sequoia (arXiv 2402.12374): dynamic programming over nodes, levels and ranks gives the tree of the most expected
-tokens, once and for all texts; children are drawn without replacement. Measure the acceptance of your own pair first
-(`Sequoia.measured`). Use it where the same shape every round counts, or under independent draws, where trees that
-choose by confidence make point masses.
+Sequoia (arXiv 2402.12374): dynamic programming over nodes, levels and ranks finds the shape with the most expected
+tokens, once for all texts. Children are drawn without replacement. Measure the acceptance of your own pair of models
+first (`Sequoia.measured`). Use it where every round should have the same shape, or under independent draws, where
+trees that choose by confidence draft point masses.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Sequoia"]
 
 MOST_RANKS, MOST_LEVELS = 32, 64
-"""Children of a node, and levels of a tree: the time that a shape takes to find grows with both."""
+"""The most children of a node, and levels of a tree: the time to find a shape grows with both."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Sequoia(Tree):
 
     Args:
         nodes: nodes of the draft.
-        acceptance: how often a node's first child is accepted, its second one, and so on. No node gets more children.
+        acceptance: how often a node's first child is accepted, its second, and so on. No node gets more children.
     """
 
     draws: ClassVar = "without_replacement"
@@ -57,12 +57,12 @@ class Sequoia(Tree):
 
     @classmethod
     def measured(cls, report: Report, nodes: int = 24, reviewer: str = "target") -> Sequoia:
-        """The shape for what a reviewer accepted in calls whose drafts were trees, as wide as may be of use.
+        """The shape for the acceptance measured in earlier calls, which must have drafted trees wide enough to tell.
 
         Args:
-            report: of these calls; draw as the calls to come will, since that is what acceptance depends on.
+            report: the report of these calls. They should sample like later calls: acceptance depends on it.
             nodes: nodes of the draft.
-            reviewer: whose decisions count, by its name in the report.
+            reviewer: name of a reviewer in the report; its decisions are counted.
         """
         counts = report.reviews[reviewer].ranks
         rates = []
@@ -73,11 +73,11 @@ class Sequoia(Tree):
             raise ValueError(
                 f"{reviewer!r} of this report was shown no branch; measure with a tree, such as Template()"
             )
-        within = takewhile(lambda total: total <= 1, accumulate(rates))  # rates come from different places
+        within = takewhile(lambda total: total <= 1, accumulate(rates))  # of different nodes, so the sum may exceed 1
         return cls(nodes, tuple(rates[: len(list(within))]))
 
     def plan(self, depth: int) -> tuple[Path, ...]:
-        """The best tree of at most so many levels, as a `Template` names it."""
+        """The best tree of at most `depth` levels, as the paths of a `Template`."""
         return best_shape(self.nodes, min(depth, self.nodes, MOST_LEVELS), self.acceptance)
 
     def width(self, depth: int) -> int:
@@ -89,10 +89,11 @@ class Sequoia(Tree):
 
 @lru_cache(64)
 def best_shape(nodes: int, depth: int, acceptance: tuple[float, ...]) -> tuple[Path, ...]:
-    """The tree of at most so many nodes and levels with the greatest sum of products of `acceptance` along branches.
+    """The tree of at most `nodes` nodes and `depth` levels with the greatest sum of acceptance products along
+    branches.
 
-    `worth[d][r][n]` is that sum for n nodes below a node that has d levels left, its children from rank r on; `own` of
-    them go to the child r and what is below it. Earlier siblings come first: the second child needs the first.
+    `worth[d, r, n]` is that sum for n nodes below a node that has d levels left and uses its children from rank r on.
+    `own[d, r, n]` of the n nodes go to child r and the tree below it. A child is drafted only with the ones before it.
     """
     ranks = len(acceptance)
     worth = np.zeros((depth + 1, ranks + 1, nodes + 1))
@@ -101,7 +102,7 @@ def best_shape(nodes: int, depth: int, acceptance: tuple[float, ...]) -> tuple[P
         for rank in reversed(range(ranks)):
             child = acceptance[rank] * (1 + worth[levels - 1, 0])  # with 0, 1, ... nodes below it
             for count in range(1, nodes + 1):
-                totals = child[:count] + worth[levels, rank + 1, :count][::-1]
+                totals = child[:count] + worth[levels, rank + 1, :count][::-1]  # (count,) by nodes below the child
                 share = int(totals.argmax())
                 if totals[share] > 0:
                     worth[levels, rank, count], own[levels, rank, count] = totals[share], share + 1
@@ -111,7 +112,7 @@ def best_shape(nodes: int, depth: int, acceptance: tuple[float, ...]) -> tuple[P
 
 
 def _unfold(own: np.ndarray, above: Path, count: int, paths: list[Path]) -> None:
-    """Adds the nodes of the best `count` below `above`."""
+    """Adds to `paths` the best `count` nodes below the node `above`."""
     levels = len(own) - 1 - len(above)
     for rank in range(own.shape[1]):
         if not levels or not (share := int(own[levels, rank, count])):

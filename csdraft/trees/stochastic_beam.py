@@ -1,8 +1,8 @@
-"""Stochastic beam: the best of all branches continue, and which are best is drawn, without replacement.
+"""Stochastic beam: on each level a few branches, drawn without replacement from all, continue.
 
-RSD-S (arXiv 2402.14160) on stochastic beam search (arXiv 1903.06059): every branch carries a Gumbel-perturbed log
-probability, distributed as if all branches of its length had been perturbed at once. Branches that the drafter doubts
-die out, and the nodes go where they count. Use it with `WithoutReplacement` where `Recursive` would branch in vain.
+RSD-S (arXiv 2402.14160) with stochastic beam search (arXiv 1903.06059): every branch has a Gumbel-perturbed log
+probability, distributed as if all branches of its length had been perturbed at once. Unlikely branches end, so the
+nodes go to the likely ones. Use it with `WithoutReplacement` where `Recursive` would waste nodes on unlikely branches.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ __all__ = ["StochasticBeam"]
 
 @dataclass(frozen=True)
 class StochasticBeam(Tree):
-    """Keeps the `beams` branches of the greatest perturbed log probability at each level; by plain ones if none is.
+    """Keeps the `beams` branches with the greatest perturbed log probability on each level; without noise, plain ones.
 
     Args:
-        beams: nodes a level.
+        beams: nodes on each level.
     """
 
     draws: ClassVar = "without_replacement"
@@ -49,10 +49,10 @@ class StochasticBeam(Tree):
 
 
 def _conditional(growth: Growth, above: dict[int, float]) -> dict[int, float]:
-    """The latest nodes' perturbed values, given that the greatest of each family is its parent's (eq. 5 of the paper).
+    """The latest nodes' perturbed values, given that each sibling group's maximum is its parent's value (equation 5).
 
     Args:
-        above: of the parents.
+        above: parent -> its perturbed value.
     """
     values: dict[int, float] = {}
     top = 0.0
@@ -66,7 +66,7 @@ def _conditional(growth: Growth, above: dict[int, float]) -> dict[int, float]:
 
 
 def conditional_maximum(wanted: float, value: float, top: float) -> float:
-    """Maps a Gumbel `value` of a family whose greatest is `top` to what it is if the greatest is `wanted`."""
+    """Maps the Gumbel `value` of a sibling group with maximum `top` to its value if the maximum were `wanted`."""
     below = log(-expm1(value - top)) if value < top else -inf
     v = wanted - value + below
     return wanted - max(0.0, v) - log1p(exp(-abs(v)))

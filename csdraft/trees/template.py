@@ -1,7 +1,8 @@
-"""Template: a tree whose shape is known beforehand, each node named by its ranks among the likeliest tokens.
+"""Template: a tree with a fixed shape; each node is given by ranks among the likeliest tokens.
 
 Medusa's sparse tree (arXiv 2401.10774): node (0, 2) is the third likeliest token after the likeliest one. The shape
-costs nothing to decide, and forwards have the same sizes each round; `BestFirst` and `OptTree` fit the text better.
+costs no time to choose, and forwards have the same size each round. `BestFirst` and `OptTree` adapt better to the
+text.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Template(Tree):
     """Drafts the children that the template names, one forward a level.
 
     Args:
-        paths: ranks of the tokens from the root to a node, 0 the likeliest; the nodes above it are part of the tree.
+        paths: for each node, the ranks of the tokens from the root to it, 0 the likeliest; its ancestors are included.
     """
 
     paths: tuple[tuple[int, ...], ...] = EAGLE
@@ -51,7 +52,7 @@ class Template(Tree):
 
     @cached_property
     def shape(self) -> dict[Path, set[int]]:
-        """The ranks of each path's children."""
+        """Path of a node -> the ranks of its children."""
         shape: dict[Path, set[int]] = {}
         for path in self.paths:
             for end, rank in enumerate(path):

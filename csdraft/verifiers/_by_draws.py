@@ -1,4 +1,4 @@
-"""The rule of inner reviewers under independent draws: each draft is judged by how its siblings were drawn."""
+"""The rule of inner reviewers under independent draws: it picks the rule that is exact for a draft's siblings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["ByDraws"]
 
 @dataclass(frozen=True)
 class ByDraws(Verifier):
-    """Judges each draft by the rule that is exact for how its siblings were drawn."""
+    """Judges each draft by the rule that is exact for the way its siblings were drawn."""
 
     lossless = True  # type: ignore[assignment]
     draws: ClassVar = "independent"

@@ -1,4 +1,4 @@
-"""What a lenience may be, wherever one is given."""
+"""The check of a lenience, used wherever one is given."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from csdraft.stored import shown
 __all__ = ["check_lenience"]
 
 MOST = 1e9
-"""Any token passes far below that; beyond it products of float32 probabilities would be infinite."""
+"""With much less every token passes already; with more, products of float32 probabilities could be infinite."""
 
 
 def check_lenience(lenience: Any) -> None:

@@ -1,4 +1,4 @@
-"""What rules that judge node after node share: the walk down the draft, and the arithmetic of what is left over."""
+"""The base of rules that judge one node after another: the walk down the draft, and the residual distributions."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ TINY = 1e-38
 
 
 class Stepwise(Verifier):
-    """A rule that decides at one node after another which child to step into.
+    """A rule that goes down the draft and decides at each node which child to step into.
 
-    Exact by induction: a set of siblings is accepted with some share of the aim, and what is left of it continues to
-    the next set, and at last to the correction. Every emitted token's own distribution is reported, for a reviewer one
-    level up.
+    At each node `aim` is the distribution that the next token must have. Each group of siblings supplies a part of it,
+    the next group gets what is left, and the correction is drawn from the last rest. So the token is exact at each
+    node. The distribution of every emitted token is reported, for a reviewer one level up.
     """
 
     draws: ClassVar = "independent"
@@ -44,7 +44,7 @@ class Stepwise(Verifier):
             return self.greedy_rule.verify(draft, scores, sampler, root)
         accepted, all_probs, node = [], [], root
         while True:
-            aim = self.aim(draft, node, scores.probs(node))
+            aim = self.aim(draft, node, scores.probs(node))  # (vocab,)
             all_probs.append(self.emitted_probs(draft, node, aim))
             kept, left = self.keeps(draft, node, aim, scores.row, sampler)
             if kept is None:
@@ -57,11 +57,11 @@ class Stepwise(Verifier):
 
     @property
     def greedy_rule(self) -> Verifier:
-        """What the rule comes to when all distributions are one-hot."""
+        """The rule for greedy decoding, where all distributions are one-hot."""
         return Match()
 
     def aim(self, draft: Draft, node: int, target_probs: Tensor) -> Tensor:
-        """(vocab,) distribution that the token after `node` shall have: the target's, if the rule is lossless."""
+        """(vocab,) distribution that the token after `node` must have: the target's, if the rule is lossless."""
         del draft, node
         return target_probs
 
@@ -71,7 +71,7 @@ class Stepwise(Verifier):
         return aim
 
     def keeps(self, draft: Draft, node: int, aim: Tensor, row: int, sampler: Sampler) -> tuple[int | None, Tensor]:
-        """The child of `node` to step into, or None and the (vocab,) distribution that the correction comes from."""
+        """The child of `node` to step into, or None; and the (vocab,) distribution to draw the correction from."""
         left = aim
         for group in groups(draft, node):
             rule = in_turn if len(group) == 1 else self.tries
@@ -83,7 +83,7 @@ class Stepwise(Verifier):
     def tries(
         self, draft: Draft, group: Sequence[int], left: Tensor, row: int, sampler: Sampler
     ) -> tuple[int | None, Tensor]:
-        """The same among two or more siblings drawn from one distribution; `left` is what they may supply."""
+        """The same for two or more siblings drawn from one distribution; `left` (vocab,) is what they may supply."""
         return in_turn(draft, group, left, row, sampler)
 
 
@@ -94,7 +94,7 @@ def check_draft(verifier: Verifier, draft: Draft) -> None:
 
 
 def groups(draft: Draft, node: int) -> list[list[int]]:
-    """The children of `node`, grouped by what they were drawn from; groups in the order of their first draws."""
+    """The children of `node`, grouped by the distribution that they were drawn from, in the order of the draws."""
     found: dict[tuple[bool, int], list[int]] = {}
     for child in draft.children(node):
         probs = drawn_from(draft, child)
@@ -103,7 +103,7 @@ def groups(draft: Draft, node: int) -> list[list[int]]:
 
 
 def in_turn(draft: Draft, group: Sequence[int], left: Tensor, row: int, sampler: Sampler) -> tuple[int | None, Tensor]:
-    """Siblings drawn independently, each accepted with left / draft probability, or removed from what is left."""
+    """Tries siblings drawn independently: each is accepted with left / draft probability, or removed from `left`."""
     for child in group:
         if sampler.accepts(row, ratio(left, draft, child)):
             return child, left
@@ -112,7 +112,7 @@ def in_turn(draft: Draft, group: Sequence[int], left: Tensor, row: int, sampler:
 
 
 def drawn_from(draft: Draft, node: int) -> Tensor | None:
-    """(vocab,) distribution of the node's token; None for a point mass."""
+    """(vocab,) distribution that the node's token was drawn from; None for a point mass."""
     return None if draft.probs is None else draft.probs.rows[node]
 
 
@@ -125,7 +125,7 @@ def ratio(target_probs: Tensor, draft: Draft, node: int) -> float:
 
 
 def unexplained(target_probs: Tensor, draft: Draft, node: int) -> Tensor:
-    """(vocab,) target less draft probability where positive: what the node's distribution does not supply."""
+    """(vocab,) max(target - draft, 0): the part of the target that the node's distribution does not supply."""
     draft_probs = drawn_from(draft, node)
     if draft_probs is not None:
         return (target_probs - draft_probs.to(target_probs)).clamp_(min=0)
@@ -135,29 +135,24 @@ def unexplained(target_probs: Tensor, draft: Draft, node: int) -> Tensor:
 
 
 def residual(target_probs: Tensor, draft: Draft, node: int) -> Tensor:
-    """(vocab,) distribution that a refused node leaves behind: `unexplained`, normalised."""
+    """(vocab,) distribution after the node is rejected: `unexplained`, normalised."""
     return left_over(unexplained(target_probs, draft, node), target_probs)
 
 
 def left_over(rest: Tensor, target_probs: Tensor) -> Tensor:
-    """(vocab,) `rest` normalised.
-
-    Nothing is left only where both distributions agree up to rounding: then the target's own distribution is the one
-        to draw from.
-    """
+    """(vocab,) `rest` normalised. If it is all 0, both distributions agree up to rounding: then the target's."""
     total = rest.sum()
     return rest / total if total > 0 else target_probs
 
 
 def probs_without(draft_probs: Tensor, tokens: Sequence[int]) -> Tensor:
-    """(vocab,) what the next draw without replacement is made from, once `tokens` are gone.
+    """(vocab,) distribution of the next draw without replacement, after `tokens` were drawn.
 
-    A distribution that is exhausted continues as the uniform one over all tokens that are left (Sequoia, arXiv
-    2402.12374).
+    If no probability is left, it is uniform over all tokens that were not drawn (Sequoia, arXiv 2402.12374).
     """
     if not tokens:
         return draft_probs
-    rest = draft_probs.clone()
+    rest = draft_probs.clone()  # (vocab,)
     rest[list(tokens)] = 0
     if not rest.sum() > 0:
         rest.fill_(1)
@@ -166,7 +161,7 @@ def probs_without(draft_probs: Tensor, tokens: Sequence[int]) -> Tensor:
 
 
 def unshared_probs(verifier: Verifier, draft: Draft) -> str | None:
-    """Why dependent siblings cannot be judged: they must be drawn from one distribution, held in one tensor."""
+    """Why the draft cannot be judged: siblings that are not "iid" must share one distribution, in one tensor."""
     if draft.probs is None or draft.is_chain or draft.probs.kind == "iid":
         return None
     all_probs: dict[int, Tensor] = {}

@@ -1,9 +1,9 @@
-"""Block verification (Sun et al., arXiv 2403.10444): accept or refuse a drafted block jointly, not token by token.
+"""Block verification (Sun et al., arXiv 2403.10444): judges the tokens of a draft jointly, not one by one.
 
-Lossless, and keeps at least as many tokens on average as `Rejection`; the paper reports 5 to 8 percent wall time. For
-chains drawn from a model, at the target only. Point masses are allowed, but gain nothing over `Rejection`.
-
-A failed token does not end the walk: a success further down accepts the whole prefix. This is by design.
+It is lossless and keeps at least as many tokens on average as `Rejection`; the paper reports 5 to 8 percent less wall
+time. Use it for chains drawn from a model, at the target only. Point masses are allowed, but gain nothing over
+`Rejection`. The walk does not end at a failed token: a success further down accepts the whole prefix. This is by
+design.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["Block"]
 
 @dataclass(frozen=True)
 class Block(Verifier):
-    """Accepts the longest prefix whose joint test succeeds (see the module). Not for inner levels."""
+    """Accepts the longest prefix with a successful joint test (see the module). Not for inner levels."""
 
     lossless = True  # type: ignore[assignment]
     draws: ClassVar = "independent"
@@ -33,7 +33,7 @@ class Block(Verifier):
     def verify(self, draft: Draft, scores: ScoresView, sampler: Sampler, root: int = ROOT) -> Verdict:
         check_draft(self, draft)
         nodes = range(root + 1, len(draft))
-        target_probs = [scores.probs(node) for node in (root, *nodes)]
+        target_probs = [scores.probs(node) for node in (root, *nodes)]  # (vocab,) each
         # weights[i] is the clipped running ratio target / draft of the first i tokens (p_i of the paper).
         weights = [1.0]
         for i, node in enumerate(nodes):
@@ -48,14 +48,14 @@ class Block(Verifier):
         for node in nodes[:kept]:
             if scores.ends(node - 1, draft.tokens[node]):
                 return Verdict(list(range(root + 1, node + 1)), None, True)
-        left = target_probs[kept]
+        left = target_probs[kept]  # (vocab,)
         if kept < len(nodes):
             left = residual(weights[kept] * left, draft, nodes[kept])
         token = sampler.draw(scores.row, left)
         return Verdict(list(nodes[:kept]), token, scores.ends(root + kept, token))
 
     def longest(self, chances: Sequence[float], row: int, sampler: Sampler) -> int:
-        """The number of tokens kept: independent trials, deepest first, since the deepest success decides."""
+        """How many tokens are kept: one independent trial for each length, longest first; the first success counts."""
         for length in range(len(chances), 0, -1):
             if sampler.accepts(row, chances[length - 1]):
                 return length

@@ -1,12 +1,12 @@
-"""Speculative cascades: the drafter's token stands unless a rule says that the target is worth waiting for.
+"""Speculative cascades: the drafter's token is kept unless a rule says that the target's would be enough better.
 
-Speculative cascades (arXiv 2405.19261). Not lossless: at a drafted position the text's distribution is a mixture that
-the rule makes of the drafter's distribution and the target's, and that distribution is reproduced exactly (`mixture`).
-Positions without a drawn token, point masses and the bonus token, have the target's distribution. Use it where
-the drafter is good enough in some places, and quality is judged by the answers, not by the distribution.
+Speculative cascades (arXiv 2405.19261). Not lossless: at a drafted position the rule mixes the drafter's and the
+target's distribution, and the text has exactly this mixture (`mixture`). Positions without a drawn token, which are
+point masses and the bonus token, have the target's distribution. Use it where the drafter is good enough in some
+places, and quality is judged by the answers, not by the distribution.
 
-The paper decides by the models' distributions at temperature 1; here they are those that tokens are drawn from,
-which are the same at temperature 1 without truncation. Greedy decoding decides by the softmax probabilities.
+The paper decides by the models' distributions at temperature 1. Here the rule uses the distributions that tokens are
+drawn from; they are the same at temperature 1 without truncation. Greedy decoding uses the softmax probabilities.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ class Deferral(Stepwise):
     """Judges drawn tokens against a mixture of the drafter's and the target's distribution (see the module).
 
     Args:
-        rule: when the drafter is kept, by its greatest probability ("chow": >= 1 - margin; "diff": >= the target's
-            greatest - margin; "opt": >= the target's greatest - margin * total variation), or which of its tokens are:
-            "token_v1": draft probability >= the target's greatest - margin; "token_v2": target probability >= the
-            same; "token_v3": target probability >= (1 - margin) * the target's greatest.
-        margin: in [0, 1]: alpha of the paper, what a deferral costs.
+        rule: three rules keep all of the drafter's tokens if its greatest probability is large enough ("chow": >= 1 -
+            margin; "diff": >= the target's greatest - margin; "opt": >= the target's greatest - margin * total
+            variation). Three decide for each token: "token_v1": draft probability >= the target's greatest - margin;
+            "token_v2": target probability >= the same; "token_v3": target probability >= (1 - margin) * the target's
+            greatest.
+        margin: in [0, 1]: alpha of the paper, the cost of deferring to the target.
     """
 
     lossless = False  # type: ignore[assignment]
@@ -65,18 +66,18 @@ class Deferral(Stepwise):
 
     def mixture(self, draft_probs: Tensor, target_probs: Tensor) -> Tensor:
         """(vocab,) distribution at a drafted position: the drafter's for kept tokens, the target's for the rest."""
-        distance = (draft_probs - target_probs).clamp(min=0).sum()
+        distance = (draft_probs - target_probs).clamp(min=0).sum()  # ()
         kept = self.stands(draft_probs, target_probs, draft_probs.max(), target_probs.max(), distance)
-        deferred = torch.where(kept, 0, draft_probs)
+        deferred = torch.where(kept, 0, draft_probs)  # (vocab,) mass of the tokens that are not kept
         return draft_probs - deferred + deferred.sum() * target_probs
 
     def stands(self, draft_prob: Any, target_prob: Any, draft_most: Any, target_most: Any, distance: Any) -> Any:
-        """Whether the drafter's token stands, of one token or of many: bool, () or (vocab,).
+        """Whether the drafter's token is kept, for one token or for all: bool, () or (vocab,).
 
         Args:
-            draft_prob, target_prob: the token's.
-            draft_most, target_most: the distributions' greatest.
-            distance: total variation of the distributions.
+            draft_prob, target_prob: the probabilities of the token, or of each token.
+            draft_most, target_most: the greatest probability of each distribution.
+            distance: total variation between the distributions.
         """
         value, bar = {
             "chow": (draft_most, 1 - self.margin),
@@ -91,7 +92,7 @@ class Deferral(Stepwise):
 
 @dataclass(frozen=True)
 class GreedyDeferral(Match):
-    """The rule for one-hot distributions: the target's token, if it was drafted, else the first child that stands."""
+    """The rule for greedy decoding: the child with the target's token, else the first child that the rule keeps."""
 
     deferral: Deferral
 
@@ -104,7 +105,7 @@ class GreedyDeferral(Match):
             if math.isnan(sure):  # a point mass: it has no confidence
                 continue
             own, greatest = scores.soft(node, token), scores.soft(node, scores.choice(node))
-            # The drafter's token is its likeliest; two different one-hot distributions are at distance 1.
+            # The drafted token is the drafter's likeliest. Two different one-hot distributions have distance 1.
             if self.deferral.stands(sure, own, sure, greatest, 1.0):
                 return child
         return None

@@ -1,9 +1,9 @@
-"""K-SEQ: siblings drawn independently are tried in turn against one bar, raised just enough to be exact.
+"""K-SEQ: siblings drawn independently are tried in turn, each with probability target / (rho * draft).
 
-SpecTr (arXiv 2310.15141): each is accepted with probability target / (rho * draft). The least rho that leaves nothing
-negative to make up for is found by bisection; that accepts at least 1 - 1/e of what any rule could. Use it with
-independent draws in place of `Rejection`: usually a little better. With one sibling it is the same. The bar depends on
-how many siblings there are, which must therefore be settled before the first is drawn.
+SpecTr (arXiv 2310.15141): bisection finds the least rho for which no token is accepted more often than the target has
+it. This rule accepts at least 1 - 1/e of what any rule could. Use it with independent draws in place of `Rejection`;
+it is usually a little better, and the same with one sibling. Rho depends on the number of siblings, so that number
+must be fixed before the first one is drawn.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from csdraft.verifiers._stepwise import TINY, Stepwise, drawn_from, left_over
 __all__ = ["KSeq"]
 
 HALVINGS = 12
-"""Any rho above the least one is exact too: the bisection costs acceptance only, some (k - 1) / 2^12 of it at most."""
+"""Bisection steps. A rho above the least is exact too; it costs at most about (k - 1) / 2^12 of the acceptance."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class KSeq(Stepwise):
             token = draft.tokens[child]
             if sampler.accepts(row, float(target_probs[token]) / max(rho * float(draft_probs[token]), TINY)):
                 return child, left
-        kept = torch.minimum(draft_probs, target_probs / rho)
+        kept = torch.minimum(draft_probs, target_probs / rho)  # (vocab,)
         one = float(kept.sum())
         rest = (target_probs - kept * (any_of(one, len(group)) / max(one, TINY))).clamp_(min=0)
         return None, left_over(rest, target_probs).to(left)
@@ -55,9 +55,9 @@ def any_of(one: float, count: int) -> float:
 
 
 def least_rho(target_probs: Tensor, draft_probs: Tensor, count: int) -> float:
-    """The least rho in [1, count] at which no token is accepted more often than the target has it.
+    """The least rho in [1, count] for which no token is accepted more often than the target has it.
 
-    With beta = sum of min(draft, target / rho), that is where 1 - (1 - beta)^count falls to rho * beta.
+    With beta = sum of min(draft, target / rho), it is where 1 - (1 - beta)^count falls to rho * beta.
     """
 
     def valid(rho: float) -> bool:

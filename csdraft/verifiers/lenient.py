@@ -1,9 +1,9 @@
-"""Lenient acceptance: a reviewing drafter keeps what it finds plausible enough.
+"""Lenient acceptance: a reviewing drafter also keeps tokens that it finds plausible enough.
 
-Cascade Speculative Drafting (arXiv 2312.11462, section 3). For inner levels under coupled or greedy draws, where a
-target still checks the result: more of a cheap draft passes for one forward, and all that it can cost is acceptance at
-the target. Not lossless above 1; at 1 it is `Match`.
-Leviathan et al. (arXiv 2211.17192) write the same idea as a factor l <= 1 on the draft probability; lenience = 1 / l.
+Cascade Speculative Drafting (arXiv 2312.11462, section 3). Use it for inner levels under coupled or greedy draws,
+where a target still checks the result: more of a cheap draft passes in one forward, and the only risk is less
+acceptance at the target. Not lossless above 1; at 1 it is `Match`. Leviathan et al. (arXiv 2211.17192) write the same
+idea as a factor l <= 1 on the draft probability; lenience = 1 / l.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Lenient(Match):
     """Accepts a node that carries the reviewer's token, else the first sibling it finds plausible (see the module).
 
     Args:
-        lenience: >= 1; how far below the drafter's confidence the reviewer's own may lie. 1: not lenient at all.
-        level: the reviewer's level, whose uniform number a position decides with.
+        lenience: >= 1; how many times lower than the drafter's confidence the reviewer's may be. 1 is strict.
+        level: the reviewer's level; each level has its own uniform random number at a position.
     """
 
     lenience: float = 1.0
@@ -44,7 +44,7 @@ class Lenient(Match):
         return self.lenience > 1
 
     def keeps(self, draft: Draft, node: int, scores: ScoresView, sampler: Sampler) -> int | None:
-        """The child with the reviewer's token, else the first with u * confidence <= lenience * reviewer's own."""
+        """The child with the reviewer's token, else the first with u * confidence <= lenience * reviewer's softmax."""
         chosen = super().keeps(draft, node, scores, sampler)
         if chosen is not None or self.lenience == 1:
             return chosen

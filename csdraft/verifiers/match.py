@@ -36,6 +36,6 @@ class Match(Verifier):
             node = kept
 
     def keeps(self, draft: Draft, node: int, scores: ScoresView, sampler: Sampler) -> int | None:
-        """The child of `node` to step into; None if the reviewer's token is none of them."""
+        """The child of `node` to step into; None if no child carries the reviewer's token."""
         del sampler
         return draft.child(node, scores.choice(node))

@@ -1,12 +1,11 @@
-"""Rejection sampling: accept a token with target / draft probability, else draw from what the draft did not supply.
+"""Rejection sampling: accept a token with target / draft probability, else draw from max(target - draft, 0).
 
 The rule of Leviathan et al. (arXiv 2211.17192) and Chen et al. (arXiv 2302.01318), with its recursive form for trees
 of independent draws (SpecInfer, arXiv 2305.09781). Use it to compare with the literature, or where coupled noise is
-not wanted; it needs the true distribution of every token, (vocab,) numbers each, which `Match` does without.
+not wanted. It needs the true (vocab,) distribution of every drafted token; `Match` does not.
 
-Point masses (n-gram, retrieval, argmax drafts) are distributions like any other: accepted with the target's
-probability. Every emitted token's own distribution is reported, so that a reviewer one level up can judge it exactly,
-lenience included.
+Point masses (n-gram, retrieval, argmax drafts) are accepted with the target's probability. The distribution of every
+emitted token is reported, lenience included, so that a reviewer one level up can judge it exactly.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ class Rejection(Stepwise):
     """Accepts with probability target / draft, sibling after sibling (see the module).
 
     Args:
-        lenience: >= 1, above 1 for inner reviewers of chains only: accept with lenience * target / draft probability.
-            Point masses get none (CS Drafting, appendix B). Greedy decoding follows the rule of `Lenient`.
+        lenience: >= 1; above 1 only for inner reviewers of chains: accept with lenience * target / draft probability.
+            It does not apply to point masses (CS Drafting, appendix B). Greedy decoding uses the rule of `Lenient`.
     """
 
     kinds: ClassVar = frozenset({"iid"})
@@ -65,15 +64,15 @@ class Rejection(Stepwise):
             lenience = self.lenience if drawn_from(draft, child) is not None else 1.0
             if sampler.accepts(row, lenience * ratio(left, draft, child)):
                 return child, left
-            # A refused sibling has had its chance: remove its share before the next one is tried.
+            # A rejected sibling has had its chance: remove its share before the next one is tried.
             left = residual(left, draft, child)
         return None, left
 
     def emitted_probs(self, draft: Draft, node: int, aim: Tensor) -> Tensor:
-        """(vocab,) distribution of the token emitted after `node`: the reviewer's own, unless lenience bends it."""
+        """(vocab,) distribution of the token emitted after `node`: the reviewer's, unless lenience changes it."""
         children = draft.children(node)
         draft_probs = drawn_from(draft, children[0]) if children else None
         if self.lenience == 1 or draft_probs is None:
             return aim
-        kept = torch.minimum(draft_probs.to(aim), self.lenience * aim)
+        kept = torch.minimum(draft_probs.to(aim), self.lenience * aim)  # (vocab,)
         return kept + (1 - kept.sum()).clamp(min=0) * residual(aim, draft, children[0])

@@ -1,8 +1,9 @@
 """SpecHub: two siblings, one of them always the drafter's likeliest token, judged as a pair by optimal transport.
 
-SpecHub (arXiv 2411.05289): the first is drawn from the draft distribution; the second is the likeliest token, the hub,
-unless that came first, and then it is drawn from the others. Every pair holds the hub, so that the transport problem
-has a solution in closed form. Use it with trees of two children a node; a lone draw is judged as by `Rejection`.
+SpecHub (arXiv 2411.05289): the first token is drawn from the draft distribution. The second is the likeliest token,
+the hub; if the hub came first, the second is drawn from the other tokens. So every pair has the hub, and the transport
+problem has a solution in closed form. Use it with trees of two children a node; a single draw is judged by
+`Rejection`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ __all__ = ["SpecHub"]
 
 @dataclass(frozen=True)
 class SpecHub(Stepwise):
-    """Gives the target's mass to the other token of each pair first, and to the hub what is left (see the module)."""
+    """Gives the target's mass first to the other token of each pair, and what is left to the hub (see the module)."""
 
     lossless = True  # type: ignore[assignment]
     kinds: ClassVar = frozenset({"pair"})
@@ -38,9 +39,9 @@ class SpecHub(Stepwise):
         assert draft_probs is not None
         draft_probs, hub = draft_probs.to(left), int(draft_probs.argmax())
         tokens = [draft.tokens[child] for child in group]
-        hub_second = draft_probs.clone()  # probability of each pair (x, hub), then the part that is not accepted yet
+        hub_second = draft_probs.clone()  # (vocab,) probability of the pair (x, hub); later what is not accepted yet
         hub_second[hub] = 0
-        hub_first = draft_probs[hub] * probs_without(draft_probs, [hub])  # the same for (hub, x)
+        hub_first = draft_probs[hub] * probs_without(draft_probs, [hub])  # (vocab,) the same for (hub, x)
         came_first = tokens[0] == hub
         other, own = (group[1], group[0]) if came_first else (group[0], group[1])
         token = draft.tokens[other]
@@ -50,9 +51,9 @@ class SpecHub(Stepwise):
         rest, hub_first, taken_late = supply(rest, hub_first)
         if sampler.accepts(row, float((taken_late if came_first else taken)[token]) / max(offered, TINY)):
             return other, left
-        # The hub's own mass goes to the pairs that it leads first.
-        wanted = left[hub]
-        first = torch.minimum(wanted, hub_first.sum())
+        # The hub's own mass goes first to the pairs in which the hub came first.
+        wanted = left[hub]  # ()
+        first = torch.minimum(wanted, hub_first.sum())  # ()
         second = torch.minimum(wanted - first, hub_second.sum())
         chance = first / hub_first.sum() if came_first else second / hub_second.sum()
         if sampler.accepts(row, float(chance.nan_to_num(0.0))):
@@ -62,13 +63,13 @@ class SpecHub(Stepwise):
 
 
 def supply(wanted: Tensor, offered: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What of (vocab,) `wanted` and of `offered` is left once all that both share is taken, and what that is."""
+    """(vocab,) each: `wanted` and `offered` without their common part, and the common part."""
     taken = torch.minimum(wanted, offered)
     return wanted - taken, offered - taken, taken
 
 
 def not_pairs(draft: Draft) -> str | None:
-    """Why the drawn siblings of `draft` are no pairs."""
+    """Why the drawn siblings of `draft` are not pairs; None if they are."""
     if draft.probs is None or not draft.has_drawn_siblings:
         return None
     drawn = [parent for parent, probs in zip(draft.parents, draft.probs.rows, strict=True) if probs is not None]
@@ -77,7 +78,7 @@ def not_pairs(draft: Draft) -> str | None:
 
 
 def no_hub(draft: Draft) -> str | None:
-    """Why a pair of `draft` is not drawn as SpecHub needs it: it must hold the likeliest token once."""
+    """Why a pair of `draft` is not one of SpecHub: each pair must have the likeliest token once."""
     pairs: dict[int, list[int]] = {}
     all_probs: dict[int, Tensor] = {}
     for token, parent, probs in zip(draft.tokens, draft.parents, draft.probs.rows, strict=True):  # type: ignore[union-attr]

@@ -1,13 +1,12 @@
-"""Traversal verification: from the leaves to the root, whole branches are accepted or refused, not token by token.
+"""Traversal verification: accepts or rejects whole branches, from the leaves to the root, not token by token.
 
-Traversal verification (arXiv 2505.12398): what `Block` is for chains, for trees. A branch is tried at its end first; a
-refusal costs its last node only, and what the branch could have supplied there goes to the next sibling. Lossless, and
-on average it keeps at least as much as the same rules going down from the root. Use it at the target, with trees that
-were drawn, independently or without replacement; point masses are allowed.
+Traversal verification (arXiv 2505.12398) is `Block` for trees. A branch is tried at its end first. If it is rejected,
+only its last node is dropped, and the probability that this node did not supply goes to the next sibling. It is
+lossless, and keeps on average at least as much as the same rules from the root down. Use it at the target, with trees
+drawn independently or without replacement; point masses are allowed.
 
-Why it is exact, stochastic beams included: a node that shall be reached with some weight either supplies just that
-weight of the target's distribution below it or is refused with the rest, whatever hangs below it, and so tells
-nothing.
+Why it is exact, for stochastic beams too: a node that must be reached with some weight supplies exactly that weight of
+the target's distribution below it, or is rejected. The chance to be rejected does not depend on the nodes below it.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ __all__ = ["Traversal"]
 
 @dataclass(frozen=True)
 class Traversal(Verifier):
-    """Accepts the first branch, leaves first, whose joint test succeeds (see the module). Reports no distributions."""
+    """Accepts the first branch, leaves first, that passes its joint test (see the module). No `emitted_probs`."""
 
     lossless = True  # type: ignore[assignment]
     draws: ClassVar = "independent"
@@ -54,7 +53,7 @@ class Traversal(Verifier):
         return Verdict(accepted, token, scores.ends(node, token))
 
     def last(self, draft: Draft, scores: ScoresView, sampler: Sampler, root: int) -> Place:
-        """Where the accepted branch ends: depth first, a node is tried once all its children are refused."""
+        """The node where the accepted branch ends. Depth first: a node is tried when all its children are rejected."""
         branch = [Place(root, 1.0, scores.probs(root), iter(draft.children(root)))]
         while True:
             place = branch[-1]
@@ -71,13 +70,13 @@ class Traversal(Verifier):
 
 @dataclass
 class Place:
-    """A node on the branch that is tried.
+    """A node on the branch that is being tried.
 
     Attributes:
-        weight: the probability with which the branch down to here shall still be accepted.
-        left: (vocab,) distribution that the token after it shall have then.
-        waiting: children not tried yet.
-        refused: tokens drawn, without replacement, by children that were refused.
+        weight: the probability with which the branch down to this node must still be accepted.
+        left: (vocab,) distribution that the token after the node must then have.
+        waiting: children that were not tried yet.
+        refused: the tokens of rejected children, if they were drawn without replacement.
     """
 
     node: int
@@ -87,7 +86,7 @@ class Place:
     refused: list[int] = field(default_factory=list)
 
     def probs_of(self, draft: Draft, child: int) -> Tensor | None:
-        """(vocab,) what the child was drawn from, given the ones before it; None for a point mass."""
+        """(vocab,) distribution that the child was drawn from, after its earlier siblings; None for a point mass."""
         probs = drawn_from(draft, child)
         return None if probs is None else probs_without(probs, self.refused).to(self.left)
 
@@ -98,9 +97,9 @@ class Place:
         return wanted if probs is None else min(1.0, wanted / max(float(probs[token]), TINY))
 
     def refuse(self, draft: Draft, child: int) -> None:
-        """Takes away what `child` could have supplied; what is left must come from the times when it was refused."""
+        """Removes what `child` could have supplied from `left`; `weight` is then conditional on its rejection."""
         token, probs = draft.tokens[child], self.probs_of(draft, child)
-        rest = self.weight * self.left
+        rest = self.weight * self.left  # (vocab,)
         if probs is None:
             rest[token] = 0
         else:

@@ -1,9 +1,10 @@
-"""Typical acceptance: keep what the target finds likely enough, the more freely the less sure it is. Not lossless.
+"""Typical acceptance: keeps tokens that the target finds likely enough; an unsure target accepts more. Not lossless.
 
 Medusa (arXiv 2401.10774): a drafted token is kept if its probability exceeds min(threshold, entropy_share * exp(-H)),
-H the entropy of the target's distribution there; of the branches so kept the longest wins, of equals the likelier.
-The text is no longer a sample of the target: it leans to what the drafter proposes. Greedy decoding is unchanged. Use
-it with drafters that choose their tokens (heads, n-grams), where the speed is worth more than the distribution.
+where H is the entropy of the target's distribution there. The longest branch of kept tokens wins, in a tie the
+likelier. The text is no longer a sample of the target: it is biased towards the drafter's proposals. Greedy decoding
+is unchanged. Use it with drafters that choose their tokens (heads, n-grams), where speed matters more than the
+distribution.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ __all__ = ["Typical"]
 
 @dataclass(frozen=True)
 class Typical(Verifier):
-    """Accepts the longest branch of typical tokens; the token that follows is the target's own draw (see the module).
+    """Accepts the longest branch of typical tokens; the target then draws the next token (see the module).
 
     Args:
-        threshold: epsilon of the paper: a token more probable than that is always kept.
-        entropy_share: delta of the paper, sqrt(epsilon) there: the share of exp(-entropy) that is enough otherwise.
+        threshold: epsilon of the paper: a token with a higher probability is always kept.
+        entropy_share: delta of the paper, there sqrt(epsilon): other tokens need this share of exp(-entropy).
     """
 
     lossless = False  # type: ignore[assignment]
@@ -56,7 +57,7 @@ class Typical(Verifier):
         return Verdict(accepted, token, scores.ends(node, token))
 
     def best(self, draft: Draft, scores: ScoresView, root: int) -> int:
-        """The node where the longest branch of typical tokens ends; of equally long ones the likeliest, the first."""
+        """The node where the longest branch of typical tokens ends; in a tie the likeliest branch, then the first."""
         found, waiting = (0, 0.0, root), [(0, 0.0, root)]
         while waiting:
             length, likelihood, node = waiting.pop()
@@ -65,8 +66,8 @@ class Typical(Verifier):
             children = draft.children(node)
             if not children:
                 continue
-            target_probs = scores.probs(node)
-            probs = target_probs[[draft.tokens[child] for child in children]]
+            target_probs = scores.probs(node)  # (vocab,)
+            probs = target_probs[[draft.tokens[child] for child in children]]  # (children,)
             typical = (probs > self.bar(target_probs)).tolist()
             logs = probs.log().tolist()
             for child, kept, log_prob in reversed(list(zip(children, typical, logs, strict=True))):

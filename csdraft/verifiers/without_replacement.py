@@ -1,7 +1,7 @@
-"""Recursive rejection without replacement: each sibling is judged by what its refused earlier siblings left over.
+"""Recursive rejection without replacement: judges each sibling against what its rejected siblings left over.
 
-RSD (arXiv 2402.14160) and Sequoia (arXiv 2402.12374), which adds that a distribution with nothing left continues as
-the uniform one. A sibling that cannot repeat a refused token is worth more than an independent draw: use it with trees
+RSD (arXiv 2402.14160) and Sequoia (arXiv 2402.12374), which adds that a draft distribution with nothing left becomes
+uniform. A sibling cannot repeat a rejected token, so it is worth more than an independent draw. Use it with trees
 drawn without replacement, stochastic beams included. On a chain it is `Rejection`.
 """
 
@@ -22,7 +22,7 @@ __all__ = ["WithoutReplacement"]
 
 @dataclass(frozen=True)
 class WithoutReplacement(Stepwise):
-    """Accepts with probability left / draft, both without the siblings refused before (see the module)."""
+    """Accepts with probability left / draft, both without the siblings rejected before (see the module)."""
 
     lossless = True  # type: ignore[assignment]
     kinds: ClassVar = frozenset({"without_replacement"})
