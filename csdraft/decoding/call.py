@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from csdraft.decoding.feature_session import FeatureModel, FeatureSession
 from csdraft.decoding.names import distinct, name_of
 from csdraft.decoding.reader import Sources
 from csdraft.decoding.readers import ALONE, ReadingOptions
@@ -74,9 +75,12 @@ class Call:
             if sources is not None and not is_target:
                 sources = Sources(sources.input_ids, sources.attention_mask)
             reading = self.reading if is_target else replace(self.reading, taps=frozenset())
-            self._sessions[id(model)] = Session(
-                model, self.drafting, self.rows, self.capacity, sources, self.vocab, self.texts, reading
-            )
+            shape = self.drafting, self.rows, self.capacity, sources, self.vocab
+            if isinstance(model, FeatureModel):
+                made: Session = FeatureSession(model, self.session(self.target), *shape)
+            else:
+                made = Session(model, *shape, self.texts, reading)
+            self._sessions[id(model)] = made
         return self._sessions[id(model)]
 
     @property

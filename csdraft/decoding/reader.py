@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -58,6 +58,7 @@ class Reader:
         size: batch size of its cache, and `rows`: of its forwards, without those that have ended.
         shape: of the last forward, and `warm`: whether the model had run that shape before, as it runs it now.
         costs: seconds of a warm forward by shape, as far as shapes were recorded or prepared.
+        features: of a drafting head, what it reads beside its tokens, (rows, queries, width); see `FeatureSession`.
     """
 
     def __init__(self, model: nn.Module, rows: int, capacity: int, taps: frozenset[int] = frozenset()):
@@ -76,6 +77,7 @@ class Reader:
         self.lacks_tokens = False
         self.seconds, self.forwards, self.fed = 0.0, 0, 0
         self.costs: dict[Shape, float] = {}
+        self.features: Callable[[Inputs], Tensor] | None = None
         self.mode: Mode = False
         self.graphs: Graphs | None = None  # while it is None, shapes are exact and forwards eager
         self.shape, self.warm = Shape(rows, 0, 0), False
@@ -308,12 +310,9 @@ class Reader:
     def _arguments(self, inputs: Inputs, mask: Any) -> dict:
         ids = inputs.ids.clamp(max=self.vocab - 1) if self.lacks_tokens else inputs.ids
         if not self.encoder_decoder:
-            return {
-                "input_ids": ids,
-                "position_ids": inputs.positions,
-                "attention_mask": mask,
-                self.traits.cache_name: self.cache,
-            }
+            given = {"input_ids": ids, "position_ids": inputs.positions, "attention_mask": mask}
+            given[self.traits.cache_name] = self.cache
+            return given if self.features is None else given | {"features": self.features(inputs)}
         sources = self.sources
         assert sources is not None
         if self._past is None:

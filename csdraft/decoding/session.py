@@ -13,7 +13,7 @@ from csdraft.decoding.cache import cross_attention_cache, import_cache
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.graphs import bucket
 from csdraft.decoding.inputs import Inputs, Plan
-from csdraft.decoding.interfaces import Request
+from csdraft.decoding.interfaces import Context, Request
 from csdraft.decoding.plans import again_in, plan_of
 from csdraft.decoding.reader import Sources
 from csdraft.decoding.readers import ALONE, ReadingOptions, borrow, take_back
@@ -116,6 +116,10 @@ class Session:
         Rotary models have none: past their training length they draft worse, which schedules notice.
         """
         return self.reader.last_position + 1
+
+    def left(self, context: Context) -> int:
+        """How many tokens it can draft at a place."""
+        return self.positions - len(context.text) - len(context.path)
 
     def place(self, row: int) -> int:
         """Where a row stands in the batch."""

@@ -17,6 +17,7 @@ from torch import nn
 
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import ROOT, Draft
+from csdraft.decoding.feature_session import taps_of
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, ScoresView, Verdict, Verifier
 from csdraft.decoding.rounds import review
 from csdraft.decoding.sampling import Sampler
@@ -63,6 +64,9 @@ class Vertical(Drafter):
     def models(self) -> list[object]:
         return [self.reviewer, *super().models()]
 
+    def taps(self) -> frozenset[int]:
+        return super().taps() | taps_of(self.reviewer)
+
     def check(self, call: Call) -> None:
         check_reviewer(self.reviewer, call)  # type: ignore[arg-type]
         super().check(call)
@@ -74,7 +78,7 @@ class Vertical(Drafter):
         confidence = any(budget.confidence or budget.stop for budget in budgets)
         coupled = call.sampler.coupled or call.sampler.greedy
         drafts = [context.draft for context in contexts]
-        limits = [min(b.room, self._positions_left(c)) for b, c in zip(budgets, contexts, strict=True)]
+        limits = [min(b.room, session.left(c)) for b, c in zip(budgets, contexts, strict=True)]
         live = [i for i, b in enumerate(budgets) if b.depth > 0 and limits[i] > 0]
         while live:
             inner = [contexts[i] if drafts[i] is contexts[i].draft else contexts[i].after(drafts[i]) for i in live]
@@ -104,11 +108,6 @@ class Vertical(Drafter):
     def _inner_budget(self, room: int, coupled: bool) -> Budget:
         length = self.drafter.depth if self.inner_length is None else self.inner_length
         return Budget(min(length, room), room, confidence=coupled and self.lenience > 1)
-
-    def _positions_left(self, context: Context) -> int:
-        """Tokens it can still hand up before its context is full: the last one is never fed."""
-        session = context.call.session(self.reviewer)  # type: ignore[arg-type]
-        return session.positions - len(context.text) - len(context.path)
 
 
 @dataclass(frozen=True)

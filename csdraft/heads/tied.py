@@ -195,6 +195,8 @@ def stored_form(model: Any) -> OnTarget | None:
     """What is stored of a drafter that stands on a target, bound or not; None of any other model."""
     if isinstance(model, OnTarget):
         return model
+    if "stored_by" in vars(model):
+        return model.stored_by.of(model)
     if "self_draft" in vars(model):
         return SelfDraft.of(model)
     return TiedDraft.of(model) if "tied_to" in vars(model) else None
