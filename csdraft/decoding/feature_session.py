@@ -46,6 +46,19 @@ class FeatureModel:
         """(..., width) features from the target's hidden states, (..., target's width) by tap."""
         raise NotImplementedError
 
+    def along(self, states: Mapping[int, Tensor], input_ids: Tensor, position_ids: Tensor, mask: Tensor) -> Tensor:
+        """(rows, length, vocab) logits of each next token along texts that the target has read, without a draft.
+
+        Args:
+            states: (rows, length, target's width) the target's hidden states by tap.
+            input_ids, position_ids: (rows, length) the texts.
+            mask: (rows, length) 1 where a token counts; the others are on the left.
+
+        Returns:
+            At i logits of token i + 1. Those of the token after the first say nothing: a head begins at the second.
+        """
+        raise NotImplementedError
+
 
 def taps_of(model: object) -> frozenset[int]:
     """The hidden states of the target that a model reads; none unless it is a head."""

@@ -111,15 +111,18 @@ class Eagle3(PreTrainedModel, FeatureModel):
 
     Attributes:
         d2t: (draft vocab,) int64 offsets: draft token i is token i + d2t[i] of the target.
-        lent: whether the embedding is the target's.
+        lent: names of the parameters that are the target's -> what they are there, see `embeddings`.
         base: the target that it is for, if that is known.
         stored_by: the class that stores it.
+        unrolled_steps, decay: how it is trained: drafting steps, and each one's weight relative to the one before.
     """
 
     d2t: Tensor
     base: Any = None
-    lent: Any = False
+    lent: Any = {}  # noqa: RUF012 - replaced, never written to
     stored_by: Any = None
+    unrolled_steps: Any = 4
+    decay: Any = 0.8
 
     config_class = LlamaConfig
     _supports_sdpa = True
@@ -237,16 +240,6 @@ class Eagle3(PreTrainedModel, FeatureModel):
             yield features
 
     def along(self, states: Mapping[int, Tensor], input_ids: Tensor, position_ids: Tensor, mask: Tensor) -> Tensor:
-        """(rows, length, vocab) logits of each next token along texts that the target has read: those of step 0.
-
-        Args:
-            states: (rows, length, target's width) the target's hidden states by tap.
-            input_ids, position_ids: (rows, length) the texts.
-            mask: (rows, length) 1 where a token counts; the others are on the left.
-
-        Returns:
-            At i logits of token i + 1; those of the first token's successor say nothing, since the head has not begun.
-        """
         features, seen = self.fuse(states)[:, :-1], mask[:, :-1].bool()
         square = seen.new_ones(seen.shape[1], seen.shape[1])
         causal = (square.tril() & seen[:, None]) | torch.eye(len(square), dtype=torch.bool, device=seen.device)

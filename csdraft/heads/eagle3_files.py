@@ -25,13 +25,14 @@ from csdraft.heads.stored_head import StoredHead, check_tensors, read_tensors
 from csdraft.heads.tied import Lender
 from csdraft.stored import fit
 
-__all__ = ["Eagle3Head"]
+__all__ = ["SWITCHING", "Eagle3Head"]
 
 EMBEDDING = "embed_tokens.weight"
 LAYERS = "eagle_aux_hidden_state_layer_ids"
 SPECULATORS = "transformer_layer_config"
 NORMS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 SWITCHING = ("dynamic", "longrope")
+"""Kinds of rotary embedding that change with the length of a text."""
 KEPT = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
         "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "attention_bias",
         "mlp_bias", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache",
@@ -94,10 +95,22 @@ class Eagle3Head(StoredHead):
                 "head for this one"
             )
 
+    def open(self, target: Any, dtype: torch.dtype) -> Eagle3:
+        self.check(target)
+        made = self._made(target, dtype)
+        if made.lent:
+            made.embed_tokens.weight = nn.Parameter(made.embed_tokens.weight.to(dtype, copy=True), requires_grad=False)
+        return made
+
     @torch.inference_mode(False)
     def _put_on(self, target: Any) -> Eagle3:
+        dtype = embeddings(target)["input.weight"].dtype
+        made = self._made(target, dtype if dtype.is_floating_point else torch.float32)
+        return made.requires_grad_(False).eval()
+
+    def _made(self, target: Any, dtype: torch.dtype) -> Any:
+        """The head on the target's device, with the target's own embedding unless it has one."""
         theirs = embeddings(target)["input.weight"]
-        dtype = theirs.dtype if theirs.dtype.is_floating_point else torch.float32
         layers = self.options.layers or default_layers(target.config.get_text_config(decoder=True).num_hidden_layers)
         with torch.device("meta"):
             made: Any = Eagle3(self.config, replace(self.options, layers=layers))
@@ -108,9 +121,10 @@ class Eagle3Head(StoredHead):
             made.get_parameter(name).data.copy_(tensor) if name != "d2t" else made.d2t.copy_(tensor)
         if EMBEDDING not in self.names:
             made.embed_tokens.weight = nn.Parameter(theirs.detach(), requires_grad=False)
-        made.base, made.lent, made.stored_by = self.base, EMBEDDING not in self.names, Eagle3Head
+            made.lent = {EMBEDDING: "input.weight"}
+        made.base, made.stored_by = self.base, Eagle3Head
         made.config._name_or_path = self.config._name_or_path
-        return made.requires_grad_(False).eval()
+        return made
 
     # On disk.
 
@@ -122,8 +136,7 @@ class Eagle3Head(StoredHead):
             state_dict: its weights, gathered, if its own parameters are not whole.
         """
         state = dict(head.state_dict() if state_dict is None else state_dict)
-        if head.lent:
-            del state[EMBEDDING]
+        state = {name: tensor for name, tensor in state.items() if name not in head.lent}
         if len(head.d2t) == head.config.vocab_size:
             del state["d2t"]
         config: Any = head.config

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -45,6 +46,24 @@ class StoredHead(OnTarget):
             config: its config.json.
             options: of the Hub: revision, token, ...
         """
+        raise NotImplementedError
+
+    def open(self, target: Any, dtype: torch.dtype) -> nn.Module:
+        """A complete head in this dtype, to be trained on."""
+        raise NotImplementedError
+
+    @classmethod
+    def of(cls, head: Any, state_dict: Mapping[str, Tensor] | None = None) -> StoredHead:
+        """What is stored of a complete head.
+
+        Args:
+            state_dict: its weights, gathered, if its own parameters are not whole.
+        """
+        raise NotImplementedError
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """Its tensors by their names in the complete head."""
         raise NotImplementedError
 
     def save(self, folder: str | Path) -> None:
@@ -88,7 +107,6 @@ def read_tensors(path: str, **options: Any) -> dict[str, Tensor]:
     Raises:
         ValueError: there is no such file, or it cannot be read.
     """
-    import torch
     from safetensors.torch import load_file
     from transformers.utils import cached_file
 

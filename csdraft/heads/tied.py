@@ -47,7 +47,9 @@ def tie(student: Any, target: Any) -> Any:
 
 
 def borrowed(model: Any) -> dict[str, str]:
-    """Names of the parameters that a tied student does not own -> whose they are, see `embeddings`; else empty."""
+    """Names of the parameters that a tied student or a head does not own -> whose they are, see `embeddings`."""
+    if "stored_by" in vars(model):
+        return dict(model.lent)
     if "tied_to" not in vars(model):
         return {}
     names = {id(parameter): name for name, parameter in embeddings(model).items()}

@@ -28,16 +28,17 @@ def target() -> Any:
 
 def new_head(seed: int = 0, layers: tuple[int, ...] = LAYERS, draft_vocab: int = 60, **flags: bool) -> Eagle3:
     """A random head for `target()`, which drafts some of its tokens."""
+    embedding = target().get_input_embeddings().weight  # a first call seeds, too
     torch.manual_seed(seed)
     made = Eagle3(LlamaConfig(**SHAPE), HeadOptions(layers, 32, draft_vocab, **flags)).eval()
     with torch.no_grad():
-        made.embed_tokens.weight.copy_(target().get_input_embeddings().weight)
+        made.embed_tokens.weight.copy_(embedding)
         for name, parameter in made.named_parameters():
             if "norm" in name:  # a bug must not hide behind a one
                 parameter.add_(0.2 * torch.randn_like(parameter))
     made.embed_tokens.weight.requires_grad_(False)
     made.d2t.copy_(torch.randperm(VOCAB)[:draft_vocab].sort().values - torch.arange(draft_vocab))
-    made.lent, made.stored_by = True, Eagle3Head
+    made.lent, made.stored_by = {"embed_tokens.weight": "input.weight"}, Eagle3Head
     made.base = Lender("tiny", None, fingerprint(target()), VOCAB)
     return made
 
