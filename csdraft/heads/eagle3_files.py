@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
@@ -155,6 +156,35 @@ class Eagle3Head(StoredHead):
         Path(folder, "config.json").write_text(text, encoding="utf-8")
         write_document(folder, HEAD, {"base": asdict(self.base)} if self.base is not None else {})
 
+    def described(self) -> dict[str, str]:
+        options, config = self.options, self.config
+        layers = f"after blocks {', '.join(map(str, options.layers))}" if options.layers else "the paper's (not said)"
+        rows, numbers = options.draft_vocab, sum(tensor.numel() for tensor in self.tensors)
+        target = f"{self.base.name}, fingerprint {self.base.fingerprint}" if self.base is not None else "not said"
+        flags = [name for name in NORMS if getattr(options, name)]
+        return {
+            "kind": f"EAGLE-3 head, {numbers / 1e6:.1f} M parameters, {', '.join(flags) or 'as in the paper'}",
+            "target": f"{target}; width {options.target_width}, {config.vocab_size} tokens",
+            "hidden states": layers,
+            "draft vocabulary": "all tokens" if rows == config.vocab_size else f"{rows} tokens",
+            "embedding": "its own" if EMBEDDING in self.names else "the target's",
+        }
+
+    @staticmethod
+    def refusals(config: Mapping[str, Any]) -> dict[str, str | None]:
+        if SPECULATORS in config:
+            return {"vLLM": None, "SGLang": "it reads no folders of speculators"}
+        eagle, reasons = config.get("eagle_config") or {}, []
+        if config.get("architectures") != ["LlamaForCausalLMEagle3"]:
+            reasons.append(f"architectures={config.get('architectures')} is not ['LlamaForCausalLMEagle3']")
+        if "draft_vocab_size" not in config:
+            reasons.append("draft_vocab_size is missing")
+        if config.get(LAYERS) and not eagle.get(LAYERS):
+            reasons.append(f"{LAYERS} is not in eagle_config, where it looks: it would take the default")
+        if config.get("norm_before_residual"):
+            reasons.append("norm_before_residual is true, which it does not know")
+        return {"vLLM": None, "SGLang": "; ".join(reasons) or None}
+
     def _document(self) -> dict[str, Any]:
         """config.json: every key that vLLM or SGLang reads, also where it has the engines' default."""
         options, document = self.options, self.config.to_dict()
@@ -183,7 +213,8 @@ class Eagle3Head(StoredHead):
     @classmethod
     def load(cls, path: str, config: Mapping[str, Any], **options: Any) -> Eagle3Head:
         at, assumed = f"{path}/config.json", []
-        document = {**config.get(SPECULATORS, {}), **{k: v for k, v in config.items() if k != SPECULATORS}}
+        layer_keys = fit(config.get(SPECULATORS) or {}, dict[str, Any], f"{at}: {SPECULATORS}")
+        document = {**layer_keys, **{key: value for key, value in config.items() if key != SPECULATORS}}
         state = {_own_name(name): tensor for name, tensor in read_tensors(path, **options).items()}
         state = {name: tensor for name, tensor in state.items() if name != "t2d" and name not in OF_TRAINING}
         described = _options(document, state, at, assumed)
@@ -221,11 +252,15 @@ def _options(document: Mapping[str, Any], state: Mapping[str, Tensor], at: str, 
     if rows is None:
         rows = len(state["lm_head.weight"]) if "lm_head.weight" in state else vocab
         assumed.append(f"draft_vocab_size is open: taken is {rows}")
-    width = document.get("target_hidden_size") or document.get("hidden_size")
+    width = fit(document.get("target_hidden_size") or document.get("hidden_size"), int, f"{at}: target_hidden_size")
+    if min(width, fit(rows, int, f"{at}: draft_vocab_size"), vocab) < 1:
+        raise ValueError(
+            f"{at}: target_hidden_size={width}, draft_vocab_size={rows}, vocab_size={vocab}; all are 1 or more"
+        )
     return HeadOptions(
         fit(layers or (), tuple[int, ...], f"{at}: {LAYERS}"),
-        fit(width, int, f"{at}: target_hidden_size"),
-        fit(rows, int, f"{at}: draft_vocab_size"),
+        width,
+        rows,
         **flags,
     )
 
@@ -241,7 +276,10 @@ def _layer_config(document: Mapping[str, Any], at: str, assumed: list[str]) -> L
         raise ValueError(f"{at}: model_type={document['model_type']!r}; csdraft reads heads with a llama layer")
     if (count := document.get("num_hidden_layers", 1)) != 1:
         assumed.append(f"num_hidden_layers={count} is the target's: an EAGLE-3 head has 1 layer")
-    config: Any = LlamaConfig.from_dict({**document, "num_hidden_layers": 1, "model_type": "llama"})
+    try:
+        config: Any = LlamaConfig.from_dict({**document, "num_hidden_layers": 1, "model_type": "llama"})
+    except (StrictDataclassError, ValueError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"{at} is no config of a Llama layer: {' '.join(str(error).split())}") from error
     if (kind := config.rope_parameters.get("rope_type", "default")) in SWITCHING:
         raise ValueError(f"{at}: rope_type={kind!r} changes with the length of a text, which csdraft's heads cannot")
     if document.get("logit_scale", 1.0) != 1.0:

@@ -21,7 +21,7 @@ import csdraft.heads
 from csdraft.heads.on_target import OnTarget
 from csdraft.stored import check_config, read_object
 
-__all__ = ["StoredHead", "head_at", "read_tensors"]
+__all__ = ["StoredHead", "check_tensors", "config_at", "head_at", "read_tensors"]
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
@@ -70,6 +70,15 @@ class StoredHead(OnTarget):
         """Writes what `load` reads."""
         raise NotImplementedError
 
+    def described(self) -> dict[str, str]:
+        """What it is and what it needs, in a few words each, by topic."""
+        raise NotImplementedError
+
+    @staticmethod
+    def refusals(config: Mapping[str, Any]) -> dict[str, str | None]:
+        """By serving engine, why it would not load a folder with this config.json, or load it as another head."""
+        raise NotImplementedError
+
 
 @cache
 def kinds() -> tuple[type[StoredHead], ...]:
@@ -86,16 +95,21 @@ def head_at(path: str, **options: Any) -> StoredHead | None:
     Args:
         options: of the Hub: revision, token, ...
     """
-    from transformers.utils import cached_file
-
-    if (file := cached_file(path, "config.json", **options, **QUIET)) is None:
+    if (config := config_at(path, **options)) is None:
         return None
-    config = read_object(file)
     for kind in kinds():
         if kind.recognises(config):
             check_config(config, f"{path}/config.json")
             return kind.load(path, config, **options)
     return None
+
+
+def config_at(path: str, **options: Any) -> dict[str, Any] | None:
+    """The config.json of a folder or Hub id; None if it has none."""
+    from transformers.utils import cached_file
+
+    file = cached_file(path, "config.json", **options, **QUIET)
+    return None if file is None else read_object(file)
 
 
 def read_tensors(path: str, **options: Any) -> dict[str, Tensor]:

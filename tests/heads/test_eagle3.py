@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 from learned import PROMPTS, learned, naive, new_head, target, texts
-from tiny import noisy, ragged_batch
+from tiny import noisy, ragged_batch, tokenizer
 from torch import Tensor
 
+import csdraft
 from csdraft import CascadeDrafter, MaxGram, ModelDrafter
 from csdraft.decoding import feature_session
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Budget, Context
+from csdraft.drafters.translated import Translated
 from csdraft.drafters.vertical import Vertical
 from csdraft.trees.best_first import BestFirst
 from csdraft.trees.sampled import Sampled
@@ -197,3 +199,29 @@ def test_a_processor_that_allows_no_drafted_token_does_no_harm():
     assert torch.equal(written(ModelDrafter(learned()), **GREEDY, **allowed), plain)
     drawn = {**SAMPLED, "verifier": "rejection"}
     assert not set(written(ModelDrafter(learned()), **drawn, **allowed)[:, 20:].flatten().tolist()) - {0, *outside}
+
+
+@pytest.mark.parametrize("policy", ["cost_model", "heuristic", "confidence", "entropy", "bandit"])
+def test_every_schedule_drives_it(policy):
+    inputs = ragged_batch(PROMPTS)
+    plain = target().generate(**inputs, pad_token_id=0, **GREEDY)
+    how, tree = {**FIXED, "schedule": policy}, ModelDrafter(learned(), tree=BestFirst(2, 6))
+    for assistant in (ModelDrafter(learned()), CascadeDrafter([tree, MaxGram()])):
+        assert torch.equal(target().generate(**inputs, assistant=assistant, **how, **GREEDY), plain)
+
+
+def test_a_plan_and_what_is_prepared_take_a_head_in():
+    cascade = CascadeDrafter([learned(), MaxGram()], k_matrix="auto")
+    inputs = {"input_ids": ragged_batch((11,))["input_ids"]}
+    plain = target().generate(**inputs, pad_token_id=0, **GREEDY)
+    assert torch.equal(target().generate(**inputs, assistant=cascade, strict=True, pad_token_id=0, **GREEDY), plain)
+    ready = csdraft.prepare(target(), ModelDrafter(learned()), slots=64, progress=lambda what, share: None)
+    assert "features" in ready.why_not_captured["Eagle3"]
+    csdraft.release()
+
+
+def test_a_head_cannot_be_translated(tmp_path):
+    tokenizer().save_pretrained(tmp_path)
+    drafter = Translated(ModelDrafter(learned()), str(tmp_path), str(tmp_path))
+    with pytest.raises(ValueError, match="reads hidden states of the target"):
+        target().generate(**ragged_batch(PROMPTS), assistant=drafter, **FIXED, **GREEDY)

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from csdraft import CascadeDrafter, MaxGram, ModelDrafter
 from csdraft.cascade import as_drafter
+from csdraft.cli import main
 from csdraft.drafters.model import load_model
 from csdraft.heads.eagle3_files import Eagle3Head
 from csdraft.trainers.run import distill
@@ -199,6 +200,9 @@ def damaged(name: str, change: Any) -> Any:
         (lambda folder: edit(folder, fc_norm=True), r"lacks fc_norm\.0\.weight"),
         (lambda folder: edit(folder, vocab_size=None), "vocab_size"),
         (lambda folder: edit(folder, model_type="qwen3"), "qwen3"),
+        (lambda folder: edit(folder, draft_vocab_size=0), "draft_vocab_size=0"),
+        (lambda folder: edit(folder, num_attention_heads="many"), "no config of a Llama layer"),
+        (lambda folder: edit(folder, rope_parameters={"rope_type": "dynamic", "factor": 2.0}), "dynamic"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"cut"), "cut short"),
         (lambda folder: (folder / "model.safetensors").unlink(), r"none of model\.safetensors"),
     ],
@@ -249,3 +253,15 @@ def test_texts_of_no_features_are_refused(pair):
     changes = {"student": None, "init": INIT, "on_policy": 0.5}
     with pytest.raises(ValueError, match=r"on_policy=0\.5 with a head"):
         distill(arguments(pair, "refused", **changes))
+
+
+def test_what_a_folder_holds_is_printed(stored, capsys):
+    assert main(["inspect", str(stored)]) == 0
+    said = capsys.readouterr().out
+    assert "EAGLE-3 head" in said
+    assert "after blocks 0, 1, 3" in said
+    assert said.count("loads it") == 2
+    edit(stored, architectures=["LlamaForCausalLM"], eagle_config=None)
+    main(["inspect", str(stored)])
+    assert "architectures=['LlamaForCausalLM']" in capsys.readouterr().out
+    assert main(["inspect", "models/smol-target"]) == 2
