@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from learned import PROMPTS, learned, naive, new_head, target, texts
-from tiny import noisy, ragged_batch, tokenizer
+from tiny import CAUSAL, noisy, ragged_batch, tiny, tokenizer
 from torch import Tensor
 
 import csdraft
@@ -20,6 +20,7 @@ from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Budget, Context
 from csdraft.drafters.translated import Translated
 from csdraft.drafters.vertical import Vertical
+from csdraft.trainers.students import make_student
 from csdraft.trees.best_first import BestFirst
 from csdraft.trees.sampled import Sampled
 
@@ -42,6 +43,8 @@ class Spied(ModelDrafter):
             if self.forget and chance.random() < 0.5:
                 call.session(model).forget()
         made = super().propose(contexts, [replace(budget, confidence=True) for budget in budgets])
+        session = call.session(self.network)
+        assert session.reader.fed == session.kept + session.rolled_back  # an entry is read once, unless given up
         for context, draft in zip(contexts, made, strict=True):
             self.drafts.append((context.row, draft.tokens, draft.parents))
             for node, parent in enumerate(draft.parents):
@@ -225,3 +228,12 @@ def test_a_head_cannot_be_translated(tmp_path):
     drafter = Translated(ModelDrafter(learned()), str(tmp_path), str(tmp_path))
     with pytest.raises(ValueError, match="reads hidden states of the target"):
         target().generate(**ragged_batch(PROMPTS), assistant=drafter, **FIXED, **GREEDY)
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_a_head_can_be_made_for_every_family(family):
+    model: Any = tiny(family)
+    head = make_student(model, init={"eagle3": {"layers": [0, 1, 2]}}).eval()
+    inputs = ragged_batch(PROMPTS)
+    plain = model.generate(**inputs, pad_token_id=0, **GREEDY)
+    assert torch.equal(model.generate(**inputs, assistant=ModelDrafter(head), **FIXED, **GREEDY), plain)

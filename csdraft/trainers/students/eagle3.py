@@ -137,8 +137,8 @@ def _layer_config(text: Any, asked: Options) -> Any:
     """Of the layer: the target's shape, changed by what was asked."""
     like = {key: getattr(text, key) for key in LIKE_TARGET if getattr(text, key, None) is not None}
     rotary = getattr(text, "rope_parameters", None) or {}
-    if text.model_type == "llama" and rotary.get("rope_type") not in SWITCHING:
-        like["rope_parameters"] = dict(rotary)
+    if "rope_theta" in rotary and rotary.get("rope_type") not in SWITCHING:
+        like["rope_parameters"] = {key: rotary[key] for key in rotary if key != "partial_rotary_factor"}
     spec.check_keys(asked.config or {}, sorted({*LIKE_TARGET, "rope_parameters"}), "init.eagle3.config")
     like |= {"model_type": "llama", "hidden_size": text.hidden_size, "num_hidden_layers": 1}
     return new_config(text, {**like, **(asked.config or {})})
