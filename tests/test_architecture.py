@@ -59,7 +59,7 @@ OUTSIDE = {"benchmarks", "examples", "recipes", "scripts", "tests"}
 LONGEST_FUNCTION, LONGEST_FILE = 60, 400
 
 
-MOST_LINES, MOST_CODE = 29_000, 18_800
+MOST_LINES, MOST_CODE = 28_750, 18_600
 """Of the wheel: all lines, and those that are not blank, comment or docstring. The aim is 15,000 and 11,000."""
 
 SAID = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
