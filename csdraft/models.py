@@ -18,6 +18,7 @@ from csdraft.decoding.names import name_of
 from csdraft.decoding.traits import unwrapped
 from csdraft.heads.on_target import OnTarget
 from csdraft.heads.self_draft import SELF_DRAFT, TIED, SelfDraft, put_adapter, read_adapter, read_document
+from csdraft.heads.stored_head import head_at
 from csdraft.heads.tied import TiedDraft
 from csdraft.stored import check_config, is_hub_id, read_object, shown
 
@@ -38,8 +39,8 @@ SOME = 4
 def load_model(path: str, local_base: bool = True, **options: Any) -> nn.Module:
     """Loads a model folder, a PEFT folder on top of its base, or a Hub id, with the auto class its config asks for.
 
-    A self-drafting adapter, or a student tied to its target, is not complete: it comes as an `OnTarget`, which waits
-    for a target.
+    A self-drafting adapter, a student tied to its target, or a head is not complete: it comes as an `OnTarget`, which
+    waits for a target.
 
     Args:
         path: folder or Hub id.
@@ -56,7 +57,7 @@ def load_model(path: str, local_base: bool = True, **options: Any) -> nn.Module:
     if document is not None and document["kind"] == TIED:
         return TiedDraft.load(path, document, options.get("dtype"), **hub)
     if adapter is None:
-        return _load_whole(path, options)
+        return head_at(path, **hub) or _load_whole(path, options)
     if document is not None and document["kind"] == SELF_DRAFT:
         return SelfDraft.load(path, document, **hub)
     if Path(path, "config.json").is_file():

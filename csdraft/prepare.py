@@ -12,6 +12,7 @@ from torch import nn
 
 from csdraft.cascade import as_drafter, options_of
 from csdraft.checks.refusals import refusal
+from csdraft.decoding.feature_session import taps_of
 from csdraft.decoding.graphs import FEWEST_SLOTS, Mode, bucket
 from csdraft.decoding.inputs import Plan, Shape
 from csdraft.decoding.loop import BUCKET
@@ -115,7 +116,8 @@ def prepare(
         if reason := refusal(model):
             raise ValueError(f"{name} {reason}")
         shapes = [(width, seen) for seen in _doublings(FEWEST_SLOTS, bucket(slots)) for width in _doublings(1, WIDEST)]
-        ready.append(measured(name, model, rows, shapes, graphs, progress))
+        taps = drafter.taps() if drafter is not None and model is target else frozenset[int]()
+        ready.append(measured(name, model, rows, shapes, graphs, progress, taps))
     return Prepared(ready, time.perf_counter() - started)
 
 
@@ -136,6 +138,7 @@ def measured(
     shapes: Sequence[tuple[int, int]],
     mode: Mode,
     progress: Callable[[str, float], None],
+    taps: frozenset[int] = frozenset(),
 ) -> Ready:
     """Times forwards of one model, and records or compiles them.
 
@@ -145,11 +148,14 @@ def measured(
         shapes: tokens that a forward reads, and slots of the cache that it sees.
         mode: how forwards run, see `csdraft.decoding.graphs`.
         progress: called with what is being done and the share that is done.
+        taps: the hidden states that it will have to keep.
     """
+    if taps_of(model):
+        return Ready(name, {}, 0, "a head reads features, which are gathered for each of its forwards", 0)
     if model.config.is_encoder_decoder:  # type: ignore[union-attr]
         return Ready(name, {}, 0, "an encoder-decoder reads another source in every call", 0)
     slots = max(seen for _, seen in shapes)
-    reader, _ = borrow(model, rows, slots, [()] * rows)
+    reader, _ = borrow(model, rows, slots, [()] * rows, taps)
     reader.begin(None, False, mode)
     reader.reserve(slots + 2 * BUCKET)  # as much as a call will ask for, so that the cache stays where it is
     reader.read([_plan(2, 4)] * rows, 1)  # makes the cache's buffers

@@ -82,7 +82,7 @@ def methods(opened: Opened, rows: int) -> list[Method]:
         named = list(assistant.drafters)
     found = {"plain": {}}
     if rows == 1:
-        models = [drafter.network for drafter in named if isinstance(drafter, ModelDrafter)]
+        models = [d.network for d in named if isinstance(d, ModelDrafter) and not d.taps()]
         if models and models[0].config.vocab_size == opened.target.config.vocab_size:
             found["transformers, assistant_model"] = {"assistant_model": models[0]}
         found["transformers, prompt lookup"] = {"prompt_lookup_num_tokens": LOOKUP_LENGTH}

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from csdraft.decoding.feature_session import FeatureModel, FeatureSession
 from csdraft.decoding.ledger import Ledger
 from csdraft.decoding.names import distinct, name_of
 from csdraft.decoding.reader import Sources
@@ -75,9 +76,12 @@ class Call:
                 sources = Sources(sources.input_ids, sources.attention_mask)
             reading = self.reading if is_target else replace(self.reading, taps=frozenset())
             use = self.ledger.model(model, name_of(model))
-            self._sessions[id(model)] = Session(
-                model, self.drafting, self.rows, self.capacity, sources, self.vocab, self.texts, reading, use
-            )
+            shape = self.drafting, self.rows, self.capacity, sources, self.vocab
+            if isinstance(model, FeatureModel):
+                made: Session = FeatureSession(model, self.session(self.target), *shape, use=use)
+            else:
+                made = Session(model, *shape, self.texts, reading, use)
+            self._sessions[id(model)] = made
         return self._sessions[id(model)]
 
     @property

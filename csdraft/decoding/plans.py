@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from csdraft.decoding.awaited import Awaited
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.inputs import Plan
 from csdraft.decoding.text import Text
 
-__all__ = ["again_in", "plan_of"]
+__all__ = ["Reading", "again_in", "plan_of"]
+
+
+@dataclass
+class Reading:
+    """What the cache holds for one row: the first `read` tokens of its text, then the nodes of a draft.
+
+    Slot s holds the text's token at position s; slot `read` + n holds node n of the draft.
+    """
+
+    text: Text | None = None
+    read: int = 0
+    draft: Draft = Draft()
+    long: bool = False  # whether its first token was read with the rotary factors for long texts
+
+    @property
+    def used(self) -> int:
+        """Slots in use."""
+        return self.read + len(self.draft)
 
 
 def plan_of(text: Text, draft: Draft, first: int, nodes: Sequence[int]) -> Plan:

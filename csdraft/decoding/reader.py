@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -55,6 +55,7 @@ class Reader:
         use: the call's counts of its forwards and their seconds.
         shape, warm: the shape of the last forward, and whether the model had run that shape before in the same way.
         costs: shape -> seconds of a warm forward, for shapes that were recorded or prepared.
+        features: gives a drafting head what it reads beside its tokens, (rows, queries, width); see `FeatureSession`.
     """
 
     def __init__(self, model: nn.Module, rows: int, capacity: int, taps: frozenset[int] = frozenset()):
@@ -72,6 +73,7 @@ class Reader:
         self.cache = SlotCache(layers, rows, capacity, self.device, by_position)
         self.lacks_tokens, self.use = False, ModelUse()
         self.costs: dict[Shape, float] = {}
+        self.features: Callable[[Inputs], Tensor] | None = None
         self.mode: Mode = False
         self.graphs: Graphs | None = None  # while it is None, shapes are exact and forwards eager
         self.shape, self.warm = Shape(rows, 0, 0), False
@@ -308,12 +310,9 @@ class Reader:
     def _arguments(self, inputs: Inputs, mask: Any) -> dict:
         ids = inputs.ids.clamp(max=self.vocab - 1) if self.lacks_tokens else inputs.ids
         if not self.encoder_decoder:
-            return {
-                "input_ids": ids,
-                "position_ids": inputs.positions,
-                "attention_mask": mask,
-                self.traits.cache_name: self.cache,
-            }
+            given = {"input_ids": ids, "position_ids": inputs.positions, "attention_mask": mask}
+            given[self.traits.cache_name] = self.cache
+            return given if self.features is None else given | {"features": self.features(inputs)}
         sources = self.sources
         assert sources is not None
         if self._past is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +12,9 @@ from csdraft.decoding.cache import cross_attention_cache, import_cache
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.graphs import bucket
 from csdraft.decoding.inputs import Inputs, Plan
-from csdraft.decoding.interfaces import Request
+from csdraft.decoding.interfaces import Context, Request
 from csdraft.decoding.ledger import ModelUse
-from csdraft.decoding.plans import again_in, plan_of
+from csdraft.decoding.plans import Reading, again_in, plan_of
 from csdraft.decoding.reader import Sources
 from csdraft.decoding.readers import ALONE, ReadingOptions, borrow, take_back
 from csdraft.decoding.rotary import RotaryFactors
@@ -23,24 +22,6 @@ from csdraft.decoding.scores import Scores, TokenChooser
 from csdraft.decoding.text import Text
 
 __all__ = ["Session"]
-
-
-@dataclass
-class Reading:
-    """What the cache holds for one row: the first `read` tokens of its text, then the nodes of a draft.
-
-    Slot s holds the text's token at position s; slot `read` + n holds node n of the draft.
-    """
-
-    text: Text | None = None
-    read: int = 0
-    draft: Draft = Draft()
-    long: bool = False  # whether its first token was read with the rotary factors for long texts
-
-    @property
-    def used(self) -> int:
-        """Slots in use."""
-        return self.read + len(self.draft)
 
 
 class Session:
@@ -122,6 +103,10 @@ class Session:
         Rotary models have none. Past their training length they draft worse, and schedules measure that.
         """
         return self.reader.last_position + 1
+
+    def left(self, context: Context) -> int:
+        """How many tokens it can draft at a place."""
+        return self.positions - len(context.text) - len(context.path)
 
     def place(self, row: int) -> int:
         """The batch index of a row."""

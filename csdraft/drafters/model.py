@@ -17,6 +17,7 @@ from torch import nn
 from csdraft.decoding.call import Call
 from csdraft.decoding.chain import draft_chain
 from csdraft.decoding.draft import Draft
+from csdraft.decoding.feature_session import taps_of
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Tree
 from csdraft.decoding.limits import halvings
 from csdraft.decoding.tree import draft_tree
@@ -64,6 +65,9 @@ class ModelDrafter(Drafter):
     def models(self) -> list[object]:
         return [self.model]
 
+    def taps(self) -> frozenset[int]:
+        return taps_of(self.model)
+
     def check(self, call: Call) -> None:
         check_reviewer(self.network, call)
         call.level(self.network, self.name)
@@ -78,10 +82,8 @@ class ModelDrafter(Drafter):
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
         call = contexts[0].call
         session, level = call.session(self.network), call.level(self.network)
-        limit = session.positions  # past it the model stops drafting, and decoding continues
-        steps = [
-            min(b.depth, b.room, limit - len(c.text) - len(c.path)) for c, b in zip(contexts, budgets, strict=True)
-        ]
+        # Past its last position the model stops drafting, and decoding continues.
+        steps = [min(b.depth, b.room, session.left(c)) for c, b in zip(contexts, budgets, strict=True)]
         if all(wanted <= 0 for wanted in steps):
             return [c.draft for c in contexts]
         confidence = any(b.confidence for b in budgets)

@@ -69,6 +69,11 @@ class Translated(Drafter):
             raise ValueError(
                 f"target_tokenizer has {self.theirs.size} tokens, the target {call.vocab}; give the target's own"
             )
+        if self.drafter.taps():
+            raise ValueError(
+                "a drafter that reads hidden states of the target cannot be translated: they belong to the target's "
+                "own tokens; use it without Translated"
+            )
         self.drafter.check(self._inner(call))
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:

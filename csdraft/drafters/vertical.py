@@ -16,6 +16,7 @@ from torch import nn
 
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import Draft
+from csdraft.decoding.feature_session import taps_of
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Verifier
 from csdraft.decoding.rounds import review
 from csdraft.drafters._check_parts import check_parts
@@ -60,6 +61,9 @@ class Vertical(Drafter):
     def models(self) -> list[object]:
         return [self.reviewer, *super().models()]
 
+    def taps(self) -> frozenset[int]:
+        return super().taps() | taps_of(self.reviewer)
+
     def check(self, call: Call) -> None:
         check_reviewer(self.reviewer, call)  # type: ignore[arg-type]
         super().check(call)
@@ -71,7 +75,7 @@ class Vertical(Drafter):
         confidence = any(budget.confidence or budget.stop for budget in budgets)
         coupled = call.sampler.coupled or call.sampler.greedy
         drafts = [context.draft for context in contexts]
-        limits = [min(b.room, self._positions_left(c)) for b, c in zip(budgets, contexts, strict=True)]
+        limits = [min(b.room, session.left(c)) for b, c in zip(budgets, contexts, strict=True)]
         live = [i for i, b in enumerate(budgets) if b.depth > 0 and limits[i] > 0]
         while live:
             inner = [contexts[i] if drafts[i] is contexts[i].draft else contexts[i].after(drafts[i]) for i in live]
@@ -100,11 +104,6 @@ class Vertical(Drafter):
     def _inner_budget(self, room: int, coupled: bool) -> Budget:
         length = self.drafter.depth if self.inner_length is None else self.inner_length
         return Budget(min(length, room), room, confidence=coupled and self.lenience > 1)
-
-    def _positions_left(self, context: Context) -> int:
-        """Tokens it can still hand up before its context is full: the last one is never fed."""
-        session = context.call.session(self.reviewer)  # type: ignore[arg-type]
-        return session.positions - len(context.text) - len(context.path)
 
 
 def _check_probs(contexts: Sequence[Context], drafts: Sequence[Draft], verifier: Verifier) -> None:

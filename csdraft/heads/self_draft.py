@@ -26,6 +26,7 @@ from csdraft.version import __version__
 __all__ = [
     "DOCUMENT",
     "FULL",
+    "HEAD",
     "SELF_DRAFT",
     "TIED",
     "Base",
@@ -40,9 +41,9 @@ __all__ = [
 ]
 
 DOCUMENT, FORMAT = "drafter.json", 1
-KINDS = FULL, SELF_DRAFT, TIED = "full", "self_draft", "tied"
+KINDS = FULL, SELF_DRAFT, TIED, HEAD = "full", "self_draft", "tied", "head"
 """Kinds of drafters: a model, or an adapter on a base that is loaded with it; an adapter on the target itself; a model
-that uses the target's embedding and output layer."""
+that uses the target's embedding and output layer; a head that reads the target's hidden states."""
 PREFIX = "base_model.model."
 
 

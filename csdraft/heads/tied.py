@@ -47,7 +47,9 @@ def tie(student: Any, target: Any) -> Any:
 
 
 def borrowed(model: Any) -> dict[str, str]:
-    """Names of the parameters that a tied student does not own -> whose they are, see `embeddings`; else empty."""
+    """Names of the parameters that a tied student or a head does not own -> whose they are, see `embeddings`."""
+    if "stored_by" in vars(model):
+        return dict(model.lent)
     if "tied_to" not in vars(model):
         return {}
     names = {id(parameter): name for name, parameter in embeddings(model).items()}
@@ -195,6 +197,8 @@ def stored_form(model: Any) -> OnTarget | None:
     """What is stored of a drafter that stands on a target, bound or not; None of any other model."""
     if isinstance(model, OnTarget):
         return model
+    if "stored_by" in vars(model):
+        return model.stored_by.of(model)
     if "self_draft" in vars(model):
         return SelfDraft.of(model)
     return TiedDraft.of(model) if "tied_to" in vars(model) else None

@@ -20,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import ROOT, Draft
+from csdraft.decoding.feature_session import taps_of
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Request, Round, Schedule
 from csdraft.decoding.reported import unreported
 from csdraft.decoding.text import Text
@@ -141,7 +142,8 @@ def measure_drafters(
         writer = TraceWriter(drafters, costs)
         plain, began = plain_seconds(target, prompt, options), time.perf_counter()
         reviews = Lengths(WIDTHS, own, writer)
-        target.generate(**prompt, assistant=Filler(), schedule=reviews, **fresh)
+        read = frozenset(tap for drafter in drafters for tap in drafter.taps())
+        target.generate(**prompt, assistant=Filler(read), schedule=reviews, **fresh)
         outside = time.perf_counter() - began - writer.seconds
         for drafter, known in zip(drafters, costs, strict=True):
             if writes(drafter):
@@ -181,8 +183,11 @@ def plain_seconds(target: Any, prompt: Mapping[str, Tensor], options: Mapping[st
 
 
 def writes(drafter: Drafter) -> bool:
-    """Whether the drafter is a model that writes token by token, not in trees."""
-    return isinstance(drafter, ModelDrafter) and drafter.tree is None
+    """Whether it is a model that writes token by token, and can tell its choices along a text in one forward.
+
+    A head cannot: what it drafts after a drafted token depends on its own outputs.
+    """
+    return isinstance(drafter, ModelDrafter) and drafter.tree is None and not taps_of(drafter.network)
 
 
 def lengths(drafter: Drafter) -> Sequence[int]:
@@ -198,7 +203,16 @@ def own_depth(drafter: Drafter) -> int:
 
 @dataclass(frozen=True)
 class Filler(Drafter):
-    """Drafts the text's last token again and again: a draft of any length, to time its reviewer."""
+    """Drafts the text's last token again and again: a draft of any length, for its reviewer to be timed.
+
+    Args:
+        read: hidden states of the target that the drafters, which look on, will want.
+    """
+
+    read: frozenset[int] = frozenset()
+
+    def taps(self) -> frozenset[int]:
+        return self.read
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
         level = contexts[0].call.level(self)

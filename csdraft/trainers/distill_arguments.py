@@ -39,7 +39,7 @@ class DistillArguments(RunArguments):
         default=None,
         metadata={
             "help": "Makes a new student instead: {from_target: {layers: [0, 15]}}, with `shared: true` for "
-            "self-drafting (needs `peft`), or {config: {...}}."
+            "self-drafting (needs `peft`), {config: {...}}, or a head: {eagle3: {draft_vocab: 8192}}."
         },
     )
     peft: dict | None = field(

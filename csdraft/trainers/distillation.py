@@ -9,13 +9,18 @@ from torch import Tensor, nn
 
 from csdraft.data.packing import IGNORED
 from csdraft.data.target_cache import dense
+from csdraft.models import base_model
 from csdraft.trainers.objective import Objective, head_of, hidden_of
+from csdraft.trainers.split import states_of
+from csdraft.trainers.students._kind import HeadKind, kind_of_head
 
 __all__ = ["Distillation"]
 
 
 class Distillation(nn.Module):
     """Reads a batch with both models and compares their next-token distributions where a label says so.
+
+    What a drafting head compares, its kind says: see `csdraft.trainers.students._kind`.
 
     The loss is computed here, inside the wrapped module's forward, so that sharded parameters are there when the heads
     are applied.
@@ -31,7 +36,8 @@ class Distillation(nn.Module):
         self.student = student
         self.objective = objective
         self._target = (target.eval().requires_grad_(False),)
-        self._heads = head_of(student), head_of(target)
+        self._kind = kind_of_head(student)
+        self._heads = head_of(student) if self._kind is None else None, head_of(target)
 
     @property
     def target(self) -> nn.Module:
@@ -60,6 +66,8 @@ class Distillation(nn.Module):
             inputs: `input_ids` and `position_ids`, (rows, length); of an encoder-decoder `input_ids`,
                 `attention_mask` and `decoder_input_ids`.
         """
+        if self._kind is not None:
+            return self._of_head(self._kind, labels, inputs) / total
         after = 0 if "decoder_input_ids" in inputs else 1
         labels = labels[:, after:]
         scored = labels != IGNORED
@@ -75,3 +83,14 @@ class Distillation(nn.Module):
             target = read[:, : labels.shape[1]][scored.to(read.device)]
         total_loss = self.objective.total(student, target, labels[scored], student_head, target_head)
         return total_loss / total
+
+    def _of_head(self, kind: HeadKind, labels: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        """The sum of the loss of a head, over its drafting steps: the target's features come from its own forward."""
+        head, place = base_model(self.student), self.target.device
+        with torch.no_grad():
+            there = {name: value.to(place) for name, value in inputs.items()}  # type: ignore[arg-type]
+            hidden, states = states_of(self.target, head.taps, **there)  # type: ignore[arg-type]
+        total = torch.zeros((), device=labels.device)
+        for weight, *compared in kind.compared(head, states, hidden, self._heads[1], labels, inputs):
+            total = total + weight * self.objective.total(*compared)
+        return total

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from csdraft.decoding.feature_session import FeatureModel
 from csdraft.drafters.model import ModelDrafter
 from csdraft.metrics.intervals import bootstrap_ratio
 from csdraft.metrics.measures import expected_acceptance, greedy_agreement, tokens_per_call
+from csdraft.models import base_model
 from csdraft.reports.report import Report
 from csdraft.schedules.fixed import Fixed
 
@@ -115,10 +117,7 @@ class Evaluation:
         written = torch.zeros_like(texts[:, 1:], dtype=torch.bool)
         written[:, width - 1 :] = up_to_end(texts[:, width:], ends_of(target))
         drafted, wanted = (
-            model(**{key: value.to(model.device) for key, value in inputs.items()}, use_cache=False)
-            .logits[:, : written.shape[1]]
-            .to(written.device)[written]
-            for model in (student, target)
+            logits[:, : written.shape[1]].to(written.device)[written] for logits in _logits(student, target, inputs)
         )
         if not sampled:
             _add(sums, "compared_greedy", len(wanted))
@@ -167,6 +166,19 @@ class Evaluation:
             if tried := sums.get(f"greedy_tried_{depth}"):
                 figures[f"accepted_{depth}"] = sums[f"greedy_accepted_{depth}"] / tried
         return figures
+
+
+def _logits(student: Any, target: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(rows, length, vocab) what student and target say along texts; a head reads the target's features."""
+    there = {key: value.to(target.device) for key, value in inputs.items()}
+    head = base_model(student)
+    if not isinstance(head, FeatureModel):
+        here = {key: value.to(student.device) for key, value in inputs.items()}
+        return student(**here, use_cache=False).logits, target(**there, use_cache=False).logits
+    read = target(**there, use_cache=False, output_hidden_states=True)
+    states = {tap: read.hidden_states[tap] for tap in head.taps}
+    ids, mask, positions = (inputs[key].to(head.device) for key in ("input_ids", "attention_mask", "position_ids"))  # type: ignore[union-attr]
+    return head.along(states, ids, positions, mask), read.logits
 
 
 def _of_prompts(sums: dict[str, float], name: str) -> list[float]:

@@ -18,7 +18,6 @@ from yaml import YAMLError
 from csdraft.data.packing import Packed, Padded
 from csdraft.data.sources import revision_of, tally_of
 from csdraft.data.target_cache import checksum
-from csdraft.heads.tied import borrowed
 from csdraft.hub import command, public_name, without_folders
 from csdraft.models import base_model
 from csdraft.stored import is_hub_id
@@ -70,7 +69,7 @@ def provenance(trainer: DrafterTrainer) -> dict[str, Any]:
         "data": described_data(trainer),
         "arguments": {k: _named(v) for k, v in own.items()} | {k: getattr(args, k) for k in chosen},
         "added_parameters": None if trainer.is_fsdp_enabled else added_share(trainer.student, target),
-        "tied_to_target": bool(borrowed(base_model(trainer.student))),
+        "tied_to_target": "tied_to" in vars(base_model(trainer.student)),
         "processes": args.world_size,
         "steps": trainer.state.global_step,
         "weights_of_step": _kept_step(trainer),

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from csdraft.heads.self_draft import SELF_DRAFT, TIED, read_document
+from csdraft.heads.self_draft import HEAD, SELF_DRAFT, TIED, read_document
 
 __all__ = ["RATES", "is_shared", "kind_of"]
 
-RATES = {"whole": 2e-5, "cut": 1e-4, "scratch": 3e-4, "lora": 2e-4, "self_draft": 4e-4}
+RATES = {"whole": 2e-5, "cut": 1e-4, "scratch": 3e-4, "lora": 2e-4, "self_draft": 4e-4, "head": 3e-4}
 """Kind of student -> learning rate."""
 
 
@@ -31,9 +31,10 @@ def kind_of(student: Any, init: Mapping[str, Any] | None, peft: Mapping[str, Any
     if peft is not None:
         return "lora"
     if init is not None:
-        return "scratch" if "config" in init else "cut"
+        return "scratch" if "config" in init else "cut" if "from_target" in init else "head"
     if student is None or not Path(student).is_dir():
         return "whole"
     kind = (read_document(str(student)) or {}).get("kind")
     adapter = Path(student, "adapter_config.json").is_file()
-    return {SELF_DRAFT: "self_draft", TIED: "cut"}.get(kind, "lora" if adapter else "whole")  # type: ignore[arg-type]
+    by_document = {SELF_DRAFT: "self_draft", TIED: "cut", HEAD: "head"}
+    return by_document.get(kind, "lora" if adapter else "whole")  # type: ignore[arg-type]

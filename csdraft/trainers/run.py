@@ -8,15 +8,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from csdraft.data.chat import chat_of
-from csdraft.data.packing import Packed, Padded, check_packing, collate, collate_seq2seq
+from csdraft.data.packing import IGNORED, Packed, Padded, check_packing, collate, collate_seq2seq
 from csdraft.data.sources import read_prompts, read_rows
 from csdraft.data.target import check_writable, load_weights, read_target, target_name
 from csdraft.data.target_cache import TargetCache
-from csdraft.heads.self_draft import SELF_DRAFT, read_document
+from csdraft.decoding.feature_session import FeatureModel
+from csdraft.heads.self_draft import HEAD, SELF_DRAFT, read_document
 from csdraft.hub import fingerprint
 from csdraft.trainers.distill import DrafterTrainer, evaluation_of
 from csdraft.trainers.distill_arguments import DistillArguments
@@ -29,6 +30,7 @@ from csdraft.trainers.publish import identity
 from csdraft.trainers.rates import is_shared
 from csdraft.trainers.run_folder import RunFolder, say
 from csdraft.trainers.students import check_engine, check_student, load_student_weights, make_student
+from csdraft.trainers.students._kind import Counts, asked_kind
 
 __all__ = ["distill"]
 
@@ -64,7 +66,7 @@ def make_trainer(
 ) -> DrafterTrainer:
     """The trainer, with target and student loaded."""
     evaluation = make_evaluation(args, config, tokenizer)
-    target, student = load_models(args, config)
+    target, student = load_models(args, config, partial(counts_of, batches["train_dataset"], config))
     trainer = DrafterTrainer(
         model=student,
         args=args,
@@ -111,6 +113,7 @@ def check(args: DistillArguments, config: PreTrainedConfig, tokenizer: PreTraine
             "out eval_strategy and eval_on_start"
         )
     check_student(config, args.student, args.init, args.peft)
+    check_head(args)
     check_engines(args)
     if args.max_length > (context := context_length(config)):
         raise ValueError(f"max_length={args.max_length} is longer than the target's context of {context} tokens")
@@ -142,6 +145,19 @@ def check_extras(args: DistillArguments) -> None:
         raise ValueError(
             "bitsandbytes is needed for this target_quantization and not installed: pip install bitsandbytes"
         )
+
+
+def check_head(args: DistillArguments) -> None:
+    """What a drafting head, which needs features of each text, cannot be trained on."""
+    stored = read_document(args.student) if args.student is not None else None
+    if asked_kind(args.init) is None and (stored or {}).get("kind") != HEAD:
+        return
+    for name in ("on_policy", "target_cache"):
+        if getattr(args, name):
+            raise ValueError(
+                f"{name}={getattr(args, name)!r} with a head: it reads hidden states of the target, which are "
+                f"computed along the texts as they are; leave {name} out"
+            )
 
 
 def check_engines(args: DistillArguments) -> None:
@@ -229,6 +245,15 @@ def make_batches(
     return {"train_dataset": texts, "data_collator": partial(collate, pad=pad)}
 
 
+def counts_of(texts: Packed | Padded, config: PreTrainedConfig) -> Tensor:
+    """(vocab,) how often each token is to be predicted in the training text."""
+    counts = torch.zeros(config.get_text_config(decoder=True).vocab_size, dtype=torch.long)
+    for index in range(len(texts)):
+        labels = texts[index]["labels"]
+        counts += torch.bincount(labels[labels != IGNORED], minlength=len(counts))
+    return counts
+
+
 def context_length(config: PreTrainedConfig) -> int:
     return getattr(config, "max_position_embeddings", None) or 1 << 20
 
@@ -236,8 +261,10 @@ def context_length(config: PreTrainedConfig) -> int:
 # Models.
 
 
-def load_models(args: DistillArguments, config: PreTrainedConfig) -> tuple[nn.Module, nn.Module]:
-    """The frozen target, and the student in float32."""
+def load_models(
+    args: DistillArguments, config: PreTrainedConfig, counts: Counts | None = None
+) -> tuple[nn.Module, nn.Module]:
+    """The frozen target, and the student in float32; `counts` is for `make_student`."""
     load = partial(
         load_weights,
         args,
@@ -251,10 +278,11 @@ def load_models(args: DistillArguments, config: PreTrainedConfig) -> tuple[nn.Mo
         if placed_here(target):
             target.to(args.device)  # before a self-drafting student shares its weights
         set_seed(args.seed)
-        student = make_student(target, args.student, args.init, args.peft)
+        student = make_student(target, args.student, args.init, args.peft, counts)
     if args.packing and not config.is_encoder_decoder:
         for model in (target, student):
-            check_packing(model.eval())
+            if not isinstance(model, FeatureModel):  # a head's own mask keeps texts apart
+                check_packing(model.eval())
     return target, student
 
 

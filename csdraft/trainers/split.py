@@ -8,7 +8,7 @@ back the hidden states it was given.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from transformers.utils import ModelOutput
 from csdraft.decoding.names import name_of
 from csdraft.models import base_model
 
-__all__ = ["head_of", "hidden_of"]
+__all__ = ["head_of", "hidden_of", "states_of"]
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
 """Relative to the largest logit; 0.05 in shorter dtypes. A head that lacks a step is further off in some logit."""
@@ -100,6 +100,22 @@ class Output(ModelOutput):
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
             raise AttributeError(name)
+
+
+def states_of(model: nn.Module, taps: Collection[int], **inputs: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+    """What `hidden_of` returns, and hidden states of a decoder-only model by tap, each (rows, length, width).
+
+    Args:
+        taps: 0 is the embeddings, i the output of block i.
+        inputs: see `hidden_of`.
+    """
+    inner = base_model(model)
+    if _can_split(model):
+        (name,) = _bodies(inner)
+        output = inner.get_submodule(name)(**inputs, use_cache=False, return_dict=True, output_hidden_states=True)
+        return output.last_hidden_state, {tap: output.hidden_states[tap] for tap in taps}
+    output = model(**inputs, use_cache=False, output_hidden_states=True)
+    return output.logits, {tap: output.hidden_states[tap] for tap in taps}
 
 
 def _bodies(model: nn.Module) -> list[str]:

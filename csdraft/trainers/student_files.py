@@ -18,6 +18,7 @@ from csdraft.heads.self_draft import (
     read_document,
     write_document,
 )
+from csdraft.heads.stored_head import head_at
 from csdraft.heads.tied import TiedDraft, borrowed
 from csdraft.models import base_model
 
@@ -37,7 +38,10 @@ def save_student(
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     model = base_model(student)
-    if "self_draft" in vars(model):
+    if "stored_by" in vars(model):
+        kind: Any = model.stored_by
+        kind.of(model, state_dict).save(folder)
+    elif "self_draft" in vars(model):
         SelfDraft.of(model).save(folder)
     elif "tied_to" in vars(model):
         TiedDraft.of(model, state_dict).save(folder, model)
@@ -69,7 +73,8 @@ def load_student_weights(student: Any, folder: str | os.PathLike[str]) -> None:
         _check_names(state, adapter_state(model), folder)
         put_adapter(student, state)
         return
-    state = _read_weights(folder)
+    stored_head = head_at(folder) if "stored_by" in vars(model) else None
+    state = _read_weights(folder) if stored_head is None else stored_head.state
     own = model.state_dict()
     stored = {own[key].data_ptr() for key in state if key in own}
     tied = {key for key, tensor in own.items() if key not in state and tensor.data_ptr() in stored}

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "trees": {"trees", "decoding", "heads"},
     "verifiers": {"verifiers", "decoding"},
     "schedules": {"schedules", "decoding", "tables"},
-    "heads": {"heads"},
+    "heads": {"heads", "decoding"},
     "tables": {"tables"},
     "losses": {"losses"},
     "data": {"data"},
@@ -72,7 +72,7 @@ OUTSIDE = {"benchmarks", "examples", "recipes", "scripts", "tests"}
 
 LONGEST_FUNCTION, LONGEST_FILE = 60, 400
 
-MOST_LINES, MOST_CODE = 27_900, 18_050
+MOST_LINES, MOST_CODE = 29_200, 19_000
 """Of the wheel: all lines, and those that are not blank, comment or docstring. The aim is 15,000 and 11,000."""
 
 

@@ -23,12 +23,14 @@ from csdraft.heads.self_draft import (
     own_layers,
     peft_package,
 )
+from csdraft.heads.stored_head import StoredHead
 from csdraft.heads.tied import TiedDraft, borrowed
 from csdraft.models import base_model, load_model
 from csdraft.trainers.engines import uses
 from csdraft.trainers.new_students import cut_out, from_scratch, narrow_config, new_config
 from csdraft.trainers.rates import is_shared
 from csdraft.trainers.student_files import load_student_weights, put_adapter, save_student
+from csdraft.trainers.students._kind import Counts, asked_kind, kinds
 
 __all__ = ["added_share", "check_engine", "check_student", "load_student_weights", "make_student", "save_student"]
 
@@ -59,14 +61,19 @@ def check_student(
     if len(ways) != 1:
         raise ValueError(
             f"{' and '.join(ways) or 'no student'} given; choose one: student (a folder or Hub id), or init "
-            "({from_target: {layers: [...]}}, with shared: true for self-drafting, or {config: {...}})"
+            "({from_target: {layers: [...]}}, with shared: true for self-drafting, {config: {...}}, or a head such as "
+            "{eagle3: {}})"
         )
-    if init is not None:
+    if (asked := asked_kind(init)) is not None and len(init or ()) == 1:
+        if peft is not None:
+            raise ValueError("peft with a head: a head is trained whole; leave peft out")
+        asked[0].check(config, asked[1])
+    elif init is not None:
         _check_init(config, init, peft)
 
 
 def _check_init(config: Any, init: Mapping[str, Any], peft: Mapping[str, Any] | None) -> None:
-    spec.check_keys(init, ("from_target", "config"), "init")
+    spec.check_keys(init, ("from_target", "config", *kinds()), "init")
     if len(init) != 1 or not isinstance(next(iter(init.values())), Mapping):
         raise ValueError(f"init={dict(init)}: give {{from_target: {{layers: [...]}}}} or {{config: {{...}}}}")
     cut = init.get("from_target", {})
@@ -151,6 +158,7 @@ def make_student(
     student: nn.Module | str | None = None,
     init: Mapping[str, Any] | None = None,
     peft: Mapping[str, Any] | None = None,
+    counts: Counts | None = None,
 ) -> Any:
     """A student for this target. Students that are trained whole are float32; adapters too, on a base as it is.
 
@@ -163,7 +171,8 @@ def make_student(
             others at the class's defaults; `model_type` is the target's unless given. With `tie_to_target` (of
             `from_target`) its embedding and output layer stay the target's: frozen, and not saved with it. With
             `shared` (of `from_target`) the layers are the target's own, not copies, and `peft` is trained on them:
-            self-drafting.
+            self-drafting. Or the name of a file of this folder, such as `{"eagle3": {...}}`: a head, see its options.
+        counts: how often each token is to be predicted in the training text, for heads that draft only some.
         peft: options of `peft.LoraConfig`, for LoRA on `student` or on shared layers. Patterns in it see the layers'
             new numbers, from 0.
 
@@ -172,6 +181,8 @@ def make_student(
     """
     target = load_model(target, dtype="auto") if isinstance(target, str) else base_model(target)
     check_student(target.config, student, init, peft)
+    if (asked := asked_kind(init)) is not None:
+        return asked[0].make(target, asked[1], counts)
     if peft is not None and init is not None:
         cut = init["from_target"]
         return _with_lora(own_layers(target, cut["layers"], cut.get("encoder_layers")), peft)
@@ -205,7 +216,7 @@ def _with_lora(model: nn.Module, options: Mapping[str, Any]) -> nn.Module:
 def _continued(path: str, target: nn.Module) -> nn.Module:
     """A stored student, ready to be trained on."""
     model = load_model(os.fspath(path), dtype=torch.float32)
-    if isinstance(model, TiedDraft):
+    if isinstance(model, TiedDraft | StoredHead):
         return model.open(target, torch.float32)
     if isinstance(model, SelfDraft):
         model.check(target)
