@@ -44,7 +44,7 @@ class Spied(ModelDrafter):
                 call.session(model).forget()
         made = super().propose(contexts, [replace(budget, confidence=True) for budget in budgets])
         session = call.session(self.network)
-        assert session.reader.fed == session.kept + session.rolled_back  # an entry is read once, unless given up
+        assert session.use.fed == session.kept + session.use.rolled_back  # an entry is read once, unless given up
         for context, draft in zip(contexts, made, strict=True):
             self.drafts.append((context.row, draft.tokens, draft.parents))
             for node, parent in enumerate(draft.parents):
