@@ -50,13 +50,14 @@ LABELS = {
     "hf_assisted_default": "generate(assistant_model=drafter)",
     "hf_prompt_lookup": "generate(prompt_lookup_num_tokens=10)",
     "drafter": "generate(assistant=drafter)",
+    "auto": 'generate(assistant="auto")',
     "max_gram": "generate(assistant=MaxGram())",
     "cascade": "generate(assistant=CascadeDrafter)",
     "own_before": "own drafter before distilling",
     "own_after": "own drafter after distilling",
     "own_cascade": "CascadeDrafter with own drafter",
 }
-OWN = ("drafter", "max_gram", "cascade", "own_after", "own_cascade")
+OWN = ("drafter", "auto", "max_gram", "cascade", "own_after", "own_cascade")
 LOOKUP_LENGTH = 10
 OWN_DEPTH = 3
 """Tokens a round that the target's own drafter writes, before and after distilling, whether it pays or not."""

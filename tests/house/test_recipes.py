@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from csdraft import CascadeDrafter, MaxGram, ModelDrafter
 from csdraft.data.generate import GenerateArguments, generate
+from csdraft.drafters.suffix import Suffix
 from csdraft.trainers.arguments import read_arguments
 from csdraft.trainers.distill import DistillArguments
 from csdraft.trainers.run import distill
@@ -25,7 +26,7 @@ from tests.tiny import drafter_of, fresh, inputs_of, tiny, tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(path for path in ROOT.glob("recipes/*/*.yaml") if path.parent.name != "accelerate")
-LARGE = {"flan-t5-xxl": "flan", "llama-3.1-8b": "llama", "qwen3-8b": "qwen3", "papers": "flan"}
+LARGE = {"flan-t5-xxl": "flan", "llama-3.1-8b": "llama", "qwen3-8b": "qwen3", "papers": "flan", "smollm2": "llama"}
 """Families of the folders whose models are not here."""
 
 
@@ -119,7 +120,8 @@ def test_cascades_draft(path):
     """With tiny models in the place of paths."""
     args, family = read(path), LARGE[path.parent.name]
     models = (drafter_of(family, scale=0.1 * number) for number in range(1, 9))
-    drafters = [MaxGram() if drafter == "max_gram" else ModelDrafter(next(models)) for drafter in args.drafters]
+    copying = {"max_gram": MaxGram, "suffix": Suffix}
+    drafters = [copying[name]() if name in copying else ModelDrafter(next(models)) for name in args.drafters]
     cascade = CascadeDrafter(drafters, args.k_matrix, args.lenience, args.verifier, args.schedule)
     inputs, options = inputs_of(family), {"max_new_tokens": 24, "do_sample": False}
     target: Any = tiny(family)
