@@ -167,15 +167,15 @@ def _texts(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase | None) -> 
 # The rounds.
 
 
-def _rounds(report: Report) -> Iterator[tuple[int, list[int], list[int]]]:
-    """(row, levels of the drafted tokens that were kept, of those that were not) of each round."""
+def _rounds(report: Report) -> Iterator[tuple[int, list[int], list[tuple[int, int]]]]:
+    """(row, levels of the drafted tokens that were kept, (level, tokens) of those that were not) of each round."""
     for row, (levels, lengths, rejected) in enumerate(
         zip(report.levels, report.lengths, report.rejected, strict=True)
     ):
         start = 0
         for length, pairs in zip(lengths, rejected, strict=True):
             emitted, start = levels[start : start + length], start + length
-            yield row, [level for level in emitted if level], [level for level, n in pairs for _ in range(n)]
+            yield row, [level for level in emitted if level], pairs
 
 
 def _strip(report: Report) -> str:
@@ -183,10 +183,13 @@ def _strip(report: Report) -> str:
     blocks = []
     for number, (row, kept, lost) in enumerate(islice(_rounds(report), MOST_ROUNDS), 1):
         where = f"row {row}, " if len(report.tokens) > 1 else ""
-        title = f"round {number}: {where}{len(kept) + len(lost)} drafted, {len(kept)} kept"
-        cells = [f'<i class="l{level}"></i>' for level in kept] + [f'<i class="l{level} no"></i>' for level in lost]
-        more = f"+{len(cells) - MOST_CELLS}" if len(cells) > MOST_CELLS else ""
-        blocks.append(f'<span class="round" title="{escape(title)}">{"".join(cells[:MOST_CELLS])}{more}</span>')
+        drafted = len(kept) + sum(tokens for _, tokens in lost)
+        title = f"round {number}: {where}{drafted} drafted, {len(kept)} kept"
+        cells = [f'<i class="l{level}"></i>' for level in kept[:MOST_CELLS]]
+        for level, tokens in lost:  # a file may claim any number of them
+            cells += [f'<i class="l{level} no"></i>'] * min(tokens, MOST_CELLS - len(cells))
+        more = f"+{drafted - len(cells)}" if drafted > len(cells) else ""
+        blocks.append(f'<span class="round" title="{escape(title)}">{"".join(cells)}{more}</span>')
     left = sum(map(len, report.lengths)) - len(blocks)
     said = "A block a round, a cell for each drafted token: filled if the target kept it, hollow if not."
     more = f"<p>and {count(left, 'more round')}</p>" if left else ""

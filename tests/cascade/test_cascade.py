@@ -88,6 +88,9 @@ class ScriptedSession:
         self.chooser, self.agrees, self.positions = chooser, agrees, 1 << 30
         self.rows: list[int] = []
 
+    def left(self, context):
+        return self.positions - len(context.text) - len(context.path)
+
     def score(self, requests, chooser=None):
         (request,) = requests
         agrees = self.agrees[len(self.rows)]
