@@ -21,7 +21,7 @@ import csdraft.heads
 from csdraft.heads.on_target import OnTarget
 from csdraft.stored import check_config, read_object
 
-__all__ = ["StoredHead", "check_tensors", "config_at", "head_at", "read_tensors"]
+__all__ = ["StoredHead", "check_tensors", "config_at", "head_at", "read_tensors", "recognised"]
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
@@ -95,13 +95,16 @@ def head_at(path: str, **options: Any) -> StoredHead | None:
     Args:
         options: of the Hub: revision, token, ...
     """
-    if (config := config_at(path, **options)) is None:
+    config = config_at(path, **options)
+    if config is None or (kind := recognised(config)) is None:
         return None
-    for kind in kinds():
-        if kind.recognises(config):
-            check_config(config, f"{path}/config.json")
-            return kind.load(path, config, **options)
-    return None
+    check_config(config, f"{path}/config.json")
+    return kind.load(path, config, **options)
+
+
+def recognised(config: Mapping[str, Any]) -> type[StoredHead] | None:
+    """The kind of head that a folder with this config.json holds; None if it holds something else."""
+    return next((kind for kind in kinds() if kind.recognises(config)), None)
 
 
 def config_at(path: str, **options: Any) -> dict[str, Any] | None:
