@@ -11,6 +11,7 @@ import pkgutil
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -132,11 +133,16 @@ def read_tensors(path: str, **options: Any) -> dict[str, Tensor]:
     if file is None:
         raise ValueError(f"{path!r} has a config.json and none of {', '.join(WEIGHTS)}; get its weights too")
     try:
-        if name == WEIGHTS[0]:
-            return load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
+        of_torch = name != WEIGHTS[0]
+        state = torch.load(file, map_location="cpu", weights_only=True) if of_torch else load_file(file)
+    except UnpicklingError as error:  # whose message advises to trust the file
+        raise ValueError(f"{file} holds other things than tensors, or is cut short; get {WEIGHTS[0]}") from error
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{file} cannot be read ({error}); it may be cut short: get it again") from error
+    named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
+    if not named or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{file} holds other things than tensors by name; get {WEIGHTS[0]}")
+    return state
 
 
 def check_tensors(path: str, state: Mapping[str, Tensor], module: nn.Module, optional: set[str]) -> None:

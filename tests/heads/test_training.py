@@ -198,6 +198,22 @@ def damaged(name: str, change: Any) -> Any:
     return of
 
 
+def pickled(content: Any) -> Any:
+    def of(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        torch.save(content, folder / "pytorch_model.bin")
+
+    return of
+
+
+def test_how_weights_are_stored_is_of_no_account(stored):
+    before = logits_of(stored)
+    torch.save(tensors(stored), stored / "pytorch_model.bin")
+    (stored / "model.safetensors").unlink()
+    edit(stored, dtype="x", torch_dtype=[], quantization_config=[])
+    assert torch.equal(logits_of(stored), before)
+
+
 @pytest.mark.filterwarnings("ignore:.*is open")
 @pytest.mark.parametrize(
     ("damage", "says"),
@@ -215,6 +231,11 @@ def damaged(name: str, change: Any) -> Any:
         (lambda folder: edit(folder, draft_vocab_size=0), "draft_vocab_size=0"),
         (lambda folder: edit(folder, num_attention_heads="many"), "no config of a Llama layer"),
         (lambda folder: edit(folder, rope_parameters={"rope_type": "dynamic", "factor": 2.0}), "dynamic"),
+        (lambda folder: edit(folder, hidden_act="x"), "hidden_act='x' is unknown"),
+        (lambda folder: edit(folder, quantization_config={"bits": 4}), "not quantised"),
+        (pickled([1]), "other things than tensors by name"),
+        (pickled({"fc.weight": 1}), "other things than tensors by name"),
+        (pickled({"a": Path("a")}), "other things than tensors, or"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"cut"), "cut short"),
         (lambda folder: (folder / "model.safetensors").unlink(), r"none of model\.safetensors"),
     ],
