@@ -112,13 +112,15 @@ def prepare(
         models += [model for model in drafter.models() if model is not target]
     graphs = _graphs(compile, options_of(drafter, Options.of(options)))
     started, ready = time.perf_counter(), []
-    for name, model in zip(distinct(map(name_of, models)), models, strict=True):
+    named = list(zip(distinct(map(name_of, models)), models, strict=True))
+    for name, model in named:
         if reason := refusal(model):
             raise ValueError(f"{name} {reason}")
+    for name, model in reversed(named):  # the target last: where memory is short, who waits longest is dropped first
         shapes = [(width, seen) for seen in _doublings(FEWEST_SLOTS, bucket(slots)) for width in _doublings(1, WIDEST)]
         taps = drafter.taps() if drafter is not None and model is target else frozenset[int]()
         ready.append(measured(name, model, rows, shapes, graphs, progress, taps))
-    return Prepared(ready, time.perf_counter() - started)
+    return Prepared(ready[::-1], time.perf_counter() - started)
 
 
 def _graphs(compile: bool, options: Options) -> Mode:
