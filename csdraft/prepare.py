@@ -162,7 +162,8 @@ def measured(
     reader.reserve(slots + 2 * BUCKET)  # as much as a call will ask for, so that the cache stays where it is
     reader.read([_plan(2, 4)] * rows, 1)  # makes the cache's buffers
     costs = {}
-    for done, (width, seen) in enumerate(shapes):
+    longest_first = sorted(shapes, key=lambda shape: -shape[1])  # of too many the first are dropped
+    for done, (width, seen) in enumerate(longest_first):
         progress(f"{name}: {width} tokens, {seen} slots", done / len(shapes))
         seen = min(seen, reader.cache.capacity)
         costs[Shape(rows, width, seen, 1)] = _seconds(reader, [_plan(width, seen)] * rows)
