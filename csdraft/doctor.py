@@ -22,6 +22,7 @@ from torch import nn
 from csdraft.checks.probe import difference, padding_difference
 from csdraft.checks.refusals import refusal
 from csdraft.decoding.graphs import FEWEST_SLOTS
+from csdraft.heads.on_target import OnTarget
 from csdraft.prepare import Ready, measured
 
 __all__ = ["Machine", "ModelState", "Package", "examine", "machine", "packages"]
@@ -219,6 +220,9 @@ def examine(name: str, model: nn.Module, progress: Callable[[str, float], None])
         progress: called with what is being done and the share that is done.
     """
     model = model.eval()
+    if isinstance(model, OnTarget):
+        alone = f"it {model.use} and cannot run alone; name that target here, and this folder as its drafter"
+        return ModelState(name, f"{model.what} of a target", refused=alone)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     first = next(model.parameters())
     dtype = str(first.dtype).removeprefix("torch.")

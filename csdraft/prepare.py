@@ -112,13 +112,15 @@ def prepare(
         models += [model for model in drafter.models() if model is not target]
     graphs = _graphs(compile, options_of(drafter, Options.of(options)))
     started, ready = time.perf_counter(), []
-    for name, model in zip(distinct(map(name_of, models)), models, strict=True):
+    named = list(zip(distinct(map(name_of, models)), models, strict=True))
+    for name, model in named:
         if reason := refusal(model):
             raise ValueError(f"{name} {reason}")
+    for name, model in reversed(named):  # the target last: where memory is short, who waits longest is dropped first
         shapes = [(width, seen) for seen in _doublings(FEWEST_SLOTS, bucket(slots)) for width in _doublings(1, WIDEST)]
         taps = drafter.taps() if drafter is not None and model is target else frozenset[int]()
         ready.append(measured(name, model, rows, shapes, graphs, progress, taps))
-    return Prepared(ready, time.perf_counter() - started)
+    return Prepared(ready[::-1], time.perf_counter() - started)
 
 
 def _graphs(compile: bool, options: Options) -> Mode:
@@ -160,7 +162,8 @@ def measured(
     reader.reserve(slots + 2 * BUCKET)  # as much as a call will ask for, so that the cache stays where it is
     reader.read([_plan(2, 4)] * rows, 1)  # makes the cache's buffers
     costs = {}
-    for done, (width, seen) in enumerate(shapes):
+    longest_first = sorted(shapes, key=lambda shape: -shape[1])  # of too many the first are dropped
+    for done, (width, seen) in enumerate(longest_first):
         progress(f"{name}: {width} tokens, {seen} slots", done / len(shapes))
         seen = min(seen, reader.cache.capacity)
         costs[Shape(rows, width, seen, 1)] = _seconds(reader, [_plan(width, seen)] * rows)

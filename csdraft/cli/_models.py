@@ -19,7 +19,8 @@ from csdraft.cascade import CascadeDrafter, drafter_model
 from csdraft.data.chat import ChatFormat, chat_prompt, check_template
 from csdraft.data.sources import read_prompts
 from csdraft.decoding.interfaces import Drafter
-from csdraft.drafters.model import ModelDrafter
+from csdraft.drafters.model import ModelDrafter, bound
+from csdraft.heads.on_target import OnTarget
 from csdraft.models import load_model
 
 __all__ = [
@@ -93,10 +94,16 @@ def open_models(args: argparse.Namespace) -> Opened:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     dtype = SHORT.get(args.dtype) or str(args.dtype)
-    target = load_model(args.target, dtype=dtype).to(args.device)
+    target = load_model(args.target, dtype=dtype)
+    if isinstance(target, OnTarget):
+        raise ValueError(
+            f"--target {args.target}: {target.what} of a model, which {target.use} and cannot run alone; name that "
+            "model as --target, and this folder as --drafter"
+        )
+    target = target.to(args.device)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.target, trust_remote_code=False)
     options = _given(args, "verifier", "schedule")
-    return Opened(target, tokenizer, _assistant(args, target, dtype), options)
+    return Opened(target, tokenizer, bound(_assistant(args, target, dtype), target), options)
 
 
 def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:

@@ -133,8 +133,8 @@ class Call:
         Args:
             failed: whether a drafter has: its models may have stopped in the midst of a forward.
         """
-        for session in self._sessions.values():
-            if not failed or session.model is self.target:
+        for session in sorted(self._sessions.values(), key=lambda session: session.model is self.target):
+            if not failed or session.model is self.target:  # which comes last: who waits longest is dropped first
                 session.close()
 
     def retire(self, live: Sequence[int]) -> None:

@@ -8,7 +8,8 @@ reviewers decide, and makes a report of it. This one keeps costs only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -68,9 +69,9 @@ class Ledger:
 
     Attributes:
         models: what each model did, by the model's id.
-        seconds: in the decoding loop, from the first round to the last.
+        seconds: in the decoding loop, from the first round to the last, without what a streamer took.
         drafting: seconds of the target's rounds that went into drafting, and `scoring` all others of them: the
-            target's forward, its verdict, the schedule. What the streamer takes is in neither.
+            target's forward, its verdict, the schedule.
         cut: draft tokens that a K matrix asks for and that the budget, or the room in the text, did not allow.
         failure: why the drafter was left out; None if it was not.
         why: the schedule's reasons in a sentence.
@@ -87,6 +88,7 @@ class Ledger:
         self.first: float | None = None
         self.stages: dict[int, tuple[float, float]] = {}  # by the id of a stage's drafter
         self._started = self._began = 0.0  # the call, and its latest round
+        self._paused = 0.0  # seconds
         self._drafting = self._scoring = 0.0  # of the latest round
 
     # The loop.
@@ -125,9 +127,18 @@ class Ledger:
     def count(self, level: int, rounds: Sequence[Round]) -> None:
         """Takes down what a reviewer decided, see `reviewed`; does nothing here."""
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done in here takes no time of the call."""
+        began = clock.now()
+        try:
+            yield
+        finally:
+            self._paused += clock.now() - began
+
     def stop(self) -> None:
         """The last round is over."""
-        self.seconds = clock.now() - self._started
+        self.seconds = clock.now() - self._started - self._paused
 
     # What works for the loop.
 

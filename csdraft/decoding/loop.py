@@ -66,7 +66,8 @@ def run(
         told = dict(zip(writing, safe.budgets(schedule, writing, rooms), strict=True))
         budgets = [told.get(context, NOTHING) for context in contexts]
         rounds = run_round(contexts, target, 0, safe, verifier, budgets)
-        output.take(rounds)  # a streamer may wait: its time is not the round's
+        with ledger.paused():  # a streamer may take its time
+            output.take(rounds)
         of_text = [finished for finished in rounds if finished.context in told]
         safe.observe(of_text)
         for context, finished in zip(contexts, rounds, strict=True):

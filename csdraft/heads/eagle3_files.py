@@ -18,13 +18,14 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import LlamaConfig
+from transformers.activations import ACT2FN
 
 from csdraft.heads.eagle3 import Eagle3, HeadOptions, default_layers
 from csdraft.heads.layers import embeddings, fingerprint
 from csdraft.heads.self_draft import HEAD, read_document, write_document
 from csdraft.heads.stored_head import StoredHead, check_tensors, read_tensors
 from csdraft.heads.tied import Lender
-from csdraft.stored import fit
+from csdraft.stored import fit, shown
 
 __all__ = ["SWITCHING", "Eagle3Head"]
 
@@ -39,6 +40,8 @@ KEPT = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_att
         "mlp_bias", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache",
         "transformers_version")  # fmt: skip
 """Keys of a layer's config that are written; of the others a `LlamaConfig` has defaults."""
+OF_WEIGHTS = {"dtype", "torch_dtype", "quantization_config"}
+"""Keys of how weights are stored; a head takes the target's dtype."""
 OF_TRAINING = {"verifier_norm.weight", "verifier_lm_head.weight"}
 """Copies of the target's that speculators may leave in a folder."""
 
@@ -276,10 +279,15 @@ def _layer_config(document: Mapping[str, Any], at: str, assumed: list[str]) -> L
         raise ValueError(f"{at}: model_type={document['model_type']!r}; csdraft reads heads with a llama layer")
     if (count := document.get("num_hidden_layers", 1)) != 1:
         assumed.append(f"num_hidden_layers={count} is the target's: an EAGLE-3 head has 1 layer")
+    if quantised := document.get("quantization_config"):
+        raise ValueError(f"{at}: quantization_config={shown(quantised)}; csdraft reads heads that are not quantised")
+    known = {key: value for key, value in document.items() if key not in OF_WEIGHTS}
     try:
-        config: Any = LlamaConfig.from_dict({**document, "num_hidden_layers": 1, "model_type": "llama"})
+        config: Any = LlamaConfig.from_dict({**known, "num_hidden_layers": 1, "model_type": "llama"})
     except (StrictDataclassError, ValueError, TypeError, ZeroDivisionError) as error:
         raise ValueError(f"{at} is no config of a Llama layer: {' '.join(str(error).split())}") from error
+    if config.hidden_act not in ACT2FN:
+        raise ValueError(f"{at}: hidden_act={shown(config.hidden_act)} is unknown; get the head's own config.json")
     if (kind := config.rope_parameters.get("rope_type", "default")) in SWITCHING:
         raise ValueError(f"{at}: rope_type={kind!r} changes with the length of a text, which csdraft's heads cannot")
     if document.get("logit_scale", 1.0) != 1.0:

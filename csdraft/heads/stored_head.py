@@ -11,6 +11,7 @@ import pkgutil
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ import csdraft.heads
 from csdraft.heads.on_target import OnTarget
 from csdraft.stored import check_config, read_object
 
-__all__ = ["StoredHead", "check_tensors", "config_at", "head_at", "read_tensors"]
+__all__ = ["StoredHead", "check_tensors", "config_at", "head_at", "read_tensors", "recognised"]
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
@@ -95,13 +96,16 @@ def head_at(path: str, **options: Any) -> StoredHead | None:
     Args:
         options: of the Hub: revision, token, ...
     """
-    if (config := config_at(path, **options)) is None:
+    config = config_at(path, **options)
+    if config is None or (kind := recognised(config)) is None:
         return None
-    for kind in kinds():
-        if kind.recognises(config):
-            check_config(config, f"{path}/config.json")
-            return kind.load(path, config, **options)
-    return None
+    check_config(config, f"{path}/config.json")
+    return kind.load(path, config, **options)
+
+
+def recognised(config: Mapping[str, Any]) -> type[StoredHead] | None:
+    """The kind of head that a folder with this config.json holds; None if it holds something else."""
+    return next((kind for kind in kinds() if kind.recognises(config)), None)
 
 
 def config_at(path: str, **options: Any) -> dict[str, Any] | None:
@@ -129,11 +133,16 @@ def read_tensors(path: str, **options: Any) -> dict[str, Tensor]:
     if file is None:
         raise ValueError(f"{path!r} has a config.json and none of {', '.join(WEIGHTS)}; get its weights too")
     try:
-        if name == WEIGHTS[0]:
-            return load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
+        of_torch = name != WEIGHTS[0]
+        state = torch.load(file, map_location="cpu", weights_only=True) if of_torch else load_file(file)
+    except UnpicklingError as error:  # whose message advises to trust the file
+        raise ValueError(f"{file} holds other things than tensors, or is cut short; get {WEIGHTS[0]}") from error
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{file} cannot be read ({error}); it may be cut short: get it again") from error
+    named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
+    if not named or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{file} holds other things than tensors by name; get {WEIGHTS[0]}")
+    return state
 
 
 def check_tensors(path: str, state: Mapping[str, Tensor], module: nn.Module, optional: set[str]) -> None:

@@ -123,6 +123,7 @@ class TiedDraft(OnTarget):
         config.get_text_config(decoder=True).vocab_size = next(iter(lent.values())).shape[0]
         model = type(target).from_pretrained(None, config=config, state_dict={**self.state, **lent}, dtype=dtype)
         model.generation_config = copy.deepcopy(target.generation_config)
+        model.config.name_or_path = self.config._name_or_path  # which transformers has replaced by None
         return model.eval()
 
     # On disk.

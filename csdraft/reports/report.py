@@ -52,7 +52,7 @@ class Report:
         calls: calls to `generate`.
         target_calls: forwards of the target, whatever the batch.
         cut: draft tokens that a K matrix asks for and that the budget, or the room in the text, did not allow.
-        seconds: in the decoding loop, from the first round to the last.
+        seconds: in the decoding loop, from the first round to the last, without what a streamer took.
         reviews: what each reviewer decided, by its name; "target" is the target.
         models: what each model did, by its name; "target" is the target.
         failures: how often a drafter failed and was left out, by message.

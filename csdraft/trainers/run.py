@@ -17,7 +17,8 @@ from csdraft.data.sources import read_prompts, read_rows
 from csdraft.data.target import check_writable, load_weights, read_target, target_name
 from csdraft.data.target_cache import TargetCache
 from csdraft.decoding.feature_session import FeatureModel
-from csdraft.heads.self_draft import HEAD, SELF_DRAFT, read_document
+from csdraft.heads.self_draft import SELF_DRAFT, read_document
+from csdraft.heads.stored_head import config_at, recognised
 from csdraft.hub import fingerprint
 from csdraft.trainers.distill import DrafterTrainer, evaluation_of
 from csdraft.trainers.distill_arguments import DistillArguments
@@ -149,8 +150,8 @@ def check_extras(args: DistillArguments) -> None:
 
 def check_head(args: DistillArguments) -> None:
     """What a drafting head, which needs features of each text, cannot be trained on."""
-    stored = read_document(args.student) if args.student is not None else None
-    if asked_kind(args.init) is None and (stored or {}).get("kind") != HEAD:
+    stored = config_at(args.student) if args.student is not None else None
+    if asked_kind(args.init) is None and (stored is None or recognised(stored) is None):
         return
     for name in ("on_policy", "target_cache"):
         if getattr(args, name):

@@ -66,7 +66,8 @@ def load_student_weights(student: Any, folder: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: the folder holds another student.
     """
-    folder, model = os.fspath(folder), base_model(student)
+    folder = os.fspath(folder)
+    model: Any = base_model(student)
     if vars(model).get("peft_config"):
         _check_base(model, folder)
         state = peft_package().load_peft_weights(folder, device="cpu")
@@ -74,12 +75,15 @@ def load_student_weights(student: Any, folder: str | os.PathLike[str]) -> None:
         put_adapter(student, state)
         return
     stored_head = head_at(folder) if "stored_by" in vars(model) else None
-    state = _read_weights(folder) if stored_head is None else stored_head.state
-    own = model.state_dict()
-    stored = {own[key].data_ptr() for key in state if key in own}
-    tied = {key for key, tensor in own.items() if key not in state and tensor.data_ptr() in stored}
-    tied |= borrowed(model).keys()
-    _check_names(state, {key: tensor for key, tensor in own.items() if key not in tied}, folder)
+    if stored_head is not None:
+        state, own = stored_head.state, model.stored_by.of(model).state  # a head decides what it stores
+    else:
+        state, own = _read_weights(folder), model.state_dict()
+        stored = {own[key].data_ptr() for key in state if key in own}
+        tied = {key for key, tensor in own.items() if key not in state and tensor.data_ptr() in stored}
+        tied |= borrowed(model).keys()
+        own = {key: tensor for key, tensor in own.items() if key not in tied}
+    _check_names(state, own, folder)
     model.load_state_dict(state, strict=False)  # tied weights are stored once
 
 

@@ -220,6 +220,15 @@ def test_what_is_prepared_is_replayed_by_the_first_call(graphs, monkeypatch):
     assert count[0] >= 2 * output.report.target_calls
 
 
+def test_where_too_many_shapes_are_prepared_short_texts_keep_theirs(graphs, monkeypatch):
+    monkeypatch.setattr("csdraft.decoding.graphs.MOST", 7)
+    target = tiny("llama")
+    ready = csdraft.prepare(target, slots=512, progress=lambda what, share: None).models[0]
+    assert (len(ready.costs), ready.recorded) == (14, 7)
+    (reader,) = graphs
+    assert {shape.slots for shape in reader.graphs.shapes} == {256}
+
+
 def test_a_text_as_long_as_was_prepared_for_keeps_what_was_recorded(graphs):
     target = tiny("llama")
     csdraft.prepare(target, slots=256, progress=lambda what, share: None)

@@ -211,3 +211,11 @@ def test_a_cache_of_the_users_own_comes_into_a_reader_that_has_read_trees():
     second = target.generate(more, **asked, **{GENERATE_CACHE: first[GENERATE_CACHE]})
     assert torch.equal(first.sequences, target.generate(prompt, **WANTED).sequences)
     assert torch.equal(second.sequences, target.generate(more, **WANTED).sequences)
+
+
+def test_where_one_cache_has_room_it_is_the_targets(monkeypatch):
+    """The drafters' are dropped first: they cost less to read again."""
+    monkeypatch.setattr("csdraft.decoding.readers.memory_of", lambda device: 0.0)
+    target, small = tiny("llama"), drafter_of("llama")
+    target.generate(tokens(20), **WANTED, assistant=ModelDrafter(small), schedule="fixed")
+    assert held(target) > 0 == held(small)

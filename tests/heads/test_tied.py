@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import csdraft
 from csdraft.cascade import as_drafter
+from csdraft.decoding.names import name_of
 from csdraft.heads.layers import embeddings
 from csdraft.models import load_model
 from csdraft.trainers.run import distill
@@ -112,6 +113,12 @@ def test_a_target_with_an_adapter_and_more_rows_lends_its_own(tmp_path):
     wider = copy.deepcopy(target)
     wider.resize_token_embeddings(target.config.vocab_size + 7)
     assert torch.equal(logits(bound_to(wider, tmp_path / "tied"))[..., : expected.shape[-1]], expected)
+
+
+def test_reports_call_it_by_its_folder(tmp_path):
+    target = target_of("llama")
+    save_student(tied_to(target), tmp_path / "mine")
+    assert name_of(bound_to(target, tmp_path / "mine")) == "mine"
 
 
 def test_another_target_is_refused(tmp_path):

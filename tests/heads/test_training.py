@@ -95,6 +95,18 @@ def test_a_run_goes_on_from_its_checkpoint(pair, run):
     assert again.midlayer.mlp.up_proj.weight.requires_grad
 
 
+def test_a_head_of_all_tokens_goes_on_from_its_checkpoint(run, tmp_path):
+    """Its offsets are all 0, and not stored."""
+    init = {"eagle3": {"layers": [0, 1, 2]}}
+    made, other = (make_student(run.target, init=init) for _ in range(2))
+    torch.nn.init.normal_(made.fc.weight)
+    Eagle3Head.of(made).save(tmp_path / "full")
+    assert "d2t" not in load_file(tmp_path / "full" / "model.safetensors")
+    load_student_weights(other, tmp_path / "full")
+    assert torch.equal(other.fc.weight, made.fc.weight)
+    assert int(other.d2t.abs().max()) == 0
+
+
 # Folders.
 
 
@@ -186,6 +198,22 @@ def damaged(name: str, change: Any) -> Any:
     return of
 
 
+def pickled(content: Any) -> Any:
+    def of(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        torch.save(content, folder / "pytorch_model.bin")
+
+    return of
+
+
+def test_how_weights_are_stored_is_of_no_account(stored):
+    before = logits_of(stored)
+    torch.save(tensors(stored), stored / "pytorch_model.bin")
+    (stored / "model.safetensors").unlink()
+    edit(stored, dtype="x", torch_dtype=[], quantization_config=[])
+    assert torch.equal(logits_of(stored), before)
+
+
 @pytest.mark.filterwarnings("ignore:.*is open")
 @pytest.mark.parametrize(
     ("damage", "says"),
@@ -203,6 +231,11 @@ def damaged(name: str, change: Any) -> Any:
         (lambda folder: edit(folder, draft_vocab_size=0), "draft_vocab_size=0"),
         (lambda folder: edit(folder, num_attention_heads="many"), "no config of a Llama layer"),
         (lambda folder: edit(folder, rope_parameters={"rope_type": "dynamic", "factor": 2.0}), "dynamic"),
+        (lambda folder: edit(folder, hidden_act="x"), "hidden_act='x' is unknown"),
+        (lambda folder: edit(folder, quantization_config={"bits": 4}), "not quantised"),
+        (pickled([1]), "other things than tensors by name"),
+        (pickled({"fc.weight": 1}), "other things than tensors by name"),
+        (pickled({"a": Path("a")}), "other things than tensors, or"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"cut"), "cut short"),
         (lambda folder: (folder / "model.safetensors").unlink(), r"none of model\.safetensors"),
     ],
@@ -249,10 +282,30 @@ def test_options_of_no_head_are_refused(options, says):
         check_student(target().config, init={"eagle3": options})
 
 
-def test_texts_of_no_features_are_refused(pair):
-    changes = {"student": None, "init": INIT, "on_policy": 0.5}
+@pytest.mark.parametrize("start", ["init", "student"])
+def test_texts_of_no_features_are_refused(pair, stored, start):
+    """Also for a head from elsewhere, which has no drafter.json."""
+    (stored / "drafter.json").unlink()
+    changes = {"student": None, "init": INIT} if start == "init" else {"student": str(stored)}
     with pytest.raises(ValueError, match=r"on_policy=0\.5 with a head"):
-        distill(arguments(pair, "refused", **changes))
+        distill(arguments(pair, "refused", **changes, on_policy=0.5))
+
+
+def test_commands_take_a_head_as_a_drafter_alone(pair, run, capsys):
+    head, prompts = str(pair / "head"), ["--prompts", str(pair / "prompts.jsonl"), "--limit", "1"]
+    target, short = ["--target", str(pair / "target")], ["--max-new-tokens", "4", "--repetitions", "1"]
+    threads = ["--threads", str(torch.get_num_threads())]
+    assert main(["bench", *target, "--drafter", head, *prompts, *short, *threads]) == 0
+    said = capsys.readouterr().out
+    assert "head" in said
+    assert "assistant_model" not in said
+    few = [*short, "--minutes", "0.02", "--tree-nodes", "--finalists", "1", "--save", str(pair / "tuned")]
+    assert main(["tune", *target, "--drafter", head, "--drafter", "max_gram", *prompts, *few, *threads]) == 0
+    assert (pair / "tuned" / "cascade.json").is_file()
+    assert main(["generate", "--target", head, "--prompt", "x"]) == 2
+    assert "cannot run alone; name that model as --target" in capsys.readouterr().err
+    assert main(["doctor", head]) == 1
+    assert "cannot run alone" in capsys.readouterr().out
 
 
 def test_what_a_folder_holds_is_printed(stored, capsys):

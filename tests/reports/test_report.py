@@ -1,6 +1,7 @@
 """Reports: hand-counted rounds, sums that must agree, and the same numbers after merging, saving and showing."""
 
 import json
+import time
 from collections import Counter
 from html.parser import HTMLParser
 from types import SimpleNamespace
@@ -306,6 +307,23 @@ def test_a_round_streamer_gets_rounds():
     report = decoded(ModelDrafter(drafter_of("llama"), depth=DEPTH), streamer=streamer)
     assert (streamer.tokens, streamer.levels) == (report.tokens[0], report.levels[0])
     assert streamer.ended
+
+
+def test_what_a_streamer_takes_is_not_the_calls():
+    """It would take as long behind plain decoding: otherwise a slow reader makes any drafter slow."""
+
+    class Slow(RoundStreamer):
+        def put(self, value):
+            pass
+
+        def put_round(self, finished):
+            time.sleep(0.03)
+
+        def end(self):
+            pass
+
+    report = decoded(ModelDrafter(drafter_of("llama"), depth=DEPTH), streamer=Slow())
+    assert report.seconds < 0.03 * report.rounds
 
 
 def byte_tokenizer():
