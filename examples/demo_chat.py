@@ -160,7 +160,8 @@ def ask(
     for turn, prompts in enumerate(rounds):
         for kind, prompt in zip(kinds, prompts, strict=True):
             made.append(Asked(kind, prompt, answers(target, prompt, in_turns(ways, len(made)), tokens)))
-            progress("asking", min(1.0, len(made) / (len(rounds) * len(kinds))))
+            asked, spent = len(made) / (len(rounds) * len(kinds)), time.perf_counter() - began
+            progress("asking", asked if count is not None else min(max(asked, spent / SECONDS), 1.0))
         if count is None and (time.perf_counter() - began) * (turn + 2) / (turn + 1) > SECONDS:
             break
     progress.finish("asking")
@@ -221,7 +222,7 @@ def say_verdict(asked: Sequence[Asked], student: Student | None) -> None:
     gains = {way: mean(asked, way) for way in (*OWN, *STOCK) if way in asked[0].found}
     best, stock = (max((way for way in group if way in gains), key=lambda way: gains[way]) for group in (OWN, STOCK))
     if student is not None:
-        before, after = (exam["block_efficiency"] for exam in (student.before, student.after))
+        before, after = (graded["block_efficiency"] for graded in (student.before, student.after))
         print(f"\nDistilling: the target wrote {student.tokens[0]:,} tokens, and {student.tokens[1]:,} were read. On "
               f"held-out questions a draft gave {before:.2f} tokens a round before and {after:.2f} after.\n"
               f"A forward of the student costs {student.share:.2f} of the target's.")  # fmt: skip
