@@ -202,8 +202,8 @@ class SlotCache(Cache):
 
     @property
     def is_written(self) -> bool:
-        """Whether a forward has written keys and values."""
-        return bool(self._filled())
+        """Whether a forward has written keys and values; of a head without attention, its output."""
+        return bool(self._filled() or (self.features and not self.layers))
 
     @property
     def bytes(self) -> int:

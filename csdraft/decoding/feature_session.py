@@ -37,7 +37,18 @@ class FeatureModel:
 
     Its forward takes `features`, (rows, queries, width), beside `input_ids`, and returns its own output, of the same
     width, as `hidden_states[0]`: the feature of the next token.
+
+    Attributes:
+        deepest: how many tokens it can draft after a text; None: any number.
     """
+
+    deepest: int | None = None
+
+    @property
+    def feature_width(self) -> int:
+        """Width of features, and of its own output."""
+        config: Any = self.config  # type: ignore[attr-defined]
+        return config.hidden_size
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -111,8 +122,10 @@ class FeatureSession(Session):
 
     def left(self, context: Context) -> int:
         """None in the first round, in which the target reads the prompt: before it there are no features."""
-        begun = len(context.text) > max(context.text.prompt_length, 1)
-        return super().left(context) if begun else 0
+        if len(context.text) <= max(context.text.prompt_length, 1):
+            return 0
+        left, deepest = super().left(context), self.model.deepest
+        return left if deepest is None else min(left, deepest - len(context.path))  # type: ignore[operator]
 
     def plan(self, request: Request) -> tuple[Plan, list[int]]:
         if len(request.text) < 2:
@@ -153,8 +166,7 @@ class FeatureSession(Session):
     def _stage(self, plans: dict[int, Plan], keep: int) -> Tensor:
         """(batch, keep, vocab) logits of queries of the text alone, or of one level of the draft, in each row."""
         queries = max(len(plan.tokens) for plan in plans.values())
-        width: Any = self.model.config.hidden_size  # type: ignore[union-attr]
-        shape = len(self._batch), queries, width
+        shape: Any = len(self._batch), queries, self.model.feature_width
         self._given = torch.zeros(shape, dtype=self.reader.dtype, device=self.reader.device)
         for row, plan in plans.items():
             self._given[self.place(row), -len(plan.tokens) :] = self._features_of(row, plan)

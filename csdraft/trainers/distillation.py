@@ -91,6 +91,9 @@ class Distillation(nn.Module):
             there = {name: value.to(place) for name, value in inputs.items()}  # type: ignore[arg-type]
             hidden, states = states_of(self.target, head.taps, **there)  # type: ignore[arg-type]
         total = torch.zeros((), device=labels.device)
-        for weight, *compared in kind.compared(head, states, hidden, self._heads[1], labels, inputs):
-            total = total + weight * self.objective.total(*compared)
+        for part in kind.compared(head, states, hidden, self._heads[1], labels, inputs):
+            if isinstance(part, Tensor):
+                total = total + part
+            else:
+                total = total + part.weight * self.objective.total(*part[1:])
         return total

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from csdraft.heads.eagle3 import Eagle3, HeadOptions
+from csdraft.heads.eagle3 import Eagle3, Eagle3Options
 from csdraft.heads.eagle3_files import Eagle3Head
 from csdraft.heads.layers import fingerprint
 from csdraft.heads.tied import Lender
@@ -30,7 +30,7 @@ def new_head(seed: int = 0, layers: tuple[int, ...] = LAYERS, draft_vocab: int =
     """A random head for `target()`, which drafts some of its tokens."""
     embedding = target().get_input_embeddings().weight  # a first call seeds, too
     torch.manual_seed(seed)
-    made = Eagle3(LlamaConfig(**SHAPE), HeadOptions(layers, 32, draft_vocab, **flags)).eval()
+    made = Eagle3(LlamaConfig(**SHAPE), Eagle3Options(layers, 32, draft_vocab, **flags)).eval()
     with torch.no_grad():
         made.embed_tokens.weight.copy_(embedding)
         for name, parameter in made.named_parameters():
@@ -79,11 +79,11 @@ def learned(steps: int = 120, **flags: bool) -> Eagle3:
 
 
 @torch.no_grad()
-def naive(head: Eagle3, text: list[int], path: list[int]) -> tuple[Tensor, Tensor]:
+def naive(head: Any, text: list[int], path: list[int]) -> tuple[Tensor, Tensor]:
     """(vocab,) logits after a text and some drafted tokens, and the head's output: without any cache."""
     ids = torch.tensor([text[:-1]])
     states = target()(ids, output_hidden_states=True).hidden_states
-    features = head.fuse({tap: states[tap][0] for tap in head.taps})  # (length - 1, width)
+    features = head.fuse({tap: states[tap][0] for tap in head.taps})  # (length - 1, feature width)
     entries = list(text[1:])
     while True:
         count = len(entries)

@@ -2,61 +2,21 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import csdraft
 from csdraft import CascadeDrafter, MaxGram, ModelDrafter
 from csdraft.decoding import feature_session
-from csdraft.decoding.draft import ROOT, Draft
-from csdraft.decoding.interfaces import Budget, Context
 from csdraft.drafters.translated import Translated
 from csdraft.drafters.vertical import Vertical
 from csdraft.trainers.students import make_student
 from csdraft.trees.best_first import BestFirst
-from csdraft.trees.sampled import Sampled
 from tests.heads.learned import PROMPTS, learned, naive, new_head, target, texts
+from tests.heads.spied import FIXED, GREEDY, SAMPLED, Spied, written, wrong_parent, wrong_target
 from tests.tiny import CAUSAL, noisy, ragged_batch, tiny, tokenizer
-
-FIXED = {"schedule": {"type": "fixed", "depth": 4}, "strict": True, "pad_token_id": 0}
-GREEDY = {"max_new_tokens": 20, "do_sample": False}
-SAMPLED = {"max_new_tokens": 20, "do_sample": True, "row_seeds": [5, 6, 7], "top_k": 0, "temperature": 0.9}
-
-
-@dataclass(frozen=True, eq=False)
-class Spied(ModelDrafter):
-    """Compares each drafted token's confidence with that of a naive forward; drops caches at random if asked."""
-
-    forget: bool = False
-    errors: list[float] = field(default_factory=list)
-    drafts: list[Any] = field(default_factory=list)
-
-    def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
-        call, chance = contexts[0].call, random.Random(len(contexts[0].text))
-        for model in (call.target, self.network):
-            if self.forget and chance.random() < 0.5:
-                call.session(model).forget()
-        made = super().propose(contexts, [replace(budget, confidence=True) for budget in budgets])
-        session = call.session(self.network)
-        assert session.use.fed == session.kept + session.use.rolled_back  # an entry is read once, unless given up
-        for context, draft in zip(contexts, made, strict=True):
-            self.drafts.append((context.row, draft.tokens, draft.parents))
-            for node, parent in enumerate(draft.parents):
-                path = [draft.tokens[i] for i in ([] if parent == ROOT else draft.path(parent))]
-                logits, _ = naive(self.network, context.text.tokens, path)
-                wanted = float(logits.softmax(-1)[draft.tokens[node]])
-                self.errors.append(abs(wanted - draft.confidence[node]))
-        return made
-
-
-def written(assistant: Any, rows: int = 3, **options: Any) -> Tensor:
-    return target().generate(**ragged_batch(PROMPTS[:rows]), assistant=assistant, **FIXED, **options)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -77,18 +37,6 @@ def test_variants_of_published_heads(flag):
     spied = Spied(learned(30, **{flag: True}), tree=BestFirst(2, 6))
     written(spied, **GREEDY)
     assert max(spied.errors) < 1e-4
-
-
-def wrong_parent(plan: Any) -> list[int]:
-    return [max(slot - 1, 0) for slot in right_parents(plan)]
-
-
-def wrong_target(self: Any, row: int, start: int, stop: int) -> Tensor:
-    found = right_features(self, row, max(start - 1, 0), stop)
-    return found[-(stop - start) :] if start == 0 else found[: stop - start]
-
-
-right_parents, right_features = feature_session._parents, feature_session.FeatureSession._of_target
 
 
 @pytest.mark.parametrize(
@@ -133,38 +81,6 @@ def test_it_has_learned_to_draft():
     out = written(ModelDrafter(learned()), return_dict_in_generate=True, **GREEDY)
     assert out.report.block_efficiency > 1.5
     assert {token for row in texts().tolist() for token in row} - set(learned().drafted.tolist())
-
-
-@pytest.mark.parametrize("tree", [None, Sampled()], ids=["chain", "tree"])
-def test_independent_draws_have_the_targets_distribution(tree):
-    """Tokens 2 and 3 of 1,500 texts against the exact probabilities; token 1 comes without a draft."""
-    count, rule = 1500, "rejection" if tree is None else "k_seq"
-    options = {"do_sample": True, "top_k": 3, "max_new_tokens": 3, "eos_token_id": None, "row_seeds": range(count)}
-    ids = ragged_batch((11,))["input_ids"].expand(count, -1)
-    drafter = ModelDrafter(learned(), tree=tree)
-    out = target().generate(ids, assistant=drafter, verifier=rule, **FIXED, **options)
-    found, expected = {}, exact(ids[:1])
-    for row in out[:, -3:].tolist():
-        found[tuple(row)] = found.get(tuple(row), 0) + 1
-    assert found.keys() <= expected.keys()
-    likely = {text: p * count for text, p in expected.items() if p * count >= 5}
-    chi2 = sum((found.get(text, 0) - wanted) ** 2 / wanted for text, wanted in likely.items())
-    assert chi2 < len(likely) + 4 * (2 * len(likely)) ** 0.5
-
-
-@torch.no_grad()
-def exact(ids: Tensor) -> dict[tuple[int, ...], float]:
-    """The probabilities of all three tokens that may follow a text, with top_k = 3."""
-    known: dict[tuple[int, ...], float] = {(): 1.0}
-    for _ in range(3):
-        longer = {}
-        for path, p in known.items():
-            logits = target()(torch.cat([ids, torch.tensor([path], dtype=torch.long).view(1, -1)], 1)).logits[0, -1]
-            top = logits.topk(3)
-            for token, share in zip(top.indices.tolist(), top.values.softmax(-1).tolist(), strict=True):
-                longer[*path, token] = p * share
-        known = longer
-    return known
 
 
 def test_tokens_outside_the_draft_vocabulary_have_probability_0():

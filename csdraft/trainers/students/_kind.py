@@ -10,16 +10,30 @@ import importlib
 import os
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from csdraft import spec
+from csdraft.data.packing import IGNORED
 from csdraft.decoding.feature_session import FeatureModel
+from csdraft.heads.head import Head
+from csdraft.heads.layers import embeddings, fingerprint
+from csdraft.heads.own_files import OUTPUT, OwnHead
+from csdraft.heads.self_draft import model_name
+from csdraft.heads.stored_head import SWITCHING, StoredHead
+from csdraft.heads.tied import Lender
 from csdraft.models import base_model
+from csdraft.stored import fit
+from csdraft.trainers.new_students import new_config
 
 __all__ = ["Compared", "Counts", "HeadKind", "asked_kind", "kind_of_head"]
 
+LIKE_TARGET = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "rms_norm_eps")
+"""What the layer takes over from a target that states it."""
 Logits = Callable[[Tensor], Tensor]
 Counts = Callable[[], Tensor]
 """Gives (vocab,) how often each token is to be predicted in the training text."""
@@ -44,21 +58,67 @@ class Compared(NamedTuple):
 
 
 class HeadKind:
-    """One kind of drafting head, as the trainer sees it.
+    """One kind of drafting head, as the trainer sees it. Mostly only `trains` differs.
 
     Attributes:
         trains: the class of the heads that it makes.
     """
 
-    trains: type[nn.Module]
+    trains: type[Head]
+
+    @property
+    def name(self) -> str:
+        """The name by which `init` asks for it: the file's."""
+        return type(self).__module__.rpartition(".")[2]
+
+    @property
+    def options(self) -> type:
+        """The dataclass of its options."""
+        return self.trains.Options
 
     def check(self, config: Any, options: Mapping[str, Any]) -> None:
         """Raises ValueError for options that no head for a target of this config can have."""
-        raise NotImplementedError
+        asked = self._asked(options)
+        if config.is_encoder_decoder:
+            raise ValueError(
+                f"init.{self.name}: a {config.model_type!r} target is an encoder-decoder, which no head reads"
+            )
+        text = config.get_text_config(decoder=True)
+        if asked.draft_vocab is not None and not 0 < asked.draft_vocab <= text.vocab_size:
+            raise ValueError(
+                f"init.{self.name}: draft_vocab={asked.draft_vocab} must be from 1 to {text.vocab_size}, the target's "
+                "tokens"
+            )
+        self.layer_config(text, asked)
 
     def make(self, target: Any, options: Mapping[str, Any], counts: Counts | None) -> nn.Module:
         """A new head for a target, to be trained, in float32."""
-        raise NotImplementedError
+        asked, text = self._asked(options), target.config.get_text_config(decoder=True)
+        drafted = self._most_frequent(asked.draft_vocab, target, counts)
+        head = self.new(text, asked, len(drafted)).float()
+        theirs = embeddings(target)
+        rows = theirs.get("output.weight", theirs["input.weight"]).detach().float()
+        with torch.no_grad():
+            head.embed_tokens.weight.copy_(theirs["input.weight"])
+            head.start(rows[drafted.to(rows.device)].cpu())
+        head.d2t.copy_(drafted - torch.arange(len(drafted)))
+        head.stored_by, head.lent = self.stored_by, dict(StoredHead.lends)
+        if head.frozen_output and len(drafted) == text.vocab_size:
+            head.lent |= OUTPUT
+        for name in head.lent:
+            head.get_parameter(name).requires_grad_(False)
+        revision = getattr(target.config, "_commit_hash", None)
+        head.base = Lender(model_name(target), revision, fingerprint(target), text.vocab_size)
+        return head
+
+    @property
+    def stored_by(self) -> type[StoredHead]:
+        """The class that stores it."""
+        return OwnHead
+
+    def new(self, text: Any, asked: Any, draft_vocab: int) -> Head:
+        """A random head for a target of this config."""
+        return self.trains(self.layer_config(text, asked), replace(asked, draft_vocab=draft_vocab), draft_vocab)
 
     def compared(
         self,
@@ -68,7 +128,7 @@ class HeadKind:
         target_logits: Logits,
         labels: Tensor,
         inputs: Any,
-    ) -> Iterator[Compared]:
+    ) -> Iterator[Compared | Tensor]:
         """What one step compares, drafting step after drafting step.
 
         Args:
@@ -78,8 +138,77 @@ class HeadKind:
             target_logits: of `hidden`.
             labels: (rows, length) the token itself where its prediction counts, else `IGNORED`.
             inputs: `input_ids` and `position_ids`, (rows, length).
+
+        Yields:
+            What is to be compared, or the sum over positions of another loss.
         """
-        raise NotImplementedError
+        ids, positions = inputs["input_ids"], inputs["position_ids"]
+        drafted, (steps, decay) = head.drafted, self.unrolling(head)
+        numbers = torch.full((head.config.vocab_size,), IGNORED, device=labels.device)  # (vocab,) as the head has them
+        numbers[drafted] = torch.arange(len(drafted), device=labels.device)
+        labels = torch.where(labels == IGNORED, labels, numbers[labels.clamp(min=0)])
+        weights = [decay**step for step in range(steps)]
+
+        def of_drafted(chosen: Tensor) -> Tensor:
+            return target_logits(chosen)[:, drafted.to(chosen.device)]
+
+        features = head.fuse(states)
+        for step, (weight, output) in enumerate(
+            zip(weights, head.unrolled(ids, positions, features, steps), strict=True)
+        ):
+            wanted = labels[:, 2 + step :]  # entry i predicts token i + 2 + step, the target at the position before
+            length = wanted.shape[1]
+            # Still of the entry's own text: positions rise by 1 from one token to the next.
+            same = positions[:, 2 + step :] - positions[:, :length] == 2 + step
+            counted, weight = (wanted != IGNORED) & same, weight / sum(weights)
+            own, theirs = output[:, :length][counted], slice(1 + step, 1 + step + length)
+            at = hidden[:, theirs][counted.to(hidden.device)]
+            yield Compared(weight, own, at, wanted[counted], head.draft_logits, of_drafted)
+            if (further := self.further(head, own, features[:, theirs][counted])) is not None:
+                yield weight * further
+
+    def further(self, head: Any, outputs: Tensor, features: Tensor) -> Tensor | None:
+        """The sum of a further loss of one drafting step, such as how far its features are off; mostly None.
+
+        Args:
+            outputs: (positions, feature width) what the head computed.
+            features: (positions, feature width) what stands in the target at the same place.
+        """
+
+    def unrolling(self, head: Any) -> tuple[int, float]:
+        """How many drafting steps training unrolls, and the weight of each relative to the one before."""
+        return head.options.steps, head.options.decay
+
+    def layer_config(self, text: Any, asked: Any) -> Any:
+        """Of the layer: the target's shape, changed by what was asked."""
+        like = {key: getattr(text, key) for key in LIKE_TARGET if getattr(text, key, None) is not None}
+        rotary = getattr(text, "rope_parameters", None) or {}
+        if "rope_theta" in rotary and rotary.get("rope_type") not in SWITCHING:
+            like["rope_parameters"] = {key: rotary[key] for key in rotary if key != "partial_rotary_factor"}
+        spec.check_keys(asked.config or {}, sorted({*LIKE_TARGET, "rope_parameters"}), f"init.{self.name}.config")
+        like |= {"model_type": "llama", "hidden_size": text.hidden_size, "num_hidden_layers": 1}
+        return new_config(text, {**like, **(asked.config or {})})
+
+    def _asked(self, options: Mapping[str, Any]) -> Any:
+        try:
+            return fit(options, self.options, f"init.{self.name}")
+        except ValueError as error:
+            at = f"init.{self.name}"
+            raise ValueError(str(error) if at in str(error) else f"{at}: {error}") from error
+
+    def _most_frequent(self, count: int | None, target: Any, counts: Counts | None) -> Tensor:
+        """(draft vocab,) ids of the tokens that it can draft, ascending; those that end a text are among them."""
+        vocab = target.config.get_text_config(decoder=True).vocab_size
+        if count is None or count == vocab:
+            return torch.arange(vocab)
+        if counts is None:
+            raise ValueError(
+                f"init.{self.name}: draft_vocab={count} is chosen by the training text; give that, or leave it out"
+            )
+        found, ends = counts().clone(), target.generation_config.eos_token_id
+        ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
+        found[torch.tensor(ends, dtype=torch.long)] = 1 << 60
+        return found.argsort(descending=True, stable=True)[:count].sort().values
 
 
 @cache

@@ -1,0 +1,233 @@
+"""What drafting heads share: a draft vocabulary, reading entry by entry, unrolling in training.
+
+A kind of head says what it reads (`taps`, `fuse`), what one entry computes (`output`), and which logits follow from
+that (`draft_logits`). Entry i reads token i + 1 and the feature of token i, and its output has two uses: it gives the
+logits of token i + 2, and it is the feature of the next entry while the head drafts on its own. So whatever a head has
+to remember from one drafted token to the next, its output must hold.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.utils import ModelOutput
+
+from csdraft.decoding.feature_session import FeatureModel
+
+__all__ = ["LAST", "OUTSIDE", "Head", "HeadOptions", "HeadOutput", "Steps"]
+
+LAST = -1
+"""The tap of what the target's output layer reads: the last hidden state, after the last norm."""
+OUTSIDE = -1e30
+"""The logit of a token outside the draft vocabulary. Finite, so that a processor that allows only such tokens leaves a
+distribution; as long as one token of the draft vocabulary is allowed, the probability of all others is exactly 0."""
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """Keys of `init.NAME` that every kind of head has.
+
+    Args:
+        draft_vocab: how many tokens it can draft, the most frequent of the training text; None: all.
+        steps: drafting steps that training unrolls.
+        decay: weight of a step in the loss, relative to the one before.
+        config: sizes of its layer, such as intermediate_size; those not given are the target's.
+    """
+
+    draft_vocab: int | None = None
+    steps: int = 4
+    decay: float = 0.8
+    config: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not 0 < self.decay <= 1:
+            raise ValueError(
+                f"steps={self.steps}, decay={self.decay} of a head; it takes at least one step, and a decay above 0 "
+                "and at most 1"
+            )
+
+
+@dataclass
+class HeadOutput(ModelOutput):
+    """Logits of all tokens of the target, and the head's own output as the one entry of the hidden states."""
+
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+class Head(PreTrainedModel, FeatureModel):
+    """A drafting head, complete with an embedding: of the target's vocabulary in, of the target's vocabulary out.
+
+    Args:
+        config: sizes; `vocab_size` and `hidden_size` are the target's unless the kind says otherwise.
+        options: the kind's own.
+        draft_vocab: how many tokens it can draft; None: all.
+
+    Attributes:
+        Options: the dataclass of the kind's options; its fields are the keys of `init.NAME`.
+        attention_layers: how many of its layers keep keys and values.
+        output_layer: whether it has one, `lm_head`.
+        frozen_output: whether that is the target's own, as long as it drafts all tokens.
+        d2t: (draft vocab,) int64 offsets: draft token i is token i + d2t[i] of the target.
+        lent: names of the parameters that are the target's -> what they are there, see `embeddings`.
+        base: the target that it is for, if that is known.
+        stored_by: the class that stores it.
+    """
+
+    Options: ClassVar[type[HeadOptions]] = HeadOptions
+    attention_layers: ClassVar[int] = 0
+    output_layer: ClassVar[bool] = True
+    frozen_output: ClassVar[bool] = False
+
+    d2t: Tensor
+    options: Any
+    base: Any = None
+    lent: Any = {}  # noqa: RUF012 - replaced, never written to
+    stored_by: Any = None
+
+    config_class = LlamaConfig
+    _supports_sdpa = True
+    _no_split_modules: Any = []  # noqa: RUF012 - transformers' own way
+
+    def __init__(self, config: LlamaConfig, options: Any, draft_vocab: int | None = None):
+        config = copy.deepcopy(config)
+        config._attn_implementation = "sdpa"
+        config.num_hidden_layers = self.attention_layers
+        super().__init__(config)
+        self.options, count = options, draft_vocab or config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if self.output_layer:
+            self.lm_head = nn.Linear(config.hidden_size, count, bias=False)
+        self.register_buffer("d2t", torch.zeros(count, dtype=torch.long))
+        self.make_buffers()
+
+    # What a kind says.
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        return (LAST,)
+
+    def fuse(self, states: Mapping[int, Tensor]) -> Tensor:
+        """(..., feature width) features from the target's hidden states, (..., target's width) by tap."""
+        return states[LAST].to(self.device, self.dtype)
+
+    def output(
+        self, input_ids: Tensor, position_ids: Tensor, features: Tensor, mask: Tensor | None, cache: Any
+    ) -> Tensor:
+        """(rows, queries, feature width) what each entry computes: the feature of the next entry.
+
+        Args:
+            input_ids, position_ids: (rows, queries) tokens, and numbers of entries.
+            features: (rows, queries, feature width) `fuse` of the target's hidden states, or its own output.
+            mask: (rows, 1, queries, slots) bool; None is an ordinary causal mask.
+            cache: takes keys and values.
+        """
+        raise NotImplementedError
+
+    def draft_logits(self, output: Tensor) -> Tensor:
+        """(..., draft vocab) logits that follow from an output."""
+        raise NotImplementedError
+
+    def start(self, rows: Tensor) -> None:
+        """Sets weights of a new head that do not begin at random.
+
+        Args:
+            rows: (draft vocab, target's width) of the target's output layer.
+        """
+        if self.output_layer and rows.shape == self.lm_head.weight.shape:
+            self.lm_head.weight.copy_(rows)
+
+    # What follows from it.
+
+    def make_buffers(self) -> None:
+        """Makes the rotary embedding, which has no weights."""
+        self.rotary = LlamaRotaryEmbedding(self.config) if self.attention_layers else None  # type: ignore[arg-type]
+
+    @property
+    def drafted(self) -> Tensor:
+        """(draft vocab,) int64 the target's ids of the tokens that it can draft, ascending."""
+        return torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
+
+    def spread(self, logits: Tensor) -> Tensor:
+        """(..., vocab) logits from those of the draft vocabulary, `OUTSIDE` for tokens that it cannot draft."""
+        if len(self.d2t) == self.config.vocab_size:
+            return logits
+        full = logits.new_full((*logits.shape[:-1], self.config.vocab_size), OUTSIDE, dtype=torch.float32)
+        return full.index_copy_(-1, self.drafted, logits.float())
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        features: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: Any = None,
+        output_hidden_states: bool = False,
+        logits_to_keep: int = 0,
+        **_: Any,
+    ) -> HeadOutput:
+        """One reading of entries; see `output` and `FeatureSession`.
+
+        Args:
+            logits_to_keep: logits of so many last queries; 0 is all.
+        """
+        output = self.output(input_ids, position_ids, features, attention_mask, cache)
+        logits = self.spread(self.draft_logits(output[:, -logits_to_keep:]))
+        return HeadOutput(logits=logits, hidden_states=(output,))
+
+    def unrolled(self, input_ids: Tensor, position_ids: Tensor, features: Tensor, steps: int) -> Iterator[Tensor]:
+        """What it computes at each of some steps of drafting, from every entry at once (training-time test).
+
+        Step 0 reads the target's features. Step s goes on from each entry for itself: it reads the text's own next
+        token and what step s - 1 computed there, and sees step 0 of all earlier entries and its own steps. Texts that
+        share a row do not see each other.
+
+        Args:
+            input_ids, position_ids: (rows, length) the texts; positions restart with each.
+            features: (rows, length, feature width) of the target.
+
+        Yields:
+            (rows, length, feature width) of step s: output i predicts token i + 2 + s, if that is of the same text.
+        """
+        rows, length = input_ids.shape
+        starts = position_ids.diff(prepend=position_ids[:, :1] - 1) != 1  # (rows, length)
+        text = starts.cumsum(1)
+        order = torch.arange(length, device=input_ids.device)
+        sees = (order[:, None] >= order) & (text[:, :, None] == text[:, None, :])  # (rows, length, length)
+        itself = (order[:, None] == order).expand(rows, -1, -1)
+        cache = Steps()
+        for step in range(steps):
+            ids = input_ids.roll(-1 - step, 1)  # what comes round at the end is seen by no entry that counts
+            mask = torch.cat([sees, *[itself] * step], -1)[:, None]  # (rows, 1, length, (step + 1) length)
+            features = self.output(ids, position_ids + step, features, mask, cache)
+            yield features
+
+    def along(self, states: Mapping[int, Tensor], input_ids: Tensor, position_ids: Tensor, mask: Tensor) -> Tensor:
+        features, seen = self.fuse(states)[:, :-1], mask[:, :-1].bool()
+        square = seen.new_ones(seen.shape[1], seen.shape[1])
+        causal = (square.tril() & seen[:, None]) | torch.eye(len(square), dtype=torch.bool, device=seen.device)
+        output = self(input_ids[:, 1:], features, position_ids[:, 1:] - 1, causal[:, None])
+        assert output.logits is not None
+        return nn.functional.pad(output.logits, (0, 0, 1, 0))
+
+
+class Steps:
+    """Keys and values of all steps so far, one behind the other: what attention calls its cache in training."""
+
+    def __init__(self) -> None:
+        self.held: tuple[Tensor, Tensor] | None = None
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """(rows, heads, steps x length, head size) each."""
+        new = keys, values
+        if self.held is not None:
+            new = torch.cat([self.held[0], keys], 2), torch.cat([self.held[1], values], 2)
+        self.held = new
+        return new

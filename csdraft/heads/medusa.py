@@ -1,0 +1,90 @@
+"""Medusa-1 (arXiv 2401.10774): independent heads on the last hidden state, one for each of the next positions.
+
+Head k makes the distribution of the token k + 1 places after the one that the target's own output layer is about to
+choose, whatever is drafted in between: a residual block, x + silu(W x + b), and an output layer of its own.
+
+The feature of an entry is the hidden state of its text's last token beside a number, how many tokens have been drafted
+since, which chooses the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig
+
+from csdraft.heads.head import Head, HeadOptions
+
+__all__ = ["Medusa", "MedusaOptions"]
+
+
+@dataclass(frozen=True)
+class MedusaOptions(HeadOptions):
+    """Keys of `init.medusa`; `steps` is the number of heads.
+
+    Args:
+        layers: residual blocks of each head.
+    """
+
+    layers: int = 1
+
+
+class Block(nn.Module):
+    """x + silu(W x + b); W and b are 0 in a new head, so that it begins as the target's output layer."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + nn.functional.silu(self.linear(hidden))
+
+
+class Medusa(Head):
+    """Medusa-1; names of modules are those of published checkpoints."""
+
+    Options = MedusaOptions
+    output_layer = False
+
+    def __init__(self, config: LlamaConfig, options: MedusaOptions, draft_vocab: int | None = None):
+        super().__init__(config, options, draft_vocab)
+        width, count = config.hidden_size, len(self.d2t)
+        self.medusa_head = nn.ModuleList(
+            nn.Sequential(*[Block(width) for _ in range(options.layers)], nn.Linear(width, count, bias=False))
+            for _ in range(options.steps)
+        )
+        self.post_init()
+
+    @property
+    def deepest(self) -> int:  # type: ignore[override]
+        return self.options.steps
+
+    @property
+    def feature_width(self) -> int:
+        return self.config.hidden_size + 1
+
+    def start(self, rows: Tensor) -> None:
+        for head in self.medusa_head:
+            head[-1].weight.copy_(rows)  # type: ignore[index,union-attr,operator]
+            for block in head[:-1]:  # type: ignore[index]
+                block.linear.weight.zero_()
+                block.linear.bias.zero_()
+
+    def fuse(self, states: Mapping[int, Tensor]) -> Tensor:
+        return nn.functional.pad(super().fuse(states), (0, 1))  # nothing has been drafted
+
+    def output(
+        self, input_ids: Tensor, position_ids: Tensor, features: Tensor, mask: Tensor | None, cache: Any
+    ) -> Tensor:
+        return torch.cat([features[..., :-1], features[..., -1:] + 1], -1)
+
+    def draft_logits(self, output: Tensor) -> Tensor:
+        hidden, number = output[..., :-1], output[..., -1].long().clamp(max=self.deepest) - 1
+        logits = hidden.new_empty(*hidden.shape[:-1], len(self.d2t))
+        for one in number.unique().tolist():
+            logits[number == one] = self.medusa_head[one](hidden[number == one])
+        return logits

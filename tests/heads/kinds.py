@@ -1,0 +1,51 @@
+"""A head of every kind that has learned to draft for the tiny target: what the laws of heads are tested on."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+
+from csdraft.trainers.distillation import Distillation
+from csdraft.trainers.objective import Objective
+from csdraft.trainers.students import make_student
+from csdraft.trainers.students._kind import kinds
+from tests.heads.learned import target, texts
+
+NAMES = sorted(kinds())
+OBJECTIVE = Objective({"forward_kl": 1.0})
+OPTIONS: dict[str, dict[str, Any]] = {"eagle3": {"layers": [0, 1, 3]}}
+"""What a tiny target needs; all else as by default."""
+
+
+def new(name: str, seed: int = 0, **options: Any) -> Any:
+    """A head for `target()`; it drafts 60 of its tokens unless asked for another number."""
+    torch.manual_seed(seed)
+    given = {"draft_vocab": 60, "steps": 3} | OPTIONS.get(name, {}) | options
+    made = make_student(target(), init={name: given}, counts=lambda: texts().flatten().bincount(minlength=97))
+    with torch.no_grad():
+        for key, parameter in made.named_parameters():
+            if "norm" in key:  # a bug must not hide behind a one
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return made.eval()
+
+
+def batch() -> dict[str, Any]:
+    """What a training step reads of `texts()`."""
+    ids = texts()
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    return {"input_ids": ids, "position_ids": positions, "labels": ids, "total": float(ids.numel())}
+
+
+@cache
+def learned(name: str, steps: int = 100, **options: Any) -> Any:
+    """A head that drafts what the target writes here, often; tests must not change it."""
+    made = new(name, **options)
+    step = Distillation(made, target(), OBJECTIVE).train()
+    optimizer = torch.optim.AdamW([p for p in made.parameters() if p.requires_grad], 0.01)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        step(**batch()).backward()
+        optimizer.step()
+    return made.eval().requires_grad_(False)

@@ -1,0 +1,180 @@
+"""Laws of heads, for every kind: what it drafts never shows in the text, and training unrolls what it drafts."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from csdraft import CascadeDrafter, MaxGram, ModelDrafter
+from csdraft.cascade import as_drafter
+from csdraft.decoding import feature_session
+from csdraft.drafters.vertical import Vertical
+from csdraft.models import load_model
+from csdraft.trainers.distillation import Distillation
+from csdraft.trainers.students import check_student, make_student, save_student
+from csdraft.trainers.students._kind import kind_of_head
+from csdraft.trees.best_first import BestFirst
+from csdraft.trees.sampled import Sampled
+from tests.heads.kinds import NAMES, OBJECTIVE, OPTIONS, batch, learned, new
+from tests.heads.learned import PROMPTS, naive, target, texts
+from tests.heads.spied import GREEDY, SAMPLED, Spied, drawn_as_the_target, written, wrong_parent, wrong_target
+from tests.tiny import ragged_batch
+
+TREES = pytest.mark.parametrize("tree", [None, BestFirst(3, 9)], ids=["chain", "tree"])
+OF_EACH = pytest.mark.parametrize("name", NAMES)
+
+
+@OF_EACH
+@TREES
+def test_drafts_are_those_of_a_naive_forward(name, tree):
+    """Of one row and of three, with features dropped at random between rounds: nothing changes but speed."""
+    for rows in (1, 3):
+        kept, dropped = (Spied(learned(name), tree=tree, forget=forget) for forget in (False, True))
+        plain = target().generate(**ragged_batch(PROMPTS[:rows]), pad_token_id=0, **GREEDY)
+        assert torch.equal(written(kept, rows, **GREEDY), plain)
+        assert torch.equal(written(dropped, rows, **GREEDY), plain)
+        assert kept.drafts == dropped.drafts
+        assert len(kept.errors) > 10 * rows
+        assert max(kept.errors + dropped.errors) < 1e-4
+
+
+@OF_EACH
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_text_is_the_targets(name, rows):
+    """As a chain, a tree, a level of a cascade, and as the reviewer of another drafter."""
+    head = learned(name)
+    plain = target().generate(**ragged_batch(PROMPTS[:rows]), pad_token_id=0, **GREEDY)
+    seeds = {**SAMPLED, "row_seeds": SAMPLED["row_seeds"][:rows]}
+    drawn = written(MaxGram(), rows, **seeds)
+    cascade = CascadeDrafter([head, MaxGram()])
+    for drafter in (ModelDrafter(head), ModelDrafter(head, tree=BestFirst(3, 12)), cascade, Vertical(head, MaxGram())):
+        assert torch.equal(written(drafter, rows, **GREEDY), plain)
+        assert torch.equal(written(drafter, rows, **seeds), drawn)
+
+
+@OF_EACH
+def test_it_has_learned_to_draft(name):
+    """Else the tests above would show little: no token of a draft would ever become text."""
+    out = written(ModelDrafter(learned(name)), return_dict_in_generate=True, **GREEDY)
+    assert out.report.block_efficiency > 1.3
+    untaught = written(ModelDrafter(new(name)), return_dict_in_generate=True, **GREEDY)
+    assert out.report.block_efficiency > untaught.report.block_efficiency
+
+
+@OF_EACH
+@pytest.mark.parametrize("tree", [None, Sampled()], ids=["chain", "tree"])
+def test_independent_draws_have_the_targets_distribution(name, tree):
+    drawn_as_the_target(ModelDrafter(learned(name), tree=tree), "rejection" if tree is None else "k_seq")
+
+
+@OF_EACH
+@pytest.mark.parametrize("mutant", ["parent", "target"])
+def test_a_feature_of_the_wrong_position_is_found(monkeypatch, name, mutant):
+    """Of the node above the parent, or of the token before."""
+    if mutant == "parent":
+        monkeypatch.setattr(feature_session, "_parents", wrong_parent)
+    else:
+        monkeypatch.setattr(feature_session.FeatureSession, "_of_target", wrong_target)
+    spied = Spied(learned(name), tree=BestFirst(3, 9))
+    written(spied, **GREEDY)
+    assert max(spied.errors) > 1e-3
+
+
+@OF_EACH
+def test_unrolled_steps_are_what_drafting_computes(name):
+    """Two texts in a row, which do not see each other: each step from each entry against a naive forward."""
+    head, (first, second) = learned(name), (texts()[0, :9].tolist(), texts()[5, :7].tolist())
+    ids, positions = torch.tensor([first + second]), torch.tensor([[*range(9), *range(7)]])
+    with torch.no_grad():
+        states = [target()(torch.tensor([text]), output_hidden_states=True).hidden_states for text in (first, second)]
+        features = head.fuse({tap: torch.cat([own[tap] for own in states], 1) for tap in head.taps})
+        steps = list(head.unrolled(ids, positions, features, 3))
+        for text, start in ((first, 0), (second, 9)):
+            for entry in range(len(text) - 1):
+                for step in range(min(3, len(text) - 1 - entry)):
+                    logits, _ = naive(head, text[: entry + 2], text[entry + 2 : entry + 2 + step])
+                    own = head.spread(head.draft_logits(steps[step][:, start + entry]))[0]
+                    assert torch.allclose(own.softmax(-1), logits.softmax(-1), atol=1e-5)
+
+
+@OF_EACH
+def test_a_step_changes_the_heads_own_weights_alone(name):
+    head = new(name)
+    before = {key: tensor.clone() for key, tensor in head.state_dict().items()}
+    theirs = {key: tensor.clone() for key, tensor in target().state_dict().items()}
+    step = Distillation(head, target(), OBJECTIVE).train()
+    optimizer = torch.optim.SGD([p for p in head.parameters() if p.requires_grad], 1.0)
+    loss = step(**batch())
+    loss.backward()
+    optimizer.step()
+    changed = {key for key, tensor in head.state_dict().items() if not torch.equal(tensor, before[key])}
+    frozen = {key for key, parameter in head.named_parameters() if not parameter.requires_grad}
+    assert loss > 0
+    assert changed == before.keys() - frozen - {"d2t"}
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in target().state_dict().items())
+
+
+@OF_EACH
+def test_a_head_that_computes_what_the_target_does_has_no_loss(monkeypatch, name):
+    """And one that is a token off has."""
+    head, kind = new(name), kind_of_head(new(name))
+    with torch.no_grad():
+        hidden = target()(texts(), output_hidden_states=True).hidden_states[-1]
+    rows = target().get_output_embeddings().weight.detach()[head.drafted]
+    monkeypatch.setattr(kind, "further", lambda *_: None, raising=False)
+
+    def loss(shift: int) -> float:
+        def oracle(ids: Any, positions: Any, features: Any, steps: int) -> Any:
+            return (hidden.roll(-1 - step - shift, 1) for step in range(steps))
+
+        monkeypatch.setattr(head, "unrolled", oracle, raising=False)
+        monkeypatch.setattr(head, "draft_logits", lambda output: output @ rows.T, raising=False)
+        return float(Distillation(head, target(), OBJECTIVE)(**batch()))
+
+    assert abs(loss(0)) < 1e-5
+    assert loss(1) > 0.1
+
+
+@OF_EACH
+@pytest.mark.parametrize("draft_vocab", [60, None])
+def test_what_is_saved_is_what_is_loaded(tmp_path, name, draft_vocab):
+    head = new(name, draft_vocab=draft_vocab)
+    save_student(head, tmp_path)
+    assert not {key for key in load_file(tmp_path / "model.safetensors") if key in head.lent}
+    found: Any = as_drafter(ModelDrafter(tmp_path), target()).network
+    text = texts()[0, :12].tolist()
+    for path in ([], text[5:8]):
+        for mine, theirs in zip(naive(head, text, path), naive(found, text, path), strict=True):
+            assert torch.equal(mine, theirs)
+    again = make_student(target(), str(tmp_path))
+    assert {key for key, p in again.named_parameters() if not p.requires_grad} == head.lent.keys()
+    state = load_file(tmp_path / "model.safetensors")
+    missing = max(state.keys() - {"t2d"})
+    for tampered, says in (({missing: None}, missing), ({"other.weight": torch.ones(2)}, "other.weight")):
+        changed = {key: tensor for key, tensor in (state | tampered).items() if tensor is not None}
+        save_file(changed, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=says):
+            load_model(str(tmp_path))
+
+
+@OF_EACH
+def test_options_of_no_head_are_refused(name):
+    for wrong, says in (
+        ({"draft_vocab": 0}, "draft_vocab=0"),
+        ({"steps": 0}, "steps=0"),
+        ({"unheard_of": 1}, "unhea"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            check_student(target().config, init={name: OPTIONS.get(name, {}) | wrong})
+
+
+def test_a_kind_that_is_unknown_is_named(tmp_path):
+    save_student(new("medusa"), tmp_path)
+    document = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(document | {"csdraft_head": "medussa"}))
+    with pytest.raises(ValueError, match=r"medussa.*medusa"):
+        load_model(str(tmp_path))
