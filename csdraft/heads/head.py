@@ -148,7 +148,8 @@ class Head(PreTrainedModel, FeatureModel):
 
     def make_buffers(self) -> None:
         """Makes the rotary embedding, which has no weights."""
-        self.rotary = LlamaRotaryEmbedding(self.config) if self.attention_layers else None  # type: ignore[arg-type]
+        if self.attention_layers:
+            self.rotary = LlamaRotaryEmbedding(self.config)  # type: ignore[arg-type]
 
     @property
     def drafted(self) -> Tensor:

@@ -62,19 +62,18 @@ class HeadKind:
 
     Attributes:
         trains: the class of the heads that it makes.
+        options: the dataclass of its options, that of `trains` unless it says otherwise.
+        stored_by: the class that stores them.
     """
 
     trains: type[Head]
+    options: Any = None
+    stored_by: type[StoredHead] = OwnHead
 
     @property
     def name(self) -> str:
         """The name by which `init` asks for it: the file's."""
         return type(self).__module__.rpartition(".")[2]
-
-    @property
-    def options(self) -> type:
-        """The dataclass of its options."""
-        return self.trains.Options
 
     def check(self, config: Any, options: Mapping[str, Any]) -> None:
         """Raises ValueError for options that no head for a target of this config can have."""
@@ -110,11 +109,6 @@ class HeadKind:
         revision = getattr(target.config, "_commit_hash", None)
         head.base = Lender(model_name(target), revision, fingerprint(target), text.vocab_size)
         return head
-
-    @property
-    def stored_by(self) -> type[StoredHead]:
-        """The class that stores it."""
-        return OwnHead
 
     def new(self, text: Any, asked: Any, draft_vocab: int) -> Head:
         """A random head for a target of this config."""
@@ -191,7 +185,7 @@ class HeadKind:
 
     def _asked(self, options: Mapping[str, Any]) -> Any:
         try:
-            return fit(options, self.options, f"init.{self.name}")
+            return fit(options, self.options or self.trains.Options, f"init.{self.name}")
         except ValueError as error:
             at = f"init.{self.name}"
             raise ValueError(str(error) if at in str(error) else f"{at}: {error}") from error
