@@ -86,7 +86,7 @@ def _loaded(path: str, why: str, target: nn.Module, load: Callable[[str, nn.Modu
     try:
         drafter = load(path, target)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{why}: {error}; mend it, take it away, or name the drafter in assistant=") from error
+        raise ValueError(f"{why}: {error}; fix it, remove it, or name the drafter in assistant=") from error
     nest = getattr(drafter, "root", drafter)
     lone = nest.parts()[0] if len(nest.parts()) == 1 else None
     return lone if isinstance(lone, Auto) else nest

@@ -139,7 +139,7 @@ def check_template(tokenizer: Any, what: str, chat: ChatFormat | None = None) ->
         _render([{"role": "user", "content": PROBE}], tokenizer, chat, None, tokenize=False)
     except Unusable as error:
         if isinstance(error.__cause__, TemplateSyntaxError):
-            raise ValueError(f"the chat template is not valid Jinja: {error.__cause__}; mend it") from error
+            raise ValueError(f"the chat template is not valid Jinja: {error.__cause__}; fix it") from error
 
 
 def chat_prompt(

@@ -76,7 +76,7 @@ def _parsed(text: bytes, where: str) -> Any:
         raise ValueError(f"{where} is not UTF-8 ({error.reason}); convert the file, or remove the line") from error
     except json.JSONDecodeError as error:
         at = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
-        raise ValueError(f"{where} is not JSON ({error.msg} at {at}); mend it, or remove it") from error
+        raise ValueError(f"{where} is not JSON ({error.msg} at {at}); fix it, or remove it") from error
 
 
 def _object(value: Any, where: str, path: Path) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class AdjacencyTable:
             if self._target() is not target:
                 raise ValueError(
                     "this adjacency table holds what another target finds likely; give each target its own, or none: "
-                    "each target then has one by itself"
+                    "each target then has one of its own"
                 )
 
     def copy(self) -> AdjacencyTable:
