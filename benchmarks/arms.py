@@ -1,32 +1,42 @@
-"""Which loss and which texts: drafters distilled from one start for equal steps, compared prompt by prompt.
+"""Which loss, which texts, which head: drafters trained for equal steps, compared prompt by prompt.
 
 python -m benchmarks arms --config recipes/smol/arms.yaml
+python -m benchmarks arms --config recipes/smol/heads.yaml
 """
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
+from csdraft import ModelDrafter
 from csdraft.data.shards import write_whole
 from csdraft.metrics.intervals import bootstrap_mean
+from csdraft.schedules.fixed import Fixed
 from csdraft.trainers.arguments import make_arguments, read_values
 from csdraft.trainers.command import one_line_errors, recipe_parser
 from csdraft.trainers.distill import DistillArguments
 from csdraft.trainers.evaluation import Evaluation
 from csdraft.trainers.run import check, distill, load_models, make_evaluation, read_target
 from csdraft.trainers.run_folder import forget
+from csdraft.trainers.students import added_share
 
 __all__ = ["compare_arms"]
 
 Figures = dict[str, Any]
-"""Of an arm: `greedy` and `sampled` block efficiency of each prompt, `acceptance` and `agreement` over all."""
+"""Of an arm: `greedy` and `sampled` block efficiency of each prompt, `acceptance` and `agreement` over all, the
+`parameters` that it adds to the target, a drafting step's `price` in forwards of the target, and `speed`, plain
+decoding's processor time over that with the default schedule."""
 
+PRICED = 8
+"""Prompts that are timed."""
 RECORD = "arm.json"
 """In an arm's folder: the settings that it was begun with and, when it is done, its figures."""
 WITHOUT_EFFECT = {"output_dir", "threads", "disable_tqdm", "logging_steps", "report_to", "save_total_limit"}
@@ -150,7 +160,28 @@ def examine(evaluation: Evaluation, target: Any, student: Any) -> Figures:
         "sampled": evaluation.block_efficiencies(target, student, sampled=True),
         "acceptance": graded["acceptance"],
         "agreement": graded["agreement"],
+        "parameters": round(added_share(student, target) * target.num_parameters()),
+        **priced(evaluation, target, student),
     }
+
+
+@torch.no_grad()
+def priced(evaluation: Evaluation, target: Any, student: Any) -> Figures:
+    """What a drafting step costs, and what the drafter gains, on one prompt at a time, plain and drafted in turns."""
+    how = {"max_new_tokens": evaluation.new_tokens, "do_sample": False, "pad_token_id": evaluation.pad}
+    drafted = {"assistant": ModelDrafter(student), "reuse": False}
+    spent, seconds = [0.0, 0.0], ([], [])
+    for number, prompt in enumerate(evaluation.prompts[: PRICED + 1]):
+        ids = torch.tensor([prompt], device=target.device)
+        for place, way in enumerate(({}, drafted)):
+            began = time.process_time()
+            target.generate(ids, **how, **way)
+            spent[place] += time.process_time() - began if number else 0.0  # the first one warms up
+        chain = target.generate(ids, **how, **drafted, schedule=Fixed(evaluation.depth), return_dict_in_generate=True)
+        for place, use in enumerate(sorted(chain.report.models.items(), key=lambda item: item[0] != "target")):
+            seconds[place].append(use[1].seconds / max(use[1].forwards, 1))
+    theirs, own = map(median, seconds)
+    return {"price": own / theirs, "speed": spent[0] / spent[1]}
 
 
 def table(done: Mapping[str, Figures], baseline: str) -> str:
@@ -159,14 +190,16 @@ def table(done: Mapping[str, Figures], baseline: str) -> str:
     python -m benchmarks arms --config recipes/smol/arms.yaml
     """
     lines = [
-        f"| arm | greedy | sampled | greedy over {baseline} | sampled over {baseline} | acceptance | agreement |",
-        "|---|---|---|---|---|---|---|",
+        f"| arm | greedy | sampled | greedy over {baseline} | sampled over {baseline} | acceptance | agreement "
+        "| parameters | price | speed |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, arm in done.items():
         kinds = ("greedy", "sampled")
         cells = [str(bootstrap_mean(arm[kind])) for kind in kinds]
         cells += [ratios(arm[kind], done[baseline][kind]) if baseline in done else "" for kind in kinds]
         cells += [f"{arm[key]:.3f}" for key in ("acceptance", "agreement")]
+        cells += [f"{arm['parameters'] / 1e6:.2f} M", f"{arm['price']:.2f}", f"{arm['speed']:.2f}"]
         lines.append("| " + " | ".join([name, *cells]) + " |")
     return "\n".join(lines)
 

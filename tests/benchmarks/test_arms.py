@@ -45,9 +45,12 @@ def common(folder: Path, family: str = "llama", **changes: object) -> dict:
 
 
 def figures(table: str) -> dict[str, list[str]]:
-    """The cells of each arm."""
+    """The cells of each arm that do not depend on the machine; the last are parameters, a price and a speed."""
     rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
-    return {name: cells for name, *cells in rows}
+    for _, *cells in rows:
+        assert cells[-3].endswith(" M")
+        assert all(float(cell) > 0 for cell in cells[-2:])
+    return {name: cells[:-3] for name, *cells in rows}
 
 
 def block_efficiency(cells: list[str]) -> list[float]:
