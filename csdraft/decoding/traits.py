@@ -10,11 +10,13 @@ import inspect
 import re
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from csdraft.decoding.cache import windows_of_cache
 from csdraft.decoding.cache_names import GENERATE_CACHE, cache_of_forward, forward_takes
@@ -142,23 +144,31 @@ class Code:
     rotary: bool
 
 
+def _written(made: type) -> list[type]:
+    """A class and those of its bases that are the model's own: a user may have derived it from a family's."""
+    return [base for base in made.__mro__ if issubclass(base, nn.Module) and base not in (nn.Module, PreTrainedModel)]
+
+
 @cache
 def _source(made: type) -> str:
-    """The source code of a class; empty if the class was made at run time."""
-    try:
-        return inspect.getsource(made)
-    except (OSError, TypeError):
-        return ""
+    """The source code of a class and its bases; nothing of those that were made at run time."""
+    found = []
+    for base in _written(made):
+        with suppress(OSError, TypeError):
+            found.append(inspect.getsource(base))
+    return "\n".join(found)
 
 
 @cache
 def _code_of(decoder: type) -> Code:
     source = _source(decoder)
+    modules = {base.__module__ for base in _written(decoder)} & sys.modules.keys()
+    names = {name for module in modules for name in vars(sys.modules[module])}
     return Code(
         "sliding_window_causal_mask" in source or "masks_for_generate" in source,
         "chunked_causal_mask" in source,
         re.search(r"isinstance\([^()]*mask[^()]*, dict\)", source) is not None,
-        any("Rotary" in name for name in vars(sys.modules[decoder.__module__])),
+        any("Rotary" in name for name in names),
     )
 
 

@@ -52,6 +52,19 @@ def test_fields_that_the_code_ignores(fields: dict, rows: int) -> None:
     same_text(tiny.fresh("llama", **fields), tiny.inputs_of("llama", rows))
 
 
+@pytest.mark.parametrize("family", ["mistral", "gemma3", "llama"])
+def test_a_decoder_that_a_user_derived_is_of_its_family(family: str) -> None:
+    """Masks, windows and rotary code stand in the class that it is derived from, in another file."""
+    model = tiny.fresh(family, seed=4)
+    traits, inputs = traits_of(model), tiny.ragged_batch((30, 12))
+    plain = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+    decoder = model.get_decoder()
+    decoder.__class__ = type("Derived", (type(decoder),), {"__module__": __name__})
+    model.__class__ = type("DerivedForCausalLM", (type(model),), {"__module__": __name__})
+    assert traits_of(model) == traits
+    assert torch.equal(model.generate(**inputs, assistant=MaxGram(), strict=True, max_new_tokens=16), plain)
+
+
 def test_windows_of_some_layers_that_the_code_ignores() -> None:
     model = tiny.fresh("llama", sliding_window=8, layer_types=["sliding_attention", "full_attention"])
     with pytest.raises(ValueError, match="its code makes no mask for"):
