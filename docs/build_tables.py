@@ -158,6 +158,7 @@ def loaded(path: str) -> ModuleType:
 
 def keys_of_scripts() -> dict[str, type]:
     """Scripts that take a recipe, and the dataclass of its keys."""
+    from csdraft.data.feature_cache import FeatureArguments
     from csdraft.data.generate import GenerateArguments
     from csdraft.data.target_cache import CacheArguments
     from csdraft.trainers.distill_arguments import DistillArguments
@@ -166,6 +167,7 @@ def keys_of_scripts() -> dict[str, type]:
         "distill_drafter.py": DistillArguments,
         "generate_data.py": GenerateArguments,
         "cache_logits.py": CacheArguments,
+        "cache_features.py": FeatureArguments,
         "make_cascade.py": loaded("scripts/make_cascade.py").CascadeArguments,
         "pretrain.py": loaded("recipes/smol/pretrain.py").PretrainArguments,
         "train_tokenizer.py": loaded("recipes/smol/train_tokenizer.py").TokenizerArguments,

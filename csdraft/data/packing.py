@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from csdraft.data.target_cache import TargetCache
+from csdraft.data.row_arrays import RowArrays
 
 __all__ = ["IGNORED", "Packed", "Padded", "best_fit", "check_packing", "collate", "collate_seq2seq"]
 
@@ -35,13 +35,13 @@ class Packed(Dataset):
         rows: `input_ids`, `prompt_length` and, optionally, `scored` each; see `csdraft.data.sources.read_rows`.
         max_length: tokens of a block.
         pad: token id for filling up.
-        cache: of the target's logits for these rows; items then have `cached`, (max_length, 2 k) float32, too.
+        cache: of what the target computes along these rows; items then have `cached`, (max_length, width), too.
 
     Raises:
         ValueError: there are no rows, one is longer than a block, or the cache is of other rows.
     """
 
-    def __init__(self, rows: Any, max_length: int, pad: int = 0, cache: TargetCache | None = None):
+    def __init__(self, rows: Any, max_length: int, pad: int = 0, cache: RowArrays | None = None):
         lengths = _checked(rows, max_length, cache)
         self.rows, self.max_length, self.pad, self.cache = rows, max_length, pad, cache
         self.blocks = best_fit(lengths, max_length)
@@ -76,7 +76,7 @@ class Padded(Dataset):
         max_length: int,
         pad: int = 0,
         decoder_start: int | None = None,
-        cache: TargetCache | None = None,
+        cache: RowArrays | None = None,
     ):
         lengths = _checked(rows, max_length, cache)
         if decoder_start is not None and cache is not None:
@@ -95,7 +95,7 @@ class Padded(Dataset):
         return _seq2seq(self.rows[index], self.decoder_start)
 
 
-def _checked(rows: Any, max_length: int, cache: TargetCache | None) -> list[int]:
+def _checked(rows: Any, max_length: int, cache: RowArrays | None) -> list[int]:
     """Tokens of each row, which are neither none nor too many."""
     lengths = list(_lengths(rows))
     if not lengths:
@@ -138,9 +138,9 @@ def _labels(row: Mapping[str, Any], ids: Tensor) -> Tensor:
     return labels
 
 
-def _example(row: Mapping[str, Any], index: int, cache: TargetCache | None) -> dict[str, Tensor]:
+def _example(row: Mapping[str, Any], index: int, cache: RowArrays | None) -> dict[str, Tensor]:
     ids = torch.tensor(row["input_ids"], dtype=torch.long)
-    cached = {} if cache is None else {"cached": cache[index].packed()}
+    cached = {} if cache is None else {"cached": cache.packed(index)}
     return {"input_ids": ids, "position_ids": torch.arange(len(ids)), "labels": _labels(row, ids), **cached}
 
 

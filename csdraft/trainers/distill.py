@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from csdraft.data.packing import IGNORED, Packed
+from csdraft.data.feature_cache import FeatureCache
+from csdraft.data.packing import IGNORED, Packed, Padded
 from csdraft.models import base_model
 from csdraft.trainers.base import BaseTrainer
 from csdraft.trainers.distill_arguments import DistillArguments
@@ -64,7 +65,8 @@ class DrafterTrainer(BaseTrainer):
     ):
         args._setup_devices  # noqa: B018 - counts the GPUs
         args._n_gpu = min(args._n_gpu, 1)  # one process trains on one: replicas would meet a target elsewhere
-        self._pair = Distillation(model, target, args.objective)
+        cached = train_dataset.cache.taps if with_features(train_dataset) else ()
+        self._pair = Distillation(model, target, args.objective, cached)
         options |= {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "data_collator": data_collator}
         super().__init__(self._pair, args, processing_class=processing_class, **options)
         self.model = self.callback_handler.model = model
@@ -232,6 +234,11 @@ class DrafterTrainer(BaseTrainer):
             with self._as_pair():
                 return super()._load_best_model()
         load_student_weights(self.student, self.state.best_model_checkpoint)
+
+
+def with_features(texts: Any) -> bool:
+    """Whether a data set has the target's hidden states, for a head."""
+    return isinstance(texts, Packed | Padded) and isinstance(texts.cache, FeatureCache)
 
 
 def evaluation_of(

@@ -64,7 +64,10 @@ class DistillArguments(RunArguments):
     max_length: int = field(default=512, metadata={"help": "Tokens of a packed block; longer texts are cut."})
     target_cache: str | None = field(
         default=None,
-        metadata={"help": "Folder of the target's largest logits for these texts, see scripts/cache_logits.py."},
+        metadata={
+            "help": "Folder of what the target computes along these texts: its largest logits "
+            "(scripts/cache_logits.py), or for a head its hidden states (scripts/cache_features.py)."
+        },
     )
     packing: bool = field(
         default=True, metadata={"help": "Puts several texts into a block, where they do not see each other."}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from csdraft.data.feature_cache import LAST
 from csdraft.data.packing import IGNORED
 from csdraft.data.target_cache import dense
 from csdraft.models import base_model
@@ -29,14 +31,21 @@ class Distillation(nn.Module):
         student: trained.
         target: frozen. Not a submodule: it is neither wrapped, nor optimised, nor saved with the student.
         objective: the mixed loss, applied in chunks of positions.
+        cached_taps: which hidden states of the target a batch holds as `cached`, side by side, for a head; see
+            `csdraft.data.feature_cache`.
     """
 
-    def __init__(self, student: nn.Module, target: nn.Module, objective: Objective):
+    def __init__(self, student: nn.Module, target: nn.Module, objective: Objective, cached_taps: Sequence[int] = ()):
         super().__init__()
         self.student = student
         self.objective = objective
         self._target = (target.eval().requires_grad_(False),)
-        self._kind = kind_of_head(student)
+        self._kind, self._cached_taps = kind_of_head(student), tuple(cached_taps)
+        if cached_taps and (missing := set(base_model(student).taps) - set(cached_taps)):
+            raise ValueError(
+                f"the cached features are of layers {list(cached_taps[:-1])} and lack {sorted(missing)}, which the "
+                "head reads; write them with these layers, or train without target_cache"
+            )
         self._heads = head_of(student) if self._kind is None else None, head_of(target)
 
     @property
@@ -67,7 +76,7 @@ class Distillation(nn.Module):
                 `attention_mask` and `decoder_input_ids`.
         """
         if self._kind is not None:
-            return self._of_head(self._kind, labels, inputs) / total
+            return self._of_head(self._kind, labels, inputs, cached) / total
         after = 0 if "decoder_input_ids" in inputs else 1
         labels = labels[:, after:]
         scored = labels != IGNORED
@@ -84,12 +93,18 @@ class Distillation(nn.Module):
         total_loss = self.objective.total(student, target, labels[scored], student_head, target_head)
         return total_loss / total
 
-    def _of_head(self, kind: HeadKind, labels: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    def _of_head(self, kind: HeadKind, labels: Tensor, inputs: dict[str, Tensor], cached: Tensor | None) -> Tensor:
         """The sum of the loss of a head, over its drafting steps: the target's features come from its own forward."""
         head, place = base_model(self.student), self.target.device
-        with torch.no_grad():
-            there = {name: value.to(place) for name, value in inputs.items()}  # type: ignore[arg-type]
-            hidden, states = states_of(self.target, head.taps, **there)  # type: ignore[arg-type]
+        if cached is not None:
+            parts = cached.to(place, self.target.dtype)  # type: ignore[call-overload]
+            parts = parts.chunk(len(self._cached_taps), -1)
+            states = dict(zip(self._cached_taps, parts, strict=True))
+            hidden = states[LAST]
+        else:
+            with torch.no_grad():
+                there = {name: value.to(place) for name, value in inputs.items()}  # type: ignore[arg-type]
+                hidden, states = states_of(self.target, head.taps, **there)  # type: ignore[arg-type]
         total = torch.zeros((), device=labels.device)
         for part in kind.compared(head, states, hidden, self._heads[1], labels, inputs):
             if isinstance(part, Tensor):

@@ -16,8 +16,8 @@ from transformers.utils import cached_file
 from yaml import YAMLError
 
 from csdraft.data.packing import Packed, Padded
+from csdraft.data.row_arrays import checksum
 from csdraft.data.sources import revision_of, tally_of
-from csdraft.data.target_cache import checksum
 from csdraft.hub import command, public_name, without_folders
 from csdraft.models import base_model
 from csdraft.stored import is_hub_id

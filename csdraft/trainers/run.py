@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from csdraft.data.chat import chat_of
+from csdraft.data.feature_cache import FeatureCache
 from csdraft.data.packing import IGNORED, Packed, Padded, check_packing, collate, collate_seq2seq
+from csdraft.data.row_arrays import RowArrays
 from csdraft.data.sources import read_prompts, read_rows
 from csdraft.data.target import check_writable, load_weights, read_target, target_name
 from csdraft.data.target_cache import TargetCache
@@ -148,17 +150,19 @@ def check_extras(args: DistillArguments) -> None:
         )
 
 
-def check_head(args: DistillArguments) -> None:
-    """What a drafting head, which needs features of each text, cannot be trained on."""
+def trains_head(args: DistillArguments) -> bool:
+    """Whether the student is a drafting head, which needs features of each text."""
     stored = config_at(args.student) if args.student is not None else None
-    if asked_kind(args.init) is None and (stored is None or recognised(stored) is None):
-        return
-    for name in ("on_policy", "target_cache"):
-        if getattr(args, name):
-            raise ValueError(
-                f"{name}={getattr(args, name)!r} with a head: it reads hidden states of the target, which are "
-                f"computed along the texts as they are; leave {name} out"
-            )
+    return asked_kind(args.init) is not None or (stored is not None and recognised(stored) is not None)
+
+
+def check_head(args: DistillArguments) -> None:
+    """What a drafting head cannot be trained on."""
+    if args.on_policy and trains_head(args):
+        raise ValueError(
+            f"on_policy={args.on_policy!r} with a head: it reads hidden states of the target, which are computed "
+            "along the texts as they are; leave on_policy out"
+        )
 
 
 def check_engines(args: DistillArguments) -> None:
@@ -229,12 +233,19 @@ def make_evaluation(
     return evaluation_of(args, prompts, tokenizer)
 
 
+def cache_of(args: DistillArguments) -> RowArrays | None:
+    """What the target has computed along the texts: hidden states for a head, logits for a model."""
+    if not args.target_cache:
+        return None
+    return (FeatureCache if trains_head(args) else TargetCache)(args.target_cache)
+
+
 def make_batches(
     args: DistillArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, rows: Any
 ) -> dict[str, Any]:
     """The trainer's `train_dataset` and `data_collator`."""
     pad = pad_of(tokenizer)
-    cache = TargetCache(args.target_cache) if args.target_cache else None
+    cache = cache_of(args)
     if config.is_encoder_decoder:
         if cache is not None:
             raise ValueError("target_cache is for decoder-only targets; leave it out")

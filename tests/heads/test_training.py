@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from csdraft import CascadeDrafter, MaxGram, ModelDrafter
 from csdraft.cascade import as_drafter
 from csdraft.cli import main
+from csdraft.data.feature_cache import FeatureArguments, cache_features
 from csdraft.heads.eagle3_files import Eagle3Head
 from csdraft.models import load_model
 from csdraft.trainers.run import distill
@@ -105,6 +106,27 @@ def test_a_head_of_all_tokens_goes_on_from_its_checkpoint(run, tmp_path):
     load_student_weights(other, tmp_path / "full")
     assert torch.equal(other.fc.weight, made.fc.weight)
     assert int(other.d2t.abs().max()) == 0
+
+
+def test_cached_features_train_the_same_head(pair, run):
+    """The loss of one step, up to bfloat16, without a forward of the target; a cache that lacks a layer is refused."""
+    texts, layers = str(pair / "texts.jsonl"), INIT["eagle3"]["layers"]
+    written = {"target": str(pair / "target"), "dataset": texts, "max_length": 96}
+    cache_features(FeatureArguments(**written, layers=layers, output_dir=str(pair / "features")))
+    changes = {"student": None, "init": INIT, "packing": True, "max_length": 96, "max_steps": 4, "save_steps": 4}
+    online = distill(arguments(pair, "online", **changes, logging_steps=1))
+    offline = distill(arguments(pair, "offline", **changes, logging_steps=1, target_cache=str(pair / "features")))
+    losses = [[h["loss"] for h in t.state.log_history if "loss" in h] for t in (online, offline)]
+    assert len(losses[0]) == 4
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    calls = []
+    offline.target.model.register_forward_hook(lambda *_: calls.append(1))
+    batch = next(iter(offline.get_train_dataloader()))
+    offline._pair(**batch, total=1.0)
+    assert not calls
+    cache_features(FeatureArguments(**written, layers=layers[:1], output_dir=str(pair / "fewer")))
+    with pytest.raises(ValueError, match=r"of layers \[0\] and lack \[1, 2\]"):
+        distill(arguments(pair, "refused", **changes, target_cache=str(pair / "fewer")))
 
 
 # Folders.

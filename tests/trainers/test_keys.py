@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import TrainingArguments
 
+from csdraft.data.feature_cache import FeatureArguments
 from csdraft.data.generate import GenerateArguments
 from csdraft.data.target_cache import CacheArguments
 from csdraft.trainers.arguments import make_arguments
@@ -25,6 +26,7 @@ KINDS = {
     "scripts/distill_drafter": DistillArguments,
     "scripts/generate_data": GenerateArguments,
     "scripts/cache_logits": CacheArguments,
+    "scripts/cache_features": FeatureArguments,
     "recipes/smol/pretrain": PretrainArguments,
     "recipes/smol/train_tokenizer": TokenizerArguments,
 }
