@@ -24,7 +24,7 @@ from torch import nn
 from csdraft import spec
 from csdraft.card import SHIM, SIGNATURE, model_card
 from csdraft.decoding.names import name_of
-from csdraft.heads.tied import stored_form
+from csdraft.heads.on_target import stored_form
 from csdraft.models import base_model
 from csdraft.saved_costs import save_costs
 from csdraft.stored import is_hub_id, read_object

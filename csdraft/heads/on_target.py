@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-__all__ = ["OnTarget"]
+__all__ = ["OnTarget", "stored_form"]
 
 _LOCK = threading.Lock()
 
@@ -55,6 +57,23 @@ class OnTarget(nn.Module):
     def _put_on(self, target: Any) -> Any:
         raise NotImplementedError
 
+    def open(self, target: Any, dtype: torch.dtype) -> Any:
+        """A complete model in this dtype, to be trained further."""
+        raise NotImplementedError
+
     @property
     def _name(self) -> str:
         return f"the {self.what} {self.config._name_or_path!r}"
+
+
+def stored_form(model: Any, state_dict: Mapping[str, Tensor] | None = None) -> OnTarget | None:
+    """What is stored of a drafter that stands on a target, bound or not; None of any other model.
+
+    Args:
+        model: if it is complete, its attribute `stored_by` is the class of what is stored.
+        state_dict: its weights, gathered, if its own parameters are not whole.
+    """
+    if isinstance(model, OnTarget):
+        return model
+    kind = vars(model).get("stored_by")
+    return None if kind is None else kind.of(model, state_dict)

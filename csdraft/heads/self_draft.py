@@ -63,13 +63,16 @@ def own_layers(target: Any, layers: Sequence[int], encoder_layers: Sequence[int]
     """`shared_layers` of the target, with a `Base` as its attribute `self_draft`."""
     network = shared_layers(target, layers, encoder_layers)
     config = target.config
-    network.self_draft = Base(
-        tuple(layers),
-        None if encoder_layers is None else tuple(encoder_layers),
-        model_name(target),
-        getattr(config, "_commit_hash", None),
-        fingerprint(target),
-        config.vocab_size,
+    network.stored_by, network.self_draft = (
+        SelfDraft,
+        Base(
+            tuple(layers),
+            None if encoder_layers is None else tuple(encoder_layers),
+            model_name(target),
+            getattr(config, "_commit_hash", None),
+            fingerprint(target),
+            config.vocab_size,
+        ),
     )
     network.config._name_or_path = ""
     return network
@@ -137,16 +140,25 @@ class SelfDraft(OnTarget):
         """The layers of the target that the adapter stands on, without it; `check` the target first."""
         with naming(self._name):
             network = shared_layers(target, self.base.layers, self.base.encoder_layers)
-        network.self_draft = self.base
+        network.stored_by, network.self_draft = SelfDraft, self.base
+        return network
+
+    def open(self, target: Any, dtype: torch.dtype) -> Any:
+        """An adapter keeps the dtype that it gets on its base; see `OnTarget.open`."""
+        self.check(target)
+        options = copy.deepcopy(self.options)
+        options.inference_mode, options.base_model_name_or_path = False, None
+        network = peft_package().get_peft_model(self.layers_of(target), options)
+        peft_package().set_peft_model_state_dict(network, self.state)
         return network
 
     # On disk.
 
     @classmethod
-    def of(cls, network: Any) -> SelfDraft:
-        """The adapter of `own_layers` that carry one."""
-        ((name, options),) = network.peft_config.items()
-        return cls(network.self_draft, options, adapter_state(network, name), network.config._name_or_path)
+    def of(cls, model: Any, state_dict: Mapping[str, Tensor] | None = None) -> SelfDraft:
+        """No engine keeps an adapter on the target's layers in parts, so `state_dict` is not read."""
+        ((name, options),) = model.peft_config.items()
+        return cls(model.self_draft, options, adapter_state(model, name), model.config._name_or_path)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes a PEFT folder and drafter.json."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -175,18 +176,13 @@ class StoredHead(OnTarget):
 
     @classmethod
     def of(cls, head: Any, state_dict: Mapping[str, Tensor] | None = None) -> Self:
-        """What is stored of a complete head.
-
-        Args:
-            state_dict: its weights, gathered, if its own parameters are not whole.
-        """
         state = dict(head.state_dict() if state_dict is None else state_dict)
         state = {name: tensor for name, tensor in state.items() if name not in head.lent}
         if len(head.d2t) == head.config.vocab_size:
             del state["d2t"]
         return cls(head.config, head.options, state, head.base)
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes what `load` reads."""
         from safetensors.torch import save_file
 

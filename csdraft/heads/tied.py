@@ -7,6 +7,7 @@ target lends them again when it drafts. On disk it is a Transformers folder with
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,10 +18,10 @@ from torch import Tensor, nn
 
 from csdraft.heads.layers import embedding_fingerprint, embeddings
 from csdraft.heads.on_target import OnTarget
-from csdraft.heads.self_draft import TIED, SelfDraft, model_name, write_document
+from csdraft.heads.self_draft import TIED, model_name, write_document
 from csdraft.stored import check_config
 
-__all__ = ["Lender", "TiedDraft", "borrowed", "stored_form", "tie"]
+__all__ = ["Lender", "TiedDraft", "borrowed", "tie"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ def tie(student: Any, target: Any) -> Any:
         embedding_fingerprint(target, target.config.vocab_size),
         target.config.vocab_size,
     )
+    student.stored_by = TiedDraft
     for parameter in embeddings(student).values():
         parameter.requires_grad_(False)
     return student
@@ -48,7 +50,7 @@ def tie(student: Any, target: Any) -> Any:
 
 def borrowed(model: Any) -> dict[str, str]:
     """Names of the parameters that a tied student or a head does not own -> whose they are, see `embeddings`."""
-    if "stored_by" in vars(model):
+    if "lent" in vars(model):
         return dict(model.lent)
     if "tied_to" not in vars(model):
         return {}
@@ -90,7 +92,7 @@ class TiedDraft(OnTarget):
             )
 
     def open(self, target: Any, dtype: torch.dtype) -> Any:
-        """A model of its own in this dtype, with copies of the target's tensors: to be trained on."""
+        """With copies of the target's tensors; see `OnTarget.open`."""
         self.check(target)
         theirs = embeddings(target)
         copies = {name: theirs[key].detach().to(dtype, copy=True) for name, key in self.borrowed.items()}
@@ -115,7 +117,7 @@ class TiedDraft(OnTarget):
         for name, key in self.borrowed.items():
             place, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(place), leaf, shared[key])
-        model.tied_to = self.lender
+        model.tied_to, model.stored_by = self.lender, TiedDraft
         return model.to(places.pop()).requires_grad_(False).eval()
 
     def _made(self, target: Any, lent: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
@@ -130,30 +132,18 @@ class TiedDraft(OnTarget):
 
     @classmethod
     def of(cls, model: Any, state_dict: Mapping[str, Tensor] | None = None) -> TiedDraft:
-        """What is stored of a tied student.
-
-        Args:
-            state_dict: its weights, gathered, if its own parameters are not whole.
-        """
         names = borrowed(model)
         state = model.state_dict() if state_dict is None else state_dict
         own = {name: tensor for name, tensor in state.items() if name not in names}
         return cls(model.tied_to, model.config, own, names)
 
-    def save(self, folder: str | Path, model: Any = None) -> None:
-        """Writes a Transformers folder and drafter.json.
-
-        Args:
-            model: the whole model, if it is at hand; its class saves the folder.
-        """
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes a Transformers folder and drafter.json."""
         from huggingface_hub import save_torch_state_dict
 
         Path(folder).mkdir(parents=True, exist_ok=True)
-        if model is not None:
-            model.save_pretrained(folder, state_dict=self.state)
-        else:
-            self.config.save_pretrained(folder)
-            save_torch_state_dict(self.state, str(folder))
+        self.config.save_pretrained(folder)
+        save_torch_state_dict(self.state, str(folder))
         write_document(folder, TIED, {"base": asdict(self.lender), "borrowed": self.borrowed})
 
     @classmethod
@@ -192,14 +182,3 @@ def _read(path: str, **options: Any) -> dict[str, Tensor]:
         names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
     files = [cached_file(path, name, **options) for name in sorted(names)]
     return {name: tensor for file in files for name, tensor in load_file(file).items()}  # type: ignore[arg-type]
-
-
-def stored_form(model: Any) -> OnTarget | None:
-    """What is stored of a drafter that stands on a target, bound or not; None of any other model."""
-    if isinstance(model, OnTarget):
-        return model
-    if "stored_by" in vars(model):
-        return model.stored_by.of(model)
-    if "self_draft" in vars(model):
-        return SelfDraft.of(model)
-    return TiedDraft.of(model) if "tied_to" in vars(model) else None

@@ -9,8 +9,8 @@ from csdraft.data.chat import chat_of
 from csdraft.trainers.engines import uses
 from csdraft.trainers.evaluation import check_figure
 from csdraft.trainers.objective import Objective
-from csdraft.trainers.rates import RATES, kind_of
 from csdraft.trainers.run_arguments import RunArguments
+from csdraft.trainers.students import kind_asked
 
 __all__ = ["DistillArguments"]
 
@@ -123,8 +123,10 @@ class DistillArguments(RunArguments):
     def __post_init__(self) -> None:
         if (self.deepspeed or uses("DeepSpeed")) and importlib.util.find_spec("deepspeed") is None:
             raise ValueError("deepspeed is needed and not installed: pip install csdraft[deepspeed]")
+        if self.student is not None and self.init is not None:
+            raise ValueError("student and init are both given; start from the one or make the other")
         if self.learning_rate is None:
-            self.learning_rate = RATES[kind_of(self.student, self.init, self.peft)]
+            self.learning_rate = kind_asked(self.student, self.init, self.peft).rate
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "block_efficiency"
         super().__post_init__()
@@ -137,8 +139,6 @@ class DistillArguments(RunArguments):
                 "target_sharded=true spreads the target's own weights over the processes: leave out target_device_map "
                 "and target_quantization, or target_sharded"
             )
-        if self.student is not None and self.init is not None:
-            raise ValueError("student and init are both given; start from the one or make the other")
 
     def _check_numbers(self) -> None:
         if not 0 <= self.on_policy <= 1:

@@ -19,8 +19,6 @@ from csdraft.data.sources import read_prompts, read_rows
 from csdraft.data.target import check_writable, load_weights, read_target, target_name
 from csdraft.data.target_cache import TargetCache
 from csdraft.decoding.feature_session import FeatureModel
-from csdraft.heads.self_draft import SELF_DRAFT, read_document
-from csdraft.heads.stored_head import config_at, recognised
 from csdraft.hub import fingerprint
 from csdraft.trainers.distill import DrafterTrainer, evaluation_of
 from csdraft.trainers.distill_arguments import DistillArguments
@@ -30,10 +28,9 @@ from csdraft.trainers.lock import only_run
 from csdraft.trainers.muon import MuonAdamW
 from csdraft.trainers.progress import Line
 from csdraft.trainers.publish import identity
-from csdraft.trainers.rates import is_shared
 from csdraft.trainers.run_folder import RunFolder, say
-from csdraft.trainers.students import check_engine, check_student, load_student_weights, make_student
-from csdraft.trainers.students._kind import Counts, asked_kind
+from csdraft.trainers.students import check_engine, check_student, kind_asked, load_student_weights, make_student
+from csdraft.trainers.students._student import Counts
 
 __all__ = ["distill"]
 
@@ -150,15 +147,14 @@ def check_extras(args: DistillArguments) -> None:
         )
 
 
-def trains_head(args: DistillArguments) -> bool:
+def reads_features(args: DistillArguments) -> bool:
     """Whether the student is a drafting head, which needs features of each text."""
-    stored = config_at(args.student) if args.student is not None else None
-    return asked_kind(args.init) is not None or (stored is not None and recognised(stored) is not None)
+    return kind_asked(args.student, args.init, args.peft).reads_features
 
 
 def check_head(args: DistillArguments) -> None:
     """What a drafting head cannot be trained on."""
-    if args.on_policy and trains_head(args):
+    if args.on_policy and reads_features(args):
         raise ValueError(
             f"on_policy={args.on_policy!r} with a head: it reads hidden states of the target, which are computed "
             "along the texts as they are; leave on_policy out"
@@ -167,9 +163,8 @@ def check_head(args: DistillArguments) -> None:
 
 def check_engines(args: DistillArguments) -> None:
     """What the engine of the student, or that of a sharded target, cannot do."""
-    adapter = read_document(args.student) if args.student is not None and args.peft is None else None
-    shared = is_shared(args.init) or (adapter or {}).get("kind") == SELF_DRAFT
-    check_engine(shared, args.deepspeed, args.fsdp)
+    kind = kind_asked(args.student, args.init, args.peft)
+    check_engine(kind.shares_target, args.deepspeed, args.fsdp)
     for engine, asked in (("DeepSpeed", args.deepspeed), ("FSDP", args.fsdp)):
         if args.muon and (asked or uses(engine)):
             raise ValueError(f"muon=true needs whole matrices, which {engine} cuts up; leave muon out, or use DDP")
@@ -189,7 +184,7 @@ def check_engines(args: DistillArguments) -> None:
         raise ValueError(
             "target_sharded=true with one process: no other process could share the weights; use accelerate launch"
         )
-    if shared or "from_target" in (args.init or {}):
+    if kind.needs_target:
         raise ValueError(
             "target_sharded=true: a student cannot be cut out of a target, or stand on its layers, where no process "
             "has them whole. Cut it out in a run of one process with max_steps=1, and give its folder as student"
@@ -237,7 +232,7 @@ def cache_of(args: DistillArguments) -> RowArrays | None:
     """What the target has computed along the texts: hidden states for a head, logits for a model."""
     if not args.target_cache:
         return None
-    return (FeatureCache if trains_head(args) else TargetCache)(args.target_cache)
+    return (FeatureCache if reads_features(args) else TargetCache)(args.target_cache)
 
 
 def make_batches(

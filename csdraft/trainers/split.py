@@ -103,12 +103,14 @@ class Output(ModelOutput):
 
 
 def states_of(model: nn.Module, taps: Collection[int], **inputs: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-    """What `hidden_of` returns, and hidden states of a decoder-only model by tap, each (rows, length, width).
+    """What `hidden_of` returns, and hidden states by tap, of a decoder-only model, each (rows, length, width).
 
     Args:
         taps: 0 is the embeddings, i the output of block i.
         inputs: see `hidden_of`.
     """
+    if not taps:
+        return hidden_of(model, **inputs), {}
     inner = base_model(model)
     if _can_split(model):
         (name,) = _bodies(inner)

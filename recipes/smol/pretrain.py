@@ -30,7 +30,7 @@ from csdraft.trainers.lock import only_run
 from csdraft.trainers.muon import MuonAdamW
 from csdraft.trainers.run_arguments import RunArguments
 from csdraft.trainers.run_folder import RunFolder, is_finished
-from csdraft.trainers.student_files import save_tokenizer
+from csdraft.trainers.students import save_tokenizer
 
 __all__ = ["Blocks", "PretrainArguments", "pretrain"]
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from csdraft.data.text import END, read_corpus, split
 from csdraft.trainers.command import run_script
-from csdraft.trainers.student_files import save_tokenizer
+from csdraft.trainers.students import save_tokenizer
 
 __all__ = ["TokenizerArguments", "train_tokenizer"]
 

@@ -17,7 +17,7 @@ from csdraft.trainers.arguments import make_arguments
 from csdraft.trainers.command import one_line_errors, recipe_parser
 from csdraft.trainers.distill_arguments import DistillArguments
 from csdraft.trainers.keys import help_of, keys_of, markdown
-from csdraft.trainers.rates import RATES
+from csdraft.trainers.students._student import students
 from recipes.smol.pretrain import PretrainArguments
 from recipes.smol.train_tokenizer import TokenizerArguments
 
@@ -103,5 +103,5 @@ def test_a_script_says_in_one_line_what_the_user_can_put_right(tmp_path, capsys)
 
 def test_the_docs_have_the_default_rates():
     page = (ROOT / "docs/distilling.md").read_text(encoding="utf-8")
-    for kind, rate in RATES.items():
-        assert f"| `{rate:.0e}` |".replace("e-0", "e-") in page, kind
+    for name, kind in students().items():
+        assert f"| `{kind.rate:.0e}` |".replace("e-0", "e-") in page, name

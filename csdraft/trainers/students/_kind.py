@@ -1,4 +1,4 @@
-"""What one kind of drafting head says of its training. A kind is a file of this folder, asked for by name in `init`.
+"""What drafting heads share as students: `init` asks for a head by the name of its file in this folder.
 
 A kind says what its options are, how a head is made from a target, and what a training step compares. How a head is
 stored is a matter of `csdraft/heads` (`StoredHead`), and how it drafts of its session: a new kind edits no file here.
@@ -6,58 +6,33 @@ stored is a matter of `csdraft/heads` (`StoredHead`), and how it drafts of its s
 
 from __future__ import annotations
 
-import importlib
-import os
-import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from csdraft import spec
 from csdraft.data.packing import IGNORED
-from csdraft.decoding.feature_session import FeatureModel
 from csdraft.heads.head import Head
 from csdraft.heads.layers import embeddings, fingerprint
 from csdraft.heads.own_files import OUTPUT, OwnHead
 from csdraft.heads.self_draft import model_name
-from csdraft.heads.stored_head import SWITCHING, StoredHead
+from csdraft.heads.stored_head import SWITCHING, StoredHead, head_at
 from csdraft.heads.tied import Lender
 from csdraft.models import base_model
 from csdraft.stored import fit
-from csdraft.trainers.new_students import new_config
+from csdraft.trainers.students._student import Compared, Counts, Logits, Student, check_names, student_of, students
+from csdraft.trainers.students.scratch import new_config
 
-__all__ = ["Compared", "Counts", "HeadKind", "asked_kind", "kind_of_head"]
+__all__ = ["Compared", "Counts", "HeadKind", "Logits", "kind_of_head", "kinds"]
 
 LIKE_TARGET = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "rms_norm_eps")
 """What the layer takes over from a target that states it."""
-Logits = Callable[[Tensor], Tensor]
-Counts = Callable[[], Tensor]
-"""Gives (vocab,) how often each token is to be predicted in the training text."""
 
 
-class Compared(NamedTuple):
-    """One part of a training step: what `Objective.total` compares, and its weight.
-
-    Attributes:
-        weight: of the sum of its losses.
-        student, target: (positions, width) hidden states of the two.
-        labels: (positions,) the next token at each, as the two functions number tokens.
-        student_logits, target_logits: from hidden states to logits of the same tokens.
-    """
-
-    weight: float
-    student: Tensor
-    target: Tensor
-    labels: Tensor
-    student_logits: Logits
-    target_logits: Logits
-
-
-class HeadKind:
+class HeadKind(Student):
     """One kind of drafting head, as the trainer sees it. Mostly only `trains` differs.
 
     Attributes:
@@ -70,10 +45,13 @@ class HeadKind:
     options: Any = None
     stored_by: type[StoredHead] = OwnHead
 
-    @property
-    def name(self) -> str:
-        """The name by which `init` asks for it: the file's."""
-        return type(self).__module__.rpartition(".")[2]
+    rate = 3e-4
+    reads_features = needs_target = True
+
+    def is_of(self, model: nn.Module) -> bool:
+        """A kind may be a subclass of another: the nearest counts."""
+        found = [kind.trains for kind in kinds().values() if isinstance(model, kind.trains)]
+        return self.trains in found and all(issubclass(self.trains, other) for other in found)
 
     def check(self, config: Any, options: Mapping[str, Any]) -> None:
         """Raises ValueError for options that no head for a target of this config can have."""
@@ -123,19 +101,7 @@ class HeadKind:
         labels: Tensor,
         inputs: Any,
     ) -> Iterator[Compared | Tensor]:
-        """What one step compares, drafting step after drafting step.
-
-        Args:
-            head: the student.
-            states: (rows, length, width) the target's hidden states by tap.
-            hidden: (rows, length, width) what the target's output layer reads.
-            target_logits: of `hidden`.
-            labels: (rows, length) the token itself where its prediction counts, else `IGNORED`.
-            inputs: `input_ids` and `position_ids`, (rows, length).
-
-        Yields:
-            What is to be compared, or the sum over positions of another loss.
-        """
+        """What one step compares, drafting step after drafting step; see `Student.compared`."""
         ids, positions = inputs["input_ids"], inputs["position_ids"]
         drafted, (steps, decay) = head.drafted, self.unrolling(head)
         numbers = torch.full((head.config.vocab_size,), IGNORED, device=labels.device)  # (vocab,) as the head has them
@@ -204,29 +170,19 @@ class HeadKind:
         found[torch.tensor(ends, dtype=torch.long)] = 1 << 60
         return found.argsort(descending=True, stable=True)[:count].sort().values
 
+    def put_back(self, student: Any, folder: str) -> None:
+        head: Any = base_model(student)
+        stored = head_at(folder)
+        check_names(stored.state if stored else {}, head.stored_by.of(head).state, folder)
+        head.load_state_dict(stored.state, strict=False)  # type: ignore[union-attr] - else it was refused
 
-@cache
+
 def kinds() -> dict[str, HeadKind]:
     """The kinds of heads, by the names of their files."""
-    found = {}
-    for module in pkgutil.iter_modules([os.path.dirname(__file__)]):
-        if not module.name.startswith("_"):
-            made = importlib.import_module(f"{__package__}.{module.name}")
-            found[module.name] = getattr(made, made.__all__[0])()
-    return found
-
-
-def asked_kind(init: Mapping[str, Any] | None) -> tuple[HeadKind, Mapping[str, Any]] | None:
-    """The kind that `init` asks for, and its options; None if it asks for a model."""
-    for name in init or ():
-        if name in kinds():
-            return kinds()[name], init[name] or {}  # type: ignore[index]
-    return None
+    return {name: kind for name, kind in students().items() if isinstance(kind, HeadKind)}
 
 
 def kind_of_head(student: Any) -> HeadKind | None:
     """The kind of a head that is trained; None of a model."""
-    model = base_model(student)
-    if not isinstance(model, FeatureModel):
-        return None
-    return next(kind for kind in kinds().values() if isinstance(model, kind.trains))
+    kind = student_of(student)
+    return kind if isinstance(kind, HeadKind) else None

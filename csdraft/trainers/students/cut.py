@@ -1,4 +1,4 @@
-"""New students: a model with random weights for the target's tokenizer, or one cut out of the target.
+"""Layers out of the target as a model of its own: narrower, or tied to the target's embedding, if that is asked for.
 
 Cutting layers out of the target and training on is how DistilBERT (arXiv 1910.01108) and Minitron (arXiv 2407.14679)
 begin.
@@ -12,67 +12,47 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from csdraft import spec
-from csdraft.heads.layers import layer_stacks, shared_layers
+from csdraft.heads.layers import check_layers, layer_stacks, shared_layers
 from csdraft.heads.tied import tie
+from csdraft.trainers.students._student import Counts, Student
+from csdraft.trainers.students.scratch import made_config
 
-__all__ = ["cut_out", "from_scratch", "narrow_config", "new_config"]
+__all__ = ["Cut", "check_cut"]
 
-FROM_TARGET = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
-LONGEST = 2048
-"""Context of a new model whose target does not state its own."""
-CONFIG_ERRORS = (StrictDataclassError, ValueError, TypeError)
+OPTIONS = ("layers", "encoder_layers", "hidden_size", "tie_to_target", "shared")
+"""Keys of `init.from_target`."""
 PROBE_TOKENS = 12
 
-# From scratch.
+
+class Cut(Student):
+    """See `Student`."""
+
+    rate = 1e-4
+    needs_target = True
+
+    def check(self, config: Any, options: Mapping[str, Any]) -> None:
+        check_cut(config, options)
+        if options.get("hidden_size") is not None:
+            narrow_config(config, options["hidden_size"])
+            if options.get("tie_to_target"):
+                raise ValueError(
+                    "tie_to_target with hidden_size: the target's embedding has the target's width; leave one out"
+                )
+
+    def make(self, target: Any, options: Mapping[str, Any], counts: Counts | None) -> nn.Module:
+        return cut_out(target, **{key: value for key, value in options.items() if key != "shared"})
 
 
-def new_config(config: Any, options: Mapping[str, Any]) -> Any:
-    """A config of these options, with the vocabulary and special tokens of another.
-
-    Args:
-        config: the target's.
-        options: `model_type` (the target's if left out), and what a config of that type takes.
-    """
-    from transformers import CONFIG_MAPPING
-
-    options = dict(options)
-    kind = options.pop("model_type", config.model_type)
-    if kind not in CONFIG_MAPPING:
-        raise ValueError(f"model_type {kind!r} is unknown to transformers: {spec.nearest(kind, CONFIG_MAPPING)[:400]}")
-    made = CONFIG_MAPPING[kind]
-    own = {field.name for field in fields(made)} | {key for key in vars(made()) if key[0] != "_"}
-    spec.check_keys(options, sorted((own | set(made.attribute_map)) - set(FROM_TARGET)), f"init.config ({kind})")
-    text = config if config.is_encoder_decoder else config.get_text_config(decoder=True)
-    given = {key: getattr(text, key, None) for key in FROM_TARGET}  # None too: a class's own ids are of other tokens
-    if "max_position_embeddings" in own:
-        given["max_position_embeddings"] = getattr(text, "max_position_embeddings", None) or LONGEST
-    try:
-        result = made(**(given | options))
-    except CONFIG_ERRORS as error:
-        raise ValueError(f"init.config: {_one_line(error)}") from error
-    if result.is_encoder_decoder != config.is_encoder_decoder:
-        raise ValueError(
-            f"init.config: {kind!r} is {'an encoder-decoder' if result.is_encoder_decoder else 'decoder-only'}, the "
-            f"target {config.model_type!r} is not; both must be alike"
-        )
-    return result
-
-
-def from_scratch(target: Any, options: Mapping[str, Any]) -> nn.Module:
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    config = new_config(target.config, options)
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    student = auto.from_config(config, dtype=torch.float32)
-    student.generation_config = copy.deepcopy(target.generation_config)
-    return student
-
-
-# Cut out of the target.
+def check_cut(config: Any, options: Mapping[str, Any]) -> None:
+    """Raises ValueError for layers that no target of this config has, and for options that are no switches."""
+    spec.check_keys(options, OPTIONS, "init.from_target")
+    for switch in ("tie_to_target", "shared"):
+        if not isinstance(options.get(switch, False), bool):
+            raise ValueError(f"{switch}={options[switch]!r} must be true or false")
+    check_layers(config, options.get("layers"), options.get("encoder_layers"))
 
 
 def narrow_config(config: Any, width: int) -> Any:
@@ -88,14 +68,7 @@ def narrow_config(config: Any, width: int) -> Any:
         )
     if not isinstance(width, int) or not 0 < width <= config.hidden_size:
         raise ValueError(f"hidden_size={width!r} must be a whole number up to the target's {config.hidden_size}")
-    try:
-        return type(config).from_dict(config.to_dict() | {key: width})
-    except CONFIG_ERRORS as error:
-        raise ValueError(f"hidden_size={width}: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return made_config(f"hidden_size={width}", type(config).from_dict, config.to_dict() | {key: width})
 
 
 def cut_out(

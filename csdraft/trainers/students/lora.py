@@ -1,0 +1,86 @@
+"""LoRA (arXiv 2106.09685) on a model that exists: the adapter is trained, and the model stays as it is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from torch import nn
+
+from csdraft import spec
+from csdraft.heads.on_target import OnTarget
+from csdraft.heads.self_draft import adapter_state, peft_package, read_document
+from csdraft.heads.tied import TiedDraft
+from csdraft.models import base_model, load_model
+from csdraft.trainers.students._student import Counts, Student, check_names
+
+__all__ = ["Lora", "check_lora", "stored_adapter", "with_lora"]
+
+SET_HERE = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
+SET_HERE |= {"inference_mode", "runtime_config", "layer_replication"}
+
+
+class Lora(Student):
+    """See `Student`. Of an adapter on the target's own layers it puts weights back too."""
+
+    rate = 2e-4
+
+    def is_of(self, model: nn.Module) -> bool:
+        return bool(vars(model).get("peft_config"))
+
+    def make(self, target: Any, options: Mapping[str, Any], counts: Counts | None) -> nn.Module:
+        return with_lora(_opened(options["student"]), options["peft"])
+
+    def put_back(self, student: Any, folder: str) -> None:
+        model, peft = base_model(student), peft_package()
+        _check_base(model, folder)
+        state = peft.load_peft_weights(folder, device="cpu")
+        check_names(state, adapter_state(model), folder)
+        peft.set_peft_model_state_dict(student, state)
+
+
+def check_lora(peft: Mapping[str, Any]) -> None:
+    """Raises ValueError unless all options are LoRA's."""
+    if given := [key for key in ("layers", "encoder_layers", "shared") if key in peft]:
+        layers = ", ".join(f"{key}: {peft[key]}" for key in given if key != "shared")
+        raise ValueError(
+            f"peft={dict(peft)} has {' and '.join(given)}, which are not options of LoRA. Self-drafting is asked for "
+            f"by init: {{from_target: {{{layers or 'layers: [...]'}, shared: true}}}}; peft keeps LoRA's own options"
+        )
+    known = [field.name for field in fields(peft_package().LoraConfig) if field.init and field.name not in SET_HERE]
+    spec.check_keys(peft, known, "peft (LoRA)")
+
+
+def with_lora(model: nn.Module, options: Mapping[str, Any]) -> nn.Module:
+    peft = peft_package()
+    kind = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"  # type: ignore[union-attr]
+    return peft.get_peft_model(model, peft.LoraConfig(task_type=kind, **options))
+
+
+def stored_adapter(path: str) -> nn.Module:
+    """An adapter on its base, to be trained further. `load_model` puts it there to decode with."""
+    peft = peft_package()
+    base = peft.PeftConfig.from_pretrained(path).base_model_name_or_path
+    return peft.PeftModel.from_pretrained(load_model(base, dtype="auto"), path, is_trainable=True)
+
+
+def _opened(student: Any) -> nn.Module:
+    """The base of an adapter, in its own dtype."""
+    model = load_model(os.fspath(student), dtype="auto") if isinstance(student, str | os.PathLike) else student
+    if isinstance(model, OnTarget) or vars(model).get("peft_config"):
+        kind = "tied to its target" if isinstance(model, TiedDraft) else "an adapter already"
+        raise ValueError(f"student {student!r} is {kind}; leave peft out to train on, or give its base")
+    return model
+
+
+def _check_base(model: Any, folder: str) -> None:
+    own = vars(model).get("self_draft")
+    document = read_document(folder) or {}
+    stored, layers = document.get("base", {}).get("fingerprint"), document.get("layers")
+    if (own and own.fingerprint) != stored or (own and list(own.layers)) != layers:
+        raise ValueError(
+            f"{folder} holds an adapter for layers {layers} of the base {stored}, the student has layers "
+            f"{own and list(own.layers)} of {own and own.fingerprint}; resume with the options it was trained with"
+        )
