@@ -18,7 +18,7 @@ from transformers import LlamaConfig
 
 import csdraft.heads
 from csdraft.heads.head import Head
-from csdraft.heads.stored_head import StoredHead, check_drafted, check_tensors, read_layer, read_tensors
+from csdraft.heads.stored_head import Names, StoredHead, check_drafted, check_tensors, read_layer, read_tensors
 from csdraft.stored import fit, shown
 
 __all__ = ["OUTPUT", "OwnHead", "head_kinds"]
@@ -69,7 +69,7 @@ class OwnHead(StoredHead):
         return len(self.state["d2t"]) if "d2t" in self.names else self.config.vocab_size
 
     @classmethod
-    def recognises(cls, config: Mapping[str, Any]) -> bool:
+    def recognises(cls, config: Mapping[str, Any], names: Names) -> bool:
         return KIND in config
 
     @classmethod
@@ -113,7 +113,6 @@ class OwnHead(StoredHead):
             "draft vocabulary": "all tokens" if rows == vocab else f"{rows} tokens",
         }
 
-    @staticmethod
-    def refusals(config: Mapping[str, Any]) -> dict[str, str | None]:
+    def refusals(self, config: Mapping[str, Any]) -> dict[str, str | None]:
         reason = f"it has no {config.get(KIND)} heads of csdraft's layout"
         return {"vLLM": reason, "SGLang": reason}

@@ -18,7 +18,7 @@ from csdraft.data.target import check_writable, load_weights, read_target, targe
 from csdraft.data.target_cache import TargetCache
 from csdraft.decoding.feature_session import FeatureModel
 from csdraft.heads.self_draft import SELF_DRAFT, read_document
-from csdraft.heads.stored_head import config_at, recognised
+from csdraft.heads.stored_head import config_at, kind_at
 from csdraft.hub import fingerprint
 from csdraft.trainers.distill import DrafterTrainer, evaluation_of
 from csdraft.trainers.distill_arguments import DistillArguments
@@ -151,7 +151,7 @@ def check_extras(args: DistillArguments) -> None:
 def check_head(args: DistillArguments) -> None:
     """What a drafting head, which needs features of each text, cannot be trained on."""
     stored = config_at(args.student) if args.student is not None else None
-    if asked_kind(args.init) is None and (stored is None or recognised(stored) is None):
+    if asked_kind(args.init) is None and (stored is None or kind_at(args.student, stored) is None):
         return
     for name in ("on_policy", "target_cache"):
         if getattr(args, name):
