@@ -19,7 +19,7 @@ from csdraft.heads.eagle3 import Eagle3, Eagle3Options, default_layers
 from csdraft.heads.stored_head import Names, StoredHead, check_drafted, check_tensors, read_layer, read_tensors
 from csdraft.stored import fit
 
-__all__ = ["Eagle3Head"]
+__all__ = ["EMBEDDING", "Eagle3Head"]
 
 EMBEDDING = "embed_tokens.weight"
 LAYERS = "eagle_aux_hidden_state_layer_ids"
