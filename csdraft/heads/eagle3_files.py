@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from csdraft.heads.eagle3 import Eagle3, Eagle3Options, default_layers
-from csdraft.heads.stored_head import StoredHead, check_drafted, check_tensors, read_layer, read_tensors
+from csdraft.heads.stored_head import Names, StoredHead, check_drafted, check_tensors, read_layer, read_tensors
 from csdraft.stored import fit
 
-__all__ = ["Eagle3Head"]
+__all__ = ["EMBEDDING", "Eagle3Head"]
 
 EMBEDDING = "embed_tokens.weight"
 LAYERS = "eagle_aux_hidden_state_layer_ids"
@@ -76,8 +76,7 @@ class Eagle3Head(StoredHead):
             "embedding": "its own" if EMBEDDING in self.names else "the target's",
         }
 
-    @staticmethod
-    def refusals(config: Mapping[str, Any]) -> dict[str, str | None]:
+    def refusals(self, config: Mapping[str, Any]) -> dict[str, str | None]:
         if SPECULATORS in config:
             return {"vLLM": None, "SGLang": "it reads no folders of speculators"}
         eagle, reasons = config.get("eagle_config") or {}, []
@@ -111,9 +110,9 @@ class Eagle3Head(StoredHead):
         return {key: document.get(key) for key in KEPT} | own | {"dtype": str(dtype).removeprefix("torch.")}
 
     @classmethod
-    def recognises(cls, config: Mapping[str, Any]) -> bool:
-        names = config.get("architectures") or ()
-        named = any("eagle3" in str(name).lower() for name in names) if isinstance(names, list) else False
+    def recognises(cls, config: Mapping[str, Any], names: Names) -> bool:
+        made_for = config.get("architectures") or ()
+        named = any("eagle3" in str(name).lower() for name in made_for) if isinstance(made_for, list) else False
         return named or config.get("speculators_model_type") == "eagle3" or "draft_vocab_size" in config
 
     @classmethod

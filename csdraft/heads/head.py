@@ -75,6 +75,7 @@ class Head(PreTrainedModel, FeatureModel):
         attention_layers: how many of its layers keep keys and values.
         output_layer: whether it has one, `lm_head`.
         frozen_output: whether that is the target's own, as long as it drafts all tokens.
+        detached: whether a step of training sends no gradient through what the step before computed.
         d2t: (draft vocab,) int64 offsets: draft token i is token i + d2t[i] of the target.
         lent: names of the parameters that are the target's -> what they are there, see `embeddings`.
         base: the target that it is for, if that is known.
@@ -85,6 +86,7 @@ class Head(PreTrainedModel, FeatureModel):
     attention_layers: ClassVar[int] = 0
     output_layer: ClassVar[bool] = True
     frozen_output: ClassVar[bool] = False
+    detached: ClassVar[bool] = False
 
     d2t: Tensor
     options: Any
@@ -207,8 +209,9 @@ class Head(PreTrainedModel, FeatureModel):
         for step in range(steps):
             ids = input_ids.roll(-1 - step, 1)  # what comes round at the end is seen by no entry that counts
             mask = torch.cat([sees, *[itself] * step], -1)[:, None]  # (rows, 1, length, (step + 1) length)
-            features = self.output(ids, position_ids + step, features, mask, cache)
-            yield features
+            output = self.output(ids, position_ids + step, features, mask, cache)
+            yield output
+            features = output.detach() if self.detached else output
 
     def along(self, states: Mapping[int, Tensor], input_ids: Tensor, position_ids: Tensor, mask: Tensor) -> Tensor:
         features, seen = self.fuse(states)[:, :-1], mask[:, :-1].bool()

@@ -11,17 +11,18 @@ import pkgutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache
-from typing import Any
+from typing import Any, Self
 
 import torch
+from torch import Tensor
 from transformers import LlamaConfig
 
 import csdraft.heads
 from csdraft.heads.head import Head
-from csdraft.heads.stored_head import StoredHead, check_drafted, check_tensors, read_layer, read_tensors
+from csdraft.heads.stored_head import Names, StoredHead, check_drafted, check_tensors, read_layer, read_tensors
 from csdraft.stored import fit, shown
 
-__all__ = ["OUTPUT", "OwnHead", "head_kinds"]
+__all__ = ["KIND", "OUTPUT", "OwnHead", "head_kinds"]
 
 KIND = "csdraft_head"
 OUTPUT = {"lm_head.weight": "output.weight"}
@@ -69,7 +70,7 @@ class OwnHead(StoredHead):
         return len(self.state["d2t"]) if "d2t" in self.names else self.config.vocab_size
 
     @classmethod
-    def recognises(cls, config: Mapping[str, Any]) -> bool:
+    def recognises(cls, config: Mapping[str, Any], names: Names) -> bool:
         return KIND in config
 
     @classmethod
@@ -85,6 +86,20 @@ class OwnHead(StoredHead):
         layer = read_layer({key: value for key, value in config.items() if key not in (KIND, "options")}, at)
         layer.name_or_path = path
         state = {key: tensor for key, tensor in read_tensors(path, **options).items() if key != "t2d"}
+        return cls.checked(path, layer, described, state, **options)
+
+    @classmethod
+    def checked(cls, path: str, layer: Any, described: Any, state: Mapping[str, Tensor], **options: Any) -> Self:
+        """A head of these parts; ValueError unless the tensors are just those of such a head.
+
+        Args:
+            path: where they are from.
+            layer: the config.
+            described: the kind's options, by whose class the kind is known.
+            state: the tensors.
+            options: of the Hub: revision, token, ...
+        """
+        kind = next(kind for kind in head_kinds().values() if kind.Options is type(described))
         rows = len(state["d2t"]) if "d2t" in state else layer.vocab_size
         with torch.device("meta"):
             whole = kind(layer, described, rows)
@@ -113,7 +128,6 @@ class OwnHead(StoredHead):
             "draft vocabulary": "all tokens" if rows == vocab else f"{rows} tokens",
         }
 
-    @staticmethod
-    def refusals(config: Mapping[str, Any]) -> dict[str, str | None]:
+    def refusals(self, config: Mapping[str, Any]) -> dict[str, str | None]:
         reason = f"it has no {config.get(KIND)} heads of csdraft's layout"
         return {"vLLM": reason, "SGLang": reason}

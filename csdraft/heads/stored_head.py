@@ -10,7 +10,7 @@ import importlib
 import json
 import os
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.activations import ACT2FN
@@ -34,14 +34,15 @@ from csdraft.stored import check_config, fit, read_object, shown
 
 __all__ = [
     "SWITCHING",
+    "Names",
     "StoredHead",
     "check_drafted",
     "check_tensors",
     "config_at",
     "head_at",
+    "kind_at",
     "read_layer",
     "read_tensors",
-    "recognised",
 ]
 
 SWITCHING = ("dynamic", "longrope")
@@ -49,7 +50,11 @@ SWITCHING = ("dynamic", "longrope")
 OF_WEIGHTS = {"dtype", "torch_dtype", "quantization_config"}
 """Keys of how weights are stored; a head takes the target's dtype."""
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+IN_PARTS = "model.safetensors.index.json"
+"""Of models whose weights are in several files; those of a head are in one."""
 QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+Names = Callable[[], Collection[str]]
+"""Gives the names of a folder's tensors, which are read when they are asked for."""
 
 
 class StoredHead(OnTarget):
@@ -78,8 +83,14 @@ class StoredHead(OnTarget):
     # What a format says.
 
     @classmethod
-    def recognises(cls, config: Mapping[str, Any]) -> bool:
-        """Whether a folder with this config.json holds such a head."""
+    def recognises(cls, config: Mapping[str, Any], names: Names) -> bool:
+        """Whether a folder holds such a head.
+
+        Args:
+            config: its config.json.
+            names: gives the names of its tensors. Ask for them only if the config leaves it open: every model that is
+                loaded comes by here.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -105,9 +116,12 @@ class StoredHead(OnTarget):
         """What it is and what it needs, in a few words each, by topic."""
         raise NotImplementedError
 
-    @staticmethod
-    def refusals(config: Mapping[str, Any]) -> dict[str, str | None]:
-        """By serving engine, why it would not load a folder with this config.json, or load it as another head."""
+    def refusals(self, config: Mapping[str, Any]) -> dict[str, str | None]:
+        """By serving engine, why it would not load its folder, or load it as another head; None if it loads it.
+
+        Args:
+            config: the folder's config.json.
+        """
         raise NotImplementedError
 
     @property
@@ -232,15 +246,21 @@ def head_at(path: str, **options: Any) -> StoredHead | None:
         options: of the Hub: revision, token, ...
     """
     config = config_at(path, **options)
-    if config is None or (kind := recognised(config)) is None:
+    if config is None or (kind := kind_at(path, config, **options)) is None:
         return None
     check_config(config, f"{path}/config.json")
     return kind.load(path, config, **options)
 
 
-def recognised(config: Mapping[str, Any]) -> type[StoredHead] | None:
-    """The kind of head that a folder with this config.json holds; None if it holds something else."""
-    return next((kind for kind in kinds() if kind.recognises(config)), None)
+def kind_at(path: str, config: Mapping[str, Any], **options: Any) -> type[StoredHead] | None:
+    """The kind of head in a folder or at a Hub id; None if that holds something else.
+
+    Args:
+        config: its config.json.
+        options: of the Hub: revision, token, ...
+    """
+    names = cache(lambda: _tensor_names(path, **options))
+    return next((kind for kind in kinds() if kind.recognises(config, names)), None)
 
 
 def config_at(path: str, **options: Any) -> dict[str, Any] | None:
@@ -249,6 +269,30 @@ def config_at(path: str, **options: Any) -> dict[str, Any] | None:
 
     file = cached_file(path, "config.json", **options, **QUIET)
     return None if file is None else read_object(file)
+
+
+def _weights_at(path: str, **options: Any) -> str | None:
+    """The one file with the weights of a folder or Hub id; None if there is no such file."""
+    from transformers.utils import cached_file
+
+    found = (cached_file(path, name, **options, **QUIET) for name in WEIGHTS)
+    return next((file for file in found if file is not None), None)
+
+
+def _tensor_names(path: str, **options: Any) -> frozenset[str]:
+    """The names of the tensors of a folder or Hub id; none if they are in several files, or cannot be read."""
+    from transformers.utils import cached_file
+
+    file = None if cached_file(path, IN_PARTS, **options, **QUIET) else _weights_at(path, **options)
+    if file is None:
+        return frozenset()
+    try:
+        if file.endswith(WEIGHTS[0]):
+            with safe_open(file, "pt") as weights:
+                return frozenset(weights.keys())
+        return frozenset(map(str, torch.load(file, map_location="cpu", weights_only=True, mmap=True)))
+    except (UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, TypeError):
+        return frozenset()  # what is wrong with it is said when it is loaded
 
 
 def read_tensors(path: str, **options: Any) -> dict[str, Tensor]:
@@ -261,14 +305,12 @@ def read_tensors(path: str, **options: Any) -> dict[str, Tensor]:
         ValueError: there is no such file, or it cannot be read.
     """
     from safetensors.torch import load_file
-    from transformers.utils import cached_file
 
-    found = ((name, cached_file(path, name, **options, **QUIET)) for name in WEIGHTS)
-    name, file = next(((name, file) for name, file in found if file is not None), (None, None))
+    file = _weights_at(path, **options)
     if file is None:
         raise ValueError(f"{path!r} has a config.json and none of {', '.join(WEIGHTS)}; get its weights too")
     try:
-        of_torch = name != WEIGHTS[0]
+        of_torch = not file.endswith(WEIGHTS[0])
         state = torch.load(file, map_location="cpu", weights_only=True) if of_torch else load_file(file)
     except UnpicklingError as error:  # whose message advises to trust the file
         raise ValueError(f"{file} holds other things than tensors, or is cut short; get {WEIGHTS[0]}") from error

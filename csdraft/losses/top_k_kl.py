@@ -2,8 +2,8 @@
 
 Use it if only the target's top logits are stored, or to spend the student's capacity on tokens that may be drafted.
 The other tokens count as one outcome, so it is still a divergence: never negative, at most forward KL, and 0 only if
-the student's top probabilities and its total for the rest are right. (The top-k loss of HASS, arXiv 2408.15766, drops
-the rest, so it is not 0 where the two agree.)
+the student's top probabilities and its total for the rest are right. (The top-k loss of HASS, `top_k`, drops the rest,
+so it is not 0 where the two agree.)
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from csdraft.losses.cross_entropy import cross_entropy
 from csdraft.losses.forward_kl import forward_kl
 from csdraft.losses.jsd import jsd
 from csdraft.losses.reverse_kl import reverse_kl
+from csdraft.losses.top_k import top_k
 from csdraft.losses.top_k_kl import top_k_kl
 from csdraft.losses.total_variation import total_variation
 from tests.losses.test_contract import VOCAB, logits
@@ -38,6 +39,11 @@ def np_top_k_kl(p, q, labels, k):
     return kl(p_top, q_top) + p_rest * np.log(p_rest / q_rest)
 
 
+def np_top_k(p, q, labels, k):
+    top = np.argsort(-p, -1)[:, :k]
+    return -np.sum(np.take_along_axis(p, top, -1) * np.log(np.take_along_axis(q, top, -1)), -1)
+
+
 CASES = [
     (forward_kl, {}, lambda p, q, labels: kl(p, q)),
     (reverse_kl, {}, lambda p, q, labels: kl(q, p)),
@@ -48,6 +54,8 @@ CASES = [
     (cross_entropy, {}, lambda p, q, labels: -np.log(q[np.arange(len(labels)), labels])),
     (top_k_kl, {"k": 1}, np_top_k_kl),
     (top_k_kl, {"k": 8}, np_top_k_kl),
+    (top_k, {"k": 1}, np_top_k),
+    (top_k, {"k": 8}, np_top_k),
 ]
 
 
@@ -64,6 +72,7 @@ def test_defaults_are_those_of_the_docs():
     student, target, labels = logits()
     torch.testing.assert_close(jsd(student, target, labels), jsd(student, target, labels, beta=0.5))
     torch.testing.assert_close(top_k_kl(student, target, labels), top_k_kl(student, target, labels, k=64))
+    torch.testing.assert_close(top_k(student, target, labels), top_k(student, target, labels, k=10))
 
 
 def test_forward_kl_is_cross_entropy_on_soft_labels():
@@ -113,7 +122,25 @@ def test_top_k_kl_grows_with_k_to_forward_kl():
     torch.testing.assert_close(values[-2], values[-1])
 
 
-@pytest.mark.parametrize(("loss", "options"), [(jsd, {"beta": 0.0}), (jsd, {"beta": 1.0}), (top_k_kl, {"k": 0})])
+def test_top_k_by_hand():
+    """Target 1/2, 1/4, 1/8, 1/8; student 1/8, 1/2, 1/4, 1/8: the top two cost 1/2 log 8 + 1/4 log 2."""
+    target, student = (torch.tensor([of]).log() for of in ([0.5, 0.25, 0.125, 0.125], [0.125, 0.5, 0.25, 0.125]))
+    labels = torch.tensor([3])
+    assert top_k(student, target, labels, k=1).item() == pytest.approx(0.5 * math.log(8))
+    assert top_k(student, target, labels, k=2).item() == pytest.approx(0.5 * math.log(8) + 0.25 * math.log(2))
+    assert top_k(target, target, labels, k=2).item() == pytest.approx(0.5 * math.log(2) + 0.25 * math.log(4))
+
+
+def test_top_k_of_all_tokens_is_forward_kl_and_the_targets_entropy():
+    student, target, labels = logits()
+    entropy = -(target.softmax(-1) * target.log_softmax(-1)).sum(-1)
+    whole = top_k(student, target, labels, k=10 * VOCAB)
+    torch.testing.assert_close(whole, forward_kl(student, target, labels) + entropy)
+
+
+@pytest.mark.parametrize(
+    ("loss", "options"), [(jsd, {"beta": 0.0}), (jsd, {"beta": 1.0}), (top_k_kl, {"k": 0}), (top_k, {"k": 0})]
+)
 def test_options_that_make_no_sense_are_refused(loss, options):
     ((name, value),) = options.items()
     with pytest.raises(ValueError, match=f"{name}={value} must"):

@@ -13,7 +13,7 @@ from transformers.utils import find_adapter_config_file
 from csdraft import spec
 from csdraft.heads.on_target import stored_form
 from csdraft.heads.self_draft import SELF_DRAFT, TIED, read_document, write_document
-from csdraft.heads.stored_head import config_at, recognised
+from csdraft.heads.stored_head import config_at, kind_at
 from csdraft.heads.tied import borrowed
 from csdraft.models import base_model, load_model
 from csdraft.trainers.students._kind import HeadKind, kinds
@@ -91,7 +91,8 @@ def kind_asked(student: str | None, init: Mapping[str, Any] | None, peft: Mappin
         return _asked(student, init, peft)[0]
     if student is None:
         return students()["whole"]
-    if recognised(config_at(student) or {}) is not None:
+    config = config_at(student)
+    if config is not None and kind_at(student, config) is not None:
         return HeadKind()
     document, adapter = read_document(student) or {}, find_adapter_config_file(student)
     return students()[KINDS.get(document.get("kind", ""), "lora" if adapter else "whole")]

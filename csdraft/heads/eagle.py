@@ -1,0 +1,91 @@
+"""EAGLE-1 (arXiv 2401.15077): one decoder layer that predicts the target's next feature.
+
+The feature is what the target's output layer reads: the last hidden state, after the last norm. Entry i joins the
+embedding of token i + 1 and the feature of token i by one matrix, and a Llama layer, whose input is not normed, turns
+that into a prediction of the feature of token i + 1. The target's own output layer then gives the logits of token
+i + 2. In a draft the predicted feature takes the place of the target's.
+
+Training compares the distributions, and the features themselves (SmoothL1). It adds noise to the features that the
+head reads, since those of a draft are never exact. The original code makes the noise smaller in longer texts; here it
+does not depend on the length, because rows are packed. EAGLE-2 (arXiv 2406.16858) drafts trees with the same module.
+
+Names of modules are those of published checkpoints (`csdraft/heads/eagle_files.py` reads and writes them).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from csdraft.decoding.cache_names import cache_name
+from csdraft.heads.head import Head, HeadOptions
+
+__all__ = ["Eagle", "EagleOptions"]
+
+
+@dataclass(frozen=True)
+class EagleOptions(HeadOptions):
+    """Keys of `init.eagle`.
+
+    Args:
+        regression: weight of the distance between predicted and true features, SmoothL1 averaged over the width. The
+            weight of the distributions is that of the losses: 0.1 in the paper, to 1 here.
+        noise: in training, uniform noise from -noise to noise is added to the target's features that the head reads.
+        bias: whether the matrix that joins embedding and feature has a bias: SGLang loads heads with one, vLLM loads
+            heads without.
+    """
+
+    steps: int = 1
+    regression: float = 1.0
+    noise: float = 0.1
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in (("regression", self.regression), ("noise", self.noise)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value} of a head must be 0 (to leave it out) or more")
+
+
+class Eagle(Head):
+    """EAGLE-1."""
+
+    Options = EagleOptions
+    attention_layers = 1
+    frozen_output = True
+    _no_split_modules = ["LlamaDecoderLayer"]  # noqa: RUF012 - transformers' own way
+
+    def __init__(self, config: LlamaConfig, options: EagleOptions, draft_vocab: int | None = None):
+        super().__init__(config, options, draft_vocab)
+        self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=options.bias)
+        layer = LlamaDecoderLayer(self.config, 0)  # type: ignore[arg-type]
+        layer.input_layernorm = nn.Identity()  # type: ignore[assignment]
+        self.layers = nn.ModuleList([layer])
+        self._cache_name = cache_name(LlamaDecoderLayer.forward) or ""
+        self.post_init()
+
+    def joined(self, embedded: Tensor, features: Tensor) -> Tensor:
+        """(rows, queries, width) what the layer reads; embeddings and features are of that shape, too."""
+        return self.fc(torch.cat([embedded, features], -1))
+
+    def output(
+        self, input_ids: Tensor, position_ids: Tensor, features: Tensor, mask: Tensor | None, cache: Any
+    ) -> Tensor:
+        joined = self.joined(self.embed_tokens(input_ids).to(features.dtype), features)
+        places = {"position_embeddings": self.rotary(joined, position_ids), self._cache_name: cache}
+        return self.layers[0](joined, attention_mask=mask, **places)
+
+    def draft_logits(self, output: Tensor) -> Tensor:
+        return self.lm_head(output)
+
+    def unrolled(self, input_ids: Tensor, position_ids: Tensor, features: Tensor, steps: int) -> Iterator[Tensor]:
+        if self.training and self.options.noise:
+            features = features + self.options.noise * (2 * torch.rand_like(features) - 1)
+        return super().unrolled(input_ids, position_ids, features, steps)

@@ -1,0 +1,38 @@
+"""The top-k loss of HASS (arXiv 2408.15766): cross-entropy on the target's most probable tokens alone.
+
+The tokens that the target makes likely are those that a draft can win with, so the student is to be right about them
+first. Their probabilities are not rescaled to 1 and all other tokens are dropped. So it is no divergence: it is not 0
+where the two agree, and alone it moves what belongs to other tokens to these. HASS adds it to another loss;
+`top_k_kl` is the divergence of this kind.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from csdraft.losses._log_probs import log_probs
+
+__all__ = ["top_k"]
+
+ZERO_AT_EQUALITY = False
+
+
+def top_k(student_logits: Tensor, target_logits: Tensor, labels: Tensor, *, k: int = 10) -> Tensor:
+    """The sum over the target's top `k` tokens of -target * log(student), of each position, in nats.
+
+    Args:
+        student_logits: (positions, vocab) of any float dtype, computed in float32.
+        target_logits: (positions, vocab) likewise.
+        labels: not used.
+        k: the number of tokens that count, at least 1; with the whole vocabulary it is forward KL plus the target's
+            entropy.
+
+    Returns:
+        (positions,) float32, >= 0.
+    """
+    del labels
+    if k < 1:
+        raise ValueError(f"k={k} must be 1 or more: the number of the target's tokens that count")
+    student, target = log_probs(student_logits), log_probs(target_logits)  # (positions, vocab) each
+    target_top, top = target.topk(min(k, target.shape[-1]), sorted=False)  # (positions, k) each
+    return -(target_top.exp() * student.gather(-1, top)).sum(-1)

@@ -1,0 +1,26 @@
+"""EAGLE-1 as a student (arXiv 2401.15077): distributions are compared, and the features that they come from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import smooth_l1_loss
+
+from csdraft.heads.eagle import Eagle
+from csdraft.heads.eagle_files import EagleHead
+from csdraft.trainers.students._kind import HeadKind
+
+__all__ = ["EagleStudent"]
+
+
+class EagleStudent(HeadKind):
+    """See `HeadKind`."""
+
+    trains, stored_by = Eagle, EagleHead
+
+    def further(self, head: Any, outputs: Tensor, features: Tensor) -> Tensor | None:
+        if not head.options.regression:
+            return None
+        off = smooth_l1_loss(outputs.float(), features.float(), reduction="none")  # (positions, width)
+        return head.options.regression * off.mean(-1).sum()

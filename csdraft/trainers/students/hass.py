@@ -1,0 +1,14 @@
+"""HASS as a student (arXiv 2408.15766): EAGLE-1's losses at each of some unrolled steps."""
+
+from __future__ import annotations
+
+from csdraft.heads.hass import Hass
+from csdraft.trainers.students.eagle import EagleStudent
+
+__all__ = ["HassStudent"]
+
+
+class HassStudent(EagleStudent):
+    """See `EagleStudent`."""
+
+    trains = Hass
