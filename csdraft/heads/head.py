@@ -82,7 +82,7 @@ class Head(PreTrainedModel, FeatureModel):
     """
 
     Options: ClassVar[type[HeadOptions]] = HeadOptions
-    attention_layers: ClassVar[int] = 0
+    attention_layers: int = 0
     output_layer: ClassVar[bool] = True
     frozen_output: ClassVar[bool] = False
 
@@ -99,9 +99,9 @@ class Head(PreTrainedModel, FeatureModel):
     def __init__(self, config: LlamaConfig, options: Any, draft_vocab: int | None = None):
         config = copy.deepcopy(config)
         config._attn_implementation = "sdpa"
-        config.num_hidden_layers = self.attention_layers
         super().__init__(config)
         self.options, count = options, draft_vocab or config.vocab_size
+        config.num_hidden_layers = self.attention_layers  # which may depend on its options
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if self.output_layer:
             self.lm_head = nn.Linear(config.hidden_size, count, bias=False)
