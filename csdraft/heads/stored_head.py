@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -188,17 +188,21 @@ class StoredHead(OnTarget):
 
     def save(self, folder: str | Path) -> None:
         """Writes what `load` reads."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.write_tensors(Path(folder))
+        text = json.dumps(self.document(), indent=2, sort_keys=True) + "\n"
+        Path(folder, "config.json").write_text(text, encoding="utf-8")
+        write_document(folder, HEAD, {"base": asdict(self.base)} if self.base is not None else {})
+
+    def write_tensors(self, folder: Path) -> None:
+        """Writes its tensors alone."""
         from safetensors.torch import save_file
 
-        Path(folder).mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.clone().contiguous() for name, tensor in self.state.items()}
         if "d2t" in tensors:
             tensors["t2d"] = torch.zeros(self.config.vocab_size, dtype=torch.bool)
             tensors["t2d"][tensors["d2t"] + torch.arange(len(tensors["d2t"]))] = True
-        save_file(tensors, Path(folder, "model.safetensors"), metadata={"format": "pt"})
-        text = json.dumps(self.document(), indent=2, sort_keys=True) + "\n"
-        Path(folder, "config.json").write_text(text, encoding="utf-8")
-        write_document(folder, HEAD, {"base": asdict(self.base)} if self.base is not None else {})
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
     @staticmethod
     def base_of(path: str, **options: Any) -> Lender | None:
@@ -255,10 +259,11 @@ def config_at(path: str, **options: Any) -> dict[str, Any] | None:
     return None if file is None else read_object(file)
 
 
-def read_tensors(path: str, **options: Any) -> dict[str, Tensor]:
+def read_tensors(path: str, names: Sequence[str] = WEIGHTS, **options: Any) -> dict[str, Tensor]:
     """The tensors of a folder or Hub id that keeps them in one file.
 
     Args:
+        names: of the file, the first that is there.
         options: of the Hub: revision, token, ...
 
     Raises:
@@ -267,20 +272,20 @@ def read_tensors(path: str, **options: Any) -> dict[str, Tensor]:
     from safetensors.torch import load_file
     from transformers.utils import cached_file
 
-    found = ((name, cached_file(path, name, **options, **QUIET)) for name in WEIGHTS)
-    name, file = next(((name, file) for name, file in found if file is not None), (None, None))
+    found = (cached_file(path, name, **options, **QUIET) for name in names)
+    file = next((file for file in found if file is not None), None)
     if file is None:
-        raise ValueError(f"{path!r} has a config.json and none of {', '.join(WEIGHTS)}; get its weights too")
+        raise ValueError(f"{path!r} has a config.json and none of {', '.join(names)}; get its weights too")
     try:
-        of_torch = name != WEIGHTS[0]
+        of_torch = not file.endswith(".safetensors")
         state = torch.load(file, map_location="cpu", weights_only=True) if of_torch else load_file(file)
     except UnpicklingError as error:  # whose message advises to trust the file
-        raise ValueError(f"{file} holds other things than tensors, or is cut short; get {WEIGHTS[0]}") from error
+        raise ValueError(f"{file} holds other things than tensors, or is cut short; get {names[0]}") from error
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{file} cannot be read ({error}); it may be cut short: get it again") from error
     named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
     if not named or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{file} holds other things than tensors by name; get {WEIGHTS[0]}")
+        raise ValueError(f"{file} holds other things than tensors by name; get {names[0]}")
     return state
 
 
