@@ -1,17 +1,17 @@
 """Chimera (arXiv 2402.15758): three tokens stand for the target's low layers, one layer over its states for the rest.
 
-The n-gram encoder makes one vector u of the embeddings of the newest three tokens: W (y + silu(V y + b)). The context
-layer, a Llama layer, is read by u: its queries come from u, its keys and values from the target's last hidden states
-of all tokens before the newest, and from u itself. What it computes, o, stands for the target's last hidden state of
-the newest token. Logits of drafted token k are a matrix of its own times [h, o], where h is the target's hidden state
-of the text's last token. The feature of an entry is o or, of the text, the target's state; the two tokens before the
-newest; h; and how many tokens have been read since the text.
+The n-gram encoder makes one vector u of the embeddings of the newest three tokens: W (y + silu(V y + b)). Then comes
+the context layer, a Llama layer. Its queries are made of u; its keys and values of the target's last hidden states of
+all tokens before the newest, and of u itself. Its output o stands for the target's last hidden state of the newest
+token. Logits of drafted token k are a matrix of its own times [h, o], where h is the target's hidden state of the
+text's last token. The feature of an entry is the state (o, or the target's in the text), the two tokens before the
+newest, h, and how many tokens have been read since the text.
 
-Left open by the authors' code, which trains with k up to 5 but drafts with fewer, and chosen here: a drafted token sees
-the o of drafted tokens before it as if they were the target's states, and gradients pass through them. The first of a
-text's three tokens is repeated where there are fewer. Embeddings are normed before they are joined, since tokens of the
-text are embedded by the target, which may scale or shift what its table holds. The loss between o and the target's
-state, which the authors compute and do not add, is left out.
+Left open, and chosen here: a drafted token sees the o of drafted tokens before it as if they were the target's states,
+and gradients pass from one drafting step to the next (in the authors' code they do not). Where a text has fewer than
+three tokens, its first is repeated. Embeddings are normed before they are joined: those of the text come from the
+target, which may scale or shift the rows of its table. The loss between o and the target's state, which the authors
+compute and do not add, is left out.
 """
 
 from __future__ import annotations
@@ -90,10 +90,12 @@ class ContextLayer(nn.Module):
         if cache is not None:
             key, value = cache.update(key, value, attention.layer_idx)
         rows, _, queries, _ = query.shape
-        if mask is None:
-            mask = query.new_ones(queries, key.shape[2], dtype=torch.bool).tril(key.shape[2] - queries)
-        itself = torch.eye(queries, dtype=torch.bool, device=query.device).expand(rows, 1, -1, -1)
-        sees = torch.cat([mask.expand(rows, 1, -1, -1), itself], -1)  # (rows, 1, queries, slots + queries)
+        past = query.new_ones(queries, key.shape[2], dtype=torch.bool).tril(key.shape[2] - queries)
+        past = past if mask is None else mask
+        itself = torch.eye(queries, dtype=torch.bool, device=query.device)
+        sees = torch.cat(
+            [part.expand(rows, 1, -1, -1) for part in (past, itself)], -1
+        )  # (.., queries, slots + queries)
         keys, values = (
             repeat_kv(torch.cat(parts, 2), attention.num_key_value_groups)
             for parts in ((key, own_key), (value, own_value))

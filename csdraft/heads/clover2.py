@@ -1,17 +1,17 @@
-"""Clover-2 (arXiv 2408.00264, after Clover, arXiv 2405.00263): one layer reads the text, a recurrent cell drafts from it.
+"""Clover-2 (arXiv 2408.00264): one layer reads the text, and a recurrent cell drafts from what it computes.
 
-Along the text each hidden state of the target takes in the next token by regressive attention, x + c v: q is made of
-the norm of x, k and v of the token's embedding, and c is the cosine of q and k in each attention head. The augmenting
-block, a decoder layer with a cache, reads the result; it runs for tokens of the text alone. The first token is drafted
-from its output, norm(W1 x). Each drafted token then changes x by a second regressive attention, and the next is drafted
-from norm(W2 [x, embedding]). What is drafted from is also compared with the target's hidden state at that place, and
-the target's own output layer reads it.
+Along the text, each hidden state x of the target takes in the next token by regressive attention (of Clover, arXiv
+2405.00263): x + c v, where q is made of the norm of x, k and v of the token's embedding, and c is the cosine of q and
+k in each attention head. The augmenting block, a decoder layer with a cache, reads the result; it runs for tokens of
+the text alone. The first token is drafted from norm(W1 x), where x is the block's output. Each drafted token then
+changes x by a second regressive attention, and the next is drafted from norm(W2 [x, embedding]). What is drafted from
+is also compared with the target's hidden state at that place, and the target's own output layer reads it.
 
 The feature of an entry is x, what is drafted from, and how many tokens have been read since the text.
-Different here: x begins as the hidden state after the target's last norm (the authors' is the one before it), the
-augmenting block has one layer (two) and begins at random (as the target's last), tokens are embedded as by the target
-(by the rows of the output layer), and every position counts (those where each earlier token is among the target's
-likely ones).
+Different from the authors' code: x begins as the hidden state after the target's last norm (there before it), the
+augmenting block has one layer (there two) and begins at random (there as the target's last layer), tokens are embedded
+as by the target (there by the rows of the output layer), and every position counts (there only those where each
+earlier token is among the target's likely ones).
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ further blocks are Medusa's, and its output layer is its own. With `prefix` it i
 the target's hidden states along the text, and the heads read its output. The paper's heads then have four layers.
 
 The feature of an entry is the hidden state, room for the embeddings of as many tokens as there are heads, and how many
-of these have been read, which chooses the head. The first block's W is a matrix as in the authors' code; here it begins
-as the hidden state and little of the rest.
+of these have been read, which chooses the head. W is a matrix, as in the authors' code; in a new head here it is the
+hidden state and little of the rest.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class HydraOptions(HeadOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.layers < 1:
-            raise ValueError(f"layers={self.layers} of a Hydra head; the first makes one vector of all: give at least 1")
+            raise ValueError(
+                f"layers={self.layers} of a Hydra head; the first makes one vector of all: give at least 1"
+            )
 
 
 class Joining(nn.Module):

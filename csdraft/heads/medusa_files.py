@@ -82,12 +82,14 @@ class MedusaHead(StoredHead):
         heads, blocks, assumed = _counts(config, state, at)
         output = state.get(f"{PREFIX}0.{blocks}.weight", torch.empty(0))
         if output.ndim != 2:
-            raise ValueError(f"{path!r} lacks {PREFIX}0.{blocks}.weight, the output layer behind {blocks} blocks of head 0")
-        base = cls.base_of(path, **options)
+            raise ValueError(
+                f"{path!r} lacks {PREFIX}0.{blocks}.weight, the output layer of head 0 after {blocks} blocks"
+            )
+        (vocab, width), base = output.shape, cls.base_of(path, **options)
         name = fit(config.get(TARGET), str | None, f"{at}: {TARGET}")
         if name is None and base is None:
-            assumed.append(f"{TARGET} is open: any target of width {output.shape[1]} with {len(output)} tokens is taken")
-        sizes = {"vocab_size": len(output), "hidden_size": output.shape[1], "num_attention_heads": 1}
+            assumed.append(f"{TARGET} is open: taken is any target of width {width} with {vocab} tokens")
+        sizes = {"vocab_size": vocab, "hidden_size": width, "num_attention_heads": 1}
         layer: Any = read_layer({**sizes, TARGET: name}, at)
         layer.name_or_path = path
         described = MedusaOptions(steps=heads, layers=blocks)
@@ -118,7 +120,7 @@ def _counts(config: Mapping[str, Any], state: Mapping[str, Tensor], at: str) -> 
         blocks = deep
     if not 0 < heads <= len(state) or not 0 <= blocks <= len(state):
         raise ValueError(
-            f"{at}: {HEADS}={heads}, {BLOCKS}={blocks}, and there are {len(state)} tensors; each head has at least one, "
-            "and each block two: get the files that belong together"
+            f"{at}: {HEADS}={heads}, {BLOCKS}={blocks}, and there are {len(state)} tensors; each head has one or "
+            "more, and each block two: get the files that belong together"
         )
     return heads, blocks, assumed

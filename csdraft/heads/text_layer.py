@@ -1,6 +1,6 @@
 """A decoder layer that reads the text once, token by token: a head's draft continues from it without running it again.
 
-Hydra++ and Clover-2 have one. It keeps keys and values of the text alone, so a drafted token costs only the small cell.
+Hydra++ and Clover-2 have one. It keeps keys and values of the text alone, so drafted tokens cost only the small cell.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Hydra as a student (arXiv 2402.05109): unrolled over the text's own tokens, each head compared at its own distance."""
+"""Hydra as a student (arXiv 2402.05109): each head reads the text's own tokens, up to its distance."""
 
 from __future__ import annotations
 
