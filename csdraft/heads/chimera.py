@@ -7,9 +7,8 @@ token. Logits of drafted token k are a matrix of its own times [h, o], where h i
 text's last token. The feature of an entry is the state (o, or the target's in the text), the two tokens before the
 newest, h, and how many tokens have been read since the text.
 
-Left open, and chosen here: a drafted token sees the o of drafted tokens before it as if they were the target's states,
-and gradients pass from one drafting step to the next (in the authors' code they do not). Where a text has fewer than
-three tokens, its first is repeated. Embeddings are normed before they are joined: those of the text come from the
+Left open, and chosen here: a drafted token sees the o of drafted tokens before it as if they were the target's states.
+Where a text has fewer than three tokens, its first is repeated. Embeddings are normed before they are joined: those of the text come from the
 target, which may scale or shift the rows of its table. The loss between o and the target's state, which the authors
 compute and do not add, is left out.
 """
@@ -115,6 +114,7 @@ class Chimera(Head):
     Options = ChimeraOptions
     attention_layers = 1
     output_layer = False
+    detached = True
     before = 1
     _no_split_modules = ["ContextLayer"]  # noqa: RUF012 - transformers' own way
 

@@ -75,6 +75,7 @@ class Head(PreTrainedModel, FeatureModel):
         attention_layers: how many of its layers keep keys and values.
         output_layer: whether it has one, `lm_head`.
         frozen_output: whether that is the target's own, as long as it drafts all tokens.
+        detached: whether a step of training sends no gradient through what the step before computed.
         d2t: (draft vocab,) int64 offsets: draft token i is token i + d2t[i] of the target.
         lent: names of the parameters that are the target's -> what they are there, see `embeddings`.
         base: the target that it is for, if that is known.
@@ -82,9 +83,10 @@ class Head(PreTrainedModel, FeatureModel):
     """
 
     Options: ClassVar[type[HeadOptions]] = HeadOptions
-    attention_layers: int = 0
+    attention_layers: ClassVar[int] = 0
     output_layer: ClassVar[bool] = True
     frozen_output: ClassVar[bool] = False
+    detached: ClassVar[bool] = False
 
     d2t: Tensor
     options: Any
@@ -99,9 +101,9 @@ class Head(PreTrainedModel, FeatureModel):
     def __init__(self, config: LlamaConfig, options: Any, draft_vocab: int | None = None):
         config = copy.deepcopy(config)
         config._attn_implementation = "sdpa"
+        config.num_hidden_layers = self.layers_of(options)
         super().__init__(config)
         self.options, count = options, draft_vocab or config.vocab_size
-        config.num_hidden_layers = self.attention_layers  # which may depend on its options
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if self.output_layer:
             self.lm_head = nn.Linear(config.hidden_size, count, bias=False)
@@ -109,6 +111,11 @@ class Head(PreTrainedModel, FeatureModel):
         self.make_buffers()
 
     # What a kind says.
+
+    @classmethod
+    def layers_of(cls, options: Any) -> int:
+        """How many of its layers keep keys and values, where that is an option; else `attention_layers`."""
+        return cls.attention_layers
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -148,7 +155,7 @@ class Head(PreTrainedModel, FeatureModel):
 
     def make_buffers(self) -> None:
         """Makes the rotary embedding, which has no weights."""
-        if self.attention_layers:
+        if self.config.num_hidden_layers:
             self.rotary = LlamaRotaryEmbedding(self.config)  # type: ignore[arg-type]
 
     @property
@@ -207,8 +214,9 @@ class Head(PreTrainedModel, FeatureModel):
         for step in range(steps):
             ids = input_ids.roll(-1 - step, 1)  # what comes round at the end is seen by no entry that counts
             mask = torch.cat([sees, *[itself] * step], -1)[:, None]  # (rows, 1, length, (step + 1) length)
-            features = self.output(ids, position_ids + step, features, mask, cache)
-            yield features
+            output = self.output(ids, position_ids + step, features, mask, cache)
+            yield output
+            features = output.detach() if self.detached else output
 
     def along(self, states: Mapping[int, Tensor], input_ids: Tensor, position_ids: Tensor, mask: Tensor) -> Tensor:
         features, seen = self.fuse(states)[:, :-1], mask[:, :-1].bool()

@@ -84,9 +84,9 @@ class Hydra(Head):
         self.outputs = nn.ModuleList(nn.Linear(width, count, bias=False) for _ in range(options.steps))
         self.post_init()
 
-    @property
-    def attention_layers(self) -> int:  # type: ignore[override]
-        return int(self.options.prefix)
+    @classmethod
+    def layers_of(cls, options: HydraOptions) -> int:
+        return int(options.prefix)
 
     @property
     def deepest(self) -> int:  # type: ignore[override]

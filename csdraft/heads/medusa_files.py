@@ -65,9 +65,11 @@ class MedusaHead(StoredHead):
         sizes = {key: getattr(self.config, key) for key in ("hidden_size", "vocab_size")}
         return {HEADS: self.options.steps, BLOCKS: self.options.layers, TARGET: self.target_name, **sizes}
 
-    def write_tensors(self, folder: Path) -> None:
-        state = {name.removeprefix(PREFIX): tensor.clone().contiguous() for name, tensor in self.state.items()}
-        torch.save(state, folder / FILE)
+    def written(self) -> dict[str, Tensor]:
+        return {name.removeprefix(PREFIX): tensor for name, tensor in super().written().items()}
+
+    def write_tensors(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        torch.save(dict(tensors), folder / FILE)
 
     @classmethod
     def recognises(cls, config: Mapping[str, Any]) -> bool:

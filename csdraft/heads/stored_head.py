@@ -186,23 +186,31 @@ class StoredHead(OnTarget):
             del state["d2t"]
         return cls(head.config, head.options, state, head.base)
 
-    def save(self, folder: str | Path) -> None:
-        """Writes what `load` reads."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self.write_tensors(Path(folder))
-        text = json.dumps(self.document(), indent=2, sort_keys=True) + "\n"
-        Path(folder, "config.json").write_text(text, encoding="utf-8")
-        write_document(folder, HEAD, {"base": asdict(self.base)} if self.base is not None else {})
-
-    def write_tensors(self, folder: Path) -> None:
-        """Writes its tensors alone."""
-        from safetensors.torch import save_file
-
+    def written(self) -> dict[str, Tensor]:
+        """The tensors of its file: `state`, and where it drafts only some tokens which these are."""
         tensors = {name: tensor.clone().contiguous() for name, tensor in self.state.items()}
         if "d2t" in tensors:
             tensors["t2d"] = torch.zeros(self.config.vocab_size, dtype=torch.bool)
             tensors["t2d"][tensors["d2t"] + torch.arange(len(tensors["d2t"]))] = True
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return tensors
+
+    def save(self, folder: str | Path) -> None:
+        """Writes what `load` reads."""
+        self.write(folder, self.document(), self.written())
+
+    def write(self, folder: str | Path, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Writes config.json, the tensors, and a drafter.json that names the target."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.write_tensors(Path(folder), tensors)
+        text = json.dumps(document, indent=2, sort_keys=True) + "\n"
+        Path(folder, "config.json").write_text(text, encoding="utf-8")
+        write_document(folder, HEAD, {"base": asdict(self.base)} if self.base is not None else {})
+
+    def write_tensors(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Writes the file of its tensors."""
+        from safetensors.torch import save_file
+
+        save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
 
     @staticmethod
     def base_of(path: str, **options: Any) -> Lender | None:

@@ -44,7 +44,7 @@ def prefix(monkeypatch):
 
 @pytest.mark.usefixtures("prefix")
 def test_hydra_with_a_prefix_layer_is_as_exact(tmp_path):
-    assert new("hydra").attention_layers == 1
+    assert new("hydra").config.num_hidden_layers == 1
     for tree in (None, BestFirst(3, 9)):
         test_kinds.test_drafts_are_those_of_a_naive_forward("hydra", tree)
     test_kinds.test_unrolled_steps_are_what_drafting_computes("hydra")
