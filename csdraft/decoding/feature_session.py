@@ -40,9 +40,11 @@ class FeatureModel:
 
     Attributes:
         deepest: how many tokens it can draft after a text; None: any number.
+        before: how many tokens before its own a feature is made of.
     """
 
     deepest: int | None = None
+    before: int = 0
 
     @property
     def feature_width(self) -> int:
@@ -56,7 +58,10 @@ class FeatureModel:
         raise NotImplementedError
 
     def fuse(self, states: Mapping[int, Tensor]) -> Tensor:
-        """(..., width) features from the target's hidden states, (..., target's width) by tap."""
+        """(..., tokens, width) features from the target's hidden states, (..., tokens, target's width) by tap.
+
+        The first `before` features may be wrong if the states do not begin with the text: they are not used.
+        """
         raise NotImplementedError
 
     def along(self, states: Mapping[int, Tensor], input_ids: Tensor, position_ids: Tensor, mask: Tensor) -> Tensor:
@@ -186,7 +191,8 @@ class FeatureSession(Session):
         """(stop - start, width) features of tokens that the target has read."""
         states = self.target.features(row, self._views[row].text, stop)
         model: Any = self.model
-        return model.fuse({tap: states[tap][start:stop] for tap in model.taps})
+        first = max(start - model.before, 0)
+        return model.fuse({tap: states[tap][first:stop] for tap in model.taps})[start - first :]
 
     def _features(self, inputs: Inputs) -> Tensor:
         """(batch, queries, width) what the forward reads beside its tokens; in a chain, the output just before."""

@@ -101,7 +101,7 @@ class Head(PreTrainedModel, FeatureModel):
     def __init__(self, config: LlamaConfig, options: Any, draft_vocab: int | None = None):
         config = copy.deepcopy(config)
         config._attn_implementation = "sdpa"
-        config.num_hidden_layers = self.attention_layers
+        config.num_hidden_layers = self.layers_of(options)
         super().__init__(config)
         self.options, count = options, draft_vocab or config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -111,6 +111,11 @@ class Head(PreTrainedModel, FeatureModel):
         self.make_buffers()
 
     # What a kind says.
+
+    @classmethod
+    def layers_of(cls, options: Any) -> int:
+        """How many of its layers keep keys and values, where that is an option; else `attention_layers`."""
+        return cls.attention_layers
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -150,7 +155,7 @@ class Head(PreTrainedModel, FeatureModel):
 
     def make_buffers(self) -> None:
         """Makes the rotary embedding, which has no weights."""
-        if self.attention_layers:
+        if self.config.num_hidden_layers:
             self.rotary = LlamaRotaryEmbedding(self.config)  # type: ignore[arg-type]
 
     @property

@@ -43,6 +43,10 @@ class Block(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         return hidden + nn.functional.silu(self.linear(hidden))
 
+    def start(self) -> None:
+        self.linear.weight.zero_()
+        self.linear.bias.zero_()
+
 
 class Medusa(Head):
     """Medusa-1; names of modules are those of published checkpoints."""
@@ -71,8 +75,7 @@ class Medusa(Head):
         for head in self.medusa_head:
             head[-1].weight.copy_(rows)  # type: ignore[index,union-attr,operator]
             for block in head[:-1]:  # type: ignore[index]
-                block.linear.weight.zero_()
-                block.linear.bias.zero_()
+                block.start()
 
     def fuse(self, states: Mapping[int, Tensor]) -> Tensor:
         return nn.functional.pad(super().fuse(states), (0, 1))  # nothing has been drafted

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import pkgutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -196,19 +195,31 @@ class StoredHead(OnTarget):
             del state["d2t"]
         return cls(head.config, head.options, state, head.base)
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes what `load` reads."""
-        from safetensors.torch import save_file
-
-        Path(folder).mkdir(parents=True, exist_ok=True)
+    def written(self) -> dict[str, Tensor]:
+        """The tensors of its file: `state`, and where it drafts only some tokens which these are."""
         tensors = {name: tensor.clone().contiguous() for name, tensor in self.state.items()}
         if "d2t" in tensors:
             tensors["t2d"] = torch.zeros(self.config.vocab_size, dtype=torch.bool)
             tensors["t2d"][tensors["d2t"] + torch.arange(len(tensors["d2t"]))] = True
-        save_file(tensors, Path(folder, "model.safetensors"), metadata={"format": "pt"})
-        text = json.dumps(self.document(), indent=2, sort_keys=True) + "\n"
+        return tensors
+
+    def save(self, folder: str | Path) -> None:
+        """Writes what `load` reads."""
+        self.write(folder, self.document(), self.written())
+
+    def write(self, folder: str | Path, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Writes config.json, the tensors, and a drafter.json that names the target."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.write_tensors(Path(folder), tensors)
+        text = json.dumps(document, indent=2, sort_keys=True) + "\n"
         Path(folder, "config.json").write_text(text, encoding="utf-8")
         write_document(folder, HEAD, {"base": asdict(self.base)} if self.base is not None else {})
+
+    def write_tensors(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Writes the file of its tensors."""
+        from safetensors.torch import save_file
+
+        save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
 
     @staticmethod
     def base_of(path: str, **options: Any) -> Lender | None:
@@ -271,11 +282,11 @@ def config_at(path: str, **options: Any) -> dict[str, Any] | None:
     return None if file is None else read_object(file)
 
 
-def _weights_at(path: str, **options: Any) -> str | None:
+def _weights_at(path: str, names: Sequence[str] = WEIGHTS, **options: Any) -> str | None:
     """The one file with the weights of a folder or Hub id; None if there is no such file."""
     from transformers.utils import cached_file
 
-    found = (cached_file(path, name, **options, **QUIET) for name in WEIGHTS)
+    found = (cached_file(path, name, **options, **QUIET) for name in names)
     return next((file for file in found if file is not None), None)
 
 
@@ -295,10 +306,11 @@ def _tensor_names(path: str, **options: Any) -> frozenset[str]:
         return frozenset()  # what is wrong with it is said when it is loaded
 
 
-def read_tensors(path: str, **options: Any) -> dict[str, Tensor]:
+def read_tensors(path: str, names: Sequence[str] = WEIGHTS, **options: Any) -> dict[str, Tensor]:
     """The tensors of a folder or Hub id that keeps them in one file.
 
     Args:
+        names: of the file, the first that is there.
         options: of the Hub: revision, token, ...
 
     Raises:
@@ -306,19 +318,19 @@ def read_tensors(path: str, **options: Any) -> dict[str, Tensor]:
     """
     from safetensors.torch import load_file
 
-    file = _weights_at(path, **options)
+    file = _weights_at(path, names, **options)
     if file is None:
-        raise ValueError(f"{path!r} has a config.json and none of {', '.join(WEIGHTS)}; get its weights too")
+        raise ValueError(f"{path!r} has a config.json and none of {', '.join(names)}; get its weights too")
     try:
-        of_torch = not file.endswith(WEIGHTS[0])
+        of_torch = not file.endswith(".safetensors")
         state = torch.load(file, map_location="cpu", weights_only=True) if of_torch else load_file(file)
     except UnpicklingError as error:  # whose message advises to trust the file
-        raise ValueError(f"{file} holds other things than tensors, or is cut short; get {WEIGHTS[0]}") from error
+        raise ValueError(f"{file} holds other things than tensors, or is cut short; get {names[0]}") from error
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{file} cannot be read ({error}); it may be cut short: get it again") from error
     named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
     if not named or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{file} holds other things than tensors by name; get {WEIGHTS[0]}")
+        raise ValueError(f"{file} holds other things than tensors by name; get {names[0]}")
     return state
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from csdraft.trainers.distillation import Distillation
 from csdraft.trainers.objective import Objective
@@ -29,6 +32,20 @@ def new(name: str, seed: int = 0, **options: Any) -> Any:
             if "norm" in key:  # a bug must not hide behind a one
                 parameter.add_(0.2 * torch.randn_like(parameter))
     return made.eval()
+
+
+def weights_in(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """The one file of a stored head's tensors, and what it holds."""
+    (file,) = (path for path in folder.iterdir() if path.suffix in (".safetensors", ".pt"))
+    return file, torch.load(file) if file.suffix == ".pt" else load_file(file)
+
+
+def write_weights(file: Path, state: dict[str, Tensor]) -> None:
+    """Other tensors in that file."""
+    if file.suffix == ".pt":
+        torch.save(state, file)
+    else:
+        save_file(state, file)
 
 
 def batch() -> dict[str, Any]:

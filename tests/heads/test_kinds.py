@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from csdraft import CascadeDrafter, MaxGram, ModelDrafter
 from csdraft.cascade import as_drafter
@@ -19,7 +18,7 @@ from csdraft.trainers.students import check_student, make_student, save_student
 from csdraft.trainers.students._kind import kind_of_head
 from csdraft.trees.best_first import BestFirst
 from csdraft.trees.sampled import Sampled
-from tests.heads.kinds import NAMES, OBJECTIVE, OPTIONS, batch, learned, new
+from tests.heads.kinds import NAMES, OBJECTIVE, OPTIONS, batch, learned, new, weights_in, write_weights
 from tests.heads.learned import PROMPTS, naive, target, texts
 from tests.heads.spied import GREEDY, SAMPLED, Spied, drawn_as_the_target, written, wrong_parent, wrong_target
 from tests.tiny import ragged_batch
@@ -144,7 +143,8 @@ def test_a_head_that_computes_what_the_target_does_has_no_loss(monkeypatch, name
 def test_what_is_saved_is_what_is_loaded(tmp_path, name, draft_vocab):
     head = new(name, draft_vocab=draft_vocab)
     save_student(head, tmp_path)
-    assert not {key for key in load_file(tmp_path / "model.safetensors") if key in head.lent}
+    file, state = weights_in(tmp_path)
+    assert not state.keys() & head.lent.keys()
     found: Any = as_drafter(ModelDrafter(tmp_path), target()).network
     text = texts()[0, :12].tolist()
     for path in ([], text[5:8]):
@@ -152,11 +152,10 @@ def test_what_is_saved_is_what_is_loaded(tmp_path, name, draft_vocab):
             assert torch.equal(mine, theirs)
     again = make_student(target(), str(tmp_path))
     assert {key for key, p in again.named_parameters() if not p.requires_grad} == head.lent.keys()
-    state = load_file(tmp_path / "model.safetensors")
     missing = max(state.keys() - {"t2d"})
     for tampered, says in (({missing: None}, missing), ({"other.weight": torch.ones(2)}, "other.weight")):
         changed = {key: tensor for key, tensor in (state | tampered).items() if tensor is not None}
-        save_file(changed, tmp_path / "model.safetensors")
+        write_weights(file, changed)
         with pytest.raises(ValueError, match=says):
             load_model(str(tmp_path))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from csdraft.heads.medusa import Medusa
+from csdraft.heads.medusa_files import MedusaHead
 from csdraft.trainers.students._kind import HeadKind
 
 __all__ = ["MedusaStudent"]
@@ -11,4 +12,4 @@ __all__ = ["MedusaStudent"]
 class MedusaStudent(HeadKind):
     """See `HeadKind`."""
 
-    trains = Medusa
+    trains, stored_by = Medusa, MedusaHead

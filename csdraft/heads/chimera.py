@@ -1,0 +1,170 @@
+"""Chimera (arXiv 2402.15758): three tokens stand for the target's low layers, one layer over its states for the rest.
+
+The n-gram encoder makes one vector u of the embeddings of the newest three tokens: W (y + silu(V y + b)). Then comes
+the context layer, a Llama layer. Its queries are made of u; its keys and values of the target's last hidden states of
+all tokens before the newest, and of u itself. Its output o stands for the target's last hidden state of the newest
+token. Logits of drafted token k are a matrix of its own times [h, o], where h is the target's hidden state of the
+text's last token. The feature of an entry is the state (o, or the target's in the text), the two tokens before the
+newest, h, and how many tokens have been read since the text.
+
+Left open, and chosen here: a drafted token sees the o of drafted tokens before it as if they were the target's states.
+Where a text has fewer than three tokens, its first is repeated. Embeddings are normed before they are joined: those of
+the text come from the target, which may scale or shift the rows of its table. The loss between o and the target's
+state, which the authors compute and do not add, is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaMLP,
+    LlamaRMSNorm,
+    apply_rotary_pos_emb,
+    repeat_kv,
+)
+
+from csdraft.heads.head import LAST, Head, HeadOptions
+
+__all__ = ["Chimera", "ChimeraOptions"]
+
+EMBEDDING = 0
+"""The tap of the target's embedded tokens."""
+Rotary = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class ChimeraOptions(HeadOptions):
+    """Keys of `init.chimera`; all steps count the same, as in the authors' code."""
+
+    decay: float = 1.0
+
+
+class NGram(nn.Module):
+    """One vector of three embeddings; the residual part is 0 in a new head."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        width = config.hidden_size
+        self.norm = LlamaRMSNorm(width, config.rms_norm_eps)
+        self.linear, self.join = nn.Linear(3 * width, 3 * width), nn.Linear(3 * width, width, bias=False)
+
+    def forward(self, embedded: Tensor) -> Tensor:
+        """(..., width) from (..., 3, width)."""
+        joined = self.norm(embedded).flatten(-2)
+        return self.join(joined + nn.functional.silu(self.linear(joined)))
+
+
+class ContextLayer(nn.Module):
+    """A Llama layer whose queries and whose keys come from two sequences."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.self_attn, self.mlp = LlamaAttention(config, 0), LlamaMLP(config)
+        self.input_layernorm, self.post_attention_layernorm = (
+            LlamaRMSNorm(config.hidden_size, config.rms_norm_eps) for _ in range(2)
+        )
+
+    def forward(
+        self, grams: Tensor, states: Tensor, at_gram: Rotary, at_state: Rotary, mask: Tensor | None, cache: Any
+    ) -> Tensor:
+        """(rows, queries, width) its output; n-grams and states are of that shape, too.
+
+        Args:
+            at_gram, at_state: rotary embeddings of their positions; those of the states are one lower.
+        """
+        attention, gram, state = self.self_attn, self.input_layernorm(grams), self.input_layernorm(states)
+        query, own_key = (self._heads(project(gram)) for project in (attention.q_proj, attention.k_proj))
+        query, own_key = apply_rotary_pos_emb(query, own_key, *at_gram)
+        key, value, own_value = (
+            self._heads(part) for part in (attention.k_proj(state), attention.v_proj(state), attention.v_proj(gram))
+        )
+        key, _ = apply_rotary_pos_emb(key, key, *at_state)
+        if cache is not None:
+            key, value = cache.update(key, value, attention.layer_idx)
+        rows, _, queries, _ = query.shape
+        past = query.new_ones(queries, key.shape[2], dtype=torch.bool).tril(key.shape[2] - queries)
+        past = past if mask is None else mask
+        itself = torch.eye(queries, dtype=torch.bool, device=query.device)
+        sees = torch.cat(
+            [part.expand(rows, 1, -1, -1) for part in (past, itself)], -1
+        )  # (.., queries, slots + queries)
+        keys, values = (
+            repeat_kv(torch.cat(parts, 2), attention.num_key_value_groups)
+            for parts in ((key, own_key), (value, own_value))
+        )
+        mixed = nn.functional.scaled_dot_product_attention(query, keys, values, sees, scale=attention.scaling)
+        output = grams + attention.o_proj(mixed.transpose(1, 2).flatten(-2))
+        return output + self.mlp(self.post_attention_layernorm(output))
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        """(rows, heads, queries, head size)"""
+        return projected.unflatten(-1, (-1, self.self_attn.head_dim)).transpose(1, 2)
+
+
+class Chimera(Head):
+    """Chimera."""
+
+    Options = ChimeraOptions
+    attention_layers = 1
+    output_layer = False
+    detached = True
+    before = 1
+    _no_split_modules = ["ContextLayer"]  # noqa: RUF012 - transformers' own way
+
+    def __init__(self, config: LlamaConfig, options: ChimeraOptions, draft_vocab: int | None = None):
+        super().__init__(config, options, draft_vocab)
+        width, count = config.hidden_size, len(self.d2t)
+        self.encoder, self.context = NGram(config), ContextLayer(self.config)  # type: ignore[arg-type]
+        self.outputs = nn.ModuleList(nn.Linear(2 * width, count, bias=False) for _ in range(options.steps))
+        self.post_init()
+
+    @property
+    def deepest(self) -> int:  # type: ignore[override]
+        return self.options.steps
+
+    @property
+    def feature_width(self) -> int:
+        return 4 * self.config.hidden_size + 1
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        return LAST, EMBEDDING
+
+    def start(self, rows: Tensor) -> None:
+        for output in self.outputs:
+            output.weight.copy_(torch.cat([rows, rows], -1))  # type: ignore[operator,union-attr]
+        self.encoder.linear.weight.zero_()
+        self.encoder.linear.bias.zero_()
+
+    def fuse(self, states: Mapping[int, Tensor]) -> Tensor:
+        last, embedded = (states[tap].to(self.device, self.dtype) for tap in self.taps)
+        earlier = torch.cat([embedded[..., :1, :], embedded[..., :-1, :]], -2)  # (..., tokens, width)
+        return torch.cat([last, embedded, earlier, last, torch.zeros_like(last[..., :1])], -1)
+
+    def output(
+        self, input_ids: Tensor, position_ids: Tensor, features: Tensor, mask: Tensor | None, cache: Any
+    ) -> Tensor:
+        count, vectors = features[..., -1:], features[..., :-1].unflatten(-1, (4, -1))
+        state, before, earlier, last = vectors.unbind(-2)  # (rows, queries, width) each
+        earlier = torch.where(position_ids[..., None] == 0, before, earlier)  # texts that share a row do not mix
+        newest = self.embed_tokens(input_ids).to(features.dtype)
+        gram = self.encoder(torch.stack([earlier, before, newest], -2))
+        at_gram, at_state = self.rotary(features, position_ids + 1), self.rotary(features, position_ids)
+        made = self.context(gram, state, at_gram, at_state, mask, cache)
+        return torch.cat([made, newest, before, last, count + 1], -1)
+
+    def draft_logits(self, output: Tensor) -> Tensor:
+        width, number = self.config.hidden_size, output[..., -1].long().clamp(max=self.deepest)
+        logits = output.new_empty(*output.shape[:-1], len(self.d2t))
+        for one in number.unique().tolist():
+            chosen = output[number == one]
+            both = torch.cat([chosen[:, 3 * width : 4 * width], chosen[:, :width]], -1)  # (positions, 2 width)
+            logits[number == one] = self.outputs[one - 1](both)
+        return logits

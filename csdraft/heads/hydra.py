@@ -1,0 +1,128 @@
+"""Hydra (arXiv 2402.05109): Medusa's heads made sequential, each reads the tokens drafted before it, too.
+
+Head k reads the hidden state of the text's last token and the embeddings of the k tokens that follow it: the one that
+the target has chosen, and k - 1 drafted ones. Its first block is W x + silu(V x + b) from all of them to one width,
+further blocks are Medusa's, and its output layer is its own. With `prefix` it is Hydra++: a decoder layer first reads
+the target's hidden states along the text, and the heads read its output. The paper's heads then have four layers.
+
+The feature of an entry is the hidden state, room for the embeddings of as many tokens as there are heads, and how many
+of these have been read, which chooses the head. W is a matrix, as in the authors' code; in a new head here it is the
+hidden state and little of the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig
+
+from csdraft.heads.head import Head, HeadOptions
+from csdraft.heads.medusa import Block
+from csdraft.heads.text_layer import TextLayer
+
+__all__ = ["Hydra", "HydraOptions"]
+
+
+@dataclass(frozen=True)
+class HydraOptions(HeadOptions):
+    """Keys of `init.hydra`; `steps` is the number of heads.
+
+    Args:
+        layers: blocks of each head.
+        prefix: whether a decoder layer reads the text first (Hydra++).
+    """
+
+    layers: int = 1
+    prefix: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layers < 1:
+            raise ValueError(
+                f"layers={self.layers} of a Hydra head; the first makes one vector of all: give at least 1"
+            )
+
+
+class Joining(nn.Module):
+    """W x + silu(V x + b) from several vectors to one; in a new head it is the first vector and little of the rest."""
+
+    def __init__(self, count: int, width: int):
+        super().__init__()
+        self.linear = nn.Linear(count * width, width)
+        self.residual = nn.Linear(count * width, width, bias=False)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        return self.residual(vectors) + nn.functional.silu(self.linear(vectors))
+
+    def start(self) -> None:
+        width = len(self.residual.weight)
+        self.residual.weight[:, :width] = torch.eye(width)
+        self.linear.weight.zero_()
+        self.linear.bias.zero_()
+
+
+class Hydra(Head):
+    """Hydra, and Hydra++ with `prefix`."""
+
+    Options = HydraOptions
+    output_layer = False
+    _no_split_modules = ["TextLayer"]  # noqa: RUF012 - transformers' own way
+
+    def __init__(self, config: LlamaConfig, options: HydraOptions, draft_vocab: int | None = None):
+        super().__init__(config, options, draft_vocab)
+        width, count = config.hidden_size, len(self.d2t)
+        if options.prefix:
+            self.prefix = TextLayer(self.config)  # type: ignore[arg-type]
+        self.blocks = nn.ModuleList(
+            nn.Sequential(Joining(head + 2, width), *[Block(width) for _ in range(options.layers - 1)])
+            for head in range(options.steps)
+        )
+        self.outputs = nn.ModuleList(nn.Linear(width, count, bias=False) for _ in range(options.steps))
+        self.post_init()
+
+    @classmethod
+    def layers_of(cls, options: HydraOptions) -> int:
+        return int(options.prefix)
+
+    @property
+    def deepest(self) -> int:  # type: ignore[override]
+        return self.options.steps
+
+    @property
+    def feature_width(self) -> int:
+        return (1 + self.options.steps) * self.config.hidden_size + 1
+
+    def start(self, rows: Tensor) -> None:
+        for first, *others in self.blocks:  # type: ignore[misc]
+            first.start()
+            for block in others:
+                block.start()
+        for output in self.outputs:
+            output.weight.copy_(rows)  # type: ignore[operator,union-attr]
+
+    def fuse(self, states: Mapping[int, Tensor]) -> Tensor:
+        return nn.functional.pad(super().fuse(states), (0, self.feature_width - self.config.hidden_size))
+
+    def output(
+        self, input_ids: Tensor, position_ids: Tensor, features: Tensor, mask: Tensor | None, cache: Any
+    ) -> Tensor:
+        width, steps = self.config.hidden_size, self.options.steps
+        hidden, read, count = features.split([width, steps * width, 1], -1)
+        if self.options.prefix:
+            hidden = self.prefix(hidden, count > 0, self.rotary(hidden, position_ids), mask, cache)
+        embedded = self.embed_tokens(input_ids).to(features.dtype)[..., None, :]  # (rows, queries, 1, width)
+        place = torch.arange(steps, device=count.device) == count  # (rows, queries, steps)
+        read = torch.where(place[..., None], embedded, read.unflatten(-1, (steps, width)))
+        return torch.cat([hidden, read.flatten(-2), count + 1], -1)
+
+    def draft_logits(self, output: Tensor) -> Tensor:
+        width, number = self.config.hidden_size, output[..., -1].long().clamp(max=self.deepest)
+        logits = output.new_empty(*output.shape[:-1], len(self.d2t))
+        for one in number.unique().tolist():
+            chosen = output[number == one][:, : (1 + one) * width]  # (positions, (1 + one) width)
+            logits[number == one] = self.outputs[one - 1](self.blocks[one - 1](chosen))
+        return logits

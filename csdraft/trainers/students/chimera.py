@@ -1,0 +1,14 @@
+"""Chimera as a student (arXiv 2402.15758): unrolled as it drafts, each drafted token through its own output layer."""
+
+from __future__ import annotations
+
+from csdraft.heads.chimera import Chimera
+from csdraft.trainers.students._kind import HeadKind
+
+__all__ = ["ChimeraStudent"]
+
+
+class ChimeraStudent(HeadKind):
+    """See `HeadKind`."""
+
+    trains = Chimera
