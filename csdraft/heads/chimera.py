@@ -8,9 +8,9 @@ text's last token. The feature of an entry is the state (o, or the target's in t
 newest, h, and how many tokens have been read since the text.
 
 Left open, and chosen here: a drafted token sees the o of drafted tokens before it as if they were the target's states.
-Where a text has fewer than three tokens, its first is repeated. Embeddings are normed before they are joined: those of the text come from the
-target, which may scale or shift the rows of its table. The loss between o and the target's state, which the authors
-compute and do not add, is left out.
+Where a text has fewer than three tokens, its first is repeated. Embeddings are normed before they are joined: those of
+the text come from the target, which may scale or shift the rows of its table. The loss between o and the target's
+state, which the authors compute and do not add, is left out.
 """
 
 from __future__ import annotations
