@@ -19,7 +19,7 @@ from torch import Tensor
 
 from csdraft.heads import own_files
 from csdraft.heads.medusa import Medusa, MedusaOptions
-from csdraft.heads.stored_head import WEIGHTS, StoredHead, check_tensors, read_layer, read_tensors
+from csdraft.heads.stored_head import WEIGHTS, Names, StoredHead, check_tensors, read_layer, read_tensors
 from csdraft.stored import fit
 
 __all__ = ["MedusaHead"]
@@ -72,7 +72,7 @@ class MedusaHead(StoredHead):
         torch.save(dict(tensors), folder / FILE)
 
     @classmethod
-    def recognises(cls, config: Mapping[str, Any]) -> bool:
+    def recognises(cls, config: Mapping[str, Any], names: Names) -> bool:
         """A whole model that was saved with its heads has layers, too, and is read as a model."""
         return bool({HEADS, BLOCKS} & config.keys()) and "num_hidden_layers" not in config
 
