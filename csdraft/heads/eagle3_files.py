@@ -113,7 +113,12 @@ class Eagle3Head(StoredHead):
     def recognises(cls, config: Mapping[str, Any], names: Names) -> bool:
         made_for = config.get("architectures") or ()
         named = any("eagle3" in str(name).lower() for name in made_for) if isinstance(made_for, list) else False
-        return named or config.get("speculators_model_type") == "eagle3" or "draft_vocab_size" in config
+        if named or config.get("speculators_model_type") == "eagle3" or "draft_vocab_size" in config:
+            return True
+        if made_for not in (["LlamaForCausalLM"], ()) or config.get("model_type", "llama") != "llama":
+            return False
+        found = {_own_name(name) for name in names()}  # published heads call themselves as every Llama model does
+        return {"fc.weight", "midlayer.hidden_norm.weight"} <= found
 
     @classmethod
     def load(cls, path: str, config: Mapping[str, Any], **options: Any) -> Eagle3Head:
