@@ -187,6 +187,7 @@ def test_other_layouts_are_the_same_head(stored):
     edit(stored, draft_vocab_size=None)  # then nothing in the config says what it is
     with pytest.warns(UserWarning, match="draft_vocab_size is open: taken is 60"):
         assert torch.equal(logits_of(stored), wanted)
+    edit(stored, draft_vocab_size=60)
     torch.save(state, stored / "pytorch_model.bin")
     (stored / "model.safetensors").unlink()
     assert torch.equal(logits_of(stored), wanted)
