@@ -21,7 +21,7 @@ from transformers.utils import ModelOutput
 
 from csdraft.decoding.feature_session import FeatureModel
 
-__all__ = ["LAST", "OUTSIDE", "Head", "HeadOptions", "HeadOutput", "Steps"]
+__all__ = ["LAST", "OUTSIDE", "Head", "HeadOptions", "HeadOutput", "Steps", "step_masks"]
 
 LAST = -1
 """The tap of what the target's output layer reads: the last hidden state, after the last norm."""
@@ -99,7 +99,7 @@ class Head(PreTrainedModel, FeatureModel):
     def __init__(self, config: LlamaConfig, options: Any, draft_vocab: int | None = None):
         config = copy.deepcopy(config)
         config._attn_implementation = "sdpa"
-        config.num_hidden_layers = self.attention_layers
+        config.num_hidden_layers = self.layers_of(options)
         super().__init__(config)
         self.options, count = options, draft_vocab or config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -109,6 +109,11 @@ class Head(PreTrainedModel, FeatureModel):
         self.make_buffers()
 
     # What a kind says.
+
+    @classmethod
+    def layers_of(cls, options: Any) -> int:
+        """How many of its layers keep keys and values, where that is an option; else `attention_layers`."""
+        return cls.attention_layers
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -148,7 +153,7 @@ class Head(PreTrainedModel, FeatureModel):
 
     def make_buffers(self) -> None:
         """Makes the rotary embedding, which has no weights."""
-        if self.attention_layers:
+        if self.config.num_hidden_layers:
             self.rotary = LlamaRotaryEmbedding(self.config)  # type: ignore[arg-type]
 
     @property
@@ -197,16 +202,9 @@ class Head(PreTrainedModel, FeatureModel):
         Yields:
             (rows, length, feature width) of step s: output i predicts token i + 2 + s, if that is of the same text.
         """
-        rows, length = input_ids.shape
-        starts = position_ids.diff(prepend=position_ids[:, :1] - 1) != 1  # (rows, length)
-        text = starts.cumsum(1)
-        order = torch.arange(length, device=input_ids.device)
-        sees = (order[:, None] >= order) & (text[:, :, None] == text[:, None, :])  # (rows, length, length)
-        itself = (order[:, None] == order).expand(rows, -1, -1)
         cache = Steps()
-        for step in range(steps):
+        for step, mask in enumerate(step_masks(position_ids, steps)):
             ids = input_ids.roll(-1 - step, 1)  # what comes round at the end is seen by no entry that counts
-            mask = torch.cat([sees, *[itself] * step], -1)[:, None]  # (rows, 1, length, (step + 1) length)
             features = self.output(ids, position_ids + step, features, mask, cache)
             yield features
 
@@ -223,12 +221,28 @@ class Steps:
     """Keys and values of all steps so far, one behind the other: what attention calls its cache in training."""
 
     def __init__(self) -> None:
-        self.held: tuple[Tensor, Tensor] | None = None
+        self.held: dict[int, tuple[Tensor, Tensor]] = {}  # by layer
 
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor, layer: int = 0, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """(rows, heads, steps x length, head size) each."""
         new = keys, values
-        if self.held is not None:
-            new = torch.cat([self.held[0], keys], 2), torch.cat([self.held[1], values], 2)
-        self.held = new
+        if layer in self.held:
+            new = torch.cat([self.held[layer][0], keys], 2), torch.cat([self.held[layer][1], values], 2)
+        self.held[layer] = new
         return new
+
+
+def step_masks(position_ids: Tensor, steps: int) -> Iterator[Tensor]:
+    """(rows, 1, length, (step + 1) x length) bool: what entries see in each drafting step, see `Head.unrolled`.
+
+    Args:
+        position_ids: (rows, length) of texts that share a row; positions restart with each.
+    """
+    rows, length = position_ids.shape
+    starts = position_ids.diff(prepend=position_ids[:, :1] - 1) != 1  # (rows, length)
+    text = starts.cumsum(1)
+    order = torch.arange(length, device=position_ids.device)
+    sees = (order[:, None] >= order) & (text[:, :, None] == text[:, None, :])  # (rows, length, length)
+    itself = (order[:, None] == order).expand(rows, -1, -1)
+    for step in range(steps):
+        yield torch.cat([sees, *[itself] * step], -1)[:, None]

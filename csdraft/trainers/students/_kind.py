@@ -229,4 +229,5 @@ def kind_of_head(student: Any) -> HeadKind | None:
     model = base_model(student)
     if not isinstance(model, FeatureModel):
         return None
-    return next(kind for kind in kinds().values() if isinstance(model, kind.trains))
+    own = [kind for kind in kinds().values() if isinstance(model, kind.trains)]
+    return max(own, key=lambda kind: len(kind.trains.__mro__))  # a kind may build on another
