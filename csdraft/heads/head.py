@@ -136,6 +136,13 @@ class Head(PreTrainedModel, FeatureModel):
         """
         raise NotImplementedError
 
+    def every(self, input_ids: Tensor, position_ids: Tensor, features: Tensor, mask: Tensor) -> Tensor:
+        """(rows, length, feature width) outputs of entries of a text, as if each were the last; see `output`.
+
+        Only the last entry's output counts while a text is read, so a head may leave out the others there.
+        """
+        return self.output(input_ids, position_ids, features, mask, None)
+
     def draft_logits(self, output: Tensor) -> Tensor:
         """(..., draft vocab) logits that follow from an output."""
         raise NotImplementedError
@@ -212,9 +219,8 @@ class Head(PreTrainedModel, FeatureModel):
         features, seen = self.fuse(states)[:, :-1], mask[:, :-1].bool()
         square = seen.new_ones(seen.shape[1], seen.shape[1])
         causal = (square.tril() & seen[:, None]) | torch.eye(len(square), dtype=torch.bool, device=seen.device)
-        output = self(input_ids[:, 1:], features, position_ids[:, 1:] - 1, causal[:, None])
-        assert output.logits is not None
-        return nn.functional.pad(output.logits, (0, 0, 1, 0))
+        outputs = self.every(input_ids[:, 1:], position_ids[:, 1:] - 1, features, causal[:, None])
+        return nn.functional.pad(self.spread(self.draft_logits(outputs)), (0, 0, 1, 0))
 
 
 class Steps:

@@ -45,14 +45,20 @@ class ParallelStudent(eagle3.Eagle3Student):
             )
 
     def new(self, text: Any, asked: Any, draft_vocab: int) -> Parallel:
-        mask = asked.mask_token if asked.mask_token is not None else getattr(text, "pad_token_id", None) or 0
         options = ParallelOptions(
             tuple(asked.layers or default_layers(text.num_hidden_layers)),
             text.hidden_size,
             draft_vocab,
-            mask_token=mask,
+            mask_token=self.mask_token(text, asked),
             blocks=asked.blocks,
             steps=asked.steps,
             decay=asked.decay,
         )
         return Parallel(self.layer_config(text, asked), options)
+
+    def mask_token(self, text: Any, asked: Any) -> int:
+        """The token that was asked for, or what stands for it in a target of this config."""
+        return asked.mask_token if asked.mask_token is not None else getattr(text, "pad_token_id", None) or 0
+
+    def unrolling(self, head: Any) -> tuple[int, float]:
+        return head.options.steps, head.options.decay
