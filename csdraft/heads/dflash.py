@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, rotate_half
 
-from csdraft.heads.head import Head, step_masks
+from csdraft.heads.head import Head, text_mask
 from csdraft.heads.stack import Stack
 
 __all__ = ["Dflash", "DflashOptions"]
@@ -170,8 +170,8 @@ class Dflash(Stack, Head):
 
     def unrolled(self, input_ids: Tensor, position_ids: Tensor, features: Tensor, steps: int) -> Iterator[Tensor]:
         """A block behind every entry, at once: step s is its s-th prediction."""
-        mask = next(step_masks(position_ids, 1))
-        outputs = self._blocks(input_ids.roll(-1, 1), position_ids, self.first(features), mask, None)
+        mask, ids = text_mask(position_ids), input_ids.roll(-1, 1)
+        outputs = self._blocks(ids, position_ids, self.first(features), mask, None)
         for step in range(steps):
             yield nn.functional.pad(outputs[:, :, step], (1, 0))
 

@@ -103,7 +103,9 @@ class DflashHead(StoredHead):
         state = {name.removeprefix("model."): tensor for name, tensor in read_tensors(path, **options).items()}
         state = {name: tensor for name, tensor in state.items() if name != "t2d"}
         defaults = LIKE_QWEN if family == "qwen3" else {}
-        layer_keys = {key: value for key, value in config.items() if key != "layer_types"}  # one for each of its layers
+        layer_keys = {
+            key: value for key, value in config.items() if key != "layer_types"
+        }  # one for each of its layers
         layer = read_layer({**defaults, **layer_keys, "model_type": "llama"}, at)
         layer.name_or_path = path
         described = _options(config, state, layer.vocab_size, at)

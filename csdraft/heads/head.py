@@ -21,7 +21,7 @@ from transformers.utils import ModelOutput
 
 from csdraft.decoding.feature_session import FeatureModel
 
-__all__ = ["LAST", "OUTSIDE", "Head", "HeadOptions", "HeadOutput", "Steps", "step_masks"]
+__all__ = ["LAST", "OUTSIDE", "Head", "HeadOptions", "HeadOutput", "Steps", "step_masks", "text_mask"]
 
 LAST = -1
 """The tap of what the target's output layer reads: the last hidden state, after the last norm."""
@@ -210,7 +210,7 @@ class Head(PreTrainedModel, FeatureModel):
             (rows, length, feature width) of step s: output i predicts token i + 2 + s, if that is of the same text.
         """
         cache = Steps()
-        for step, mask in enumerate(step_masks(position_ids, steps)):
+        for step, mask in enumerate(step_masks(text_mask(position_ids), steps)):
             ids = input_ids.roll(-1 - step, 1)  # what comes round at the end is seen by no entry that counts
             features = self.output(ids, position_ids + step, features, mask, cache)
             yield features
@@ -238,17 +238,24 @@ class Steps:
         return new
 
 
-def step_masks(position_ids: Tensor, steps: int) -> Iterator[Tensor]:
-    """(rows, 1, length, (step + 1) x length) bool: what entries see in each drafting step, see `Head.unrolled`.
+def text_mask(position_ids: Tensor) -> Tensor:
+    """(rows, 1, length, length) bool: an entry sees those before it of its own text, and itself.
 
     Args:
         position_ids: (rows, length) of texts that share a row; positions restart with each.
     """
-    rows, length = position_ids.shape
     starts = position_ids.diff(prepend=position_ids[:, :1] - 1) != 1  # (rows, length)
     text = starts.cumsum(1)
-    order = torch.arange(length, device=position_ids.device)
-    sees = (order[:, None] >= order) & (text[:, :, None] == text[:, None, :])  # (rows, length, length)
-    itself = (order[:, None] == order).expand(rows, -1, -1)
+    order = torch.arange(position_ids.shape[1], device=position_ids.device)
+    return ((order[:, None] >= order) & (text[:, :, None] == text[:, None, :]))[:, None]
+
+
+def step_masks(sees: Tensor, steps: int) -> Iterator[Tensor]:
+    """(rows, 1, length, (step + 1) x length) bool: what entries see in each drafting step, see `Head.unrolled`.
+
+    Args:
+        sees: (rows, 1, length, length) bool: what entries of the text see.
+    """
+    itself = torch.eye(sees.shape[-1], dtype=torch.bool, device=sees.device).expand_as(sees)
     for step in range(steps):
-        yield torch.cat([sees, *[itself] * step], -1)[:, None]
+        yield torch.cat([sees, *[itself] * step], -1)

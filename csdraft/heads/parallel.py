@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 
 from csdraft.decoding.cache_names import cache_name
 from csdraft.heads.eagle3 import Eagle3, Eagle3Options
-from csdraft.heads.head import Steps, step_masks
+from csdraft.heads.head import Steps, step_masks, text_mask
 from csdraft.heads.stack import Beside, Stack, beside_mask
 
 __all__ = ["Parallel", "ParallelOptions"]
@@ -71,7 +71,7 @@ class Parallel(Stack, Eagle3):
     def read(
         self, input_ids: Tensor, position_ids: Tensor, features: Tensor, mask: Tensor | None, cache: Any
     ) -> Tensor:
-        more, seen = self.options.steps - 1, Beside(cache)
+        more, seen = self.outputs - 1, Beside(cache)
         hidden = self._run(self.embed_tokens(input_ids), features, position_ids, mask, seen)[:, -1:]
         if not more:
             return hidden
@@ -80,15 +80,21 @@ class Parallel(Stack, Eagle3):
         return torch.cat([hidden, self._run(*self._placeholders(*places.shape), places, own, seen)], 1)
 
     def every(self, input_ids: Tensor, position_ids: Tensor, features: Tensor, mask: Tensor) -> Tensor:
-        output = self._run(self.embed_tokens(input_ids), self.first(features), position_ids, mask, Beside())
-        return nn.functional.pad(output, (1, 0))
+        return nn.functional.pad(next(self._groups(input_ids, position_ids, features, mask, 1)), (1, 0))
 
     def unrolled(self, input_ids: Tensor, position_ids: Tensor, features: Tensor, steps: int) -> Iterator[Tensor]:
         """Placeholders of all entries, one step after the other: step s reads the s-th of each entry."""
-        embedded, hidden, cache = self.embed_tokens(input_ids.roll(-1, 1)), self.first(features), Steps()
-        for step, mask in enumerate(step_masks(position_ids, steps)):
-            output = self._run(embedded, hidden, position_ids + step, mask, cache)
+        sees, ids = text_mask(position_ids), input_ids.roll(-1, 1)
+        for output in self._groups(ids, position_ids, features, sees, steps):
             yield nn.functional.pad(output, (1, 0))
+
+    def _groups(
+        self, input_ids: Tensor, position_ids: Tensor, features: Tensor, sees: Tensor, count: int
+    ) -> Iterator[Tensor]:
+        """(rows, length, width) outputs of entries, then of the first placeholder behind each, and so on."""
+        embedded, hidden, cache = self.embed_tokens(input_ids), self.first(features), Steps()
+        for step, mask in enumerate(step_masks(sees, count)):
+            yield self._run(embedded, hidden, position_ids + step, mask, cache)
             embedded, hidden = self._placeholders(*position_ids.shape)
 
     def _placeholders(self, rows: int, count: int) -> tuple[Tensor, Tensor]:

@@ -40,36 +40,45 @@ class Stack:
         raise NotImplementedError
 
     @property
+    def outputs(self) -> int:
+        """How many hidden states one forward gives."""
+        return self.options.steps
+
+    @property
     def deepest(self) -> int:
         return self.options.steps
 
     @property
     def feature_width(self) -> int:
-        return 1 + self.options.steps * self.config.hidden_size
+        return 1 + self.outputs * self.config.hidden_size
 
     def fuse(self, states: Mapping[int, Tensor]) -> Tensor:
         fused = self.fused(states)
         mark = torch.full_like(fused[..., :1], TEXT)
-        return nn.functional.pad(torch.cat([mark, fused], -1), (0, (self.options.steps - 1) * fused.shape[-1]))
+        return nn.functional.pad(torch.cat([mark, fused], -1), (0, self.feature_width - 1 - fused.shape[-1]))
 
     def first(self, output: Tensor) -> Tensor:
-        """(..., width) the hidden state that an output's logits follow from."""
+        """(..., width) the first hidden state of a stack."""
         return output[..., 1 : 1 + self.config.hidden_size]
+
+    def begun(self, outputs: Tensor) -> Tensor:
+        """(..., feature width) what drafting starts from, of (..., k, width); without its mark."""
+        return nn.functional.pad(outputs.flatten(-2), (1, 0))
+
+    def taken(self, input_ids: Tensor, features: Tensor) -> Tensor:
+        """(..., feature width) what is left after a drafted token; without its mark. At its end the last stays."""
+        width = self.config.hidden_size
+        return torch.cat([features[..., :1], features[..., 1 + width :], features[..., -width:]], -1)
 
     def output(
         self, input_ids: Tensor, position_ids: Tensor, features: Tensor, mask: Tensor | None, cache: Any
     ) -> Tensor:
-        mark, width = features[..., :1], self.config.hidden_size
-        drafted = mark.sign() * DRAFTED
-        left = torch.cat(
-            [drafted, features[..., 1 + width :], features[..., -width:]], -1
-        )  # at its end the last stays
-        of_text = mark == TEXT
+        of_text, drafted = features[..., :1] == TEXT, features[..., :1].sign() * DRAFTED
+        left = self.taken(input_ids, features)
         if bool(of_text.any()):
-            stack = self.read(input_ids, position_ids, self.first(features), mask, cache).flatten(1)  # (rows, k width)
-            last = torch.cat([drafted[:, -1], stack], -1)
-            left[:, -1] = torch.where(of_text[:, -1], last, left[:, -1])
-        return left
+            outputs = self.read(input_ids, position_ids, self.first(features), mask, cache)
+            left[:, -1] = torch.where(of_text[:, -1], self.begun(outputs), left[:, -1])
+        return torch.cat([drafted, left[..., 1:]], -1)
 
 
 class Beside:
