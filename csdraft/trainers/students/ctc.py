@@ -1,9 +1,9 @@
 """A CTC head as a student (arXiv 2412.00061), trained by its exact distributions of each next token.
 
 The paper takes the CTC loss of what the target writes: the logarithm of the sum over all paths. That of a text's
-beginning is the sum of the logarithms of its tokens' conditional probabilities, and from those the head drafts. So each
-is compared with the target's distribution, by whatever losses a recipe names. With one token in the place of that
-distribution, the sum would be the CTC loss of a beginning.
+beginning is the sum of the logarithms of its tokens' conditional probabilities, and from those the head drafts. So
+each is compared with the target's distribution, by whatever losses a recipe names. With one token in the place of
+that distribution, the sum would be the CTC loss of a beginning.
 """
 
 from __future__ import annotations
