@@ -143,6 +143,13 @@ class FeatureSession(Session):
         reading.draft = Draft()
         return set()
 
+    def _restart(self, reading: Reading, text: Any) -> None:
+        """The last entry of a text is read again: only there must a head keep all that drafting starts from."""
+        super()._restart(reading, text)
+        if 0 < reading.read == len(text):
+            self.use.rolled_back += 1
+            reading.read -= 1
+
     # Reading.
 
     def _read(self, plans: dict[int, Plan], keep: int, reach: int = 0) -> Tensor:

@@ -60,7 +60,12 @@ class Eagle3Head(StoredHead):
 
     def network(self, target: Any) -> Eagle3:
         layers = self.options.layers or default_layers(target.config.get_text_config(decoder=True).num_hidden_layers)
-        return Eagle3(self.config, replace(self.options, layers=layers))
+        return self.complete(self.config, replace(self.options, layers=layers))
+
+    @classmethod
+    def complete(cls, config: Any, options: Any) -> Eagle3:
+        """A head of these sizes."""
+        return Eagle3(config, options)
 
     def described(self) -> dict[str, str]:
         options, config = self.options, self.config
@@ -111,9 +116,11 @@ class Eagle3Head(StoredHead):
 
     @classmethod
     def recognises(cls, config: Mapping[str, Any], names: Names) -> bool:
+        if config.get("speculators_model_type", "eagle3") != "eagle3":
+            return False
         made_for = config.get("architectures") or ()
         named = any("eagle3" in str(name).lower() for name in made_for) if isinstance(made_for, list) else False
-        if named or config.get("speculators_model_type") == "eagle3" or "draft_vocab_size" in config:
+        if named or "speculators_model_type" in config or "draft_vocab_size" in config:
             return True
         if made_for not in (["LlamaForCausalLM"], ()) or config.get("model_type", "llama") != "llama":
             return False
@@ -127,19 +134,33 @@ class Eagle3Head(StoredHead):
         document = {**layer_keys, **{key: value for key, value in config.items() if key != SPECULATORS}}
         state = {_own_name(name): tensor for name, tensor in read_tensors(path, **options).items()}
         state = {name: tensor for name, tensor in state.items() if name != "t2d" and name not in OF_TRAINING}
-        described = _options(document, state, at, assumed)
-        if (count := document.get("num_hidden_layers", 1)) != 1:
-            assumed.append(f"num_hidden_layers={count} is the target's: an EAGLE-3 head has 1 layer")
+        described = cls.options_of(document, state, at, assumed)
         layer = read_layer(document, at)
         layer.name_or_path = path
         with torch.device("meta"):
-            whole = Eagle3(layer, replace(described, layers=described.layers or (0,) * _fused(described, state)))
+            layers = described.layers or (0,) * _fused(described, state)
+            whole = cls.complete(layer, replace(described, layers=layers))
         full = described.draft_vocab == layer.vocab_size
         check_tensors(path, state, whole, {EMBEDDING, "d2t"} if full else {EMBEDDING})
         check_drafted(state, layer.vocab_size, path)
         if assumed:
             warnings.warn(f"{at}: {'; '.join(assumed)}", stacklevel=2)
         return cls(layer, described, state, cls.base_of(path, **options)).eval()
+
+    @classmethod
+    def options_of(
+        cls, document: Mapping[str, Any], state: Mapping[str, Tensor], at: str, assumed: list[str]
+    ) -> Eagle3Options:
+        """What config.json says of a head, and what its tensors say where that is open.
+
+        Args:
+            document: with the keys of the layer's config among the others.
+            at: the file, which messages name.
+            assumed: takes what is assumed.
+        """
+        if (count := document.get("num_hidden_layers", 1)) != 1:
+            assumed.append(f"num_hidden_layers={count} is the target's: an EAGLE-3 head has 1 layer")
+        return _options(document, state, at, assumed)
 
 
 def _own_name(name: str) -> str:

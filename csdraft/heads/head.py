@@ -21,7 +21,7 @@ from transformers.utils import ModelOutput
 
 from csdraft.decoding.feature_session import FeatureModel
 
-__all__ = ["LAST", "OUTSIDE", "Head", "HeadOptions", "HeadOutput", "Steps"]
+__all__ = ["LAST", "OUTSIDE", "Head", "HeadOptions", "HeadOutput", "Steps", "step_masks", "text_mask"]
 
 LAST = -1
 """The tap of what the target's output layer reads: the last hidden state, after the last norm."""
@@ -138,6 +138,13 @@ class Head(PreTrainedModel, FeatureModel):
         """
         raise NotImplementedError
 
+    def every(self, input_ids: Tensor, position_ids: Tensor, features: Tensor, mask: Tensor) -> Tensor:
+        """(rows, length, feature width) outputs of entries of a text, as if each were the last; see `output`.
+
+        Only the last entry's output counts while a text is read, so a head may leave out the others there.
+        """
+        return self.output(input_ids, position_ids, features, mask, None)
+
     def draft_logits(self, output: Tensor) -> Tensor:
         """(..., draft vocab) logits that follow from an output."""
         raise NotImplementedError
@@ -204,16 +211,9 @@ class Head(PreTrainedModel, FeatureModel):
         Yields:
             (rows, length, feature width) of step s: output i predicts token i + 2 + s, if that is of the same text.
         """
-        rows, length = input_ids.shape
-        starts = position_ids.diff(prepend=position_ids[:, :1] - 1) != 1  # (rows, length)
-        text = starts.cumsum(1)
-        order = torch.arange(length, device=input_ids.device)
-        sees = (order[:, None] >= order) & (text[:, :, None] == text[:, None, :])  # (rows, length, length)
-        itself = (order[:, None] == order).expand(rows, -1, -1)
         cache = Steps()
-        for step in range(steps):
+        for step, mask in enumerate(step_masks(text_mask(position_ids), steps)):
             ids = input_ids.roll(-1 - step, 1)  # what comes round at the end is seen by no entry that counts
-            mask = torch.cat([sees, *[itself] * step], -1)[:, None]  # (rows, 1, length, (step + 1) length)
             output = self.output(ids, position_ids + step, features, mask, cache)
             yield output
             features = output.detach() if self.detached else output
@@ -222,21 +222,43 @@ class Head(PreTrainedModel, FeatureModel):
         features, seen = self.fuse(states)[:, :-1], mask[:, :-1].bool()
         square = seen.new_ones(seen.shape[1], seen.shape[1])
         causal = (square.tril() & seen[:, None]) | torch.eye(len(square), dtype=torch.bool, device=seen.device)
-        output = self(input_ids[:, 1:], features, position_ids[:, 1:] - 1, causal[:, None])
-        assert output.logits is not None
-        return nn.functional.pad(output.logits, (0, 0, 1, 0))
+        outputs = self.every(input_ids[:, 1:], position_ids[:, 1:] - 1, features, causal[:, None])
+        return nn.functional.pad(self.spread(self.draft_logits(outputs)), (0, 0, 1, 0))
 
 
 class Steps:
     """Keys and values of all steps so far, one behind the other: what attention calls its cache in training."""
 
     def __init__(self) -> None:
-        self.held: tuple[Tensor, Tensor] | None = None
+        self.held: dict[int, tuple[Tensor, Tensor]] = {}  # by layer
 
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor, layer: int = 0, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """(rows, heads, steps x length, head size) each."""
         new = keys, values
-        if self.held is not None:
-            new = torch.cat([self.held[0], keys], 2), torch.cat([self.held[1], values], 2)
-        self.held = new
+        if layer in self.held:
+            new = torch.cat([self.held[layer][0], keys], 2), torch.cat([self.held[layer][1], values], 2)
+        self.held[layer] = new
         return new
+
+
+def text_mask(position_ids: Tensor) -> Tensor:
+    """(rows, 1, length, length) bool: an entry sees those before it of its own text, and itself.
+
+    Args:
+        position_ids: (rows, length) of texts that share a row; positions restart with each.
+    """
+    starts = position_ids.diff(prepend=position_ids[:, :1] - 1) != 1  # (rows, length)
+    text = starts.cumsum(1)
+    order = torch.arange(position_ids.shape[1], device=position_ids.device)
+    return ((order[:, None] >= order) & (text[:, :, None] == text[:, None, :]))[:, None]
+
+
+def step_masks(sees: Tensor, steps: int) -> Iterator[Tensor]:
+    """(rows, 1, length, (step + 1) x length) bool: what entries see in each drafting step, see `Head.unrolled`.
+
+    Args:
+        sees: (rows, 1, length, length) bool: what entries of the text see.
+    """
+    itself = torch.eye(sees.shape[-1], dtype=torch.bool, device=sees.device).expand_as(sees)
+    for step in range(steps):
+        yield torch.cat([sees, *[itself] * step], -1)

@@ -18,7 +18,9 @@ from tests.heads.learned import target, texts
 
 NAMES = sorted(kinds())
 OBJECTIVE = Objective({"forward_kl": 1.0})
-OPTIONS: dict[str, dict[str, Any]] = {"eagle3": {"layers": [0, 1, 3]}}
+OPTIONS: dict[str, dict[str, Any]] = {"eagle3": {"layers": [0, 1, 3]}, "parallel": {"layers": [0, 1, 3]}}
+OPTIONS["dflash"] = {"layers": [1, 2, 3], "blocks": 2}
+OPTIONS["ctc"] = {"layers": [0, 1, 3], "frames": 5}
 """What a tiny target needs; all else as by default."""
 
 

@@ -12,6 +12,7 @@ from csdraft import CascadeDrafter, MaxGram, ModelDrafter
 from csdraft.cascade import as_drafter
 from csdraft.decoding import feature_session
 from csdraft.drafters.vertical import Vertical
+from csdraft.heads.head import LAST
 from csdraft.models import load_model
 from csdraft.trainers.distillation import Distillation
 from csdraft.trainers.students import check_student, make_student, save_student
@@ -177,3 +178,21 @@ def test_a_kind_that_is_unknown_is_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(document | {"csdraft_head": "medussa"}))
     with pytest.raises(ValueError, match=r"medussa.*medusa"):
         load_model(str(tmp_path))
+
+
+@OF_EACH
+def test_logits_along_a_text_are_those_of_first_drafted_tokens(name):
+    """Of two texts, one of them shorter and filled up on the left."""
+    head, ids = learned(name), texts()[[0, 5], :12].clone()
+    ids[1, :4] = 0
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        read = target()(ids, attention_mask=mask, position_ids=positions, output_hidden_states=True)
+        states = dict(enumerate(read.hidden_states)) | {LAST: read.hidden_states[-1]}
+        logits = head.along({tap: states[tap] for tap in head.taps}, ids, positions, mask)
+    for row, start in ((0, 0), (1, 4)):
+        for end in range(start + 2, 13):
+            wanted, _ = naive(head, ids[row, start:end].tolist(), [])
+            assert torch.allclose(logits[row, end - 1].softmax(-1), wanted.softmax(-1), atol=1e-5)

@@ -160,7 +160,7 @@ def test_the_bundled_pair_from_data_to_cascade(folder):
     trainer = distill(smol("distill", "student=models/smol-drafter", *SHORT))
     assert trainer.state.global_step == 2
     assert trainer.state.best_model_checkpoint is not None
-    for name in ("lora", "self_draft", "eagle3", "hass", "medusa"):
+    for name in ("lora", "self_draft", "eagle3", "hass", "medusa", "parallel"):
         distill(smol(name, *SHORT))
 
     MAKE_CASCADE.make_cascade(smol("cascade"))

@@ -41,7 +41,7 @@ class Eagle3Student(HeadKind):
         layers = self._asked(options).layers or default_layers(count)
         if list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] <= count:
             raise ValueError(
-                f"init.eagle3: layers={list(layers)} must be rising numbers from 0 to {count}, the target's"
+                f"init.{self.name}: layers={list(layers)} must be rising numbers from 0 to {count}, the target's"
             )
 
     def new(self, text: Any, asked: Any, draft_vocab: int) -> Eagle3:

@@ -1,0 +1,155 @@
+"""A CTC drafter (arXiv 2412.00061): frames from one forward, of which each holds a token, a repetition, or nothing.
+
+Frame t has a distribution over the draft vocabulary and a blank. A path takes one symbol a frame; it stands for the
+text that is left when repetitions are merged and blanks are dropped. So the probability of a text is a sum over paths,
+and frames need not agree beforehand on which of them holds which token, unlike those of a parallel head.
+
+The paper searches for likely texts and drafts those, which have no probability token by token. Here each token is
+drafted from its exact conditional distribution: after drafted tokens y, token v has the probability that a path's text
+begins with y v, over the probability that it begins with y and goes on. The forward recursion of CTC gives both, by
+frame: `ended` in a blank, or `held` in y's last token. It is carried from one drafted token to the next.
+
+Frames are the outputs of a parallel head (`csdraft/heads/parallel.py`), more of them than tokens. Each further token
+costs an output layer of all frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig
+
+from csdraft.heads.head import text_mask
+from csdraft.heads.parallel import Parallel, ParallelOptions
+
+__all__ = ["Ctc", "CtcOptions"]
+
+LOW = -1e3
+"""The logarithm of what counts as 0."""
+BASE, DIGITS = 256, 3
+"""A token's number is carried in digits that bfloat16 holds exactly."""
+
+
+@dataclass(frozen=True)
+class CtcOptions(ParallelOptions):
+    """What makes one CTC head differ from another, beside its layers' config.
+
+    Args:
+        frames: how many there are; from them `steps` tokens are drafted.
+    """
+
+    frames: int = 8
+
+
+class State(NamedTuple):
+    """What is carried from one drafted token to the next.
+
+    Attributes:
+        frames: (..., frames, width) outputs, normed.
+        total: (..., frames) logarithm of the sum over symbols, of each frame.
+        held, ended: (..., frames + 1) log-probability that the paths of so many frames stand for the drafted tokens
+            and end in the last of them, or in a blank; up to a constant.
+        last: (..., 3) digits of the last drafted token, as the head numbers tokens from 1; zeros where there is none.
+    """
+
+    frames: Tensor
+    total: Tensor
+    held: Tensor
+    ended: Tensor
+    last: Tensor
+
+
+class Ctc(Parallel):
+    """A CTC head; names of modules are those of a parallel head."""
+
+    Options: Any = CtcOptions
+
+    def __init__(self, config: LlamaConfig, options: CtcOptions, draft_vocab: int | None = None):
+        super().__init__(config, options)
+        self.blank = nn.Linear(config.hidden_size, 1, bias=False)
+
+    @property
+    def outputs(self) -> int:
+        return self.options.frames
+
+    @property
+    def feature_width(self) -> int:
+        frames = self.options.frames
+        return 1 + frames * self.config.hidden_size + frames + 2 * (frames + 1) + DIGITS
+
+    def draft_logits(self, output: Tensor) -> Tensor:
+        state = self._state(output)
+        scores = self.lm_head(state.frames).float() - state.total[..., None]  # (..., frames, draft vocab)
+        either = torch.logaddexp(state.held, state.ended)[..., :-1, None]
+        logits = (scores + either).logsumexp(-2)
+        last = _number(state.last)[..., None] - 1  # (..., 1); -1 where there is none
+        place = last.clamp(min=0)
+        own = scores.gather(-1, place[..., None, :].expand(*scores.shape[:-1], 1))  # (..., frames, 1)
+        again = (own + state.ended[..., :-1, None]).logsumexp(-2)  # the same token again takes a blank between
+        return logits.scatter(-1, place, torch.where(last < 0, logits.gather(-1, place), again))
+
+    def begun(self, outputs: Tensor) -> Tensor:
+        frames = self.norm(outputs)
+        symbols = torch.cat([self.lm_head(frames), self.blank(frames)], -1).float()  # (..., frames, draft vocab + 1)
+        total = symbols.logsumexp(-1)
+        ended = nn.functional.pad((symbols[..., -1] - total).cumsum(-1), (1, 0))
+        none = frames.new_zeros(*total.shape[:-1], DIGITS)
+        return _joined(State(frames, total, torch.full_like(ended, LOW), ended, none))
+
+    def taken(self, input_ids: Tensor, features: Tensor) -> Tensor:
+        state, drafted = self._state(features), self.drafted
+        place = torch.searchsorted(drafted, input_ids).clamp(max=len(drafted) - 1)
+        known = drafted[place] == input_ids
+        of_token = _scored(state.frames, self.lm_head.weight[place][..., None, :]) - state.total  # (..., frames)
+        of_token = of_token.where(known[..., None], LOW)
+        of_blank = _scored(state.frames, self.blank.weight[0]) - state.total
+        repeated = (_number(state.last) == place + 1)[..., None]
+        before = torch.logaddexp(state.ended, state.held.masked_fill(repeated, LOW))  # (..., frames + 1)
+        held, ended = [torch.full_like(before[..., 0], LOW)], [torch.full_like(before[..., 0], LOW)]
+        for frame in range(self.options.frames):
+            ended.append(of_blank[..., frame] + torch.logaddexp(ended[-1], held[-1]))
+            held.append(of_token[..., frame] + torch.logaddexp(held[-1], before[..., frame]))
+        paths = torch.stack([torch.stack(held, -1), torch.stack(ended, -1)])
+        paths = (paths - paths.amax((0, -1), keepdim=True)).clamp(min=LOW)
+        return _joined(State(state.frames, state.total, paths[0], paths[1], _digits(place + 1).to(features)))
+
+    def every(self, input_ids: Tensor, position_ids: Tensor, features: Tensor, mask: Tensor) -> Tensor:
+        return self.begun(torch.stack(list(self._groups(input_ids, position_ids, features, mask, self.outputs)), 2))
+
+    def unrolled(self, input_ids: Tensor, position_ids: Tensor, features: Tensor, steps: int) -> Iterator[Tensor]:
+        """Frames of all entries at once; then one token of the text after the other is taken."""
+        output = self.every(input_ids.roll(-1, 1), position_ids, features, text_mask(position_ids))
+        for step in range(steps):
+            yield output
+            output = self.taken(input_ids.roll(-2 - step, 1), output)
+
+    def _state(self, feature: Tensor) -> State:
+        frames, width = self.options.frames, self.config.hidden_size
+        sizes = [1, frames * width, frames, frames + 1, frames + 1, DIGITS]
+        _, hidden, total, held, ended, last = feature.split(sizes, -1)
+        return State(hidden.unflatten(-1, (frames, width)), total.float(), held.float(), ended.float(), last)
+
+
+def _scored(frames: Tensor, row: Tensor) -> Tensor:
+    """(...) logits of one symbol, of frames (..., width), by its row of the output layer."""
+    return (frames * row).sum(-1).float()
+
+
+def _joined(state: State) -> Tensor:
+    """(..., feature width) a state behind an empty mark."""
+    parts = [state.frames.flatten(-2), state.total, state.held, state.ended, state.last]
+    return nn.functional.pad(torch.cat([part.to(state.frames.dtype) for part in parts], -1), (1, 0))
+
+
+def _digits(numbers: Tensor) -> Tensor:
+    """(..., 3) digits of whole numbers, the smallest first."""
+    return torch.stack([numbers // BASE**digit % BASE for digit in range(DIGITS)], -1)
+
+
+def _number(digits: Tensor) -> Tensor:
+    """The whole numbers that have such digits."""
+    return sum(digits[..., digit].long() * BASE**digit for digit in range(DIGITS))  # type: ignore[return-value]

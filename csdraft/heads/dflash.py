@@ -1,0 +1,203 @@
+"""DFlash (arXiv 2602.06036): a block of tokens from one forward, whose placeholders see one another.
+
+The block is the text's last token and one placeholder for each token to draft, with embeddings of the target's. Its
+attention goes both ways within the block. Of the text it sees only what the target has computed: hidden states of
+several layers are fused by one matrix, and every layer of the head makes its keys and values of them. So no layer ever
+runs over the text, and the head's cache holds projections of features.
+
+In terms of entries: entry i has the feature of token i, which every layer projects, and token i + 1, with which a
+block after it begins. Placeholder j of that block predicts token i + 1 + j. Where `from_anchor` is set, the block's
+first token predicts the next one itself, and the block is a placeholder shorter.
+
+The layers are Qwen 3's: Llama's with queries and keys normed. Names of modules are those of published checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, rotate_half
+
+from csdraft.heads.head import Head, text_mask
+from csdraft.heads.stack import Stack
+
+__all__ = ["Dflash", "DflashOptions"]
+
+Rotary = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class DflashOptions:
+    """What makes one DFlash head differ from another, beside its layers' config.
+
+    Args:
+        layers: hidden states of the target that are fused: k stands for the one after k blocks.
+        target_width: their width.
+        draft_vocab: tokens that it can draft.
+        mask_token: its embedding stands in placeholders.
+        blocks: decoder layers.
+        steps: how many tokens it drafts.
+        decay: weight of a token in the loss, relative to the one before.
+        from_anchor: whether the block's first token predicts, too.
+    """
+
+    layers: tuple[int, ...]
+    target_width: int
+    draft_vocab: int
+    mask_token: int = 0
+    blocks: int = 1
+    steps: int = 4
+    decay: float = 0.8
+    from_anchor: bool = False
+
+
+class Block(nn.Module):
+    """One decoder layer: a block reads itself, and the text by keys and values of the target's features."""
+
+    def __init__(self, config: LlamaConfig, number: int):
+        super().__init__()
+        self.self_attn = LlamaAttention(config, number)
+        self.size = self.self_attn.head_dim
+        self.self_attn.q_norm, self.self_attn.k_norm = (LlamaRMSNorm(self.size, config.rms_norm_eps) for _ in range(2))
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm, self.post_attention_layernorm = (
+            LlamaRMSNorm(config.hidden_size, config.rms_norm_eps) for _ in range(2)
+        )
+
+    def project(self, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """(rows, heads, queries, head size) keys and values of (rows, queries, width)."""
+        keys, values = (self._heads(hidden, name) for name in ("k_proj", "v_proj"))
+        return _rotated(self.self_attn.get_submodule("k_norm")(keys), rotary), values
+
+    def forward(self, hidden: Tensor, rotary: Rotary, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """(rows, blocks x length, width) its output.
+
+        Args:
+            hidden: (rows, blocks x length, width).
+            keys, values: (rows, heads, slots, head size) of the text.
+            mask: (rows, 1, blocks, slots) bool: what of the text each block sees; None: all, with one block a row.
+        """
+        normed = self.input_layernorm(hidden)
+        queries = _rotated(self.self_attn.get_submodule("q_norm")(self._heads(normed, "q_proj")), rotary)
+        blocks = 1 if mask is None else mask.shape[2]
+        mixed = _attended(queries, *self.project(normed, rotary), keys, values, mask, blocks, self.self_attn.scaling)
+        hidden = hidden + self.self_attn.o_proj(mixed)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+    def _heads(self, hidden: Tensor, name: str) -> Tensor:
+        return getattr(self.self_attn, name)(hidden).unflatten(-1, (-1, self.size)).transpose(1, 2)
+
+
+def _rotated(states: Tensor, rotary: Rotary) -> Tensor:
+    """(rows, heads, queries, head size) with rotary factors of (rows, queries, head size)."""
+    cos, sin = (factor[:, None] for factor in rotary)
+    return states * cos + rotate_half(states) * sin
+
+
+def _attended(
+    queries: Tensor,
+    own_keys: Tensor,
+    own_values: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    blocks: int,
+    scaling: float,
+) -> Tensor:
+    """(rows, blocks x length, width) attention of each block to itself, and to what it sees of the text."""
+    heads = own_keys.shape[1]
+    grouped = queries.unflatten(1, (heads, -1)).unflatten(
+        3, (blocks, -1)
+    )  # (rows, heads, group, blocks, length, size)
+    own = (
+        states.unflatten(2, (blocks, -1)) for states in (own_keys, own_values)
+    )  # (rows, heads, blocks, length, size)
+    own_keys, own_values = own
+    to_text = torch.einsum("rhgbld,rhsd->rhgbls", grouped, keys) * scaling
+    if mask is not None:
+        to_text = to_text.masked_fill(~mask[:, :, None, :, None], float("-inf"))
+    to_own = torch.einsum("rhgbld,rhbcd->rhgblc", grouped, own_keys) * scaling
+    weights = torch.cat([to_text, to_own], -1).float().softmax(-1).to(queries.dtype)
+    of_text, of_own = weights.split([to_text.shape[-1], to_own.shape[-1]], -1)
+    mixed = torch.einsum("rhgbls,rhsd->rblhgd", of_text, values)
+    mixed = mixed + torch.einsum("rhgblc,rhbcd->rblhgd", of_own, own_values)
+    return mixed.flatten(3).flatten(1, 2)
+
+
+class Dflash(Stack, Head):
+    """A DFlash head, complete with an embedding and an output layer, which are mostly the target's."""
+
+    frozen_output = True
+    _no_split_modules = ["Block"]  # noqa: RUF012 - transformers' own way
+
+    def __init__(self, config: LlamaConfig, options: DflashOptions):
+        super().__init__(config, options, options.draft_vocab)
+        width = config.hidden_size
+        self.fc = nn.Linear(len(options.layers) * options.target_width, width, bias=False)
+        self.layers = nn.ModuleList(Block(self.config, i) for i in range(options.blocks))  # type: ignore[arg-type]
+        self.hidden_norm, self.norm = (LlamaRMSNorm(width, config.rms_norm_eps) for _ in range(2))
+        self.post_init()
+
+    @classmethod
+    def layers_of(cls, options: DflashOptions) -> int:
+        return options.blocks
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        return self.options.layers
+
+    def fused(self, states: Mapping[int, Tensor]) -> Tensor:
+        parts = [states[tap].to(self.fc.weight.device, self.fc.weight.dtype) for tap in self.taps]
+        return self.hidden_norm(self.fc(torch.cat(parts, -1)))
+
+    def draft_logits(self, output: Tensor) -> Tensor:
+        return self.lm_head(self.first(output))
+
+    def read(
+        self, input_ids: Tensor, position_ids: Tensor, features: Tensor, mask: Tensor | None, cache: Any
+    ) -> Tensor:
+        seen = None if mask is None else mask[:, :, -1:]
+        return self._blocks(input_ids[:, -1:], position_ids, features, seen, cache)[:, 0]
+
+    def every(self, input_ids: Tensor, position_ids: Tensor, features: Tensor, mask: Tensor) -> Tensor:
+        outputs = self._blocks(input_ids, position_ids, self.first(features), mask, None)
+        return nn.functional.pad(outputs[:, :, 0], (1, 0))
+
+    def unrolled(self, input_ids: Tensor, position_ids: Tensor, features: Tensor, steps: int) -> Iterator[Tensor]:
+        """A block behind every entry, at once: step s is its s-th prediction."""
+        mask, ids = text_mask(position_ids), input_ids.roll(-1, 1)
+        outputs = self._blocks(ids, position_ids, self.first(features), mask, None)
+        for step in range(steps):
+            yield nn.functional.pad(outputs[:, :, step], (1, 0))
+
+    def _blocks(
+        self, anchors: Tensor, position_ids: Tensor, features: Tensor, mask: Tensor | None, cache: Any
+    ) -> Tensor:
+        """(rows, blocks, k, width) outputs of blocks behind the last entries, after the entries are read.
+
+        Args:
+            anchors: (rows, blocks) the tokens that blocks begin with.
+            position_ids: (rows, queries) of the entries.
+            features: (rows, queries, width) of the entries.
+            mask: (rows, 1, blocks, slots) bool: which slots each block sees; None: all.
+            cache: takes keys and values of the entries.
+        """
+        (rows, count), options = anchors.shape, self.options
+        length = options.steps + (not options.from_anchor)
+        ids = anchors[..., None].repeat(1, 1, length)
+        ids[..., 1:] = options.mask_token
+        places = position_ids[:, -count:, None] + torch.arange(1, 1 + length, device=ids.device)
+        hidden = self.embed_tokens(ids.flatten(1)).to(features.dtype)
+        of_text, of_blocks = self.rotary(hidden, position_ids), self.rotary(hidden, places.flatten(1))
+        for number, layer in enumerate(self.layers):
+            keys, values = layer.project(features, of_text)  # type: ignore[operator]
+            if cache is not None:
+                keys, values = cache.update(keys, values, number)
+            hidden = layer(hidden, of_blocks, keys, values, mask)
+        outputs = self.norm(hidden).view(rows, count, length, -1)
+        return outputs[:, :, length - options.steps :]

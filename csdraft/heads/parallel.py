@@ -1,0 +1,115 @@
+"""A parallel head: all tokens of a draft from one forward (ParallelSpec, arXiv 2410.05589; P-EAGLE, arXiv 2602.01469).
+
+It is an EAGLE-3 head that reads placeholders after the text's last entry, one for each further token. Such a one has
+the embedding of one fixed token and one learned feature. It sees the text and the placeholders before it, never a
+drafted token: so the distribution of the third drafted token is the same whatever the first two are. Drafting a chain
+or a tree takes one forward of the layers; each further token is an output layer alone.
+
+Following P-EAGLE, the text's last entry itself gives the first token, so that k tokens take k - 1 placeholders. Their
+keys and values are never kept. The papers' attention mask lets placeholders of one entry see those of no other entry;
+in a draft, only those of the last entry are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
+
+from csdraft.decoding.cache_names import cache_name
+from csdraft.heads.eagle3 import Eagle3, Eagle3Options
+from csdraft.heads.head import Steps, step_masks, text_mask
+from csdraft.heads.stack import Beside, Stack, beside_mask
+
+__all__ = ["Parallel", "ParallelOptions"]
+
+
+@dataclass(frozen=True)
+class ParallelOptions(Eagle3Options):
+    """What makes one parallel head differ from another, beside its layers' config.
+
+    Args:
+        mask_token: its embedding stands in placeholders.
+        blocks: decoder layers; the first is EAGLE-3's, the others are Llama's.
+        steps: how many tokens it drafts.
+        decay: weight of a token in the loss, relative to the one before.
+    """
+
+    mask_token: int = 0
+    blocks: int = 1
+    steps: int = 4
+    decay: float = 0.8
+
+
+class Parallel(Stack, Eagle3):
+    """A parallel head; names of modules are those of speculators, but for `midlayer`, its layers.0."""
+
+    _no_split_modules = ["Layer", "LlamaDecoderLayer"]  # noqa: RUF012 - transformers' own way
+
+    def __init__(self, config: LlamaConfig, options: ParallelOptions):
+        super().__init__(config, options, options.steps, options.decay)
+        numbers = range(1, options.blocks)
+        self.layers = nn.ModuleDict({str(i): LlamaDecoderLayer(self.config, i) for i in numbers})  # type: ignore[arg-type]
+        self.mask_hidden = nn.Parameter(torch.randn(1, 1, len(options.layers) * options.target_width))
+        self._cache_name = cache_name(LlamaAttention.forward) or ""
+
+    @classmethod
+    def layers_of(cls, options: ParallelOptions) -> int:
+        return options.blocks
+
+    def fused(self, states: Mapping[int, Tensor]) -> Tensor:
+        return Eagle3.fuse(self, states)
+
+    def draft_logits(self, output: Tensor) -> Tensor:
+        return self.lm_head(self.norm(self.first(output)))
+
+    def read(
+        self, input_ids: Tensor, position_ids: Tensor, features: Tensor, mask: Tensor | None, cache: Any
+    ) -> Tensor:
+        more, seen = self.outputs - 1, Beside(cache)
+        hidden = self._run(self.embed_tokens(input_ids), features, position_ids, mask, seen)[:, -1:]
+        if not more:
+            return hidden
+        places = position_ids[:, -1:] + torch.arange(1, 1 + more, device=position_ids.device)
+        own = beside_mask(mask, seen.slots, more, hidden.device)
+        return torch.cat([hidden, self._run(*self._placeholders(*places.shape), places, own, seen)], 1)
+
+    def every(self, input_ids: Tensor, position_ids: Tensor, features: Tensor, mask: Tensor) -> Tensor:
+        return nn.functional.pad(next(self._groups(input_ids, position_ids, features, mask, 1)), (1, 0))
+
+    def unrolled(self, input_ids: Tensor, position_ids: Tensor, features: Tensor, steps: int) -> Iterator[Tensor]:
+        """Placeholders of all entries, one step after the other: step s reads the s-th of each entry."""
+        sees, ids = text_mask(position_ids), input_ids.roll(-1, 1)
+        for output in self._groups(ids, position_ids, features, sees, steps):
+            yield nn.functional.pad(output, (1, 0))
+
+    def _groups(
+        self, input_ids: Tensor, position_ids: Tensor, features: Tensor, sees: Tensor, count: int
+    ) -> Iterator[Tensor]:
+        """(rows, length, width) outputs of entries, then of the first placeholder behind each, and so on."""
+        embedded, hidden, cache = self.embed_tokens(input_ids), self.first(features), Steps()
+        for step, mask in enumerate(step_masks(sees, count)):
+            yield self._run(embedded, hidden, position_ids + step, mask, cache)
+            embedded, hidden = self._placeholders(*position_ids.shape)
+
+    def _placeholders(self, rows: int, count: int) -> tuple[Tensor, Tensor]:
+        """(rows, count, width) embeddings, and as many features."""
+        hidden = self.mask_hidden[0, 0].split(self.options.target_width)
+        feature = self.fused(dict(zip(self.taps, hidden, strict=True)))
+        embedded = self.embed_tokens.weight[self.options.mask_token]
+        return embedded.expand(rows, count, -1), feature.expand(rows, count, -1)
+
+    def _run(
+        self, embedded: Tensor, features: Tensor, position_ids: Tensor, mask: Tensor | None, cache: Any
+    ) -> Tensor:
+        """(rows, queries, width) what the layers compute."""
+        rotary = self.rotary(features, position_ids)
+        hidden = self.midlayer(embedded.to(features.dtype), features, rotary, mask, cache)
+        for layer in self.layers.values():
+            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, **{self._cache_name: cache})
+        return hidden

@@ -1,0 +1,120 @@
+"""What heads share that draft several tokens from one forward: a stack of outputs, and placeholders beside the text.
+
+The feature of an entry is a mark and a stack of k hidden states. In the text those are the target's fused state and
+zeros. The last entry of a text is read with placeholders for further tokens, and its output is the stack of all k
+hidden states. A drafted entry takes the first off: it costs an output layer alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Beside", "Stack", "beside_mask"]
+
+TEXT, DRAFTED = 1, 2
+"""Marks of entries; 0 is that of padding."""
+
+
+class Stack:
+    """A mixin of heads whose `options.steps` is how many tokens they draft from one forward."""
+
+    config: Any
+    options: Any
+
+    def fused(self, states: Mapping[int, Tensor]) -> Tensor:
+        """(..., width) what the head reads of the target's hidden states."""
+        raise NotImplementedError
+
+    def read(
+        self, input_ids: Tensor, position_ids: Tensor, features: Tensor, mask: Tensor | None, cache: Any
+    ) -> Tensor:
+        """(rows, k, width) outputs of the last entry of each row, after all entries; see `Head.output`.
+
+        Args:
+            features: (rows, queries, width) as of `fused`.
+        """
+        raise NotImplementedError
+
+    @property
+    def outputs(self) -> int:
+        """How many hidden states one forward gives."""
+        return self.options.steps
+
+    @property
+    def deepest(self) -> int:
+        return self.options.steps
+
+    @property
+    def feature_width(self) -> int:
+        return 1 + self.outputs * self.config.hidden_size
+
+    def fuse(self, states: Mapping[int, Tensor]) -> Tensor:
+        fused = self.fused(states)
+        mark = torch.full_like(fused[..., :1], TEXT)
+        return nn.functional.pad(torch.cat([mark, fused], -1), (0, self.feature_width - 1 - fused.shape[-1]))
+
+    def first(self, output: Tensor) -> Tensor:
+        """(..., width) the first hidden state of a stack."""
+        return output[..., 1 : 1 + self.config.hidden_size]
+
+    def begun(self, outputs: Tensor) -> Tensor:
+        """(..., feature width) what drafting starts from, of (..., k, width); without its mark."""
+        return nn.functional.pad(outputs.flatten(-2), (1, 0))
+
+    def taken(self, input_ids: Tensor, features: Tensor) -> Tensor:
+        """(..., feature width) what is left after a drafted token; without its mark. At its end the last stays."""
+        width = self.config.hidden_size
+        return torch.cat([features[..., :1], features[..., 1 + width :], features[..., -width:]], -1)
+
+    def output(
+        self, input_ids: Tensor, position_ids: Tensor, features: Tensor, mask: Tensor | None, cache: Any
+    ) -> Tensor:
+        of_text, drafted = features[..., :1] == TEXT, features[..., :1].sign() * DRAFTED
+        left = self.taken(input_ids, features)
+        if bool(of_text.any()):
+            outputs = self.read(input_ids, position_ids, self.first(features), mask, cache)
+            left[:, -1] = torch.where(of_text[:, -1], self.begun(outputs), left[:, -1])
+        return torch.cat([drafted, left[..., 1:]], -1)
+
+
+class Beside:
+    """What attention calls its cache: the first reading of a layer is kept, later ones only see it and one another.
+
+    Args:
+        cache: keeps the first reading; None: it is kept for this forward alone.
+    """
+
+    def __init__(self, cache: Any = None):
+        self.cache = cache
+        self.held: dict[int, tuple[Tensor, Tensor]] = {}  # by layer
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *rest: Any, **more: Any) -> tuple[Tensor, Tensor]:
+        """(rows, heads, slots, head size) each: what the queries may see."""
+        if layer in self.held:
+            held = self.held[layer]
+            return torch.cat([held[0], keys], 2), torch.cat([held[1], values], 2)
+        self.held[layer] = (
+            (keys, values) if self.cache is None else self.cache.update(keys, values, layer, *rest, **more)
+        )
+        return self.held[layer]
+
+    @property
+    def slots(self) -> int:
+        """How many slots the first reading left to see."""
+        return next(iter(self.held.values()))[0].shape[2]
+
+
+def beside_mask(mask: Tensor | None, slots: int, count: int, device: torch.device) -> Tensor:
+    """(rows, 1, count, slots + count) bool: placeholders see what the last query sees, those before, and themselves.
+
+    Args:
+        mask: (rows, 1, queries, slots) bool of the queries before; None: the last one sees all slots.
+    """
+    if mask is None:
+        mask = torch.ones(1, 1, 1, slots, dtype=torch.bool, device=device)
+    own = torch.ones(count, count, dtype=torch.bool, device=device).tril()
+    return torch.cat([mask[:, :, -1:].expand(-1, -1, count, -1), own.expand(len(mask), 1, -1, -1)], -1)

@@ -1,0 +1,64 @@
+"""A parallel head as a student (arXiv 2410.05589): each placeholder of each entry is compared with the target.
+
+All placeholders are trained in one step, as many as the head drafts tokens; P-EAGLE (arXiv 2602.01469) leaves some out
+to save memory, which csdraft does not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from csdraft.heads.eagle3 import default_layers
+from csdraft.heads.parallel import Parallel, ParallelOptions
+from csdraft.heads.parallel_files import ParallelHead
+from csdraft.trainers.students import eagle3
+
+__all__ = ["ParallelStudent"]
+
+
+@dataclass(frozen=True)
+class Options(eagle3.Options):
+    """Keys of `init.parallel`; `steps` is the number of tokens that it drafts.
+
+    Args:
+        blocks: decoder layers.
+        mask_token: the token whose embedding stands in placeholders; None: the target's padding token, else 0.
+    """
+
+    blocks: int = 1
+    mask_token: int | None = None
+
+
+class ParallelStudent(eagle3.Eagle3Student):
+    """See `HeadKind`."""
+
+    trains, options, stored_by = Parallel, Options, ParallelHead
+
+    def check(self, config: Any, options: Any) -> None:
+        super().check(config, options)
+        asked, vocab = self._asked(options), config.get_text_config(decoder=True).vocab_size
+        if asked.blocks < 1 or not 0 <= (asked.mask_token or 0) < vocab:
+            raise ValueError(
+                f"init.{self.name}: blocks={asked.blocks}, mask_token={asked.mask_token}; it has 1 block or more, and "
+                f"a mask token of the target's {vocab}"
+            )
+
+    def new(self, text: Any, asked: Any, draft_vocab: int) -> Parallel:
+        options = ParallelOptions(
+            tuple(asked.layers or default_layers(text.num_hidden_layers)),
+            text.hidden_size,
+            draft_vocab,
+            mask_token=self.mask_token(text, asked),
+            blocks=asked.blocks,
+            steps=asked.steps,
+            decay=asked.decay,
+        )
+        return Parallel(self.layer_config(text, asked), options)
+
+    def mask_token(self, text: Any, asked: Any) -> int:
+        """The token that was asked for, or what stands for it in a target of this config."""
+        return asked.mask_token if asked.mask_token is not None else getattr(text, "pad_token_id", None) or 0
+
+    def unrolling(self, head: Any) -> tuple[int, float]:
+        return head.options.steps, head.options.decay
