@@ -17,6 +17,7 @@ import torch
 from transformers import LlamaConfig
 
 import csdraft.heads
+from csdraft.heads.engines import ENGINES
 from csdraft.heads.head import Head
 from csdraft.heads.stored_head import StoredHead, check_drafted, check_tensors, read_layer, read_tensors
 from csdraft.stored import fit, shown
@@ -115,5 +116,5 @@ class OwnHead(StoredHead):
 
     @staticmethod
     def refusals(config: Mapping[str, Any]) -> dict[str, str | None]:
-        reason = f"it has no {config.get(KIND)} heads of csdraft's layout"
-        return {"vLLM": reason, "SGLang": reason}
+        reason = f"it has no {config.get(KIND)} heads of csdraft's layout; decode with csdraft"
+        return dict.fromkeys(ENGINES.values(), reason)

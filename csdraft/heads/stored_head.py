@@ -24,6 +24,7 @@ from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 
 import csdraft.heads
+from csdraft.heads.engines import ENGINES, ServedTarget
 from csdraft.heads.head import Head
 from csdraft.heads.layers import embeddings, fingerprint
 from csdraft.heads.on_target import OnTarget
@@ -64,6 +65,8 @@ class StoredHead(OnTarget):
     what, use = "drafting head", "reads hidden states of a target"
     lends = {"embed_tokens.weight": "input.weight"}  # noqa: RUF012 - never written to
     """What the target lends where `state` lacks it, see `embeddings`."""
+    methods: Mapping[str, str] = {}
+    """What serving engines, by the keys of `ENGINES`, call drafting with such a head."""
 
     def __init__(self, config: Any, options: Any, state: Mapping[str, Tensor], base: Lender | None = None):
         super().__init__()
@@ -108,6 +111,29 @@ class StoredHead(OnTarget):
     def refusals(config: Mapping[str, Any]) -> dict[str, str | None]:
         """By serving engine, why it would not load a folder with this config.json, or load it as another head."""
         raise NotImplementedError
+
+    def exported(self, engine: str, target: ServedTarget, tokens: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """config.json and tensors as an engine loads them; as `save` writes them unless the kind says otherwise.
+
+        Args:
+            engine: a key of `ENGINES`.
+            target: what it is to draft for.
+            tokens: drafted a round, for formats that say it.
+        """
+        return self.document(), self.written()
+
+    def faults(
+        self, engine: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: ServedTarget | None = None
+    ) -> list[str]:
+        """Why an engine would not load a folder, or load it as another head; by default what `refusals` says.
+
+        Args:
+            engine: a key of `ENGINES`.
+            config, tensors: of the folder.
+            target: what it is to draft for; without it its sizes are not compared.
+        """
+        reason = self.refusals(config).get(ENGINES[engine], f"it has no {self.what}s")
+        return [] if reason is None else [reason]
 
     @property
     def target_width(self) -> int:
@@ -186,17 +212,25 @@ class StoredHead(OnTarget):
             del state["d2t"]
         return cls(head.config, head.options, state, head.base)
 
-    def save(self, folder: str | Path) -> None:
-        """Writes what `load` reads."""
-        from safetensors.torch import save_file
-
-        Path(folder).mkdir(parents=True, exist_ok=True)
+    def written(self) -> dict[str, Tensor]:
+        """The tensors of its file: `state`, and where it drafts only some tokens which these are."""
         tensors = {name: tensor.clone().contiguous() for name, tensor in self.state.items()}
         if "d2t" in tensors:
             tensors["t2d"] = torch.zeros(self.config.vocab_size, dtype=torch.bool)
             tensors["t2d"][tensors["d2t"] + torch.arange(len(tensors["d2t"]))] = True
-        save_file(tensors, Path(folder, "model.safetensors"), metadata={"format": "pt"})
-        text = json.dumps(self.document(), indent=2, sort_keys=True) + "\n"
+        return tensors
+
+    def save(self, folder: str | Path) -> None:
+        """Writes what `load` reads."""
+        self.write(folder, self.document(), self.written())
+
+    def write(self, folder: str | Path, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Writes config.json, the tensors, and a drafter.json that names the target."""
+        from safetensors.torch import save_file
+
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_file(dict(tensors), Path(folder, "model.safetensors"), metadata={"format": "pt"})
+        text = json.dumps(document, indent=2, sort_keys=True) + "\n"
         Path(folder, "config.json").write_text(text, encoding="utf-8")
         write_document(folder, HEAD, {"base": asdict(self.base)} if self.base is not None else {})
 

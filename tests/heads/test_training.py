@@ -142,7 +142,7 @@ def test_what_is_saved_is_what_is_loaded(stored):
     assert torch.equal(logits_of(stored), head.along(states, ids, torch.arange(12)[None], torch.ones_like(ids)))
     document = json.loads((stored / "config.json").read_text())
     assert document["eagle_aux_hidden_state_layer_ids"] == list(LAYERS)
-    assert document["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == list(LAYERS)
+    assert document["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [layer - 1 for layer in LAYERS]
     assert document["architectures"] == ["LlamaForCausalLMEagle3"]
     assert document["norm_before_residual"] is False
     found = tensors(stored)
