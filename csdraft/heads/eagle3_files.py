@@ -84,17 +84,19 @@ class Eagle3Head(StoredHead):
         }
 
     def exported(self, engine: str, target: ServedTarget, tokens: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Open hidden states are the paper's, an embedding that is the target's is left out."""
+        """Hidden states that are open are the paper's. The target's embedding is in it for speculators alone."""
         document, tensors = self.document(self.options.layers or default_layers(target.layers)), self.written()
-        if EMBEDDING in tensors and target.embedding is not None:
-            own, theirs = tensors[EMBEDDING], target.embedding()
-            if own.shape == theirs.shape and torch.equal(own, theirs.to(own)):
-                del tensors[EMBEDDING]
         if target.positions and self.config.rope_parameters.get("rope_type", "default") in SIZED_ROTARY:
             document["max_position_embeddings"] = max(document["max_position_embeddings"], target.positions)
         if engine == "speculators":
             tensors = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in tensors.items()}
-            document = speculators_document(document, target, tokens)
+            if EMBEDDING not in tensors:
+                tensors[EMBEDDING] = target.embedding().to(tensors["fc.weight"].dtype, copy=True)
+            return speculators_document(document, target, tokens), tensors
+        if EMBEDDING in tensors:
+            own, theirs = tensors[EMBEDDING], target.embedding()
+            if own.shape == theirs.shape and torch.equal(own, theirs.to(own)):
+                del tensors[EMBEDDING]
         return document, tensors
 
     def faults(

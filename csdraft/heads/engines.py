@@ -41,11 +41,11 @@ class ServedTarget:
     vocab_size: int
     hidden_size: int
     layers: int
-    positions: int | None = None
-    embedding: Callable[[], Tensor] | None = None
+    positions: int | None
+    embedding: Callable[[], Tensor]
 
     @classmethod
-    def of(cls, name: str, config: Any, embedding: Callable[[], Tensor] | None = None) -> ServedTarget:
+    def of(cls, name: str, config: Any, embedding: Callable[[], Tensor]) -> ServedTarget:
         """That of a transformers config."""
         text = config.get_text_config(decoder=True)
         return cls(

@@ -20,6 +20,7 @@ from csdraft.data.packing import Packed, Padded
 from csdraft.data.sources import revision_of, tally_of
 from csdraft.data.target_cache import checksum
 from csdraft.heads.engines import ENGINES, ServedTarget, serve_command
+from csdraft.heads.layers import embeddings
 from csdraft.heads.stored_head import config_at, head_at, read_tensors
 from csdraft.hub import command, public_name, without_folders
 from csdraft.models import base_model
@@ -48,23 +49,23 @@ def describe(trainer: DrafterTrainer, folder: Path) -> None:
     origin = provenance(trainer)
     (folder / "provenance.json").write_text(json.dumps(origin, indent=2, default=str) + "\n", encoding="utf-8")
     name = trainer.args.hub_model_id or folder.name
-    served = serving(name, folder, public_name(trainer.target), trainer.target.config)
+    served = serving(name, folder, trainer.target)
     (folder / "README.md").write_text(card(name, origin, served), encoding="utf-8")
 
 
-def serving(name: str, folder: Path, target: str, config: Any) -> dict[str, str]:
+def serving(name: str, folder: Path, target: Any) -> dict[str, str]:
     """By serving engine that takes it, the command that drafts with the head in a folder; nothing for a model.
 
     Args:
         name: how the command calls it.
-        target, config: what it drafts for.
+        target: the model that it drafts for.
     """
     if not (folder / "config.json").is_file() or (head := head_at(str(folder))) is None:
         return {}
+    served = ServedTarget.of(public_name(target), target.config, lambda: embeddings(target)["input.weight"].detach())
     document, tensors = config_at(str(folder)) or {}, read_tensors(str(folder))
-    sizes = ServedTarget.of(target, config)
-    taken = [e for e in head.methods if not head.faults(e, document, tensors, sizes)]
-    return {ENGINES[e]: serve_command(e, head.methods[e], target, name, DRAFTED) for e in taken}
+    taken = [engine for engine in head.methods if not head.faults(engine, document, tensors, served)]
+    return {ENGINES[e]: serve_command(e, head.methods[e], served.name, name, DRAFTED) for e in taken}
 
 
 def provenance(trainer: DrafterTrainer) -> dict[str, Any]:
