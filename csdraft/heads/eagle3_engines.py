@@ -293,12 +293,12 @@ def _tensors(seen: Seen) -> Iterator[str]:
     """Names, shapes and types of its tensors."""
     names = _as_taken(seen)
     wanted, vocab = _wanted(seen), seen.number("vocab_size")
-    # speculators means to load a missing embedding from the target, but finds it only where memory happened to be nan.
+    # speculators means to load a missing embedding from the target, and takes what lies in memory for it.
     optional = set() if seen.engine == "speculators" else {"embed_tokens.weight"}
     yield from tensor_faults(names, wanted, optional, {"t2d"})
     if "d2t" in wanted and "d2t" in names and names["d2t"].dtype == torch.int64:
         check_drafted(names, vocab, "the folder")
-        if seen.engine == "speculators":
+        if seen.engine == "speculators" and names["d2t"].shape == wanted["d2t"]:
             drafted, t2d = names["d2t"] + torch.arange(seen.rows), names.get("t2d")
             if t2d is None or t2d.shape != (vocab,) or t2d.nonzero()[:, 0].tolist() != drafted.sort().values.tolist():
                 yield f"t2d must be true for the {seen.rows} tokens of d2t, of {vocab}"
@@ -341,7 +341,8 @@ def _wanted(seen: Seen) -> dict[str, tuple[int, ...]]:
     if seen.flag("norm_before_fc"):
         wanted["input_norm.weight"] = (fused,)
     if seen.flag("fc_norm"):
-        wanted |= {f"fc_norm.{i}.weight": (seen.target_width,) for i in range(seen.count)}
+        norms = range(min(seen.count, len(seen.tensors) + 1))  # a config may say any number
+        wanted |= {f"fc_norm.{i}.weight": (seen.target_width,) for i in norms}
     if seen.rows != vocab:
         wanted["d2t"] = (seen.rows,)
     return wanted
