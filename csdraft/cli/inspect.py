@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import argparse
 
-from csdraft.heads.stored_head import config_at, head_at
+from csdraft.export import served_target
+from csdraft.heads.engines import ENGINES
+from csdraft.heads.folder import config_at
+from csdraft.heads.stored_head import head_at
 
 __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="path or Hub id of the head")
+    parser.add_argument("--target", metavar="MODEL", help="path or Hub id of its target: compares their sizes, too")
 
 
 def run(args: argparse.Namespace) -> int:
     head = head_at(args.folder)
     if head is None:
         raise ValueError(f"{args.folder!r} holds no drafting head that csdraft knows; `csdraft check` looks at models")
-    lines = head.described()
-    for engine, reason in head.refusals(config_at(args.folder) or {}).items():
-        lines[engine] = "loads it" if reason is None else f"would not: {reason}"
+    lines, target = head.described(), None if args.target is None else served_target(args.target)
+    config, tensors = config_at(args.folder) or {}, head.weights(args.folder)
+    for engine, name in ENGINES.items():
+        faults = head.faults(engine, config, tensors, target)
+        lines[name] = f"would not: {'; '.join(faults)}" if faults else "loads it"
     width = max(map(len, lines))
     for topic, words in lines.items():
         print(f"{topic:{width}}  {words}")

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from csdraft.heads.dflash import Dflash, DflashOptions
 from csdraft.heads.eagle3_files import EMBEDDING, KEPT
+from csdraft.heads.folder import Names, check_drafted, check_tensors, read_layer, read_tensors
 from csdraft.heads.own_files import OUTPUT
-from csdraft.heads.stored_head import Names, StoredHead, check_drafted, check_tensors, read_layer, read_tensors
+from csdraft.heads.stored_head import StoredHead
 from csdraft.stored import fit, shown
 
 __all__ = ["DflashHead"]

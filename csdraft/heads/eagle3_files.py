@@ -16,15 +16,22 @@ import torch
 from torch import Tensor
 
 from csdraft.heads.eagle3 import Eagle3, Eagle3Options, default_layers
-from csdraft.heads.stored_head import Names, StoredHead, check_drafted, check_tensors, read_layer, read_tensors
+from csdraft.heads.eagle3_engines import (
+    LAYERS,
+    NORMS,
+    SPECULATORS,
+    eagle3_faults,
+    named_layers,
+    speculators_document,
+)
+from csdraft.heads.engines import SIZED_ROTARY, ServedTarget
+from csdraft.heads.folder import Names, check_drafted, check_tensors, read_layer, read_tensors
+from csdraft.heads.stored_head import StoredHead
 from csdraft.stored import fit
 
 __all__ = ["EMBEDDING", "Eagle3Head"]
 
 EMBEDDING = "embed_tokens.weight"
-LAYERS = "eagle_aux_hidden_state_layer_ids"
-SPECULATORS = "transformer_layer_config"
-NORMS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 KEPT = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
         "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "attention_bias",
         "mlp_bias", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache",
@@ -38,6 +45,7 @@ class Eagle3Head(StoredHead):
     """An EAGLE-3 head without its target; `layers` of its options is empty where its config does not name them."""
 
     what = "EAGLE-3 head"
+    methods = {"vllm": "eagle3", "sglang": "EAGLE3", "speculators": "eagle3"}  # noqa: RUF012 - never written to
 
     @property
     def target_width(self) -> int:
@@ -81,36 +89,47 @@ class Eagle3Head(StoredHead):
             "embedding": "its own" if EMBEDDING in self.names else "the target's",
         }
 
-    def refusals(self, config: Mapping[str, Any]) -> dict[str, str | None]:
-        if SPECULATORS in config:
-            return {"vLLM": None, "SGLang": "it reads no folders of speculators"}
-        eagle, reasons = config.get("eagle_config") or {}, []
-        if config.get("architectures") != ["LlamaForCausalLMEagle3"]:
-            reasons.append(f"architectures={config.get('architectures')} is not ['LlamaForCausalLMEagle3']")
-        if "draft_vocab_size" not in config:
-            reasons.append("draft_vocab_size is missing")
-        if config.get(LAYERS) and not eagle.get(LAYERS):
-            reasons.append(f"{LAYERS} is not in eagle_config, where it looks: it would take the default")
-        if config.get("norm_before_residual"):
-            reasons.append("norm_before_residual is true, which it does not know")
-        return {"vLLM": None, "SGLang": "; ".join(reasons) or None}
+    def exported(self, engine: str, target: ServedTarget, tokens: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Hidden states that are open are the paper's. The target's embedding is in it for speculators alone."""
+        document, tensors = self.document(self.options.layers or default_layers(target.layers)), self.written()
+        if target.positions and self.config.rope_parameters.get("rope_type", "default") in SIZED_ROTARY:
+            document["max_position_embeddings"] = max(document["max_position_embeddings"], target.positions)
+        if engine == "speculators":
+            tensors = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in tensors.items()}
+            if EMBEDDING not in tensors:
+                tensors[EMBEDDING] = target.embedding().to(tensors["fc.weight"].dtype, copy=True)
+            return speculators_document(document, target, tokens), tensors
+        if EMBEDDING in tensors:
+            own, theirs = tensors[EMBEDDING], target.embedding()
+            if own.shape == theirs.shape and torch.equal(own, theirs.to(own)):
+                del tensors[EMBEDDING]
+        return document, tensors
 
-    def document(self) -> dict[str, Any]:
-        """config.json: every key that vLLM or SGLang reads, also where it has the engines' default."""
-        options, document = self.options, self.config.to_dict()
+    def faults(
+        self, engine: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: ServedTarget | None = None
+    ) -> list[str]:
+        return eagle3_faults(engine, config, tensors, target)
+
+    def document(self, layers: tuple[int, ...] = ()) -> dict[str, Any]:
+        """config.json: every key that vLLM or SGLang reads, also where it has the engines' default.
+
+        Args:
+            layers: the hidden states, where `options` leaves them open.
+        """
+        options, document, layers = self.options, self.config.to_dict(), self.options.layers or layers
         own = {
             "architectures": ["LlamaForCausalLMEagle3"],
             "draft_vocab_size": options.draft_vocab,
             "target_hidden_size": options.target_width,
             "num_hidden_layers": 1,
-            "num_aux_hidden_states": len(options.layers) or 3,
+            "num_aux_hidden_states": len(layers) or _fused(options, self.state),
             "tie_word_embeddings": False,
             "rope_theta": self.config.rope_parameters["rope_theta"],  # where older engines look for it
             **{key: getattr(options, key) for key in NORMS},
         }
-        if options.layers:
-            layers = list(options.layers)
-            own |= {LAYERS: layers, "eagle_config": {LAYERS: layers, "use_aux_hidden_state": True}}
+        if layers:  # vLLM reads the first, SGLang the second, which counts from 0
+            numbers = [k - 1 for k in layers]
+            own |= {LAYERS: list(layers), "eagle_config": {LAYERS: numbers, "use_aux_hidden_state": True}}
         dtype = self.state["fc.weight"].dtype
         return {key: document.get(key) for key in KEPT} | own | {"dtype": str(dtype).removeprefix("torch.")}
 
@@ -172,7 +191,12 @@ def _own_name(name: str) -> str:
 def _options(document: Mapping[str, Any], state: Mapping[str, Tensor], at: str, assumed: list[str]) -> Eagle3Options:
     """What config.json says of a head, and what its tensors say where that is open."""
     eagle = fit(document.get("eagle_config") or {}, dict[str, Any], f"{at}: eagle_config")
-    layers = document.get(LAYERS) or eagle.get(LAYERS)
+    layers = named_layers(document, at)
+    if layers and not document.get(LAYERS):
+        assumed.append(
+            f"{LAYERS} stands in eagle_config alone, where SGLang and its trainers count blocks from 0: taken are the "
+            f"hidden states after blocks {', '.join(map(str, layers))}"
+        )
     if not layers:
         assumed.append(f"{LAYERS} is open: taken are the paper's, after blocks 2, L/2 and L - 3 of the target")
     flags = {key: fit(document.get(key, eagle.get(key, False)) or False, bool, f"{at}: {key}") for key in NORMS}
@@ -188,12 +212,7 @@ def _options(document: Mapping[str, Any], state: Mapping[str, Tensor], at: str, 
         raise ValueError(
             f"{at}: target_hidden_size={width}, draft_vocab_size={rows}, vocab_size={vocab}; all are 1 or more"
         )
-    return Eagle3Options(
-        fit(layers or (), tuple[int, ...], f"{at}: {LAYERS}"),
-        width,
-        rows,
-        **flags,
-    )
+    return Eagle3Options(layers, width, rows, **flags)
 
 
 def _fused(options: Eagle3Options, state: Mapping[str, Tensor]) -> int:

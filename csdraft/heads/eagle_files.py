@@ -9,15 +9,17 @@ them can load it. Published heads leave things open: what is assumed of one is s
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from csdraft.heads.eagle import EagleOptions
 from csdraft.heads.eagle3_files import EMBEDDING
+from csdraft.heads.engines import ENGINES, ServedTarget, context_fault, tensor_faults
+from csdraft.heads.folder import Names, read_layer, read_tensors
 from csdraft.heads.own_files import KIND, OwnHead, head_kinds
-from csdraft.heads.stored_head import Names, read_layer, read_tensors
 from csdraft.stored import fit, shown
 
 __all__ = ["EagleHead"]
@@ -73,22 +75,63 @@ class EagleHead(OwnHead):
     def described(self) -> dict[str, str]:
         return super().described() | {"embedding": "its own" if EMBEDDING in self.names else "the target's"}
 
+    methods = {"vllm": "eagle", "sglang": "EAGLE"}  # noqa: RUF012 - never written to
+
+    def exported(self, engine: str, target: ServedTarget, tokens: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """vLLM takes no bias of `fc`, SGLang wants one: zeros are left out, or put in."""
+        document, tensors = self.document(), self.written()
+        if engine == "vllm" and "fc.bias" in tensors and not tensors["fc.bias"].any():
+            del tensors["fc.bias"]
+        if engine == "sglang" and "fc.bias" not in tensors:
+            tensors["fc.bias"] = torch.zeros_like(tensors["fc.weight"][:, 0])
+        biased = "fc.bias" in tensors
+        named = OF_SGLANG if engine == "sglang" else ORDINARY
+        trained = {name: {**how, "bias": biased} for name, how in document[INIT].items()}
+        return document | {"architectures": [named], "bias": biased, INIT: trained}, tensors
+
     def refusals(self, config: Mapping[str, Any]) -> dict[str, str | None]:
-        named, both = _architecture(config), []
-        if "d2t" in self.names:
-            both.append("it knows no draft vocabulary (d2t) of EAGLE-1 heads")
-        if (count := config.get("num_hidden_layers", 1)) != 1:
-            both.append(f"num_hidden_layers={shown(count)}, and it would make so many")
-        vllm, sglang = list(both), list(both)
-        if "fc.bias" in self.names:
-            vllm.append("it takes no fc.bias")
-        else:
-            sglang.append("fc.bias is missing, and it would be random: add zeros, or train with bias: true")
-        if named not in (ORDINARY, OF_VLLM):
-            vllm.append(f"architectures must be ['{ORDINARY}']")
-        if named != OF_SGLANG:
-            sglang.append(f"architectures must be ['{OF_SGLANG}']")
-        return {"vLLM": "; ".join(vllm) or None, "SGLang": "; ".join(sglang) or None}
+        found = {engine: _reasons(engine, config, self.names) for engine in ENGINES}
+        return {ENGINES[engine]: "; ".join(reasons) or None for engine, reasons in found.items()}
+
+    def faults(
+        self, engine: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: ServedTarget | None = None
+    ) -> list[str]:
+        found = _reasons(engine, config, tensors)
+        with torch.device("meta"):
+            whole = self.network(None)
+        wanted = {name: tuple(t.shape) for name, t in whole.state_dict().items() if name not in ("d2t", OUTPUT_LAYER)}
+        if "fc.bias" in tensors:
+            wanted["fc.bias"] = wanted["fc.weight"][:1]
+        here = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+        found += tensor_faults(here, wanted, {EMBEDDING}, {OUTPUT_LAYER, "d2t", "t2d"})
+        sizes = {"hidden_size": config.get("hidden_size"), "vocab_size": config.get("vocab_size")}
+        for key, value in sizes.items() if target is not None else ():
+            if value != getattr(target, key):
+                found.append(f"{key}={value} is not the target's {getattr(target, key)}")
+        if engine == "sglang":
+            found += context_fault(config.get("max_position_embeddings"), target)
+        return found
+
+
+def _reasons(engine: str, config: Mapping[str, Any], names: Collection[str]) -> list[str]:
+    """Why an engine would not load a folder with this config.json and tensors of these names."""
+    if engine == "speculators":
+        return ["it has no EAGLE-1 heads that vLLM reads"]
+    named, found = _architecture(config), []
+    if "d2t" in names:
+        found.append("it knows no draft vocabulary (d2t) of EAGLE-1 heads")
+    if (count := config.get("num_hidden_layers", 1)) != 1:
+        found.append(f"num_hidden_layers={shown(count)}, and it would make so many")
+    biased = "fc.bias" in names or "model.fc.bias" in names
+    if engine == "vllm" and biased:
+        found.append("it takes no fc.bias: train with bias: false")
+    if engine == "sglang" and not biased:
+        found.append("fc.bias is missing, and it would be random: `csdraft export` adds zeros")
+    if engine == "vllm" and named not in (ORDINARY, OF_VLLM):
+        found.append(f"architectures={shown(config.get('architectures'))}, and it must be ['{ORDINARY}']")
+    if engine == "sglang" and named != OF_SGLANG:
+        found.append(f"architectures={shown(config.get('architectures'))}, and it must be ['{OF_SGLANG}']")
+    return found
 
 
 def _architecture(config: Mapping[str, Any]) -> str:

@@ -18,14 +18,17 @@ import torch
 from torch import Tensor
 
 from csdraft.heads import own_files
+from csdraft.heads.engines import ENGINES
+from csdraft.heads.folder import WEIGHTS, Names, check_tensors, read_layer, read_tensors
 from csdraft.heads.medusa import Medusa, MedusaOptions
-from csdraft.heads.stored_head import WEIGHTS, Names, StoredHead, check_tensors, read_layer, read_tensors
+from csdraft.heads.stored_head import StoredHead
 from csdraft.stored import fit
 
 __all__ = ["MedusaHead"]
 
 HEADS, BLOCKS, TARGET = "medusa_num_heads", "medusa_num_layers", "base_model_name_or_path"
 FILE, PREFIX = "medusa_lm_head.pt", "medusa_head."
+FILES = (f"{Path(FILE).stem}.safetensors", FILE, *WEIGHTS)
 
 
 class MedusaHead(StoredHead):
@@ -57,9 +60,8 @@ class MedusaHead(StoredHead):
             "draft vocabulary": "all tokens",
         }
 
-    @staticmethod
-    def refusals(config: Mapping[str, Any]) -> dict[str, str | None]:
-        return dict.fromkeys(("vLLM", "SGLang"), "it has no model for Medusa heads any more")
+    def refusals(self, config: Mapping[str, Any]) -> dict[str, str | None]:
+        return dict.fromkeys(ENGINES.values(), "it has no model for Medusa heads")
 
     def document(self) -> dict[str, Any]:
         sizes = {key: getattr(self.config, key) for key in ("hidden_size", "vocab_size")}
@@ -77,9 +79,13 @@ class MedusaHead(StoredHead):
         return bool({HEADS, BLOCKS} & config.keys()) and "num_hidden_layers" not in config
 
     @classmethod
+    def weights(cls, path: str) -> dict[str, Tensor]:
+        return read_tensors(path, FILES)
+
+    @classmethod
     def load(cls, path: str, config: Mapping[str, Any], **options: Any) -> MedusaHead:
         at = f"{path}/config.json"
-        state = read_tensors(path, (f"{Path(FILE).stem}.safetensors", FILE, *WEIGHTS), **options)
+        state = read_tensors(path, FILES, **options)
         state = {f"{PREFIX}{name.removeprefix(PREFIX)}": tensor for name, tensor in state.items()}
         heads, blocks, assumed = _counts(config, state, at)
         output = state.get(f"{PREFIX}0.{blocks}.weight", torch.empty(0))

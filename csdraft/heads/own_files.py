@@ -18,8 +18,10 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 import csdraft.heads
+from csdraft.heads.engines import ENGINES
+from csdraft.heads.folder import Names, check_drafted, check_tensors, read_layer, read_tensors
 from csdraft.heads.head import Head
-from csdraft.heads.stored_head import Names, StoredHead, check_drafted, check_tensors, read_layer, read_tensors
+from csdraft.heads.stored_head import StoredHead
 from csdraft.stored import fit, shown
 
 __all__ = ["KIND", "OUTPUT", "OwnHead", "head_kinds"]
@@ -129,5 +131,5 @@ class OwnHead(StoredHead):
         }
 
     def refusals(self, config: Mapping[str, Any]) -> dict[str, str | None]:
-        reason = f"it has no {config.get(KIND)} heads of csdraft's layout"
-        return {"vLLM": reason, "SGLang": reason}
+        reason = f"it has no {config.get(KIND)} heads of csdraft's layout; decode with csdraft"
+        return dict.fromkeys(ENGINES.values(), reason)

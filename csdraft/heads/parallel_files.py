@@ -14,8 +14,9 @@ from torch import Tensor
 
 from csdraft.heads.eagle3 import Eagle3Options
 from csdraft.heads.eagle3_files import KEPT, LAYERS, NORMS, SPECULATORS, Eagle3Head
+from csdraft.heads.folder import Names
 from csdraft.heads.parallel import Parallel, ParallelOptions
-from csdraft.heads.stored_head import Names, StoredHead
+from csdraft.heads.stored_head import StoredHead
 from csdraft.stored import fit
 
 __all__ = ["ParallelHead"]
@@ -38,7 +39,7 @@ class ParallelHead(Eagle3Head):
         return described | {"kind": kind, "layers": f"{options.blocks}, placeholders like token {options.mask_token}"}
 
     def refusals(self, config: Mapping[str, Any]) -> dict[str, str | None]:
-        return {"vLLM": None, "SGLang": "it reads no folders of speculators"}
+        return {"vLLM": None, "SGLang": "it reads no folders of speculators", "speculators": None}
 
     def document(self) -> dict[str, Any]:
         options, document = self.options, super().document()
@@ -64,6 +65,8 @@ class ParallelHead(Eagle3Head):
     def save(self, folder: str | Path) -> None:
         renamed = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in self.state.items()}
         StoredHead.save(type(self)(self.config, self.options, renamed, self.base), folder)
+
+    exported, faults = StoredHead.exported, StoredHead.faults  # its folder is one of speculators already
 
     @classmethod
     def recognises(cls, config: Mapping[str, Any], names: Names) -> bool:

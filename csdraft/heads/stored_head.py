@@ -9,51 +9,26 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Self
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import LlamaConfig
-from transformers.activations import ACT2FN
 
 import csdraft.heads
+from csdraft.heads.engines import ENGINES, ServedTarget
+from csdraft.heads.folder import Names, config_at, read_tensors, tensor_names
 from csdraft.heads.head import Head
 from csdraft.heads.layers import embeddings, fingerprint
 from csdraft.heads.on_target import OnTarget
 from csdraft.heads.self_draft import HEAD, read_document, write_document
 from csdraft.heads.tied import Lender
-from csdraft.stored import check_config, fit, read_object, shown
+from csdraft.stored import check_config, fit
 
-__all__ = [
-    "SWITCHING",
-    "Names",
-    "StoredHead",
-    "check_drafted",
-    "check_tensors",
-    "config_at",
-    "head_at",
-    "kind_at",
-    "read_layer",
-    "read_tensors",
-]
-
-SWITCHING = ("dynamic", "longrope")
-"""Kinds of rotary embedding that change with the length of a text."""
-OF_WEIGHTS = {"dtype", "torch_dtype", "quantization_config"}
-"""Keys of how weights are stored; a head takes the target's dtype."""
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-IN_PARTS = "model.safetensors.index.json"
-"""Of models whose weights are in several files; those of a head are in one."""
-QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-Names = Callable[[], Collection[str]]
-"""Gives the names of a folder's tensors, which are read when they are asked for."""
+__all__ = ["StoredHead", "head_at", "kind_at"]
 
 
 class StoredHead(OnTarget):
@@ -69,6 +44,8 @@ class StoredHead(OnTarget):
     what, use = "drafting head", "reads hidden states of a target"
     lends = {"embed_tokens.weight": "input.weight"}  # noqa: RUF012 - never written to
     """What the target lends where `state` lacks it, see `embeddings`."""
+    methods: Mapping[str, str] = {}
+    """What serving engines, by the keys of `ENGINES`, call drafting with such a head."""
 
     def __init__(self, config: Any, options: Any, state: Mapping[str, Tensor], base: Lender | None = None):
         super().__init__()
@@ -103,6 +80,11 @@ class StoredHead(OnTarget):
         """
         raise NotImplementedError
 
+    @classmethod
+    def weights(cls, path: str) -> dict[str, Tensor]:
+        """The tensors of such a folder, by the names that they have there."""
+        return read_tensors(path)
+
     def network(self, target: Any) -> Head:
         """A complete head for a target, without the stored weights."""
         raise NotImplementedError
@@ -122,6 +104,29 @@ class StoredHead(OnTarget):
             config: the folder's config.json.
         """
         raise NotImplementedError
+
+    def exported(self, engine: str, target: ServedTarget, tokens: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """config.json and tensors as an engine loads them; as `save` writes them unless the kind says otherwise.
+
+        Args:
+            engine: a key of `ENGINES`.
+            target: what it is to draft for.
+            tokens: drafted a round, for formats that say it.
+        """
+        return self.document(), self.written()
+
+    def faults(
+        self, engine: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: ServedTarget | None = None
+    ) -> list[str]:
+        """Why an engine would not load a folder, or load it as another head; by default what `refusals` says.
+
+        Args:
+            engine: a key of `ENGINES`.
+            config, tensors: of the folder.
+            target: what it is to draft for; without it its sizes are not compared.
+        """
+        reason = self.refusals(config).get(ENGINES[engine], f"it has no {self.what}s")
+        return [] if reason is None else [reason]
 
     @property
     def target_width(self) -> int:
@@ -270,119 +275,5 @@ def kind_at(path: str, config: Mapping[str, Any], **options: Any) -> type[Stored
         config: its config.json.
         options: of the Hub: revision, token, ...
     """
-    names = cache(lambda: _tensor_names(path, **options))
+    names = cache(lambda: tensor_names(path, **options))
     return next((kind for kind in kinds() if kind.recognises(config, names)), None)
-
-
-def config_at(path: str, **options: Any) -> dict[str, Any] | None:
-    """The config.json of a folder or Hub id; None if it has none."""
-    from transformers.utils import cached_file
-
-    file = cached_file(path, "config.json", **options, **QUIET)
-    return None if file is None else read_object(file)
-
-
-def _weights_at(path: str, names: Sequence[str] = WEIGHTS, **options: Any) -> str | None:
-    """The one file with the weights of a folder or Hub id; None if there is no such file."""
-    from transformers.utils import cached_file
-
-    found = (cached_file(path, name, **options, **QUIET) for name in names)
-    return next((file for file in found if file is not None), None)
-
-
-def _tensor_names(path: str, **options: Any) -> frozenset[str]:
-    """The names of the tensors of a folder or Hub id; none if they are in several files, or cannot be read."""
-    from transformers.utils import cached_file
-
-    file = None if cached_file(path, IN_PARTS, **options, **QUIET) else _weights_at(path, **options)
-    if file is None:
-        return frozenset()
-    try:
-        if file.endswith(WEIGHTS[0]):
-            with safe_open(file, "pt") as weights:
-                return frozenset(weights.keys())
-        return frozenset(map(str, torch.load(file, map_location="cpu", weights_only=True, mmap=True)))
-    except (UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, TypeError):
-        return frozenset()  # what is wrong with it is said when it is loaded
-
-
-def read_tensors(path: str, names: Sequence[str] = WEIGHTS, **options: Any) -> dict[str, Tensor]:
-    """The tensors of a folder or Hub id that keeps them in one file.
-
-    Args:
-        names: of the file, the first that is there.
-        options: of the Hub: revision, token, ...
-
-    Raises:
-        ValueError: there is no such file, or it cannot be read.
-    """
-    from safetensors.torch import load_file
-
-    file = _weights_at(path, names, **options)
-    if file is None:
-        raise ValueError(f"{path!r} has a config.json and none of {', '.join(names)}; get its weights too")
-    try:
-        of_torch = not file.endswith(".safetensors")
-        state = torch.load(file, map_location="cpu", weights_only=True) if of_torch else load_file(file)
-    except UnpicklingError as error:  # whose message advises to trust the file
-        raise ValueError(f"{file} holds other things than tensors, or is cut short; get {names[0]}") from error
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{file} cannot be read ({error}); it may be cut short: get it again") from error
-    named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
-    if not named or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{file} holds other things than tensors by name; get {names[0]}")
-    return state
-
-
-def check_tensors(path: str, state: Mapping[str, Tensor], module: nn.Module, optional: set[str]) -> None:
-    """Raises ValueError unless a folder's tensors are just those of a module.
-
-    Args:
-        optional: names that may be missing.
-    """
-    own = module.state_dict()
-    if missing := sorted(own.keys() - state.keys() - optional):
-        raise ValueError(f"{path!r} lacks {', '.join(missing[:4])}: random numbers in their place would be of no use")
-    if unknown := sorted(state.keys() - own.keys()):
-        raise ValueError(f"{path!r} has tensors that csdraft does not know for such a head: {', '.join(unknown[:4])}")
-    for name, tensor in state.items():
-        if tensor.shape != own[name].shape:
-            raise ValueError(
-                f"{path!r}: {name} has shape {tuple(tensor.shape)}, its config.json asks for {tuple(own[name].shape)}"
-            )
-
-
-def check_drafted(state: Mapping[str, Tensor], vocab: int, path: str) -> None:
-    """Raises ValueError if `d2t` leads out of the target's vocabulary, or twice to one token."""
-    if "d2t" not in state:
-        return
-    ids = state["d2t"].long() + torch.arange(len(state["d2t"]))
-    if int(ids.min()) < 0 or int(ids.max()) >= vocab or len(ids.unique()) < len(ids):
-        raise ValueError(
-            f"{path!r}: d2t must hold offsets (target token - draft token) that lead to different tokens below "
-            f"{vocab}; they lead to {int(ids.min())} to {int(ids.max())}, {len(ids.unique())} of {len(ids)} different"
-        )
-
-
-def read_layer(document: Mapping[str, Any], at: str) -> LlamaConfig:
-    """The config of a head's layer: what a `LlamaConfig` knows of a config.json.
-
-    Args:
-        at: the file, which messages name.
-    """
-    if document.get("model_type", "llama") != "llama":
-        raise ValueError(f"{at}: model_type={document['model_type']!r}; csdraft reads heads with a llama layer")
-    if quantised := document.get("quantization_config"):
-        raise ValueError(f"{at}: quantization_config={shown(quantised)}; csdraft reads heads that are not quantised")
-    known = {key: value for key, value in document.items() if key not in OF_WEIGHTS}
-    try:
-        config: Any = LlamaConfig.from_dict({**known, "num_hidden_layers": 1, "model_type": "llama"})
-    except (StrictDataclassError, ValueError, TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"{at} is no config of a Llama layer: {' '.join(str(error).split())}") from error
-    if config.hidden_act not in ACT2FN:
-        raise ValueError(f"{at}: hidden_act={shown(config.hidden_act)} is unknown; get the head's own config.json")
-    if (kind := config.rope_parameters.get("rope_type", "default")) in SWITCHING:
-        raise ValueError(f"{at}: rope_type={kind!r} changes with the length of a text, which csdraft's heads cannot")
-    if document.get("logit_scale", 1.0) != 1.0:
-        raise ValueError(f"{at}: logit_scale={document['logit_scale']!r}; csdraft reads heads without one")
-    return config

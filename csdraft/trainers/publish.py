@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Mapping
 from dataclasses import fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +19,10 @@ from yaml import YAMLError
 from csdraft.data.packing import Packed, Padded
 from csdraft.data.row_arrays import checksum
 from csdraft.data.sources import revision_of, tally_of
+from csdraft.heads.engines import ENGINES, ServedTarget, serve_command
+from csdraft.heads.folder import config_at
+from csdraft.heads.layers import embeddings
+from csdraft.heads.stored_head import head_at
 from csdraft.hub import command, public_name, without_folders
 from csdraft.models import base_model
 from csdraft.stored import is_hub_id
@@ -30,6 +35,8 @@ __all__ = ["describe", "identity"]
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "deepspeed")
 LICENSE = ("license", "license_name", "license_link")
+DRAFTED = 3
+"""Tokens a round in the commands of engines, which have no schedule of their own."""
 FIGURES = {
     "eval_block_efficiency": "block efficiency, greedy",
     "eval_block_efficiency_sampled": "block efficiency, sampled",
@@ -43,7 +50,23 @@ def describe(trainer: DrafterTrainer, folder: Path) -> None:
     origin = provenance(trainer)
     (folder / "provenance.json").write_text(json.dumps(origin, indent=2, default=str) + "\n", encoding="utf-8")
     name = trainer.args.hub_model_id or folder.name
-    (folder / "README.md").write_text(card(name, origin), encoding="utf-8")
+    served = serving(name, folder, trainer.target)
+    (folder / "README.md").write_text(card(name, origin, served), encoding="utf-8")
+
+
+def serving(name: str, folder: Path, target: Any) -> dict[str, str]:
+    """By serving engine that takes it, the command that drafts with the head in a folder; nothing for a model.
+
+    Args:
+        name: how the command calls it.
+        target: the model that it drafts for.
+    """
+    if not (folder / "config.json").is_file() or (head := head_at(str(folder))) is None:
+        return {}
+    served = ServedTarget.of(public_name(target), target.config, lambda: embeddings(target)["input.weight"].detach())
+    document, tensors = config_at(str(folder)) or {}, head.weights(str(folder))
+    taken = [engine for engine in head.methods if not head.faults(engine, document, tensors, served)]
+    return {ENGINES[e]: serve_command(e, head.methods[e], served.name, name, DRAFTED) for e in taken}
 
 
 def provenance(trainer: DrafterTrainer) -> dict[str, Any]:
@@ -117,8 +140,12 @@ def identity(texts: Packed | Padded) -> dict[str, Any]:
     return {"rows": len(texts.rows), "tokens": texts.tokens, "checksum": checksum(texts.rows)}
 
 
-def card(name: str, origin: dict[str, Any]) -> str:
-    """README.md of a drafter."""
+def card(name: str, origin: dict[str, Any], served: Mapping[str, str] | None = None) -> str:
+    """README.md of a drafter.
+
+    Args:
+        served: see `serving`.
+    """
     target = origin["target"]["name"]
     arguments = origin["arguments"]
     return f"""---
@@ -139,7 +166,7 @@ import csdraft  # pip install csdraft
 
 output = model.generate(**inputs, assistant="{name}")  # this folder's path or Hub id; model is {target}
 ```
-
+{_engines(served or {})}
 {_table(origin)}
 
 {_added(origin["added_parameters"])}{_tied(origin)}
@@ -149,6 +176,20 @@ share of the texts that the drafter wrote itself was {arguments["on_policy"]}.{_
 arguments, versions and revisions are in `provenance.json`.
 
 {_licence(origin)}
+"""
+
+
+def _engines(served: Mapping[str, str]) -> str:
+    """How serving engines that take it are started."""
+    if not served:
+        return ""
+    commands = "\n".join(f"# {engine}\n{line}" for engine, line in served.items())
+    return f"""
+{" and ".join(served)} load{"s" * (len(served) == 1)} this folder as it is (`csdraft export` writes other layouts):
+
+```bash
+{commands}
+```
 """
 
 

@@ -55,6 +55,14 @@ def test_a_head_learns_and_drafts_from_its_folder(pair, run):
         assert torch.equal(drafted, plain)
 
 
+def test_its_card_says_how_engines_serve_it(pair, run):
+    run.create_model_card()
+    text = (pair / "head" / "README.md").read_text()
+    assert "vLLM and SGLang load this folder as it is" in text
+    assert 'vllm serve target --speculative-config \'{"method": "eagle3", "model": "head"' in text
+    assert "--speculative-draft-model-path head" in text
+
+
 def test_it_keeps_the_most_frequent_tokens_of_the_training_text(run):
     texts = run.train_dataset.data
     labels = torch.cat([texts[index]["labels"] for index in range(len(texts))])
@@ -164,7 +172,7 @@ def test_what_is_saved_is_what_is_loaded(stored):
     assert torch.equal(logits_of(stored), head.along(states, ids, torch.arange(12)[None], torch.ones_like(ids)))
     document = json.loads((stored / "config.json").read_text())
     assert document["eagle_aux_hidden_state_layer_ids"] == list(LAYERS)
-    assert document["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == list(LAYERS)
+    assert document["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [layer - 1 for layer in LAYERS]
     assert document["architectures"] == ["LlamaForCausalLMEagle3"]
     assert document["norm_before_residual"] is False
     found = tensors(stored)

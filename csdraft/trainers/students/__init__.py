@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers.utils import find_adapter_config_file
 
 from csdraft import spec
+from csdraft.heads.folder import config_at
 from csdraft.heads.on_target import stored_form
 from csdraft.heads.self_draft import SELF_DRAFT, TIED, read_document, write_document
-from csdraft.heads.stored_head import config_at, kind_at
+from csdraft.heads.stored_head import kind_at
 from csdraft.heads.tied import borrowed
 from csdraft.models import base_model, load_model
 from csdraft.trainers.students._kind import HeadKind, kinds

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from csdraft import spec
 from csdraft.data.packing import IGNORED
+from csdraft.heads.folder import SWITCHING
 from csdraft.heads.head import Head
 from csdraft.heads.layers import embeddings, fingerprint
 from csdraft.heads.own_files import OUTPUT, OwnHead
 from csdraft.heads.self_draft import model_name
-from csdraft.heads.stored_head import SWITCHING, StoredHead, head_at
+from csdraft.heads.stored_head import StoredHead, head_at
 from csdraft.heads.tied import Lender
 from csdraft.models import base_model
 from csdraft.stored import fit

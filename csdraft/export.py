@@ -1,0 +1,181 @@
+"""Handing drafters to serving engines: folders that vLLM, SGLang or speculators load as the drafters they are here.
+
+Heads are written in the engine's layout. Models are written whole: an adapter merged into its base, a tied drafter
+with the target's embedding. Nothing is left behind that the engine would refuse.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+
+from csdraft.heads.engines import (
+    ENGINES,
+    WHOLE,
+    ServedTarget,
+    context_fault,
+    serve_command,
+)
+from csdraft.heads.folder import config_at
+from csdraft.heads.layers import embeddings
+from csdraft.heads.on_target import OnTarget
+from csdraft.heads.self_draft import SelfDraft, peft_package
+from csdraft.heads.stored_head import StoredHead
+from csdraft.heads.tied import TiedDraft
+from csdraft.models import load_model
+from csdraft.stored import check_config
+
+__all__ = ["export_drafter", "served_target", "whole_faults"]
+
+
+def export_drafter(drafter: str, folder: str | os.PathLike[str], engine: str, target: str, tokens: int = 3) -> str:
+    """Writes a drafter as an engine loads it; the command that serves the target with it.
+
+    Args:
+        drafter: folder or Hub id of a head, a model, an adapter, or a tied drafter.
+        folder: where to write; new or empty.
+        engine: vllm, sglang or speculators.
+        target: folder or Hub id of the model that it is to draft for. Of a head's target only config.json is read.
+        tokens: drafted a round.
+
+    Raises:
+        ValueError: the engine cannot take it; nothing is written then.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"engine {engine!r} is none of {', '.join(ENGINES)}")
+    if tokens < 1:
+        raise ValueError(f"tokens={tokens}; an engine drafts 1 or more a round")
+    out = Path(folder)
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise ValueError(f"{str(out)!r} is there already; give a new folder")
+    if Path(drafter, "cascade.json").is_file():
+        raise ValueError(f"{drafter!r} is a cascade, which no engine runs; export one of {drafter}/models")
+    served, loaded = served_target(target), load_model(drafter, dtype="auto")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as made:
+        if isinstance(loaded, StoredHead):
+            method = _write_head(loaded, made, engine, served, tokens)
+        else:
+            method = _write_whole(loaded, drafter, made, engine, served)
+        shutil.copytree(made, out, dirs_exist_ok=True)
+    return serve_command(engine, method, target, str(folder), tokens)
+
+
+def served_target(path: str) -> ServedTarget:
+    """What a model's config.json says of it as a target."""
+    check_config(PreTrainedConfig.get_config_dict(path)[0], f"{path}/config.json")
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    if config.is_encoder_decoder:
+        raise ValueError(f"--target {path}: {config.model_type!r} is an encoder-decoder, and no engine drafts for one")
+    return ServedTarget.of(path, config, partial(_embedding, path))
+
+
+def _embedding(path: str) -> Tensor:
+    return embeddings(load_model(path, dtype="auto"))["input.weight"].detach()
+
+
+def _refuse(engine: str, drafter: str, faults: list[str]) -> None:
+    if faults:
+        listed = "".join(f"\n  {fault}" for fault in faults)
+        raise ValueError(f"{ENGINES[engine]} cannot take {drafter!r}:{listed}")
+
+
+# Heads.
+
+
+def _write_head(head: StoredHead, folder: str, engine: str, target: ServedTarget, tokens: int) -> str:
+    document, tensors = head.exported(engine, target, tokens)
+    head.write(folder, document, tensors)
+    name = head.config._name_or_path
+    _refuse(engine, name, head.faults(engine, config_at(folder) or {}, head.weights(folder), target))
+    if engine not in head.methods:
+        raise ValueError(f"{ENGINES[engine]} has no word for drafting with a {head.what}")
+    return head.methods[engine]
+
+
+# Whole models.
+
+
+def _write_whole(model: Any, drafter: str, folder: str, engine: str, target: ServedTarget) -> str:
+    if engine not in WHOLE:
+        raise ValueError(f"speculators has heads only, and {drafter!r} is a model; export it with --to vllm or sglang")
+    if isinstance(model, SelfDraft):
+        raise ValueError(
+            f"{drafter!r} is an adapter for the target's own layers, which engines do not lend; train a student with "
+            "layers of its own: init: {from_target: {layers: [...]}} without shared"
+        )
+    if isinstance(model, TiedDraft):
+        model = model.bind(load_model(target.name, dtype="auto"))
+    elif isinstance(model, OnTarget):
+        raise ValueError(f"{drafter!r} is a {model.what}, which no engine has; decode with csdraft")
+    elif vars(model).get("peft_config"):
+        model = _merged(drafter, model)
+    tokenizer = AutoTokenizer.from_pretrained(target.name, trust_remote_code=False)
+    faults = [*whole_faults(engine, model.config, target), *_other_words(drafter, tokenizer)]
+    _refuse(engine, drafter, faults)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return WHOLE[engine]
+
+
+def whole_faults(engine: str, config: Any, target: ServedTarget | None = None) -> list[str]:
+    """Why an engine would not draft with a model of this config.
+
+    Args:
+        engine: a key of `ENGINES`.
+        target: what it is to draft for; without it their sizes are not compared.
+    """
+    if engine not in WHOLE:
+        return ["it has heads only, and this is a model"]
+    return list(_whole_faults(engine, config, target))
+
+
+def _whole_faults(engine: str, config: Any, target: ServedTarget | None) -> Iterator[str]:
+    if config.is_encoder_decoder:
+        yield f"model_type={config.model_type!r} is an encoder-decoder, and it drafts with decoders only"
+        return
+    text = config.get_text_config(decoder=True)
+    if not config.architectures:
+        yield "architectures is missing; save the model with save_pretrained"
+    if target is not None and text.vocab_size != target.vocab_size:
+        out = "; or start it with use_heterogeneous_vocab" if engine == "vllm" else ""
+        yield (
+            f"vocab_size={text.vocab_size}, the target {target.name} has {target.vocab_size}, and it takes equal ones "
+            f"only: resize the drafter's embedding (resize_token_embeddings){out}"
+        )
+    if engine == "sglang":
+        yield from context_fault(getattr(text, "max_position_embeddings", None), target)
+
+
+def _other_words(drafter: str, tokenizer: Any) -> Iterator[str]:
+    """Engines read the drafter's tokens by the target's tokenizer."""
+    from transformers.utils import cached_file
+
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    if cached_file(drafter, "tokenizer_config.json", **quiet) is None:
+        return
+    own = AutoTokenizer.from_pretrained(drafter, trust_remote_code=False).get_vocab()
+    theirs = tokenizer.get_vocab()
+    if other := sorted(word for word in own.keys() | theirs.keys() if own.get(word) != theirs.get(word)):
+        word = other[0]
+        yield (
+            f"the tokenizers differ in {len(other)} tokens, such as {word!r}: {own.get(word)} in the drafter, "
+            f"{theirs.get(word)} in the target; train a drafter with the target's tokenizer"
+        )
+
+
+def _merged(drafter: str, model: Any) -> nn.Module:
+    """The base of an adapter with the adapter in its weights."""
+    ((_, options),) = model.peft_config.items()
+    base = load_model(options.base_model_name_or_path, dtype="auto", revision=options.revision)
+    merged = peft_package().PeftModel.from_pretrained(base, drafter).merge_and_unload(safe_merge=True)
+    vars(merged).pop("peft_config", None)
+    return merged

@@ -1,0 +1,116 @@
+"""Serving engines that drafters are handed to: their names, how they are started, and what is compared for all.
+
+Read from vLLM 0.33.0, SGLang 0.5.23 and speculators 0.9.0. What an engine asks of one kind of head is said beside that
+kind, such as in `eagle3_engines.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["ENGINES", "SIZED_ROTARY", "WHOLE", "ServedTarget", "context_fault", "serve_command", "tensor_faults"]
+
+ENGINES = {"vllm": "vLLM", "sglang": "SGLang", "speculators": "speculators"}
+"""Their names on the command line, and in messages. vLLM reads the folders of speculators, too."""
+WHOLE = {"vllm": "draft_model", "sglang": "STANDALONE"}
+"""What engines call drafting with a whole model."""
+SIZED_ROTARY = ("default", "linear", "llama3")
+"""Kinds of rotary embedding for which `max_position_embeddings` only says how long a text may be."""
+
+
+@dataclass(frozen=True)
+class ServedTarget:
+    """The model that a drafter is handed over for.
+
+    Attributes:
+        name: its path or Hub id.
+        architectures, vocab_size, hidden_size, layers, positions: of its config.json; `positions` is the longest text,
+            None if it does not say.
+        embedding: loads its embedding, (vocab, width).
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    positions: int | None
+    embedding: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, name: str, config: Any, embedding: Callable[[], Tensor]) -> ServedTarget:
+        """That of a transformers config."""
+        text = config.get_text_config(decoder=True)
+        return cls(
+            name,
+            tuple(config.architectures or ()),
+            text.vocab_size,
+            text.hidden_size,
+            text.num_hidden_layers,
+            getattr(text, "max_position_embeddings", None),
+            embedding,
+        )
+
+
+def serve_command(engine: str, method: str, target: str, drafter: str, tokens: int) -> str:
+    """The shell command that serves a target with a drafter.
+
+    Args:
+        engine: a key of `ENGINES`.
+        method: what the engine calls this kind of drafting.
+        target, drafter: paths or Hub ids.
+        tokens: drafted a round.
+    """
+    if engine == "speculators":
+        return f"vllm serve {shlex.quote(drafter)}"
+    if engine == "vllm":
+        options = json.dumps({"method": method, "model": drafter, "num_speculative_tokens": tokens})
+        return f"vllm serve {shlex.quote(target)} --speculative-config {shlex.quote(options)}"
+    return (
+        f"python -m sglang.launch_server --model-path {shlex.quote(target)} --speculative-algorithm {method} "
+        f"--speculative-draft-model-path {shlex.quote(drafter)} --speculative-num-steps {tokens} "
+        f"--speculative-eagle-topk 1 --speculative-num-draft-tokens {tokens + 1}"
+    )
+
+
+def tensor_faults(
+    tensors: Mapping[str, Tensor],
+    wanted: Mapping[str, tuple[int, ...]],
+    optional: Collection[str] = (),
+    ignored: Collection[str] = (),
+) -> Iterator[str]:
+    """What is wrong with a folder's tensors.
+
+    Args:
+        wanted: the shape of each that the engine reads.
+        optional: those of them that may be missing.
+        ignored: others that may be there.
+    """
+    for name, shape in wanted.items():
+        if name not in tensors:
+            if name not in optional:
+                yield f"{name} is missing"
+        elif tuple(tensors[name].shape) != shape:
+            yield f"{name} has shape {tuple(tensors[name].shape)}, its config.json asks for {shape}"
+        elif name == "d2t" and tensors[name].dtype != torch.int64:
+            yield f"d2t is {tensors[name].dtype}, it reads torch.int64"
+        elif name != "d2t" and not tensors[name].is_floating_point():
+            yield f"{name} is {tensors[name].dtype}, it reads float types"
+    if unknown := sorted(tensors.keys() - wanted.keys() - set(ignored)):
+        yield f"{', '.join(unknown[:4])} is no tensor that it reads for this config.json"
+
+
+def context_fault(positions: Any, target: ServedTarget | None) -> Iterator[str]:
+    """SGLang refuses a drafter for shorter texts than the target's."""
+    if target is not None and target.positions is not None and (positions or 0) < target.positions:
+        yield (
+            f"max_position_embeddings={positions} is less than the target's {target.positions}; start it with "
+            f"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN=1 or --context-length {positions}"
+        )
