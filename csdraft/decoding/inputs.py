@@ -78,7 +78,9 @@ class Plan:
             [values[query] for query in queries] for values in (known, self.positions, self.slots, self.sees)
         )
         paths = None if self.paths is None else [self.paths[query] for query in queries]
-        return Plan(tokens, positions, slots, sees, paths, self.spare, self.length)
+        # In a chain, what stands behind the last of them has not been read: a forward without a mask must not see it.
+        spare = self.spare if paths and any(paths) else slots[-1] + 1
+        return Plan(tokens, positions, slots, sees, paths, spare, self.length)
 
 
 class Inputs:

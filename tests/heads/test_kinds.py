@@ -11,6 +11,15 @@ import torch
 from csdraft import CascadeDrafter, MaxGram, ModelDrafter
 from csdraft.cascade import as_drafter
 from csdraft.decoding import feature_session
+from csdraft.decoding.draft import ROOT, Draft
+from csdraft.decoding.feature_session import FeatureSession
+from csdraft.decoding.interfaces import Request
+from csdraft.decoding.readers import ReadingOptions
+from csdraft.decoding.sampling import Processing, Sampler
+from csdraft.decoding.scores import TokenChooser
+from csdraft.decoding.session import Session
+from csdraft.decoding.stopping import Stopping
+from csdraft.decoding.text import Text
 from csdraft.drafters.vertical import Vertical
 from csdraft.heads.head import LAST
 from csdraft.models import load_model
@@ -196,3 +205,19 @@ def test_logits_along_a_text_are_those_of_first_drafted_tokens(name):
         for end in range(start + 2, 13):
             wanted, _ = naive(head, ids[row, start:end].tolist(), [])
             assert torch.allclose(logits[row, end - 1].softmax(-1), wanted.softmax(-1), atol=1e-5)
+
+
+@OF_EACH
+def test_another_text_that_an_earlier_one_begins_with_is_drafted_after(name):
+    """Its last entry was one among others when it was read."""
+    head, long = learned(name), texts()[0, :14]
+    chooser = TokenChooser(Processing([], 1), Stopping([]), Sampler(True, [0], 97))
+    of_target = Session(target(), chooser, 1, 64, None, 97, reading=ReadingOptions(taps=frozenset(head.taps)))
+    session = FeatureSession(head, of_target, chooser, 1, 64, None, 97)
+    session.score([Request(0, Text(long), Draft(), (ROOT,))])
+    text, draft = long[:9], Draft.chain([3, 7])
+    with torch.no_grad():
+        (scores,) = session.score([Request(0, Text(text), draft, (0,))])
+        wanted, _ = naive(head, text.tolist(), [3])
+    assert torch.allclose(scores.logits[0].softmax(-1), wanted.softmax(-1), atol=1e-5)
+    assert session.use.fed == session.kept + session.use.rolled_back
