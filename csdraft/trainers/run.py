@@ -111,8 +111,7 @@ def check(args: DistillArguments, config: PreTrainedConfig, tokenizer: PreTraine
             "out eval_strategy and eval_on_start"
         )
     check_student(config, args.student, args.init, args.peft)
-    check_head(args)
-    check_engines(args)
+    check_kind(args)
     if args.max_length > (context := context_length(config)):
         raise ValueError(f"max_length={args.max_length} is longer than the target's context of {context} tokens")
     check_writable(args.output_dir)
@@ -145,19 +144,15 @@ def check_extras(args: DistillArguments) -> None:
         )
 
 
-def check_head(args: DistillArguments) -> None:
-    """What a drafting head, which needs features of each text, cannot be trained on."""
+def check_kind(args: DistillArguments) -> None:
+    """What the kind of student, the engine that trains it, or that of a sharded target, cannot do."""
+    kind = kind_asked(args.student, args.init, args.peft)
     for name in ("on_policy", "target_cache"):
-        if getattr(args, name) and kind_asked(args.student, args.init, args.peft).reads_features:
+        if kind.reads_features and getattr(args, name):
             raise ValueError(
                 f"{name}={getattr(args, name)!r} with a head: it reads hidden states of the target, which are "
                 f"computed along the texts as they are; leave {name} out"
             )
-
-
-def check_engines(args: DistillArguments) -> None:
-    """What the engine of the student, or that of a sharded target, cannot do."""
-    kind = kind_asked(args.student, args.init, args.peft)
     check_engine(kind.shares_target, args.deepspeed, args.fsdp)
     for engine, asked in (("DeepSpeed", args.deepspeed), ("FSDP", args.fsdp)):
         if args.muon and (asked or uses(engine)):
@@ -180,8 +175,9 @@ def check_engines(args: DistillArguments) -> None:
         )
     if kind.needs_target:
         raise ValueError(
-            "target_sharded=true: a student cannot be cut out of a target, or stand on its layers, where no process "
-            "has them whole. Cut it out in a run of one process with max_steps=1, and give its folder as student"
+            "target_sharded=true: a student cannot be cut out of a target, stand on its layers, or be a head with its "
+            "embedding, where no process has them whole. A cut one: make it in a run of one process with max_steps=1, "
+            "and give its folder as student"
         )
 
 
