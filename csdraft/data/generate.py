@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate, islice
 from pathlib import Path
@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import GenerationConfig
 
 from csdraft.data.changes import check_unchanged
+from csdraft.data.engine import Engine, checked_url, each
 from csdraft.data.shards import Place, Shard, batches, finished, store, stored, write_whole
 from csdraft.data.sources import open_source, prompts_of, texts_of
 from csdraft.data.tally import Counted, Tally
@@ -33,7 +35,7 @@ FIXED = ("target", "target_revision", "chat_template", "chat_template_options", 
          "temperature", "seed")  # fmt: skip
 """What must not change between runs that write one data set. That prompts do not is checked row by row."""
 
-OF_A_RUN = ("rank", "world_size", "threads")
+OF_A_RUN = ("rank", "world_size", "threads", "engine", "engine_timeout")
 
 
 @dataclass
@@ -55,9 +57,22 @@ class GenerateArguments(TargetArguments):
     text_file: str | None = field(
         default=None, metadata={"help": "File for the same texts as plain text, for pretrain.py."}
     )
+    engine: str | None = field(
+        default=None,
+        metadata={
+            "help": "Address of an OpenAI-compatible server that writes in place of this process, such as "
+            "http://localhost:8000/v1; `batch_size` requests at once, no `assistant`."
+        },
+    )
+    engine_model: str | None = field(
+        default=None, metadata={"help": "The target's name on that server; none is the only one there, or `target`."}
+    )
+    engine_timeout: float = field(default=600, metadata={"help": "Seconds that the server may be silent."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.engine is not None:
+            checked_url(self.engine)
         self.check_at_least(1, "begin", "max_new_tokens", *(["count"] if self.count is not None else []))
         if not 0 <= self.sampled <= 1:
             raise ValueError(f"sampled={self.sampled} is a share of the rows: give a number from 0 to 1")
@@ -97,7 +112,12 @@ def generate(args: GenerateArguments, assistant: Any) -> Any:
         plan = batches([len(prompt) for prompt in prompts], args.batch_size, kinds)
         missing = [rows for rows in args.part.of(plan) if not places.keys() >= set(rows)]
         if missing:
-            write_missing(Writer(args, args.load_target(), tokenizer, assistant, prompts), missing, set(places))
+            wanted = [row for rows in missing for row in rows if row not in places]
+            if args.engine is None:
+                written = Writer(args, args.load_target(), tokenizer, assistant, prompts).rows(missing)
+            else:
+                written = rows_of_engine(args, config, tokenizer, prompts, wanted)
+            append(args, prompts, set(wanted), written)
             places = find_rows(folder / "parts", prompts)
         if len(places) < len(prompts):
             print(f"{len(prompts) - len(places):,} rows are still to come from other processes")
@@ -200,6 +220,11 @@ class Writer:
     assistant: Any
     prompts: Sequence[list[int]]
 
+    def rows(self, batches: Iterable[Sequence[int]]) -> Iterator[tuple[int, list[int]]]:
+        """The rows of whole batches, so that each comes out as it would have: the caller may know some."""
+        for rows in batches:
+            yield from zip(rows, self.write(rows), strict=True)
+
     @torch.no_grad()
     def write(self, rows: Sequence[int]) -> list[list[int]]:
         """What follows the prompts of `rows`, all sampled or all greedy; an end-of-text token is part of it."""
@@ -242,21 +267,47 @@ def up_to(ends: set[int], text: list[int]) -> list[int]:
     return text[: last + 1]
 
 
-def write_missing(writer: Writer, missing: Sequence[list[int]], known: set[int]) -> None:
-    """Writes whole batches again, so that rows come out as they would have, and appends the missing rows."""
-    part = writer.args.part
-    wanted = sum(row not in known for rows in missing for row in rows)
+def rows_of_engine(
+    args: GenerateArguments, config: Any, tokenizer: Any, prompts: Sequence[list[int]], wanted: Sequence[int]
+) -> Iterator[tuple[int, list[int]]]:
+    """The rows that are wanted, with what a server writes, as it comes."""
+    if config.is_encoder_decoder:
+        raise ValueError(f"engine={args.engine!r}: a {config.model_type!r} target writes here alone; leave engine out")
+    vocab = config.get_text_config(decoder=True).vocab_size
+    engine = Engine(
+        str(args.engine), args.engine_model, args.target, tokenizer, vocab, ends_at(args, config), args.engine_timeout
+    )
+    print(engine.open(prompts[wanted[0]]))
+
+    def write(row: int) -> list[int]:
+        temperature = args.temperature if is_sampled(row, args.sampled) else 0.0
+        return engine.write(prompts[row], args.max_new_tokens, temperature, (args.seed * 1_000_003 + row) % (1 << 31))
+
+    return each(write, wanted, args.batch_size, engine.stopped)
+
+
+def ends_at(args: GenerateArguments, config: Any) -> set[int]:
+    """The tokens at which the target's texts end, without its weights."""
+    try:
+        found = GenerationConfig.from_pretrained(args.target, revision=args.target_revision or "main").eos_token_id
+    except OSError:  # it has no generation_config.json
+        found = config.get_text_config(decoder=True).eos_token_id
+    return set(found) if isinstance(found, list) else set() if found is None else {found}
+
+
+def append(
+    args: GenerateArguments, prompts: Sequence[list[int]], wanted: set[int], rows: Iterable[tuple[int, list[int]]]
+) -> None:
+    """Appends the rows that are wanted to this process's file, as they are written."""
+    part = args.part
     title = f"part {part.rank + 1} of {part.world_size}"
-    path = Path(writer.args.output_dir, "parts", f"{part.rank:05}.jsonl")
-    with Shard(path) as shard, tqdm(total=wanted, unit=" rows", desc=title, disable=part.local_rank > 0) as bar:
-        for rows in missing:
-            new = [
-                {"index": row, "prompt_length": len(writer.prompts[row]), "input_ids": [*writer.prompts[row], *text]}
-                for row, text in zip(rows, writer.write(rows), strict=True)
-                if row not in known
-            ]
-            shard.append(new)
-            bar.update(len(new))
+    path = Path(args.output_dir, "parts", f"{part.rank:05}.jsonl")
+    with Shard(path) as shard, tqdm(total=len(wanted), unit=" rows", desc=title, disable=part.local_rank > 0) as bar:
+        for row, text in rows:
+            if row in wanted:
+                ids = [*prompts[row], *text]
+                shard.append([{"index": row, "prompt_length": len(prompts[row]), "input_ids": ids}])
+                bar.update()
 
 
 def load(args: GenerateArguments, folder: Path, prompts: Sequence[list[int]], tokenizer: Any) -> Any:

@@ -63,6 +63,8 @@ class DflashHead(StoredHead):
             "placeholders": f"like token {options.mask_token}",
         }
 
+    methods = {"vllm": "dflash", "sglang": "DFLASH"}  # noqa: RUF012 - never written to
+
     def refusals(self, config: Mapping[str, Any]) -> dict[str, str | None]:
         narrowed = config.get("draft_vocab_size", config.get("vocab_size")) != config.get("vocab_size")
         return {"vLLM": None, "SGLang": "it drafts some tokens alone, by d2t" if narrowed else None}

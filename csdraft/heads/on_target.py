@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["OnTarget", "stored_form"]
+__all__ = ["OnTarget", "called", "stored_form"]
 
 _LOCK = threading.Lock()
 
@@ -18,17 +18,23 @@ _LOCK = threading.Lock()
 class OnTarget(nn.Module):
     """What is stored of a drafter that stands on a target; `bind` completes it.
 
-    Attributes:
-        config: reports and cards ask it for `name_or_path` and `vocab_size`.
+    Args:
+        config: of the complete model, or one with `name_or_path` and `vocab_size`, which reports and cards ask for.
+        state: its tensors, by the names that they are stored under.
     """
 
-    config: Any
     what, use = "drafter", "uses the target's own weights"
     """What it is and what it needs, in messages."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: Any, state: Mapping[str, Tensor]) -> None:
         super().__init__()
+        self.config, self.names = config, tuple(state)
+        self.tensors = nn.ParameterList(nn.Parameter(tensor, requires_grad=False) for tensor in state.values())
         self._bound: weakref.WeakKeyDictionary[nn.Module, tuple[list, Any]] = weakref.WeakKeyDictionary()
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        return {name: tensor.detach() for name, tensor in zip(self.names, self.tensors, strict=True)}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError(
@@ -64,6 +70,11 @@ class OnTarget(nn.Module):
     @property
     def _name(self) -> str:
         return f"the {self.what} {self.config._name_or_path!r}"
+
+
+def called(target: Any) -> str:
+    """What messages call a target."""
+    return f"{type(target).__name__} {getattr(target.config, '_name_or_path', '')!r}"
 
 
 def stored_form(model: Any, state_dict: Mapping[str, Tensor] | None = None) -> OnTarget | None:

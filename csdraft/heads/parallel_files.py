@@ -66,6 +66,7 @@ class ParallelHead(Eagle3Head):
         renamed = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in self.state.items()}
         StoredHead.save(type(self)(self.config, self.options, renamed, self.base), folder)
 
+    methods = {"vllm": "eagle3", "speculators": "eagle3"}  # noqa: RUF012 - never written to
     exported, faults = StoredHead.exported, StoredHead.faults  # its folder is one of speculators already
 
     @classmethod

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from csdraft.heads.layers import fingerprint, shared_layers
-from csdraft.heads.on_target import OnTarget
+from csdraft.heads.on_target import OnTarget, called
 from csdraft.stored import fit, is_hub_id, naming, read_object, shown
 from csdraft.version import __version__
 
@@ -99,17 +99,9 @@ class SelfDraft(OnTarget):
     def __init__(self, base: Base, options: Any, state: Mapping[str, Tensor], source: str = ""):
         from transformers import PreTrainedConfig
 
-        super().__init__()
-        self.base, self.options = base, options
         config: Any = PreTrainedConfig  # its fields are not typed
-        self.config = config(name_or_path=source, vocab_size=base.vocab_size)  # reports and cards ask for these
-        self.names = tuple(state)
-        self.tensors = nn.ParameterList(nn.Parameter(tensor, requires_grad=False) for tensor in state.values())
-
-    @property
-    def state(self) -> dict[str, Tensor]:
-        """The adapter's tensors by the names of a PEFT folder."""
-        return {name: tensor.detach() for name, tensor in zip(self.names, self.tensors, strict=True)}
+        super().__init__(config(name_or_path=source, vocab_size=base.vocab_size), state)
+        self.base, self.options = base, options
 
     # Binding.
 
@@ -119,9 +111,8 @@ class SelfDraft(OnTarget):
         if own != self.base.fingerprint:
             raise ValueError(
                 f"{self._name} drafts with layers {list(self.base.layers)} of {self.base.name}, whose weights have "
-                f"fingerprint {self.base.fingerprint}; the target {type(target).__name__} "
-                f"{getattr(target.config, '_name_or_path', '')!r} has {own}. Decode with that base, or train an "
-                "adapter on this target"
+                f"fingerprint {self.base.fingerprint}; the target {called(target)} has {own}. Decode with that base, "
+                "or train an adapter on this target"
             )
 
     @torch.inference_mode(False)

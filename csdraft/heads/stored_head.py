@@ -23,7 +23,7 @@ from csdraft.heads.engines import ENGINES, ServedTarget
 from csdraft.heads.folder import Names, config_at, read_tensors, tensor_names
 from csdraft.heads.head import Head
 from csdraft.heads.layers import embeddings, fingerprint
-from csdraft.heads.on_target import OnTarget
+from csdraft.heads.on_target import OnTarget, called
 from csdraft.heads.self_draft import HEAD, read_document, write_document
 from csdraft.heads.tied import Lender
 from csdraft.stored import check_config, fit
@@ -48,13 +48,8 @@ class StoredHead(OnTarget):
     """What serving engines, by the keys of `ENGINES`, call drafting with such a head."""
 
     def __init__(self, config: Any, options: Any, state: Mapping[str, Tensor], base: Lender | None = None):
-        super().__init__()
-        self.config, self.options, self.base, self.names = config, options, base, tuple(state)
-        self.tensors = nn.ParameterList(nn.Parameter(tensor, requires_grad=False) for tensor in state.values())
-
-    @property
-    def state(self) -> dict[str, Tensor]:
-        return {name: tensor.detach() for name, tensor in zip(self.names, self.tensors, strict=True)}
+        super().__init__(config, state)
+        self.options, self.base = options, base
 
     # What a format says.
 
@@ -141,7 +136,7 @@ class StoredHead(OnTarget):
         for key, wanted in {"hidden_size": self.target_width, "vocab_size": self.config.vocab_size}.items():
             if (found := getattr(text, key)) != wanted:
                 raise ValueError(
-                    f"{self._name} was trained for a target with {key}={wanted}, {_called(target)} has {found}; "
+                    f"{self._name} was trained for a target with {key}={wanted}, {called(target)} has {found}; "
                     "decode with the head's own target"
                 )
 
@@ -150,7 +145,7 @@ class StoredHead(OnTarget):
         if self.base is not None and (found := fingerprint(target)) != self.base.fingerprint:
             raise ValueError(
                 f"{self._name} was trained on {self.base.name}, whose weights have fingerprint "
-                f"{self.base.fingerprint}; the target {_called(target)} has {found}. Decode with that target, or "
+                f"{self.base.fingerprint}; the target {called(target)} has {found}. Decode with that target, or "
                 "train a head for this one"
             )
 
@@ -235,10 +230,6 @@ class StoredHead(OnTarget):
         """
         noted = (read_document(path, **options) or {}).get("base")
         return None if noted is None else fit(noted, Lender, f"{path}/drafter.json: base")
-
-
-def _called(target: Any) -> str:
-    return f"{type(target).__name__} {getattr(target.config, '_name_or_path', '')!r}"
 
 
 def _set(module: nn.Module, name: str, parameter: nn.Parameter) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from csdraft.heads.layers import embedding_fingerprint, embeddings
-from csdraft.heads.on_target import OnTarget
+from csdraft.heads.on_target import OnTarget, called
 from csdraft.heads.self_draft import TIED, model_name, write_document
 from csdraft.stored import check_config
 
@@ -72,13 +72,8 @@ class TiedDraft(OnTarget):
     what, use = "tied drafter", "uses a target's embedding and output layer"
 
     def __init__(self, lender: Lender, config: Any, state: Mapping[str, Tensor], names: Mapping[str, str]):
-        super().__init__()
-        self.lender, self.config, self.borrowed, self.own = lender, config, dict(names), tuple(state)
-        self.tensors = nn.ParameterList(nn.Parameter(tensor, requires_grad=False) for tensor in state.values())
-
-    @property
-    def state(self) -> dict[str, Tensor]:
-        return {name: tensor.detach() for name, tensor in zip(self.own, self.tensors, strict=True)}
+        super().__init__(config, state)
+        self.lender, self.borrowed = lender, dict(names)
 
     def check(self, target: Any) -> None:
         kind = getattr(target.config, "model_type", None)
@@ -86,9 +81,8 @@ class TiedDraft(OnTarget):
         if found != self.lender.fingerprint:
             raise ValueError(
                 f"{self._name} uses the embedding and output layer of {self.lender.name}, with fingerprint "
-                f"{self.lender.fingerprint}; those of the target {type(target).__name__} "
-                f"{getattr(target.config, '_name_or_path', '')!r} have {found}. Decode with that target, or train a "
-                "drafter for this one"
+                f"{self.lender.fingerprint}; those of the target {called(target)} have {found}. Decode with that "
+                "target, or train a drafter for this one"
             )
 
     def open(self, target: Any, dtype: torch.dtype) -> Any:

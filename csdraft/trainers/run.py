@@ -113,8 +113,7 @@ def check(args: DistillArguments, config: PreTrainedConfig, tokenizer: PreTraine
             "out eval_strategy and eval_on_start"
         )
     check_student(config, args.student, args.init, args.peft)
-    check_head(args)
-    check_engines(args)
+    check_kind(args)
     if args.max_length > (context := context_length(config)):
         raise ValueError(f"max_length={args.max_length} is longer than the target's context of {context} tokens")
     check_writable(args.output_dir)
@@ -147,23 +146,14 @@ def check_extras(args: DistillArguments) -> None:
         )
 
 
-def reads_features(args: DistillArguments) -> bool:
-    """Whether the student is a drafting head, which needs features of each text."""
-    return kind_asked(args.student, args.init, args.peft).reads_features
-
-
-def check_head(args: DistillArguments) -> None:
-    """What a drafting head cannot be trained on."""
-    if args.on_policy and reads_features(args):
+def check_kind(args: DistillArguments) -> None:
+    """What the kind of student, the engine that trains it, or that of a sharded target, cannot do."""
+    kind = kind_asked(args.student, args.init, args.peft)
+    if args.on_policy and kind.reads_features:
         raise ValueError(
             f"on_policy={args.on_policy!r} with a head: it reads hidden states of the target, which are computed "
             "along the texts as they are; leave on_policy out"
         )
-
-
-def check_engines(args: DistillArguments) -> None:
-    """What the engine of the student, or that of a sharded target, cannot do."""
-    kind = kind_asked(args.student, args.init, args.peft)
     check_engine(kind.shares_target, args.deepspeed, args.fsdp)
     for engine, asked in (("DeepSpeed", args.deepspeed), ("FSDP", args.fsdp)):
         if args.muon and (asked or uses(engine)):
@@ -186,8 +176,9 @@ def check_engines(args: DistillArguments) -> None:
         )
     if kind.needs_target:
         raise ValueError(
-            "target_sharded=true: a student cannot be cut out of a target, or stand on its layers, where no process "
-            "has them whole. Cut it out in a run of one process with max_steps=1, and give its folder as student"
+            "target_sharded=true: a student cannot be cut out of a target, stand on its layers, or be a head with its "
+            "embedding, where no process has them whole. A cut one: make it in a run of one process with max_steps=1, "
+            "and give its folder as student"
         )
 
 
@@ -232,7 +223,8 @@ def cache_of(args: DistillArguments) -> RowArrays | None:
     """What the target has computed along the texts: hidden states for a head, logits for a model."""
     if not args.target_cache:
         return None
-    return (FeatureCache if reads_features(args) else TargetCache)(args.target_cache)
+    kind = kind_asked(args.student, args.init, args.peft)
+    return (FeatureCache if kind.reads_features else TargetCache)(args.target_cache)
 
 
 def make_batches(

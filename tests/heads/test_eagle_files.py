@@ -199,8 +199,8 @@ def test_ordinary_models_are_left_alone(tmp_path, monkeypatch):
     torch.save(model.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
     fresh("qwen3").save_pretrained(tmp_path / "other")
     assert (tmp_path / "parts" / "model.safetensors.index.json").is_file()
-    inner, seen = stored_head._tensor_names, []
-    monkeypatch.setattr(stored_head, "_tensor_names", lambda path, **hub: seen.append(path) or inner(path, **hub))
+    inner, seen = stored_head.tensor_names, []
+    monkeypatch.setattr(stored_head, "tensor_names", lambda path, **hub: seen.append(path) or inner(path, **hub))
     for name in ("one", "parts", "pickled"):
         found: Any = load_model(str(tmp_path / name))
         assert isinstance(found, LlamaForCausalLM)

@@ -219,7 +219,7 @@ def test_the_layout_of_speculators(stored):
 
 def test_what_a_config_leaves_open_is_said(stored):
     edit(stored, eagle_aux_hidden_state_layer_ids=None, eagle_config=None, draft_vocab_size=None, num_hidden_layers=32)
-    with pytest.warns(UserWarning, match=r"after blocks 2, L/2 and L - 3.*draft_vocab_size is open: taken is 60.*=32"):
+    with pytest.warns(UserWarning, match=r"=32.*after blocks 2, L/2 and L - 3.*draft_vocab_size is open: taken is 60"):
         load_model(str(stored))
 
 

@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config, TrainingArguments
 
 from csdraft import CascadeDrafter, MaxGram, ModelDrafter
 from csdraft.data.generate import GenerateArguments, generate
@@ -30,6 +30,15 @@ LARGE = {"flan-t5-xxl": "flan", "llama-3.1-8b": "llama", "qwen3-8b": "qwen3", "p
 """Families of the folders whose models are not here."""
 
 
+SHAPES = {
+    "llama-3.1-8b": LlamaConfig(intermediate_size=14336, num_key_value_heads=8, vocab_size=128256),
+    "qwen3-8b": Qwen3Config(
+        intermediate_size=12288, num_hidden_layers=36, num_key_value_heads=8, head_dim=128, vocab_size=151936
+    ),
+}
+"""The sizes of targets that are not here; what they leave out is the class's default."""
+
+
 def script(name: str) -> ModuleType:
     """A file of scripts/, imported."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
@@ -40,7 +49,7 @@ def script(name: str) -> ModuleType:
     return module
 
 
-MAKE_CASCADE, GENERATE_DATA = script("make_cascade"), script("generate_data")
+MAKE_CASCADE, GENERATE_DATA, FORECAST = script("make_cascade"), script("generate_data"), script("forecast")
 BY_KEY = {"drafters": MAKE_CASCADE.CascadeArguments, "vocab_size": TokenizerArguments, "corpus": PretrainArguments}
 BY_KEY |= {"losses": DistillArguments, "count": GenerateArguments, "sampled": GenerateArguments}
 """A key that only recipes of a kind have, and what reads them."""
@@ -114,7 +123,42 @@ def shape(path: Path) -> dict[str, Any]:
     if path.parent.name == "smollm2":
         return {"num_hidden_layers": 30, "vocab_size": 49152}
     layers = {"flan-t5-xxl": 24, "papers": 24, "llama-3.1-8b": 32, "qwen3-8b": 36}[path.parent.name]
-    return {"num_layers": layers} if LARGE[path.parent.name] == "flan" else {"num_hidden_layers": layers}
+    tokens = {"vocab_size": SHAPES[path.parent.name].vocab_size} if path.stem == "eagle3" else {}
+    return {"num_layers": layers} if LARGE[path.parent.name] == "flan" else {"num_hidden_layers": layers} | tokens
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_readmes_have_the_forecast_of_the_recipe(name, tmp_path):
+    SHAPES[name].save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    args = read(ROOT / "recipes" / name / "eagle3.yaml", f"target={tmp_path}")
+    lines = FORECAST.forecast(args, processes=8, tflops=200)
+    page = (ROOT / "recipes" / name / "README.md").read_text(encoding="utf-8")
+    said = page.partition("<!-- forecast -->")[2].partition("<!-- /forecast -->")[0]
+    assert said.strip().splitlines()[1:-1] == lines
+    parts = [float(line.split()[0]) for line in lines if "GB  " in line]
+    assert abs(sum(parts[:-1]) - parts[-1]) < 0.5
+    assert parts[-1] < 70, "the recipe is for GPUs of 80 GB"
+
+
+def test_a_forecast_counts_what_a_step_keeps():
+    """Near what a real step keeps on a CPU, whose attention keeps other things beside its inputs and output."""
+    head: Any = make_student(fresh("llama", num_hidden_layers=3), init={"eagle3": {"layers": [0, 1, 2], "steps": 3}})
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    ids = torch.arange(2 * 64).reshape(2, 64) % 97
+    positions = torch.arange(64).expand(2, -1)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        for output in head.unrolled(ids, positions, head.fuse({tap: torch.rand(2, 64, 32) for tap in head.taps}), 3):
+            head.draft_logits(output[:, :1])
+    own = {parameter.untyped_storage().data_ptr() for parameter in head.parameters()}
+    real = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
+    with torch.device("meta"):
+        assert 0.7 * real < FORECAST.kept_bytes(head.to("meta"), 2, 64, 3) < 1.3 * real
 
 
 @pytest.mark.parametrize("path", having(MAKE_CASCADE.CascadeArguments, LARGE))

@@ -1,0 +1,297 @@
+"""A target on a server: an OpenAI-compatible engine (vLLM, SGLang, llama.cpp, ...) writes on from prompts.
+
+Token ids go out and come back where the server can do that; else text does, and the target's tokenizer makes tokens of
+it. `WAYS` are tried in their order on one token, and the first that the server takes is used for all rows. A request
+that fails is sent again a few times, after growing pauses; what a server refuses is an error at once. Errors name the
+URL and quote the answer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from http.client import HTTPException
+from queue import SimpleQueue
+from typing import Any
+from urllib.parse import urlsplit
+
+__all__ = ["KEY", "Engine", "EngineError", "checked_url", "each"]
+
+KEY = "OPENAI_API_KEY"
+"""The variable of the environment that holds the server's key, if it wants one. It is written nowhere."""
+PAUSES = (1, 2, 4, 8, 16, 30)
+"""Seconds before a failed request is sent again; after the last it is given up."""
+LONGEST_PAUSE = 60
+"""Seconds that a server may ask for by Retry-After."""
+BUSY = (408, 409, 425, 429)
+"""Statuses that pass, as all from 500 do."""
+LONGEST_ANSWER, QUOTED = 1 << 26, 300
+"""Bytes of an answer that are read, and characters of it that messages quote."""
+TAIL = 8
+"""Tokens before a text that decide how its first characters are cut into tokens."""
+WAYS = {
+    "token ids in and out": {"return_token_ids": True, "top_k": -1},  # vLLM from 0.10.2 on
+    "token ids in, numbered tokens out": {"return_tokens_as_token_ids": True, "logprobs": 1, "top_k": -1},
+    "text in and out": {"top_k": -1},
+    "text in and out, with the server's own top_k": {},
+}
+"""Ways to ask, with what a request has besides. Of the last the server may sample in another way than is asked for."""
+
+
+class EngineError(ValueError):
+    """A server that answers what is no continuation by the target."""
+
+
+class Unanswered(EngineError):
+    """A request that the server cannot answer, or not in this way."""
+
+
+class Failed(Exception):
+    """A request that may succeed if it is sent again.
+
+    Args:
+        pause: seconds that the server asks for.
+    """
+
+    def __init__(self, reason: str, pause: float = 0):
+        super().__init__(reason)
+        self.pause = pause
+
+
+class _Direct(urllib.request.HTTPRedirectHandler):
+    """Follows no redirection: it would take the key elsewhere."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def checked_url(url: str) -> str:
+    """The address that `/completions` follows; ValueError if it is none."""
+    parts = urlsplit(url) if isinstance(url, str) else None
+    if parts is None or parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
+        raise ValueError(f"engine={url!r}: give the server's address, such as http://localhost:8000/v1")
+    if parts.username is not None:
+        raise ValueError(f"engine={parts.hostname!r} with a name or password in its address; put a key into {KEY}")
+    return url.rstrip("/") + ("" if parts.path.strip("/") else "/v1")
+
+
+@dataclass
+class Engine:
+    """A server and the model on it.
+
+    Args:
+        url: see `checked_url`.
+        model: its name on the server; None: the only one there, or `target`.
+        target: what the user calls it.
+        tokenizer: the target's.
+        vocab: how many tokens it has.
+        ends: tokens that end a text.
+        timeout: seconds that the server may be silent.
+    """
+
+    url: str
+    model: str | None
+    target: str
+    tokenizer: Any
+    vocab: int
+    ends: set[int]
+    timeout: float = 600.0
+    way: str = ""
+
+    def __post_init__(self) -> None:
+        self.url, self.stopped = checked_url(self.url), threading.Event()
+
+    def open(self, prompt: Sequence[int]) -> str:
+        """Finds the model's name, and the way to ask for texts, on this prompt; what it has found, in words."""
+        if self.model is None:
+            served = self.ask("models")
+            known = [str(model["id"]) for model in _entries(served, "data") if "id" in model]
+            if not known or (len(known) > 1 and self.target not in known):
+                raise EngineError(
+                    f"{self.url}/models names {', '.join(known) or 'no model'} ({_quoted(served)}); say which one is "
+                    f"{self.target} by engine_model=NAME"
+                )
+            self.model = self.target if self.target in known else known[0]
+        refusals = []
+        for way in WAYS:
+            self.way = way
+            try:
+                self.write(prompt, 1, 0.0, 0)
+            except Unanswered as error:
+                refusals.append(f"{way}: {error}")
+            else:
+                return f"{self.url} writes as {self.model}: {way}"
+        raise EngineError(f"{self.url} cannot write for {self.target}. " + "; ".join(refusals))
+
+    def write(self, prompt: Sequence[int], new_tokens: int, temperature: float, seed: int) -> list[int]:
+        """What follows a prompt, an end-of-text token included.
+
+        Args:
+            new_tokens: written at most.
+            temperature: 0 is greedy.
+        """
+        in_tokens = not self.way.startswith("text")
+        answer = self.ask(
+            "completions",
+            {
+                "model": self.model,
+                "prompt": list(prompt) if in_tokens else self._text_of(prompt),
+                "max_tokens": new_tokens,
+                "temperature": temperature,
+                "top_p": 1.0,
+                "seed": seed,
+                **WAYS[self.way],
+            },
+            self._check,
+        )
+        choice = _entries(answer, "choices")[0]
+        ids = self._ids_of(choice) if in_tokens else self._tokens_of(choice["text"], prompt)
+        read = choice.get("prompt_token_ids") or answer.get("prompt_token_ids")
+        if in_tokens and read is not None and read != list(prompt):
+            raise EngineError(f"{self.url}/completions has read other tokens than were sent: {_quoted(read)}")
+        if choice["finish_reason"] == "stop" and not self.ends.intersection(ids):
+            stop = choice.get("stop_reason")
+            stop = stop if stop in self.ends else self.tokenizer.eos_token_id
+            ids += [] if stop is None else [stop]
+        elif choice["finish_reason"] == "length" and in_tokens and len(ids) < new_tokens:
+            raise EngineError(
+                f"{self.url}/completions wrote {len(ids)} of {new_tokens} tokens after {len(prompt)}: the server's "
+                "context is shorter; start it with a longer one (vLLM: --max-model-len), or lower max_new_tokens"
+            )
+        last = next((place for place, token in enumerate(ids) if token in self.ends), len(ids))
+        return ids[: last + 1][:new_tokens]
+
+    def _check(self, answer: Any) -> None:
+        """Raises Failed unless an answer has one continuation."""
+        choices = _entries(answer, "choices")
+        if len(choices) != 1 or not isinstance(choices[0].get("text"), str):
+            raise Failed(f"no continuation in the answer {_quoted(answer)}")
+        if choices[0].get("finish_reason") not in ("stop", "length"):
+            raise Failed(f"a text that was not finished, in the answer {_quoted(answer)}")
+
+    def _ids_of(self, choice: Mapping[str, Any]) -> list[int]:
+        """The token ids of a continuation."""
+        found = choice.get("token_ids")
+        if "logprobs" in WAYS[self.way]:
+            names = (choice.get("logprobs") or {}).get("tokens") or []
+            numbers = [str(name).removeprefix("token_id:") for name in names]
+            found = [int(number) for number in numbers] if all(map(str.isdecimal, numbers)) else None
+        if not isinstance(found, list) or not found:
+            raise Unanswered(f"{self.url}/completions sent no token ids: {_quoted(choice)}")
+        if wrong := [token for token in found if type(token) is not int or not 0 <= token < self.vocab]:
+            raise EngineError(
+                f"{self.url}/completions wrote {_quoted(wrong[0])}, and {self.target} has {self.vocab} tokens; is "
+                "another model served there? Say which by engine_model=NAME"
+            )
+        return list(found)
+
+    def _text_of(self, prompt: Sequence[int]) -> str:
+        """A prompt as text, without the token that opens it if the server's tokenizer will put that there."""
+        opens = prompt[:1] == [self.tokenizer.bos_token_id] and self.tokenizer("")["input_ids"][:1] == prompt[:1]
+        return self.tokenizer.decode(prompt[1:] if opens else prompt, clean_up_tokenization_spaces=False)
+
+    def _tokens_of(self, text: str, prompt: Sequence[int]) -> list[int]:
+        """A text's tokens where they follow a prompt."""
+        before = self.tokenizer.decode(prompt[-TAIL:], clean_up_tokenization_spaces=False)
+        start, whole = (self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (before, before + text))
+        if whole[: len(start)] == start:
+            return whole[len(start) :]
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    # Requests.
+
+    def ask(self, path: str, body: Mapping[str, Any] | None = None, check: Callable[[Any], None] | None = None) -> Any:
+        """The server's answer; asked again while it fails, `PAUSES` apart.
+
+        Args:
+            check: raises Failed for an answer that is none.
+        """
+        where = f"{self.url}/{path}"
+        for pause in (*PAUSES, None):
+            try:
+                answer = self._once(where, body)
+                if check is not None:
+                    check(answer)
+                return answer
+            except Failed as error:
+                if pause is None or self.stopped.wait(min(max(pause, error.pause), LONGEST_PAUSE)):
+                    raise Unanswered(
+                        f"{where}: {error}. Asked {1 + len(PAUSES)} times; see the server's log. Rows that are "
+                        "written are kept: the same command continues"
+                    ) from error
+
+    def _once(self, where: str, body: Mapping[str, Any] | None) -> Any:
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if key := os.environ.get(KEY):
+            headers["Authorization"] = f"Bearer {key}"
+        request = urllib.request.Request(where, None if body is None else json.dumps(body).encode(), headers)
+        try:
+            with urllib.request.build_opener(_Direct).open(request, timeout=self.timeout) as response:
+                content = response.read(LONGEST_ANSWER)
+        except urllib.error.HTTPError as error:
+            said = f"status {error.code}, {_quoted(error.read(LONGEST_ANSWER).decode(errors='replace'))}"
+            if error.code in BUSY or error.code >= 500:
+                pause = error.headers.get("Retry-After", "")
+                raise Failed(said, float(pause) if pause.isdecimal() else 0) from error
+            advice = f" It wants a key: put it into {KEY}." if error.code in (401, 403) else ""
+            raise Unanswered(f"{where}: {said}.{advice}") from error
+        except (OSError, HTTPException) as error:  # among them URLError, and a server that is silent for too long
+            raise Failed(f"{type(error).__name__}: {getattr(error, 'reason', error)}") from error
+        try:
+            return json.loads(content)
+        except ValueError as error:
+            raise Failed(f"no JSON in the answer {_quoted(content.decode(errors='replace'))}") from error
+
+
+def _entries(answer: Any, key: str) -> list[Mapping[str, Any]]:
+    """The objects in a list of an answer; none if it has no such list."""
+    found = answer.get(key) if isinstance(answer, Mapping) else None
+    return [entry for entry in found if isinstance(entry, Mapping)] if isinstance(found, list) else []
+
+
+def _quoted(answer: Any) -> str:
+    """The beginning of an answer, on one line."""
+    text = " ".join((answer if isinstance(answer, str) else json.dumps(answer)).split())
+    return repr(text if len(text) <= QUOTED else f"{text[:QUOTED]}...")
+
+
+def each(
+    work: Callable[[Any], Any], items: Iterable[Any], at_once: int, stopped: threading.Event
+) -> Iterator[tuple[Any, Any]]:
+    """Each item with what `work` makes of it, in the order in which they are done.
+
+    The first error ends it. Threads are daemons, so that a silent server keeps no process alive.
+
+    Args:
+        at_once: threads.
+        stopped: is set at the end, so that `work` may stop waiting.
+    """
+    todo, done, lock = list(items)[::-1], SimpleQueue(), threading.Lock()
+    count = len(todo)
+
+    def serve() -> None:
+        while not stopped.is_set():
+            with lock:
+                if not todo:
+                    return
+                item = todo.pop()
+            try:
+                done.put((item, work(item), None))
+            except Exception as error:  # raised by the caller
+                done.put((item, None, error))
+
+    try:
+        for _ in range(min(at_once, count)):
+            threading.Thread(target=serve, daemon=True).start()
+        for _ in range(count):
+            item, result, error = done.get()
+            if error is not None:
+                raise error
+            yield item, result
+    finally:
+        stopped.set()
