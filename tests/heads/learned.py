@@ -78,11 +78,17 @@ def learned(steps: int = 120, **flags: bool) -> Eagle3:
     return made.requires_grad_(False)
 
 
+@cache
+@torch.no_grad()
+def states_along(text: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """(1, length, width) each, the target's hidden states."""
+    return target()(torch.tensor([text]), output_hidden_states=True).hidden_states
+
+
 @torch.no_grad()
 def naive(head: Any, text: list[int], path: list[int]) -> tuple[Tensor, Tensor]:
     """(vocab,) logits after a text and some drafted tokens, and the head's output: without any cache."""
-    ids = torch.tensor([text[:-1]])
-    states = target()(ids, output_hidden_states=True).hidden_states
+    states = states_along(tuple(text[:-1]))
     features = head.fuse({tap: states[tap][0] for tap in head.taps})  # (length - 1, feature width)
     entries = list(text[1:])
     while True:
