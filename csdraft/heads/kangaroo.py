@@ -127,7 +127,8 @@ class KangarooDraft(OnTarget):
     def of(cls, model: Any, state_dict: Mapping[str, Tensor] | None = None) -> KangarooDraft:
         state = dict(model.state_dict() if state_dict is None else state_dict)
         own = {name: state[name] for name in state if name not in model.lent}
-        return cls(*model.stands_on, own, model.config._name_or_path)
+        layers, base = model.stands_on
+        return cls(layers, base, own, model.config._name_or_path)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes the adapter's tensors and drafter.json."""
