@@ -12,7 +12,7 @@ cache of its own for all of them. So chains, trees, batches and verifiers are th
   layers' keys and values of the text, and those lie in the target's cache.
 
 The adapter's attention is of the target's family, with as many heads. It starts as that of block k, and the last norm
-as the target's; how the paper's starts is not known to us.
+as the target's. The original code starts at random.
 """
 
 from __future__ import annotations

@@ -313,6 +313,18 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
         assert torch.equal(drafted, plain)
 
 
+def test_a_folder_that_was_written_again_is_loaded_again(tmp_path):
+    """A path is loaded once for many calls."""
+    kept = []
+    for made in (new(), learned()):
+        save_student(made, tmp_path)
+        found = [as_drafter(str(tmp_path), target()) for _ in range(2)]
+        assert found[0].network is found[1].network
+        assert torch.equal(logits(found[0].network), logits(made))
+        kept.append(found[0].network)
+    assert kept[0] is not kept[1]
+
+
 def test_it_is_trained_on(tmp_path):
     """A stored one, and a checkpoint in one that was made in the same way. What is stored stays as it is."""
     made = new()
