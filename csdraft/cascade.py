@@ -294,7 +294,8 @@ def _stored(path: str, target: nn.Module | None) -> Drafter:
     """A drafter from a folder or Hub id; the last one is kept, unless its files have changed or it holds a target."""
     if target is None:
         return _load(path, None)
-    files = [Path(path, name) for name in (hub.DOCUMENT, "config.json", "adapter_config.json")]
+    names = hub.DOCUMENT, "drafter.json", "config.json", "adapter_config.json"
+    files = [Path(path, name) for name in names]
     key = (
         path,
         *(file.stat().st_mtime_ns for file in files if file.is_file()),

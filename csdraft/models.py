@@ -16,8 +16,9 @@ from csdraft.checks.refusals import refusal
 from csdraft.decoding.call import Call
 from csdraft.decoding.names import name_of
 from csdraft.decoding.traits import unwrapped
+from csdraft.heads.kangaroo import KangarooDraft
 from csdraft.heads.on_target import OnTarget
-from csdraft.heads.self_draft import SELF_DRAFT, TIED, SelfDraft, put_adapter, read_adapter, read_document
+from csdraft.heads.self_draft import KANGAROO, SELF_DRAFT, TIED, SelfDraft, put_adapter, read_adapter, read_document
 from csdraft.heads.stored_head import head_at
 from csdraft.heads.tied import TiedDraft
 from csdraft.stored import check_config, is_hub_id, read_object, shown
@@ -56,6 +57,8 @@ def load_model(path: str, local_base: bool = True, **options: Any) -> nn.Module:
     adapter, document = find_adapter_config_file(path, **hub), read_document(path, **hub)
     if document is not None and document["kind"] == TIED:
         return TiedDraft.load(path, document, options.get("dtype"), **hub)
+    if document is not None and document["kind"] == KANGAROO:
+        return KangarooDraft.load(path, document, **hub)
     if adapter is None:
         return head_at(path, **hub) or _load_whole(path, options)
     if document is not None and document["kind"] == SELF_DRAFT:

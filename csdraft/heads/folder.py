@@ -85,7 +85,7 @@ def read_tensors(path: str, names: Sequence[str] = WEIGHTS, **options: Any) -> d
 
     file = weights_at(path, names, **options)
     if file is None:
-        raise ValueError(f"{path!r} has a config.json and none of {', '.join(names)}; get its weights too")
+        raise ValueError(f"{path!r} has none of {', '.join(names)}; get its weights too")
     try:
         of_torch = not file.endswith(".safetensors")
         state = torch.load(file, map_location="cpu", weights_only=True) if of_torch else load_file(file)

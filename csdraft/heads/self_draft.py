@@ -27,6 +27,7 @@ __all__ = [
     "DOCUMENT",
     "FULL",
     "HEAD",
+    "KANGAROO",
     "SELF_DRAFT",
     "TIED",
     "Base",
@@ -41,9 +42,10 @@ __all__ = [
 ]
 
 DOCUMENT, FORMAT = "drafter.json", 1
-KINDS = FULL, SELF_DRAFT, TIED, HEAD = "full", "self_draft", "tied", "head"
+KINDS = FULL, SELF_DRAFT, TIED, HEAD, KANGAROO = "full", "self_draft", "tied", "head", "kangaroo"
 """Kinds of drafters: a model, or an adapter on a base that is loaded with it; an adapter on the target itself; a model
-that uses the target's embedding and output layer; a head that reads the target's hidden states."""
+that uses the target's embedding and output layer; a head that reads the target's hidden states; an adapter that
+follows on the target's first layers."""
 PREFIX = "base_model.model."
 
 

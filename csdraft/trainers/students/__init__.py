@@ -13,7 +13,7 @@ from transformers.utils import find_adapter_config_file
 from csdraft import spec
 from csdraft.heads.folder import config_at
 from csdraft.heads.on_target import stored_form
-from csdraft.heads.self_draft import SELF_DRAFT, TIED, read_document, write_document
+from csdraft.heads.self_draft import KANGAROO, SELF_DRAFT, TIED, read_document, write_document
 from csdraft.heads.stored_head import kind_at
 from csdraft.heads.tied import borrowed
 from csdraft.models import base_model, load_model
@@ -27,9 +27,9 @@ __all__ = [
     "save_student", "save_tokenizer",
 ]  # fmt: skip
 
-KEYS = {"from_target": "cut", "config": "scratch"}
+KEYS = {"from_target": "cut", "config": "scratch", "kangaroo": "kangaroo"}
 """Key of `init` -> kind of student; the name of a head is both."""
-KINDS = {SELF_DRAFT: "self_draft", TIED: "cut"}
+KINDS = {SELF_DRAFT: "self_draft", TIED: "cut", KANGAROO: "kangaroo"}
 """Kind of a drafter.json -> kind of student."""
 
 
@@ -117,7 +117,8 @@ def make_student(
             others at the class's defaults; `model_type` is the target's unless given. With `tie_to_target` (of
             `from_target`) its embedding and output layer stay the target's: frozen, and not saved with it. With
             `shared` (of `from_target`) the layers are the target's own, not copies, and `peft` is trained on them:
-            self-drafting. Or the name of a file of this folder, such as `{"eagle3": {...}}`: a head, see its options.
+            self-drafting. `{"kangaroo": {"layers": 2}}`: an adapter after so many of the target's own first layers.
+            Or the name of a file of this folder, such as `{"eagle3": {...}}`: a head, see its options.
         counts: how often each token is to be predicted in the training text, for heads that draft only some.
         peft: options of `peft.LoraConfig`, for LoRA on `student` or on shared layers. Patterns in it see the layers'
             new numbers, from 0.
