@@ -27,6 +27,7 @@ __all__ = [
     "DOCUMENT",
     "FULL",
     "HEAD",
+    "MTP",
     "SELF_DRAFT",
     "TIED",
     "Base",
@@ -41,9 +42,10 @@ __all__ = [
 ]
 
 DOCUMENT, FORMAT = "drafter.json", 1
-KINDS = FULL, SELF_DRAFT, TIED, HEAD = "full", "self_draft", "tied", "head"
+KINDS = FULL, SELF_DRAFT, TIED, HEAD, MTP = "full", "self_draft", "tied", "head", "mtp"
 """Kinds of drafters: a model, or an adapter on a base that is loaded with it; an adapter on the target itself; a model
-that uses the target's embedding and output layer; a head that reads the target's hidden states."""
+that uses the target's embedding and output layer; a head that reads the target's hidden states; the target's own
+next-token module."""
 PREFIX = "base_model.model."
 
 
