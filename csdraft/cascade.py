@@ -26,6 +26,7 @@ from csdraft.decoding.names import name_of
 from csdraft.decoding.reader import home
 from csdraft.drafters.horizontal import Horizontal
 from csdraft.drafters.model import ModelDrafter, bound
+from csdraft.heads.self_draft import MTP
 from csdraft.kmatrix import AUTO, build, check_k_matrix, first_guess, spread_lenience
 from csdraft.models import HUB_OPTIONS, load_model
 from csdraft.options import SCHEDULE, VERIFIER, Options, split
@@ -278,6 +279,8 @@ def _as_drafter(assistant: Any, target: nn.Module | None) -> Any:
         return auto_for(target, _load)
     if isinstance(assistant, Mapping) or (assistant in spec.types("drafters") and not os.path.exists(assistant)):
         return spec.resolve("drafters", assistant)
+    if assistant == MTP and not os.path.exists(assistant):
+        return ModelDrafter(assistant)
     if isinstance(assistant, str | os.PathLike):
         return _stored(os.fspath(assistant), target)
     raise ValueError(

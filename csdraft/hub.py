@@ -234,7 +234,7 @@ def _provenance(models: dict[str, nn.Module], cascade: CascadeDrafter) -> dict[s
             "trained": _trained(model),
             "class": type(model).__name__,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+            "dtype": next((str(p.dtype).removeprefix("torch.") for p in model.parameters()), None),
         }
         for name, model in models.items()
     }

@@ -17,8 +17,18 @@ from csdraft.decoding.call import Call
 from csdraft.decoding.names import name_of
 from csdraft.decoding.traits import unwrapped
 from csdraft.heads.kangaroo import KangarooDraft
+from csdraft.heads.mtp_files import OWN
 from csdraft.heads.on_target import OnTarget
-from csdraft.heads.self_draft import KANGAROO, SELF_DRAFT, TIED, SelfDraft, put_adapter, read_adapter, read_document
+from csdraft.heads.self_draft import (
+    KANGAROO,
+    MTP,
+    SELF_DRAFT,
+    TIED,
+    SelfDraft,
+    put_adapter,
+    read_adapter,
+    read_document,
+)
 from csdraft.heads.stored_head import head_at
 from csdraft.heads.tied import TiedDraft
 from csdraft.stored import check_config, is_hub_id, read_object, shown
@@ -44,7 +54,7 @@ def load_model(path: str, local_base: bool = True, **options: Any) -> nn.Module:
     waits for a target.
 
     Args:
-        path: folder or Hub id.
+        path: folder or Hub id; "mtp" is the next-token module that the target carries itself.
         local_base: whether an adapter may name a path of this machine as its base; else it must be a Hub id.
         options: of `from_pretrained`: dtype, device_map, revision, ...; trust_remote_code is False unless given.
 
@@ -54,7 +64,11 @@ def load_model(path: str, local_base: bool = True, **options: Any) -> nn.Module:
     from transformers.utils import find_adapter_config_file
 
     hub = {key: value for key, value in options.items() if key in HUB_OPTIONS}
+    if path == MTP and not Path(path).exists():
+        return OWN
     adapter, document = find_adapter_config_file(path, **hub), read_document(path, **hub)
+    if document is not None and document["kind"] == MTP:
+        return OWN
     if document is not None and document["kind"] == TIED:
         return TiedDraft.load(path, document, options.get("dtype"), **hub)
     if document is not None and document["kind"] == KANGAROO:

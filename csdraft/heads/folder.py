@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 
-from csdraft.stored import read_object, shown
+from csdraft.stored import fit, read_object, shown
 
 __all__ = [
     "SWITCHING",
@@ -22,6 +22,7 @@ __all__ = [
     "check_drafted",
     "check_tensors",
     "config_at",
+    "read_chosen",
     "read_layer",
     "read_tensors",
     "tensor_names",
@@ -96,6 +97,35 @@ def read_tensors(path: str, names: Sequence[str] = WEIGHTS, **options: Any) -> d
     named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
     if not named or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{file} holds other things than tensors by name; get {names[0]}")
+    return state
+
+
+def read_chosen(path: str, chosen: Callable[[str], bool], **options: Any) -> dict[str, Tensor]:
+    """Some tensors of a folder or Hub id, which may keep them in several safetensors files; the others are not read.
+
+    Args:
+        chosen: whether a tensor of this name is wanted.
+        options: of the Hub: revision, token, ...
+
+    Raises:
+        ValueError: there are no safetensors files, or one cannot be read.
+    """
+    from transformers.utils import cached_file
+
+    index, names = cached_file(path, IN_PARTS, **options, **QUIET), {WEIGHTS[0]}
+    if index is not None:
+        parts = fit(read_object(index).get("weight_map"), dict[str, str], f"{index}: weight_map")
+        names = {part for name, part in parts.items() if chosen(name)}
+    state: dict[str, Tensor] = {}
+    for name in sorted(names):
+        file = cached_file(path, name, **options, **QUIET)
+        if file is None:
+            raise ValueError(f"{path!r} has no {name}; get its safetensors files too")
+        try:
+            with safe_open(file, "pt") as weights:
+                state |= {key: weights.get_tensor(key) for key in weights.keys() if chosen(key)}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} cannot be read ({error}); it may be cut short: get it again") from error
     return state
 
 

@@ -20,7 +20,7 @@ from transformers import LlamaConfig
 import csdraft.heads
 from csdraft.heads.engines import ENGINES
 from csdraft.heads.folder import Names, check_drafted, check_tensors, read_layer, read_tensors
-from csdraft.heads.head import Head
+from csdraft.heads.head import Head, HeadOptions
 from csdraft.heads.stored_head import StoredHead
 from csdraft.stored import fit, shown
 
@@ -35,11 +35,11 @@ NOT_WRITTEN = {"architectures", "dtype", "num_hidden_layers", "_name_or_path"}
 
 @cache
 def head_kinds() -> dict[str, type[Head]]:
-    """The kinds of heads that are files of this folder, by the names of the files."""
+    """The kinds of heads that are files of this folder and have options of their own, by the names of the files."""
     found = {}
     for module in pkgutil.iter_modules(csdraft.heads.__path__):
         for value in vars(importlib.import_module(f"csdraft.heads.{module.name}")).values():
-            own = isinstance(value, type) and issubclass(value, Head) and value is not Head
+            own = isinstance(value, type) and issubclass(value, Head) and value.Options is not HeadOptions
             if own and value.__module__.endswith(f".{module.name}"):
                 found[module.name] = value
     return found

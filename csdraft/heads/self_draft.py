@@ -28,6 +28,7 @@ __all__ = [
     "FULL",
     "HEAD",
     "KANGAROO",
+    "MTP",
     "SELF_DRAFT",
     "TIED",
     "Base",
@@ -42,10 +43,10 @@ __all__ = [
 ]
 
 DOCUMENT, FORMAT = "drafter.json", 1
-KINDS = FULL, SELF_DRAFT, TIED, HEAD, KANGAROO = "full", "self_draft", "tied", "head", "kangaroo"
+KINDS = FULL, SELF_DRAFT, TIED, HEAD, KANGAROO, MTP = "full", "self_draft", "tied", "head", "kangaroo", "mtp"
 """Kinds of drafters: a model, or an adapter on a base that is loaded with it; an adapter on the target itself; a model
 that uses the target's embedding and output layer; a head that reads the target's hidden states; an adapter that
-follows on the target's first layers."""
+follows on the target's first layers; the target's own next-token module."""
 PREFIX = "base_model.model."
 
 
