@@ -62,8 +62,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--drafter",
         action="append",
         metavar="DRAFTER",
-        help="path or Hub id of a model, or the type of a drafter that needs none, such as max_gram; "
-        "repeat for a cascade, largest first",
+        help="path or Hub id of a model, or the type of a drafter that needs none, such as max_gram, "
+        "or mtp, the target's own next-token module; repeat for a cascade, largest first",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of all models; their own by default")
     parser.add_argument("--device", default="cpu", help="of all models: cpu, cuda, cuda:1, mps, ...")

@@ -11,8 +11,10 @@ The module is transformers' `MtpLayer`; `csdraft/heads/mtp_files.py` reads its w
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from csdraft.decoding.cache_names import cache_name
@@ -28,21 +30,31 @@ class Mtp(Head):
         config: of the module, which is one of the target's class with a layer.
         module: a `MtpLayer`.
         rotary: makes the rotary embedding, of the target's class.
-        by_kind: whether that wants to know the kind of layer.
+        kind: of layer, if the rotary embedding wants to know it.
+        window: it sees this many entries, itself included; None: all. A draft must be less deep than that.
     """
 
     attention_layers = 1
     frozen_output = True
 
-    def __init__(self, config: Any, module: nn.Module, rotary: nn.Module, by_kind: bool):
+    def __init__(self, config: Any, module: nn.Module, rotary: nn.Module, kind: str | None, window: int | None):
         super().__init__(config, HeadOptions())
-        self.module, self.rotary, self._by_kind = module, rotary, by_kind
+        if window is not None:  # which is seen to here, not by the cache
+            self.config.layer_types = self.config.sliding_window = None
+        self.module, self.rotary, self.kind, self.window = module, rotary, kind, window
         self._cache_name = cache_name(type(module).forward) or ""
+
+    @property
+    def deepest(self) -> int | None:
+        return None if self.window is None else self.window - 1
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         """How experts run is the target's choice, as its config says."""
         return True
+
+    def unrolled(self, *_: Any) -> Iterator[Tensor]:
+        raise ValueError("a target's own next-token module is not trained by csdraft; train a head: init={...}")
 
     def make_buffers(self) -> None:
         """The rotary embedding is given."""
@@ -51,10 +63,26 @@ class Mtp(Head):
         self, input_ids: Tensor, position_ids: Tensor, features: Tensor, mask: Tensor | None, cache: Any
     ) -> Tensor:
         embedded = self.embed_tokens(input_ids).to(features.dtype)
-        kind = {"layer_type": self.config.layer_types[0]} if self._by_kind else {}
+        kind = {} if self.kind is None else {"layer_type": self.kind}
+        mask = mask if self.window is None else near(mask, position_ids, cache, self.window)
         rotary = self.rotary(embedded, position_ids=position_ids, **kind)
         places = {"position_ids": position_ids, self._cache_name: cache}
         return self.module(embedded, features, position_embeddings=rotary, attention_mask=mask, **places)
 
     def draft_logits(self, output: Tensor) -> Tensor:
         return self.lm_head(output)
+
+
+def near(mask: Tensor | None, positions: Tensor, cache: Any, window: int) -> Tensor:
+    """(rows, 1, queries, slots) bool: what entries see within the window.
+
+    Slot i holds entry i of the text. Drafted entries may stand further behind than they are, but never too far:
+    the window is longer than a draft.
+    """
+    own, keys = positions[..., None], positions[:, None]  # (rows, queries, 1), (rows, 1, slots)
+    if cache is not None:
+        slots = cache.get_mask_sizes(positions.shape[1], 0)[0] if mask is None else mask.shape[-1]
+        keys = torch.arange(slots, device=positions.device)[None, None]
+    mask = (keys <= own)[:, None] if mask is None else mask
+    seen = mask & (keys > own - window)[:, None]
+    return seen | (~seen.any(-1, keepdim=True) & mask)  # a padding query must see something

@@ -7,7 +7,6 @@ conversion (`MtpModel`). Embedding and output layer are the target's; copies of 
 
 from __future__ import annotations
 
-import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from csdraft.decoding.traits import FULL
+from csdraft.decoding.traits import FULL, SLIDING
 from csdraft.heads.folder import read_chosen
 from csdraft.heads.head import Head
 from csdraft.heads.layers import check_whole, embeddings
@@ -54,11 +53,10 @@ class OwnModule(OnTarget):
                 f"{called(target)} has num_mtp_layers={count}, one module for each drafted token; csdraft drafts with "
                 "one module that is used again and again"
             )
-        kinds = set(getattr(config, "mtp_layer_types", None) or (FULL,))
-        if kinds != {FULL}:
+        if (kind := _kind(config)) not in (FULL, SLIDING):
             raise ValueError(
-                f"{called(target)} has a next-token module of kind {', '.join(sorted(kinds))}, and csdraft drafts "
-                f"with those of kind {FULL} alone"
+                f"{called(target)} has a next-token module of kind {kind}, and csdraft drafts with those of kinds "
+                f"{FULL} and {SLIDING}"
             )
 
     @torch.inference_mode(False)
@@ -68,9 +66,13 @@ class OwnModule(OnTarget):
         table = theirs["input.weight"]
         dtype = table.dtype if table.dtype.is_floating_point else torch.float32
         made = _read(target, dtype, table.device)
-        rotary = copy.deepcopy(made.rotary_emb).to(table.device)  # which is the target's
+        rotary = type(made.rotary_emb)(made.config).to(
+            table.device
+        )  # the target's may lack the module's kind of layer
+        kind = _kind(target.config.get_text_config(decoder=True))
+        window = made.config.sliding_window if kind == SLIDING else None
         with torch.device("meta"):
-            head = Mtp(made.config, made.layers[0], rotary, made.has_per_layer_rope)  # type: ignore[arg-type]
+            head = Mtp(made.config, made.layers[0], rotary, kind if made.has_per_layer_rope else None, window)
         head.d2t = torch.zeros(len(head.d2t), dtype=torch.long, device=table.device)
         head.lent = {"embed_tokens.weight": "input.weight", "lm_head.weight": "output.weight"}
         for name, source in head.lent.items():
@@ -132,6 +134,11 @@ def _read(target: Any, dtype: torch.dtype, device: torch.device) -> Any:
         if names:
             raise ValueError(f"{path!r} {says} {', '.join(sorted(names)[:SOME])} (next-token module)")
     return made
+
+
+def _kind(config: Any) -> str:
+    """Of a target's config, the kind of attention of its module."""
+    return (getattr(config, "mtp_layer_types", None) or (FULL,))[0]
 
 
 def _chosen(name: str, count: int) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
+import weakref
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,9 +19,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from csdraft import CascadeDrafter, MaxGram, ModelDrafter
+from csdraft.cascade import as_drafter
+from csdraft.cli._models import _drafter
 from csdraft.heads.mtp_files import OWN
 from csdraft.models import load_model
 from csdraft.trees.best_first import BestFirst
+from csdraft.trees.sampled import Sampled
 from tests.heads import spied
 from tests.heads.spied import FIXED, GREEDY, SAMPLED, Spied, wrong_parent, wrong_target
 from tests.tiny import COMMON, ragged_batch, tiny
@@ -29,16 +34,19 @@ LATENT = {"q_lora_rank": 16, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_
 LATENT |= {"num_key_value_heads": 4}
 MELLUM = {"head_dim": 8, "num_experts": 4, "moe_intermediate_size": 24, "num_experts_per_tok": 2}
 MELLUM |= {"num_mtp_layers": 1, "mtp_layer_types": ["full_attention"]}
+SLIDING = {"mtp_layer_types": ["sliding_attention"], "sliding_window": 8}
+SLIDING |= {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3": ("DeepseekV3", EXPERTS | LATENT | {"n_routed_experts": 4, "n_group": 2, "topk_group": 1}),
     "glm4_moe": ("Glm4Moe", EXPERTS | {"n_routed_experts": 4, "head_dim": 8}),
     "mellum": ("Mellum", COMMON | MELLUM),
+    "mellum sliding": ("Mellum", COMMON | MELLUM | SLIDING),
 }
 LAYERS, PROMPTS = 2, (20, 3, 11)
 FOLDERS = TemporaryDirectory()
 OF_EACH = pytest.mark.parametrize("family", FAMILIES)
-OF_TWO = pytest.mark.parametrize("family", ["deepseek_v3", "mellum"])
-"""One of each layout of the folder, with a different cache."""
+OF_TWO = pytest.mark.parametrize("family", ["deepseek_v3", "mellum sliding"])
+"""One of each layout of the folder, with a different cache and mask."""
 TREES = pytest.mark.parametrize("tree", [None, BestFirst(3, 9)], ids=["chain", "tree"])
 INNER = {"enorm": "pre_fc_norm_embedding", "hnorm": "pre_fc_norm_hidden", "eh_proj": "fc", "shared_head.norm": "norm"}
 """DeepSeek-V3's names of what a module has beside its layer, and Qwen3-Next's."""
@@ -46,7 +54,7 @@ INNER = {"enorm": "pre_fc_norm_embedding", "hnorm": "pre_fc_norm_hidden", "eh_pr
 
 def module_name(family: str, name: str) -> str:
     """A tensor's name in the folder, of its name beside a decoder layer's in DeepSeek-V3."""
-    if family != "mellum":
+    if not family.startswith("mellum"):
         return f"model.layers.{LAYERS}.{name}"
     part = name.rpartition(".")[0]
     return f"mtp.{INNER[part]}.weight" if part in INNER else f"mtp.layers.0.{name}"
@@ -72,7 +80,7 @@ def folder(family: str) -> Path:
     for part in ("enorm", "hnorm", "shared_head.norm"):
         own[module_name(family, f"{part}.weight")] = 1 + 0.2 * torch.randn(width)
     own[module_name(family, "eh_proj.weight")] = 0.3 * torch.randn(width, 2 * width)
-    if family != "mellum":  # whose copies DeepSeek-V3 has
+    if not family.startswith("mellum"):  # whose copies DeepSeek-V3 has
         own[module_name(family, "embed_tokens.weight")] = state["model.embed_tokens.weight"].clone()
         own[module_name(family, "shared_head.head.weight")] = state["lm_head.weight"].clone()
     write(path, state, own)
@@ -118,11 +126,8 @@ def learned(family: str) -> Any:
     made.module.requires_grad_(True)
     optimizer = torch.optim.AdamW(made.module.parameters(), 0.01)
     for _ in range(60):
-        loss = torch.zeros(())
-        for step, output in enumerate(made.unrolled(ids, positions, features, 3)):
-            labels = ids[:, 2 + step :]
-            logits = made.draft_logits(output[:, : labels.shape[1]])
-            loss = loss + torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        logits = made(ids[:, 1:], features[:, :-1], positions[:, 1:] - 1).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 2:].flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -164,7 +169,9 @@ def without_cache(family: str, head: Any, text: list[int], path: list[int]) -> t
 def by_hand(family: str, text: list[int], path: list[int]) -> Tensor:
     """(vocab,) logits after a text and drafted tokens, from the tensors in the folder."""
     own, model = tensors_of(folder(family)), target(family).model
-    eps = model.config.rms_norm_eps
+    eps, options = model.config.rms_norm_eps, FAMILIES[family][1]
+    kind = {"layer_type": options["mtp_layer_types"][0]} if "mtp_layer_types" in options else {}
+    window = options.get("sliding_window", len(text) + len(path))
 
     def normed(hidden: Tensor, weight: Tensor) -> Tensor:
         return weight * hidden / (hidden.pow(2).mean(-1, keepdim=True) + eps).sqrt()
@@ -185,9 +192,12 @@ def by_hand(family: str, text: list[int], path: list[int]) -> Tensor:
     for drafted in [*path, None]:
         embedded = own["model.embed_tokens.weight"][torch.tensor([entries])]
         joined = torch.cat([normed(embedded, part["enorm"]), normed(features, part["hnorm"])], -1) @ part["eh_proj"].T
-        kind = {"layer_type": "full_attention"} if family == "mellum" else {}
         rotary = model.rotary_emb(joined, torch.arange(len(entries))[None], **kind)
-        output = normed(layer(joined, attention_mask=None, position_embeddings=rotary), part["shared_head.norm"])
+        places = torch.arange(len(entries))
+        mask = (places[:, None] >= places) & (places[:, None] - places < window)
+        output = normed(
+            layer(joined, attention_mask=mask[None, None], position_embeddings=rotary), part["shared_head.norm"]
+        )
         features = torch.cat([features, output[:, -1:]], 1)
         entries.append(drafted or 0)
     return output[0, -1] @ own["lm_head.weight"].T
@@ -257,9 +267,17 @@ def test_the_text_is_the_targets(family, rows):
 
 
 @OF_TWO
+@pytest.mark.parametrize("tree", [None, Sampled()], ids=["chain", "tree"])
+def test_independent_draws_have_the_targets_distribution(monkeypatch, family, tree):
+    monkeypatch.setattr(spied, "target", lambda: target(family))
+    spied.drawn_as_the_target(ModelDrafter(learned(family), tree=tree), "rejection" if tree is None else "k_seq")
+
+
+@OF_TWO
 def test_what_it_drafts_becomes_text(family):
     """Else the tests above would show little."""
-    out = written(family, ModelDrafter(learned(family)), return_dict_in_generate=True, **GREEDY)
+    options = GREEDY | {"eos_token_id": None, "return_dict_in_generate": True}
+    out = written(family, ModelDrafter(learned(family)), **options)
     assert out.report.block_efficiency > 1.3
 
 
@@ -275,6 +293,15 @@ def test_nothing_of_the_target_is_changed(family):
     assert [p.requires_grad for p in made.parameters()] == wanted
     assert made.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[key]) for key, value in made.state_dict().items())
+
+
+def test_it_goes_when_the_target_goes():
+    made = AutoModelForCausalLM.from_pretrained(folder("glm4_moe"), dtype=torch.float32)
+    seen = weakref.ref(OWN.bind(made)), weakref.ref(made)
+    del made
+    gc.collect()
+    assert seen[0]() is None
+    assert seen[1]() is None
 
 
 def test_a_target_with_eager_attention_has_the_same_module():
@@ -317,6 +344,12 @@ def test_one_file_is_read_too(tmp_path):
         assert torch.equal(mine, theirs)
 
 
+def test_all_ways_to_name_it_are_one():
+    for drafter in (ModelDrafter("mtp"), as_drafter("mtp"), _drafter("mtp", "float32", "cpu")):
+        assert drafter.network is OWN
+    assert as_drafter("mtp", target("glm4_moe")).network is OWN.bind(target("glm4_moe"))
+
+
 def test_targets_without_a_module_are_told(tmp_path):
     with pytest.raises(ValueError, match="no num_mtp_layers"):
         OWN.bind(tiny("llama"))
@@ -331,10 +364,14 @@ def test_targets_without_a_module_are_told(tmp_path):
         OWN.bind(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32))
     with pytest.raises(ValueError, match="cannot run alone"):
         load_model("mtp")()
+    with pytest.raises(ValueError, match="not trained"):
+        next(iter(OWN.bind(target(family)).unrolled()))
 
 
-@pytest.mark.parametrize(("key", "value", "says"), [("num_mtp_layers", 2, "num_mtp_layers=2"),
-                                                   ("mtp_layer_types", ["sliding_attention"], "sliding")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [("num_mtp_layers", 2, "num_mtp_layers=2"), ("mtp_layer_types", ["linear_attention"], "kind linear_attention")],
+)
 def test_modules_that_csdraft_cannot_draft_with_are_told(key, value, says):
     made = AutoModelForCausalLM.from_config(copy.deepcopy(target("mellum").config))
     setattr(made.config, key, value)
