@@ -60,7 +60,9 @@ def export_drafter(drafter: str, folder: str | os.PathLike[str], engine: str, ta
         raise ValueError(f"{drafter!r} is a cascade, which no engine runs; export one of {drafter}/models")
     served, loaded = served_target(target), load_model(drafter, dtype="auto")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as made:
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as private:
+        made = os.path.join(private, "made")  # readable to others, which the temporary folder is not
+        os.mkdir(made)
         if isinstance(loaded, StoredHead):
             method = _write_head(loaded, made, engine, served, tokens)
         else:
@@ -92,9 +94,11 @@ def _refuse(engine: str, drafter: str, faults: list[str]) -> None:
 
 
 def _write_head(head: StoredHead, folder: str, engine: str, target: ServedTarget, tokens: int) -> str:
+    name = head.config._name_or_path
+    if engine in head.methods and head.deepest is not None and tokens > head.deepest:
+        raise ValueError(f"tokens={tokens}; {name!r} drafts {head.deepest} a round at most: --tokens {head.deepest}")
     document, tensors = head.exported(engine, target, tokens)
     head.write(folder, document, tensors)
-    name = head.config._name_or_path
     _refuse(engine, name, head.faults(engine, config_at(folder) or {}, head.weights(folder), target))
     if engine not in head.methods:
         raise ValueError(f"{ENGINES[engine]} has no word for drafting with a {head.what}")

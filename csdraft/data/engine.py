@@ -32,6 +32,8 @@ BUSY = (408, 409, 425, 429)
 """Statuses that pass, as all from 500 do."""
 LONGEST_ANSWER, QUOTED = 1 << 26, 300
 """Bytes of an answer that are read, and characters of it that messages quote."""
+LONGEST_NUMBER = 18
+"""Digits of a token's number."""
 TAIL = 8
 """Tokens before a text that decide how its first characters are cut into tokens."""
 WAYS = {
@@ -156,7 +158,7 @@ class Engine:
             raise EngineError(f"{self.url}/completions has read other tokens than were sent: {_quoted(read)}")
         if choice["finish_reason"] == "stop" and not self.ends.intersection(ids):
             stop = choice.get("stop_reason")
-            stop = stop if stop in self.ends else self.tokenizer.eos_token_id
+            stop = stop if type(stop) is int and stop in self.ends else self.tokenizer.eos_token_id
             ids += [] if stop is None else [stop]
         elif choice["finish_reason"] == "length" and in_tokens and len(ids) < new_tokens:
             raise EngineError(
@@ -169,7 +171,8 @@ class Engine:
     def _check(self, answer: Any) -> None:
         """Raises Failed unless an answer has one continuation."""
         choices = _entries(answer, "choices")
-        if len(choices) != 1 or not isinstance(choices[0].get("text"), str):
+        text = choices[0].get("text") if len(choices) == 1 else None
+        if not isinstance(text, str) or not _is_unicode(text):
             raise Failed(f"no continuation in the answer {_quoted(answer)}")
         if choices[0].get("finish_reason") not in ("stop", "length"):
             raise Failed(f"a text that was not finished, in the answer {_quoted(answer)}")
@@ -178,9 +181,11 @@ class Engine:
         """The token ids of a continuation."""
         found = choice.get("token_ids")
         if "logprobs" in WAYS[self.way]:
-            names = (choice.get("logprobs") or {}).get("tokens") or []
-            numbers = [str(name).removeprefix("token_id:") for name in names]
-            found = [int(number) for number in numbers] if all(map(str.isdecimal, numbers)) else None
+            said = choice.get("logprobs")
+            names = said.get("tokens") if isinstance(said, Mapping) else None
+            numbers = [str(name).removeprefix("token_id:") for name in names] if isinstance(names, list) else []
+            known = all(number.isdecimal() and len(number) <= LONGEST_NUMBER for number in numbers)
+            found = [int(number) for number in numbers] if known else None
         if not isinstance(found, list) or not found:
             raise Unanswered(f"{self.url}/completions sent no token ids: {_quoted(choice)}")
         if wrong := [token for token in found if type(token) is not int or not 0 <= token < self.vocab]:
@@ -227,14 +232,16 @@ class Engine:
 
     def _once(self, where: str, body: Mapping[str, Any] | None) -> Any:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        if key := os.environ.get(KEY):
+        if key := os.environ.get(KEY, "").strip():
+            if not (key.isascii() and key.isprintable()):
+                raise EngineError(f"{KEY} has characters that no key has, such as the end of a line; set it again")
             headers["Authorization"] = f"Bearer {key}"
         request = urllib.request.Request(where, None if body is None else json.dumps(body).encode(), headers)
         try:
             with urllib.request.build_opener(_Direct).open(request, timeout=self.timeout) as response:
                 content = response.read(LONGEST_ANSWER)
         except urllib.error.HTTPError as error:
-            said = f"status {error.code}, {_quoted(error.read(LONGEST_ANSWER).decode(errors='replace'))}"
+            said = f"status {error.code}, {_quoted(_body_of(error))}"
             if error.code in BUSY or error.code >= 500:
                 pause = error.headers.get("Retry-After", "")
                 raise Failed(said, float(pause) if pause.isdecimal() else 0) from error
@@ -244,7 +251,7 @@ class Engine:
             raise Failed(f"{type(error).__name__}: {getattr(error, 'reason', error)}") from error
         try:
             return json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Failed(f"no JSON in the answer {_quoted(content.decode(errors='replace'))}") from error
 
 
@@ -252,6 +259,23 @@ def _entries(answer: Any, key: str) -> list[Mapping[str, Any]]:
     """The objects in a list of an answer; none if it has no such list."""
     found = answer.get(key) if isinstance(answer, Mapping) else None
     return [entry for entry in found if isinstance(entry, Mapping)] if isinstance(found, list) else []
+
+
+def _body_of(error: urllib.error.HTTPError) -> str:
+    """What a server says beside a status; nothing if it breaks off."""
+    try:
+        return error.read(LONGEST_ANSWER).decode(errors="replace")
+    except (OSError, HTTPException):
+        return ""
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a tokenizer can read it: JSON can hold halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _quoted(answer: Any) -> str:

@@ -38,6 +38,14 @@ class DflashHead(StoredHead):
     def target_width(self) -> int:
         return self.options.target_width
 
+    @property
+    def read_layers(self) -> tuple[int, ...]:
+        return self.options.layers
+
+    @property
+    def deepest(self) -> int:
+        return self.options.steps
+
     def check_shape(self, target: Any) -> None:
         super().check_shape(target)
         text = target.config.get_text_config(decoder=True)

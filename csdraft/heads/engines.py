@@ -15,7 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["ENGINES", "SIZED_ROTARY", "WHOLE", "ServedTarget", "context_fault", "serve_command", "tensor_faults"]
+__all__ = [
+    "ENGINES", "SIZED_ROTARY", "WHOLE", "ServedTarget", "context_fault", "serve_command", "target_faults",
+    "tensor_faults",
+]  # fmt: skip
 
 ENGINES = {"vllm": "vLLM", "sglang": "SGLang", "speculators": "speculators"}
 """Their names on the command line, and in messages. vLLM reads the folders of speculators, too."""
@@ -105,6 +108,27 @@ def tensor_faults(
             yield f"{name} is {tensors[name].dtype}, it reads float types"
     if unknown := sorted(tensors.keys() - wanted.keys() - set(ignored)):
         yield f"{', '.join(unknown[:4])} is no tensor that it reads for this config.json"
+
+
+def target_faults(target: ServedTarget, width: int, vocab: int, layers: Collection[int]) -> Iterator[str]:
+    """Why a head cannot draft for this target.
+
+    Args:
+        width: of the hidden states that it reads.
+        vocab: how many tokens its target has.
+        layers: the hidden states that it reads, k for the one after k blocks.
+    """
+    for key, size, theirs in (
+        ("vocab_size", vocab, target.vocab_size),
+        ("target_hidden_size", width, target.hidden_size),
+    ):
+        if size != theirs:
+            yield f"{key}={size}, the target {target.name} has {theirs}; name the head's own target"
+    if layers and max(layers) >= target.layers:
+        yield (
+            f"it reads the hidden states after blocks {list(layers)}: the target has {target.layers} blocks, and "
+            "behind the last csdraft reads the normed state, engines another or none; train a head of lower ones"
+        )
 
 
 def context_fault(positions: Any, target: ServedTarget | None) -> Iterator[str]:

@@ -36,6 +36,13 @@ class OnTarget(nn.Module):
     def state(self) -> dict[str, Tensor]:
         return {name: tensor.detach() for name, tensor in zip(self.names, self.tensors, strict=True)}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is bound to no target: what is bound stands on tensors of one that lives here."""
+        return {**vars(self), "_bound": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_bound": weakref.WeakKeyDictionary()})
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError(
             f"{self._name} {self.use} and cannot run alone; pass it to generate as assistant= (in "

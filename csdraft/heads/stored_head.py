@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import csdraft.heads
-from csdraft.heads.engines import ENGINES, ServedTarget
+from csdraft.heads.engines import ENGINES, ServedTarget, target_faults
 from csdraft.heads.folder import Names, config_at, read_tensors, tensor_names
 from csdraft.heads.head import Head
 from csdraft.heads.layers import embeddings, fingerprint
@@ -121,12 +121,25 @@ class StoredHead(OnTarget):
             target: what it is to draft for; without it its sizes are not compared.
         """
         reason = self.refusals(config).get(ENGINES[engine], f"it has no {self.what}s")
-        return [] if reason is None else [reason]
+        found = [] if reason is None else [reason]
+        if target is not None:
+            found += target_faults(target, self.target_width, self.config.vocab_size, self.read_layers)
+        return found
 
     @property
     def target_width(self) -> int:
         """Width of the target's hidden states."""
         return self.config.hidden_size
+
+    @property
+    def read_layers(self) -> tuple[int, ...]:
+        """The hidden states of the target that it names, k for the one after k blocks."""
+        return ()
+
+    @property
+    def deepest(self) -> int | None:
+        """How many tokens it can draft a round in an engine; None: any number."""
+        return None
 
     # Binding.
 

@@ -66,7 +66,8 @@ def serving(name: str, folder: Path, target: Any) -> dict[str, str]:
     served = ServedTarget.of(public_name(target), target.config, lambda: embeddings(target)["input.weight"].detach())
     document, tensors = config_at(str(folder)) or {}, head.weights(str(folder))
     taken = [engine for engine in head.methods if not head.faults(engine, document, tensors, served)]
-    return {ENGINES[e]: serve_command(e, head.methods[e], served.name, name, DRAFTED) for e in taken}
+    tokens = DRAFTED if head.deepest is None else min(DRAFTED, head.deepest)
+    return {ENGINES[e]: serve_command(e, head.methods[e], served.name, name, tokens) for e in taken}
 
 
 def provenance(trainer: DrafterTrainer) -> dict[str, Any]:

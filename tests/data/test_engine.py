@@ -6,9 +6,12 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +22,11 @@ from transformers import AutoModelForCausalLM
 
 from csdraft import MaxGram
 from csdraft.data import engine as module
-from csdraft.data.engine import KEY, WAYS, checked_url
+from csdraft.data.engine import KEY, WAYS, Engine, EngineError, checked_url
 from csdraft.data.generate import GenerateArguments, generate
 from csdraft.data.shards import finished
 from tests.data.stand_in import MODEL, StandIn, slow
-from tests.data.words import make_target, sentence, write_lines
+from tests.data.words import make_target, make_tokenizer, sentence, write_lines
 from tests.tiny import EOS
 
 ROOT = Path(__file__).parent.parent.parent
@@ -205,6 +208,91 @@ def test_a_key_is_sent_and_written_nowhere(folder, server, tmp_path, monkeypatch
     written(folder, str(tmp_path / "rows"), server)
     assert "sesame" not in (tmp_path / "rows/arguments.json").read_text()
     assert "127.0.0.1" not in (tmp_path / "rows/arguments.json").read_text()
+
+
+@pytest.mark.parametrize("key", ["sesame\nopen", "sesam€"])
+def test_a_key_that_cannot_be_sent_is_not_shown(folder, server, tmp_path, monkeypatch, key):
+    """The end of a line behind it does no harm."""
+    monkeypatch.setenv(KEY, key)
+    with pytest.raises(ValueError, match=f"{KEY} has characters") as error:
+        written(folder, str(tmp_path / "rows"), server)
+    assert "sesam" not in "".join(traceback.format_exception(error.value))
+    server.key = "sesame"
+    monkeypatch.setenv(KEY, "sesame\r\n")
+    written(folder, str(tmp_path / "rows"), server)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"Content-Length: 1000\r\n\r\nabc", b"Content-Length: 1000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\nZZ\r\n"],
+)
+@pytest.mark.parametrize("silent", [False, True])
+def test_an_error_that_breaks_off_is_asked_again(monkeypatch, sent, silent):
+    """What a server says beside its status may be cut short, or never come."""
+    monkeypatch.setattr(module, "PAUSES", (0.01, 0.02))
+    asked = []
+
+    def answer(listener: socket.socket) -> None:
+        for _ in range(3):
+            connection, _ = listener.accept()
+            asked.append(connection)
+            connection.recv(1 << 16)
+            connection.sendall(b"HTTP/1.1 500 Internal\r\n" + sent)
+            if not silent:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+                connection.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=answer, args=(listener,), daemon=True).start()
+        with pytest.raises(ValueError, match=r"/v1/models: .*Asked 3 times"):
+            engine(f"http://127.0.0.1:{listener.getsockname()[1]}").ask("models")
+        for connection in asked:
+            connection.close()
+    assert len(asked) == 3
+
+
+def engine(url: str) -> Engine:
+    return Engine(url, "model", "target", make_tokenizer(), 97, {EOS}, timeout=0.2)
+
+
+@pytest.mark.parametrize(
+    ("way", "choice"),
+    [
+        *(
+            ("token ids in, numbered tokens out", {"logprobs": said})
+            for said in ([1], "x", {"tokens": 5}, {"tokens": "12"}, {"tokens": ["token_id:" + "9" * 5000]})
+        ),
+        ("text in and out", {"text": "\ud800"}),
+    ],
+)
+def test_a_choice_of_another_form_is_quoted(server, monkeypatch, way, choice):
+    server.fault = lambda number, body: (
+        200,
+        json.dumps({"choices": [{"text": "x", "finish_reason": "stop"} | choice]}).encode(),
+    )
+    with server.served() as url:
+        asks = engine(url)
+        asks.way = way
+        with pytest.raises(EngineError, match="finish_reason"):
+            asks.write([5, 6], 4, 0.0, 0)
+
+
+@pytest.mark.parametrize("stop", [None, True, 1.0, [1], {}, "x", 99])
+def test_a_text_that_stopped_ends_by_a_token(server, stop):
+    choice = {"text": "x", "finish_reason": "stop", "token_ids": [5], "stop_reason": stop}
+    server.fault = lambda number, body: (200, json.dumps({"choices": [choice]}).encode())
+    with server.served() as url:
+        asks = engine(url)
+        asks.way = "token ids in and out"
+        found = asks.write([5, 6], 4, 0.0, 0)
+    assert found == [5, EOS]
+    assert {type(token) for token in found} == {int}
+
+
+def test_an_answer_that_is_nested_too_deeply_is_none(server):
+    server.fault = lambda number, body: (200, b"[" * 200_000)
+    with server.served() as url, pytest.raises(EngineError, match="no JSON in the answer"):
+        engine(url).ask("completions", {"prompt": [5], "max_tokens": 1})
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,65 @@ def test_a_head_that_no_engine_knows_is_refused(verifier, tmp_path, capsys, name
     assert [path.name for path in tmp_path.iterdir()] == ["head"]
 
 
+BLOCKS = {"parallel": {"layers": [0, 1, 2]}, "dflash": {"layers": [1, 2]}}
+"""Heads of several tokens from one forward, which engines can hand over hidden states to."""
+
+
+@pytest.mark.parametrize("engine", ["vllm", "speculators"])
+def test_an_exported_parallel_head_is_complete(verifier, tmp_path, engine):
+    """It names the target that was asked for, and has the names of tensors that speculators knows."""
+    save_student(new("parallel", **BLOCKS["parallel"]), tmp_path / "head")
+    export_drafter(str(tmp_path / "head"), tmp_path / "out", engine, verifier, tokens=2)
+    said = config_of(tmp_path / "out")["speculators_config"]
+    assert said["verifier"] == {"name_or_path": verifier, "architectures": ["LlamaForCausalLM"]}
+    assert said["proposal_methods"][0]["speculative_tokens"] == 2
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert not any(name.startswith("midlayer") for name in tensors)
+    assert ("embed_tokens.weight" in tensors) == (engine == "speculators")
+    assert torch.equal(head_logits(tmp_path / "out"), head_logits(tmp_path / "head"))
+
+
+@pytest.mark.filterwarnings("ignore:.*is open")
+def test_open_hidden_states_of_a_parallel_head_are_written_out(tmp_path):
+    six = saved(tmp_path / "six", num_hidden_layers=6)
+    save_student(new("parallel", layers=[1, 2, 3]), tmp_path / "head")
+    edit(tmp_path / "head", {IDS: None})
+    export_drafter(str(tmp_path / "head"), tmp_path / "out", "vllm", str(six))
+    assert config_of(tmp_path / "out")[IDS] == [2, 3, 3]
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"vocab_size": 128}, "vocab_size=97, the target .* has 128"),
+        ({"hidden_size": 64}, "target_hidden_size=32, the target .* has 64"),
+        ({"num_hidden_layers": 2}, "the target has 2 blocks"),
+    ],
+)
+def test_another_target_of_a_head_of_several_tokens_is_refused(tmp_path, name, changes, says):
+    save_student(new(name, **BLOCKS[name]), tmp_path / "head")
+    other = saved(tmp_path / "other", **changes)
+    with pytest.raises(ValueError, match=says):
+        export_drafter(str(tmp_path / "head"), tmp_path / "out", "vllm", str(other))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_more_tokens_than_it_drafts_are_refused(verifier, tmp_path, name):
+    head = new(name, **BLOCKS[name], steps=2)
+    save_student(head, tmp_path / "head")
+    with pytest.raises(ValueError, match="drafts 2 a round at most"):
+        export_drafter(str(tmp_path / "head"), tmp_path / "out", "vllm", verifier, tokens=3)
+    assert '"num_speculative_tokens": 2' in serving("me/head", tmp_path / "head", target())["vLLM"]
+
+
+def test_others_may_read_what_is_written(verifier, tmp_path):
+    (tmp_path / "plain").mkdir()
+    export_drafter(str(stored(tmp_path / "head")), tmp_path / "out", "vllm", verifier)
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_medusa_is_refused_with_the_reason(verifier, tmp_path):
     save_student(new("medusa"), tmp_path / "head")
     with pytest.raises(ValueError, match="no medusa heads of csdraft's layout; decode with csdraft"):

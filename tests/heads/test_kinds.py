@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from typing import Any
 
 import pytest
@@ -168,6 +170,16 @@ def test_what_is_saved_is_what_is_loaded(tmp_path, name, draft_vocab):
         write_weights(file, changed)
         with pytest.raises(ValueError, match=says):
             load_model(str(tmp_path))
+
+
+@OF_EACH
+def test_a_stored_head_that_has_drafted_can_be_copied(tmp_path, name):
+    """Also into another process: a copy is bound to its target when it drafts."""
+    save_student(new(name), tmp_path)
+    drafter = ModelDrafter(tmp_path)
+    first = written(drafter, 1, **GREEDY)
+    for copied in (copy.deepcopy(drafter), pickle.loads(pickle.dumps(drafter))):
+        assert torch.equal(written(copied, 1, **GREEDY), first)
 
 
 @OF_EACH

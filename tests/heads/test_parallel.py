@@ -102,6 +102,8 @@ def test_an_embedding_of_its_own_is_used(tmp_path):
         ({"mask_token_id": None}, "mask_token_id"),
         ({"mask_token_id": 97}, "mask_token_id=97"),
         ({"speculators_config": {}}, "speculative_tokens"),
+        ({"speculators_config": {"proposal_methods": {"speculative_tokens": 3}}}, "proposal_methods"),
+        ({"speculators_config": {"proposal_methods": [3]}}, "proposal_methods"),
     ],
 )
 def test_a_config_that_leaves_out_what_it_needs_is_refused(tmp_path, keys, says):
