@@ -228,7 +228,7 @@ def test_errors_name_the_value(tmp_path) -> None:
     with pytest.raises(ValueError, match=f"generation_config.{KEY}=5 is an int; give a path or Hub id"):
         target.generate(**tiny.inputs_of("llama"), **GREEDY, assistant="auto")
     setattr(target.generation_config, KEY, str(tmp_path / "none"))
-    with pytest.raises(ValueError, match=f"generation_config.{KEY}='.*none': .*take it away"):
+    with pytest.raises(ValueError, match=f"generation_config.{KEY}='.*none': .*remove it"):
         target.generate(**tiny.inputs_of("llama"), **GREEDY, assistant="auto")
     with pytest.raises(ValueError, match="the adjacency table has 12 tokens, the target"):
         tiny.tiny("llama").generate(**tiny.inputs_of("llama"), **GREEDY, assistant=Auto(adjacency=AdjacencyTable(12)))
