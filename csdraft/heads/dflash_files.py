@@ -133,7 +133,7 @@ def _options(config: Mapping[str, Any], state: Mapping[str, Tensor], vocab: int,
     for key, wanted in OTHER.items():
         if keys.get(key, wanted) != wanted:
             raise ValueError(f"{at}: {KEYS}.{key}={shown(keys[key])}; csdraft reads DFlash heads with {wanted} there")
-    if any(kind != "full_attention" for kind in config.get("layer_types") or ()):
+    if any(kind != "full_attention" for kind in fit(config.get("layer_types") or [], list[Any], f"{at}: layer_types")):
         raise ValueError(f"{at}: layer_types={shown(config['layer_types'])}; csdraft reads full_attention alone")
     length = fit(config.get("block_size") or keys.get("block_size"), int, f"{at}: block_size")
     layers = fit(keys.get("target_layer_ids"), tuple[int, ...], f"{at}: {KEYS}.target_layer_ids")

@@ -12,10 +12,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from csdraft.stored import fit, read_object, shown
 
 __all__ = [
+    "OF_OTHER_TYPES",
     "SWITCHING",
     "WEIGHTS",
     "Names",
@@ -32,6 +34,10 @@ SWITCHING = ("dynamic", "longrope")
 """Kinds of rotary embedding that change with the length of a text."""
 OF_WEIGHTS = {"dtype", "torch_dtype", "quantization_config"}
 """Keys of how weights are stored; a head takes the target's dtype."""
+OF_OTHER_TYPES = (
+    StrictDataclassError, ValueError, TypeError, ZeroDivisionError, AttributeError, LookupError, RuntimeError,
+)  # fmt: skip
+"""What transformers and torch raise for sizes and options that are none."""
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 IN_PARTS = "model.safetensors.index.json"
 """Of models whose weights are in several files; those of a head are in one."""
@@ -172,8 +178,10 @@ def read_layer(document: Mapping[str, Any], at: str) -> LlamaConfig:
     known = {key: value for key, value in document.items() if key not in OF_WEIGHTS}
     try:
         config: Any = LlamaConfig.from_dict({**known, "num_hidden_layers": 1, "model_type": "llama"})
-    except (StrictDataclassError, ValueError, TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"{at} is no config of a Llama layer: {' '.join(str(error).split())}") from error
+        LlamaRotaryEmbedding(config)  # which looks its keys up without looking at them first
+    except OF_OTHER_TYPES as error:
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"{at} is no config of a Llama layer: {said}") from error
     if config.hidden_act not in ACT2FN:
         raise ValueError(f"{at}: hidden_act={shown(config.hidden_act)} is unknown; get the head's own config.json")
     if (kind := config.rope_parameters.get("rope_type", "default")) in SWITCHING:

@@ -19,7 +19,7 @@ from transformers import LlamaConfig
 
 import csdraft.heads
 from csdraft.heads.engines import ENGINES
-from csdraft.heads.folder import Names, check_drafted, check_tensors, read_layer, read_tensors
+from csdraft.heads.folder import OF_OTHER_TYPES, Names, check_drafted, check_tensors, read_layer, read_tensors
 from csdraft.heads.head import Head, HeadOptions
 from csdraft.heads.stored_head import StoredHead
 from csdraft.stored import fit, shown
@@ -103,8 +103,11 @@ class OwnHead(StoredHead):
         """
         kind = next(kind for kind in head_kinds().values() if kind.Options is type(described))
         rows = len(state["d2t"]) if "d2t" in state else layer.vocab_size
-        with torch.device("meta"):
-            whole = kind(layer, described, rows)
+        try:
+            with torch.device("meta"):
+                whole = kind(layer, described, rows)
+        except OF_OTHER_TYPES as error:
+            raise ValueError(f"{path}/config.json: no {kind.__name__} head has these options: {error}") from error
         optional = {"embed_tokens.weight"} | ({"d2t", "lm_head.weight"} if rows == layer.vocab_size else set())
         if not kind.frozen_output:
             optional.discard("lm_head.weight")

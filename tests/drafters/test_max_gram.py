@@ -259,9 +259,9 @@ def test_reading_a_prompt() -> None:
     for kind, tokens in histories(8192).items():
         text, times = Text(torch.tensor(tokens)), []
         for _ in range(3):
-            index, start = History(), time.perf_counter()
+            index, start = History(), time.thread_time()
             index.read(text)
-            times.append(time.perf_counter() - start)
+            times.append(time.thread_time() - start)
         rate = len(tokens) / min(times)
         print(f"MaxGram reads {kind}: {rate:,.0f} tokens/s, {index.automaton.states / len(tokens):.2f} states a token")
         assert rate > 20_000

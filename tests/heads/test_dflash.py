@@ -123,6 +123,7 @@ def test_a_block_whose_first_token_predicts_is_read(tmp_path):
         ({"dflash_config": {"target_layer_ids": [0, 1, 2], "mask_token_id": 0, "causal": True}}, "causal"),
         ({"dflash_config": {"target_layer_ids": [0, 1, 2], "mask_token_id": 0, "use_swa": True}}, "use_swa"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"layer_types": -1}, "layer_types"),
         ({"block_size": 1}, "block_size=1"),
         ({"model_type": "gemma3"}, "gemma3"),
     ],

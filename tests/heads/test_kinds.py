@@ -201,6 +201,19 @@ def test_a_kind_that_is_unknown_is_named(tmp_path):
         load_model(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"options": {"steps": 3, "layers": [1], "target_width": -1, "draft_vocab": 60}}, {"csdraft_head": "eagle3"}],
+)
+def test_options_on_disk_of_no_head_are_refused(tmp_path, changes):
+    save_student(new("ctc"), tmp_path)
+    document = json.loads((tmp_path / "config.json").read_text())
+    document["options"] = {"steps": 3} if "csdraft_head" in changes else document["options"]
+    (tmp_path / "config.json").write_text(json.dumps(document | changes))
+    with pytest.raises(ValueError, match=r"config\.json: no \w+ head has these options"):
+        load_model(str(tmp_path))
+
+
 @OF_EACH
 def test_logits_along_a_text_are_those_of_first_drafted_tokens(name):
     """Of two texts, one of them shorter and filled up on the left."""

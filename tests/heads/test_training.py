@@ -265,6 +265,12 @@ def test_how_weights_are_stored_is_of_no_account(stored):
         (lambda folder: edit(folder, draft_vocab_size=0), "draft_vocab_size=0"),
         (lambda folder: edit(folder, num_attention_heads="many"), "no config of a Llama layer"),
         (lambda folder: edit(folder, rope_parameters={"rope_type": "dynamic", "factor": 2.0}), "dynamic"),
+        (
+            lambda folder: edit(folder, rope_parameters={"rope_type": "x", "rope_theta": 1e4}),
+            "no config of .*KeyError",
+        ),
+        (lambda folder: edit(folder, rope_parameters={"rope_theta": "x"}), "no config of a Llama layer"),
+        (lambda folder: edit(folder, id2label=[]), "no config of a Llama layer"),
         (lambda folder: edit(folder, hidden_act="x"), "hidden_act='x' is unknown"),
         (lambda folder: edit(folder, quantization_config={"bits": 4}), "not quantised"),
         (pickled([1]), "other things than tensors by name"),
