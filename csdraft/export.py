@@ -17,13 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
-from csdraft.heads.engines import (
-    ENGINES,
-    WHOLE,
-    ServedTarget,
-    context_fault,
-    serve_command,
-)
+from csdraft.heads.engines import ENGINES, WHOLE, ServedTarget, context_fault, serve_command
 from csdraft.heads.folder import config_at
 from csdraft.heads.layers import embeddings
 from csdraft.heads.on_target import OnTarget

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from csdraft.data.target import read_target
 from csdraft.trainers.arguments import read_arguments
+from csdraft.trainers.command import one_line_errors
 from csdraft.trainers.distill import DistillArguments
 from csdraft.trainers.students import kind_asked
 from csdraft.trainers.students._kind import HeadKind
@@ -48,8 +49,15 @@ def kept_bytes(head: Any, rows: int, length: int, steps: int) -> int:
     ids = torch.zeros(rows, length, dtype=torch.long)
     states = {tap: torch.zeros(rows, length, head.config.hidden_size) for tap in head.taps}
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with hooks, patch("torch.nn.functional.scaled_dot_product_attention", fused):
-        outputs = [head.draft_logits(output[:, :1]) for output in head.unrolled(ids, ids, head.fuse(states), steps)]
+    try:
+        with hooks, patch("torch.nn.functional.scaled_dot_product_attention", fused):
+            outputs = [
+                head.draft_logits(output[:, :1]) for output in head.unrolled(ids, ids, head.fuse(states), steps)
+            ]
+    except NotImplementedError:  # a number decides what is computed, and there are none here
+        raise ValueError(
+            f"there is no forecast for {type(head).__name__} heads: each step has layers of its own; measure 20 steps"
+        ) from None
     assert all(output.requires_grad for output in outputs)
     return sum(storage.nbytes() for key, storage in kept.items() if key not in own)
 
@@ -98,12 +106,14 @@ def forecast(args: DistillArguments, processes: int, tflops: float) -> list[str]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="recipe of a head")
-    parser.add_argument("--processes", type=int, default=8, help="GPUs")
-    parser.add_argument("--tflops", type=float, default=200, help="what a GPU does in fact")
+    parser.add_argument("--processes", type=int, default=8, help="GPUs (default: %(default)s)")
+    parser.add_argument("--tflops", type=float, default=200, help="speed of a GPU in practice (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", help="key=value")
     given = parser.parse_args()
-    args = read_arguments(DistillArguments, given.config, ["use_cpu=true", *given.overrides])
-    print("\n".join(forecast(args, given.processes, given.tflops)))
+    with one_line_errors(module=__name__):
+        args = read_arguments(DistillArguments, given.config, ["use_cpu=true", *given.overrides])
+        lines = forecast(args, given.processes, given.tflops)
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

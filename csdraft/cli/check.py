@@ -1,5 +1,4 @@
-"""Prove on your own models that drafting changes nothing: the same greedy text, the same distribution of sampled
-tokens.
+"""Prove on your own models that drafting changes nothing: neither greedy text nor the distribution of samples.
 
 Greedy: the text with the assistant is compared with plain generate's, and every emitted token with the logits that the
 target gives when it reads that text one token at a time. A block of tokens rounds differently from single tokens, so

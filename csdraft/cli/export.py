@@ -1,8 +1,8 @@
-"""Writes a drafter as a serving engine loads it: vLLM, SGLang or speculators.
+"""Write a drafter as a serving engine loads it: vLLM, SGLang or speculators.
 
 A head is written in the engine's layout, an adapter is merged into its base, and a drafter that is tied to its target
 gets the target's embedding. Nothing is written that the engine would refuse: then the reasons are printed, each with
-the key and a way out. At the end stands the command that serves the target with the drafter.
+the key and a way out. The last line is the command that serves the target with the drafter.
 
   csdraft export out/qwen3-8b/eagle3 served/eagle3 --to vllm --target Qwen/Qwen3-8B
 """
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="path or Hub id of the model that it drafts for; for a head only its config.json is read",
     )
     parser.add_argument(
-        "--tokens", type=int, default=3, metavar="N", help="drafted a round, in the command (default: %(default)s)"
+        "--tokens", type=int, default=3, metavar="N", help="drafted a round, in that command (default: %(default)s)"
     )
 
 

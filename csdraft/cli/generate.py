@@ -35,12 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_drafting_arguments(parser)
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", metavar="TEXT")
+    source.add_argument("--prompt", metavar="TEXT", help="to write on from; it is not printed again")
     source.add_argument(
         "--file", metavar="PATH", help="read the prompt from a file; standard input by default (a chat with --chat)"
     )
     add_chat_arguments(parser)
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (the default) is greedy")
     parser.add_argument("--top-k", type=int, metavar="N")
     parser.add_argument("--top-p", type=float, metavar="P")

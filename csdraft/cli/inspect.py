@@ -1,4 +1,4 @@
-"""What a drafting head in a folder is, what it needs, and which serving engines would load it."""
+"""Say what drafting head a folder holds, what it needs, and which serving engines would load it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="path or Hub id of the head")
-    parser.add_argument("--target", metavar="MODEL", help="path or Hub id of its target: compares their sizes, too")
+    parser.add_argument("--target", metavar="MODEL", help="path or Hub id of its target: compares their sizes as well")
 
 
 def run(args: argparse.Namespace) -> int:
     head = head_at(args.folder)
     if head is None:
-        raise ValueError(f"{args.folder!r} holds no drafting head that csdraft knows; `csdraft check` looks at models")
+        raise ValueError(f"{args.folder!r} holds no head that csdraft knows, or is not there; try `csdraft doctor`")
     lines, target = head.described(), None if args.target is None else served_target(args.target)
     config, tensors = config_at(args.folder) or {}, head.weights(args.folder)
     for engine, name in ENGINES.items():

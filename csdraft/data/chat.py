@@ -120,8 +120,8 @@ def check_template(tokenizer: Any, what: str, chat: ChatFormat | None = None) ->
     chat = chat or ChatFormat()
     if chat.template is None and not tokenizer.chat_template:
         raise ValueError(
-            f"{what}, but the tokenizer {tokenizer.name_or_path!r} has no chat template; give one as chat_template, "
-            "use an instruction-tuned model's tokenizer, or data with 'prompt' and 'response'"
+            f"{what}, but the tokenizer {tokenizer.name_or_path!r} has no chat template; give one (--chat-template "
+            "FILE, a script's chat_template=FILE), take a chat model, or data with 'prompt' and 'response'"
         )
     named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     if chat.template is not None and not _is_jinja(chat.template) and chat.template not in named:

@@ -82,7 +82,7 @@ class Eagle3Head(StoredHead):
         target = f"{self.base.name}, fingerprint {self.base.fingerprint}" if self.base is not None else "not said"
         flags = [name for name in NORMS if getattr(options, name)]
         return {
-            "kind": f"EAGLE-3 head, {numbers / 1e6:.1f} M parameters, {', '.join(flags) or 'as in the paper'}",
+            "kind": f"EAGLE-3 head, {numbers / 1e6:.1f} M parameters, {', '.join(flags) or 'norms as in the paper'}",
             "target": f"{target}; width {options.target_width}, {config.vocab_size} tokens",
             "hidden states": layers,
             "draft vocabulary": "all tokens" if rows == config.vocab_size else f"{rows} tokens",

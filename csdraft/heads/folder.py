@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pickle import UnpicklingError
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from csdraft.stored import fit, read_object, shown
+from csdraft.stored import fit, is_hub_id, read_object, shown
 
 __all__ = [
     "OF_OTHER_TYPES",
@@ -47,9 +48,11 @@ Names = Callable[[], Collection[str]]
 
 
 def config_at(path: str, **options: Any) -> dict[str, Any] | None:
-    """The config.json of a folder or Hub id; None if it has none."""
+    """The config.json of a folder or Hub id; None if it has none, OSError if it can be neither."""
     from transformers.utils import cached_file
 
+    if not os.path.exists(path) and not is_hub_id(path):
+        raise OSError(f"there is no folder {path!r}")
     file = cached_file(path, "config.json", **options, **QUIET)
     return None if file is None else read_object(file)
 

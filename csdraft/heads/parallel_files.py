@@ -36,7 +36,7 @@ class ParallelHead(Eagle3Head):
     def described(self) -> dict[str, str]:
         described, options = super().described(), self.options
         kind = described["kind"].replace("EAGLE-3 head", f"parallel head of {options.steps} tokens")
-        return described | {"kind": kind, "layers": f"{options.blocks}, placeholders like token {options.mask_token}"}
+        return described | {"kind": kind, "layers": f"{options.blocks}, token {options.mask_token} as placeholder"}
 
     def refusals(self, config: Mapping[str, Any]) -> dict[str, str | None]:
         return {"vLLM": None, "SGLang": "it reads no folders of speculators", "speculators": None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -163,7 +164,7 @@ def size(number: int) -> str:
 
 def terminal(report: Report) -> str:
     """Headlines and tables of at most 100 columns."""
-    lines = [clipped(line, WIDTH) for line in headlines(report)]
+    lines = [part for line in headlines(report) for part in textwrap.wrap(line, WIDTH, subsequent_indent="  ")]
     for table in tables(report) if report.rounds else ():
         lines += ["", clipped(table.title, WIDTH), *_aligned(table)]
     return "\n".join(lines)

@@ -358,9 +358,10 @@ class CostModelRun(Schedule):
         return self.prices.seconds(1) if self.prices.known(1) else 0.0
 
     def why(self) -> str:
-        kind = max(self._plans, key=lambda kind: self._kinds[kind], default=None)
-        plans = self._plans.get(kind) if kind is not None else None
-        return reason(plans, self.prices.seconds(1)) if plans else ""
+        kind = max(self._plans, key=lambda kind: self._kinds[kind], default=MIXED)
+        alike, rounds, plans = self._kinds[kind], self._kinds.total(), self._plans.get(kind)
+        said = reason(plans, self.prices.seconds(1)) if plans else ""
+        return f"in {alike} of {rounds} rounds {said}" if said and alike < rounds else said
 
 
 def reason(plans: Sequence[Plan], plain: float) -> str:
@@ -377,7 +378,8 @@ def reason(plans: Sequence[Plan], plain: float) -> str:
     if best.rate * plain < MARGIN:
         return f"drafting does not pay: drafts of {best.depth} would give {yields(best)}"
     deeper = next((plan for plan in plans if plan.way == best.way and plan.depth > best.depth), None)
-    left_out = f" without the first {best.way.skip} stages" if best.way.skip else ""
+    stages = "stage" if best.way.skip == 1 else f"{best.way.skip} stages"
+    left_out = f" without the first {stages}" if best.way.skip else ""
     size = f" in trees of {best.way.size}" if best.way.size else ""
     said = f"drafts of {best.depth}{size}{left_out} pay: {yields(best)}"
     return f"{said}; drafts of {deeper.depth} would give {yields(deeper)}" if deeper else said

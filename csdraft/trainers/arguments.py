@@ -34,6 +34,9 @@ def make_arguments(cls: type[T], values: Mapping[str, Any]) -> T:
     known = {field.name: field for field in fields(cls) if field.init}  # type: ignore[arg-type]
     for key in values:
         if key not in known:
+            whole = key.partition(".")[0]
+            if whole != key and whole in known:
+                raise ValueError(f'key {key!r} has a dot; give the whole of {whole}, such as "{whole}={{...}}"')
             nearest = ", ".join(difflib.get_close_matches(key, known, n=3, cutoff=0.0))
             raise ValueError(f"unknown key {key!r} for {cls.__name__}; the nearest known keys are {nearest}")
     return cls(**{key: _meant(key, value, known[key]) for key, value in values.items()})

@@ -331,6 +331,11 @@ def test_models_and_drafters_become_drafters():
     assert as_drafter(tiny("llama")).model is tiny("llama")
 
 
+def test_a_folder_without_a_drafter_is_named(tmp_path):
+    with pytest.raises(OSError, match=r"holds no drafter: it has no cascade\.json and no config\.json"):
+        tiny("llama").generate(torch.tensor([[3, 4, 5]]), assistant=str(tmp_path), max_new_tokens=4)
+
+
 def test_a_drafter_by_its_type(tmp_path, monkeypatch):
     assert as_drafter("max_gram") == csdraft.MaxGram()
     cascade = csdraft.CascadeDrafter([tiny("llama"), {"type": "max_gram", "depth": 7}], [[2, 5], [0, 3]])

@@ -47,6 +47,14 @@ def plainly(conversation: str) -> str:
     return tokenizer().decode(new, skip_special_tokens=True)
 
 
+def test_without_a_template_the_option_is_named(folder, tmp_path, monkeypatch, capsys):
+    tokenizer().save_pretrained(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO("thequick\n"))
+    asked = ["generate", "--target", str(folder / "target"), "--tokenizer", str(tmp_path), "--chat"]
+    assert main(asked) == 2
+    assert "no chat template; give one (--chat-template FILE" in capsys.readouterr().err
+
+
 def test_answers_are_plain_generates_and_the_conversation_is_not_read_again(folder, monkeypatch, capsys):
     lines = ["thequickbrownfox", "", "jumps"]
     answers, err = chat(folder, monkeypatch, capsys, lines, "--drafter", str(folder / "small"))

@@ -358,3 +358,8 @@ def test_what_a_folder_holds_is_printed(stored, capsys):
     main(["inspect", str(stored)])
     assert "architectures=['LlamaForCausalLM']" in capsys.readouterr().out
     assert main(["inspect", "models/smol-target"]) == 2
+    assert "holds no head that csdraft knows" in capsys.readouterr().err
+    assert main(["inspect", str(stored / "nowhere")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
+    assert main(["inspect", str(stored.parent)]) == 2
+    assert "holds no head that csdraft knows, or is not there" in capsys.readouterr().err

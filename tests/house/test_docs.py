@@ -35,6 +35,7 @@ ARGUMENTS |= dict.fromkeys(("distill_drafter.py", "training", "arms"), DistillAr
 """Whose fields the `key=value` words of a script or a benchmark are."""
 
 BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>.*?) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
+SAVED_AS = re.compile(r"saved as\s+`([^`]+)`", re.I)
 LINK = re.compile(r"\]\((?!https?://)(?P<path>[^)#\s]*)(?:#(?P<anchor>[^)\s]+))?\)")
 PREAMBLES = {
     "README.md": (
@@ -57,6 +58,7 @@ class Block:
     language: str
     code: str
     reason: str | None  # why it is not run
+    saved_as: str | None  # the file that the reader makes of it
 
 
 def blocks(page: Path, language: str) -> list[Block]:
@@ -64,7 +66,9 @@ def blocks(page: Path, language: str) -> list[Block]:
     found = []
     for match in BLOCK.finditer(text):
         line = text.count("\n", 0, match.start("code")) + 1
-        found.append(Block(page, line, match["language"], match["code"], match["reason"]))
+        above = text[: match.start()].rstrip().rpartition("\n\n")[2]
+        saved_as = SAVED_AS.search(above)
+        found.append(Block(page, line, match["language"], match["code"], match["reason"], saved_as and saved_as[1]))
     return [block for block in found if block.language == language]
 
 
@@ -94,8 +98,27 @@ def test_python_blocks_run(page, folder, tmp_path):
     missing = [model.name for model in MODELS if not (model / "config.json").exists()]
     if missing and (name_of(page) in PREAMBLES or any("models/" in block.code for block in wanted)):
         pytest.skip(f"the bundled models {missing} are not there; train them with recipes/smol")
-    code = [PREAMBLES.get(name_of(page), "")] + ["\n" * (block.line - 1) + block.code for block in wanted]
+    code = [PREAMBLES.get(name_of(page), ""), *map(as_run, wanted)]
     assert not (wrong := run_page(name_of(page), code, tmp_path / "said")), wrong
+
+
+def as_run(block: Block) -> str:
+    """A block at its line of the page; one that the reader saves as a file becomes the module of that file."""
+    code = "\n" * (block.line - 1) + block.code
+    if block.saved_as is None:
+        return code
+    name = block.saved_as.removesuffix(".py").replace("/", ".")
+    made = f"import sys, types; made = sys.modules[{name!r}] = types.ModuleType({name!r})"
+    return f"{made}; exec(compile({code!r}, {name_of(block.page)!r}, 'exec'), made.__dict__)"
+
+
+def test_a_block_that_is_saved_does_not_borrow_from_the_page(tmp_path):
+    """It has what it imports, as its file would have."""
+    page = ROOT / "page.md"
+    saved, reads = Block(page, 1, "python", "made = one", None, "csdraft/made.py"), "from csdraft.made import made"
+    assert "NameError" in run_page("page", ["one = 1", as_run(saved)], tmp_path / "said")
+    alone = Block(page, 1, "python", "made = 1", None, "csdraft/made.py")
+    assert not run_page("page", [as_run(alone), reads], tmp_path / "said")
 
 
 def test_a_page_that_fails_is_found(tmp_path):
@@ -189,7 +212,7 @@ def anchors(page: Path) -> set[str]:
 def test_named_files_and_names_exist(page):
     """Code spans such as `tests/tiny.py`, `decoding/cache.py` and `csdraft.planner.theory`."""
     text = page.read_text(encoding="utf-8")
-    saved_as = set(re.findall(r"saved as\s+`([^`]+)`", text, re.I))  # by the reader
+    saved_as = set(SAVED_AS.findall(text))  # by the reader
     for span in set(re.findall(r"`(\w[\w./-]*)`", text)) - saved_as:
         folder = span.split("/")[0]
         if "/" in span and ((ROOT / folder).is_dir() or (ROOT / "csdraft" / folder).is_dir()) and folder != "out":

@@ -161,6 +161,16 @@ def test_a_forecast_counts_what_a_step_keeps():
         assert 0.7 * real < FORECAST.kept_bytes(head.to("meta"), 2, 64, 3) < 1.3 * real
 
 
+@pytest.mark.parametrize(
+    ("init", "said"),
+    [("{medusa: {}}", "no forecast for Medusa heads"), ("{from_target: {layers: [0]}}", "recipes that make a head")],
+)
+def test_a_forecast_that_cannot_be_made_is_refused(init, said):
+    args = read(ROOT / "recipes" / "smol" / "medusa.yaml", f"init={init}")
+    with pytest.raises(ValueError, match=said):
+        FORECAST.forecast(args, processes=1, tflops=200)
+
+
 @pytest.mark.parametrize("path", having(MAKE_CASCADE.CascadeArguments, LARGE))
 def test_cascades_draft(path):
     """With tiny models in the place of paths."""

@@ -512,6 +512,6 @@ def test_a_report_says_why(tmp_path):
     cascade = csdraft.CascadeDrafter([csdraft.MaxGram()])
     tiny("llama").generate(**prompt(), assistant=cascade, max_new_tokens=48, min_new_tokens=48)
     assert " pay: " in cascade.report.why or "drafting does not pay: " in cascade.report.why
-    assert cascade.report.why in str(cascade.report)
+    assert cascade.report.why in " ".join(str(cascade.report).split())  # it may take two lines
     cascade.report.save(tmp_path / "report.json")
     assert Report.load(tmp_path / "report.json").why == cascade.report.why

@@ -3,6 +3,7 @@
 import json
 import time
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -235,6 +236,12 @@ def test_the_terminal_has_a_hundred_columns(report, nested):
     wide = Report(3, 10**6, 10**7, 98765.0, {"target": tally, long: tally}, models, Counter({long: 3}))
     for shown in (report, nested, wide, Report(calls=0)):
         assert max(map(len, str(shown).splitlines())) <= 100
+
+
+def test_a_long_sentence_is_on_two_lines(report):
+    why = "drafts of 12 without the first stage pay: 1.7 tokens a step at 1.1 steps' cost; " * 2
+    said = str(replace(report, why=why.strip()))
+    assert " ".join(why.split()) in " ".join(said.split())
 
 
 def test_the_terminal_says_what_matters(report):

@@ -211,6 +211,8 @@ def test_the_reason_is_one_sentence():
         "drafts of 6 pay: 2.9 tokens a step at 1.2 steps' cost; drafts of 8 would give 3.0 tokens a step at 1.4 "
         "steps' cost"
     )
+    assert reason([Plan(Way(1), 4, 2.6, 1.15)], 1.0).startswith("drafts of 4 without the first stage pay")
+    assert reason([Plan(Way(2), 4, 2.6, 1.15)], 1.0).startswith("drafts of 4 without the first 2 stages pay")
     assert reason([Plan(Way(0), 2, 1.1, 1.5)], 1.0) == (
         "drafting does not pay: drafts of 2 would give 1.1 tokens a step at 1.5 steps' cost"
     )

@@ -91,6 +91,9 @@ def test_a_script_says_in_one_line_what_the_user_can_put_right(tmp_path, capsys)
     status, said = ended(lambda: make_arguments(DistillArguments, {"losess": {}}))
     assert (status, said.count("\n")) == (1, 1)
     assert said.startswith("error: unknown key 'losess' for DistillArguments; the nearest known keys are losses")
+    status, said = ended(lambda: make_arguments(DistillArguments, {"init.eagle3.layers": [1]}))
+    assert status == 1
+    assert said == "error: key 'init.eagle3.layers' has a dot; give the whole of init, such as \"init={...}\"\n"
     status, said = ended(lambda: fails(OSError(errno.ENOSPC, "No space left on device")))
     assert (status, said[:30]) == (1, f"error: {tmp_path} cannot be written"[:30])
     assert "Make room and give the same command again" in said
