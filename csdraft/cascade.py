@@ -333,7 +333,8 @@ def _opened(folder: Path, target: nn.Module | None, tokenizer: Any, *bases: bool
 
 def drafter_model(path: str, **options: Any) -> nn.Module:
     """`load_model`, for a word that might have been meant for a drafter's type; OSError if it is neither."""
-    if Path(path).is_dir() and not any(Path(path).glob("*config.json")):  # an adapter's begins with adapter_
+    names = {file.name for file in Path(path).glob("*.json")}
+    if Path(path).is_dir() and not names & {"config.json", "adapter_config.json", "drafter.json"}:
         raise OSError(f"the folder {path!r} holds no drafter: it has no {hub.DOCUMENT} and no config.json")
     try:
         return load_model(path, **options)
