@@ -11,16 +11,16 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from csdraft.data.row_arrays import Column, RowArrays, lengths_of, write_rows
+from csdraft.data.row_arrays import Column, RowArguments, RowArrays, lengths_of, write_rows
 from csdraft.data.shards import Part
-from csdraft.data.sources import read_rows
-from csdraft.data.target import TargetArguments, target_name
+from csdraft.data.target import target_name
 
 __all__ = ["LAST", "FeatureArguments", "FeatureCache", "cache_features", "write_features"]
 
@@ -97,16 +97,16 @@ def _states(
     """Of each text all hidden states that are kept, by file."""
     longest = max(map(len, texts))
     ids = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts], device=target.device)
-    states = target(input_ids=ids, use_cache=False, output_hidden_states=True, logits_to_keep=1).hidden_states
+    few = {"logits_to_keep": 1} if "logits_to_keep" in signature(target.forward).parameters else {}
+    states = target(input_ids=ids, use_cache=False, output_hidden_states=True, **few).hidden_states
     joined = torch.cat([states[tap].to("cpu", torch.bfloat16) for tap in taps], -1).view(torch.int16)
     return [{FEATURES: joined[row, :size].numpy()} for row, size in enumerate(sizes.tolist())]
 
 
 @dataclass
-class FeatureArguments(TargetArguments):
+class FeatureArguments(RowArguments):
     """Whose hidden states to keep, over which rows, and which."""
 
-    max_length: int = field(default=512, metadata={"help": "Tokens of a row at most; as when training."})
     layers: list[int] = field(
         default_factory=list,
         metadata={
@@ -114,10 +114,6 @@ class FeatureArguments(TargetArguments):
             "EAGLE-3 reads 2, L/2 and L - 3 of L blocks."
         },
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_at_least(2, "max_length")
 
 
 def cache_features(args: FeatureArguments) -> None:
@@ -127,17 +123,9 @@ def cache_features(args: FeatureArguments) -> None:
         ValueError: before the target is loaded, for data that cannot be read, a target that is no decoder-only model,
             layers that it lacks, rows longer than its context, and what `write_features` refuses.
     """
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    folder, (config, tokenizer) = args.folder(), args.read_target()
-    if config.is_encoder_decoder:
-        raise ValueError(f"{args.target} is an encoder-decoder; features are cached for decoder-only targets")
-    text = config.get_text_config(decoder=True)
+    config, rows = args.read("features")
+    text, name = config.get_text_config(decoder=True), target_name(args)
     if wrong := [layer for layer in args.layers if not 0 <= layer <= text.num_hidden_layers]:
         raise ValueError(f"layers={args.layers}: {wrong[0]} must be from 0 to {text.num_hidden_layers}, the target's")
-    context = getattr(config, "max_position_embeddings", None)
-    if context and args.max_length > context:
-        raise ValueError(f"max_length={args.max_length} is longer than the target's context of {context} tokens")
-    rows = read_rows(args.dataset, tokenizer, args.max_length, args.split, args.dataset_limit, args.chat)
-    name, kept = target_name(args), args.layers
-    write_features(args.load_target, rows, folder, name, kept, text.hidden_size, args.batch_size, args.part)
+    kept, width = args.layers, text.hidden_size
+    write_features(args.load_target, rows, args.output_dir, name, kept, width, args.batch_size, args.part)

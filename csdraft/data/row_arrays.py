@@ -12,19 +12,22 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from csdraft.data.changes import check_unchanged
 from csdraft.data.shards import Part, batches, write_whole
+from csdraft.data.sources import read_rows
+from csdraft.data.target import TargetArguments
 
-__all__ = ["Column", "RowArrays", "checksum", "columns_of", "lengths_of", "write_rows"]
+__all__ = ["Column", "RowArguments", "RowArrays", "checksum", "columns_of", "lengths_of", "write_rows"]
 
 DONE = "done.u8"
 
@@ -145,6 +148,38 @@ class RowArrays:
     @cached_property
     def done(self) -> np.ndarray:
         return np.memmap(Path(self.folder, DONE), np.uint8, "r")
+
+
+@dataclass
+class RowArguments(TargetArguments):
+    """A target, and rows that it is to read."""
+
+    max_length: int = field(default=512, metadata={"help": "Tokens of a row at most; as when training."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_at_least(2, "max_length")
+
+    def read(self, what: str) -> tuple[Any, Any]:
+        """The target's config, and the rows as `read_rows` reads them for training; sets torch's threads.
+
+        Args:
+            what: is to be kept of them, in messages.
+
+        Raises:
+            ValueError: for data that cannot be read, a target that is no decoder-only model, and rows longer than its
+                context.
+        """
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        self.folder()
+        config, tokenizer = self.read_target()
+        if config.is_encoder_decoder:
+            raise ValueError(f"{self.target} is an encoder-decoder; {what} are cached for decoder-only targets")
+        context = getattr(config, "max_position_embeddings", None)
+        if context and self.max_length > context:
+            raise ValueError(f"max_length={self.max_length} is longer than the target's context of {context} tokens")
+        return config, read_rows(self.dataset, tokenizer, self.max_length, self.split, self.dataset_limit, self.chat)
 
 
 def write_rows(

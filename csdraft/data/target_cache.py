@@ -17,10 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from csdraft.data.row_arrays import Column, RowArrays, columns_of, lengths_of, write_rows
+from csdraft.data.row_arrays import Column, RowArguments, RowArrays, columns_of, lengths_of, write_rows
 from csdraft.data.shards import Part
-from csdraft.data.sources import read_rows
-from csdraft.data.target import TargetArguments, target_name
+from csdraft.data.target import target_name
 
 __all__ = ["CacheArguments", "TargetCache", "TopK", "cache_logits", "dense", "write_target_cache"]
 
@@ -132,16 +131,14 @@ def write_target_cache(
 
 
 @dataclass
-class CacheArguments(TargetArguments):
+class CacheArguments(RowArguments):
     """Whose logits to keep, over which rows, and how many."""
 
-    max_length: int = field(default=512, metadata={"help": "Tokens of a row at most; as when training."})
     k: int = field(default=64, metadata={"help": "Logits kept of each position."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_at_least(1, "k")
-        self.check_at_least(2, "max_length")
 
 
 def cache_logits(args: CacheArguments) -> None:
@@ -151,16 +148,9 @@ def cache_logits(args: CacheArguments) -> None:
         ValueError: before the target is loaded, for data that cannot be read, a target that is no decoder-only model,
             rows longer than its context, and what `write_target_cache` refuses.
     """
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    folder, (config, tokenizer) = args.folder(), args.read_target()
-    if config.is_encoder_decoder:
-        raise ValueError(f"{args.target} is an encoder-decoder; logits are cached for decoder-only targets")
-    context = getattr(config, "max_position_embeddings", None)
-    if context and args.max_length > context:
-        raise ValueError(f"max_length={args.max_length} is longer than the target's context of {context} tokens")
-    rows = read_rows(args.dataset, tokenizer, args.max_length, args.split, args.dataset_limit, args.chat)
-    write_target_cache(args.load_target, rows, folder, target_name(args), args.k, args.batch_size, args.part)
+    _, rows = args.read("logits")
+    name = target_name(args)
+    write_target_cache(args.load_target, rows, args.output_dir, name, args.k, args.batch_size, args.part)
 
 
 @torch.no_grad()

@@ -39,6 +39,7 @@ class Eagle3Options:
         norm_before_fc: whether the hidden states are normed together before they are fused.
         fc_norm: whether each hidden state is normed before they are fused.
         norm_output: whether the feature that it hands on is normed.
+        steps, decay: how it is trained, see `HeadOptions`.
     """
 
     layers: tuple[int, ...]
@@ -48,6 +49,8 @@ class Eagle3Options:
     norm_before_fc: bool = False
     fc_norm: bool = False
     norm_output: bool = False
+    steps: int = 4
+    decay: float = 0.8
 
 
 def default_layers(count: int) -> tuple[int, int, int]:
@@ -94,15 +97,13 @@ class Eagle3(Head):
     Args:
         config: of the layer; `vocab_size` is the target's.
         options: see `Eagle3Options`.
-        steps, decay: how it is trained, see `HeadOptions`.
     """
 
     attention_layers = 1
     _no_split_modules = ["Layer"]  # noqa: RUF012 - transformers' own way
 
-    def __init__(self, config: LlamaConfig, options: Eagle3Options, steps: int = 4, decay: float = 0.8):
+    def __init__(self, config: LlamaConfig, options: Eagle3Options):
         super().__init__(config, options, options.draft_vocab)
-        self.steps, self.decay = steps, decay
         width, count = config.hidden_size, len(options.layers)
         if options.norm_before_fc:
             self.input_norm = LlamaRMSNorm(count * options.target_width, config.rms_norm_eps)

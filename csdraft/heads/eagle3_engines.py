@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csdraft.heads.engines import ServedTarget, context_fault, tensor_faults
+from csdraft.heads.engines import ServedTarget, context_fault, target_faults, tensor_faults
 from csdraft.heads.folder import check_drafted
 from csdraft.stored import fit, shown
 
@@ -235,12 +235,7 @@ def _head(seen: Seen) -> Iterator[str]:
     if "embed_tokens.weight" not in seen.tensors and seen.target_width != seen.width:
         yield f"embed_tokens.weight is missing: the target's has width {seen.target_width}, the head {seen.width}"
     if seen.target is not None:
-        for key, found, wanted in (
-            ("vocab_size", vocab, seen.target.vocab_size),
-            ("target_hidden_size", seen.target_width, seen.target.hidden_size),
-        ):
-            if found != wanted:
-                yield f"{key}={found}, the target {seen.target.name} has {wanted}; name the head's own target"
+        yield from target_faults(seen.target, seen.target_width, vocab, named_layers(seen.config))
 
 
 def _sglang(seen: Seen) -> Iterator[str]:
@@ -282,11 +277,6 @@ def _hidden_states(seen: Seen) -> Iterator[str]:
         )
     if len(set(layers)) < len(layers) or list(layers) != sorted(layers) or (layers and layers[0] < 0):
         yield f"{LAYERS}={list(layers)} must rise from 0: engines hand hidden states over in the target's order"
-    if seen.target is not None and layers and max(layers) >= seen.target.layers:
-        yield (
-            f"{LAYERS}={list(layers)}: the target has {seen.target.layers} blocks, and behind the last csdraft reads "
-            "the normed state, engines another or none; train a head of lower ones"
-        )
 
 
 def _tensors(seen: Seen) -> Iterator[str]:

@@ -25,7 +25,8 @@ from csdraft.heads.eagle3_engines import (
     speculators_document,
 )
 from csdraft.heads.engines import SIZED_ROTARY, ServedTarget
-from csdraft.heads.folder import Names, check_drafted, check_tensors, read_layer, read_tensors
+from csdraft.heads.folder import INIT, Names, check_drafted, check_tensors, read_layer, read_tensors
+from csdraft.heads.head import HeadOptions
 from csdraft.heads.stored_head import StoredHead
 from csdraft.stored import fit
 
@@ -126,6 +127,7 @@ class Eagle3Head(StoredHead):
             "tie_word_embeddings": False,
             "rope_theta": self.config.rope_parameters["rope_theta"],  # where older engines look for it
             **{key: getattr(options, key) for key in NORMS},
+            INIT: {"eagle3": {"steps": options.steps, "decay": options.decay}},
         }
         if layers:  # vLLM reads the first, SGLang the second, which counts from 0
             numbers = [k - 1 for k in layers]
@@ -212,7 +214,9 @@ def _options(document: Mapping[str, Any], state: Mapping[str, Tensor], at: str, 
         raise ValueError(
             f"{at}: target_hidden_size={width}, draft_vocab_size={rows}, vocab_size={vocab}; all are 1 or more"
         )
-    return Eagle3Options(layers, width, rows, **flags)
+    trained = fit(document.get(INIT) or {}, dict[str, Any], f"{at}: {INIT}").get("eagle3") or {}
+    how = fit(trained, HeadOptions, f"{at}: {INIT}.eagle3")
+    return Eagle3Options(layers, width, rows, **flags, steps=how.steps, decay=how.decay)
 
 
 def _fused(options: Eagle3Options, state: Mapping[str, Tensor]) -> int:

@@ -17,15 +17,13 @@ from torch import Tensor
 
 from csdraft.heads.eagle import EagleOptions
 from csdraft.heads.eagle3_files import EMBEDDING
-from csdraft.heads.engines import ENGINES, ServedTarget, context_fault, tensor_faults
-from csdraft.heads.folder import Names, read_layer, read_tensors
+from csdraft.heads.engines import ENGINES, ServedTarget, context_fault, target_faults, tensor_faults
+from csdraft.heads.folder import INIT, Names, read_layer, read_tensors
 from csdraft.heads.own_files import KIND, OwnHead, head_kinds
 from csdraft.stored import fit, shown
 
 __all__ = ["EagleHead"]
 
-INIT = "csdraft_init"
-"""Key of config.json: how csdraft trained it, as `init` of a recipe says it. Others do not read it."""
 ORDINARY, OF_VLLM, OF_SGLANG = "LlamaForCausalLM", "EagleLlamaForCausalLM", "LlamaForCausalLMEagle"
 """Architectures: of published heads as of every Llama model, of vLLM's class, of SGLang's."""
 OUTPUT_LAYER = "lm_head.weight"
@@ -36,8 +34,8 @@ class EagleHead(OwnHead):
 
     @classmethod
     def recognises(cls, config: Mapping[str, Any], names: Names) -> bool:
-        named = _architecture(config)
-        if INIT in config or named in (OF_VLLM, OF_SGLANG):
+        named, trained = _architecture(config), config.get(INIT)
+        if (isinstance(trained, Mapping) and trained.keys() & head_kinds().keys()) or named in (OF_VLLM, OF_SGLANG):
             return True
         if named not in (ORDINARY, "") or config.get("model_type", "llama") != "llama" or KIND in config:
             return False
@@ -100,14 +98,12 @@ class EagleHead(OwnHead):
         with torch.device("meta"):
             whole = self.network(None)
         wanted = {name: tuple(t.shape) for name, t in whole.state_dict().items() if name not in ("d2t", OUTPUT_LAYER)}
-        if "fc.bias" in tensors:
-            wanted["fc.bias"] = wanted["fc.weight"][:1]
         here = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-        found += tensor_faults(here, wanted, {EMBEDDING}, {OUTPUT_LAYER, "d2t", "t2d"})
-        sizes = {"hidden_size": config.get("hidden_size"), "vocab_size": config.get("vocab_size")}
-        for key, value in sizes.items() if target is not None else ():
-            if value != getattr(target, key):
-                found.append(f"{key}={value} is not the target's {getattr(target, key)}")
+        bias = {"fc.bias": wanted["fc.weight"][:1]}  # whether there may be one is said above
+        found += tensor_faults(here, wanted | bias, {EMBEDDING, *bias}, {OUTPUT_LAYER, "d2t", "t2d"})
+        if target is not None:
+            sizes = (fit(config.get(key), int, key) for key in ("hidden_size", "vocab_size"))
+            found += target_faults(target, *sizes, layers=())
         if engine == "sglang":
             found += context_fault(config.get("max_position_embeddings"), target)
         return found

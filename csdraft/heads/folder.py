@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from csdraft.stored import fit, is_hub_id, read_object, shown
 
 __all__ = [
+    "INIT",
     "OF_OTHER_TYPES",
     "SWITCHING",
     "WEIGHTS",
@@ -39,6 +40,8 @@ OF_OTHER_TYPES = (
     StrictDataclassError, ValueError, TypeError, ZeroDivisionError, AttributeError, LookupError, RuntimeError,
 )  # fmt: skip
 """What transformers and torch raise for sizes and options that are none."""
+INIT = "csdraft_init"
+"""Key of config.json: how csdraft trained a head, as `init` of a recipe says it. Others do not read it."""
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 IN_PARTS = "model.safetensors.index.json"
 """Of models whose weights are in several files; those of a head are in one."""

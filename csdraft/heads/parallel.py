@@ -42,8 +42,6 @@ class ParallelOptions(Eagle3Options):
 
     mask_token: int = 0
     blocks: int = 1
-    steps: int = 4
-    decay: float = 0.8
 
 
 class Parallel(Stack, Eagle3):
@@ -52,7 +50,7 @@ class Parallel(Stack, Eagle3):
     _no_split_modules = ["Layer", "LlamaDecoderLayer"]  # noqa: RUF012 - transformers' own way
 
     def __init__(self, config: LlamaConfig, options: ParallelOptions):
-        super().__init__(config, options, options.steps, options.decay)
+        super().__init__(config, options)
         numbers = range(1, options.blocks)
         self.layers = nn.ModuleDict({str(i): LlamaDecoderLayer(self.config, i) for i in numbers})  # type: ignore[arg-type]
         self.mask_hidden = nn.Parameter(torch.randn(1, 1, len(options.layers) * options.target_width))

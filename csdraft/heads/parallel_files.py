@@ -109,4 +109,4 @@ class ParallelHead(Eagle3Head):
                 f"token or more with 1 layer or more, and its mask token is below {document['vocab_size']}"
             )
         own = {field.name: getattr(shared, field.name) for field in fields(Eagle3Options)}
-        return ParallelOptions(**own, mask_token=mask, blocks=blocks, steps=steps)
+        return ParallelOptions(**own | {"steps": steps}, mask_token=mask, blocks=blocks)

@@ -12,7 +12,7 @@ from csdraft import ModelDrafter
 from csdraft.trainers.distillation import Distillation
 from csdraft.trainers.objective import Objective
 from csdraft.trainers.students import check_student, make_student
-from csdraft.trainers.students._kind import kind_of_head
+from csdraft.trainers.students._student import student_of
 from tests.heads.kinds import OBJECTIVE, batch, new
 from tests.heads.learned import PROMPTS, target, texts
 from tests.heads.spied import FIXED, GREEDY
@@ -32,7 +32,7 @@ def parts(head: Any, objective: Objective = OBJECTIVE) -> Any:
     """What one training step compares, see `HeadKind.compared`, without noise."""
     hidden = features_of(head)
     inputs, output_layer = batch(), target().get_output_embeddings()
-    return list(kind_of_head(head).compared(head, {-1: hidden}, hidden, output_layer, inputs["labels"], inputs))
+    return list(student_of(head).compared(head, {-1: hidden}, hidden, output_layer, inputs["labels"], inputs))
 
 
 def loss_of(name: str, objective: Objective = OBJECTIVE, **options: Any) -> float:
@@ -111,7 +111,7 @@ def test_the_regression_is_added_to_the_other_losses(name):
 
 
 def test_a_kind_is_the_heads_own():
-    assert [kind_of_head(new(name)).name for name in ("eagle", "hass", "fspad")] == ["eagle", "hass", "fspad"]
+    assert [student_of(new(name)).name for name in ("eagle", "hass", "fspad")] == ["eagle", "hass", "fspad"]
 
 
 def test_the_steps_of_each_kind():

@@ -279,11 +279,23 @@ def test_which_engine_loads_a_published_folder(published):
     assert all("num_hidden_layers=32" in refusals(published)[engine] for engine in ("vLLM", "SGLang"))
 
 
+def test_a_bias_of_zeros_is_left_out_for_vllm(tmp_path):
+    head = made("eagle", bias=True)
+    assert not head.fc.bias.any()
+    save_student(head, tmp_path / "head")
+    target().save_pretrained(tmp_path / "target")
+    asked = ["export", str(tmp_path / "head"), str(tmp_path / "out"), "--to", "vllm"]
+    assert main([*asked, "--target", str(tmp_path / "target")]) == 0
+    assert "fc.bias" not in load_file(tmp_path / "out" / "model.safetensors")
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_an_exported_head_is_what_its_engine_loads_and_the_same_head(tmp_path, engine, bias):
     """SGLang gets zeros for a bias that there is none of; vLLM takes none that is not 0."""
     head = made("eagle", bias=bias)
+    if bias:
+        torch.nn.init.constant_(head.fc.bias, 0.1)
     save_student(head, tmp_path / "head")
     target().save_pretrained(tmp_path / "target")
     command = [

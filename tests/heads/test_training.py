@@ -21,6 +21,7 @@ from csdraft.heads.eagle3_files import Eagle3Head
 from csdraft.models import load_model
 from csdraft.trainers.run import distill
 from csdraft.trainers.students import check_student, load_student_weights, make_student
+from csdraft.trainers.students._student import student_of
 from tests.heads.learned import LAYERS, new_head, target
 from tests.tiny import ragged_batch
 
@@ -102,6 +103,15 @@ def test_a_run_goes_on_from_its_checkpoint(pair, run):
     again = make_student(run.target, str(pair / "head"))
     assert torch.equal(again.fc.weight, run.model.fc.weight)
     assert again.midlayer.mlp.up_proj.weight.requires_grad
+
+
+def test_how_a_head_is_trained_is_kept_in_its_folder(run, tmp_path):
+    """Else training on from a folder would unroll other steps than before."""
+    made = make_student(run.target, init={"eagle3": {"layers": [0, 1, 2], "steps": 2, "decay": 0.5}})
+    Eagle3Head.of(made).save(tmp_path)
+    again = make_student(run.target, str(tmp_path))
+    assert (again.options.steps, again.options.decay) == (2, 0.5)
+    assert student_of(again).unrolling(again) == (2, 0.5)
 
 
 def test_a_head_of_all_tokens_goes_on_from_its_checkpoint(run, tmp_path):

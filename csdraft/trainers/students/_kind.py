@@ -24,10 +24,10 @@ from csdraft.heads.stored_head import StoredHead, head_at
 from csdraft.heads.tied import Lender
 from csdraft.models import base_model
 from csdraft.stored import fit
-from csdraft.trainers.students._student import Compared, Counts, Logits, Student, check_names, student_of, students
+from csdraft.trainers.students._student import Compared, Counts, Logits, Student, check_names, students
 from csdraft.trainers.students.scratch import new_config
 
-__all__ = ["Compared", "Counts", "HeadKind", "Logits", "kind_of_head", "kinds"]
+__all__ = ["Compared", "Counts", "HeadKind", "Logits", "kinds"]
 
 LIKE_TARGET = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "rms_norm_eps")
 """What the layer takes over from a target that states it."""
@@ -181,9 +181,3 @@ class HeadKind(Student):
 def kinds() -> dict[str, HeadKind]:
     """The kinds of heads, by the names of their files."""
     return {name: kind for name, kind in students().items() if isinstance(kind, HeadKind)}
-
-
-def kind_of_head(student: Any) -> HeadKind | None:
-    """The kind of a head that is trained; None of a model."""
-    kind = student_of(student)
-    return kind if isinstance(kind, HeadKind) else None

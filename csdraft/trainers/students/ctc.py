@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from csdraft.heads.ctc import Ctc, CtcOptions
-from csdraft.heads.eagle3 import default_layers
 from csdraft.heads.own_files import OwnHead
 from csdraft.trainers.students import parallel
 
@@ -33,7 +32,7 @@ class Options(parallel.Options):
 class CtcStudent(parallel.ParallelStudent):
     """See `HeadKind`."""
 
-    trains, options, stored_by = Ctc, Options, OwnHead
+    trains, options, stored_by, head_options = Ctc, Options, OwnHead, CtcOptions
 
     def check(self, config: Any, options: Any) -> None:
         super().check(config, options)
@@ -43,15 +42,5 @@ class CtcStudent(parallel.ParallelStudent):
                 f"init.{self.name}: frames={asked.frames}; {asked.steps} tokens (steps) take as many frames or more"
             )
 
-    def new(self, text: Any, asked: Any, draft_vocab: int) -> Ctc:
-        options = CtcOptions(
-            tuple(asked.layers or default_layers(text.num_hidden_layers)),
-            text.hidden_size,
-            draft_vocab,
-            mask_token=self.mask_token(text, asked),
-            blocks=asked.blocks,
-            steps=asked.steps,
-            decay=asked.decay,
-            frames=asked.frames,
-        )
-        return Ctc(self.layer_config(text, asked), options)
+    def more(self, text: Any, asked: Any) -> dict[str, Any]:
+        return super().more(text, asked) | {"frames": asked.frames}

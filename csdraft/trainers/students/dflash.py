@@ -10,7 +10,6 @@ from typing import Any
 
 from csdraft.heads.dflash import Dflash, DflashOptions
 from csdraft.heads.dflash_files import DflashHead
-from csdraft.heads.eagle3 import default_layers
 from csdraft.trainers.students import parallel
 
 __all__ = ["DflashStudent"]
@@ -19,7 +18,7 @@ __all__ = ["DflashStudent"]
 class DflashStudent(parallel.ParallelStudent):
     """See `HeadKind`; its options are those of a parallel head."""
 
-    trains, stored_by = Dflash, DflashHead
+    trains, stored_by, head_options = Dflash, DflashHead, DflashOptions
 
     def check(self, config: Any, options: Any) -> None:
         super().check(config, options)
@@ -27,15 +26,3 @@ class DflashStudent(parallel.ParallelStudent):
             raise ValueError(
                 f"init.{self.name}: layers={list(layers)}; its layout cannot name the embeddings, 0: begin at 1"
             )
-
-    def new(self, text: Any, asked: Any, draft_vocab: int) -> Dflash:
-        options = DflashOptions(
-            tuple(asked.layers or default_layers(text.num_hidden_layers)),
-            text.hidden_size,
-            draft_vocab,
-            mask_token=self.mask_token(text, asked),
-            blocks=asked.blocks,
-            steps=asked.steps,
-            decay=asked.decay,
-        )
-        return Dflash(self.layer_config(text, asked), options)

@@ -31,9 +31,14 @@ class Options(HeadOptions):
 
 
 class Eagle3Student(HeadKind):
-    """See `HeadKind`."""
+    """See `HeadKind`; the base of all heads that fuse hidden states.
+
+    Attributes:
+        head_options: the dataclass of the head's own options.
+    """
 
     trains, options, stored_by = Eagle3, Options, Eagle3Head
+    head_options: Any = Eagle3Options
 
     def check(self, config: Any, options: Mapping[str, Any]) -> None:
         super().check(config, options)
@@ -44,10 +49,11 @@ class Eagle3Student(HeadKind):
                 f"init.{self.name}: layers={list(layers)} must be rising numbers from 0 to {count}, the target's"
             )
 
-    def new(self, text: Any, asked: Any, draft_vocab: int) -> Eagle3:
+    def new(self, text: Any, asked: Any, draft_vocab: int) -> Any:
         layers = tuple(asked.layers or default_layers(text.num_hidden_layers))
-        options = Eagle3Options(layers, text.hidden_size, draft_vocab)
-        return Eagle3(self.layer_config(text, asked), options, asked.steps, asked.decay)
+        options = self.head_options(layers, text.hidden_size, draft_vocab, **self.more(text, asked))
+        return self.trains(self.layer_config(text, asked), options)
 
-    def unrolling(self, head: Any) -> tuple[int, float]:
-        return head.steps, head.decay
+    def more(self, text: Any, asked: Any) -> dict[str, Any]:
+        """What a head's options say beside its hidden states and its draft vocabulary."""
+        return {"steps": asked.steps, "decay": asked.decay}

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from csdraft.heads.eagle3 import default_layers
 from csdraft.heads.parallel import Parallel, ParallelOptions
 from csdraft.heads.parallel_files import ParallelHead
 from csdraft.trainers.students import eagle3
@@ -33,7 +32,7 @@ class Options(eagle3.Options):
 class ParallelStudent(eagle3.Eagle3Student):
     """See `HeadKind`."""
 
-    trains, options, stored_by = Parallel, Options, ParallelHead
+    trains, options, stored_by, head_options = Parallel, Options, ParallelHead, ParallelOptions
 
     def check(self, config: Any, options: Any) -> None:
         super().check(config, options)
@@ -44,21 +43,6 @@ class ParallelStudent(eagle3.Eagle3Student):
                 f"a mask token of the target's {vocab}"
             )
 
-    def new(self, text: Any, asked: Any, draft_vocab: int) -> Parallel:
-        options = ParallelOptions(
-            tuple(asked.layers or default_layers(text.num_hidden_layers)),
-            text.hidden_size,
-            draft_vocab,
-            mask_token=self.mask_token(text, asked),
-            blocks=asked.blocks,
-            steps=asked.steps,
-            decay=asked.decay,
-        )
-        return Parallel(self.layer_config(text, asked), options)
-
-    def mask_token(self, text: Any, asked: Any) -> int:
-        """The token that was asked for, or what stands for it in a target of this config."""
-        return asked.mask_token if asked.mask_token is not None else getattr(text, "pad_token_id", None) or 0
-
-    def unrolling(self, head: Any) -> tuple[int, float]:
-        return head.options.steps, head.options.decay
+    def more(self, text: Any, asked: Any) -> dict[str, Any]:
+        token = asked.mask_token if asked.mask_token is not None else getattr(text, "pad_token_id", None) or 0
+        return super().more(text, asked) | {"mask_token": token, "blocks": asked.blocks}
