@@ -38,25 +38,26 @@ class Spied(ModelDrafter):
                 call.session(model).forget()
         made = super().propose(contexts, [replace(budget, confidence=True) for budget in budgets])
         session = call.session(self.network)
-        assert session.use.fed == session.kept + session.use.rolled_back  # an entry is read once, unless given up
+        if isinstance(session, feature_session.FeatureSession):  # an entry is read once, unless given up
+            assert session.use.fed == session.kept + session.use.rolled_back
         for context, draft in zip(contexts, made, strict=True):
             self.drafts.append((context.row, draft.tokens, draft.parents))
             for node, parent in enumerate(draft.parents):
                 path = [draft.tokens[i] for i in ([] if parent == ROOT else draft.path(parent))]
-                wanted = float(right(self.network, context.text.tokens, path)[draft.tokens[node]])
+                wanted = float(self.right(context.text.tokens, path)[draft.tokens[node]])
                 self.errors.append(abs(wanted - draft.confidence[node]))
         return made
 
+    def right(self, text: list[int], path: list[int]) -> Tensor:
+        """(vocab,) probabilities after a text and some drafted tokens, by `naive`, once for each place."""
+        known, place = _KNOWN.setdefault(self.network, {}), (tuple(text), tuple(path))
+        if place not in known:
+            known[place] = naive(self.network, text, path)[0].softmax(-1)
+        return known[place]
+
 
 _KNOWN: WeakKeyDictionary[Any, dict[Any, Tensor]] = WeakKeyDictionary()
-
-
-def right(head: Any, text: list[int], path: list[int]) -> Tensor:
-    """(vocab,) probabilities by `naive`, once for each place; the head must not change."""
-    known, place = _KNOWN.setdefault(head, {}), (tuple(text), tuple(path))
-    if place not in known:
-        known[place] = naive(head, text, path)[0].softmax(-1)
-    return known[place]
+"""What heads say, which must not change."""
 
 
 def written(assistant: Any, rows: int = 3, **options: Any) -> Tensor:

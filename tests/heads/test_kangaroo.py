@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,8 +17,6 @@ from transformers import AutoModelForCausalLM
 
 from csdraft import CascadeDrafter, MaxGram, ModelDrafter
 from csdraft.cascade import as_drafter
-from csdraft.decoding.draft import ROOT, Draft
-from csdraft.decoding.interfaces import Budget, Context
 from csdraft.drafters.vertical import Vertical
 from csdraft.export import export_drafter
 from csdraft.heads.layers import layer_stacks
@@ -41,7 +36,7 @@ from csdraft.trees.best_first import BestFirst
 from csdraft.trees.sampled import Sampled
 from tests.heads.kinds import OBJECTIVE, batch
 from tests.heads.learned import PROMPTS, target
-from tests.heads.spied import FIXED, GREEDY, SAMPLED, drawn_as_the_target, written
+from tests.heads.spied import FIXED, GREEDY, SAMPLED, Spied, drawn_as_the_target, written
 from tests.tiny import fresh, prompt, ragged_batch
 
 DEEPER = {"gpt2": {"n_layer": 3, "num_hidden_layers": 3}, "gemma2": {}, "gemma3": {}}
@@ -82,29 +77,12 @@ def logits(network: Any) -> Tensor:
     return network(**prompt()).logits
 
 
-@dataclass(frozen=True, eq=False)
-class Watched(ModelDrafter):
-    """Compares each drafted token's confidence with that of a naive forward; drops caches at random if asked."""
+class Watched(Spied):
+    """It is an ordinary small model, whose forward needs no features."""
 
-    forget: bool = False
-    errors: list[float] = field(default_factory=list)
-    drafts: list[Any] = field(default_factory=list)
-
-    def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
-        call, chance = contexts[0].call, random.Random(len(contexts[0].text))
-        for model in (call.target, self.network):
-            if self.forget and chance.random() < 0.5:
-                call.session(model).forget()
-        made = super().propose(contexts, [replace(budget, confidence=True) for budget in budgets])
-        for context, draft in zip(contexts, made, strict=True):
-            self.drafts.append((context.row, draft.tokens, draft.parents))
-            for node, parent in enumerate(draft.parents):
-                path = [draft.tokens[i] for i in ([] if parent == ROOT else draft.path(parent))]
-                with torch.no_grad():
-                    found = self.network(torch.tensor([[*context.text.tokens, *path]]), use_cache=False).logits
-                wanted = float(found[0, -1].softmax(-1)[draft.tokens[node]])
-                self.errors.append(abs(wanted - draft.confidence[node]))
-        return made
+    @torch.no_grad()
+    def right(self, text: list[int], path: list[int]) -> Tensor:
+        return self.network(torch.tensor([[*text, *path]]), use_cache=False).logits[0, -1].softmax(-1)
 
 
 def early(model: Any, layers: int) -> Any:
