@@ -77,7 +77,9 @@ def test_it_has_learned_to_draft(name):
 
 
 @OF_EACH
-@pytest.mark.parametrize("tree", [None, Sampled()], ids=["chain", "tree"])
+@pytest.mark.parametrize(
+    "tree", [pytest.param(None, id="chain"), pytest.param(Sampled(), id="tree", marks=pytest.mark.slow)]
+)
 def test_independent_draws_have_the_targets_distribution(name, tree):
     drawn_as_the_target(ModelDrafter(learned(name), tree=tree), "rejection" if tree is None else "k_seq")
 
