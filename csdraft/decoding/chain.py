@@ -200,8 +200,9 @@ class OnDevice(Growing):
         """(batch, vocab) the noise of the next position; under independent draws new noise."""
         noise, sampler = torch.zeros_like(scores), self.chooser.sampler
         if sampler.coupled:
-            places = [(row.context.row, row.position + len(self._columns)) for row in self.rows]
-            noise[[row.place for row in self.rows]] = sampler.noise(places, scores.device)
+            found = sampler.noise([(r.context.row, r.position + len(self._columns)) for r in self.rows], scores.device)
+            for row, own in zip(self.rows, found, strict=True):  # a list of indices would be copied to the device
+                noise[row.place] = own
             return noise
         for row in self.rows:
             noise[row.place] = sampler.fresh_log_exponential(row.context.row, scores.device)

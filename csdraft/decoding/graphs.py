@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,7 @@ class Graphs:
     def run(self, shape: Shape, body: Replay, at_once: bool = False) -> Tensor:
         """What `body` returns: by a replay if the shape has been recorded, or eagerly.
 
-        The result of a replay is overwritten by the next one of its shape.
+        The result of a replay may be overwritten by the next replay, of any shape.
 
         Args:
             at_once: whether to record a shape that is new.
@@ -176,13 +177,37 @@ class OnDeviceOnly(TorchDispatchMode):
     """Refuses what cannot be recorded, before a recording has begun: one that fails half way leaves CUDA astray."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if str(func) in HOST:
+        name, kwargs = str(func), kwargs or {}
+        if name in HOST or (name in COPIES and between_devices(args, kwargs)) or by_mask(name, args):
             raise RuntimeError(f"{func} in a recorded forward: a value passes between host and device")
-        return func(*args, **kwargs or {})
+        return func(*args, **kwargs)
 
 
-HOST = {"aten._local_scalar_dense.default", "aten.lift_fresh.default", "aten.nonzero.default", "aten.equal.default"}
+HOST = {
+    "aten._local_scalar_dense.default", "aten.lift_fresh.default", "aten.nonzero.default", "aten.equal.default",
+    "aten.masked_select.default", "aten._unique2.default", "aten.bincount.default",
+}  # fmt: skip
 """Operators that read a value to the host, bring one from there, or have a result whose shape depends on values."""
+COPIES = {"aten._to_copy.default", "aten.copy_.default"}
+
+
+def between_devices(args: Any, kwargs: Any) -> bool:
+    """Whether a copy's source and target are on different devices."""
+    types = {value.device.type for value in args if isinstance(value, Tensor)}
+    return len(types | ({torch.device(kwargs["device"]).type} if kwargs.get("device") is not None else set())) > 1
+
+
+def by_mask(name: str, args: Any) -> bool:
+    """Whether an operator indexes with true and false, so that its result's shape depends on values."""
+    return name == "aten.index.Tensor" and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+
+
+def check_on_device(body: Replay) -> None:
+    """Runs a body; RuntimeError if it cannot be recorded."""
+    # Not compiled: dynamo would skip, for good, a frame that it first meets under a dispatch mode.
+    with torch.compiler.set_stance("force_eager"), OnDeviceOnly():
+        body()
+
 
 _RECORDING = threading.Lock()
 """CUDA captures one graph at a time in a process."""
@@ -191,13 +216,17 @@ _RECORDING = threading.Lock()
 def record_cuda(reader: Reader) -> Record:
     """Records CUDA graphs whose memory is shared: they run one after the other."""
     device = reader.device
-    pool = torch.cuda.graph_pool_handle()
+    stream = torch.cuda.Stream(device)  # its own: the default one belongs to the device that was first
+    alive: WeakSet[Any] = WeakSet()
+    pool: Any = None
 
     def record(body: Replay) -> Replay:
-        with OnDeviceOnly():
-            body()
-        with _RECORDING, torch.cuda.device(device):
-            stream = torch.cuda.Stream(device)  # its own: the default one belongs to the device that was first
+        nonlocal pool
+        check_on_device(body)
+        if not alive:  # a pool whose graphs are all gone cannot be used again
+            pool = torch.cuda.graph_pool_handle()
+        # The outer stream is what a recording that fails half way returns to.
+        with _RECORDING, torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UPS):
@@ -207,6 +236,7 @@ def record_cuda(reader: Reader) -> Record:
             # Other threads continue meanwhile.
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 result = body()
+        alive.add(graph)
 
         def replay() -> Tensor:
             graph.replay()

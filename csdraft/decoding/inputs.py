@@ -143,7 +143,8 @@ class Inputs:
             last: the model's last position.
         """
         self.put(tokens)
-        self._here[POSITIONS:] += 1
+        here = self._here[POSITIONS:]
+        here += 1  # in place, without a copy back
         self.end += 1
         if last < FAR:
             self.positions.clamp_(max=last)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from csdraft.decoding import clock
+from csdraft.decoding.clock import Mark
 
 if TYPE_CHECKING:
     from csdraft.decoding.interfaces import Round
@@ -90,6 +91,7 @@ class Ledger:
         self._started = self._began = 0.0  # the call, and its latest round
         self._paused = 0.0  # seconds
         self._drafting = self._scoring = 0.0  # of the latest round
+        self._drafted: tuple[Mark, Mark] | None = None  # its drafting's begin and end
 
     # The loop.
 
@@ -99,11 +101,11 @@ class Ledger:
 
     def begin(self) -> None:
         """A round of the target begins."""
-        self._began, self._drafting = clock.now(), 0.0
+        self._began, self._drafting, self._drafted = clock.now(), 0.0, None
 
-    def drafted(self, seconds: float) -> None:
-        """The drafts of the target's round are there."""
-        self._drafting = seconds
+    def drafted(self, began: Mark, ended: Mark) -> None:
+        """Drafts are there, or will be when the device has come so far; those of the target's round come last."""
+        self._drafted = began, ended
 
     def reviewed(self, level: int, rounds: Sequence[Round]) -> None:
         """A reviewer has decided about the drafts that it was shown, which ends a round of the target's.
@@ -113,7 +115,11 @@ class Ledger:
             rounds: of one forward, without those of rows that have ended. Their scores are still there.
         """
         if level == 0:
-            self._scoring = clock.now() - self._began - self._drafting
+            spent = clock.now() - self._began
+            if self._drafted is not None:  # the device has drafted by now: its choices are known
+                began, ended = self._drafted
+                self._drafting = min(ended.since(began), spent)
+            self._scoring = spent - self._drafting
             self.drafting += self._drafting
             self.scoring += self._scoring
             self.first = self._scoring if self.first is None else self.first

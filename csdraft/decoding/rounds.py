@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from csdraft.decoding import clock
+from csdraft.decoding.clock import Mark
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Request, Round, ScoresView, Verdict, Verifier
 from csdraft.decoding.session import Session
@@ -25,9 +25,10 @@ def run_round(
     confidence: bool = False,
 ) -> list[Round]:
     """One round of every row: `drafter` proposes, `reviewer` scores, `verifier` decides."""
-    started = clock.now()
+    device = reviewer.reader.device
+    began = Mark(device)
     drafts = drafter.propose(contexts, budgets)
-    contexts[0].call.ledger.drafted(clock.now() - started)
+    contexts[0].call.ledger.drafted(began, Mark(device))
     return review(contexts, drafts, reviewer, level, verifier, confidence)
 
 

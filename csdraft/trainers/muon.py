@@ -10,13 +10,19 @@ __all__ = ["MuonAdamW"]
 
 
 class MuonAdamW(Optimizer):
-    """Two optimisers behind one learning rate; embeddings and norms go to AdamW, without weight decay."""
+    """Two optimisers behind one learning rate: embeddings, output layers and norms go to AdamW, without weight decay.
+
+    An output layer is a matrix with a row for each token of the vocabulary, or of a head's draft vocabulary.
+    """
 
     def __init__(self, model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float]):
-        embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+        known, vocabularies = {id(weight) for weight in embeddings}, {max(map(len, embeddings), default=0)}
+        vocabularies |= {len(buffer) for name, buffer in model.named_buffers() if name.endswith("d2t")}
         matrices, others = [], []
-        for parameter in filter(lambda p: p.requires_grad, model.parameters()):
-            (matrices if parameter.ndim == 2 and id(parameter) not in embeddings else others).append(parameter)
+        for weight in filter(lambda p: p.requires_grad, model.parameters()):
+            hidden = weight.ndim == 2 and id(weight) not in known and len(weight) not in vocabularies
+            (matrices if hidden else others).append(weight)
         self.parts = (
             Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
             AdamW(others, lr=lr, weight_decay=0.0, betas=betas),
