@@ -210,7 +210,7 @@ class StoredHead(OnTarget):
 
     def written(self) -> dict[str, Tensor]:
         """The tensors of its file: `state`, and where it drafts only some tokens which these are."""
-        tensors = {name: tensor.clone().contiguous() for name, tensor in self.state.items()}
+        tensors = {name: tensor.cpu().clone().contiguous() for name, tensor in self.state.items()}
         if "d2t" in tensors:
             tensors["t2d"] = torch.zeros(self.config.vocab_size, dtype=torch.bool)
             tensors["t2d"][tensors["d2t"] + torch.arange(len(tensors["d2t"]))] = True
