@@ -18,6 +18,7 @@ COMMANDS = {
     "never-loses": "never_loses",
     "tasks": "tasks",
     "replay": "replays",
+    "gpu": "gpu",
 }
 """Command -> the module of this folder that has its `main(argv)`, which returns the exit status."""
 
