@@ -5,16 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from csdraft.cascade import as_drafter, options_of
 from csdraft.checks.refusals import refusal
-from csdraft.decoding.feature_session import taps_of
+from csdraft.decoding.feature_session import OWN, FeatureModel
 from csdraft.decoding.graphs import FEWEST_SLOTS, Mode, bucket
-from csdraft.decoding.inputs import Plan, Shape
+from csdraft.decoding.inputs import Inputs, Plan, Shape
 from csdraft.decoding.loop import BUCKET
 from csdraft.decoding.names import distinct, name_of
 from csdraft.decoding.reader import WIDEST, Reader
@@ -152,12 +153,14 @@ def measured(
         progress: called with what is being done and the share that is done.
         taps: the hidden states that it will have to keep.
     """
-    if taps_of(model):
-        return Ready(name, {}, 0, "a head reads features, which are gathered for each of its forwards", 0)
     if model.config.is_encoder_decoder:  # type: ignore[union-attr]
         return Ready(name, {}, 0, "an encoder-decoder reads another source in every call", 0)
     slots = max(seen for _, seen in shapes)
+    if isinstance(model, FeatureModel):
+        taps, mode = frozenset({OWN}), mode and "auto"
     reader, _ = borrow(model, rows, slots, [()] * rows, taps)
+    if isinstance(model, FeatureModel):
+        reader.features = partial(_no_features, model, reader)
     reader.begin(None, False, mode)
     reader.reserve(slots + 2 * BUCKET)  # as much as a call will ask for, so that the cache stays where it is
     reader.read([_plan(2, 4)] * rows, 1)  # makes the cache's buffers
@@ -173,8 +176,14 @@ def measured(
     why_not = eager if graphs is None else graphs.why_not
     recorded = 0 if graphs is None else len(graphs.shapes)
     reader.costs |= costs
+    reader.features = None
     take_back(reader, [[]] * rows)
     return Ready(name, costs, recorded, why_not, reader.cache.bytes)
+
+
+def _no_features(model: FeatureModel, reader: Reader, inputs: Inputs) -> Tensor:
+    """(rows, queries, width) zeros, for a head to read beside its tokens."""
+    return torch.zeros(*inputs.ids.shape, model.feature_width, dtype=reader.dtype, device=reader.device)
 
 
 def _plan(width: int, seen: int) -> Plan:

@@ -78,7 +78,9 @@ class Call:
             use = self.ledger.model(model, name_of(model))
             shape = self.drafting, self.rows, self.capacity, sources, self.vocab
             if isinstance(model, FeatureModel):
-                made: Session = FeatureSession(model, self.session(self.target), *shape, use=use)
+                made: Session = FeatureSession(
+                    model, self.session(self.target), *shape, graphs=reading.graphs, use=use
+                )
             else:
                 made = Session(model, *shape, self.texts, reading, use)
             self._sessions[id(model)] = made

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from csdraft.decoding.draft import Draft
+from csdraft.decoding.graphs import Mode
 from csdraft.decoding.inputs import Inputs, Plan
 from csdraft.decoding.interfaces import Context, Request
 from csdraft.decoding.ledger import ModelUse
@@ -26,7 +27,7 @@ from csdraft.decoding.readers import ReadingOptions
 from csdraft.decoding.session import Session
 from csdraft.decoding.text import Text
 
-__all__ = ["FeatureModel", "FeatureSession", "taps_of"]
+__all__ = ["OWN", "FeatureModel", "FeatureSession", "taps_of"]
 
 OWN = 0
 """The tap of a head's own output among its hidden states."""
@@ -104,14 +105,20 @@ class FeatureSession(Session):
         model: a `FeatureModel`.
         target: the session of the target, which keeps the features that the model reads.
         others: as of `Session`, without `texts` and `reading`.
+        graphs: how its forwards of fixed shape run.
     """
 
-    def __init__(self, model: Any, target: Session, *others: Any, use: ModelUse | None = None):
-        super().__init__(model, *others, reading=ReadingOptions(taps=frozenset({OWN})), use=use)
+    def __init__(self, model: Any, target: Session, *others: Any, graphs: Mode = False, use: ModelUse | None = None):
+        graphs = graphs and "auto"  # recorded, never compiled: half a minute for a layer
+        super().__init__(model, *others, reading=ReadingOptions(False, graphs, frozenset({OWN})), use=use)
         self.target = target
         self.reader.features = self._features
         self._views: dict[int, View] = {}
         self._given: Tensor | None = None
+
+    def close(self) -> None:
+        self.reader.features = None  # the reader may outlive this session
+        super().close()
 
     # The view.
 
@@ -177,7 +184,7 @@ class FeatureSession(Session):
 
     def _stage(self, plans: dict[int, Plan], keep: int) -> Tensor:
         """(batch, keep, vocab) logits of queries of the text alone, or of one level of the draft, in each row."""
-        queries = max(len(plan.tokens) for plan in plans.values())
+        queries = self.reader.queries(max(len(plan.tokens) for plan in plans.values()))
         shape: Any = len(self._batch), queries, self.model.feature_width
         self._given = torch.zeros(shape, dtype=self.reader.dtype, device=self.reader.device)
         for row, plan in plans.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -95,7 +95,10 @@ class Inputs:
             is 0.
         end: how many leading slots contain everything that is written or seen.
         seen_by_all: a number of leading slots that every query sees; it may be too low.
+        features: (rows, queries, width) what a drafting head reads beside its tokens; None for other models.
     """
+
+    features: Tensor | None = None
 
     def __init__(self, rows: int, queries: int, deepest: int, device: torch.device):
         shape = (PATHS + deepest, rows, queries)
@@ -134,6 +137,15 @@ class Inputs:
         for row, plan in enumerate(plans):
             if plan.awaited is not None:
                 self.ids[row, -len(plan.awaited) :] = plan.awaited.on_device
+
+    def give(self, source: Callable[[Inputs], Tensor] | None) -> None:
+        """Sets `features` to what `source` makes of the rest, from the second time on at the same address."""
+        if source is None:
+            return
+        if self.features is None:
+            self.features = source(self)
+        else:
+            self.features.copy_(source(self))
 
     def advance(self, tokens: Tensor | Sequence[int], last: int) -> None:
         """Moves on to the next step of a chain in every row.

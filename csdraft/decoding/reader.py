@@ -134,6 +134,7 @@ class Reader:
         deepest = max(max(plan.deepest for plan in plans), int(padded))
         inputs = self._inputs(queries, bucket(deepest) if fixed else deepest)
         inputs.load(plans, reach)
+        inputs.give(self.features)
         if fixed:
             return self._run_fixed(inputs, at_once)[:, -keep:]
         shared = None if padded else _range_of_all(plans)
@@ -159,6 +160,7 @@ class Reader:
 
     def step(self, inputs: Inputs) -> Tensor:
         """(rows, vocab) logits after one more token in every row; `inputs` come from `follow`, perhaps advanced."""
+        inputs.give(self.features)
         if self.graphs is not None:
             return self._run_fixed(inputs)[:, 0]
         if self.rows > 1 or inputs.paths is not None:
@@ -312,7 +314,7 @@ class Reader:
         if not self.encoder_decoder:
             given = {"input_ids": ids, "position_ids": inputs.positions, "attention_mask": mask}
             given[self.traits.cache_name] = self.cache
-            return given if self.features is None else given | {"features": self.features(inputs)}
+            return given if inputs.features is None else given | {"features": inputs.features}
         sources = self.sources
         assert sources is not None
         if self._past is None:

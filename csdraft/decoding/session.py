@@ -60,7 +60,7 @@ class Session:
     ):
         self.model, self.chooser, self.vocab, self.use = model, chooser, vocab, use or ModelUse()
         self._reuse = reading.reuse and sources is None
-        known = [text.tokens if self._reuse else () for text in texts] if self._reuse or reading.graphs else ()
+        known = [text.tokens for text in texts] if self._reuse else [()] * rows if reading.graphs else ()
         self.reader, held = borrow(model, rows, capacity, known, reading.taps)
         self.reader.begin(sources, self.reader.vocab < vocab, reading.graphs, self.use)
         switch = self.reader.traits.switch

@@ -105,6 +105,7 @@ def storages(reader: Reader) -> set[int]:
     """Of all tensors that outlive a forward of a reader: its inputs and its cache, and whatever the model holds."""
     cache, model = reader.cache, reader.model
     tensors = [inputs._there for inputs in reader._buffers.values()]
+    tensors += [inputs.features for inputs in reader._buffers.values() if inputs.features is not None]
     tensors += [reader._steps, reader._prompts]
     tensors += [buffer for layer in cache._filled() for buffer in (layer.key_buffer, layer.value_buffer)]
     tensors += [] if cache.positions is None else [cache.positions]

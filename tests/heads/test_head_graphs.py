@@ -1,0 +1,70 @@
+"""Heads whose forwards are recorded and replayed, by the stand-in on the CPU: they draft as they do eagerly."""
+
+import pytest
+import torch
+
+import csdraft
+from csdraft import ModelDrafter
+from csdraft.decoding.graphs import RECORDERS
+from csdraft.decoding.reader import Reader
+from csdraft.trees.best_first import BestFirst
+from tests.decoding.tape import recorder, storages
+from tests.heads.kinds import NAMES, learned
+from tests.heads.learned import target, texts
+
+EAGER = {"chimera", "clover2", "ctc", "dflash", "hydra", "medusa", "parallel"}
+"""Heads that ask the host what a forward is for: which output layer is next, whether text is read or a draft."""
+FAST = ("eagle3", "medusa")
+WANTED = {
+    "max_new_tokens": 24,
+    "do_sample": False,
+    "pad_token_id": 0,
+    "schedule": "fixed",
+    "return_dict_in_generate": True,
+}
+
+
+@pytest.fixture
+def readers(monkeypatch):
+    csdraft.release()
+    found: list[Reader] = []
+
+    def record(reader: Reader):
+        found.append(reader)
+        return recorder(lambda: storages(reader))
+
+    monkeypatch.setitem(RECORDERS, "cpu", record)
+    yield found
+    csdraft.release()
+
+
+@pytest.mark.parametrize("tree", [None, BestFirst(nodes=6)], ids=["chain", "tree"])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in NAMES])
+def test_replayed_heads_draft_the_same(readers, name, tree):
+    head = learned(name)
+    prompts = texts()[:2, :9].clone()
+    prompts[1, :2] = 0
+    drafter, mask = ModelDrafter(head, tree=tree), (prompts != 0).long()
+    for rows in (1, 2):
+        asked = {"inputs": prompts[:rows], "attention_mask": mask[:rows], **WANTED, "assistant": drafter}
+        eager = target().generate(**asked, graphs=False)
+        for _ in range(3):
+            found = target().generate(**asked)
+            assert torch.equal(found.sequences, eager.sequences)
+            assert found.report.lengths == eager.report.lengths
+    own = [reader for reader in readers if reader.taps == {0} and reader.graphs is not None]
+    reasons = {reader.graphs.why_not for reader in own} - {None}
+    assert bool(reasons) == (name in EAGER), reasons
+    assert name in EAGER or any(reader.graphs.shapes for reader in own)
+
+
+def test_a_head_can_be_prepared(readers):
+    head = learned("eagle3")
+    assert not csdraft.prepare(target(), ModelDrafter(head), rows=1, slots=256).why_not_captured
+    recorded = {id(reader): len(reader.graphs.shapes) for reader in readers}
+    asked = {"inputs": texts()[:1, :9], **WANTED, "assistant": ModelDrafter(head)}
+    found = target().generate(**asked)
+    assert {id(reader): len(reader.graphs.shapes) for reader in readers} == recorded  # nothing was left to record
+    eager = target().generate(**asked, graphs=False)
+    assert found.report.lengths == eager.report.lengths
+    assert torch.equal(found.sequences, eager.sequences)
