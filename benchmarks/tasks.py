@@ -1,6 +1,7 @@
 """One target, many kinds of prompt: plain, transformers' prompt lookup, MaxGram and "auto", by task with intervals.
 
 python -m benchmarks tasks --target MODEL --prompts spec=spec_bench.jsonl math=gsm8k_test.jsonl code=humaneval.jsonl
+python -m benchmarks tasks --target MODEL --drafter HEAD --prompts code=humaneval.jsonl     # it, and MaxGram below it
 
 Prompts come from JSON lines files, .xz or not; each `category` of rows is a task of its own, and all rows of several
 turns are the task "multi-turn", of which the first turn is asked. They go through the target's chat template, but for
@@ -28,6 +29,7 @@ from benchmarks.near_ties import Parting, parting
 from benchmarks.never_loses import FIELDS, encode
 from benchmarks.replays import TALK
 from csdraft.bench import Prompt
+from csdraft.cascade import CascadeDrafter
 from csdraft.data.json_lines import read_objects
 from csdraft.decoding import clock
 from csdraft.drafters.max_gram import MaxGram
@@ -39,6 +41,8 @@ __all__ = ["WARM", "Question", "questions", "table"]
 
 LOOKUP = "prompt lookup"
 WAYS = (LOOKUP, "MaxGram", "auto")
+ALONE, BELOW = "drafter", "drafter and MaxGram"
+"""Two more ways, with `--drafter`."""
 WARM = "Say hello, and then tell me in a few words what you can do."
 Measured = dict[str, Any]
 """Of one prompt: `task`, `id`, `prompt` and `tokens` (lengths), `wall` and `cpu` (seconds by way), `rounds`, and
@@ -85,9 +89,12 @@ def as_prompt(tokenizer: Any, kind: str, text: str, longest: int) -> Prompt:
     return tuple(encode(tokenizer, kind, text, longest)[0].tolist())
 
 
-def measured(target: Any, question: Question, number: int, tokens: int) -> Measured:
+def measured(target: Any, question: Question, number: int, tokens: int, drafter: str | None = None) -> Measured:
     """Every way answers one prompt."""
     drafted = {LOOKUP: {"prompt_lookup_num_tokens": LOOKUP_LENGTH}, "MaxGram": {"assistant": MaxGram()}, "auto": AUTO}
+    if drafter is not None:
+        cascade = CascadeDrafter([drafter, MaxGram()])
+        drafted |= {ALONE: {"assistant": drafter, "reuse": False}, BELOW: {"assistant": cascade, "reuse": False}}
     found = answers(target, question.ids, in_turns(drafted, number), tokens)
     plain = found[PLAIN].text
     apart = {way: parting(target, question.ids, plain, answer.text) for way, answer in found.items()}
@@ -103,6 +110,8 @@ def measured(target: Any, question: Question, number: int, tokens: int) -> Measu
 def table(found: Sequence[Measured], by: str) -> str:
     """Markdown: a line a task, and one for all; then which texts were other ones."""
     head = ("Task", "Prompts", "Plain, tokens/s", *WAYS, f"auto over {LOOKUP}", "auto, least", "auto, tokens a round")
+    if found and ALONE in found[0][by]:
+        head += (ALONE, BELOW, f"{BELOW} over {ALONE}")
     lines = [f"| {' | '.join(head)} | {AGAIN} over {PLAIN} |", "|---" * (len(head) + 1) + "|"]
     for task in (*dict.fromkeys(one["task"] for one in found), "all"):
         those = [one for one in found if task in (one["task"], "all")]
@@ -123,6 +132,12 @@ def cells(those: Sequence[Measured], by: str) -> list[str]:
         interval([s[LOOKUP] / s["auto"] for s in seconds]),
         f"{min(ratios['auto']):.2f}",
         f"{tokens / rounds:.2f}",
+        *(
+            interval([p / s[way] for p, s in zip(plain, seconds, strict=True)])
+            for way in (ALONE, BELOW)
+            if way in seconds[0]
+        ),
+        *([interval([s[ALONE] / s[BELOW] for s in seconds])] if ALONE in seconds[0] else []),
         interval([s[PLAIN] / s[AGAIN] for s in seconds]),
     ]
 
@@ -160,6 +175,7 @@ def main(argv: Sequence[str]) -> int:
         prog="python -m benchmarks tasks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--target", required=True, help="a causal model's folder or Hub id")
+    parser.add_argument("--drafter", help="a model's or a head's folder or Hub id, measured alone and above MaxGram")
     parser.add_argument("--prompts", nargs="+", required=True, metavar="KIND=FILE", help="JSON lines, also .xz")
     parser.add_argument("--count", type=int, default=4, help="prompts of each task (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=80, help="new tokens at most (default: %(default)s)")
@@ -181,6 +197,7 @@ def main(argv: Sequence[str]) -> int:
     clock.now = CLOCKS[options.clock]
     files = dict(pair.split("=", 1) for pair in options.prompts)
     about = {key: getattr(options, key) for key in ("dtype", "threads", "tokens", "longest", "clock")}
+    about |= {"drafter": options.drafter} if options.drafter else {}
     done = kept(options.out, {"target": Path(options.target).name, "csdraft": __version__, **about})
     tokenizer = AutoTokenizer.from_pretrained(options.target)
     asked = questions(tokenizer, files, options.count, options.longest)
@@ -200,10 +217,11 @@ def answered(
 ) -> list[Measured]:
     """Answers what is missing, a line of the file a prompt; every way has run before the first is timed."""
     progress, made = Progress(), []
-    measured(target, Question("", "", as_prompt(tokenizer, "", WARM, options.longest)), 0, options.tokens)
+    warm = Question("", "", as_prompt(tokenizer, "", WARM, options.longest))
+    measured(target, warm, 0, options.tokens, options.drafter)
     progress.restart()
     for turn, (number, question) in enumerate(missing, 1):
-        found = measured(target, question, number, options.tokens)
+        found = measured(target, question, number, options.tokens, options.drafter)
         with options.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(found) + "\n")
         made.append(found)

@@ -18,6 +18,7 @@ from csdraft.trees.best_first import BestFirst
 from tests.conftest import ROOT
 
 PROMPTS, NEW = 2, 56
+HEAD = str(ROOT / "models/smol-eagle3")
 GOLDEN = {
     "max_gram": (112, 47),
     "auto": (112, 32),
@@ -26,6 +27,8 @@ GOLDEN = {
     "vertical": (112, 34),
     "horizontal": (112, 30),
     "cascade": (112, 31),
+    "eagle3": (112, 35),
+    "eagle3 and max_gram": (112, 26),
 }
 """(tokens emitted, rounds) of each setting, all prompts together."""
 
@@ -40,6 +43,8 @@ def settings(small: torch.nn.Module) -> dict[str, Drafter]:
         "vertical": Vertical(small, MaxGram(), depth=8, inner_length=4),
         "horizontal": Horizontal((ModelDrafter(small, depth=5), MaxGram()), (3, 10)),
         "cascade": CascadeDrafter([small, MaxGram()], [[4, 8], [0, 3]]),
+        "eagle3": ModelDrafter(HEAD, depth=5),
+        "eagle3 and max_gram": CascadeDrafter([HEAD, MaxGram()], [[4, 8], [0, 3]]),
     }
 
 
