@@ -134,9 +134,7 @@ class Inputs:
                 for query, path in enumerate(plan.paths or (), pad):
                     table[PATHS : PATHS + len(path), row, query] = path
         self._send()
-        for row, plan in enumerate(plans):
-            if plan.awaited is not None:
-                self.ids[row, -len(plan.awaited) :] = plan.awaited.on_device
+        self._fetch([plan.awaited for plan in plans])
 
     def give(self, source: Callable[[Inputs], Tensor] | None) -> None:
         """Sets `features` to what `source` makes of the rest, from the second time on at the same address."""
@@ -167,6 +165,16 @@ class Inputs:
             self._here[IDS, :, 0] = tokens
         else:
             self.ids[:, 0] = torch.as_tensor(tokens, device=self.ids.device)  # (rows,)
+
+    def _fetch(self, drafts: Sequence[Awaited | None]) -> None:
+        """Copies tokens that are still on the device to the end of each row; all at once where one chain drew them."""
+        first = drafts[0]
+        if first is not None and all(d is not None and d.goes_with(first, row) for row, d in enumerate(drafts)):
+            self.ids[:, -len(first) :] = first.choices.tokens[: len(first)].T  # (rows, drafted)
+            return
+        for row, draft in enumerate(drafts):
+            if draft is not None:
+                self.ids[row, -len(draft) :] = draft.on_device
 
     def _send(self) -> None:
         if self._there is not self._host:
