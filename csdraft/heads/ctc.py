@@ -44,6 +44,13 @@ class CtcOptions(ParallelOptions):
 
     frames: int = 8
 
+    def __post_init__(self) -> None:
+        if self.frames < self.steps:
+            raise ValueError(
+                f"frames={self.frames} of a CTC head that drafts steps={self.steps} tokens: each token needs a frame; "
+                f"give frames={self.steps} or more"
+            )
+
 
 class State(NamedTuple):
     """What is carried from one drafted token to the next.

@@ -211,6 +211,7 @@ class RunFolder:
                     file.write(json.dumps(document, indent=1).encode())
 
         trainer.together(self.folder, mark)
+        say(f"the result is in {self.folder}")
 
 
 def _read(path: Path) -> tuple[dict[str, Any] | None, str]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from csdraft.heads.ctc import CtcOptions
 from csdraft.trainers.students import check_student
 from tests.heads.kinds import new
 from tests.heads.learned import target
@@ -81,3 +82,8 @@ def test_a_token_that_it_cannot_draft_leaves_a_distribution():
 def test_fewer_frames_than_tokens_are_refused():
     with pytest.raises(ValueError, match="frames=2"):
         check_student(target().config, init={"ctc": {"layers": [0, 1, 3], "frames": 2, "steps": 3}})
+
+
+def test_a_stored_head_needs_a_frame_for_each_token():
+    with pytest.raises(ValueError, match="frames=3 of a CTC head that drafts steps=4"):
+        CtcOptions((0, 1, 3), 32, 4, steps=4, frames=3)
