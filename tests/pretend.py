@@ -69,9 +69,6 @@ class Pretended(TorchDispatchMode):
         super().__init__()
         self.copies: Counter[tuple[str, str]] = Counter()
 
-    def total(self, direction: str) -> int:
-        return sum(count for (way, _), count in self.copies.items() if way == direction)
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.run(func, args, kwargs or {})
 
@@ -84,7 +81,8 @@ class Pretended(TorchDispatchMode):
         if not there and not arrives:
             return func(*args, **kwargs)
         leaves = device is not None and not arrives
-        self._check(func.overloadpacket.__name__, args, kwargs, [t for t in tensors if not isinstance(t, There)], leaves)
+        here = [value for value in tensors if not isinstance(value, There)]
+        self._check(func.overloadpacket.__name__, args, kwargs, here, leaves)
         args, kwargs = tree_map(_held, (args, kwargs))
         found = func(*args, **(kwargs | {"device": "cpu"} if arrives else kwargs))
         if leaves:
@@ -109,7 +107,7 @@ class Pretended(TorchDispatchMode):
     def _note(self, direction: str, times: int) -> None:
         if times:
             frame: Any = sys._getframe()
-            while frame is not None and not frame.f_code.co_filename.startswith(OURS):
+            while frame and not frame.f_code.co_filename.startswith(OURS):
                 frame = frame.f_back
             place = f"{frame.f_code.co_filename.removeprefix(OURS)}:{frame.f_lineno}" if frame else "elsewhere"
             self.copies[direction, place] += times

@@ -40,6 +40,7 @@ def device() -> Iterator[Pretended]:
         return body
 
     csdraft.release()
+    texts()  # kept, and written faster without a pretended device
     with pytest.MonkeyPatch.context() as patch, pretended() as mode:
         patch.setitem(RECORDERS, DEVICE, lambda reader: record)
         yield mode
