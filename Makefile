@@ -50,8 +50,9 @@ test: $(READY)
 slow: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -m "slow and not gpu" $(ARGS)
 
+# Each test's name as it ends: a run that is cut off has told which failed.
 gpu: $(READY)
-	$(BIN)/python -m pytest -q -m gpu tests/gpu $(ARGS)
+	$(BIN)/python -m pytest -v -m gpu tests/gpu --durations=5 $(ARGS)
 
 demo: $(READY)
 	$(BIN)/python -m examples.demo $(ARGS)

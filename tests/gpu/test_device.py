@@ -42,6 +42,12 @@ def placed(
     return tuple(copy.deepcopy(model).to(device, dtype) for model in models)
 
 
+@cache
+def twin(family: str, device: str) -> nn.Module:
+    """A copy of the better drafter, made once so that its forwards are recorded once."""
+    return copy.deepcopy(placed(family, device)[1])
+
+
 def moved(inputs: dict[str, Tensor], device: str) -> dict[str, Tensor]:
     return {name: value.to(device) for name, value in inputs.items()}
 
@@ -77,12 +83,10 @@ def test_greedy_texts_are_plain_generates(device: str, family: str, rows: int) -
 def test_low_precision_leaves_the_text_at_near_ties_only(device: str, attention: str, dtype: torch.dtype) -> None:
     """The analysis of `csdraft check`: no token lies further below the best logit than rounding can explain."""
     target, medium, small = placed("llama", device, dtype, attention)
-    for seed in range(1 if device == "cpu" else 8):
-        inputs = moved(tiny.prompt(seed=seed), device)
-        for name in ("model", "cascade"):
-            opened = Opened(target, tiny.tokenizer(), drafters(medium, small)[name], {"schedule": Fixed()})
-            outcome = greedy(opened, inputs, 32, name)
-            assert outcome.passed, outcome
+    for seed, name in ((0, "model"), (1, "cascade")):
+        opened = Opened(target, tiny.tokenizer(), drafters(medium, small)[name], {"schedule": Fixed()})
+        outcome = greedy(opened, moved(tiny.prompt(seed=seed), device), 32, name)
+        assert outcome.passed, outcome
 
 
 # Randomness.
@@ -164,7 +168,7 @@ class Both(Drafter):
 @pytest.mark.parametrize("family", ["llama", "gemma3", "t5"])
 def test_a_roll_on_the_device_is_so_many_steps(device: str, family: str, options: dict[str, Any]) -> None:
     target, medium, _ = placed(family, device)
-    both = Both(medium, copy.deepcopy(medium))
+    both = Both(medium, twin(family, device))
     target.generate(**moved(tiny.inputs_of(family, 3), device), **options, assistant=both, **FIXED)
     assert sum(both.lengths) > 30
 
