@@ -151,7 +151,8 @@ class Scores:
         first = after[0]
         contiguous = all(node == first + i for i, node in enumerate(after))
         self._row_of = None if contiguous else {node: i for i, node in enumerate(after)}
-        self._first = first
+        self._first, self._after = first, after
+        self._soft: dict[tuple[int, int], float] | None = None  # by node and token; None: not on the host yet
         self._processed: dict[int, Tensor] = {}
         self._chosen: dict[int, int] = {}
 
@@ -201,9 +202,24 @@ class Scores:
         return values.topk(k, -1).indices.cpu()
 
     def soft(self, node: int, token: int) -> float:
+        if self._soft is None:
+            self._soft = {} if self.logits.device.type == "cpu" else self._soft_of_all()
+        if (node, token) not in self._soft:
+            self._soft[node, token] = float(self._log_probs(self.raw(node))[token].exp())
+        return self._soft[node, token]
+
+    def _log_probs(self, logits: Tensor) -> Tensor:
         temperature = 1.0 if self.chooser.sampler.greedy else self.chooser.processing.temperature
-        log_probs = (self.raw(node).float() / temperature).log_softmax(-1)
-        return float(log_probs[token].exp())
+        return (logits.float() / temperature).log_softmax(-1)
+
+    def _soft_of_all(self) -> dict[tuple[int, int], float]:
+        """Of every drafted token and every choice, in one copy from the device."""
+        scored, drafted = set(self._after), zip(self.draft.parents, self.draft.tokens, strict=True)
+        asked = [*(pair for pair in drafted if pair[0] in scored), *zip(self._after, self.choices or (), strict=False)]
+        asked = [*dict.fromkeys(asked)]
+        rows = [self._index(node) for node, _ in asked]
+        at = torch.tensor([rows, [token for _, token in asked]]).to(self.logits.device, non_blocking=True)
+        return dict(zip(asked, self._log_probs(self.logits)[at[0], at[1]].exp().tolist(), strict=True))
 
     def entropy(self, node: int) -> float:
         temperature = 1.0 if self.chooser.sampler.greedy else self.chooser.processing.temperature

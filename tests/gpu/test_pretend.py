@@ -87,7 +87,7 @@ def cases() -> dict[str, tuple[Any, dict, int, int]]:
         "sampled": (made["model"], SAMPLED, 1, 3),
         "tree": (tree, GREEDY, DEPTH + 1, DEPTH + 1),
         "max_gram": (made["max_gram"], GREEDY, 1, 1),
-        "cascade": (made["cascade"], GREEDY, 99, 99),  # as often as it likes: its inner reviewers are lenient
+        "cascade": (made["cascade"], GREEDY, 26, 99),  # each row of each lenient review asks for its chances once
     }
 
 
