@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"  # befor
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; scripts they start inherit this
 
+import gc
 import random
 import sys
 from collections.abc import Iterator
@@ -34,6 +35,13 @@ def _gpu(request: pytest.FixtureRequest) -> None:
     """Tests marked gpu need a device."""
     if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """What has been imported and collected stays, so no later collection of garbage looks at it: each run has some."""
+    gc.collect()
+    gc.freeze()
 
 
 DECODING = {"cascade", "contracts", "decoding", "drafters", "gpu", "heads", "schedules", "trees", "verifiers"}

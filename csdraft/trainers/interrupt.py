@@ -19,8 +19,9 @@ __all__ = ["Interrupt"]
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ECHO = 3.0
 """Seconds in which another signal is the same one: a scheduler sends it to all, and the launcher passes it on."""
-PARENT = os.getppid()
-"""The process that has started this one, as its modules are imported."""
+_parent = [os.getppid()]
+"""The process that has started this one, as its modules are imported or as it is forked (by notebook_launcher)."""
+os.register_at_fork(after_in_child=lambda: _parent.__setitem__(0, os.getppid()))
 OF_LAUNCHERS = ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")
 """Variables that torchrun or accelerate set for the processes that they start."""
 
@@ -89,4 +90,4 @@ class Interrupt(TrainerCallback):
 
 def launcher_has_gone() -> bool:
     """Whether a launcher has started this process and ended before it."""
-    return os.getppid() != PARENT and any(name in os.environ for name in OF_LAUNCHERS)
+    return os.getppid() != _parent[0] and any(name in os.environ for name in OF_LAUNCHERS)

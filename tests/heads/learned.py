@@ -86,16 +86,20 @@ def states_along(text: tuple[int, ...]) -> tuple[Tensor, ...]:
 
 
 @torch.no_grad()
-def naive(head: Any, text: list[int], path: list[int]) -> tuple[Tensor, Tensor]:
-    """(vocab,) logits after a text and some drafted tokens, and the head's output: without any cache."""
+def naive(head: Any, text: list[int], path: list[int], read: dict[Any, Any] | None = None) -> tuple[Tensor, Tensor]:
+    """(vocab,) logits after a text and some drafted tokens, and the head's output: without any cache.
+
+    Args:
+        read: what this has returned for other paths after this text, so that no path is read again.
+    """
     states = states_along(tuple(text[:-1]))
     features = head.fuse({tap: states[tap][0] for tap in head.taps})  # (length - 1, feature width)
-    entries = list(text[1:])
-    while True:
-        count = len(entries)
-        output = head(torch.tensor([entries]), features[None, :count], torch.arange(count)[None])
-        if not path:
-            return output.logits[0, -1], output.hidden_states[0][0, -1]
-        features = torch.cat([features[:count], output.hidden_states[0][0, -1:]])
-        entries.append(path[0])
-        path = path[1:]
+    entries, read = [*text[1:], *path], {} if read is None else read
+    for steps in range(len(path) + 1):
+        place, count = tuple(path[:steps]), len(text) - 1 + steps
+        if place not in read:
+            output = head(torch.tensor([entries[:count]]), features[None, :count], torch.arange(count)[None])
+            read[place] = output.logits[0, -1], output.hidden_states[0][0, -1]
+        if steps < len(path):
+            features = torch.cat([features[:count], read[place][1][None]])
+    return read[tuple(path)]

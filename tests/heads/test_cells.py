@@ -102,8 +102,8 @@ class Counting(ModelDrafter):
 
 def test_beams_of_a_tree_share_their_prefixes():
     """Three beams of four tokens: the text's last token and three tokens a level are read, however beams part."""
-    drafter = Counting(learned("redrafter"), tree=BestFirst(3, 9))
-    written(drafter, 1, **GREEDY)
+    drafter = Counting(learned("redrafter", 40), tree=BestFirst(3, 9))  # one that is unsure: its drafts are deep
+    written(drafter, 1, **GREEDY | {"max_new_tokens": 40})
     saved = 0
     full = [(draft, read) for draft, read in drafter.rounds if max(map(draft.depth, range(len(draft)))) >= 3]
     for draft, read in full:

@@ -36,7 +36,7 @@ from csdraft.trees.best_first import BestFirst
 from csdraft.trees.sampled import Sampled
 from tests.heads.kinds import OBJECTIVE, batch
 from tests.heads.learned import PROMPTS, target
-from tests.heads.spied import FIXED, GREEDY, SAMPLED, Spied, drawn_as_the_target, written
+from tests.heads.spied import DRAWS, FIXED, GREEDY, SAMPLED, Spied, drawn_as_the_target, written
 from tests.tiny import fresh, prompt, ragged_batch
 
 DEEPER = {"gpt2": {"n_layer": 3, "num_hidden_layers": 3}, "gemma2": {}, "gemma3": {}}
@@ -172,9 +172,10 @@ def test_the_text_is_the_targets(layers, rows):
         assert torch.equal(written(drafter, rows, **seeds), drawn)
 
 
+@DRAWS
 @pytest.mark.parametrize("tree", [None, Sampled()], ids=["chain", "tree"])
-def test_independent_draws_have_the_targets_distribution(tree):
-    drawn_as_the_target(ModelDrafter(learned(), tree=tree), "rejection" if tree is None else "k_seq")
+def test_independent_draws_have_the_targets_distribution(tree, count):
+    drawn_as_the_target(ModelDrafter(learned(), tree=tree), "rejection" if tree is None else "k_seq", count)
 
 
 def test_it_has_learned_to_draft():

@@ -78,10 +78,15 @@ def test_it_has_learned_to_draft(name):
 
 @OF_EACH
 @pytest.mark.parametrize(
-    "tree", [pytest.param(None, id="chain"), pytest.param(Sampled(), id="tree", marks=pytest.mark.slow)]
+    ("tree", "count"),
+    [
+        pytest.param(None, 500, id="chain"),
+        pytest.param(None, 1500, id="long chain", marks=pytest.mark.slow),
+        pytest.param(Sampled(), 1500, id="tree", marks=pytest.mark.slow),
+    ],
 )
-def test_independent_draws_have_the_targets_distribution(name, tree):
-    drawn_as_the_target(ModelDrafter(learned(name), tree=tree), "rejection" if tree is None else "k_seq")
+def test_independent_draws_have_the_targets_distribution(name, tree, count):
+    drawn_as_the_target(ModelDrafter(learned(name), tree=tree), "rejection" if tree is None else "k_seq", count)
 
 
 @OF_EACH

@@ -26,7 +26,7 @@ from csdraft.models import load_model
 from csdraft.trees.best_first import BestFirst
 from csdraft.trees.sampled import Sampled
 from tests.heads import spied
-from tests.heads.spied import FIXED, GREEDY, SAMPLED, Spied, wrong_parent, wrong_target
+from tests.heads.spied import DRAWS, FIXED, GREEDY, SAMPLED, Spied, wrong_parent, wrong_target
 from tests.tiny import COMMON, ragged_batch, tiny
 
 EXPERTS = COMMON | {"moe_intermediate_size": 24, "num_experts_per_tok": 2, "first_k_dense_replace": 1}
@@ -153,8 +153,10 @@ def greedy(family: str, rows: int = 3) -> Tensor:
 
 
 @torch.no_grad()
-def without_cache(family: str, head: Any, text: list[int], path: list[int]) -> tuple[Tensor, Tensor]:
+def without_cache(family: str, head: Any, text: list[int], path: list[int], read: Any) -> tuple[Tensor, Tensor]:
     """See `tests.heads.learned.naive`."""
+    if tuple(path) in read:
+        return read[tuple(path)]
     features = head.fuse({-1: target(family)(torch.tensor([text[:-1]]), output_hidden_states=True).hidden_states[-1]})
     entries = list(text[1:])
     for drafted in [*path, None]:
@@ -162,7 +164,8 @@ def without_cache(family: str, head: Any, text: list[int], path: list[int]) -> t
         output = head(torch.tensor([entries]), features[:, :count], torch.arange(count)[None])
         features = torch.cat([features, output.hidden_states[0][:, -1:]], 1)
         entries.append(drafted or 0)
-    return output.logits[0, -1], output.hidden_states[0][0, -1]
+    read[tuple(path)] = output.logits[0, -1], output.hidden_states[0][0, -1]
+    return read[tuple(path)]
 
 
 @torch.no_grad()
@@ -207,7 +210,7 @@ def by_hand(family: str, text: list[int], path: list[int]) -> Tensor:
 def test_it_computes_what_the_tensors_of_the_folder_say(family):
     head, text = OWN.bind(target(family)), texts(family)[0, :12].tolist()
     for path in ([], [5], [5, 9, 40]):
-        found, _ = without_cache(family, head, text, path)
+        found, _ = without_cache(family, head, text, path, {})
         assert torch.allclose(found, by_hand(family, text, path), atol=1e-4)
 
 
@@ -222,7 +225,7 @@ def test_its_first_token_is_that_of_transformers():
         places = torch.arange(1, 12)[None]
         _, logits, _ = theirs(text[None, 1:], states, None, places, None)
     assert torch.allclose(
-        logits[0, -1], without_cache(family, OWN.bind(target(family)), text.tolist(), [])[0], atol=1e-4
+        logits[0, -1], without_cache(family, OWN.bind(target(family)), text.tolist(), [], {})[0], atol=1e-4
     )
 
 
@@ -267,10 +270,12 @@ def test_the_text_is_the_targets(family, rows):
 
 
 @OF_TWO
+@DRAWS
 @pytest.mark.parametrize("tree", [None, Sampled()], ids=["chain", "tree"])
-def test_independent_draws_have_the_targets_distribution(monkeypatch, family, tree):
+def test_independent_draws_have_the_targets_distribution(monkeypatch, family, tree, count):
     monkeypatch.setattr(spied, "target", lambda: target(family))
-    spied.drawn_as_the_target(ModelDrafter(learned(family), tree=tree), "rejection" if tree is None else "k_seq")
+    drafter, rule = ModelDrafter(learned(family), tree=tree), "rejection" if tree is None else "k_seq"
+    spied.drawn_as_the_target(drafter, rule, count)
 
 
 @OF_TWO

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_type_hints
@@ -55,6 +56,7 @@ BY_KEY |= {"losses": DistillArguments, "count": GenerateArguments, "sampled": Ge
 """A key that only recipes of a kind have, and what reads them."""
 
 
+@cache
 def values_of(path: Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
@@ -197,7 +199,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 SHORT = (
     "max_steps=2", "per_device_train_batch_size=2", "warmup_steps=1", "logging_steps=1", "save_steps=2",
-    "eval_steps=2", "eval_limit=2", "eval_new_tokens=8", "disable_tqdm=true",
+    "eval_steps=2", "eval_limit=2", "eval_new_tokens=8", "disable_tqdm=true", "max_length=64",
 )  # fmt: skip
 """Overrides of a training recipe."""
 

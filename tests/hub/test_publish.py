@@ -28,15 +28,22 @@ from tests.trainers.pair import arguments, make_pair, settings
 
 ROOT = Path(__file__).parents[2]
 
-CASCADE = """
-import csdraft, sys
+UPLOADS = """
+import csdraft, json, sys
+from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from csdraft.trainers.distill import DistillArguments
+from csdraft.trainers.run import distill
+from csdraft.upload import upload
 folder = sys.argv[1]
+for name in ("first", "second"):
+    upload(Path(folder, name), "me/new", revision="v2")
 target = AutoModelForCausalLM.from_pretrained(f"{folder}/target")
 cascade = csdraft.CascadeDrafter([f"{folder}/student", csdraft.MaxGram()], k_matrix=[[2, 4], [0, 2]])
 tokenizer = AutoTokenizer.from_pretrained(f"{folder}/target")
 cascade.save_pretrained(f"{folder}/cascade", tokenizer=tokenizer, target=target)
 print(cascade.push_to_hub("me/cascade", tokenizer=tokenizer, target=target))
+distill(DistillArguments(**json.loads(sys.argv[2])))
 """
 
 
@@ -62,12 +69,26 @@ def program(hub: Hub, *command: str) -> str:
     return done.stdout
 
 
+@pytest.fixture(scope="module")
+def said(folder: Path, hub: Hub) -> str:
+    """What the program says that uploads a cascade, two folders to a branch, and a drafter once it is trained."""
+    for name in ("first", "second"):
+        (folder / name).mkdir()
+        (folder / name / f"{name}.txt").write_text(name)
+    options = settings(
+        folder, "pushed", max_steps=2, hub_model_id="me/drafter", push_to_hub=True,
+        eval_prompts=f"{folder}/prompts.jsonl", eval_on_start=True, eval_strategy="steps",
+        eval_steps=2, eval_new_tokens=8,
+    )  # fmt: skip
+    return program(hub, "-c", UPLOADS, str(folder), json.dumps(options))
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def test_a_cascade_is_uploaded_as_it_is_saved(folder, hub):
-    assert "/me/cascade/commit/" in program(hub, "-c", CASCADE, str(folder))
+def test_a_cascade_is_uploaded_as_it_is_saved(folder, hub, said):
+    assert "/me/cascade/commit/" in said
     sent, saved = hub.repos["me/cascade"], contents(folder / "cascade")
     sent.pop(".gitattributes", None)
     assert sent.keys() == saved.keys() >= {"cascade.json", "README.md", "custom_generate/generate.py"}
@@ -78,14 +99,9 @@ def test_a_cascade_is_uploaded_as_it_is_saved(folder, hub):
     assert 'assistant="cascade"' in saved["README.md"].decode()
 
 
-def test_a_branch_is_made_for_the_upload(tmp_path, hub):
+@pytest.mark.usefixtures("said")
+def test_a_branch_is_made_for_the_upload(hub):
     """Of a repository that is new, and of one that has it."""
-    command = "from csdraft.upload import upload"
-    for name in ("first", "second"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / f"{name}.txt").write_text(name)
-        command += f"; upload({str(tmp_path / name)!r}, 'me/new', revision='v2')"
-    program(hub, "-c", command)
     assert all(hub.repos["me/new@v2"][f"{name}.txt"] == name.encode() for name in ("first", "second"))
     assert not {"first.txt", "second.txt"} & hub.repos["me/new"].keys()
 
@@ -96,20 +112,8 @@ def test_what_is_no_hub_id(name, tmp_path):
         upload(tmp_path, name)
 
 
+@pytest.mark.usefixtures("said")
 def test_a_drafter_is_uploaded_with_its_card(folder, hub):
-    script = folder / "push.py"
-    options = settings(
-        folder, "pushed", max_steps=2, hub_model_id="me/drafter", push_to_hub=True,
-        eval_prompts=f"{folder}/prompts.jsonl", eval_on_start=True, eval_strategy="steps",
-        eval_steps=2, eval_new_tokens=8,
-    )  # fmt: skip
-    script.write_text(
-        "import json\n"
-        "from csdraft.trainers.distill import DistillArguments\n"
-        "from csdraft.trainers.run import distill\n"
-        f"distill(DistillArguments(**json.loads({json.dumps(json.dumps(options))})))\n"
-    )
-    program(hub, str(script))
     sent, saved = hub.repos["me/drafter"], contents(folder / "pushed")
     sent.pop(".gitattributes", None)
     assert sent == {

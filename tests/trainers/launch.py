@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def launcher(folder: Path, engine: str, processes: int, port: int) -> list[str]:
-    """torchrun for DDP, else recipes/accelerate/<engine>.yaml in float32."""
+    """torchrun for DDP of a script, else recipes/accelerate/<engine>.yaml in float32."""
     if engine == "ddp":
         return ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)]
     recipe = yaml.safe_load((ROOT / f"recipes/accelerate/{engine}.yaml").read_text())
@@ -38,11 +38,15 @@ def start(
         "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }  # fmt: skip
-    words = [str(Path(__file__).with_name("process.py")), str(recipe)]
+    launched = launcher(folder, engine, processes, port)
     if script is not None:
-        words = [str(script), "--config", str(recipe)]
+        launched += [str(script), "--config", str(recipe)]
+    elif engine == "ddp":
+        launched = ["-m", "tests.trainers.ranks", str(processes), str(port), str(recipe)]
+    else:
+        launched += [str(Path(__file__).with_name("process.py")), str(recipe)]
     return subprocess.Popen(
-        [sys.executable, *launcher(folder, engine, processes, port), *words],
+        [sys.executable, *launched],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 

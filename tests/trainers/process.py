@@ -44,13 +44,18 @@ def held(model: nn.Module) -> float:
     return sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in parameters) / whole
 
 
-if __name__ == "__main__":
+def run(words: list[str]) -> None:
+    """The run of a recipe and changes to it."""
     if uses("FSDP"):
         PartialState.__init__ = start_as_gpu
     if uses("DeepSpeed"):
         keep_little_whole()
-    args = read_arguments(DistillArguments, sys.argv[1], sys.argv[2:])
+    args = read_arguments(DistillArguments, words[0], words[1:])
     trainer = distill(args)
     found = {"student": held(trainer.student), "target": held(trainer.target)}
     Path(args.output_dir, f"held-{args.process_index}.json").write_text(json.dumps(found))
     leave_group()
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])
