@@ -104,7 +104,8 @@ def pair_of_models(size: str, device: str, dtype: torch.dtype) -> tuple[Any, Any
     torch.set_default_dtype(torch.float32)
     with torch.no_grad():
         target.model.embed_tokens.weight.mul_(20)  # the last token decides most of the next: no early loops
-        for layer in target.model.layers[2:]:
+        later: Any = target.model.layers[2:]
+        for layer in later:
             layer.self_attn.o_proj.weight.mul_(LATER)
             layer.mlp.down_proj.weight.mul_(LATER)
     short = copy.deepcopy(config)

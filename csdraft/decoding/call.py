@@ -78,12 +78,10 @@ class Call:
             use = self.ledger.model(model, name_of(model))
             shape = self.drafting, self.rows, self.capacity, sources, self.vocab
             if isinstance(model, FeatureModel):
-                made: Session = FeatureSession(
-                    model, self.session(self.target), *shape, graphs=reading.graphs, use=use
-                )
+                of = model, self.session(self.target)
+                self._sessions[id(model)] = FeatureSession(*of, *shape, graphs=reading.graphs, use=use)
             else:
-                made = Session(model, *shape, self.texts, reading, use)
-            self._sessions[id(model)] = made
+                self._sessions[id(model)] = Session(model, *shape, self.texts, reading, use)
         return self._sessions[id(model)]
 
     @property

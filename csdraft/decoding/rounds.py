@@ -76,11 +76,8 @@ def review(
 
 def _confidence(context: Context, draft: Draft, scores: ScoresView, verdict: Verdict) -> list[float]:
     """Each emitted token's probability under the model whose choice it was: the reviewer's, unless it was lenient."""
-    sure, node, drawn = (
-        [],
-        context.tip,
-        verdict.emitted_probs is not None,
-    )  # independent draws have no choice to compare with
+    sure, node = [], context.tip
+    drawn = verdict.emitted_probs is not None  # independent draws have no choice to compare with
     for kept in verdict.accepted:
         token = draft.tokens[kept]
         own = drawn or scores.choice(node) == token

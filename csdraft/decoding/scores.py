@@ -140,15 +140,8 @@ class Scores:
         logits: Tensor,
         choices: Sequence[int] | None = None,
     ):
-        self.chooser, self.row, self.text, self.draft, self.logits, self.choices = (
-            chooser,
-            row,
-            text,
-            draft,
-            logits,
-            choices,
-        )
-        first = after[0]
+        self.chooser, self.row, self.text, self.draft = chooser, row, text, draft
+        self.logits, self.choices, first = logits, choices, after[0]
         contiguous = all(node == first + i for i, node in enumerate(after))
         self._row_of = None if contiguous else {node: i for i, node in enumerate(after)}
         self._first, self._after = first, after
