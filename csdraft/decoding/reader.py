@@ -74,6 +74,7 @@ class Reader:
         self.lacks_tokens, self.use = False, ModelUse()
         self.costs: dict[Shape, float] = {}
         self.features: Callable[[Inputs], Tensor] | None = None
+        self.begun_with: tuple[Any, Any] = None, None  # of its model, see `readers`
         self.mode: Mode = False
         self.graphs: Graphs | None = None  # while it is None, shapes are exact and forwards eager
         self.shape, self.warm = Shape(rows, 0, 0), False

@@ -59,7 +59,7 @@ class Waiting:
         model: its model, as a weak reference.
         reader: the reader, without its model.
         texts: (rows,) the tokens of each row that its cache holds.
-        state: the state of the model's parameters when the call ended (`state_of`).
+        state: the state of the model's parameters when the call began (`state_of`); what changes meanwhile is noticed.
         setting: the settings of the model's modules at that time (`setting_of`).
     """
 
@@ -123,10 +123,13 @@ def borrow(
         if best is not None:
             _waiting.remove(best)
     if best is None:
-        return Reader(model, rows, capacity, taps), [0] * rows
-    best.reader.model = model
-    best.reader.reserve(capacity)
-    return best.reader, [_common(*pair) if best.state == state else 0 for pair in zip(best.texts, texts, strict=True)]
+        reader = Reader(model, rows, capacity, taps)
+        reader.begun_with = state, setting
+        return reader, [0] * rows
+    reader = best.reader
+    reader.model, reader.begun_with = model, (state, setting)
+    reader.reserve(capacity)
+    return reader, [_common(*pair) if best.state == state else 0 for pair in zip(best.texts, texts, strict=True)]
 
 
 def take_back(reader: Reader, texts: Sequence[Sequence[int]]) -> None:
@@ -135,12 +138,11 @@ def take_back(reader: Reader, texts: Sequence[Sequence[int]]) -> None:
     Args:
         texts: (rows,) the tokens of each row that its cache holds.
     """
-    model = reader.model
-    state = state_of(model)
+    model, (state, setting) = reader.model, reader.begun_with
     if state is None or reader.encoder_decoder or len(texts) != reader.size or not reader.traits.reusable:
         return
     held = [list(text) for text in texts]
-    waiting = Waiting(weakref.ref(model, _forget), reader, held, state, setting_of(model))
+    waiting = Waiting(weakref.ref(model, _forget), reader, held, state, setting)
     reader.model = None  # type: ignore[assignment]
     with _LOCK:
         _waiting.append(waiting)
