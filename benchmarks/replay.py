@@ -163,7 +163,7 @@ class Unused:
     """A reader that reads nothing and has no cache."""
 
     def __init__(self) -> None:
-        self.cache, self.graphs = Empty(), None
+        self.cache, self.graphs, self.device = Empty(), None, torch.device("cpu")
 
 
 class Empty:

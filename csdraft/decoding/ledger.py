@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from csdraft.decoding import clock
 from csdraft.decoding.clock import Mark
 
@@ -91,13 +93,18 @@ class Ledger:
         self._started = self._began = 0.0  # the call, and its latest round
         self._paused = 0.0  # seconds
         self._drafting = self._scoring = 0.0  # of the latest round
+        self._device = torch.device("cpu")
         self._drafted: tuple[Mark, Mark] | None = None  # its drafting's begin and end
 
     # The loop.
 
-    def start(self) -> None:
-        """The first round is about to begin."""
-        self._started = clock.now()
+    def start(self, device: torch.device) -> None:
+        """The first round is about to begin, on the target's device."""
+        self._started, self._device = clock.now(), device
+
+    def mark(self) -> Mark:
+        """Now, as the device counts it."""
+        return Mark(self._device)
 
     def begin(self) -> None:
         """A round of the target begins."""

@@ -57,7 +57,7 @@ def run(
     target, ledger = call.session(call.target), call.ledger
     safe = drafter if isinstance(drafter, SafeDrafter) else SafeDrafter(drafter, verifier, strict)
     live = list(range(call.rows))
-    ledger.start()
+    ledger.start(target.reader.device)
     while live:
         ledger.begin()
         contexts = [Context(row, call.texts[row], call) for row in live]

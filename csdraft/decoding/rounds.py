@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from csdraft.decoding.clock import Mark
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Request, Round, ScoresView, Verdict, Verifier
 from csdraft.decoding.session import Session
@@ -25,10 +24,10 @@ def run_round(
     confidence: bool = False,
 ) -> list[Round]:
     """One round of every row: `drafter` proposes, `reviewer` scores, `verifier` decides."""
-    device = reviewer.reader.device
-    began = Mark(device)
+    ledger = contexts[0].call.ledger
+    began = ledger.mark()
     drafts = drafter.propose(contexts, budgets)
-    contexts[0].call.ledger.drafted(began, Mark(device))
+    ledger.drafted(began, ledger.mark())
     return review(contexts, drafts, reviewer, level, verifier, confidence)
 
 

@@ -209,10 +209,8 @@ class Scores:
         """Of every drafted token and every choice, in one copy from the device."""
         scored, drafted = set(self._after), zip(self.draft.parents, self.draft.tokens, strict=True)
         asked = [*(pair for pair in drafted if pair[0] in scored), *zip(self._after, self.choices or (), strict=False)]
-        asked = [*dict.fromkeys(asked)]
-        rows = [self._index(node) for node, _ in asked]
-        at = torch.tensor([rows, [token for _, token in asked]]).to(self.logits.device, non_blocking=True)
-        return dict(zip(asked, self._log_probs(self.logits)[at[0], at[1]].exp().tolist(), strict=True))
+        at = torch.tensor([(self._index(node), token) for node, token in asked]).to(self.logits.device)  # (asked, 2)
+        return dict(zip(asked, self._log_probs(self.logits)[at[:, 0], at[:, 1]].exp().tolist(), strict=True))
 
     def entropy(self, node: int) -> float:
         temperature = 1.0 if self.chooser.sampler.greedy else self.chooser.processing.temperature

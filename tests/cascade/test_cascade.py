@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import warnings
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -88,7 +87,6 @@ class ScriptedSession:
     def __init__(self, chooser: TokenChooser, *agrees: int):
         self.chooser, self.agrees, self.positions = chooser, agrees, 1 << 30
         self.rows: list[int] = []
-        self.reader = SimpleNamespace(device=torch.device("cpu"))
 
     def left(self, context):
         return self.positions - len(context.text) - len(context.path)
