@@ -35,16 +35,7 @@ if TYPE_CHECKING:
 
     from csdraft.cascade import CascadeDrafter
 
-__all__ = [
-    "DOCUMENT",
-    "FORMAT",
-    "Target",
-    "command",
-    "fingerprint",
-    "save",
-    "vocab_size",
-    "without_folders",
-]
+__all__ = ["DOCUMENT", "FORMAT", "Target", "command", "fingerprint", "save", "vocab_size", "without_folders"]
 
 DOCUMENT, FORMAT = "cascade.json", 1
 OWN_FOLDERS = ("models", "tables", "tokenizers", "custom_generate")

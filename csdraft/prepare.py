@@ -156,6 +156,8 @@ def measured(
     if model.config.is_encoder_decoder:  # type: ignore[union-attr]
         return Ready(name, {}, 0, "an encoder-decoder reads another source in every call", 0)
     slots = max(seen for _, seen in shapes)
+    if isinstance(model, FeatureModel) and model.feature_width != model.config.hidden_size:  # type: ignore[attr-defined]
+        return Ready(name, {}, 0, "what this head reads says what a forward is for, which only a call knows", 0)
     if isinstance(model, FeatureModel):
         taps, mode = frozenset({OWN}), mode and "auto"
     reader, _ = borrow(model, rows, slots, [()] * rows, taps)

@@ -17,13 +17,7 @@ from transformers.utils import logging
 
 from csdraft.bench import Cell, Method, Prompt, Run, Setup, aligned, configured, encode, equality, measure, ratio
 from csdraft.cascade import CascadeDrafter
-from csdraft.cli._models import (
-    Opened,
-    add_model_arguments,
-    add_prompts_arguments,
-    open_models,
-    prompts_of_file,
-)
+from csdraft.cli._models import Opened, add_model_arguments, add_prompts_arguments, open_models, prompts_of_file
 from csdraft.decoding.interfaces import Drafter
 from csdraft.decoding.names import name_of
 from csdraft.drafters.max_gram import MaxGram

@@ -143,11 +143,7 @@ def read_prompts(
 
 
 def prompts_of(
-    source: Source,
-    tokenizer: Any,
-    longest: int | None = None,
-    chat: ChatFormat | None = None,
-    wrapped: bool = False,
+    source: Source, tokenizer: Any, longest: int | None = None, chat: ChatFormat | None = None, wrapped: bool = False
 ) -> Counted:
     """`read_prompts` of a source that is open."""
     chat = chat or ChatFormat()

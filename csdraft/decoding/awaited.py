@@ -77,7 +77,7 @@ class Awaited(Sequence[int]):
         """(count,) int64 on the model's device."""
         return self.choices.tokens[: self._count, self.place]
 
-    def goes_with(self, other: Awaited, place: int) -> bool:
+    def is_row_of(self, other: Awaited, place: int) -> bool:
         """Whether it is of the same chain as another and as long, and of this index in the batch."""
         return (self.choices, self.place, self._count) == (other.choices, place, other._count)
 

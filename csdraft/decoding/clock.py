@@ -28,7 +28,7 @@ class Mark:
             self.event.record(torch.cuda.current_stream(device))
 
     def since(self, earlier: Mark) -> float:
-        """Seconds from an earlier mark to this one; of the host, if the device has not come so far yet."""
+        """Seconds from an earlier mark to this one; of the host, if the device has not reached this one yet."""
         if self.event is None or earlier.event is None or not self.event.query():
             return self.host - earlier.host
         return earlier.event.elapsed_time(self.event) / 1e3

@@ -178,14 +178,16 @@ class OnDeviceOnly(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = str(func), kwargs or {}
-        if name in HOST or (name in COPIES and between_devices(args, kwargs)) or by_mask(name, args):
+        counted = name == "aten.repeat_interleave.Tensor" and kwargs.get("output_size") is None
+        if name in HOST or counted or (name in COPIES and between_devices(args, kwargs)) or by_mask(name, args):
             raise RuntimeError(f"{func} in a recorded forward: a value passes between host and device")
         return func(*args, **kwargs)
 
 
 HOST = {
     "aten._local_scalar_dense.default", "aten.lift_fresh.default", "aten.nonzero.default", "aten.equal.default",
-    "aten.masked_select.default", "aten._unique2.default", "aten.bincount.default",
+    "aten.masked_select.default", "aten._unique2.default", "aten._unique.default", "aten.unique_consecutive.default",
+    "aten.bincount.default", "aten.histc.default",
 }  # fmt: skip
 """Operators that read a value to the host, bring one from there, or have a result whose shape depends on values."""
 COPIES = {"aten._to_copy.default", "aten.copy_.default"}
@@ -198,8 +200,11 @@ def between_devices(args: Any, kwargs: Any) -> bool:
 
 
 def by_mask(name: str, args: Any) -> bool:
-    """Whether an operator indexes with true and false, so that its result's shape depends on values."""
-    return name == "aten.index.Tensor" and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+    """Whether an operator indexes with true and false, so that a shape depends on values."""
+    if not name.startswith(("aten.index.Tensor", "aten.index_put")):
+        return False
+    one = "put" in name and args[2].numel() == 1  # filled in without counting
+    return not one and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
 
 
 def check_on_device(body: Replay) -> None:

@@ -169,8 +169,8 @@ class Inputs:
     def _fetch(self, drafts: Sequence[Awaited | None]) -> None:
         """Copies tokens that are still on the device to the end of each row; all at once where one chain drew them."""
         first = drafts[0]
-        if first is not None and all(d is not None and d.goes_with(first, row) for row, d in enumerate(drafts)):
-            self.ids[:, -len(first) :] = first.choices.tokens[: len(first)].T  # (rows, drafted)
+        if first is not None and all(d is not None and d.is_row_of(first, row) for row, d in enumerate(drafts)):
+            self.ids[:, -len(first) :] = first.choices.tokens[: len(first), : len(drafts)].T  # (rows, drafted)
             return
         for row, draft in enumerate(drafts):
             if draft is not None:

@@ -111,7 +111,7 @@ class Ledger:
         self._began, self._drafting, self._drafted = clock.now(), 0.0, None
 
     def drafted(self, began: Mark, ended: Mark) -> None:
-        """Drafts are there, or will be when the device has come so far; those of the target's round come last."""
+        """Drafts are there, or will be when the device has come so far; the target's own round calls this last."""
         self._drafted = began, ended
 
     def reviewed(self, level: int, rounds: Sequence[Round]) -> None:

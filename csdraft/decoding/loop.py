@@ -34,12 +34,7 @@ BUCKET = 64
 
 
 def run(
-    call: Call,
-    drafter: Drafter | None,
-    verifier: Verifier,
-    schedule: Schedule,
-    output: Output,
-    strict: bool = False,
+    call: Call, drafter: Drafter | None, verifier: Verifier, schedule: Schedule, output: Output, strict: bool = False
 ) -> None:
     """Writes all rows of a call to their ends; the call's ledger is told how that goes.
 

@@ -93,11 +93,7 @@ _waiting: list[Waiting] = []
 
 
 def borrow(
-    model: nn.Module,
-    rows: int,
-    capacity: int,
-    texts: Sequence[Sequence[int]],
-    taps: frozenset[int] = frozenset(),
+    model: nn.Module, rows: int, capacity: int, texts: Sequence[Sequence[int]], taps: frozenset[int] = frozenset()
 ) -> tuple[Reader, list[int]]:
     """A reader for one call, and (rows,) how many leading tokens of each row's text its cache holds.
 

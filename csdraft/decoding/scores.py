@@ -78,10 +78,7 @@ class TokenChooser:
         return self.processing.one(row, text.padded(path), logits)
 
     def choose_all(
-        self,
-        views: Sequence[Tensor],
-        places: Sequence[Sequence[tuple[int, int]]],
-        along: Sequence[Choices] = (),
+        self, views: Sequence[Tensor], places: Sequence[Sequence[tuple[int, int]]], along: Sequence[Choices] = ()
     ) -> list[list[int]]:
         """The choices for every row of the (n, vocab) raw logits `views`; only if `text_blind`, and greedy or coupled.
 
@@ -209,6 +206,8 @@ class Scores:
         """Of every drafted token and every choice, in one copy from the device."""
         scored, drafted = set(self._after), zip(self.draft.parents, self.draft.tokens, strict=True)
         asked = [*(pair for pair in drafted if pair[0] in scored), *zip(self._after, self.choices or (), strict=False)]
+        if not asked:
+            return {}
         at = torch.tensor([(self._index(node), token) for node, token in asked]).to(self.logits.device)  # (asked, 2)
         return dict(zip(asked, self._log_probs(self.logits)[at[:, 0], at[:, 1]].exp().tolist(), strict=True))
 

@@ -41,12 +41,7 @@ class LikeliestTree:
     """
 
     def __init__(
-        self,
-        context: Context,
-        matrix: AdjacencyTable,
-        outputs: OutputTable | None,
-        place: Place,
-        rates: SourceRates,
+        self, context: Context, matrix: AdjacencyTable, outputs: OutputTable | None, place: Place, rates: SourceRates
     ):
         self.tokens: list[int] = []
         self.parents: list[int] = []

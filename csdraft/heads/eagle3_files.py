@@ -16,14 +16,7 @@ import torch
 from torch import Tensor
 
 from csdraft.heads.eagle3 import Eagle3, Eagle3Options, default_layers
-from csdraft.heads.eagle3_engines import (
-    LAYERS,
-    NORMS,
-    SPECULATORS,
-    eagle3_faults,
-    named_layers,
-    speculators_document,
-)
+from csdraft.heads.eagle3_engines import LAYERS, NORMS, SPECULATORS, eagle3_faults, named_layers, speculators_document
 from csdraft.heads.engines import SIZED_ROTARY, ServedTarget
 from csdraft.heads.folder import INIT, Names, check_drafted, check_tensors, read_layer, read_tensors
 from csdraft.heads.head import HeadOptions

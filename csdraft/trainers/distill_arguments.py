@@ -106,8 +106,7 @@ class DistillArguments(RunArguments):
         metadata={"help": "Rate at its highest; none takes one for the kind of student, see docs/distilling.md."},
     )
     metric_for_best_model: str | None = field(
-        default=None,
-        metadata={"help": "Figure by which load_best_model_at_end chooses; none is block_efficiency."},
+        default=None, metadata={"help": "Figure by which load_best_model_at_end chooses; none is block_efficiency."}
     )
     license: str | None = field(
         default=None,

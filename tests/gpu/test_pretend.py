@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -109,6 +110,38 @@ def test_a_round_copies_once_to_the_host(device: Pretended, rounds: list[Counter
     assert output.tolist() == wanted.tolist()
     assert max(copies(rounds, "to")) <= to_host
     assert median(copies(rounds, "from")) <= from_host + (2 * rows if name == "tree" else 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Late(ModelDrafter):
+    """Drafts from the sixth round on: its session begins when rows have left the target's batch."""
+
+    def propose(self, contexts: Any, budgets: Any) -> Any:
+        call = contexts[0].call
+        rounds = call.memo(self, lambda: [0])
+        rounds[0] += 1
+        return [c.draft for c in contexts] if rounds[0] < 6 else super().propose(contexts, budgets)
+
+
+def test_a_drafter_that_begins_after_rows_have_left(device: Pretended) -> None:
+    inputs, plainly = tiny.inputs_of("llama", 4), tiny.tiny("llama")
+    alone = plainly.generate(**inputs, do_sample=False, max_new_tokens=20)
+    texts = [row[inputs["input_ids"].shape[1] :] for row in alone.tolist()]
+    ends = [next(token for token in text if token not in texts[0] + texts[1]) for text in texts[2:]]  # of two rows
+    options = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": ends, "pad_token_id": 0}
+    wanted = plainly.generate(**inputs, **options)
+    target, _, small = placed("llama", DEVICE)
+    for drafter in (Late(small, depth=3), ModelDrafter(small, depth=3)):
+        output = target.generate(**moved(inputs), **options, assistant=drafter, **FIXED)
+        assert output.tolist() == wanted.tolist()
+
+
+def test_lenient_reviewers_of_nothing_with_a_processor_that_reads_the_text(device: Pretended) -> None:
+    """A review of an empty draft asks for no chance at all."""
+    inputs, options = tiny.inputs_of("llama", 1), GREEDY | {"repetition_penalty": 1.3, "max_new_tokens": 12}
+    target, medium, small = placed("llama", DEVICE)
+    output = target.generate(**moved(inputs), **options, assistant=drafters(medium, small)["cascade"], **FIXED)
+    assert output.tolist() == tiny.tiny("llama").generate(**inputs, **options).tolist()
 
 
 # Heads and training.

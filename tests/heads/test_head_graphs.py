@@ -9,7 +9,7 @@ from csdraft.decoding.graphs import RECORDERS
 from csdraft.decoding.reader import Reader
 from csdraft.trees.best_first import BestFirst
 from tests.decoding.tape import recorder, storages
-from tests.heads.kinds import NAMES, learned
+from tests.heads.kinds import NAMES, learned, new
 from tests.heads.learned import target, texts
 
 EAGER = {"chimera", "clover2", "ctc", "dflash", "hydra", "medusa", "parallel"}
@@ -56,6 +56,15 @@ def test_replayed_heads_draft_the_same(readers, name, tree):
     reasons = {reader.graphs.why_not for reader in own} - {None}
     assert bool(reasons) == (name in EAGER), reasons
     assert name in EAGER or any(reader.graphs.shapes for reader in own)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_head_is_prepared_or_says_why_not(name):
+    head = new(name)
+    ready = csdraft.prepare(target(), ModelDrafter(head), slots=64, progress=lambda what, share: None)
+    assert ready.models[0].costs
+    assert bool(ready.models[1].costs) != ("says what a forward is for" in (ready.models[1].why_not or ""))
+    assert bool(ready.models[1].costs) == (name in ("eagle", "eagle3", "fspad", "hass"))
 
 
 def test_a_head_can_be_prepared(readers):

@@ -72,11 +72,7 @@ def narrow_config(config: Any, width: int) -> Any:
 
 
 def cut_out(
-    target: Any,
-    layers: Any,
-    encoder_layers: Any = None,
-    hidden_size: int | None = None,
-    tie_to_target: bool = False,
+    target: Any, layers: Any, encoder_layers: Any = None, hidden_size: int | None = None, tie_to_target: bool = False
 ) -> nn.Module:
     """A fresh model of the cut config, with copies of the target's tensors; tied to the target if that is asked for.
 
