@@ -123,7 +123,9 @@ class DistillArguments(RunArguments):
         if (self.deepspeed or uses("DeepSpeed")) and importlib.util.find_spec("deepspeed") is None:
             raise ValueError("deepspeed is needed and not installed: pip install csdraft[deepspeed]")
         if self.student is not None and self.init is not None:
-            raise ValueError("student and init are both given; start from the one or make the other")
+            raise ValueError(
+                "student and init are both given; start from the one (init=null) or make the other (student=null)"
+            )
         if self.learning_rate is None:
             self.learning_rate = kind_asked(self.student, self.init, self.peft).rate
         if self.load_best_model_at_end and self.metric_for_best_model is None:

@@ -45,7 +45,7 @@ class MuonAdamW(Optimizer):
 
 def output_layers(model: Any) -> Iterator[nn.Parameter]:
     """The weights that make logits: a model's output layer, or a head's, which may have one for each drafted token."""
-    found = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    found = getattr(model, "get_output_embeddings", lambda: None)()
     if found is not None:
         yield found.weight
     for name, weight in model.named_parameters():

@@ -13,7 +13,10 @@ __all__ = ["RunArguments"]
 class RunArguments(TrainingArguments):
     """`transformers.TrainingArguments`, and what a training here needs besides."""
 
-    muon: bool = field(default=False, metadata={"help": "Muon for the weight matrices instead of `optim`."})
+    muon: bool = field(
+        default=False,
+        metadata={"help": "Muon for the weight matrices, AdamW for embeddings and output layers, instead of `optim`."},
+    )
     threads: int | None = field(
         default=None, metadata={"help": "Threads of torch on the CPU; none leaves torch's default."}
     )

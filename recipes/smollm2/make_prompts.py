@@ -2,8 +2,8 @@
 
 python recipes/smollm2/make_prompts.py --questions gsm8k_train.jsonl --code code.txt --prose books.txt peps.txt
 
-`--questions` are JSON lines with a `question`; the texts hold documents parted by a line `<|endoftext|>`. Files may be
-compressed (.xz). Rows are `{"kind": ..., "messages": [...]}`, as in prompts_train.jsonl, mixed by `--seed`.
+`--questions` are JSON lines with a `question`; the texts hold documents separated by a line `<|endoftext|>`. Files may
+be compressed (.xz). Rows are `{"kind": ..., "messages": [...]}`, as in prompts_train.jsonl, mixed by `--seed`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TextIO
 __all__ = ["make_prompts"]
 
 END = "<|endoftext|>"
-FUNCTION = re.compile(r"^def [a-z]\w+\(.*?(?=^\S)", re.MULTILINE | re.DOTALL)
+FUNCTION = re.compile(r"^def [a-z]\w+\(.*?(?=^[^\s)]|\Z)", re.MULTILINE | re.DOTALL)
 CODE = (
     "Explain what this Python function does.\n\n{}",
     "Write a docstring for this Python function.\n\n{}",
@@ -84,6 +84,8 @@ def make_prompts(
         for kind, texts in written.items()
         for text in texts
     ]
+    if not rows:
+        raise SystemExit("no prompts: give --questions, --code or --prose, and see --help for what they hold")
     chosen.shuffle(rows)
     return rows
 
