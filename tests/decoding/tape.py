@@ -9,14 +9,16 @@ It forbids what CUDA graphs forbid, and notices what they would pass over in sil
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from csdraft.decoding.graphs import HOST
+import csdraft
+from csdraft.decoding.graphs import HOST, RECORDERS
 from csdraft.decoding.reader import Reader
 
 
@@ -112,3 +114,17 @@ def storages(reader: Reader) -> set[int]:
     tensors += [*cache.features.values(), *model.parameters(), *model.buffers()]
     tensors += [x for module in model.modules() for x in vars(module).values() if isinstance(x, Tensor)]
     return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+def stand_in(patch: pytest.MonkeyPatch) -> Iterator[list[Reader]]:
+    """Takes the place of CUDA graphs on the CPU while a test runs; yields the readers that have recorded something."""
+    csdraft.release()
+    readers: list[Reader] = []
+
+    def record(reader: Reader) -> Callable[[Callable[[], Tensor]], Callable[[], Tensor]]:
+        readers.append(reader)
+        return recorder(lambda: storages(reader))
+
+    patch.setitem(RECORDERS, "cpu", record)
+    yield readers
+    csdraft.release()

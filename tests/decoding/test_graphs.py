@@ -6,11 +6,10 @@ from peft import LoraConfig, get_peft_model
 
 import csdraft
 from csdraft import MaxGram, ModelDrafter
-from csdraft.decoding.graphs import RECORDERS, Graphs
-from csdraft.decoding.reader import Reader
+from csdraft.decoding.graphs import Graphs
 from csdraft.schedules.fixed import Fixed
 from csdraft.trees.best_first import BestFirst
-from tests.decoding.tape import recorder, storages
+from tests.decoding.tape import recorder, stand_in
 from tests.tiny import FAMILIES, fresh, tiny
 
 RECORDED = [name for name, (_, kind, _) in FAMILIES.items() if "Conditional" not in kind and name != "falcon"]
@@ -22,16 +21,7 @@ WANTED = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
 @pytest.fixture
 def graphs(monkeypatch):
     """The stand-in takes the place of CUDA graphs; the recorded shapes of all readers."""
-    csdraft.release()
-    readers: list[Reader] = []
-
-    def record(reader: Reader):
-        readers.append(reader)
-        return recorder(lambda: storages(reader))
-
-    monkeypatch.setitem(RECORDERS, "cpu", record)
-    yield readers
-    csdraft.release()
+    yield from stand_in(monkeypatch)
 
 
 def replays(monkeypatch) -> list[int]:

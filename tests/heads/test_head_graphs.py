@@ -5,10 +5,8 @@ import torch
 
 import csdraft
 from csdraft import ModelDrafter
-from csdraft.decoding.graphs import RECORDERS
-from csdraft.decoding.reader import Reader
 from csdraft.trees.best_first import BestFirst
-from tests.decoding.tape import recorder, storages
+from tests.decoding.tape import stand_in
 from tests.heads.kinds import NAMES, learned, new
 from tests.heads.learned import target, texts
 
@@ -26,16 +24,7 @@ WANTED = {
 
 @pytest.fixture
 def readers(monkeypatch):
-    csdraft.release()
-    found: list[Reader] = []
-
-    def record(reader: Reader):
-        found.append(reader)
-        return recorder(lambda: storages(reader))
-
-    monkeypatch.setitem(RECORDERS, "cpu", record)
-    yield found
-    csdraft.release()
+    yield from stand_in(monkeypatch)
 
 
 @pytest.mark.parametrize("tree", [None, BestFirst(nodes=6)], ids=["chain", "tree"])
