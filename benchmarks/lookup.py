@@ -25,7 +25,8 @@ from benchmarks.claims import Claim
 from csdraft.data.sources import read_rows
 from csdraft.decoding.call import Call
 from csdraft.decoding.interfaces import Budget, Context, Drafter
-from csdraft.decoding.sampling import Processing, Sampler
+from csdraft.decoding.processing import Processing
+from csdraft.decoding.sampling import Sampler
 from csdraft.decoding.scores import TokenChooser
 from csdraft.decoding.stopping import Stopping
 from csdraft.decoding.text import Text

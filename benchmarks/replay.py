@@ -26,7 +26,8 @@ from csdraft.decoding.interfaces import Drafter, Request, Schedule, Verifier
 from csdraft.decoding.ledger import Ledger, ModelUse
 from csdraft.decoding.loop import run
 from csdraft.decoding.output import Output
-from csdraft.decoding.sampling import Processing, Sampler
+from csdraft.decoding.processing import Processing
+from csdraft.decoding.sampling import Sampler
 from csdraft.decoding.scores import TokenChooser
 from csdraft.decoding.session import Session
 from csdraft.decoding.stopping import Stopping

@@ -23,8 +23,9 @@ from csdraft.decoding.cache import NoCache
 from csdraft.decoding.cache_names import GENERATE_CACHE, cache_name
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Request
+from csdraft.decoding.processing import Processing
 from csdraft.decoding.reader import Sources, home
-from csdraft.decoding.sampling import Processing, Sampler
+from csdraft.decoding.sampling import Sampler
 from csdraft.decoding.scores import TokenChooser
 from csdraft.decoding.session import Session
 from csdraft.decoding.stopping import Stopping

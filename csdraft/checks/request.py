@@ -15,7 +15,7 @@ from csdraft.checks.refusals import refusal
 from csdraft.decoding.cache import holds, slots_of
 from csdraft.decoding.cache_names import GENERATE_CACHE
 from csdraft.decoding.interfaces import Verifier
-from csdraft.decoding.sampling import Processing
+from csdraft.decoding.processing import Processing
 from csdraft.decoding.stopping import Stopping
 from csdraft.decoding.traits import traits_of
 from csdraft.stored import kind_of

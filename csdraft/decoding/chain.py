@@ -11,6 +11,7 @@ from torch import Tensor
 
 from csdraft.decoding.awaited import Awaited, Choices
 from csdraft.decoding.interfaces import Context, Request, Stop
+from csdraft.decoding.processing import Before, Place
 from csdraft.decoding.scores import NAN as NAN_LOGITS
 from csdraft.decoding.scores import TokenChooser, argmax, entropy
 from csdraft.decoding.session import Session
@@ -76,7 +77,7 @@ def draft_chain(
             rows.append(Row(context, session.place(context.row), number, stop, drawn))
     if not rows:
         return result
-    on_host = session.reader.on_host or not chooser.processing.text_blind
+    on_host = session.reader.on_host or not chooser.processing.at_once
     growing: Growing = OnHost(chooser, rows) if on_host else OnDevice(chooser, rows)
     plans, _, logits = session.ask(requests)
     logits, inputs, steps = logits[:, -1], None, 1  # (batch, vocab)
@@ -157,10 +158,11 @@ class OnHost(Growing):
 
     def _tokens(self, live: Sequence[Row], logits: Tensor) -> list[int]:
         chooser, sampler = self.chooser, self.chooser.sampler
-        if sampler.greedy and chooser.processing.text_blind:
+        if sampler.greedy and chooser.processing.at_once and not chooser.processing.reads_tokens:
             places = [row.place for row in live]
             of_all = places == list(range(len(logits)))  # all rows of the batch, in its order
-            return argmax(chooser.processing.all_at_once(logits if of_all else logits[places]))
+            before = Before([row.position + row.context.text.padding for row in live])
+            return argmax(chooser.processing.all_at_once(logits if of_all else logits[places], before))
         tokens = []
         for row in live:
             context, drawn = row.context, row.drawn
@@ -180,9 +182,10 @@ class OnDevice(Growing):
     def __init__(self, chooser: TokenChooser, rows: Sequence[Row]):
         super().__init__(chooser, rows)
         self._columns: list[Tensor] = []  # per step (4, batch): token, its score, confidence, entropy
+        self._seen: Tensor | None = None  # (batch, vocab + 1) bool: the tokens before the next one, where it matters
 
     def choose(self, logits: Tensor) -> Tensor:
-        scores = self.chooser.processing.all_at_once(logits).float()  # (batch, vocab)
+        scores = self.chooser.processing.all_at_once(logits, self._before(logits)).float()  # (batch, vocab)
         if not self.chooser.sampler.greedy:
             scores = scores - self._noise(scores)
         best = scores.max(-1)
@@ -194,7 +197,26 @@ class OnDevice(Growing):
                 torch.special.entr(probs).sum(-1).double(),
             ]
         self._columns.append(torch.stack(column))  # (2 or 4, batch)
+        if self._seen is not None:
+            self._seen.scatter_(1, best.indices[:, None], True)
         return best.indices
+
+    def _before(self, logits: Tensor) -> Before | None:
+        """What processors must know of the texts, for (batch, vocab) logits."""
+        if self.chooser.processing.text_blind:
+            return None
+        batch, vocab = logits.shape
+        lengths = [0] * batch  # 0 for rows that do not draft
+        for row in self.rows:
+            lengths[row.place] = row.position + row.context.text.padding + len(self._columns)
+        if not self.chooser.processing.reads_tokens:
+            return Before(lengths)
+        if self._seen is None:
+            self._seen = torch.zeros(batch, vocab + 1, dtype=torch.bool, device=logits.device)
+            for row in self.rows:
+                tip = Place(row.context.row, row.context.text, row.context.draft, [row.context.tip])
+                self._seen[row.place, :-1] = self.chooser.processing.seen(tip, logits)[0]
+        return Before(lengths, self._seen[:, :-1])
 
     def _noise(self, scores: Tensor) -> Tensor:
         """(batch, vocab) the noise of the next position; under independent draws new noise."""

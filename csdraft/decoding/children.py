@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from csdraft.decoding.draft import Kind
+from csdraft.decoding.processing import Place
 from csdraft.decoding.sampling import Sampler
 from csdraft.decoding.scores import NAN, Scores
 
@@ -83,9 +84,10 @@ def find_children(questions: Sequence[Question], draws: Kind | None, confidence:
 
 def _values(question: Question) -> Tensor:
     """(nodes, vocab) float32 scores after each node, after the level's processors."""
-    scores = question.scores
-    if scores.chooser.processing.text_blind:
-        return scores.chooser.processing.all_at_once(scores.logits).float()
+    scores, processing = question.scores, question.scores.chooser.processing
+    if processing.at_once:
+        place = Place(scores.row, scores.text, scores.draft, question.nodes)
+        return processing.all_at_once(scores.logits, processing.before([place], scores.logits)).float()
     return torch.stack([scores.processed(node) for node in question.nodes]).float()
 
 

@@ -13,11 +13,12 @@ from csdraft.decoding.call import Call
 from csdraft.decoding.interfaces import NOTHING, Context, Drafter, Schedule, Verifier
 from csdraft.decoding.ledger import Ledger
 from csdraft.decoding.output import Output
+from csdraft.decoding.processing import Processing
 from csdraft.decoding.reader import Sources
 from csdraft.decoding.readers import ALONE, ReadingOptions
 from csdraft.decoding.rounds import run_round
 from csdraft.decoding.safe_drafter import SafeDrafter
-from csdraft.decoding.sampling import Processing, Sampler
+from csdraft.decoding.sampling import Sampler
 from csdraft.decoding.scores import TokenChooser
 from csdraft.decoding.session import Session
 from csdraft.decoding.stopping import Stopping

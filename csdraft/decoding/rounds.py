@@ -54,9 +54,7 @@ def review(
         drafts = together.drafts(contexts, drafts)
     for context, draft in zip(contexts, drafts, strict=True):
         _check_continued(context.draft, draft)
-    requests = [
-        Request(c.row, c.text, d, (c.tip, *range(len(c.draft), len(d)))) for c, d in zip(contexts, drafts, strict=True)
-    ]
+    requests = [Request(c.row, c.text, d, range(c.tip, len(d))) for c, d in zip(contexts, drafts, strict=True)]
     views = reviewer.score(requests, chooser=call.chooser if level == TARGET else call.drafting)
     if together is not None:
         verdicts = together.verify(drafts, views)

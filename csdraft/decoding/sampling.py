@@ -1,16 +1,14 @@
-"""Randomness, and logits processors. All randomness of csdraft comes from the `Sampler`."""
+"""All randomness of csdraft comes from the `Sampler`."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers.generation import logits_process as hf
 
-__all__ = ["Processing", "Sampler"]
+__all__ = ["Sampler"]
 
 MASK64 = (1 << 64) - 1
 
@@ -138,97 +136,3 @@ class Sampler:
             raise ValueError(f"cannot draw from probabilities that sum to {total}; are the logits nan?")
         index = int(torch.searchsorted(cumulative, self.uniform(row) * total, right=True))
         return min(index, int(probs.nonzero()[-1]))
-
-
-TEXT_BLIND = (
-    hf.TemperatureLogitsWarper,
-    hf.TopKLogitsWarper,
-    hf.TopPLogitsWarper,
-    hf.TopHLogitsWarper,
-    hf.MinPLogitsWarper,
-    hf.TypicalLogitsWarper,
-    hf.EpsilonLogitsWarper,
-    hf.EtaLogitsWarper,
-    hf.InfNanRemoveLogitsProcessor,
-    hf.LogitNormalization,
-    hf.SuppressTokensLogitsProcessor,
-)
-"""Processors that never read the text: they can process many positions at once."""
-
-STATELESS = (
-    hf.RepetitionPenaltyLogitsProcessor,
-    hf.EncoderRepetitionPenaltyLogitsProcessor,
-    hf.NoRepeatNGramLogitsProcessor,
-    hf.EncoderNoRepeatNGramLogitsProcessor,
-    hf.NoBadWordsLogitsProcessor,
-    hf.SequenceBiasLogitsProcessor,
-    hf.MinLengthLogitsProcessor,
-    hf.MinNewTokensLengthLogitsProcessor,
-    hf.PrefixConstrainedLogitsProcessor,
-    hf.SuppressTokensAtBeginLogitsProcessor,
-    hf.ForcedBOSTokenLogitsProcessor,
-    hf.ForcedEOSTokenLogitsProcessor,
-    hf.ExponentialDecayLengthPenalty,
-)
-"""Processors that read the text but keep no state: a drafter may call them any number of times."""
-
-BATCH_INDEXED = (
-    hf.RepetitionPenaltyLogitsProcessor,
-    hf.EncoderRepetitionPenaltyLogitsProcessor,
-    hf.EncoderNoRepeatNGramLogitsProcessor,
-)
-"""Processors that need to know which row of the batch they process."""
-
-
-class Processing:
-    """The logits processors of one level: the whole list, in order, for every row of a batch.
-
-    Args:
-        processors: the list that `generate` prepared, with warpers.
-        rows: batch size.
-    """
-
-    def __init__(self, processors: Sequence, rows: int):
-        self.rows = rows
-        self.processors = list(processors)
-        self.text_blind = all(type(p) in TEXT_BLIND for p in self.processors)
-        self.stateful = [p for p in self.processors if type(p) not in TEXT_BLIND + STATELESS]
-        self.temperature = math.prod(p.temperature for p in self.processors if type(p) is hf.TemperatureLogitsWarper)
-
-    def for_drafters(self) -> Processing:
-        """The processors that drafters may apply: the text-blind and the stateless ones of transformers."""
-        return Processing([p for p in self.processors if type(p) in TEXT_BLIND + STATELESS], self.rows)
-
-    def all_at_once(self, logits: Tensor) -> Tensor:
-        """(n, vocab) processed scores of (n, vocab) raw logits of any rows and positions; only if `text_blind`."""
-        if not self.processors:
-            return logits
-        scores = logits.float()
-        if scores is logits:
-            scores = logits.clone()
-        ids = torch.empty(scores.shape[0], 0, dtype=torch.long, device=scores.device)  # (n, 0) no text
-        for processor in self.processors:
-            scores = processor(ids, scores)
-        return scores
-
-    def one(self, row: int, ids: Tensor, logits: Tensor) -> Tensor:
-        """(vocab,) processed scores of (vocab,) raw logits after the text `ids` (1, length) of `row`.
-
-        In a batch it is only used if each row can be processed alone; for other processors see `together`.
-        """
-        scores = logits.to(torch.float32, copy=True)[None]
-        for processor in self.processors:
-            if self.rows > 1 and type(processor) in BATCH_INDEXED:
-                wide = processor(ids.expand(self.rows, -1), scores.repeat(self.rows, 1))
-                scores = wide[row : row + 1]
-            elif self.rows > 1 and type(processor) is hf.PrefixConstrainedLogitsProcessor:
-                scores = _constrained(processor, row)(ids, scores)  # type: ignore[arg-type]
-            else:
-                scores = processor(ids, scores)
-        return scores[0]
-
-
-def _constrained(processor: hf.PrefixConstrainedLogitsProcessor, row: int) -> hf.PrefixConstrainedLogitsProcessor:
-    """The same constraint for one row: the user's function gets the index of the row's prompt."""
-    allowed, prompt = processor._prefix_allowed_tokens_fn, row // processor._num_beams
-    return hf.PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(prompt, ids), num_beams=1)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from csdraft.decoding.awaited import Choices
 from csdraft.decoding.draft import ROOT, Draft
-from csdraft.decoding.sampling import Processing, Sampler
+from csdraft.decoding.processing import Before, Place, Processing
+from csdraft.decoding.sampling import Sampler
 from csdraft.decoding.stopping import Stopping
 from csdraft.decoding.text import Text
 
@@ -73,40 +74,42 @@ class TokenChooser:
 
     def processed(self, row: int, text: Text, path: Sequence[int], logits: Tensor) -> Tensor:
         """(vocab,) float32 processed scores of (vocab,) raw logits after `text` and `path`."""
-        if self.processing.text_blind:
-            return self.processing.all_at_once(logits[None])[0]
+        if self.processing.at_once and not self.processing.reads_tokens:
+            return self.processing.all_at_once(logits[None], Before([len(text) + text.padding + len(path)]))[0]
         return self.processing.one(row, text.padded(path), logits)
 
     def choose_all(
-        self, views: Sequence[Tensor], places: Sequence[Sequence[tuple[int, int]]], along: Sequence[Choices] = ()
+        self, places: Sequence[Place], views: Sequence[Tensor], along: Sequence[Choices] = ()
     ) -> list[list[int]]:
-        """The choices for every row of the (n, vocab) raw logits `views`; only if `text_blind`, and greedy or coupled.
+        """The choices after the nodes of each place; only if `Processing.at_once`, and greedy or coupled.
 
         One copy to the host; if the scores would take more than MAX_SCORE_BYTES, several copies of fewer rows.
 
         Args:
-            places: for each view, (text row, position) of the token that each of its n rows predicts.
+            views: for each place, (nodes, vocab) raw logits after its nodes.
             along: choices of earlier steps that the one copy also brings to the host.
         """
-        at_once = max(MAX_SCORE_BYTES // (4 * views[0].shape[-1]), 1)
-        if sum(map(len, views)) > at_once:
+        if views[0].device.type == "cpu" and self.sampler.greedy and not self.processing.processors:
+            return [argmax(view, along) for view in views]  # without a copy of all logits
+        most = max(MAX_SCORE_BYTES // (4 * views[0].shape[-1]), 1)
+        if sum(map(len, views)) > most:
             return [
                 [
                     token
-                    for first in range(0, len(view), at_once)
-                    for token in self._best(view[first : first + at_once], own[first : first + at_once])
+                    for first in range(0, len(view), most)
+                    for token in self._best([place.part(first, first + most)], view[first : first + most])
                 ]
-                for view, own in zip(views, places, strict=True)
+                for place, view in zip(places, views, strict=True)
             ]
-        if len(views) == 1:
-            return [self._best(views[0], places[0], along)]
-        chosen = iter(self._best(torch.cat(list(views)), [place for own in places for place in own], along))
+        chosen = iter(self._best(places, torch.cat(list(views)) if len(views) > 1 else views[0], along))
         return [list(islice(chosen, len(view))) for view in views]
 
-    def _best(self, logits: Tensor, places: Sequence[tuple[int, int]], along: Sequence[Choices] = ()) -> list[int]:
-        scores = self.processing.all_at_once(logits)
+    def _best(self, places: Sequence[Place], logits: Tensor, along: Sequence[Choices] = ()) -> list[int]:
+        """The choices from the (n, vocab) raw logits after the n nodes of some places."""
+        scores = self.processing.all_at_once(logits, self.processing.before(places, logits))
         if not self.sampler.greedy:
-            scores = scores.float() - self.sampler.noise(places, scores.device)
+            at = [(place.row, len(place.text) + place.draft.depth(node)) for place in places for node in place.nodes]
+            scores = scores.float() - self.sampler.noise(at, scores.device)
         return argmax(scores, along)
 
     def choose(self, row: int, position: int, scores: Tensor) -> int:
@@ -138,16 +141,15 @@ class Scores:
         choices: Sequence[int] | None = None,
     ):
         self.chooser, self.row, self.text, self.draft = chooser, row, text, draft
-        self.logits, self.choices, first = logits, choices, after[0]
-        contiguous = all(node == first + i for i, node in enumerate(after))
-        self._row_of = None if contiguous else {node: i for i, node in enumerate(after)}
-        self._first, self._after = first, after
+        self.logits, self.choices, self._after = logits, choices, after
+        self._first = after[0] if isinstance(after, range) else None
+        self._row_of = {} if isinstance(after, range) else {node: i for i, node in enumerate(after)}
         self._soft: dict[tuple[int, int], float] | None = None  # by node and token; None: not on the host yet
         self._processed: dict[int, Tensor] = {}
         self._chosen: dict[int, int] = {}
 
     def _index(self, node: int) -> int:
-        return node - self._first if self._row_of is None else self._row_of[node]
+        return self._row_of[node] if self._first is None else node - self._first
 
     def raw(self, node: int) -> Tensor:
         """(vocab,) raw logits after `node`, in the model's dtype."""
@@ -217,7 +219,7 @@ class Scores:
 
     def ends(self, node: int, token: int) -> bool:
         stopping = self.chooser.stopping
-        if stopping.by_token:
-            return token in stopping.eos
+        if not stopping.reads_text:
+            return stopping.is_last(self.text, self.draft.depth(node), token)
         chosen_from = lambda: [self.processed(above) for above in (ROOT, *self.draft.path(node))]  # noqa: E731
         return stopping.ends(self.row, self.text, self.path(node), token, chosen_from)

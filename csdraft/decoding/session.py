@@ -15,6 +15,7 @@ from csdraft.decoding.inputs import Inputs, Plan
 from csdraft.decoding.interfaces import Context, Request
 from csdraft.decoding.ledger import ModelUse
 from csdraft.decoding.plans import Reading, again_in, plan_of
+from csdraft.decoding.processing import Place
 from csdraft.decoding.reader import Sources
 from csdraft.decoding.readers import ALONE, ReadingOptions, borrow, take_back
 from csdraft.decoding.rotary import RotaryFactors
@@ -230,17 +231,17 @@ class Session:
     ) -> Sequence[list[int] | None]:
         """All choices of the batch at once; None for each request where choosing one by one is cheaper.
 
-        On a CPU, one by one is cheaper for trees, where most choices are never asked for, and under coupled draws,
-        where each choice needs its own noise.
+        On a CPU, one by one is cheaper for trees, where most choices are never asked for, under coupled draws, where
+        each choice needs its own noise, and with processors that must know which tokens a text has.
         """
-        chosen = chooser.sampler.greedy or chooser.sampler.coupled
-        lazily = self.reader.on_host and not (chooser.sampler.greedy and all(r.draft.is_chain for r in requests))
-        if lazily or not chosen or not chooser.processing.text_blind:
+        sampler, processing = chooser.sampler, chooser.processing
+        in_one_go = sampler.greedy and not processing.reads_tokens and all(r.draft.is_chain for r in requests)
+        chosen = sampler.greedy or sampler.coupled
+        if (self.reader.on_host and not in_one_go) or not chosen or not processing.at_once:
             return [None] * len(views)
-        places = [[(r.row, len(r.text) + r.draft.depth(node)) for node in _wanted(r)] for r in requests]
         drafted = [request.draft.tokens for request in requests]
         along = {tokens.choices: None for tokens in drafted if isinstance(tokens, Awaited) and tokens.waiting}
-        return chooser.choose_all(views, places, list(along))
+        return chooser.choose_all([Place(r.row, r.text, r.draft, _wanted(r)) for r in requests], views, list(along))
 
     def features(self, row: int, text: Text, stop: int) -> dict[int, Tensor]:
         """By tap, the model's (stop, hidden) hidden states of the first `stop` tokens of a row's text.

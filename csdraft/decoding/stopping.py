@@ -60,9 +60,13 @@ class Stopping:
         return inner
 
     @property
-    def by_token(self) -> bool:
-        """Whether the last token alone decides if a text has ended."""
-        return not self.known and not self.custom and self.max_length is None
+    def reads_text(self) -> bool:
+        """Whether a criterion must be shown the text; otherwise `is_last` decides."""
+        return bool(self.known or self.custom)
+
+    def is_last(self, text: Text, drafted: int, token: int) -> bool:
+        """Whether `token`, after `text` and `drafted` more tokens, ends the row by itself or by the row's length."""
+        return token in self.eos or self.remaining(text) - drafted <= 1
 
     def remaining(self, text: Text) -> int:
         """Tokens that may still follow `text`, at least one; a large number if there is no limit."""
@@ -76,8 +80,8 @@ class Stopping:
         Args:
             scores: computes the (vocab,) processed scores that each token of `path` and `token` were chosen from.
         """
-        ended = token in self.eos or self.remaining(text) - len(path) <= 1
-        if not self.known and not self.custom:
+        ended = self.is_last(text, len(path), token)
+        if not self.reads_text:
             return ended
         ids, seen = text.padded([*path, token]), None
         if self.kept is not None and scores is not None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Context, Verdict, Verifier
-from csdraft.decoding.sampling import Processing
+from csdraft.decoding.processing import Processing
 from csdraft.decoding.scores import Scores, TokenChooser
 from csdraft.decoding.stopping import Stopping
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 from torch import nn
@@ -79,7 +79,7 @@ class Traits:
     positions: int | None
     switch: Switch | None
 
-    @property
+    @cached_property
     def sees_all(self) -> bool:
         """Whether every layer sees all earlier tokens."""
         return not self.cache_windows and all(span == Span() for span in self.spans.values())

@@ -16,9 +16,10 @@ import csdraft
 from csdraft.cascade import as_drafter, choose_schedule, choose_verifier
 from csdraft.decoding.call import Call
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Request, Verifier
+from csdraft.decoding.processing import Processing
 from csdraft.decoding.reported import keep
 from csdraft.decoding.rounds import run_round
-from csdraft.decoding.sampling import Processing, Sampler
+from csdraft.decoding.sampling import Sampler
 from csdraft.decoding.scores import TokenChooser
 from csdraft.decoding.stopping import Stopping
 from csdraft.decoding.text import Text

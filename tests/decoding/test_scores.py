@@ -9,9 +9,12 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper
 
 from csdraft import MaxGram, ModelDrafter
 from csdraft.decoding import scores
-from csdraft.decoding.sampling import Processing, Sampler
+from csdraft.decoding.draft import ROOT, Draft
+from csdraft.decoding.processing import Before, Place, Processing
+from csdraft.decoding.sampling import Sampler
 from csdraft.decoding.scores import TokenChooser
 from csdraft.decoding.stopping import Stopping
+from csdraft.decoding.text import Text
 from csdraft.schedules.fixed import Fixed
 from tests import tiny
 
@@ -23,9 +26,9 @@ def chooser() -> TokenChooser:
     return TokenChooser(processing, Stopping([]), Sampler(True, [0] * 3, VOCAB))
 
 
-def places(view: Tensor) -> list[tuple[int, int]]:
-    """Row and position of each, which greedy choices do not look at."""
-    return [(0, i) for i in range(len(view))]
+def place(view: Tensor) -> Place:
+    """Where a (n, vocab) view stands: after a text and n - 1 drafted tokens."""
+    return Place(0, Text(torch.tensor([1, 2])), Draft.chain(range(len(view) - 1)), range(ROOT, len(view) - 1))
 
 
 @pytest.fixture
@@ -34,9 +37,9 @@ def widest(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     processed = Processing.all_at_once
 
-    def counted(self: Processing, logits: Tensor) -> Tensor:
+    def counted(self: Processing, logits: Tensor, before: Before | None = None) -> Tensor:
         seen.append(len(logits))
-        return processed(self, logits)
+        return processed(self, logits, before)
 
     monkeypatch.setattr(Processing, "all_at_once", counted)
     return seen
@@ -47,9 +50,7 @@ def widest(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_no_more_rows_than_the_limit_allows(rows_at_once, lengths, widest, monkeypatch):
     monkeypatch.setattr(scores, "MAX_SCORE_BYTES", 4 * VOCAB * rows_at_once)
     views = [torch.randn(length, VOCAB) for length in lengths]
-    assert chooser().choose_all(views, [places(view) for view in views]) == [
-        view.argmax(-1).tolist() for view in views
-    ]
+    assert chooser().choose_all([place(view) for view in views], views) == [view.argmax(-1).tolist() for view in views]
     assert max(widest) <= rows_at_once
     if rows_at_once == 1000:
         assert widest == [sum(lengths)], "one step where there is room"
@@ -58,7 +59,7 @@ def test_no_more_rows_than_the_limit_allows(rows_at_once, lengths, widest, monke
 def test_one_row_is_always_possible(widest, monkeypatch):
     monkeypatch.setattr(scores, "MAX_SCORE_BYTES", 1)
     view = torch.randn(4, VOCAB)
-    assert chooser().choose_all([view], [places(view)]) == [view.argmax(-1).tolist()]
+    assert chooser().choose_all([place(view)], [view]) == [view.argmax(-1).tolist()]
     assert set(widest) == {1}
 
 
@@ -67,7 +68,7 @@ def test_nan_is_noticed_in_any_part(monkeypatch):
     view = torch.randn(5, VOCAB)
     view[4, 7] = float("nan")
     with pytest.raises(ValueError, match="nan"):
-        chooser().choose_all([view], [places(view)])
+        chooser().choose_all([place(view)], [view])
 
 
 @pytest.mark.parametrize("options", [{}, {"renormalize_logits": True}])

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from csdraft.decoding.chain import draft_chain
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Context, Request
+from csdraft.decoding.processing import Processing
 from csdraft.decoding.reader import Sources
-from csdraft.decoding.sampling import Processing, Sampler
+from csdraft.decoding.sampling import Sampler
 from csdraft.decoding.scores import TokenChooser
 from csdraft.decoding.session import Session
 from csdraft.decoding.stopping import Stopping

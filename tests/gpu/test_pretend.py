@@ -30,6 +30,8 @@ from tests.heads.learned import target, texts
 from tests.pretend import DEVICE, Pretended, pretended
 
 DEPTH = 3
+PENALTY = {"repetition_penalty": 1.3, "min_new_tokens": 4}
+"""As chat models often have in their generation config: it depends on the text, and needs no copy to the host."""
 
 
 @pytest.fixture
@@ -86,6 +88,9 @@ def cases() -> dict[str, tuple[Any, dict, int, int]]:
         "plain": (None, GREEDY, 1, 1),
         "model": (made["model"], GREEDY, 1, 3),
         "sampled": (made["model"], SAMPLED, 1, 3),
+        "penalty": (made["model"], GREEDY | PENALTY, 1, 99),  # each row's text and paths are copied there
+        "sampled penalty": (made["model"], SAMPLED | PENALTY, 1, 99),
+        "tree penalty": (tree, GREEDY | PENALTY, DEPTH + 1, 99),
         "tree": (tree, GREEDY, DEPTH + 1, DEPTH + 1),
         "max_gram": (made["max_gram"], GREEDY, 1, 1),
         "cascade": (made["cascade"], GREEDY, 26, 99),  # each row of each lenient review asks for its chances once
@@ -95,14 +100,17 @@ def cases() -> dict[str, tuple[Any, dict, int, int]]:
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize(
     "name",
-    ["model", "sampled", "tree", "max_gram", "cascade", pytest.param("plain", marks=pytest.mark.drafts_nothing)],
+    [
+        *("model", "sampled", "tree", "penalty", "sampled penalty", "tree penalty", "max_gram", "cascade"),
+        pytest.param("plain", marks=pytest.mark.drafts_nothing),
+    ],
 )
 def test_a_round_copies_once_to_the_host(device: Pretended, rounds: list[Counter], name: str, rows: int) -> None:
     """Which slots of a tree are kept is copied from the host for each row, too."""
     drafter, options, to_host, from_host = cases()[name]
     inputs, alone = tiny.inputs_of("llama", rows), {"custom_generate": csdraft.decode}
-    options = options | {"max_new_tokens": 8} | ({"row_seeds": [3, 1, 4][:rows]} if name == "sampled" else {})
-    wanted = tiny.tiny("llama").generate(**inputs, **options, **(alone if name == "sampled" else {}))
+    options = options | {"max_new_tokens": 8} | ({"row_seeds": [3, 1, 4][:rows]} if "sampled" in name else {})
+    wanted = tiny.tiny("llama").generate(**inputs, **options, **(alone if "sampled" in name else {}))
     rounds.clear()
     way = alone if drafter is None else {"assistant": drafter, **FIXED}
     output = placed("llama", DEVICE)[0].generate(**moved(inputs), **options, **way)

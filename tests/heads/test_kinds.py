@@ -16,8 +16,9 @@ from csdraft.decoding import feature_session
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.feature_session import FeatureSession
 from csdraft.decoding.interfaces import Request
+from csdraft.decoding.processing import Processing
 from csdraft.decoding.readers import ReadingOptions
-from csdraft.decoding.sampling import Processing, Sampler
+from csdraft.decoding.sampling import Sampler
 from csdraft.decoding.scores import TokenChooser
 from csdraft.decoding.session import Session
 from csdraft.decoding.stopping import Stopping

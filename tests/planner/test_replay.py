@@ -14,7 +14,8 @@ from benchmarks.replays import Yield, measure, read_answers, read_pairs, read_ro
 from csdraft import MaxGram, ModelDrafter, PromptLookup
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Drafter, Request, Round
-from csdraft.decoding.sampling import Processing, Sampler
+from csdraft.decoding.processing import Processing
+from csdraft.decoding.sampling import Sampler
 from csdraft.decoding.scores import TokenChooser
 from csdraft.decoding.stopping import Stopping
 from csdraft.decoding.text import Text
