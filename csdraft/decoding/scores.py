@@ -89,8 +89,6 @@ class TokenChooser:
             views: for each place, (nodes, vocab) raw logits after its nodes.
             along: choices of earlier steps that the one copy also brings to the host.
         """
-        if views[0].device.type == "cpu" and self.sampler.greedy and not self.processing.processors:
-            return [argmax(view, along) for view in views]  # without a copy of all logits
         most = max(MAX_SCORE_BYTES // (4 * views[0].shape[-1]), 1)
         if sum(map(len, views)) > most:
             return [

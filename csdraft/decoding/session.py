@@ -19,7 +19,7 @@ from csdraft.decoding.processing import Place
 from csdraft.decoding.reader import Sources
 from csdraft.decoding.readers import ALONE, ReadingOptions, borrow, take_back
 from csdraft.decoding.rotary import RotaryFactors
-from csdraft.decoding.scores import Scores, TokenChooser
+from csdraft.decoding.scores import Scores, TokenChooser, argmax
 from csdraft.decoding.text import Text
 
 __all__ = ["Session"]
@@ -239,6 +239,8 @@ class Session:
         chosen = sampler.greedy or sampler.coupled
         if (self.reader.on_host and not in_one_go) or not chosen or not processing.at_once:
             return [None] * len(views)
+        if self.reader.on_host and not processing.processors:
+            return [argmax(view) for view in views]  # without a copy of all logits
         drafted = [request.draft.tokens for request in requests]
         along = {tokens.choices: None for tokens in drafted if isinstance(tokens, Awaited) and tokens.waiting}
         return chooser.choose_all([Place(r.row, r.text, r.draft, _wanted(r)) for r in requests], views, list(along))
