@@ -23,21 +23,21 @@ __all__ = ["Call"]
 
 
 class Call:
-    """What all parts of one call share; it dies with the call.
+    """What all parts of one call share.
 
     Args:
-        target: the model whose output is reproduced.
+        target: the model whose output must be reproduced.
         chooser: the target's processors and stopping criteria.
-        texts: one a row.
-        capacity: slots that a session reserves a row.
-        sources: the encoder's inputs as the target reads them, if it is an encoder-decoder.
-        together: chooses for all rows at once, if something must see all of them.
-        reading: how the models read; `taps` are the target's.
-        ledger: takes down what the call costs and comes to.
+        texts: one for each row.
+        capacity: slots that a session reserves for each row.
+        sources: the encoder's inputs of an encoder-decoder target; None for other targets.
+        together: chooses for all rows at once if custom code must see all of them; else None.
+        reading: how the models read; its `taps` are those of the target.
+        ledger: counts and times the call.
 
     Attributes:
-        drafting: how models that draft turn logits into tokens, the target among them where it drafts for itself: no
-            processor or criterion of the user's, which may keep state, is ever shown a drafted token.
+        drafting: how drafting models turn logits into tokens. Processors and criteria of the user may keep state, so
+            they are left out: none of them ever sees a drafted token.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Call:
 
     @property
     def rows_of_padding(self) -> set[int]:
-        """Rows that have ended and are filled up while others continue, of a batch that advances in step."""
+        """Rows that have ended and are padded while others continue, in a batch that is decoded in step."""
         if self.together is None or self.together.pad is None:
             return set()
         return set(self.together.ended.nonzero()[:, 0].tolist())
@@ -96,17 +96,17 @@ class Call:
         return list(self._sessions.values())
 
     def memo(self, owner: Hashable, make: Callable[[], Any]) -> Any:
-        """Per-call state of `owner` (an n-gram index, say), made at its first use."""
+        """State of `owner` for this call, such as an n-gram index; made at its first use."""
         if owner not in self._memos:
             self._memos[owner] = make()
         return self._memos[owner]
 
     def level(self, owner: Hashable, name: str = "") -> int:
-        """The number by which reports and drafts name whose choice a token was; the target is 0.
+        """The number that says in drafts and reports who chose a token; 0 is the target.
 
         Args:
-            owner: a model, or a drafter that has none.
-            name: how reports call it; its own name if empty.
+            owner: a model, or a drafter without models.
+            name: its name in reports; by default its own name.
         """
         if name:
             self._names[owner] = name
@@ -114,7 +114,7 @@ class Call:
 
     @property
     def level_owners(self) -> list[Hashable]:
-        """What stands behind each level number."""
+        """The model or drafter of each level number."""
         return list(self._levels)
 
     @property
@@ -123,22 +123,23 @@ class Call:
         return distinct(self._names.get(owner) or name_of(owner) for owner in self._levels)
 
     def note_memory(self) -> None:
-        """Writes down what every model's cache takes."""
+        """Updates the memory figures of every model."""
         for session in self._sessions.values():
             session.use.note_memory(session.reader)
 
     def close(self, failed: bool = False) -> None:
-        """The end of a call that went well: models keep what they have read, and recorded, for the next one.
+        """Called when a call ends without an error: models keep their caches and recordings for the next call.
 
         Args:
-            failed: whether a drafter has: its models may have stopped in the midst of a forward.
+            failed: whether a drafter has failed. Its models may have stopped in the middle of a forward, so only the
+                target's cache is kept.
         """
         for session in sorted(self._sessions.values(), key=lambda session: session.model is self.target):
-            if not failed or session.model is self.target:  # which comes last: who waits longest is dropped first
+            if not failed or session.model is self.target:  # comes last, since the oldest is dropped first
                 session.close()
 
     def retire(self, live: Sequence[int]) -> None:
         """Tells every session which rows continue."""
-        self.note_memory()  # the last moment before caches may shrink
+        self.note_memory()  # before caches shrink
         for session in self._sessions.values():
             session.retire(live)

@@ -1,4 +1,4 @@
-"""The clock that everything in a call is timed by; tests put a simulated device in its place."""
+"""The clock for everything that a call measures. Tests replace it by a simulated device."""
 
 from __future__ import annotations
 
@@ -15,11 +15,7 @@ def now() -> float:
 
 
 class Mark:
-    """A moment in a device's work: on a GPU, when it has done all that it was asked for so far.
-
-    Args:
-        device: that works.
-    """
+    """A moment in a device's work: on a GPU, the moment when everything queued so far is done."""
 
     def __init__(self, device: torch.device):
         self.host, self.event = now(), None
@@ -28,7 +24,7 @@ class Mark:
             self.event.record(torch.cuda.current_stream(device))
 
     def since(self, earlier: Mark) -> float:
-        """Seconds from an earlier mark to this one; of the host, if the device has not reached this one yet."""
+        """Seconds from an earlier mark to this one; by the host's clock if the device has not reached this one yet."""
         if self.event is None or earlier.event is None or not self.event.query():
             return self.host - earlier.host
         return earlier.event.elapsed_time(self.event) / 1e3

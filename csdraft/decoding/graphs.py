@@ -1,4 +1,4 @@
-"""Forwards of one shape that are recorded once and replayed: on a GPU a replay costs one launch, not hundreds."""
+"""Records a forward of one shape once and replays it: on a GPU a replay costs one launch instead of hundreds."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 __all__ = ["FEWEST_SLOTS", "RECORDERS", "Graphs", "Mode", "bucket", "forward", "make_graphs", "slots_bucket"]
 
 ASKED = 3
-"""A shape is recorded when it has been asked for so often."""
+"""A shape is recorded when it is needed for this time."""
 MOST = 64
-"""Recorded shapes of one reader. Who was replayed longest ago makes room."""
+"""The most recorded shapes of one reader; the least recently used is dropped."""
 WARM_UPS = 2
-"""Runs before a recording: libraries choose their kernels and workspaces in them."""
+"""Runs before a recording, in which libraries choose their kernels and workspaces."""
 FEWEST_SLOTS = 256
-"""What a forward of fixed shape sees at least, and a cache reserves."""
+"""The fewest slots that a forward of fixed shape sees and that a cache reserves."""
 MOST_COMPILED = 1024
-"""Shapes that torch.compile keeps of one function; it would continue eagerly after 8."""
+"""The most shapes that torch.compile keeps for one function; by default it falls back to eager after 8."""
 
 Mode = Literal["auto", "compile", False]
 """How forwards of fixed shape run: recorded where the device can, also compiled, or eagerly."""
@@ -43,32 +43,34 @@ def forward(model: nn.Module, arguments: dict[str, Any]) -> Any:
 
 
 def bucket(count: int, least: int = 1) -> int:
-    """The smallest power of two that holds `count`, and at least `least`."""
+    """The smallest power of two that is at least `count`, but not below `least`."""
     return max(1 << max(count - 1, 0).bit_length(), least)
 
 
 def slots_bucket(count: int, capacity: int) -> int:
-    """Slots that a forward of fixed shape sees: 256, 512, 1,024, ... but no more than there are."""
+    """How many slots a forward of fixed shape sees: 256, 512, 1,024, ..., at most `capacity`."""
     return min(bucket(count, FEWEST_SLOTS), capacity)
 
 
 class Graphs:
     """The recorded forwards of one reader.
 
-    All of them read and write the same tensors: the model's weights, the inputs of their shape and the cache. When
-    one of these moves to another address, `clear` must be called.
+    All of them read and write the same tensors: the model's weights, the inputs of their shape and the cache. When one
+    of these moves to another address, `clear` must be called.
 
     Args:
-        record: runs a body and returns what runs it again; raises RuntimeError if it cannot. None: none is.
-        forward: of the model, compiled or not.
-        why_not: why nothing can be recorded, if that is known.
-        costs: takes the seconds of a replay of each recorded shape.
-        device: whose memory is counted.
+        record: records a body and returns a function that replays it; raises RuntimeError if it cannot. None: nothing
+            is recorded.
+        forward: the model's forward, perhaps compiled.
+        why_not: why nothing can be recorded, if that is known beforehand.
+        costs: is filled with the seconds of a replay, by recorded shape.
+        device: the device whose memory is counted.
 
     Attributes:
-        why_not: why a forward could not be recorded, in one line: nothing is recorded then. None if all could.
-        seconds: that recording has taken.
-        bytes: of the device's memory that it has taken.
+        why_not: why a forward could not be recorded, in one line; from then on nothing is. None if there was no
+            failure.
+        seconds: time spent recording.
+        bytes: device memory that the recordings take.
     """
 
     def __init__(
@@ -87,25 +89,23 @@ class Graphs:
 
     @property
     def shapes(self) -> list[Shape]:
-        """What has been recorded."""
+        """The recorded shapes."""
         return list(self._replays)
 
     def is_warm(self, shape: Shape) -> bool:
-        """Whether the next run of a shape costs what all later ones will."""
+        """Whether the next run of a shape is as fast as later ones."""
         if self.record is None or self.why_not is not None:
             return shape in self._asked
         return shape in self._replays
 
     def run(self, shape: Shape, body: Replay, at_once: bool = False) -> Tensor:
-        """What `body` returns: by a replay if the shape has been recorded, or eagerly.
-
-        The result of a replay may be overwritten by the next replay, of any shape.
+        """The result of `body`, from a replay if the shape is recorded. The next replay may overwrite it.
 
         Args:
-            at_once: whether to record a shape that is new.
+            at_once: whether to record a shape the first time it is needed.
         """
         if shape in self._replays:
-            replay = self._replays[shape] = self._replays.pop(shape)  # the last one is the latest
+            replay = self._replays[shape] = self._replays.pop(shape)  # moves it to the end
             return replay()
         self._asked[shape] = self._asked.get(shape, 0) + 1
         ripe = at_once or self._asked[shape] >= ASKED
@@ -127,26 +127,26 @@ class Graphs:
         return replay()
 
     def _reserved(self) -> int:
-        """Bytes of the accelerator's memory that torch holds; 0 without one."""
+        """Bytes of GPU memory that torch holds; 0 on other devices."""
         cuda = self.device is not None and self.device.type == "cuda"
         return torch.cuda.memory_reserved(self.device) if cuda else 0
 
     def clear(self) -> None:
-        """Forgets what was recorded: tensors have moved."""
+        """Drops all recordings. Called when a tensor has moved."""
         self._replays.clear()
         self._asked.clear()
         self.bytes = 0
 
 
 def _seconds(replay: Replay) -> float:
-    """Until its result is there."""
+    """Seconds until the result of a replay can be read."""
     started = clock.now()
     float(replay().flatten()[0])
     return clock.now() - started
 
 
 def make_graphs(reader: Reader, mode: Mode) -> Graphs | None:
-    """What runs a reader's forwards of fixed shape; None where shapes are exact and forwards eager."""
+    """The graphs of a reader; None if its shapes are exact and its forwards eager."""
     record = RECORDERS.get(reader.device.type)
     if mode is False or (record is None and mode != "compile"):
         return None
@@ -155,7 +155,7 @@ def make_graphs(reader: Reader, mode: Mode) -> Graphs | None:
 
 
 def _why_not(model: nn.Module) -> str | None:
-    """Why a model's forwards cannot be recorded, if that can be seen beforehand."""
+    """Why a model's forwards cannot be recorded, as far as its weights show it."""
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1 or torch.device("meta") in devices:
         return f"its weights are on {len(devices)} devices ({', '.join(sorted(map(str, devices)))})"
@@ -174,7 +174,7 @@ def compiled() -> Forward:
 
 
 class OnDeviceOnly(TorchDispatchMode):
-    """Refuses what cannot be recorded, before a recording has begun: one that fails half way leaves CUDA astray."""
+    """Raises an error for operators that cannot be recorded. A recording that fails half way breaks CUDA's state."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = str(func), kwargs or {}
@@ -189,7 +189,7 @@ HOST = {
     "aten.masked_select.default", "aten._unique2.default", "aten._unique.default", "aten.unique_consecutive.default",
     "aten.bincount.default", "aten.histc.default",
 }  # fmt: skip
-"""Operators that read a value to the host, bring one from there, or have a result whose shape depends on values."""
+"""Operators that copy a value from or to the host, or whose result has a shape that depends on values."""
 COPIES = {"aten._to_copy.default", "aten.copy_.default"}
 
 
@@ -200,16 +200,16 @@ def between_devices(args: Any, kwargs: Any) -> bool:
 
 
 def by_mask(name: str, args: Any) -> bool:
-    """Whether an operator indexes with true and false, so that a shape depends on values."""
+    """Whether an operator indexes with a bool mask, so that a shape depends on values."""
     if not name.startswith(("aten.index.Tensor", "aten.index_put")):
         return False
-    one = "put" in name and args[2].numel() == 1  # filled in without counting
+    one = "put" in name and args[2].numel() == 1  # a scalar is filled in without counting
     return not one and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
 
 
 def check_on_device(body: Replay) -> None:
-    """Runs a body; RuntimeError if it cannot be recorded."""
-    # Not compiled: dynamo would skip, for good, a frame that it first meets under a dispatch mode.
+    """Runs a body once; raises RuntimeError if it cannot be recorded."""
+    # Eager: dynamo would never compile a frame again that it first meets under a dispatch mode.
     with torch.compiler.set_stance("force_eager"), OnDeviceOnly():
         body()
 
@@ -219,18 +219,18 @@ _RECORDING = threading.Lock()
 
 
 def record_cuda(reader: Reader) -> Record:
-    """Records CUDA graphs whose memory is shared: they run one after the other."""
+    """Records CUDA graphs that share memory, since they never run at the same time."""
     device = reader.device
-    stream = torch.cuda.Stream(device)  # its own: the default one belongs to the device that was first
+    stream = torch.cuda.Stream(device)  # the default stream belongs to the device that was used first
     alive: WeakSet[Any] = WeakSet()
     pool: Any = None
 
     def record(body: Replay) -> Replay:
         nonlocal pool
         check_on_device(body)
-        if not alive:  # a pool whose graphs are all gone cannot be used again
+        if not alive:  # a pool without graphs cannot be used again
             pool = torch.cuda.graph_pool_handle()
-        # The outer stream is what a recording that fails half way returns to.
+        # A recording that fails half way returns to the outer stream.
         with _RECORDING, torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -238,7 +238,7 @@ def record_cuda(reader: Reader) -> Record:
                     body()
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            # Other threads continue meanwhile.
+            # Other threads may use the device meanwhile.
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 result = body()
         alive.add(graph)
@@ -253,4 +253,4 @@ def record_cuda(reader: Reader) -> Record:
 
 
 RECORDERS: dict[str, Callable[[Reader], Record]] = {"cuda": record_cuda}
-"""By the device's type."""
+"""Device type -> what makes its recorder."""

@@ -1,9 +1,8 @@
-"""The ledger of a call: what its rounds took and came to, written by them as they happen.
+"""The ledger of a call: its times and counts, written while it runs.
 
-Every part of a call that times or counts writes here, and nothing else keeps such numbers: rounds write how long
-drafting and scoring took, sessions and readers what each model did, cascades what each of their stages cost. Schedules
-read it while the call runs. The maker of the call owns its ledger: `csdraft.reports` has one that also counts what
-reviewers decide, and makes a report of it. This one keeps costs only.
+Every part of a call that times or counts something writes it here, and nowhere else. Rounds write how long drafting
+and scoring took, sessions and readers what each model did, cascades what each stage cost. Schedules read it during the
+call. This class keeps costs only; the one in `csdraft.reports` also counts what reviewers decide and makes a report.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ class ModelUse:
 
     Attributes:
         name: the model's own name.
-        forwards: times it ran, whatever the batch.
-        fed: tokens it read, and `rolled_back` those of them that it had to forget.
-        seconds: spent in its forwards by the host's clock (an accelerator may still be at work when one returns).
-        cache_bytes: the most that its keys and values took.
-        recorded: shapes that are replayed, and `recorded_bytes` of the device's memory that they took.
+        forwards: how often it ran, for any batch size.
+        fed, rolled_back: tokens that it read, and how many of them its cache dropped again.
+        seconds: time in its forwards by the host's clock. An accelerator may still be working when a forward returns.
+        cache_bytes: the largest size of its keys and values.
+        recorded, recorded_bytes: number of recorded shapes, and the device memory that they take.
     """
 
     name: str = ""
@@ -48,13 +47,13 @@ class ModelUse:
     recorded_bytes: int = 0
 
     def note_memory(self, reader: Reader) -> None:
-        """Writes down what the model's reader takes now."""
+        """Updates the memory figures from the model's reader."""
         self.cache_bytes = max(self.cache_bytes, reader.cache.bytes)
         if reader.graphs is not None:
             self.recorded, self.recorded_bytes = len(reader.graphs.shapes), reader.graphs.bytes
 
     def merged(self, other: ModelUse) -> ModelUse:
-        """Both together; of the memory the larger."""
+        """The sum of both; for memory, the larger figure."""
         return ModelUse(
             self.name if self.name == other.name else "several",
             self.forwards + other.forwards,
@@ -72,13 +71,13 @@ class Ledger:
 
     Attributes:
         models: what each model did, by the model's id.
-        seconds: in the decoding loop, from the first round to the last, without what a streamer took.
-        drafting: seconds of the target's rounds that went into drafting, and `scoring` all others of them: the
-            target's forward, its verdict, the schedule.
-        cut: draft tokens that a K matrix asks for and that the budget, or the room in the text, did not allow.
-        failure: why the drafter was left out; None if it was not.
-        why: the schedule's reasons in a sentence.
-        plain_step: seconds of a plain step, as far as the schedule has measured any; 0 if it has not.
+        seconds: time in the decoding loop, without the time that a streamer took.
+        drafting, scoring: how the seconds of the target's rounds divide: drafting, and everything else (the target's
+            forward, its verdict, the schedule).
+        cut: draft tokens that a K matrix asked for but that did not fit the budget or the room in the text.
+        failure: why the drafter was dropped; None if it was not.
+        why: the schedule's reasons in one sentence.
+        plain_step: seconds of a plain step as the schedule measured it; 0 if it measured none.
         first: seconds of scoring in the first round, which also reads the prompt.
     """
 
@@ -89,41 +88,45 @@ class Ledger:
         self.failure: str | None = None
         self.why, self.plain_step = "", 0.0
         self.first: float | None = None
-        self.stages: dict[int, tuple[float, float]] = {}  # by the id of a stage's drafter
-        self._started = self._began = 0.0  # the call, and its latest round
+        self.stages: dict[int, tuple[float, float]] = {}  # id of a stage's drafter -> seconds, tokens
+        self._started = self._began = 0.0  # when the call and its latest round began
         self._paused = 0.0  # seconds
         self._drafting = self._scoring = 0.0  # of the latest round
         self._device = torch.device("cpu")
-        self._drafted: tuple[Mark, Mark] | None = None  # its drafting's begin and end
+        self._drafted: tuple[Mark, Mark] | None = None  # when its drafting began and ended
 
     # The loop.
 
     def start(self, device: torch.device) -> None:
-        """The first round is about to begin, on the target's device."""
+        """Called before the first round.
+
+        Args:
+            device: the target's.
+        """
         self._started, self._device = clock.now(), device
 
     def mark(self) -> Mark:
-        """Now, as the device counts it."""
+        """The present moment by the device's clock."""
         return Mark(self._device)
 
     def begin(self) -> None:
-        """A round of the target begins."""
+        """Called at the start of each round of the target."""
         self._began, self._drafting, self._drafted = clock.now(), 0.0, None
 
     def drafted(self, began: Mark, ended: Mark) -> None:
-        """Drafts are there, or will be when the device has come so far; the target's own round calls this last."""
+        """Called when the drafter has returned; the device may still be drafting. The target's own call comes last."""
         self._drafted = began, ended
 
     def reviewed(self, level: int, rounds: Sequence[Round]) -> None:
-        """A reviewer has decided about the drafts that it was shown, which ends a round of the target's.
+        """Called when a reviewer has decided; at level 0 this ends the target's round.
 
         Args:
-            level: the reviewer's; the target's is 0.
-            rounds: of one forward, without those of rows that have ended. Their scores are still there.
+            level: the reviewer's level; 0 is the target.
+            rounds: the results of one forward, without rows that have ended. Their scores are still valid.
         """
         if level == 0:
             spent = clock.now() - self._began
-            if self._drafted is not None:  # the device has drafted by now: its choices are known
+            if self._drafted is not None:  # the choices are known, so the device has finished drafting
                 began, ended = self._drafted
                 self._drafting = min(ended.since(began), spent)
             self._scoring = spent - self._drafting
@@ -134,15 +137,15 @@ class Ledger:
 
     @property
     def latest(self) -> tuple[float, float]:
-        """Seconds of the target's latest round: of drafting, and of all else until its verdict."""
+        """Seconds of the target's latest round: drafting, and the rest until the verdict."""
         return self._drafting, self._scoring
 
     def count(self, level: int, rounds: Sequence[Round]) -> None:
-        """Takes down what a reviewer decided, see `reviewed`; does nothing here."""
+        """Counts what a reviewer decided (see `reviewed`). Does nothing here."""
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done in here takes no time of the call."""
+        """The time spent inside does not count."""
         began = clock.now()
         try:
             yield
@@ -150,23 +153,23 @@ class Ledger:
             self._paused += clock.now() - began
 
     def stop(self) -> None:
-        """The last round is over."""
+        """Called after the last round."""
         self.seconds = clock.now() - self._started - self._paused
 
-    # What works for the loop.
+    # What sessions and cascades write.
 
     def model(self, model: object, name: str) -> ModelUse:
-        """Where a model's forwards are counted."""
+        """The counts of one model."""
         return self.models.setdefault(id(model), ModelUse(name))
 
     def charge(self, drafter: object, seconds: float, tokens: float) -> None:
-        """Adds to what a stage of the outermost cascade has cost, and drafted a row, so far.
+        """Adds seconds, and drafted tokens a row, to a stage of the outermost cascade.
 
-        Inner ones charge nothing: their time is in the stage above them, and their drafters may be stages there too.
+        Inner cascades charge nothing: their time belongs to the stage that contains them.
         """
         spent, drafted = self.stage(drafter)
         self.stages[id(drafter)] = (spent + seconds, drafted + tokens)
 
     def stage(self, drafter: object) -> tuple[float, float]:
-        """Seconds that a stage's drafter has cost so far, and tokens that it has drafted a row."""
+        """(seconds, drafted tokens a row) of a stage's drafter so far."""
         return self.stages.get(id(drafter), (0.0, 0.0))

@@ -1,4 +1,4 @@
-"""How large options may be: the room in the text bounds what is asked for in tokens, these limits all else."""
+"""Limits for options that are not bounded by the room in the text."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from csdraft.stored import shown
 __all__ = ["MOST_BRANCHES", "MOST_NODES", "check_range", "halvings"]
 
 MOST_NODES = 1024
-"""Of a draft that branches: more than any paper uses, and what a target reads in one forward."""
+"""The most nodes of a tree: more than any paper uses, and what a target can read in one forward."""
 FEWEST_NODES = 4
-"""Smaller trees are hardly better than chains."""
+"""The fewest nodes of a tree that a schedule tries: smaller ones are hardly better than chains."""
 MOST_BRANCHES = 256
-"""Children of a node, branches that continue at once, and other widths."""
+"""The most children of a node, parallel branches, and other widths."""
 
 
 def halvings(nodes: int) -> tuple[int, ...]:
-    """Sizes of tree to choose among, most first: so many nodes, half of them, a quarter."""
+    """Tree sizes to choose from, the largest first: all nodes, half, a quarter."""
     return tuple(size for size in (nodes, nodes // 2, nodes // 4) if size >= min(nodes, FEWEST_NODES))
 
 
 def check_range(name: str, options: object, least: int = 1, **most: int | None) -> None:
-    """Raises ValueError unless these options, whole numbers, are at least `least` and at most what is said of each.
+    """Raises ValueError if an option is below `least` or above its own limit.
 
     Args:
-        name: what messages call the method, article included.
-        options: has the options as attributes.
-        most: None where there is no largest.
+        name: the method's name in messages, with an article.
+        options: the object that has the options as attributes.
+        most: option -> its limit; None if there is none.
     """
     for key, limit in most.items():
         value = getattr(options, key)

@@ -1,4 +1,4 @@
-"""What schedules have learned of a drafter: the drafter keeps it, by target, and it dies with either."""
+"""What schedules have learned about a drafter, by target. It is freed with the drafter or the target."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ T = TypeVar("T")
 
 
 class Memory:
-    """One drafter's memory. Locked: calls may run in several threads, each of which works on a copy of its own.
+    """One drafter's memory. Calls may run in several threads; each works on its own copy.
 
     Attributes:
-        saved: what came with a saved cascade, by kind; see `csdraft.tables.costs`.
+        saved: what was loaded with a saved cascade, by kind; see `csdraft.tables.costs`.
     """
 
     def __init__(self) -> None:
@@ -26,25 +26,25 @@ class Memory:
         self._by_target: weakref.WeakKeyDictionary[Any, dict[Hashable, Any]] = weakref.WeakKeyDictionary()
 
     def load(self, target: Any, key: Hashable, make: Callable[[], T]) -> T:
-        """A copy of what was saved last under this key for this target; what `make` makes if nothing was."""
+        """A copy of what was last saved for this target and key; the result of `make` if there is nothing."""
         with self._lock:
             known = self._by_target.get(target, {}).get(key)
             return make() if known is None else deepcopy(known)
 
     def save(self, target: Any, key: Hashable, learned: Any) -> None:
-        """Keeps what a call has learned; it must not be changed afterwards."""
+        """Keeps what a call has learned; the caller must not change it afterwards."""
         with self._lock:
             self._by_target.setdefault(target, {})[key] = learned
 
     def entries(self) -> list[tuple[Any, Hashable, Any]]:
-        """(target, key, what was learned) of all targets that are still there."""
+        """(target, key, what was learned) for all targets that still exist."""
         with self._lock:
             return [(t, key, known) for t, kept in self._by_target.items() for key, known in kept.items()]
 
     def clear(self) -> None:
-        """Forgets all of it."""
+        """Forgets everything."""
         with self._lock:
             self._by_target.clear()
 
     def __reduce__(self) -> tuple[type, tuple]:
-        return Memory, ()  # a copied or pickled drafter starts from nothing
+        return Memory, ()  # a copied or pickled drafter starts with an empty memory

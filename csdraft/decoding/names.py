@@ -1,4 +1,4 @@
-"""Short names for what takes part in a call, for reports and messages."""
+"""Short names of models and drafters for reports and messages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["distinct", "name_of"]
 
 
 def name_of(owner: object) -> str:
-    """The last part of a model's path (its class if it has none), a drafter's class, a word as it is."""
+    """A model's last path component, or its class if it has no path; a drafter's class; a string unchanged."""
     if isinstance(owner, str):
         return owner
     path = getattr(getattr(owner, "config", None), "_name_or_path", "")
@@ -16,7 +16,7 @@ def name_of(owner: object) -> str:
 
 
 def distinct(names: Iterable[str]) -> list[str]:
-    """The same names, the second of its kind numbered 2, and so on."""
+    """The same names, with numbers added to repeated ones: a, b, a 2."""
     seen: dict[str, int] = {}
     result = []
     for name in names:

@@ -25,10 +25,10 @@ __all__ = ["DraftedDecoderOnlyOutput", "DraftedEncoderDecoderOutput", "Output", 
 
 
 class RoundStreamer(BaseStreamer):
-    """A streamer that is told where tokens come from: each round in place of one `put` a token."""
+    """A streamer that gets whole rounds instead of one `put` for each token, so it knows who chose each token."""
 
     def put_round(self, finished: Round) -> None:
-        """Takes a round: its `tokens`, their `levels`, and from `context.call` the names of the levels."""
+        """Receives a finished round: its `tokens`, their `levels`; `context.call` has the names of the levels."""
         raise NotImplementedError
 
 
@@ -50,7 +50,7 @@ class Output:
     """Takes the emitted tokens as rounds finish.
 
     Args:
-        config: says what to return.
+        config: the generation config, which says what to return.
         rows: batch size.
         streamer: gets every token of a single row as it is emitted, or every round if it is a `RoundStreamer`.
     """
@@ -79,7 +79,7 @@ class Output:
                     self.streamer.put(torch.tensor([token]))
 
     def sequences(self, input_ids: Tensor, texts: Sequence[Text]) -> Tensor:
-        """(rows, longest) the user's ids, the new tokens, and padding on the right."""
+        """(rows, longest) the user's ids, then the new tokens, padded on the right."""
         new = [text.new_tokens for text in texts]
         longest = max(len(tokens) for tokens in new)
         padding = self._pad_token if any(len(tokens) < longest for tokens in new) else 0
@@ -109,7 +109,7 @@ class Output:
         return tuple(steps)
 
     def pack(self, sequences: Tensor, report: Report, past: Any, encoder_outputs: Any = None) -> Any:
-        """What the user gets back."""
+        """The return value of `generate`."""
         if self.streamer is not None:
             self.streamer.end()
         if not self.config.return_dict_in_generate:

@@ -1,6 +1,6 @@
-"""What the calls of a drafter, a model or a name came to: kept beside them, so that nothing is set on a user's model.
+"""Keeps the reports of drafters, models and names in tables of its own, so that no user's model gets an attribute.
 
-A drafter or model has its reports as long as it lives; a copy has none of its own, and nothing is saved with either.
+Reports are kept as long as the drafter or model lives. They are not copied with it and not saved.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 __all__ = ["Reported", "forget", "keep", "last_report_of", "report_of", "unreported"]
 
 MOST_NAMES = 16
-"""Names and paths whose reports are kept: those that were used last."""
+"""How many names and paths keep their reports; the least recently used is dropped."""
 
 
 @dataclass
 class Reports:
-    """All calls so far, and the last of them."""
+    """All calls together, and the last one."""
 
     total: Report | None = None
     last: Report | None = None
@@ -35,14 +35,14 @@ class Reports:
         self.last = report
 
 
-_LOCK = threading.RLock()  # an owner may go while this thread holds it
-_by_object: dict[int, tuple[weakref.ref[Any], Reports]] = {}  # by id: equal drafters have their own
+_LOCK = threading.RLock()  # reentrant: an owner may be freed while this thread holds it
+_by_object: dict[int, tuple[weakref.ref[Any], Reports]] = {}  # by id, since two drafters may be equal
 _by_name: dict[str, Reports] = {}
 _silent: ContextVar[bool] = ContextVar("_silent", default=False)
 
 
 def keep(report: Report, *owners: Any) -> None:
-    """Adds a finished call's report to those of everything that took part in it, each once."""
+    """Adds the report of a finished call to each of its owners, once each."""
     if _silent.get():
         return
     with _LOCK:
@@ -51,21 +51,21 @@ def keep(report: Report, *owners: Any) -> None:
 
 
 def report_of(owner: Any) -> Report | None:
-    """What all calls of a drafter, a model or a name came to; None if it had none."""
+    """The merged report of all calls of a drafter, model or name; None if there were none."""
     with _LOCK:
         kept = _find(owner)
         return None if kept is None else kept.total
 
 
 def last_report_of(owner: Any) -> Report | None:
-    """The report of its last call; None if it had none."""
+    """The report of the last call; None if there was none."""
     with _LOCK:
         kept = _find(owner)
         return None if kept is None else kept.last
 
 
 def forget(owner: Any) -> None:
-    """Its next call is its first."""
+    """Drops an owner's reports."""
     with _LOCK:
         kept = _find(owner)
         if kept is not None:
@@ -73,26 +73,26 @@ def forget(owner: Any) -> None:
 
 
 class Reported:
-    """What can be an assistant, and has the reports of the calls in which it was."""
+    """Base class of what can be an assistant: gives access to the reports of its calls."""
 
     @property
     def report(self) -> Report | None:
-        """What all of them so far came to; None before the first."""
+        """The merged report of all calls so far; None before the first."""
         return report_of(self)
 
     @property
     def last_report(self) -> Report | None:
-        """The last one's report; None before the first."""
+        """The report of the last call; None before the first."""
         return last_report_of(self)
 
     def reset_report(self) -> None:
-        """Forgets them: the next call is the first."""
+        """Drops all reports."""
         forget(self)
 
 
 @contextmanager
 def unreported() -> Iterator[None]:
-    """Calls in here, of this thread, are in no report: a planner's trials are not what the user asked for."""
+    """Calls of this thread inside leave no report: a planner's trials are not calls of the user."""
     token = _silent.set(True)
     try:
         yield
@@ -101,12 +101,16 @@ def unreported() -> Iterator[None]:
 
 
 def _find(owner: Any, make: bool = False) -> Reports | None:
-    """The reports of an owner; None if it has none, or is of a kind that cannot have any."""
+    """The reports of an owner; None if it has none, or cannot be weakly referenced.
+
+    Args:
+        make: whether to add an empty entry if there is none.
+    """
     if isinstance(owner, str | os.PathLike):
         name = os.fspath(owner)
         kept = _by_name.pop(name, Reports() if make else None)
         if kept is not None:
-            _by_name[name] = kept  # the last now
+            _by_name[name] = kept  # moves it to the end
             if len(_by_name) > MOST_NAMES:
                 del _by_name[next(iter(_by_name))]
         return kept
@@ -117,7 +121,7 @@ def _find(owner: Any, make: bool = False) -> Reports | None:
         return None
     try:
         reference = weakref.ref(owner, _drop)
-    except TypeError:  # None, a dictionary: nothing that could be asked about later
+    except TypeError:  # such as None or a dict
         return None
     made = Reports()
     _by_object[id(owner)] = reference, made
@@ -125,7 +129,7 @@ def _find(owner: Any, make: bool = False) -> Reports | None:
 
 
 def _drop(gone: weakref.ref[Any]) -> None:
-    """An owner is gone, and its reports go too."""
+    """Called when an owner is freed: drops its reports."""
     with _LOCK:
         for key in [key for key, (reference, _) in _by_object.items() if reference is gone]:
             del _by_object[key]
