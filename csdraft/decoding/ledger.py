@@ -89,6 +89,7 @@ class Ledger:
         self.why, self.plain_step = "", 0.0
         self.first: float | None = None
         self.stages: dict[int, tuple[float, float]] = {}  # id of a stage's drafter -> seconds, tokens
+        self._charged: list[tuple[object, Mark, Mark, float]] = []  # not in `stages` yet: the device may be behind
         self._started = self._began = 0.0  # when the call and its latest round began
         self._paused = 0.0  # seconds
         self._drafting = self._scoring = 0.0  # of the latest round
@@ -112,6 +113,7 @@ class Ledger:
     def begin(self) -> None:
         """Called at the start of each round of the target."""
         self._began, self._drafting, self._drafted = clock.now(), 0.0, None
+        self._settle()
 
     def drafted(self, began: Mark, ended: Mark) -> None:
         """Called when the drafter has returned; the device may still be drafting. The target's own call comes last."""
@@ -162,14 +164,21 @@ class Ledger:
         """The counts of one model."""
         return self.models.setdefault(id(model), ModelUse(name))
 
-    def charge(self, drafter: object, seconds: float, tokens: float) -> None:
-        """Adds seconds, and drafted tokens a row, to a stage of the outermost cascade.
+    def charge(self, drafter: object, began: Mark, ended: Mark, tokens: float) -> None:
+        """Adds the time between two marks, and drafted tokens a row, to a stage of the outermost cascade.
 
         Inner cascades charge nothing: their time belongs to the stage that contains them.
         """
-        spent, drafted = self.stage(drafter)
-        self.stages[id(drafter)] = (spent + seconds, drafted + tokens)
+        self._charged.append((drafter, began, ended, tokens))
 
     def stage(self, drafter: object) -> tuple[float, float]:
-        """(seconds, drafted tokens a row) of a stage's drafter so far."""
+        """(seconds, drafted tokens a row) of a stage's drafter so far; for use once a round's choices are known."""
+        self._settle()
         return self.stages.get(id(drafter), (0.0, 0.0))
+
+    def _settle(self) -> None:
+        """Adds what was charged to `stages`."""
+        for drafter, began, ended, tokens in self._charged:
+            spent, drafted = self.stages.get(id(drafter), (0.0, 0.0))
+            self.stages[id(drafter)] = spent + ended.since(began), drafted + tokens
+        self._charged.clear()

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from csdraft.decoding import clock
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter
 from csdraft.drafters._check_parts import check_parts
@@ -79,13 +78,14 @@ class Horizontal(Drafter):
                     size = budget.size if stage == budget.skip else None  # chosen for the first that drafts
                     asked[i] = going_on, replace(budget, depth=min(wanted, room), room=room, skip=0, size=size)
             if asked:
-                started, before = clock.now(), sum(draft.depth(draft.tip) for draft in drafts)
+                began = call.ledger.mark() if self is outermost else None
+                before = sum(draft.depth(draft.tip) for draft in drafts)
                 stage_contexts, stage_budgets = zip(*asked.values(), strict=True)
                 for i, draft in zip(asked, drafter.propose(stage_contexts, stage_budgets), strict=True):
                     drafts[i] = draft
                 grown = max(sum(draft.depth(draft.tip) for draft in drafts) - before, 0) / len(asked)
-                if self is outermost:
-                    call.ledger.charge(drafter, clock.now() - started, grown)
+                if began is not None:
+                    call.ledger.charge(drafter, began, call.ledger.mark(), grown)
         return drafts
 
 

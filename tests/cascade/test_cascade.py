@@ -156,6 +156,30 @@ def test_only_the_outermost_cascade_charges_its_stages(example):
     assert medium[0] > 0
 
 
+def test_a_stage_is_charged_what_the_device_took(example, monkeypatch):
+    """On a GPU a model returns at once, and the next reader of its tokens waits: only the device knows whose time it is."""
+    cascade, copier, call = example
+    call.script(cascade.drafters[0].network, 6)
+    call.script(cascade.drafters[1].network, 3, 6)
+    decided = []
+
+    class Mark:
+        """Reached when the device has done 5 seconds for each forward and 1 for each copy that came before."""
+
+        def __init__(self):
+            forwards = sum(len(session.rows) for session in call.scripted.values())
+            self.reached = 5 * forwards + len(copier.budgets)
+
+        def since(self, earlier):
+            assert decided, "asked before the device was there"
+            return self.reached - earlier.reached
+
+    monkeypatch.setattr(call.ledger, "mark", Mark)
+    cascade.propose([Context(0, call.texts[0], call)], [Budget(23, 23)])
+    decided.append(True)
+    assert [call.ledger.stage(drafter)[0] for drafter, _ in cascade.stages()] == [5 + 5 + 1 + 1, 5 + 1, 1]
+
+
 def test_room_of_row_0_with_12_tokens_left(example):
     """The target adds one itself, so that 11 may be drafted; inside, each reviewer's room is one less."""
     cascade, copier, call = example

@@ -160,7 +160,9 @@ class World:
                 spent += 0.05 * writer.cost * max(unread - 1, 0)
                 self.read[id(writer)] = len(self.text)
             seconds += spent
-            self.call.ledger.charge(writer, spent, wanted)
+            began, ended = self.call.ledger.mark(), self.call.ledger.mark()
+            ended.host = began.host + spent
+            self.call.ledger.charge(writer, began, ended, wanted)
             for _ in range(wanted):
                 chance = writer.kinds[self.kind - 1][1] if self.kind else writer.chance(budget.size)
                 alive = alive and self.luck[len(self.text) + drafted][1] < chance
