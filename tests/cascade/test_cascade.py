@@ -157,7 +157,7 @@ def test_only_the_outermost_cascade_charges_its_stages(example):
 
 
 def test_a_stage_is_charged_what_the_device_took(example, monkeypatch):
-    """On a GPU a model returns at once, and the next reader of its tokens waits: only the device knows whose time it is."""
+    """A GPU model returns at once, and the next reader of its tokens waits: only the device knows whose time it is."""
     cascade, copier, call = example
     call.script(cascade.drafters[0].network, 6)
     call.script(cascade.drafters[1].network, 3, 6)
