@@ -327,7 +327,7 @@ def test_a_folder_of_another_target_or_with_other_tensors_is_refused(tmp_path):
     save_student(new(), tmp_path)
     file, document = tmp_path / "model.safetensors", tmp_path / "drafter.json"
     state, text = load_file(file), document.read_text()
-    with pytest.raises(ValueError, match=r"fingerprint sha256:.*train an adapter for this one"):
+    with pytest.raises(ValueError, match=r"fingerprint sha256:.*train one for this target"):
         load_model(str(tmp_path)).bind(fresh("llama", 5, num_hidden_layers=3))
     norm = "model.norm.weight"
     embedding = target().get_input_embeddings().weight.detach()
