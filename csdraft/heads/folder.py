@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -157,13 +157,15 @@ def write_tensors(file: str | os.PathLike[str], state: Mapping[str, Tensor]) -> 
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def check_tensors(path: str, state: Mapping[str, Tensor], module: nn.Module, optional: Collection[str]) -> None:
-    """Raises ValueError unless a folder's tensors have the names and shapes of a module's.
+def check_tensors(
+    path: str, state: Mapping[str, Tensor], own: Mapping[str, Tensor], optional: Collection[str] = ()
+) -> None:
+    """Raises ValueError unless a folder's tensors have the names and shapes of a drafter's own.
 
     Args:
+        own: the drafter's.
         optional: names that may be missing.
     """
-    own = module.state_dict()
     if missing := sorted(own.keys() - state.keys() - set(optional)):
         raise ValueError(f"{path!r} lacks {', '.join(missing[:4])}: random numbers in their place would be of no use")
     if unknown := sorted(state.keys() - own.keys()):
@@ -171,7 +173,8 @@ def check_tensors(path: str, state: Mapping[str, Tensor], module: nn.Module, opt
     for name, tensor in state.items():
         if tensor.shape != own[name].shape:
             raise ValueError(
-                f"{path!r}: {name} has shape {tuple(tensor.shape)}, its config.json asks for {tuple(own[name].shape)}"
+                f"{path!r}: {name} has shape {tuple(tensor.shape)}; for this config and target it must have "
+                f"{tuple(own[name].shape)}"
             )
 
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ __all__ = [
     "SELF_DRAFT",
     "TIED",
     "Base",
+    "Lender",
     "SelfDraft",
     "adapter_state",
     "is_hub_id",
@@ -52,31 +53,33 @@ PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
-class Base:
-    """The model that a self-drafting adapter was trained on, and the layers of it that draft."""
+class Lender:
+    """The model that a drafter was trained on."""
 
-    layers: tuple[int, ...]
-    encoder_layers: tuple[int, ...] | None
     name: str
     revision: str | None
     fingerprint: str
     vocab_size: int
 
+    @classmethod
+    def of(cls, model: Any, fingerprint: str, **more: Any) -> Self:
+        config = model.config
+        return cls(model_name(model), getattr(config, "_commit_hash", None), fingerprint, config.vocab_size, **more)
+
+
+@dataclass(frozen=True)
+class Base(Lender):
+    """The model that a self-drafting adapter was trained on, and the layers of it that draft."""
+
+    layers: tuple[int, ...]
+    encoder_layers: tuple[int, ...] | None
+
 
 def own_layers(target: Any, layers: Sequence[int], encoder_layers: Sequence[int] | None = None) -> Any:
     """`shared_layers` of the target, with a `Base` as its attribute `self_draft`."""
-    network, config = shared_layers(target, layers, encoder_layers), target.config
-    network.stored_by, network.self_draft = (
-        SelfDraft,
-        Base(
-            tuple(layers),
-            None if encoder_layers is None else tuple(encoder_layers),
-            model_name(target),
-            getattr(config, "_commit_hash", None),
-            fingerprint(target),
-            config.vocab_size,
-        ),
-    )
+    network = shared_layers(target, layers, encoder_layers)
+    kept = {"layers": tuple(layers), "encoder_layers": None if encoder_layers is None else tuple(encoder_layers)}
+    network.stored_by, network.self_draft = SelfDraft, Base.of(target, fingerprint(target), **kept)
     network.config._name_or_path = ""
     return network
 

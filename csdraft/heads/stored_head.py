@@ -34,8 +34,7 @@ from csdraft.heads.folder import (
 from csdraft.heads.head import EMBEDDING, OUTPUT, Head
 from csdraft.heads.layers import embeddings
 from csdraft.heads.on_target import OnTarget, called, set_parameter
-from csdraft.heads.self_draft import HEAD, read_document, write_document
-from csdraft.heads.tied import Lender
+from csdraft.heads.self_draft import HEAD, Lender, read_document, write_document
 from csdraft.stored import check_config, fit
 
 __all__ = ["StoredHead", "head_at", "kind_at"]
@@ -247,7 +246,7 @@ class StoredHead(OnTarget):
         except BROKEN_CONFIG as error:
             raise ValueError(f"{path}/config.json: no {made.what} has these options: {error}") from error
         full = {"d2t"} if len(whole.d2t) == layer.vocab_size else set()
-        check_tensors(path, state, whole, whole.lendable().keys() | full)
+        check_tensors(path, state, whole.state_dict(), whole.lendable().keys() | full)
         check_drafted(state, layer.vocab_size, path)
         if assumed:
             warnings.warn(f"{path}/config.json: {'; '.join(assumed)}", stacklevel=3)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +19,15 @@ from torch import Tensor
 from csdraft.heads.folder import read_chosen
 from csdraft.heads.layers import embedding_fingerprint, embeddings
 from csdraft.heads.on_target import OnTarget, called, set_parameter
-from csdraft.heads.self_draft import TIED, model_name, write_document
+from csdraft.heads.self_draft import TIED, Lender, write_document
 from csdraft.stored import check_config
 
 __all__ = ["Lender", "TiedDraft", "borrowed", "tie"]
 
 
-@dataclass(frozen=True)
-class Lender:
-    """The model that a drafter was trained on; of a tied drafter `fingerprint` is `embedding_fingerprint`."""
-
-    name: str
-    revision: str | None
-    fingerprint: str
-    vocab_size: int
-
-
 def tie(student: Any, target: Any) -> Any:
     """Freezes the student's copies of the target's embedding and output layer and records whose they are."""
-    student.tied_to = Lender(
-        model_name(target),
-        getattr(target.config, "_commit_hash", None),
-        embedding_fingerprint(target, target.config.vocab_size),
-        target.config.vocab_size,
-    )
+    student.tied_to = Lender.of(target, embedding_fingerprint(target, target.config.vocab_size))
     student.stored_by = TiedDraft
     for parameter in embeddings(student).values():
         parameter.requires_grad_(False)
@@ -64,7 +49,7 @@ class TiedDraft(OnTarget):
     """A tied drafter without the target's tensors; `bind` completes it.
 
     Args:
-        lender: the model whose embedding and output layer it uses.
+        lender: the model whose embedding and output layer it uses; its fingerprint is `embedding_fingerprint`.
         config: of the whole model.
         state: its own tensors.
         names: of the target's tensors, see `borrowed`.

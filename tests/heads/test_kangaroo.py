@@ -332,10 +332,10 @@ def test_a_folder_of_another_target_or_with_other_tensors_is_refused(tmp_path):
     norm = "model.norm.weight"
     embedding = target().get_input_embeddings().weight.detach()
     for tampered, says in (
-        ({norm: None}, rf"no such tensor as {norm}"),
-        ({norm: torch.ones(31)}, rf"\(31,\) as {norm}, an adapter on them \(32,\)"),
-        ({"model.embed_tokens.weight": embedding.clone()}, r"\(97, 32\) as model.embed_tokens.weight.*no such tensor"),
-        ({"other": torch.ones(2)}, r"\(2,\) as other, an adapter on them no such tensor"),
+        ({norm: None}, rf"lacks {norm}"),
+        ({norm: torch.ones(31)}, rf"{norm} has shape \(31,\).* must have \(32,\)"),
+        ({"model.embed_tokens.weight": embedding.clone()}, r"does not know .*model\.embed_tokens\.weight"),
+        ({"other": torch.ones(2)}, "does not know .*other"),
     ):
         save_file({key: tensor for key, tensor in (state | tampered).items() if tensor is not None}, file)
         with pytest.raises(ValueError, match=says):

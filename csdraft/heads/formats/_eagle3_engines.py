@@ -3,9 +3,9 @@
 For a missing or unknown tensor vLLM raises an error. SGLang and the package speculators use random numbers, or ignore
 it. All of these count as refused here.
 
-Engines number the target's hidden states in two ways. At the top level of config.json, which vLLM and speculators read,
-k is the state after k blocks. In `eagle_config`, which SGLang reads, the same state is k - 1, the number of the block
-that computes it. So a folder for both has different numbers in the two places.
+Engines number the target's hidden states in two ways. At the top level of config.json, which vLLM and speculators
+read, k is the state after k blocks. In `eagle_config`, which SGLang reads, the same state is k - 1, the number of the
+block that computes it. So a folder for both has different numbers in the two places.
 """
 
 from __future__ import annotations
@@ -254,9 +254,9 @@ def _sglang(seen: Seen) -> Iterator[str]:
     """What SGLang cannot do, or ignores."""
     if seen.engine != "sglang":
         return
-    yield from (
-        f"{key} is true, which it does not know in such a head; use vLLM" for key in NOT_OF_SGLANG if seen.flag(key)
-    )
+    for key in NOT_OF_SGLANG:
+        if seen.flag(key):
+            yield f"{key} is true, which it does not know in such a head; use vLLM"
     if seen.config.get("logit_scale", 1.0) != 1.0:
         yield f"logit_scale={seen.config['logit_scale']}, which it does not know; use vLLM"
     if seen.config.get("draft_vocab_size") is None:
@@ -315,28 +315,21 @@ def _renamed(seen: Seen) -> dict[str, Tensor]:
 
 def _wanted(seen: Seen) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor that the engine reads: those of an `Eagle3` of this config."""
-    heads, vocab = seen.number("num_attention_heads"), seen.number("vocab_size")
     if seen.count > MOST_STATES:
         raise ValueError(f"num_aux_hidden_states={seen.count} is more than {MOST_STATES}")
-    sizes = {
-        "vocab_size": vocab,
-        "hidden_size": seen.width,
-        "intermediate_size": seen.number("intermediate_size"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": seen.number("num_key_value_heads", heads),
-        "head_dim": seen.number("head_dim", seen.width // max(heads, 1)),
-        "attention_bias": seen.flag("attention_bias"),
-        "mlp_bias": seen.flag("mlp_bias"),
-    }
+    heads = seen.number("num_attention_heads")
+    sizes: dict[str, Any] = {key: seen.number(key) for key in ("vocab_size", "hidden_size", "intermediate_size")}
+    sizes |= {"num_attention_heads": heads, "num_key_value_heads": seen.number("num_key_value_heads", heads)}
+    sizes |= {"head_dim": seen.number("head_dim", seen.width // max(heads, 1))}
+    sizes |= {key: seen.flag(key) for key in ("attention_bias", "mlp_bias")}
     norms = {key: seen.flag(key) for key in NORMS}
+    options = Eagle3Options((0,) * seen.count, seen.target_width, seen.rows, **norms)
     try:
         with torch.device("meta"):
-            head = Eagle3(
-                LlamaConfig(**sizes), Eagle3Options((0,) * seen.count, seen.target_width, seen.rows, **norms)
-            )
+            head = Eagle3(LlamaConfig(**sizes), options)
     except BROKEN_CONFIG as error:
         raise ValueError(f"no EAGLE-3 head has the sizes of its config.json: {error}") from error
     wanted = {name.replace("midlayer.", "layers.0."): tuple(t.shape) for name, t in head.state_dict().items()}
-    if seen.rows == vocab:
+    if seen.rows == sizes["vocab_size"]:
         del wanted["d2t"]
     return wanted

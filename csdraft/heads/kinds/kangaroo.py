@@ -26,12 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from csdraft.heads.folder import read_tensors, write_tensors
+from csdraft.heads.folder import check_tensors, read_tensors, write_tensors
 from csdraft.heads.layers import check_layers, fingerprint, layer_stacks, shared_layers
 from csdraft.heads.on_target import OnTarget, name_only
-from csdraft.heads.self_draft import DOCUMENT, KANGAROO, model_name, write_document
-from csdraft.heads.tied import Lender
-from csdraft.stored import fit
+from csdraft.heads.self_draft import DOCUMENT, KANGAROO, Lender, write_document
+from csdraft.stored import fit, naming
 
 __all__ = ["KangarooDraft", "KangarooOptions", "check_exit"]
 
@@ -84,9 +83,7 @@ class KangarooDraft(OnTarget):
     @classmethod
     def new(cls, target: Any, layers: int) -> Any:
         """A complete model with a new adapter to train, in float32."""
-        revision = getattr(target.config, "_commit_hash", None)
-        base = Lender(model_name(target), revision, fingerprint(target), target.config.vocab_size)
-        return _with_adapter(target, cls(layers, base, {})).float()
+        return _with_adapter(target, cls(layers, Lender.of(target, fingerprint(target)), {})).float()
 
     # Binding.
 
@@ -102,14 +99,8 @@ class KangarooDraft(OnTarget):
     def _filled(self, network: Any) -> Any:
         """The network with the stored tensors in its adapter."""
         own, state = {n: p for n, p in network.named_parameters() if n not in network.lent}, self.state
-        wrong = sorted(own.keys() ^ state.keys()) or [n for n in own if own[n].shape != state[n].shape]
-        if wrong:
-            name = wrong[0]
-            shapes = [tuple(where[name].shape) if name in where else "no such tensor" for where in (state, own)]
-            raise ValueError(
-                f"{self._name} does not fit the target's first {self.layers} layers: it has {shapes[0]} as {name}, "
-                f"an adapter on them {shapes[1]}; get {FILE} and {DOCUMENT} again, as they were saved"
-            )
+        with naming(f"{self._name} does not fit the target's first {self.layers} layers"):
+            check_tensors(self.config._name_or_path, state, own)
         for name, parameter in own.items():
             parameter.data.copy_(state[name])
         return network
