@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from csdraft.heads.layers import fingerprint
 
-__all__ = ["OnTarget", "called", "name_only", "set_parameter", "stored_form"]
+__all__ = ["OnTarget", "called", "frozen", "name_only", "set_parameter", "stored_form"]
 
 _LOCK = threading.Lock()
 
@@ -104,10 +104,15 @@ def name_only(name: str, **more: Any) -> Any:
     return config(name_or_path=name, **more)
 
 
-def set_parameter(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Puts a tensor in the place of a parameter, without gradients and without a copy."""
+def frozen(tensor: Tensor) -> nn.Parameter:
+    """A parameter without gradients, over the same memory."""
+    return nn.Parameter(tensor.detach(), requires_grad=False)
+
+
+def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Replaces a parameter of a module or of one of its parts."""
     owner, _, last = name.rpartition(".")
-    setattr(module.get_submodule(owner), last, nn.Parameter(tensor.detach(), requires_grad=False))
+    setattr(module.get_submodule(owner), last, parameter)
 
 
 def stored_form(model: Any, state_dict: Mapping[str, Tensor] | None = None) -> OnTarget | None:

@@ -33,7 +33,7 @@ from csdraft.heads.folder import (
 )
 from csdraft.heads.head import EMBEDDING, OUTPUT, Head
 from csdraft.heads.layers import embeddings
-from csdraft.heads.on_target import OnTarget, called, set_parameter
+from csdraft.heads.on_target import OnTarget, called, frozen, set_parameter
 from csdraft.heads.self_draft import HEAD, Lender, read_document, write_document
 from csdraft.stored import check_config, fit
 
@@ -193,7 +193,7 @@ class StoredHead(OnTarget):
         self.check(target)
         made = self._made(target, dtype)
         for name in made.lent:
-            set_parameter(made, name, made.get_parameter(name).to(dtype, copy=True))
+            set_parameter(made, name, frozen(made.get_parameter(name).to(dtype, copy=True)))
         return made
 
     @torch.inference_mode(False)
@@ -218,7 +218,7 @@ class StoredHead(OnTarget):
         lendable = EMBEDDING | OUTPUT
         made.lent = {name: lendable[name] for name in lendable if name in own and name not in self.names}
         for name, source in made.lent.items():  # an output layer may be the embedding
-            set_parameter(made, name, theirs.get(source, theirs["input.weight"]))
+            set_parameter(made, name, frozen(theirs.get(source, theirs["input.weight"])))
         made.base, made.stored_by = self.base, type(self)
         made.config._name_or_path = self.config._name_or_path
         return made

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from csdraft.heads.folder import read_chosen
 from csdraft.heads.layers import embedding_fingerprint, embeddings
-from csdraft.heads.on_target import OnTarget, called, set_parameter
+from csdraft.heads.on_target import OnTarget, called, frozen, set_parameter
 from csdraft.heads.self_draft import TIED, Lender, write_document
 from csdraft.stored import check_config
 
@@ -93,8 +93,9 @@ class TiedDraft(OnTarget):
             )
         empty = {name: torch.zeros((), dtype=dtype).expand(theirs[key].shape) for name, key in self.borrowed.items()}
         model = self._made(target, empty, dtype)
+        shared = {key: frozen(parameter) for key, parameter in theirs.items()}  # of tied weights both names get one
         for name, key in self.borrowed.items():
-            set_parameter(model, name, theirs[key])
+            set_parameter(model, name, shared[key])
         model.tied_to, model.stored_by = self.lender, TiedDraft
         return model.to(places.pop()).requires_grad_(False).eval()
 

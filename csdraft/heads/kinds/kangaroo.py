@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from csdraft.heads.folder import check_tensors, read_tensors, write_tensors
 from csdraft.heads.layers import check_layers, fingerprint, layer_stacks, shared_layers
-from csdraft.heads.on_target import OnTarget, name_only
+from csdraft.heads.on_target import OnTarget, name_only, set_parameter
 from csdraft.heads.self_draft import DOCUMENT, KANGAROO, Lender, write_document
 from csdraft.stored import fit, naming
 
@@ -160,9 +160,7 @@ def _with_adapter(target: Any, stored: KangarooDraft) -> Any:
     block.mlp = Nothing()
     own = _in_use(network, [block, *_norms(network.get_decoder())[-1:]])
     for name in own:
-        place, _, leaf = name.rpartition(".")
-        copied = network.get_parameter(name).detach().clone()
-        setattr(network.get_submodule(place), leaf, nn.Parameter(copied))
+        set_parameter(network, name, nn.Parameter(network.get_parameter(name).detach().clone()))
     network.lent = {name: name for name in network.state_dict() if name not in own}
     network.stored_by, network.stands_on = KangarooDraft, (stored.layers, stored.base)
     network.config._name_or_path = stored.config._name_or_path

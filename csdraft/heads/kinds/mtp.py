@@ -27,7 +27,7 @@ from csdraft.decoding.traits import FULL, SLIDING
 from csdraft.heads.folder import read_chosen
 from csdraft.heads.head import EMBEDDING, OUTPUT, Head, HeadOptions
 from csdraft.heads.layers import check_whole, embeddings
-from csdraft.heads.on_target import OnTarget, called, name_only, set_parameter
+from csdraft.heads.on_target import OnTarget, called, frozen, name_only, set_parameter
 from csdraft.heads.self_draft import MTP, write_document
 
 __all__ = ["OWN", "Mtp", "OwnModule"]
@@ -146,7 +146,7 @@ class OwnModule(OnTarget):
         head.d2t = torch.zeros(len(head.d2t), dtype=torch.long, device=table.device)
         head.lent = EMBEDDING | OUTPUT
         for name, source in head.lent.items():
-            set_parameter(head, name, theirs.get(source, table))  # an output layer may be the embedding
+            set_parameter(head, name, frozen(theirs.get(source, table)))  # an output layer may be the embedding
         head.stored_by = OwnModule
         head.config._name_or_path = MTP
         return head.requires_grad_(False).eval()
