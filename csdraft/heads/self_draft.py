@@ -36,7 +36,6 @@ __all__ = [
     "Lender",
     "SelfDraft",
     "adapter_state",
-    "is_hub_id",
     "model_name",
     "own_layers",
     "peft_package",

@@ -324,12 +324,12 @@ class StoredHead(OnTarget):
 
 
 @cache
-def kinds() -> tuple[type[StoredHead], ...]:
-    """All formats of stored heads: the subclasses of `StoredHead` in the folder of formats."""
-    names = sorted(module.name for module in pkgutil.iter_modules(formats.__path__))
-    modules = [importlib.import_module(f"{formats.__name__}.{name}") for name in names]
-    classes = [value for module in modules for value in vars(module).values() if isinstance(value, type)]
-    return tuple(kind for kind in classes if issubclass(kind, StoredHead) and kind is not StoredHead)
+def all_formats() -> tuple[type[StoredHead], ...]:
+    """The subclasses of `StoredHead` in the folder of formats."""
+    names = sorted(f"{formats.__name__}.{module.name}" for module in pkgutil.iter_modules(formats.__path__))
+    found = [(name, value) for name in names for value in vars(importlib.import_module(name)).values()]
+    classes = [value for name, value in found if isinstance(value, type) and value.__module__ == name]
+    return tuple(kind for kind in classes if issubclass(kind, StoredHead))
 
 
 def head_at(path: str, **options: Any) -> StoredHead | None:
@@ -353,4 +353,4 @@ def kind_at(path: str, config: Mapping[str, Any], **options: Any) -> type[Stored
         options: of the Hub: revision, token, ...
     """
     names = cache(lambda: tensor_names(path, **options))
-    return next((kind for kind in kinds() if kind.recognises(config, names)), None)
+    return next((kind for kind in all_formats() if kind.recognises(config, names)), None)

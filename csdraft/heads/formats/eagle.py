@@ -36,10 +36,12 @@ class EagleHead(OwnHead):
 
     @classmethod
     def recognises(cls, config: Mapping[str, Any], names: Names) -> bool:
+        if KIND in config:
+            return False
         named, trained = _architecture(config), config.get(INIT)
         if (isinstance(trained, Mapping) and trained.keys() & head_kinds().keys()) or named in (OF_VLLM, OF_SGLANG):
             return True
-        others = {KIND, "draft_vocab_size", "speculators_model_type"} & config.keys()
+        others = {"draft_vocab_size", "speculators_model_type"} & config.keys()
         if named not in (ORDINARY, "") or config.get("model_type", "llama") != "llama" or others:
             return False
         found = {name.removeprefix("model.") for name in names()}
