@@ -1,7 +1,7 @@
-"""Handing drafters to serving engines: folders that vLLM, SGLang or speculators load as the drafters they are here.
+"""Exports drafters to serving engines: writes folders that vLLM, SGLang or speculators load as the same drafters.
 
-Heads are written in the engine's layout. Models are written whole: an adapter merged into its base, a tied drafter
-with the target's embedding. Nothing is left behind that the engine would refuse.
+A head is written in the engine's layout. A model is written whole: an adapter is merged into its base, and a tied
+drafter gets the target's embedding. If the engine would refuse the result, nothing is written.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from csdraft.heads.engines import ENGINES, WHOLE, ServedTarget, context_fault, serve_command
-from csdraft.heads.folder import config_at
+from csdraft.heads.folder import config_at, file_at
 from csdraft.heads.layers import embeddings
 from csdraft.heads.on_target import OnTarget
 from csdraft.heads.self_draft import SelfDraft, peft_package
@@ -31,17 +31,17 @@ __all__ = ["export_drafter", "served_target", "whole_faults"]
 
 
 def export_drafter(drafter: str, folder: str | os.PathLike[str], engine: str, target: str, tokens: int = 3) -> str:
-    """Writes a drafter as an engine loads it; the command that serves the target with it.
+    """Writes a drafter as an engine loads it, and returns the command that serves the target with it.
 
     Args:
         drafter: folder or Hub id of a head, a model, an adapter, or a tied drafter.
         folder: where to write; new or empty.
         engine: vllm, sglang or speculators.
-        target: folder or Hub id of the model that it is to draft for. Of a head's target only config.json is read.
+        target: folder or Hub id of the model that it is to draft for. For a head only its config.json is read.
         tokens: drafted a round.
 
     Raises:
-        ValueError: the engine cannot take it; nothing is written then.
+        ValueError: the engine cannot take it; nothing is written.
     """
     if engine not in ENGINES:
         raise ValueError(f"engine {engine!r} is none of {', '.join(ENGINES)}")
@@ -55,7 +55,7 @@ def export_drafter(drafter: str, folder: str | os.PathLike[str], engine: str, ta
     served, loaded = served_target(target), load_model(drafter, dtype="auto")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as private:
-        made = os.path.join(private, "made")  # readable to others, which the temporary folder is not
+        made = os.path.join(private, "made")  # the temporary folder itself is not readable to others
         os.mkdir(made)
         if isinstance(loaded, StoredHead):
             method = _write_head(loaded, made, engine, served, tokens)
@@ -66,7 +66,7 @@ def export_drafter(drafter: str, folder: str | os.PathLike[str], engine: str, ta
 
 
 def served_target(path: str) -> ServedTarget:
-    """What a model's config.json says of it as a target."""
+    """A target's sizes, from its config.json."""
     check_config(PreTrainedConfig.get_config_dict(path)[0], f"{path}/config.json")
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if config.is_encoder_decoder:
@@ -94,8 +94,6 @@ def _write_head(head: StoredHead, folder: str, engine: str, target: ServedTarget
     document, tensors = head.exported(engine, target, tokens)
     head.write(folder, document, tensors)
     _refuse(engine, name, head.faults(engine, config_at(folder) or {}, head.weights(folder), target))
-    if engine not in head.methods:
-        raise ValueError(f"{ENGINES[engine]} has no word for drafting with a {head.what}")
     return head.methods[engine]
 
 
@@ -129,7 +127,7 @@ def whole_faults(engine: str, config: Any, target: ServedTarget | None = None) -
 
     Args:
         engine: a key of `ENGINES`.
-        target: what it is to draft for; without it their sizes are not compared.
+        target: the model that it is to draft for; without it, sizes are not compared.
     """
     if engine not in WHOLE:
         return ["it has heads only, and this is a model"]
@@ -154,11 +152,8 @@ def _whole_faults(engine: str, config: Any, target: ServedTarget | None) -> Iter
 
 
 def _other_words(drafter: str, tokenizer: Any) -> Iterator[str]:
-    """Engines read the drafter's tokens by the target's tokenizer."""
-    from transformers.utils import cached_file
-
-    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    if cached_file(drafter, "tokenizer_config.json", **quiet) is None:
+    """How the drafter's tokenizer differs from the target's, which engines use for both."""
+    if file_at(drafter, "tokenizer_config.json") is None:
         return
     own = AutoTokenizer.from_pretrained(drafter, trust_remote_code=False).get_vocab()
     theirs = tokenizer.get_vocab()
@@ -171,7 +166,7 @@ def _other_words(drafter: str, tokenizer: Any) -> Iterator[str]:
 
 
 def _merged(drafter: str, model: Any) -> nn.Module:
-    """The base of an adapter with the adapter in its weights."""
+    """An adapter's base with the adapter merged into its weights."""
     ((_, options),) = model.peft_config.items()
     base = load_model(options.base_model_name_or_path, dtype="auto", revision=options.revision)
     merged = peft_package().PeftModel.from_pretrained(base, drafter).merge_and_unload(safe_merge=True)

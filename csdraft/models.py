@@ -16,8 +16,8 @@ from csdraft.checks.refusals import refusal
 from csdraft.decoding.call import Call
 from csdraft.decoding.names import name_of
 from csdraft.decoding.traits import unwrapped
-from csdraft.heads.kangaroo import KangarooDraft
-from csdraft.heads.mtp_files import OWN
+from csdraft.heads.kinds.kangaroo import KangarooDraft
+from csdraft.heads.kinds.mtp import OWN
 from csdraft.heads.on_target import OnTarget
 from csdraft.heads.self_draft import (
     KANGAROO,

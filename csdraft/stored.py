@@ -1,7 +1,7 @@
-"""Files and folders that strangers may have written: whatever is wrong with one is a ValueError that names it.
+"""Reads files and folders that strangers may have written. If something is wrong with one, a ValueError names it.
 
-JSON objects (`read_object`), values compared with an annotation (`fit`), and folders outside of which nothing is
-opened (`Folder`). It imports nothing of csdraft, so that every part may use it.
+It reads JSON objects (`read_object`), compares values with an annotation (`fit`), and opens nothing outside a folder
+(`Folder`). It imports nothing of csdraft, so every part may use it.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ __all__ = [
 ]
 
 LARGEST = 1 << 63
-"""Whole numbers of a document are smaller than that: they fit into 64 bits."""
+"""Whole numbers of a document must be smaller, so that they fit into 64 bits."""
 MOST_SHOWN = 120
 """Characters of a value that a message repeats."""
 UNFIT = object()
-"""What a reader of `fit` answers about a value that it does not take."""
+"""A reader of `fit` returns it for a value that it does not take."""
 
 
 def shown(value: object) -> str:
@@ -54,7 +54,7 @@ def kind_of(value: object) -> str:
 
 @contextmanager
 def naming(where: object) -> Iterator[None]:
-    """Puts a file's name, or a key, in front of what a ValueError says."""
+    """Puts a file's name, or a key, in front of the message of a ValueError."""
     try:
         yield
     except ValueError as error:
@@ -68,14 +68,14 @@ def read_object(path: str | os.PathLike[str], name: object = None) -> dict[str, 
     """The JSON object in a file.
 
     Args:
-        name: how messages call the file; its path if None.
+        name: the file's name in messages; its path if None.
 
     Raises:
-        ValueError: it is no UTF-8, no JSON, no object, has a key twice, or a number that is not finite.
+        ValueError: it is not UTF-8, not JSON or not an object, or has a key twice or a number that is not finite.
     """
     name = os.fspath(path) if name is None else name
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")  # some editors put a byte order mark in front
+        text = Path(path).read_bytes().decode("utf-8-sig")  # some editors write a byte order mark
         found = json.loads(text, object_pairs_hook=_object)
     except RecursionError as error:
         raise ValueError(f"{name} is nested too deep") from error
@@ -97,7 +97,7 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _not_finite(document: Any) -> str | None:
-    """The place of a number that is nan or infinite; None if there is none."""
+    """Where a number is nan or infinite; None if all are finite."""
     waiting = [("", document)]
     while waiting:
         at, value = waiting.pop()
@@ -118,21 +118,21 @@ HEEDED = {
     **dict.fromkeys(ATTENTION, ("eager", "sdpa")),
     **dict.fromkeys(EXPERTS, ("eager", "batched_mm", "grouped_mm")),
 }
-"""What a file may choose: transformers takes other names for code to be fetched."""
+"""What a file may choose. Transformers would download code for other names."""
 COUNTS = (
     *("num_hidden_layers", "num_decoder_layers", "num_layers", "n_layer", "vocab_size", "hidden_size", "n_embd"),
     *("d_model", "intermediate_size", "d_ff", "num_attention_heads", "num_heads", "n_head", "num_key_value_heads"),
     *("head_dim", "d_kv", "max_position_embeddings", "n_positions"),
 )
-"""Sizes that are at least 1."""
+"""Sizes that must be at least 1."""
 
 
 def check_config(document: Mapping[str, Any], name: str) -> None:
-    """Raises ValueError if a model's config chooses code to run attention with, or sizes that no model has.
+    """Raises ValueError if a model's config names code to download, or has sizes that no model has.
 
     Args:
-        document: its JSON object, parts included.
-        name: how messages call the file.
+        document: its JSON object, with nested ones.
+        name: the file's name in messages.
     """
     for key, value in document.items():
         if isinstance(value, Mapping) and key not in HEEDED:
@@ -140,7 +140,7 @@ def check_config(document: Mapping[str, Any], name: str) -> None:
         elif key in HEEDED and value is not None and value not in HEEDED[key]:
             raise ValueError(
                 f"{name}: {key}={shown(value)}; a stored model may ask for {' or '.join(HEEDED[key])} only, since "
-                "other names stand for code that would be loaded: remove the key"
+                "for other names code would be downloaded: remove the key"
             )
         elif key in COUNTS and isinstance(value, int) and value < 1:
             raise ValueError(f"{name}: {key}={shown(value)}; a model has at least 1")
@@ -149,19 +149,19 @@ def check_config(document: Mapping[str, Any], name: str) -> None:
 # Values and annotations.
 
 Reader = Callable[[Any, Sequence[Any], str], Any]
-"""(value, types, place) -> what the value stands for there, or UNFIT: for types that `fit` does not know itself."""
+"""(value, types, place) -> the object that the value describes, or UNFIT. It is for types that `fit` does not know."""
 
 
 def fit(value: Any, hint: Any, at: str, reader: Reader = lambda value, arms, at: UNFIT) -> Any:
-    """The value that an annotation asks for, from what JSON has: lists become tuples, objects dataclasses.
+    """A value of JSON as an annotation wants it: lists become tuples, objects become dataclasses.
 
     Args:
         hint: a class, `X | Y`, `Literal`, `tuple[X, ...]`, `Sequence[X]`, `list[X]`, `dict[str, X]` or a dataclass.
-        at: the place, which messages name.
-        reader: asked first, with the types that the annotation allows there.
+        at: where the value stands, for messages.
+        reader: called first, with the types that the annotation allows there.
 
     Raises:
-        ValueError: the value is of another kind; `at` and the value are named.
+        ValueError: the value has another type; the message names `at` and the value.
     """
     arms = _arms(hint)
     found = reader(value, arms, at)
@@ -177,7 +177,7 @@ def fit(value: Any, hint: Any, at: str, reader: Reader = lambda value, arms, at:
 
 
 def _arms(hint: Any) -> list[Any]:
-    """The members of a union; the values of a Literal, as Literals of their own."""
+    """The members of a union, or a Literal for each value of a Literal."""
     if get_origin(hint) in (Union, types.UnionType):
         return [arm for member in get_args(hint) for arm in _arms(member)]
     if get_origin(hint) is Literal:
@@ -218,7 +218,7 @@ def _made(value: Mapping[str, Any], kind: Any, at: str, reader: Reader) -> Any:
 
 
 def _plain(value: Any, kind: Any) -> Any:
-    """A number, a string, None, or an object that is of the type already."""
+    """A number, a string, None, or an object that already has the type."""
     if kind is Any:
         return value
     if isinstance(value, bool):
@@ -243,7 +243,7 @@ def _name(arm: Any) -> str:
 
 
 def check_keys(given: Any, known: Any, where: str) -> None:
-    """Raises ValueError for a key that is not known, naming the nearest one that is."""
+    """Raises ValueError for an unknown key; the message names the nearest known one."""
     known = list(known)
     for key in given:
         if key not in known:
@@ -251,7 +251,7 @@ def check_keys(given: Any, known: Any, where: str) -> None:
 
 
 def nearest(word: object, known: Any) -> str:
-    """The end of an error message: what may have been meant, and all there is."""
+    """The end of an error message: what may have been meant, and all that is known."""
     known = list(known)
     close = " or ".join(map(repr, get_close_matches(str(word)[:MOST_SHOWN], known, 3, 0.5)))
     return f"{f'did you mean {close}? ' if close else ''}known: {', '.join(known) or 'none'}"
@@ -261,22 +261,22 @@ def nearest(word: object, known: Any) -> str:
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether this can be a model of the Hub and is no file or folder here."""
+    """Whether this can be a model on the Hub, and is not a file or folder on this machine."""
     named = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) is not None and ".." not in path
     return named and not os.path.exists(path)
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A cascade's folder, whose documents may name files inside it and no others, not even by way of a symbolic link.
+    """A cascade's folder. Its documents may only name files inside it, and symbolic links must not lead out of it.
 
-    A snapshot in the Hub's cache is made of links to the `blobs` beside `snapshots`: these count as inside.
+    A snapshot in the Hub's cache consists of links to the `blobs` beside `snapshots`; these count as inside.
     """
 
     path: Path
 
     def find(self, name: str) -> Path:
-        """What the folder calls `name`, a relative path; ValueError if that, or anything below it, lies outside."""
+        """The path of `name`, a relative path; ValueError if it, or anything below it, lies outside the folder."""
         found = self.path / name
         if Path(name).is_absolute() or not self._holds(found):
             raise ValueError(f"{shown(name)} lies outside the cascade's folder; give a relative path inside it")

@@ -1,7 +1,7 @@
-"""Serving engines that drafters are handed to: their names, how they are started, and what is compared for all.
+"""Serving engines that drafters are exported to: their names, how they are started, and what they all need.
 
-Read from vLLM 0.33.0, SGLang 0.5.23 and speculators 0.9.0. What an engine asks of one kind of head is said beside that
-kind, such as in `eagle3_engines.py`.
+The facts are read from vLLM 0.33.0, SGLang 0.5.23 and speculators 0.9.0. What an engine needs of one kind of head
+stands in the file of its format, in `csdraft/heads/formats`.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ __all__ = [
 ]  # fmt: skip
 
 ENGINES = {"vllm": "vLLM", "sglang": "SGLang", "speculators": "speculators"}
-"""Their names on the command line, and in messages. vLLM reads the folders of speculators, too."""
+"""Their names on the command line, and in messages. vLLM also reads the folders of speculators."""
 WHOLE = {"vllm": "draft_model", "sglang": "STANDALONE"}
 """What engines call drafting with a whole model."""
 SIZED_ROTARY = ("default", "linear", "llama3")
-"""Kinds of rotary embedding for which `max_position_embeddings` only says how long a text may be."""
+"""Kinds of rotary embedding where `max_position_embeddings` only limits the length of a text."""
 
 
 @dataclass(frozen=True)
 class ServedTarget:
-    """The model that a drafter is handed over for.
+    """The model that an exported drafter drafts for.
 
     Attributes:
         name: its path or Hub id.
-        architectures, vocab_size, hidden_size, layers, positions: of its config.json; `positions` is the longest text,
-            None if it does not say.
+        architectures, vocab_size, hidden_size, layers, positions: from its config.json; `positions` is the longest
+            text, or None if the config does not say.
         embedding: loads its embedding, (vocab, width).
     """
 
@@ -49,7 +49,7 @@ class ServedTarget:
 
     @classmethod
     def of(cls, name: str, config: Any, embedding: Callable[[], Tensor]) -> ServedTarget:
-        """That of a transformers config."""
+        """The target with this transformers config."""
         text = config.get_text_config(decoder=True)
         return cls(
             name,
@@ -67,7 +67,7 @@ def serve_command(engine: str, method: str, target: str, drafter: str, tokens: i
 
     Args:
         engine: a key of `ENGINES`.
-        method: what the engine calls this kind of drafting.
+        method: the engine's name for this kind of drafting.
         target, drafter: paths or Hub ids.
         tokens: drafted a round.
     """
@@ -92,9 +92,9 @@ def tensor_faults(
     """What is wrong with a folder's tensors.
 
     Args:
-        wanted: the shape of each that the engine reads.
+        wanted: the shapes of the tensors that the engine reads.
         optional: those of them that may be missing.
-        ignored: others that may be there.
+        ignored: other tensors that may be in the folder.
     """
     for name, shape in wanted.items():
         if name not in tensors:
@@ -114,9 +114,9 @@ def target_faults(target: ServedTarget, width: int, vocab: int, layers: Collecti
     """Why a head cannot draft for this target.
 
     Args:
-        width: of the hidden states that it reads.
-        vocab: how many tokens its target has.
-        layers: the hidden states that it reads, k for the one after k blocks.
+        width: of the hidden states that the head reads.
+        vocab: how many tokens the head's own target has.
+        layers: the hidden states that the head reads, k for the one after k blocks.
     """
     for key, size, theirs in (
         ("vocab_size", vocab, target.vocab_size),
@@ -127,12 +127,12 @@ def target_faults(target: ServedTarget, width: int, vocab: int, layers: Collecti
     if layers and max(layers) >= target.layers:
         yield (
             f"it reads the hidden states after blocks {list(layers)}: the target has {target.layers} blocks, and "
-            "behind the last csdraft reads the normed state, engines another or none; train a head of lower ones"
+            "after the last one csdraft reads the normed state, engines another or none; train a head of lower layers"
         )
 
 
 def context_fault(positions: Any, target: ServedTarget | None) -> Iterator[str]:
-    """SGLang refuses a drafter for shorter texts than the target's."""
+    """SGLang refuses a drafter whose longest text is shorter than the target's."""
     if target is not None and target.positions is not None and (positions or 0) < target.positions:
         yield (
             f"max_position_embeddings={positions} is less than the target's {target.positions}; start it with "

@@ -1,4 +1,4 @@
-"""What the folder of a drafting head holds: its config, the names of its tensors, and the tensors themselves."""
+"""Reads the folder of a drafting head: its config, the names of its tensors, and the tensors themselves."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -18,61 +18,67 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from csdraft.stored import fit, is_hub_id, read_object, shown
 
 __all__ = [
+    "BROKEN_CONFIG",
     "INIT",
-    "OF_OTHER_TYPES",
     "SWITCHING",
     "WEIGHTS",
     "Names",
     "check_drafted",
     "check_tensors",
     "config_at",
+    "file_at",
     "read_chosen",
     "read_layer",
     "read_tensors",
     "tensor_names",
+    "write_tensors",
 ]
 
 SWITCHING = ("dynamic", "longrope")
 """Kinds of rotary embedding that change with the length of a text."""
 OF_WEIGHTS = {"dtype", "torch_dtype", "quantization_config"}
-"""Keys of how weights are stored; a head takes the target's dtype."""
-OF_OTHER_TYPES = (
+"""Keys that say how weights are stored; a head takes the target's dtype."""
+BROKEN_CONFIG = (
     StrictDataclassError, ValueError, TypeError, ZeroDivisionError, AttributeError, LookupError, RuntimeError,
 )  # fmt: skip
-"""What transformers and torch raise for sizes and options that are none."""
+"""What transformers and torch raise for impossible sizes and options."""
 INIT = "csdraft_init"
-"""Key of config.json: how csdraft trained a head, as `init` of a recipe says it. Others do not read it."""
+"""Key of config.json: how csdraft trained a head, in the words of a recipe's `init`. Engines do not read it."""
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-IN_PARTS = "model.safetensors.index.json"
-"""Of models whose weights are in several files; those of a head are in one."""
+INDEX = "model.safetensors.index.json"
+"""Says which of several files holds which weights; those of a head are in one file."""
 QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 Names = Callable[[], Collection[str]]
-"""Gives the names of a folder's tensors, which are read when they are asked for."""
+"""Reads the names of a folder's tensors."""
+
+
+def file_at(path: str, name: str, **options: Any) -> str | None:
+    """Where a file of a folder or Hub id lies on this machine; None if there is no such file.
+
+    Args:
+        options: of the Hub: revision, token, ...
+    """
+    from transformers.utils import cached_file
+
+    return cached_file(path, name, **options, **QUIET)
 
 
 def config_at(path: str, **options: Any) -> dict[str, Any] | None:
     """The config.json of a folder or Hub id; None if it has none, OSError if it can be neither."""
-    from transformers.utils import cached_file
-
     if not os.path.exists(path) and not is_hub_id(path):
         raise OSError(f"there is no folder {path!r}")
-    file = cached_file(path, "config.json", **options, **QUIET)
+    file = file_at(path, "config.json", **options)
     return None if file is None else read_object(file)
 
 
 def weights_at(path: str, names: Sequence[str] = WEIGHTS, **options: Any) -> str | None:
-    """The one file with the weights of a folder or Hub id; None if there is no such file."""
-    from transformers.utils import cached_file
-
-    found = (cached_file(path, name, **options, **QUIET) for name in names)
-    return next((file for file in found if file is not None), None)
+    """The first of these files that a folder or Hub id has; None if it has none."""
+    return next((file for name in names if (file := file_at(path, name, **options)) is not None), None)
 
 
 def tensor_names(path: str, **options: Any) -> frozenset[str]:
     """The names of the tensors of a folder or Hub id; none if they are in several files, or cannot be read."""
-    from transformers.utils import cached_file
-
-    file = None if cached_file(path, IN_PARTS, **options, **QUIET) else weights_at(path, **options)
+    file = None if file_at(path, INDEX, **options) else weights_at(path, **options)
     if file is None:
         return frozenset()
     try:
@@ -81,14 +87,14 @@ def tensor_names(path: str, **options: Any) -> frozenset[str]:
                 return frozenset(weights.keys())
         return frozenset(map(str, torch.load(file, map_location="cpu", weights_only=True, mmap=True)))
     except (UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, TypeError):
-        return frozenset()  # what is wrong with it is said when it is loaded
+        return frozenset()  # loading the file says what is wrong with it
 
 
 def read_tensors(path: str, names: Sequence[str] = WEIGHTS, **options: Any) -> dict[str, Tensor]:
     """The tensors of a folder or Hub id that keeps them in one file.
 
     Args:
-        names: of the file, the first that is there.
+        names: possible names of the file, the preferred one first.
         options: of the Hub: revision, token, ...
 
     Raises:
@@ -100,12 +106,12 @@ def read_tensors(path: str, names: Sequence[str] = WEIGHTS, **options: Any) -> d
     if file is None:
         raise ValueError(f"{path!r} has none of {', '.join(names)}; get its weights too")
     try:
-        of_torch = not file.endswith(".safetensors")
-        state = torch.load(file, map_location="cpu", weights_only=True) if of_torch else load_file(file)
-    except UnpicklingError as error:  # whose message advises to trust the file
+        pickled = not file.endswith(".safetensors")
+        state = torch.load(file, map_location="cpu", weights_only=True) if pickled else load_file(file)
+    except UnpicklingError as error:  # its message advises to trust the file
         raise ValueError(f"{file} holds other things than tensors, or is cut short; get {names[0]}") from error
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{file} cannot be read ({error}); it may be cut short: get it again") from error
+        raise _unreadable(file, error) from error
     named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
     if not named or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{file} holds other things than tensors by name; get {names[0]}")
@@ -113,7 +119,7 @@ def read_tensors(path: str, names: Sequence[str] = WEIGHTS, **options: Any) -> d
 
 
 def read_chosen(path: str, chosen: Callable[[str], bool], **options: Any) -> dict[str, Tensor]:
-    """Some tensors of a folder or Hub id, which may keep them in several safetensors files; the others are not read.
+    """Some tensors of a folder or Hub id, which may keep them in several safetensors files; it reads no others.
 
     Args:
         chosen: whether a tensor of this name is wanted.
@@ -122,40 +128,53 @@ def read_chosen(path: str, chosen: Callable[[str], bool], **options: Any) -> dic
     Raises:
         ValueError: there are no safetensors files, or one cannot be read.
     """
-    from transformers.utils import cached_file
-
-    index, names = cached_file(path, IN_PARTS, **options, **QUIET), {WEIGHTS[0]}
+    index, names = file_at(path, INDEX, **options), {WEIGHTS[0]}
     if index is not None:
         parts = fit(read_object(index).get("weight_map"), dict[str, str], f"{index}: weight_map")
         names = {part for name, part in parts.items() if chosen(name)}
     state: dict[str, Tensor] = {}
     for name in sorted(names):
-        file = cached_file(path, name, **options, **QUIET)
+        file = file_at(path, name, **options)
         if file is None:
             raise ValueError(f"{path!r} has no {name}; get its safetensors files too")
         try:
             with safe_open(file, "pt") as weights:
                 state |= {key: weights.get_tensor(key) for key in weights.keys() if chosen(key)}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} cannot be read ({error}); it may be cut short: get it again") from error
+            raise _unreadable(file, error) from error
     return state
 
 
-def check_tensors(path: str, state: Mapping[str, Tensor], module: nn.Module, optional: set[str]) -> None:
-    """Raises ValueError unless a folder's tensors are just those of a module.
+def _unreadable(file: str, error: Exception) -> ValueError:
+    return ValueError(f"{file} cannot be read ({error}); it may be cut short: get it again")
+
+
+def write_tensors(file: str | os.PathLike[str], state: Mapping[str, Tensor]) -> None:
+    """Writes a safetensors file; tensors may share memory."""
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.clone().contiguous() for name, tensor in state.items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def check_tensors(
+    path: str, state: Mapping[str, Tensor], own: Mapping[str, Tensor], optional: Collection[str] = ()
+) -> None:
+    """Raises ValueError unless a folder's tensors have the names and shapes of a drafter's own.
 
     Args:
+        own: the drafter's.
         optional: names that may be missing.
     """
-    own = module.state_dict()
-    if missing := sorted(own.keys() - state.keys() - optional):
+    if missing := sorted(own.keys() - state.keys() - set(optional)):
         raise ValueError(f"{path!r} lacks {', '.join(missing[:4])}: random numbers in their place would be of no use")
     if unknown := sorted(state.keys() - own.keys()):
         raise ValueError(f"{path!r} has tensors that csdraft does not know for such a head: {', '.join(unknown[:4])}")
     for name, tensor in state.items():
         if tensor.shape != own[name].shape:
             raise ValueError(
-                f"{path!r}: {name} has shape {tuple(tensor.shape)}, its config.json asks for {tuple(own[name].shape)}"
+                f"{path!r}: {name} has shape {tuple(tensor.shape)}; for this config and target it must have "
+                f"{tuple(own[name].shape)}"
             )
 
 
@@ -163,7 +182,7 @@ def check_drafted(state: Mapping[str, Tensor], vocab: int, path: str) -> None:
     """Raises ValueError if `d2t` leads out of the target's vocabulary, or twice to one token."""
     if "d2t" not in state:
         return
-    ids = state["d2t"].long() + torch.arange(len(state["d2t"]))
+    ids = state["d2t"].long() + torch.arange(len(state["d2t"]))  # (draft vocab,)
     if int(ids.min()) < 0 or int(ids.max()) >= vocab or len(ids.unique()) < len(ids):
         raise ValueError(
             f"{path!r}: d2t must hold offsets (target token - draft token) that lead to different tokens below "
@@ -171,12 +190,13 @@ def check_drafted(state: Mapping[str, Tensor], vocab: int, path: str) -> None:
         )
 
 
-def read_layer(document: Mapping[str, Any], at: str) -> LlamaConfig:
-    """The config of a head's layer: what a `LlamaConfig` knows of a config.json.
+def read_layer(document: Mapping[str, Any], path: str) -> Any:
+    """The `LlamaConfig` of a head's layer, from a config.json; it ignores keys that such a config does not know.
 
     Args:
-        at: the file, which messages name.
+        path: the folder or Hub id.
     """
+    at = f"{path}/config.json"
     if document.get("model_type", "llama") != "llama":
         raise ValueError(f"{at}: model_type={document['model_type']!r}; csdraft reads heads with a llama layer")
     if quantised := document.get("quantization_config"):
@@ -184,8 +204,8 @@ def read_layer(document: Mapping[str, Any], at: str) -> LlamaConfig:
     known = {key: value for key, value in document.items() if key not in OF_WEIGHTS}
     try:
         config: Any = LlamaConfig.from_dict({**known, "num_hidden_layers": 1, "model_type": "llama"})
-        LlamaRotaryEmbedding(config)  # which looks its keys up without looking at them first
-    except OF_OTHER_TYPES as error:
+        LlamaRotaryEmbedding(config)  # it fails if a key is missing or wrong
+    except BROKEN_CONFIG as error:
         said = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(f"{at} is no config of a Llama layer: {said}") from error
     if config.hidden_act not in ACT2FN:
@@ -194,4 +214,5 @@ def read_layer(document: Mapping[str, Any], at: str) -> LlamaConfig:
         raise ValueError(f"{at}: rope_type={kind!r} changes with the length of a text, which csdraft's heads cannot")
     if document.get("logit_scale", 1.0) != 1.0:
         raise ValueError(f"{at}: logit_scale={document['logit_scale']!r}; csdraft reads heads without one")
+    config.name_or_path = path
     return config

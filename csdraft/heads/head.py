@@ -1,9 +1,9 @@
-"""What drafting heads share: a draft vocabulary, reading entry by entry, unrolling in training.
+"""The base of all drafting heads: a draft vocabulary, reading entry by entry, unrolling in training.
 
-A kind of head says what it reads (`taps`, `fuse`), what one entry computes (`output`), and which logits follow from
-that (`draft_logits`). Entry i reads token i + 1 and the feature of token i, and its output has two uses: it gives the
-logits of token i + 2, and it is the feature of the next entry while the head drafts on its own. So whatever a head has
-to remember from one drafted token to the next, its output must hold.
+A kind of head, a file of `csdraft/heads/kinds`, says what it reads (`taps`, `fuse`), what one entry computes
+(`output`), and how logits follow from that (`draft_logits`). Entry i reads token i + 1 and the feature of token i. Its
+output has two uses: it gives the logits of token i + 2, and in a draft it is the feature of the next entry. So a
+head's output must hold everything that the head has to remember from one drafted token to the next.
 """
 
 from __future__ import annotations
@@ -21,13 +21,18 @@ from transformers.utils import ModelOutput
 
 from csdraft.decoding.feature_session import FeatureModel
 
-__all__ = ["LAST", "OUTSIDE", "Head", "HeadOptions", "HeadOutput", "Steps", "step_masks", "text_mask"]
+__all__ = [
+    "EMBEDDING", "LAST", "OUTPUT", "OUTSIDE", "Head", "HeadOptions", "HeadOutput", "Steps", "step_masks", "text_mask",
+]  # fmt: skip
 
 LAST = -1
 """The tap of what the target's output layer reads: the last hidden state, after the last norm."""
 OUTSIDE = -1e30
-"""The logit of a token outside the draft vocabulary. Finite, so that a processor that allows only such tokens leaves a
-distribution; as long as one token of the draft vocabulary is allowed, the probability of all others is exactly 0."""
+"""The logit of a token outside the draft vocabulary. It is finite, so that a processor that allows only such tokens
+leaves a distribution. If one token of the draft vocabulary is allowed, the probability of all others is exactly 0."""
+EMBEDDING = {"embed_tokens.weight": "input.weight"}
+OUTPUT = {"lm_head.weight": "output.weight"}
+"""Parameters that the target can lend to a head -> what they are called in the target, see `embeddings`."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +40,10 @@ class HeadOptions:
     """Keys of `init.NAME` that every kind of head has.
 
     Args:
-        draft_vocab: how many tokens it can draft, the most frequent of the training text; None: all.
+        draft_vocab: how many tokens it can draft: the most frequent ones of the training text; None: all.
         steps: drafting steps that training unrolls.
         decay: weight of a step in the loss, relative to the one before.
-        config: sizes of its layer, such as intermediate_size; those not given are the target's.
+        config: sizes of its layer, such as intermediate_size; the others are the target's.
     """
 
     draft_vocab: int | None = None
@@ -49,21 +54,21 @@ class HeadOptions:
     def __post_init__(self) -> None:
         if self.steps < 1 or not 0 < self.decay <= 1:
             raise ValueError(
-                f"steps={self.steps}, decay={self.decay} of a head; it takes at least one step, and a decay above 0 "
-                "and at most 1"
+                f"steps={self.steps}, decay={self.decay} of a head; give at least one step, and a decay above 0 and "
+                "at most 1"
             )
 
 
 @dataclass
 class HeadOutput(ModelOutput):
-    """Logits of all tokens of the target, and the head's own output as the one entry of the hidden states."""
+    """Logits of all of the target's tokens; the only hidden state is the head's own output."""
 
     logits: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
 
 
 class Head(PreTrainedModel, FeatureModel):
-    """A drafting head, complete with an embedding: of the target's vocabulary in, of the target's vocabulary out.
+    """A drafting head with its embedding. It reads and drafts tokens of the target's vocabulary.
 
     Args:
         config: sizes; `vocab_size` and `hidden_size` are the target's unless the kind says otherwise.
@@ -73,11 +78,11 @@ class Head(PreTrainedModel, FeatureModel):
     Attributes:
         Options: the dataclass of the kind's options; its fields are the keys of `init.NAME`.
         attention_layers: how many of its layers keep keys and values.
-        output_layer: whether it has one, `lm_head`.
-        frozen_output: whether that is the target's own, as long as it drafts all tokens.
-        detached: whether a step of training sends no gradient through what the step before computed.
+        output_layer: whether it has an output layer, `lm_head`.
+        frozen_output: whether the target lends `lm_head` to a head that drafts all tokens.
+        detached: whether training cuts the gradient between one drafting step and the next.
         d2t: (draft vocab,) int64 offsets: draft token i is token i + d2t[i] of the target.
-        lent: names of the parameters that are the target's -> what they are there, see `embeddings`.
+        lent: the parameters that the target lends it, as in `lendable`.
         base: the target that it is for, if that is known.
         stored_by: the class that stores it.
     """
@@ -114,7 +119,7 @@ class Head(PreTrainedModel, FeatureModel):
 
     @classmethod
     def layers_of(cls, options: Any) -> int:
-        """How many of its layers keep keys and values, where that is an option; else `attention_layers`."""
+        """How many of its layers keep keys and values; a kind overrides it where the options decide."""
         return cls.attention_layers
 
     @property
@@ -134,23 +139,23 @@ class Head(PreTrainedModel, FeatureModel):
             input_ids, position_ids: (rows, queries) tokens, and numbers of entries.
             features: (rows, queries, feature width) `fuse` of the target's hidden states, or its own output.
             mask: (rows, 1, queries, slots) bool; None is an ordinary causal mask.
-            cache: takes keys and values.
+            cache: keeps keys and values.
         """
         raise NotImplementedError
 
     def every(self, input_ids: Tensor, position_ids: Tensor, features: Tensor, mask: Tensor) -> Tensor:
-        """(rows, length, feature width) outputs of entries of a text, as if each were the last; see `output`.
+        """(rows, length, feature width) outputs of a text's entries, each computed as if it were the last.
 
-        Only the last entry's output counts while a text is read, so a head may leave out the others there.
+        `output` may leave out what only the last entry of a text needs.
         """
         return self.output(input_ids, position_ids, features, mask, None)
 
     def draft_logits(self, output: Tensor) -> Tensor:
-        """(..., draft vocab) logits that follow from an output."""
+        """(..., draft vocab) logits from outputs, (..., feature width)."""
         raise NotImplementedError
 
     def start(self, rows: Tensor) -> None:
-        """Sets weights of a new head that do not begin at random.
+        """Sets those weights of a new head that do not start at random.
 
         Args:
             rows: (draft vocab, target's width) of the target's output layer.
@@ -158,12 +163,17 @@ class Head(PreTrainedModel, FeatureModel):
         if self.output_layer and rows.shape == self.lm_head.weight.shape:
             self.lm_head.weight.copy_(rows)
 
-    # What follows from it.
+    # What all kinds share.
 
     def make_buffers(self) -> None:
         """Makes the rotary embedding, which has no weights."""
         if self.config.num_hidden_layers:
             self.rotary = LlamaRotaryEmbedding(self.config)  # type: ignore[arg-type]
+
+    def lendable(self) -> dict[str, str]:
+        """The parameters that the target can lend it -> what they are called in the target, see `embeddings`."""
+        output = self.frozen_output and len(self.d2t) == self.config.vocab_size
+        return EMBEDDING | (OUTPUT if output else {})
 
     @property
     def drafted(self) -> Tensor:
@@ -188,21 +198,21 @@ class Head(PreTrainedModel, FeatureModel):
         logits_to_keep: int = 0,
         **_: Any,
     ) -> HeadOutput:
-        """One reading of entries; see `output` and `FeatureSession`.
+        """Reads entries; see `output` and `FeatureSession`.
 
         Args:
-            logits_to_keep: logits of so many last queries; 0 is all.
+            logits_to_keep: how many of the last queries get logits; 0: all.
         """
         output = self.output(input_ids, position_ids, features, attention_mask, cache)
         logits = self.spread(self.draft_logits(output[:, -logits_to_keep:]))
         return HeadOutput(logits=logits, hidden_states=(output,))
 
     def unrolled(self, input_ids: Tensor, position_ids: Tensor, features: Tensor, steps: int) -> Iterator[Tensor]:
-        """What it computes at each of some steps of drafting, from every entry at once (training-time test).
+        """What it computes at each step of a draft, for drafts that start at every entry (training-time test).
 
-        Step 0 reads the target's features. Step s goes on from each entry for itself: it reads the text's own next
-        token and what step s - 1 computed there, and sees step 0 of all earlier entries and its own steps. Texts that
-        share a row do not see each other.
+        Step 0 reads the target's features. Step s continues each draft: it reads the text's own next token and the
+        output of step s - 1, and sees step 0 of all earlier entries and all steps of its own draft. Texts that share a
+        row do not see each other.
 
         Args:
             input_ids, position_ids: (rows, length) the texts; positions restart with each.
@@ -213,27 +223,28 @@ class Head(PreTrainedModel, FeatureModel):
         """
         cache = Steps()
         for step, mask in enumerate(step_masks(text_mask(position_ids), steps)):
-            ids = input_ids.roll(-1 - step, 1)  # what comes round at the end is seen by no entry that counts
+            ids = input_ids.roll(-1 - step, 1)  # tokens that wrap round the end reach no entry that counts
             output = self.output(ids, position_ids + step, features, mask, cache)
             yield output
             features = output.detach() if self.detached else output
 
     def along(self, states: Mapping[int, Tensor], input_ids: Tensor, position_ids: Tensor, mask: Tensor) -> Tensor:
-        features, seen = self.fuse(states)[:, :-1], mask[:, :-1].bool()
+        features, seen = self.fuse(states)[:, :-1], mask[:, :-1].bool()  # (rows, length - 1, ...)
         square = seen.new_ones(seen.shape[1], seen.shape[1])
-        causal = (square.tril() & seen[:, None]) | torch.eye(len(square), dtype=torch.bool, device=seen.device)
+        itself = torch.eye(len(square), dtype=torch.bool, device=seen.device)
+        causal = (square.tril() & seen[:, None]) | itself  # (rows, length - 1, length - 1)
         outputs = self.every(input_ids[:, 1:], position_ids[:, 1:] - 1, features, causal[:, None])
         return nn.functional.pad(self.spread(self.draft_logits(outputs)), (0, 0, 1, 0))
 
 
 class Steps:
-    """Keys and values of all steps so far, one behind the other: what attention calls its cache in training."""
+    """The cache of attention in training: keys and values of all steps so far, one after the other."""
 
     def __init__(self) -> None:
         self.held: dict[int, tuple[Tensor, Tensor]] = {}  # by layer
 
     def update(self, keys: Tensor, values: Tensor, layer: int = 0, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """(rows, heads, steps x length, head size) each."""
+        """(rows, heads, steps x length, head size) keys and values."""
         new = keys, values
         if layer in self.held:
             new = torch.cat([self.held[layer][0], keys], 2), torch.cat([self.held[layer][1], values], 2)
@@ -242,19 +253,19 @@ class Steps:
 
 
 def text_mask(position_ids: Tensor) -> Tensor:
-    """(rows, 1, length, length) bool: an entry sees those before it of its own text, and itself.
+    """(rows, 1, length, length) bool: an entry sees itself and the earlier entries of its own text.
 
     Args:
         position_ids: (rows, length) of texts that share a row; positions restart with each.
     """
     starts = position_ids.diff(prepend=position_ids[:, :1] - 1) != 1  # (rows, length)
-    text = starts.cumsum(1)
+    text = starts.cumsum(1)  # (rows, length) the number of each entry's text
     order = torch.arange(position_ids.shape[1], device=position_ids.device)
     return ((order[:, None] >= order) & (text[:, :, None] == text[:, None, :]))[:, None]
 
 
 def step_masks(sees: Tensor, steps: int) -> Iterator[Tensor]:
-    """(rows, 1, length, (step + 1) x length) bool: what entries see in each drafting step, see `Head.unrolled`.
+    """(rows, 1, length, (step + 1) x length) bool masks, one for each drafting step of `Head.unrolled`.
 
     Args:
         sees: (rows, 1, length, length) bool: what entries of the text see.

@@ -1,7 +1,7 @@
-"""Some layers of a model as a model of their own that shares its weights: what a self-drafting adapter stands on.
+"""Makes a model from some layers of another, over the same weights: the base of a self-drafting adapter.
 
-Draft & Verify (arXiv 2309.08168) and LayerSkip (arXiv 2404.16710) draft with a part of the target's layers. Here the
-part is a second set of modules over the same tensors: the target stays as it is, and nothing is switched.
+Draft & Verify (arXiv 2309.08168) and LayerSkip (arXiv 2404.16710) draft with some of the target's layers. Here these
+layers are a second set of modules over the same tensors, so the target is never changed or switched.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ __all__ = [
 
 T5_LIKE = ("t5", "mt5", "umt5")
 TABLE_IN_FIRST_LAYER = ("t5", "mt5")
-"""Their first layer has the table of relative positions that all use."""
+"""Families whose first layer holds the table of relative positions for all layers."""
 WRAPPED = ("base_layer", "original_module")
-"""Where PEFT's layers keep the module that they stand for."""
+"""Where PEFT's layers keep the module that they wrap."""
 INDEX_LISTS = ("mlp_only_layers",)
-"""Options of configs that name layers by number; other lists as long as the model is deep have one entry a layer."""
+"""Keys of configs that list numbers of layers. Other lists with as many entries as layers have one for each layer."""
 NO_LAYER_LISTS = ("architectures", "eos_token_id", "suppress_tokens", "begin_suppress_tokens")
 SAMPLES, SMALLEST = 16, 2.0**-14
-"""Values of each tensor that a fingerprint looks at; those below `SMALLEST` count as 0, since float16 blurs them."""
+"""How many values of each tensor a fingerprint reads; values below `SMALLEST` count as 0: float16 rounds them."""
 
 
 def check_layers(config: Any, layers: Any, encoder_layers: Any = None) -> None:
@@ -37,7 +37,7 @@ def check_layers(config: Any, layers: Any, encoder_layers: Any = None) -> None:
     Args:
         config: of a causal LM or a T5-like model.
         layers: numbers of (decoder) layers, in rising order.
-        encoder_layers: the same of a T5-like model's encoder; None is all of them.
+        encoder_layers: the same for a T5-like model's encoder; None: all of them.
     """
     name = config.model_type
     if config.is_encoder_decoder and name not in T5_LIKE:
@@ -80,14 +80,14 @@ def layer_stacks(model: Any) -> list[nn.ModuleList]:
 
 @torch.inference_mode(False)
 def shared_layers(model: Any, layers: Sequence[int], encoder_layers: Sequence[int] | None = None) -> Any:
-    """A model of some of the layers of `model`, with its embeddings, last norm and head, over the same tensors.
+    """A model with some layers of `model`, and its embeddings, last norm and output layer, over the same tensors.
 
-    Its parameters are objects of its own without gradients, so that no flag of `model` changes; hooks, PEFT adapters
-    and an overridden `forward` of `model` are left out.
+    Its parameters are new objects without gradients, so no flag of `model` changes. It has none of `model`'s hooks and
+    PEFT adapters, and ignores an overridden `forward`.
 
     Args:
-        model: a causal LM or a T5-like model whose parameters are whole, on the devices where they will stay: whatever
-            moves or casts one of the two later parts them.
+        model: a causal LM or a T5-like model with whole parameters, on the devices where they will stay: if either
+            model is moved or cast later, the two no longer share them.
         layers, encoder_layers: see `check_layers`.
     """
     check_layers(model.config, layers, encoder_layers)
@@ -108,7 +108,7 @@ def shared_layers(model: Any, layers: Sequence[int], encoder_layers: Sequence[in
 
 
 def _renumber(stack: nn.ModuleList) -> None:
-    """Caches find a layer's part by its number."""
+    """Numbers layers by their new positions, by which caches find them."""
     for position, layer in enumerate(stack):
         for module in layer.modules():
             if "layer_idx" in vars(module):
@@ -116,27 +116,27 @@ def _renumber(stack: nn.ModuleList) -> None:
 
 
 def _give_table(layer: Any, first: Any, memo: dict[int, Any]) -> None:
-    """The table of relative positions, from the model's first layer to the one that is first now."""
+    """Copies the table of relative positions from the model's first layer to the new first one."""
     attention, source = layer.layer[0].SelfAttention, first.layer[0].SelfAttention
     attention.has_relative_attention_bias = True
     attention.relative_attention_bias = copy.deepcopy(source.relative_attention_bias, memo)
 
 
 def check_whole(model: nn.Module) -> None:
-    """Raises ValueError if some of the model's weights are not there."""
+    """Raises ValueError if some of the model's weights are not in memory."""
     for name, parameter in model.named_parameters():
         if parameter.is_meta or parameter.numel() == 0:
             raise ValueError(
                 f"parameter {name} of {type(model).__name__} is not there as a whole (offloaded, or sharded by ZeRO-3 "
-                "or FSDP), so it can be neither shared nor copied; load the model whole, before any engine takes it"
+                "or FSDP), so it can be neither shared nor copied; load the model whole, before an engine shards it"
             )
 
 
 def _shared_parts(model: nn.Module) -> dict[int, Any]:
-    """A memo for deepcopy: tensors stay, hooks go, what PEFT has wrapped stands for its wrapper."""
+    """A memo for deepcopy: it shares tensors, drops hooks, and replaces PEFT's wrappers by what they wrap."""
     memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
     for parameter in model.parameters():
-        plain = type(parameter) is nn.Parameter  # quantised ones carry more than their values, and train nothing
+        plain = type(parameter) is nn.Parameter  # quantised ones hold more than their values, and are never trained
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False) if plain else parameter
     modules = list(model.modules())
     for module in modules:
@@ -173,7 +173,7 @@ def _cut_configs(shared: Any, kept: list[list[int]]) -> None:
 
 
 def _cut_config(config: Any, layers: Sequence[int]) -> None:
-    """Changes a decoder-only config to one of these layers, its lists with one entry a layer included."""
+    """Changes a decoder-only config, with its lists of one entry a layer, to these layers."""
     count = config.num_hidden_layers
     for key, value in list(vars(config).items()):
         if key in INDEX_LISTS and value:
@@ -184,11 +184,11 @@ def _cut_config(config: Any, layers: Sequence[int]) -> None:
 
 
 def fingerprint(model: Any) -> str:
-    """Equal for models with the same weights, whatever else they are called; cheap, since it only looks at samples.
+    """A hash that is equal for models with the same weights. It is cheap, since it reads only samples of them.
 
-    It hashes the model type and, of every parameter but embeddings and output layer (which may be resized), name,
-    shape and 16 values spread over it, rounded to bfloat16. So a bfloat16 checkpoint has one fingerprint in whatever
-    float type it is loaded; a fine-tuned, merged or quantised one has another. PEFT adapters do not count.
+    It hashes the model type, and the name, shape and 16 values of every parameter, spread over it and rounded to
+    bfloat16. Embeddings and the output layer are left out, since they may be resized. So a bfloat16 checkpoint has the
+    same fingerprint in every float type; a fine-tuned, merged or quantised one has another. It ignores PEFT adapters.
     """
     check_whole(model)
     left_out = {id(p) for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None
@@ -200,7 +200,7 @@ def fingerprint(model: Any) -> str:
 def embeddings(model: Any) -> dict[str, nn.Parameter]:
     """The parameters of a model's embedding ("input.weight") and output layer ("output.weight", and a bias if any).
 
-    An output layer that is the embedding has the embedding's; what PEFT has wrapped stands for its wrapper.
+    An output layer that is tied to the embedding is left out. PEFT's wrappers are replaced by what they wrap.
     """
     found: dict[str, nn.Parameter] = {}
     for where, layer in (("input", model.get_input_embeddings()), ("output", model.get_output_embeddings())):
@@ -213,10 +213,10 @@ def embeddings(model: Any) -> dict[str, nn.Parameter]:
 
 
 def embedding_fingerprint(model: Any, rows: int) -> str:
-    """Equal for models with the same embedding and output layer, as `fingerprint` is for the rest.
+    """As `fingerprint`, for the embedding and the output layer.
 
     Args:
-        rows: of the vocabulary; those behind them are padding.
+        rows: how many tokens there are; later rows are padding.
     """
     check_whole(model)
     return _digest(model.config.model_type, [(name, p[:rows]) for name, p in embeddings(model).items()])
@@ -225,7 +225,7 @@ def embedding_fingerprint(model: Any, rows: int) -> str:
 def _digest(kind: str, chosen: Sequence[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256(repr([kind, *((n, tuple(p.shape)) for n, p in chosen)]).encode())
     samples: dict[torch.device, list[Tensor]] = {}
-    for _, parameter in chosen:  # one copy to the host a device
+    for _, parameter in chosen:  # one copy to the host for each device
         values = parameter.detach().reshape(-1)
         values = values[:: max(len(values) // SAMPLES, 1)][:SAMPLES].float()
         samples.setdefault(parameter.device, []).append(values)
@@ -237,7 +237,7 @@ def _digest(kind: str, chosen: Sequence[tuple[str, Tensor]]) -> str:
 
 
 def _own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The model's parameters by the names that they have without PEFT's wrappers, whose own are left out."""
+    """The model's parameters without PEFT's own, by the names that they have without PEFT's wrappers."""
     wrappers = [name for name, module in model.named_modules() if any(inner in module._modules for inner in WRAPPED)]
     wrappers = {f"{name}." for name in wrappers}
     for name, parameter in model.named_parameters():

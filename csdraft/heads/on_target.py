@@ -1,4 +1,4 @@
-"""Drafters that use tensors of the target itself, and so wait for it: what all kinds of them have in common."""
+"""What all drafters have in common that use tensors of the target itself, and are complete only once it is there."""
 
 from __future__ import annotations
 
@@ -9,22 +9,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
-__all__ = ["OnTarget", "called", "stored_form"]
+from csdraft.heads.layers import fingerprint
+
+__all__ = ["OnTarget", "called", "frozen", "name_only", "set_parameter", "stored_form"]
 
 _LOCK = threading.Lock()
 
 
 class OnTarget(nn.Module):
-    """What is stored of a drafter that stands on a target; `bind` completes it.
+    """The stored part of a drafter that stands on a target; `bind` completes it.
 
     Args:
-        config: of the complete model, or one with `name_or_path` and `vocab_size`, which reports and cards ask for.
+        config: of the complete model, or `name_only`: reports and model cards read `name_or_path` and `vocab_size`.
         state: its tensors, by the names that they are stored under.
+
+    Attributes:
+        what, use: what it is and what it needs, for messages.
+        base: the target that it was trained on, if that is known.
     """
 
     what, use = "drafter", "uses the target's own weights"
-    """What it is and what it needs, in messages."""
+    base: Any = None
 
     def __init__(self, config: Any, state: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -37,7 +44,7 @@ class OnTarget(nn.Module):
         return {name: tensor.detach() for name, tensor in zip(self.names, self.tensors, strict=True)}
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is bound to no target: what is bound stands on tensors of one that lives here."""
+        """A copy is bound to no target: the bound models use tensors of this process."""
         return {**vars(self), "_bound": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -51,13 +58,18 @@ class OnTarget(nn.Module):
 
     def check(self, target: Any) -> None:
         """Raises ValueError if `target` is not the model that it was trained on."""
-        raise NotImplementedError
+        if self.base is not None and (found := fingerprint(target)) != self.base.fingerprint:
+            raise ValueError(
+                f"{self._name} {self._trained_on} {self.base.name}, whose weights have fingerprint "
+                f"{self.base.fingerprint}; the target {called(target)} has {found}. Decode with that target, or "
+                "train one for this target"
+            )
 
     def bind(self, target: Any) -> Any:
         """The complete model, over the target's tensors.
 
-        Made once a target and kept as long as both live; made again when the target's weights have moved. Nothing of
-        the target is changed.
+        It is made once for each target and kept as long as both live. It is made again after the target's weights
+        have moved. The target is not changed.
         """
         places = [(parameter.data_ptr(), parameter.dtype) for parameter in target.parameters()]
         with _LOCK:
@@ -71,8 +83,10 @@ class OnTarget(nn.Module):
         raise NotImplementedError
 
     def open(self, target: Any, dtype: torch.dtype) -> Any:
-        """A complete model in this dtype, to be trained further."""
+        """A complete model in this dtype, for further training."""
         raise NotImplementedError
+
+    _trained_on = "was trained on"
 
     @property
     def _name(self) -> str:
@@ -80,15 +94,32 @@ class OnTarget(nn.Module):
 
 
 def called(target: Any) -> str:
-    """What messages call a target."""
+    """A target's name in messages."""
     return f"{type(target).__name__} {getattr(target.config, '_name_or_path', '')!r}"
 
 
+def name_only(name: str, **more: Any) -> Any:
+    """A config without sizes, for drafters whose sizes are the target's."""
+    config: Any = PreTrainedConfig  # its fields are not typed
+    return config(name_or_path=name, **more)
+
+
+def frozen(tensor: Tensor) -> nn.Parameter:
+    """A parameter without gradients, over the same memory."""
+    return nn.Parameter(tensor.detach(), requires_grad=False)
+
+
+def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Replaces a parameter of a module or of one of its parts."""
+    owner, _, last = name.rpartition(".")
+    setattr(module.get_submodule(owner), last, parameter)
+
+
 def stored_form(model: Any, state_dict: Mapping[str, Tensor] | None = None) -> OnTarget | None:
-    """What is stored of a drafter that stands on a target, bound or not; None of any other model.
+    """The part of a drafter that is stored, if the drafter stands on a target; None for any other model.
 
     Args:
-        model: if it is complete, its attribute `stored_by` is the class of what is stored.
+        model: if it is complete, its attribute `stored_by` is the class of its stored part.
         state_dict: its weights, gathered, if its own parameters are not whole.
     """
     if isinstance(model, OnTarget):

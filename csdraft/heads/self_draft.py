@@ -1,7 +1,7 @@
 """Self-drafting: a LoRA adapter with which some of the target's own layers draft, on the target's own weights.
 
-On disk it is an ordinary PEFT folder with `drafter.json` beside `adapter_config.json`: PEFT alone would put the
-adapter on all layers of a second copy of the base. It knows its layers and its base, and is put on the call's target.
+On disk it is an ordinary PEFT folder with `drafter.json` beside `adapter_config.json`. PEFT alone would put the
+adapter on all layers of a second copy of the base; `drafter.json` says which layers of which model it belongs on.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from csdraft.heads.folder import file_at, write_tensors
 from csdraft.heads.layers import fingerprint, shared_layers
-from csdraft.heads.on_target import OnTarget, called
+from csdraft.heads.on_target import OnTarget, name_only
 from csdraft.stored import fit, is_hub_id, naming, read_object, shown
 from csdraft.version import __version__
 
@@ -32,9 +33,9 @@ __all__ = [
     "SELF_DRAFT",
     "TIED",
     "Base",
+    "Lender",
     "SelfDraft",
     "adapter_state",
-    "is_hub_id",
     "model_name",
     "own_layers",
     "peft_package",
@@ -45,38 +46,39 @@ __all__ = [
 DOCUMENT, FORMAT = "drafter.json", 1
 KINDS = FULL, SELF_DRAFT, TIED, HEAD, KANGAROO, MTP = "full", "self_draft", "tied", "head", "kangaroo", "mtp"
 """Kinds of drafters: a model, or an adapter on a base that is loaded with it; an adapter on the target itself; a model
-that uses the target's embedding and output layer; a head that reads the target's hidden states; an adapter that
-follows on the target's first layers; the target's own next-token module."""
+that uses the target's embedding and output layer; a head that reads the target's hidden states; an adapter after the
+target's first layers; the target's own next-token module."""
 PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
-class Base:
-    """What a self-drafting adapter stands on: layers of a model, and what tells that model from others."""
+class Lender:
+    """The model that a drafter was trained on."""
 
-    layers: tuple[int, ...]
-    encoder_layers: tuple[int, ...] | None
     name: str
     revision: str | None
     fingerprint: str
     vocab_size: int
 
+    @classmethod
+    def of(cls, model: Any, fingerprint: str, **more: Any) -> Self:
+        config = model.config
+        return cls(model_name(model), getattr(config, "_commit_hash", None), fingerprint, config.vocab_size, **more)
+
+
+@dataclass(frozen=True)
+class Base(Lender):
+    """The model that a self-drafting adapter was trained on, and the layers of it that draft."""
+
+    layers: tuple[int, ...]
+    encoder_layers: tuple[int, ...] | None
+
 
 def own_layers(target: Any, layers: Sequence[int], encoder_layers: Sequence[int] | None = None) -> Any:
     """`shared_layers` of the target, with a `Base` as its attribute `self_draft`."""
     network = shared_layers(target, layers, encoder_layers)
-    config = target.config
-    network.stored_by, network.self_draft = (
-        SelfDraft,
-        Base(
-            tuple(layers),
-            None if encoder_layers is None else tuple(encoder_layers),
-            model_name(target),
-            getattr(config, "_commit_hash", None),
-            fingerprint(target),
-            config.vocab_size,
-        ),
-    )
+    kept = {"layers": tuple(layers), "encoder_layers": None if encoder_layers is None else tuple(encoder_layers)}
+    network.stored_by, network.self_draft = SelfDraft, Base.of(target, fingerprint(target), **kept)
     network.config._name_or_path = ""
     return network
 
@@ -91,7 +93,7 @@ class SelfDraft(OnTarget):
     """A self-drafting adapter without its base; `bind` puts it on a target.
 
     Args:
-        base: what it stands on.
+        base: the model and layers that it was trained on.
         options: its PEFT config.
         state: its tensors by the names of a PEFT folder.
         source: the folder or Hub id it was loaded from.
@@ -100,27 +102,18 @@ class SelfDraft(OnTarget):
     what, use = "self-drafting adapter", "is an adapter for a target's own layers"
 
     def __init__(self, base: Base, options: Any, state: Mapping[str, Tensor], source: str = ""):
-        from transformers import PreTrainedConfig
-
-        config: Any = PreTrainedConfig  # its fields are not typed
-        super().__init__(config(name_or_path=source, vocab_size=base.vocab_size), state)
+        super().__init__(name_only(source, vocab_size=base.vocab_size), state)
         self.base, self.options = base, options
 
     # Binding.
 
-    def check(self, target: Any) -> None:
-        """Raises ValueError if `target` is not the model that the adapter was trained on."""
-        own = fingerprint(target)
-        if own != self.base.fingerprint:
-            raise ValueError(
-                f"{self._name} drafts with layers {list(self.base.layers)} of {self.base.name}, whose weights have "
-                f"fingerprint {self.base.fingerprint}; the target {called(target)} has {own}. Decode with that base, "
-                "or train an adapter on this target"
-            )
+    @property
+    def _trained_on(self) -> str:  # type: ignore[override]
+        return f"drafts with layers {list(self.base.layers)} of"
 
     @torch.inference_mode(False)
     def _put_on(self, target: Any) -> Any:
-        """The target's layers with this adapter: a model of its own modules, over the target's tensors."""
+        """The target's layers with this adapter: new modules over the target's tensors."""
         network, state = self.layers_of(target), self.state
         put_adapter(network, self.options, state, self._name)
         for name, parameter in network.named_parameters():  # PEFT has cast them to the base's dtype
@@ -131,14 +124,14 @@ class SelfDraft(OnTarget):
         return network.requires_grad_(False).eval()
 
     def layers_of(self, target: Any) -> Any:
-        """The layers of the target that the adapter stands on, without it; `check` the target first."""
+        """The target's layers that it belongs on, without the adapter; `check` the target first."""
         with naming(self._name):
             network = shared_layers(target, self.base.layers, self.base.encoder_layers)
         network.stored_by, network.self_draft = SelfDraft, self.base
         return network
 
     def open(self, target: Any, dtype: torch.dtype) -> Any:
-        """An adapter keeps the dtype that it gets on its base; see `OnTarget.open`."""
+        """See `OnTarget.open`; the adapter keeps the dtype that PEFT gives it on its base."""
         self.check(target)
         options = copy.deepcopy(self.options)
         options.inference_mode, options.base_model_name_or_path = False, None
@@ -150,27 +143,24 @@ class SelfDraft(OnTarget):
 
     @classmethod
     def of(cls, model: Any, state_dict: Mapping[str, Tensor] | None = None) -> SelfDraft:
-        """No engine keeps an adapter on the target's layers in parts, so `state_dict` is not read."""
+        """It does not read `state_dict`: no engine splits an adapter on the target's layers."""
         ((name, options),) = model.peft_config.items()
         return cls(model.self_draft, options, adapter_state(model, name), model.config._name_or_path)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes a PEFT folder and drafter.json."""
-        from safetensors.torch import save_file
-
         options = copy.deepcopy(self.options)
         options.base_model_name_or_path, options.revision = self.base.name, self.base.revision
         options.inference_mode = True
         options.save_pretrained(str(folder))
-        tensors = {name: tensor.clone().contiguous() for name, tensor in self.state.items()}
-        save_file(tensors, Path(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
+        write_tensors(Path(folder, "adapter_model.safetensors"), self.state)
         described = asdict(self.base)
         layers = {key: described.pop(key) for key in ("layers", "encoder_layers")}
         write_document(folder, SELF_DRAFT, {**layers, "base": described})
 
     @classmethod
     def load(cls, path: str, document: Mapping[str, Any], **options: Any) -> SelfDraft:
-        """What `save` wrote.
+        """Reads what `save` wrote.
 
         Args:
             path: folder or Hub id.
@@ -181,7 +171,7 @@ class SelfDraft(OnTarget):
 
 
 def read_adapter(path: str, **options: Any) -> tuple[Any, dict[str, Tensor]]:
-    """Config and tensors of a PEFT folder.
+    """The config and the tensors of a PEFT folder.
 
     Args:
         path: folder or Hub id.
@@ -195,7 +185,7 @@ def read_adapter(path: str, **options: Any) -> tuple[Any, dict[str, Tensor]]:
     peft, where = peft_package(), f"adapter_config.json of {path!r}"
     try:
         config = peft.PeftConfig.from_pretrained(path, **options)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # it takes what the file says on trust
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # PEFT does not check the file's values
         raise ValueError(f"{where} is no adapter's config ({type(error).__name__}: {error})") from error
     try:
         return config, peft.load_peft_weights(path, device="cpu", **options)
@@ -205,15 +195,15 @@ def read_adapter(path: str, **options: Any) -> tuple[Any, dict[str, Tensor]]:
 
 
 def put_adapter(network: Any, options: Any, state: dict[str, Tensor], name: str) -> None:
-    """Puts an adapter on a model, in place; no random number is drawn.
+    """Puts an adapter on a model, in place; it draws no random numbers.
 
     Args:
         options: its PEFT config.
         state: its tensors by the names of a PEFT folder.
-        name: what messages call it.
+        name: its name in messages.
 
     Raises:
-        ValueError: the tensors are not just those that such an adapter has on this model.
+        ValueError: tensors are missing or unknown, or do not fit this model.
     """
     peft, options = peft_package(), copy.deepcopy(options)
     options.inference_mode = True
@@ -246,7 +236,7 @@ def adapter_state(network: nn.Module, name: str = "default") -> dict[str, Tensor
 def write_document(
     folder: str | os.PathLike[str], kind: str = "full", described: Mapping[str, Any] | None = None
 ) -> None:
-    """Writes drafter.json: the kind of drafter, and what it stands on."""
+    """Writes drafter.json: the kind of drafter, and the target that it needs."""
     document = {"format": FORMAT, "csdraft": __version__, "kind": kind, **(described or {})}
     text = json.dumps(document, indent=2, allow_nan=False) + "\n"
     Path(folder, DOCUMENT).write_text(text, encoding="utf-8")
@@ -258,10 +248,7 @@ def read_document(path: str, **options: Any) -> dict[str, Any] | None:
     Args:
         options: of the Hub: revision, token, ...
     """
-    from transformers.utils import cached_file
-
-    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    file = cached_file(path, DOCUMENT, **options, **quiet)
+    file = file_at(path, DOCUMENT, **options)
     if file is None:
         return None
     document = read_object(file)
@@ -277,7 +264,7 @@ def read_document(path: str, **options: Any) -> dict[str, Any] | None:
 
 
 def _base(document: Mapping[str, Any], file: str) -> Base:
-    """What a self-drafting adapter's drafter.json says of its base; ValueError that names file and key."""
+    """The base in a self-drafting adapter's drafter.json; a ValueError names file and key."""
     base = fit(document.get("base"), dict[str, Any], f"{file}: base")
     layers = fit(document.get("layers"), tuple[int, ...], f"{file}: layers")
     encoder = fit(document.get("encoder_layers"), tuple[int, ...] | None, f"{file}: encoder_layers")
@@ -285,7 +272,7 @@ def _base(document: Mapping[str, Any], file: str) -> Base:
 
 
 def peft_package() -> Any:
-    """The package, or how to get it."""
+    """The package peft; ImportError says how to get it."""
     try:
         import peft
     except ImportError as error:

@@ -1,8 +1,8 @@
-"""What heads share that draft several tokens from one forward: a stack of outputs, and placeholders beside the text.
+"""What heads share that draft several tokens from one forward: a stack of outputs, and placeholders after the text.
 
-The feature of an entry is a mark and a stack of k hidden states. In the text those are the target's fused state and
-zeros. The last entry of a text is read with placeholders for further tokens, and its output is the stack of all k
-hidden states. A drafted entry takes the first off: it costs an output layer alone.
+The feature of an entry is a mark and a stack of k hidden states. For an entry of the text these are the target's fused
+state and zeros. The last entry of a text is read with placeholders for further tokens, and its output is the stack of
+all k hidden states. A drafted entry takes the first one off the stack, so it costs only an output layer.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 __all__ = ["Beside", "Stack", "beside_mask"]
 
 TEXT, DRAFTED = 1, 2
-"""Marks of entries; 0 is that of padding."""
+"""Marks of entries; the mark of padding is 0."""
 
 
 class Stack:
-    """A mixin of heads whose `options.steps` is how many tokens they draft from one forward."""
+    """A mixin of heads that draft `options.steps` tokens from one forward."""
 
     config: Any
     options: Any
@@ -35,7 +35,7 @@ class Stack:
         """(rows, k, width) outputs of the last entry of each row, after all entries; see `Head.output`.
 
         Args:
-            features: (rows, queries, width) as of `fused`.
+            features: (rows, queries, width) from `fused`.
         """
         raise NotImplementedError
 
@@ -62,18 +62,18 @@ class Stack:
         return output[..., 1 : 1 + self.config.hidden_size]
 
     def begun(self, outputs: Tensor) -> Tensor:
-        """(..., feature width) what drafting starts from, of (..., k, width); without its mark."""
+        """(..., feature width) the stack of outputs (..., k, width), without its mark."""
         return nn.functional.pad(outputs.flatten(-2), (1, 0))
 
     def taken(self, input_ids: Tensor, features: Tensor) -> Tensor:
-        """(..., feature width) what is left after a drafted token; without its mark. At its end the last stays."""
+        """(..., feature width) the stack after a drafted token, without its mark; the last state stays on it."""
         width = self.config.hidden_size
         return torch.cat([features[..., :1], features[..., 1 + width :], features[..., -width:]], -1)
 
     def output(
         self, input_ids: Tensor, position_ids: Tensor, features: Tensor, mask: Tensor | None, cache: Any
     ) -> Tensor:
-        of_text, drafted = features[..., :1] == TEXT, features[..., :1].sign() * DRAFTED
+        of_text, drafted = features[..., :1] == TEXT, features[..., :1].sign() * DRAFTED  # (rows, queries, 1)
         left = self.taken(input_ids, features)
         if bool(of_text.any()):
             outputs = self.read(input_ids, position_ids, self.first(features), mask, cache)
@@ -82,10 +82,10 @@ class Stack:
 
 
 class Beside:
-    """What attention calls its cache: the first reading of a layer is kept, later ones only see it and one another.
+    """A cache for attention that keeps the first reading of a layer; later readings see it and themselves.
 
     Args:
-        cache: keeps the first reading; None: it is kept for this forward alone.
+        cache: keeps the first reading; None: it is kept for this forward only.
     """
 
     def __init__(self, cache: Any = None):
@@ -93,7 +93,7 @@ class Beside:
         self.held: dict[int, tuple[Tensor, Tensor]] = {}  # by layer
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *rest: Any, **more: Any) -> tuple[Tensor, Tensor]:
-        """(rows, heads, slots, head size) each: what the queries may see."""
+        """(rows, heads, slots, head size) keys and values that the queries may see."""
         if layer in self.held:
             held = self.held[layer]
             return torch.cat([held[0], keys], 2), torch.cat([held[1], values], 2)
@@ -104,15 +104,15 @@ class Beside:
 
     @property
     def slots(self) -> int:
-        """How many slots the first reading left to see."""
+        """How many slots the first reading left."""
         return next(iter(self.held.values()))[0].shape[2]
 
 
 def beside_mask(mask: Tensor | None, slots: int, count: int, device: torch.device) -> Tensor:
-    """(rows, 1, count, slots + count) bool: placeholders see what the last query sees, those before, and themselves.
+    """(rows, 1, count, slots + count) bool: a placeholder sees what the last query sees, earlier ones, and itself.
 
     Args:
-        mask: (rows, 1, queries, slots) bool of the queries before; None: the last one sees all slots.
+        mask: (rows, 1, queries, slots) bool of the text's queries; None: the last one sees all slots.
     """
     if mask is None:
         mask = torch.ones(1, 1, 1, slots, dtype=torch.bool, device=device)

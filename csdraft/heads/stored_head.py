@@ -1,7 +1,7 @@
-"""Drafting heads in folders: what kinds there are, and which one a folder holds.
+"""Drafting heads in folders: the base of all formats, and which format a folder has.
 
-A kind of head is a file of this folder whose name ends in `_files`, with one subclass of `StoredHead`: it is found by
-being there.
+A format is a file of `csdraft/heads/formats` with one subclass of `StoredHead`. The folder is the list of formats: a
+new file needs no other change.
 """
 
 from __future__ import annotations
@@ -9,43 +9,60 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import csdraft.heads
-from csdraft.heads.engines import ENGINES, ServedTarget, target_faults
-from csdraft.heads.folder import Names, config_at, read_tensors, tensor_names
-from csdraft.heads.head import Head
-from csdraft.heads.layers import embeddings, fingerprint
-from csdraft.heads.on_target import OnTarget, called
-from csdraft.heads.self_draft import HEAD, read_document, write_document
-from csdraft.heads.tied import Lender
+from csdraft.heads import formats
+from csdraft.heads.engines import ServedTarget, target_faults
+from csdraft.heads.folder import (
+    BROKEN_CONFIG,
+    Names,
+    check_drafted,
+    check_tensors,
+    config_at,
+    read_tensors,
+    tensor_names,
+    write_tensors,
+)
+from csdraft.heads.head import EMBEDDING, OUTPUT, Head
+from csdraft.heads.layers import embeddings
+from csdraft.heads.on_target import OnTarget, called, frozen, set_parameter
+from csdraft.heads.self_draft import HEAD, Lender, read_document, write_document
 from csdraft.stored import check_config, fit
 
 __all__ = ["StoredHead", "head_at", "kind_at"]
 
+LAYER_KEYS = (
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "attention_bias",
+    "mlp_bias", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache",
+    "transformers_version",
+)  # fmt: skip
+"""Keys of a layer's config that are written for engines; a `LlamaConfig` has defaults for the others."""
+
 
 class StoredHead(OnTarget):
-    """A drafting head without the target whose features, and mostly embedding, it reads; `bind` completes it.
+    """A drafting head without the tensors that its target lends; `bind` completes it.
 
     Args:
         config: of the complete head.
         options: the kind's own.
-        state: its tensors by their names in the complete head; those that the target lends are not among them.
+        state: its own tensors, by their names in the complete head.
         base: the target that it was trained for, if that is known.
+
+    Attributes:
+        methods: what serving engines call drafting with such a head, by keys of `ENGINES`.
     """
 
     what, use = "drafting head", "reads hidden states of a target"
-    lends = {"embed_tokens.weight": "input.weight"}  # noqa: RUF012 - never written to
-    """What the target lends where `state` lacks it, see `embeddings`."""
     methods: Mapping[str, str] = {}
-    """What serving engines, by the keys of `ENGINES`, call drafting with such a head."""
 
     def __init__(self, config: Any, options: Any, state: Mapping[str, Tensor], base: Lender | None = None):
         super().__init__(config, state)
@@ -59,14 +76,14 @@ class StoredHead(OnTarget):
 
         Args:
             config: its config.json.
-            names: gives the names of its tensors. Ask for them only if the config leaves it open: every model that is
-                loaded comes by here.
+            names: reads the names of its tensors. Call it only if the config does not decide: `recognises` runs for
+                every model that is loaded.
         """
         raise NotImplementedError
 
     @classmethod
     def load(cls, path: str, config: Mapping[str, Any], **options: Any) -> StoredHead:
-        """What a folder holds; ValueError for tensors that are missing, unknown or of another shape.
+        """Reads a folder; ValueError for tensors that are missing, unknown or of another shape.
 
         Args:
             path: folder or Hub id.
@@ -80,32 +97,42 @@ class StoredHead(OnTarget):
         """The tensors of such a folder, by the names that they have there."""
         return read_tensors(path)
 
-    def network(self, target: Any) -> Head:
-        """A complete head for a target, without the stored weights."""
-        raise NotImplementedError
-
-    def document(self) -> dict[str, Any]:
-        """What it writes as config.json."""
-        raise NotImplementedError
-
-    def described(self) -> dict[str, str]:
-        """What it is and what it needs, in a few words each, by topic."""
-        raise NotImplementedError
-
-    def refusals(self, config: Mapping[str, Any]) -> dict[str, str | None]:
-        """By serving engine, why it would not load its folder, or load it as another head; None if it loads it.
+    def network(self, target: Any = None) -> Head:
+        """A complete head without the stored weights.
 
         Args:
-            config: the folder's config.json.
+            target: the model that it is for; without it, only the shapes are right.
         """
         raise NotImplementedError
 
-    def exported(self, engine: str, target: ServedTarget, tokens: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """config.json and tensors as an engine loads them; as `save` writes them unless the kind says otherwise.
+    def document(self) -> dict[str, Any]:
+        """The config.json that it writes."""
+        raise NotImplementedError
+
+    @property
+    def title(self) -> str:
+        """What kind of head it is, for `csdraft inspect`."""
+        return self.what
+
+    def details(self) -> dict[str, str]:
+        """More of what `csdraft inspect` prints, by topic."""
+        return {}
+
+    def refusals(self, engine: str, config: Mapping[str, Any]) -> list[str]:
+        """Why an engine would not load its folder, or load it as another head, whatever the target.
 
         Args:
             engine: a key of `ENGINES`.
-            target: what it is to draft for.
+            config: the folder's config.json.
+        """
+        return [] if engine in self.methods else [f"it has no {self.what}s"]
+
+    def exported(self, engine: str, target: ServedTarget, tokens: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The config.json and the tensors that an engine loads; by default what `save` writes.
+
+        Args:
+            engine: a key of `ENGINES`.
+            target: the model that it is to draft for.
             tokens: drafted a round, for formats that say it.
         """
         return self.document(), self.written()
@@ -118,10 +145,9 @@ class StoredHead(OnTarget):
         Args:
             engine: a key of `ENGINES`.
             config, tensors: of the folder.
-            target: what it is to draft for; without it its sizes are not compared.
+            target: the model that it is to draft for; without it, sizes are not compared.
         """
-        reason = self.refusals(config).get(ENGINES[engine], f"it has no {self.what}s")
-        found = [] if reason is None else [reason]
+        found = self.refusals(engine, config)
         if target is not None:
             found += target_faults(target, self.target_width, self.config.vocab_size, self.read_layers)
         return found
@@ -129,11 +155,11 @@ class StoredHead(OnTarget):
     @property
     def target_width(self) -> int:
         """Width of the target's hidden states."""
-        return self.config.hidden_size
+        return getattr(self.options, "target_width", self.config.hidden_size)
 
     @property
     def read_layers(self) -> tuple[int, ...]:
-        """The hidden states of the target that it names, k for the one after k blocks."""
+        """The target's hidden states that its options name; k is the one after k blocks."""
         return ()
 
     @property
@@ -144,7 +170,7 @@ class StoredHead(OnTarget):
     # Binding.
 
     def check_shape(self, target: Any) -> None:
-        """Raises ValueError if no head of these sizes can be of this target."""
+        """Raises ValueError if the target's sizes are not those of the head's own target."""
         text = target.config.get_text_config(decoder=True)
         for key, wanted in {"hidden_size": self.target_width, "vocab_size": self.config.vocab_size}.items():
             if (found := getattr(text, key)) != wanted:
@@ -152,23 +178,22 @@ class StoredHead(OnTarget):
                     f"{self._name} was trained for a target with {key}={wanted}, {called(target)} has {found}; "
                     "decode with the head's own target"
                 )
+        if max(self.read_layers, default=0) > text.num_hidden_layers:
+            raise ValueError(
+                f"{self._name} reads the hidden states after blocks {list(self.read_layers)}, and the target has "
+                f"{text.num_hidden_layers} blocks; decode with the head's own target"
+            )
 
     def check(self, target: Any) -> None:
         self.check_shape(target)
-        if self.base is not None and (found := fingerprint(target)) != self.base.fingerprint:
-            raise ValueError(
-                f"{self._name} was trained on {self.base.name}, whose weights have fingerprint "
-                f"{self.base.fingerprint}; the target {called(target)} has {found}. Decode with that target, or "
-                "train a head for this one"
-            )
+        super().check(target)
 
     def open(self, target: Any, dtype: torch.dtype) -> Head:
-        """A complete head in this dtype, to be trained on."""
+        """See `OnTarget.open`; it holds copies of the target's tensors."""
         self.check(target)
         made = self._made(target, dtype)
         for name in made.lent:
-            own = made.get_parameter(name)
-            _set(made, name, nn.Parameter(own.to(dtype, copy=True), requires_grad=False))
+            set_parameter(made, name, frozen(made.get_parameter(name).to(dtype, copy=True)))
         return made
 
     @torch.inference_mode(False)
@@ -178,7 +203,7 @@ class StoredHead(OnTarget):
         return made.requires_grad_(False).eval()
 
     def _made(self, target: Any, dtype: torch.dtype) -> Any:
-        """The head on the target's device, with the target's own tensors where it has none."""
+        """The head on the target's device, with the target's tensors where it has none of its own."""
         theirs = embeddings(target)
         with torch.device("meta"):
             made: Any = self.network(target)
@@ -190,15 +215,54 @@ class StoredHead(OnTarget):
         own = dict(made.named_parameters()) | dict(made.named_buffers())
         for name, tensor in self.state.items():
             own[name].data.copy_(tensor)
-        made.lent = {name: source for name, source in self.lends.items() if name in own and name not in self.names}
-        for name, source in made.lent.items():
-            lent = theirs.get(source, theirs["input.weight"])  # an output layer may be the embedding
-            _set(made, name, nn.Parameter(lent.detach(), requires_grad=False))
+        lendable = EMBEDDING | OUTPUT
+        made.lent = {name: lendable[name] for name in lendable if name in own and name not in self.names}
+        for name, source in made.lent.items():  # an output layer may be the embedding
+            set_parameter(made, name, frozen(theirs.get(source, theirs["input.weight"])))
         made.base, made.stored_by = self.base, type(self)
         made.config._name_or_path = self.config._name_or_path
         return made
 
-    # On disk.
+    # Reading.
+
+    @classmethod
+    def checked(
+        cls, path: str, layer: Any, kind: Any, state: Mapping[str, Tensor], assumed: Sequence[str] = (), **hub: Any
+    ) -> Self:
+        """A head of these parts; ValueError unless the tensors are those of such a head.
+
+        Args:
+            path: where they are from.
+            layer: the config.
+            kind: the kind's options.
+            state: the tensors.
+            assumed: guesses where the folder leaves something open; one warning lists them.
+            hub: options of the Hub: revision, token, ...
+        """
+        made = cls(layer, kind, state, cls.base_of(path, **hub))
+        try:
+            with torch.device("meta"):
+                whole = made.network()
+        except BROKEN_CONFIG as error:
+            raise ValueError(f"{path}/config.json: no {made.what} has these options: {error}") from error
+        full = {"d2t"} if len(whole.d2t) == layer.vocab_size else set()
+        check_tensors(path, state, whole.state_dict(), whole.lendable().keys() | full)
+        check_drafted(state, layer.vocab_size, path)
+        if assumed:
+            warnings.warn(f"{path}/config.json: {'; '.join(assumed)}", stacklevel=3)
+        return made.eval()
+
+    @staticmethod
+    def base_of(path: str, **options: Any) -> Lender | None:
+        """The target that a folder's drafter.json names, if it has one.
+
+        Args:
+            options: of the Hub: revision, token, ...
+        """
+        noted = (read_document(path, **options) or {}).get("base")
+        return None if noted is None else fit(noted, Lender, f"{path}/drafter.json: base")
+
+    # Writing.
 
     @classmethod
     def of(cls, head: Any, state_dict: Mapping[str, Tensor] | None = None) -> Self:
@@ -208,9 +272,17 @@ class StoredHead(OnTarget):
             del state["d2t"]
         return cls(head.config, head.options, state, head.base)
 
+    def layer_document(self) -> dict[str, Any]:
+        """The keys of config.json that describe its layer, and are the same in all engines' layouts."""
+        return {key: self.config.to_dict().get(key) for key in LAYER_KEYS} | {
+            "rope_theta": self.config.rope_parameters["rope_theta"],  # where older engines look for it
+            "tie_word_embeddings": False,
+            "dtype": str(self.state["fc.weight"].dtype).removeprefix("torch."),
+        }
+
     def written(self) -> dict[str, Tensor]:
-        """The tensors of its file: `state`, and where it drafts only some tokens which these are."""
-        tensors = {name: tensor.cpu().clone().contiguous() for name, tensor in self.state.items()}
+        """The tensors of its file: `state`, and `t2d` if it drafts only some tokens."""
+        tensors = {name: tensor.cpu() for name, tensor in self.state.items()}
         if "d2t" in tensors:
             tensors["t2d"] = torch.zeros(self.config.vocab_size, dtype=torch.bool)
             tensors["t2d"][tensors["d2t"] + torch.arange(len(tensors["d2t"]))] = True
@@ -230,33 +302,34 @@ class StoredHead(OnTarget):
 
     def write_tensors(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
         """Writes the file of its tensors."""
-        from safetensors.torch import save_file
+        write_tensors(folder / "model.safetensors", tensors)
 
-        save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+    # Describing.
 
-    @staticmethod
-    def base_of(path: str, **options: Any) -> Lender | None:
-        """The target that a folder's drafter.json names, if it has one.
+    @property
+    def target_name(self) -> str | None:
+        """What the target is called, if that is known."""
+        return None if self.base is None else self.base.name
 
-        Args:
-            options: of the Hub: revision, token, ...
-        """
-        noted = (read_document(path, **options) or {}).get("base")
-        return None if noted is None else fit(noted, Lender, f"{path}/drafter.json: base")
-
-
-def _set(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    owner, _, last = name.rpartition(".")
-    setattr(module.get_submodule(owner), last, parameter)
+    def described(self) -> dict[str, str]:
+        """What it is and what it needs, in a few words, by topic."""
+        numbers, vocab = sum(tensor.numel() for tensor in self.tensors), self.config.vocab_size
+        rows = len(self.state["d2t"]) if "d2t" in self.names else vocab
+        known = f", fingerprint {self.base.fingerprint}" if self.base is not None else ""
+        return {
+            "kind": f"{self.title}, {numbers / 1e6:.1f} M parameters",
+            "target": f"{self.target_name or 'not said'}{known}; width {self.target_width}, {vocab} tokens",
+            "draft vocabulary": "all tokens" if rows == vocab else f"{rows} tokens",
+        } | self.details()
 
 
 @cache
-def kinds() -> tuple[type[StoredHead], ...]:
-    """The kinds of heads that can be read."""
-    names = sorted(module.name for module in pkgutil.iter_modules(csdraft.heads.__path__))
-    modules = [importlib.import_module(f"csdraft.heads.{name}") for name in names if name.endswith("_files")]
-    made = [value for module in modules for value in vars(module).values() if isinstance(value, type)]
-    return tuple(kind for kind in made if issubclass(kind, StoredHead) and kind is not StoredHead)
+def all_formats() -> tuple[type[StoredHead], ...]:
+    """The subclasses of `StoredHead` in the folder of formats."""
+    names = sorted(f"{formats.__name__}.{module.name}" for module in pkgutil.iter_modules(formats.__path__))
+    found = [(name, value) for name in names for value in vars(importlib.import_module(name)).values()]
+    classes = [value for name, value in found if isinstance(value, type) and value.__module__ == name]
+    return tuple(kind for kind in classes if issubclass(kind, StoredHead))
 
 
 def head_at(path: str, **options: Any) -> StoredHead | None:
@@ -273,11 +346,11 @@ def head_at(path: str, **options: Any) -> StoredHead | None:
 
 
 def kind_at(path: str, config: Mapping[str, Any], **options: Any) -> type[StoredHead] | None:
-    """The kind of head in a folder or at a Hub id; None if that holds something else.
+    """The format of the head in a folder or at a Hub id; None if that holds something else.
 
     Args:
         config: its config.json.
         options: of the Hub: revision, token, ...
     """
     names = cache(lambda: tensor_names(path, **options))
-    return next((kind for kind in kinds() if kind.recognises(config, names)), None)
+    return next((kind for kind in all_formats() if kind.recognises(config, names)), None)

@@ -1,6 +1,6 @@
-"""A decoder layer that reads the text once, token by token: a head's draft continues from it without running it again.
+"""A decoder layer that reads the text only: drafted tokens pass it by, so they cost only the head's small cell.
 
-Hydra++ and Clover-2 have one. It keeps keys and values of the text alone, so drafted tokens cost only the small cell.
+Hydra++ and Clover-2 have one. It keeps keys and values of the text alone.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class TextLayer(nn.Module):
     def forward(
         self, hidden: Tensor, drafted: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: Any
     ) -> Tensor:
-        """(rows, queries, width) what it computes of the text's entries, and `hidden` itself of drafted ones.
+        """(rows, queries, width) the layer's output for entries of the text, and `hidden` itself for drafted ones.
 
         Args:
-            hidden: (rows, queries, width) what it reads.
-            drafted: (rows, queries, 1) bool, whether an entry is of a draft. A text's entry must not see any such.
+            hidden: (rows, queries, width).
+            drafted: (rows, queries, 1) bool, whether an entry is of a draft. The text's entries must not see those.
             rotary, mask, cache: see `Head.output`.
         """
         if bool(drafted.all()):

@@ -1,7 +1,7 @@
-"""A drafter cut out of its target that has layers of its own and uses the target's embedding and output layer.
+"""A drafter cut out of its target that has its own layers and uses the target's embedding and output layer.
 
-The two are a third or more of a small drafter. They are frozen while it is trained, are not saved with it, and the
-target lends them again when it drafts. On disk it is a Transformers folder without those tensors, and `drafter.json`.
+The two are a third or more of a small drafter. They are frozen in training and not saved, and the target lends them
+again for drafting. On disk it is a Transformers folder without those tensors, and `drafter.json`.
 """
 
 from __future__ import annotations
@@ -9,39 +9,25 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from csdraft.heads.folder import read_chosen
 from csdraft.heads.layers import embedding_fingerprint, embeddings
-from csdraft.heads.on_target import OnTarget, called
-from csdraft.heads.self_draft import TIED, model_name, write_document
+from csdraft.heads.on_target import OnTarget, called, frozen, set_parameter
+from csdraft.heads.self_draft import TIED, Lender, write_document
 from csdraft.stored import check_config
 
 __all__ = ["Lender", "TiedDraft", "borrowed", "tie"]
 
 
-@dataclass(frozen=True)
-class Lender:
-    """The model whose embedding and output layer are used, and what tells them from others."""
-
-    name: str
-    revision: str | None
-    fingerprint: str
-    vocab_size: int
-
-
 def tie(student: Any, target: Any) -> Any:
-    """Freezes the student's copies of the target's embedding and output layer and notes whose they are."""
-    student.tied_to = Lender(
-        model_name(target),
-        getattr(target.config, "_commit_hash", None),
-        embedding_fingerprint(target, target.config.vocab_size),
-        target.config.vocab_size,
-    )
+    """Freezes the student's copies of the target's embedding and output layer and records whose they are."""
+    student.tied_to = Lender.of(target, embedding_fingerprint(target, target.config.vocab_size))
     student.stored_by = TiedDraft
     for parameter in embeddings(student).values():
         parameter.requires_grad_(False)
@@ -49,7 +35,7 @@ def tie(student: Any, target: Any) -> Any:
 
 
 def borrowed(model: Any) -> dict[str, str]:
-    """Names of the parameters that a tied student or a head does not own -> whose they are, see `embeddings`."""
+    """The parameters that the target lends to a tied student or a head -> their names in `embeddings`."""
     if "lent" in vars(model):
         return dict(model.lent)
     if "tied_to" not in vars(model):
@@ -63,10 +49,10 @@ class TiedDraft(OnTarget):
     """A tied drafter without the target's tensors; `bind` completes it.
 
     Args:
-        lender: whose embedding and output layer it uses.
+        lender: the model whose embedding and output layer it uses; its fingerprint is `embedding_fingerprint`.
         config: of the whole model.
         state: its own tensors.
-        names: of the others, see `borrowed`.
+        names: of the target's tensors, see `borrowed`.
     """
 
     what, use = "tied drafter", "uses a target's embedding and output layer"
@@ -86,7 +72,7 @@ class TiedDraft(OnTarget):
             )
 
     def open(self, target: Any, dtype: torch.dtype) -> Any:
-        """With copies of the target's tensors; see `OnTarget.open`."""
+        """See `OnTarget.open`; it holds copies of the target's tensors."""
         self.check(target)
         theirs = embeddings(target)
         copies = {name: theirs[key].detach().to(dtype, copy=True) for name, key in self.borrowed.items()}
@@ -102,15 +88,14 @@ class TiedDraft(OnTarget):
         if len(places) > 1 or not dtype.is_floating_point:
             raise ValueError(
                 f"{self._name} needs the target's embedding and output layer in a float type on one device; they are "
-                f"{dtype} on {', '.join(sorted(map(str, places)))}. Load the target so, or train a drafter of its own "
-                "(without tie_to_target)"
+                f"{dtype} on {', '.join(sorted(map(str, places)))}. Load the target that way, or train a drafter "
+                "without tie_to_target"
             )
         empty = {name: torch.zeros((), dtype=dtype).expand(theirs[key].shape) for name, key in self.borrowed.items()}
         model = self._made(target, empty, dtype)
-        shared = {key: nn.Parameter(parameter.detach(), requires_grad=False) for key, parameter in theirs.items()}
+        shared = {key: frozen(parameter) for key, parameter in theirs.items()}  # of tied weights both names get one
         for name, key in self.borrowed.items():
-            place, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(place), leaf, shared[key])
+            set_parameter(model, name, shared[key])
         model.tied_to, model.stored_by = self.lender, TiedDraft
         return model.to(places.pop()).requires_grad_(False).eval()
 
@@ -119,7 +104,7 @@ class TiedDraft(OnTarget):
         config.get_text_config(decoder=True).vocab_size = next(iter(lent.values())).shape[0]
         model = type(target).from_pretrained(None, config=config, state_dict={**self.state, **lent}, dtype=dtype)
         model.generation_config = copy.deepcopy(target.generation_config)
-        model.config.name_or_path = self.config._name_or_path  # which transformers has replaced by None
+        model.config.name_or_path = self.config._name_or_path  # transformers has replaced it by None
         return model.eval()
 
     # On disk.
@@ -142,7 +127,7 @@ class TiedDraft(OnTarget):
 
     @classmethod
     def load(cls, path: str, document: Mapping[str, Any], dtype: Any = None, **options: Any) -> TiedDraft:
-        """What `save` wrote.
+        """Reads what `save` wrote.
 
         Args:
             path: folder or Hub id.
@@ -154,25 +139,9 @@ class TiedDraft(OnTarget):
 
         check_config(PreTrainedConfig.get_config_dict(path, **options)[0], f"{path}/config.json")
         config = AutoConfig.from_pretrained(path, **options)
-        state = _read(path, **options)
+        state = read_chosen(path, lambda name: True, **options)
         if isinstance(dtype, str) and dtype != "auto":
             dtype = getattr(torch, dtype)
         if isinstance(dtype, torch.dtype):
             state = {name: tensor.to(dtype) for name, tensor in state.items()}
         return cls(Lender(**document["base"]), config, state, document["borrowed"]).eval()
-
-
-def _read(path: str, **options: Any) -> dict[str, Tensor]:
-    """All tensors of a folder or Hub id."""
-    import json
-
-    from safetensors.torch import load_file
-    from transformers.utils import cached_file
-
-    quiet = {"_raise_exceptions_for_missing_entries": False}
-    index = cached_file(path, "model.safetensors.index.json", **options, **quiet)
-    names = {"model.safetensors"}
-    if index is not None:
-        names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
-    files = [cached_file(path, name, **options) for name in sorted(names)]
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}  # type: ignore[arg-type]

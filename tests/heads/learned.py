@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from csdraft.heads.eagle3 import Eagle3, Eagle3Options
-from csdraft.heads.eagle3_files import Eagle3Head
+from csdraft.heads.formats.eagle3 import Eagle3Head
+from csdraft.heads.kinds.eagle3 import Eagle3, Eagle3Options
 from csdraft.heads.layers import fingerprint
 from csdraft.heads.tied import Lender
 from tests.tiny import VOCAB, fresh, ragged_batch

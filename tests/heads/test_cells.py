@@ -13,7 +13,7 @@ from torch import nn
 from csdraft import ModelDrafter
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context
-from csdraft.heads.chimera import Chimera
+from csdraft.heads.kinds.chimera import Chimera
 from csdraft.trainers.distillation import Distillation
 from csdraft.trainers.objective import Objective
 from csdraft.trainers.students import check_student

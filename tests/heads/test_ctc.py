@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from csdraft.heads.ctc import CtcOptions
+from csdraft.heads.kinds.ctc import CtcOptions
 from csdraft.trainers.students import check_student
 from tests.heads.kinds import new
 from tests.heads.learned import target

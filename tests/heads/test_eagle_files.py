@@ -16,8 +16,9 @@ from csdraft import ModelDrafter
 from csdraft.cascade import as_drafter
 from csdraft.cli import main
 from csdraft.heads import stored_head
-from csdraft.heads.eagle3_files import Eagle3Head
-from csdraft.heads.eagle_files import EagleHead
+from csdraft.heads.engines import ENGINES
+from csdraft.heads.formats.eagle import EagleHead
+from csdraft.heads.formats.eagle3 import Eagle3Head
 from csdraft.models import load_model
 from csdraft.trainers.students import make_student, save_student
 from tests.heads.kinds import new
@@ -247,7 +248,8 @@ def test_heads_of_csdrafts_own_layout_are_left_to_it(tmp_path):
 
 def refusals(folder: Path) -> dict[str, str | None]:
     head: Any = load_model(str(folder))
-    return head.refusals(json.loads((folder / "config.json").read_text()))
+    document = json.loads((folder / "config.json").read_text())
+    return {name: "; ".join(head.refusals(engine, document)) or None for engine, name in ENGINES.items()}
 
 
 @pytest.mark.parametrize("name", ["eagle", "hass"])

@@ -19,9 +19,9 @@ from csdraft import CascadeDrafter, MaxGram, ModelDrafter
 from csdraft.cascade import as_drafter
 from csdraft.cli import main
 from csdraft.export import export_drafter, served_target, whole_faults
-from csdraft.heads.eagle3_engines import eagle3_faults
-from csdraft.heads.eagle3_files import Eagle3Head
 from csdraft.heads.engines import ServedTarget, context_fault, serve_command
+from csdraft.heads.formats._eagle3_engines import eagle3_faults
+from csdraft.heads.formats.eagle3 import Eagle3Head
 from csdraft.models import load_model
 from csdraft.trainers.publish import serving
 from csdraft.trainers.students import make_student, save_student

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from csdraft import ModelDrafter
 from csdraft.cascade import as_drafter
 from csdraft.cli import main
-from csdraft.heads.medusa_files import MedusaHead
-from csdraft.heads.own_files import OwnHead
+from csdraft.heads.formats.medusa import MedusaHead
+from csdraft.heads.formats.own import OwnHead
 from csdraft.heads.stored_head import head_at
 from csdraft.models import load_model
 from csdraft.trainers.students import make_student, save_student

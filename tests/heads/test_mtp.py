@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from csdraft import CascadeDrafter, MaxGram, ModelDrafter
 from csdraft.cascade import as_drafter
 from csdraft.cli._models import _drafter
-from csdraft.heads.mtp_files import OWN
+from csdraft.heads.kinds.mtp import OWN
 from csdraft.models import load_model
 from csdraft.trees.best_first import BestFirst
 from csdraft.trees.sampled import Sampled

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from csdraft.heads.parallel import Parallel
+from csdraft.heads.kinds.parallel import Parallel
 from csdraft.heads.stored_head import head_at
 from csdraft.models import load_model
 from csdraft.trainers.students import check_student, save_student

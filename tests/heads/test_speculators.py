@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from csdraft import ModelDrafter
 from csdraft.cascade import as_drafter
 from csdraft.cli import main
-from csdraft.heads.eagle3_files import Eagle3Head
+from csdraft.heads.formats.eagle3 import Eagle3Head
 from tests.heads.learned import SHAPE, new_head, target, texts
 from tests.tiny import tokenizer
 

@@ -80,6 +80,7 @@ def test_it_comes_back_over_the_targets_tensors_and_drafts_alike(family, tied, t
     assert torch.equal(logits(network), logits(student))
     theirs = {parameter.data_ptr() for parameter in embeddings(target).values()}
     assert {parameter.data_ptr() for parameter in embeddings(network).values()} == theirs
+    assert embeddings(network).keys() == embeddings(target).keys()  # weights that are tied stay one parameter
     own = sum(tensor.numel() for tensor in stored(tmp_path / "tied").values())
     assert own == sum(parameter.numel() for parameter in network.parameters() if parameter.data_ptr() not in theirs)
     for share in (added_share(student, target), added_share(network, target)):

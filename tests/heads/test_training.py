@@ -17,7 +17,7 @@ from csdraft import CascadeDrafter, MaxGram, ModelDrafter
 from csdraft.cascade import as_drafter
 from csdraft.cli import main
 from csdraft.data.feature_cache import FeatureArguments, cache_features
-from csdraft.heads.eagle3_files import Eagle3Head
+from csdraft.heads.formats.eagle3 import Eagle3Head
 from csdraft.models import load_model
 from csdraft.trainers.run import distill
 from csdraft.trainers.students import check_student, load_student_weights, make_student

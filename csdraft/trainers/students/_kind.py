@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from csdraft import spec
 from csdraft.data.packing import IGNORED
 from csdraft.heads.folder import SWITCHING
+from csdraft.heads.formats.own import OwnHead
 from csdraft.heads.head import Head
 from csdraft.heads.layers import embeddings, fingerprint
-from csdraft.heads.own_files import OUTPUT, OwnHead
 from csdraft.heads.self_draft import model_name
 from csdraft.heads.stored_head import StoredHead, head_at
 from csdraft.heads.tied import Lender
@@ -80,9 +80,7 @@ class HeadKind(Student):
             head.embed_tokens.weight.copy_(theirs["input.weight"])
             head.start(rows[drafted.to(rows.device)].cpu())
         head.d2t.copy_(drafted - torch.arange(len(drafted)))
-        head.stored_by, head.lent = self.stored_by, dict(StoredHead.lends)
-        if head.frozen_output and len(drafted) == text.vocab_size:
-            head.lent |= OUTPUT
+        head.stored_by, head.lent = self.stored_by, head.lendable()
         for name in head.lent:
             head.get_parameter(name).requires_grad_(False)
         revision = getattr(target.config, "_commit_hash", None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from csdraft.heads.chimera import Chimera
+from csdraft.heads.kinds.chimera import Chimera
 from csdraft.trainers.students._kind import HeadKind
 
 __all__ = ["ChimeraStudent"]

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import smooth_l1_loss
 
-from csdraft.heads.clover2 import Clover2
+from csdraft.heads.kinds.clover2 import Clover2
 from csdraft.trainers.students._kind import HeadKind
 
 __all__ = ["Clover2Student"]

@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from csdraft.heads.ctc import Ctc, CtcOptions
-from csdraft.heads.own_files import OwnHead
+from csdraft.heads.formats.own import OwnHead
+from csdraft.heads.kinds.ctc import Ctc, CtcOptions
 from csdraft.trainers.students import parallel
 
 __all__ = ["CtcStudent"]

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from csdraft.heads.dflash import Dflash, DflashOptions
-from csdraft.heads.dflash_files import DflashHead
+from csdraft.heads.formats.dflash import DflashHead
+from csdraft.heads.kinds.dflash import Dflash, DflashOptions
 from csdraft.trainers.students import parallel
 
 __all__ = ["DflashStudent"]

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import smooth_l1_loss
 
-from csdraft.heads.eagle import Eagle
-from csdraft.heads.eagle_files import EagleHead
+from csdraft.heads.formats.eagle import EagleHead
+from csdraft.heads.kinds.eagle import Eagle
 from csdraft.trainers.students._kind import HeadKind
 
 __all__ = ["EagleStudent"]

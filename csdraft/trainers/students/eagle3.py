@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from csdraft.heads.eagle3 import Eagle3, Eagle3Options, default_layers
-from csdraft.heads.eagle3_files import Eagle3Head
+from csdraft.heads.formats.eagle3 import Eagle3Head
 from csdraft.heads.head import HeadOptions
+from csdraft.heads.kinds.eagle3 import Eagle3, Eagle3Options, default_layers
 from csdraft.trainers.students._kind import HeadKind
 
 __all__ = ["Eagle3Student"]

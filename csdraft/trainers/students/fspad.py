@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from csdraft.heads.fspad import Fspad
-from csdraft.heads.own_files import OwnHead
+from csdraft.heads.formats.own import OwnHead
+from csdraft.heads.kinds.fspad import Fspad
 from csdraft.trainers.students.eagle import EagleStudent
 
 __all__ = ["FspadStudent"]

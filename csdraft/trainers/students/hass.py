@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from csdraft.heads.hass import Hass
+from csdraft.heads.kinds.hass import Hass
 from csdraft.trainers.students.eagle import EagleStudent
 
 __all__ = ["HassStudent"]

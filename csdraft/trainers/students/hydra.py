@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from csdraft.heads.hydra import Hydra
+from csdraft.heads.kinds.hydra import Hydra
 from csdraft.trainers.students._kind import HeadKind
 
 __all__ = ["HydraStudent"]

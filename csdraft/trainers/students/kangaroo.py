@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from csdraft.heads.kangaroo import KangarooDraft, KangarooOptions, check_exit
+from csdraft.heads.kinds.kangaroo import KangarooDraft, KangarooOptions, check_exit
 from csdraft.stored import fit
 from csdraft.trainers.students._student import Counts, Student
 from csdraft.trainers.students.self_draft import check_engine

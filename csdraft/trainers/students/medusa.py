@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from csdraft.heads.medusa import Medusa
-from csdraft.heads.medusa_files import MedusaHead
+from csdraft.heads.formats.medusa import MedusaHead
+from csdraft.heads.kinds.medusa import Medusa
 from csdraft.trainers.students._kind import HeadKind
 
 __all__ = ["MedusaStudent"]

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from csdraft.heads.parallel import Parallel, ParallelOptions
-from csdraft.heads.parallel_files import ParallelHead
+from csdraft.heads.formats.parallel import ParallelHead
+from csdraft.heads.kinds.parallel import Parallel, ParallelOptions
 from csdraft.trainers.students import eagle3
 
 __all__ = ["ParallelStudent"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from csdraft.heads.redrafter import Redrafter
+from csdraft.heads.kinds.redrafter import Redrafter
 from csdraft.trainers.students._kind import HeadKind
 
 __all__ = ["RedrafterStudent"]

@@ -1,13 +1,14 @@
 """Recurrent Drafter (arXiv 2403.09919): a recurrent cell reads the drafted tokens, beside one hidden state.
 
-The state begins at 0, and each token changes it: s = silu(U s + W e(token) + b), where the first is the one that the
-target has chosen. Logits come from [h, s], where h is the target's hidden state of the text's last token: a matrix to
-one width, residual blocks as Medusa's, and an output layer of its own. The feature of an entry is [h, s].
+The state starts at 0, and each token changes it: s = silu(U s + W e(token) + b). The first token is the one that the
+target has chosen. Logits come from [h, s], where h is the target's hidden state of the text's last token: a matrix
+joins the two, residual blocks like Medusa's follow, and the output layer is the head's own. The feature of an entry is
+[h, s].
 
-The paper searches with beams, and finds the prefixes that beams share before the target reads them. csdraft's trees
-need no such step: a node is a prefix, so that what many branches share is drafted, and read, once. Trees of likely
-tokens, such as `BestFirst`, are the beams; all rules that verify trees apply, while the authors' rule for sampling,
-which compares beams with independent draws, is not exact and is left out.
+The paper searches with beams, and removes the prefixes that beams share before the target reads them. csdraft's trees
+need no such step: a node is a prefix, so a shared prefix is drafted and read once. Trees of likely tokens, such as
+`BestFirst`, replace the beams, and all verifiers of trees apply. The authors' rule for sampling compares beams with
+independent draws; it is not exact, so it is left out.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from csdraft.heads.head import Head, HeadOptions
-from csdraft.heads.medusa import Block
+from csdraft.heads.kinds.medusa import Block
 
 __all__ = ["Redrafter", "RedrafterOptions"]
 
 
 @dataclass(frozen=True)
 class RedrafterOptions(HeadOptions):
-    """Keys of `init.redrafter`; all steps count the same, as in the authors' code.
+    """Keys of `init.redrafter`. All steps have the same weight, as in the authors' code.
 
     Args:
         layers: residual blocks before the output layer.

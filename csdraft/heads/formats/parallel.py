@@ -1,6 +1,6 @@
-"""Parallel heads on disk: P-EAGLE folders in the layout of speculators, which vLLM loads.
+"""P-EAGLE in the layout of speculators, which vLLM loads: the folders of parallel heads.
 
-csdraft writes them without the embedding, which is the target's; folders of others may hold one of their own.
+csdraft writes them without the embedding, which is the target's; folders of others may hold one.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from csdraft.heads.eagle3 import Eagle3Options, default_layers
-from csdraft.heads.eagle3_files import EMBEDDING, KEPT, LAYERS, NORMS, SPECULATORS, Eagle3Head
 from csdraft.heads.engines import ServedTarget
 from csdraft.heads.folder import Names
-from csdraft.heads.parallel import Parallel, ParallelOptions
-from csdraft.heads.stored_head import StoredHead
+from csdraft.heads.formats._eagle3_engines import LAYERS, NORMS, SPECULATORS
+from csdraft.heads.formats.eagle3 import Eagle3Head, numbered, with_embedding
+from csdraft.heads.kinds.eagle3 import Eagle3Options, default_layers
+from csdraft.heads.kinds.parallel import Parallel, ParallelOptions
+from csdraft.heads.stored_head import LAYER_KEYS, StoredHead
 from csdraft.stored import fit
 
 __all__ = ["ParallelHead"]
@@ -28,31 +29,27 @@ class ParallelHead(Eagle3Head):
     """A parallel head without its target."""
 
     what = "parallel head"
-
-    @classmethod
-    def complete(cls, config: Any, options: Any) -> Parallel:
-        return Parallel(config, options)
-
-    def described(self) -> dict[str, str]:
-        described, options = super().described(), self.options
-        kind = described["kind"].replace("EAGLE-3 head", f"parallel head of {options.steps} tokens")
-        return described | {"kind": kind, "layers": f"{options.blocks}, token {options.mask_token} as placeholder"}
-
-    def refusals(self, config: Mapping[str, Any]) -> dict[str, str | None]:
-        return {"vLLM": None, "SGLang": "it reads no folders of speculators", "speculators": None}
+    methods = {"vllm": "eagle3", "speculators": "eagle3"}  # noqa: RUF012 - never written to
+    complete = Parallel
+    faults = StoredHead.faults
 
     @property
-    def read_layers(self) -> tuple[int, ...]:
-        return self.options.layers
+    def title(self) -> str:
+        return f"parallel head of {self.options.steps} tokens"
+
+    def details(self) -> dict[str, str]:
+        options = self.options
+        return super().details() | {"layers": f"{options.blocks}, token {options.mask_token} as placeholder"}
+
+    def refusals(self, engine: str, config: Mapping[str, Any]) -> list[str]:
+        return [] if engine in self.methods else ["it reads no folders of speculators"]
 
     @property
     def deepest(self) -> int:
         return self.options.steps
 
     def document(self, layers: tuple[int, ...] = ()) -> dict[str, Any]:
-        options, document, layers = self.options, super().document(layers), self.options.layers or layers
-        layer = {key: document[key] for key in KEPT} | {"num_hidden_layers": options.blocks}
-        base = self.base.name if self.base is not None else None
+        options, document = self.options, super().document(layers)
         plan = {"proposal_type": "greedy", "speculative_tokens": options.steps}
         return {
             MODEL_TYPE: "peagle",
@@ -61,33 +58,27 @@ class ParallelHead(Eagle3Head):
                 "algorithm": "peagle",
                 "default_proposal_method": "greedy",
                 "proposal_methods": [plan | {"verifier_accept_k": 1, "accept_tolerance": 0.0}],
-                "verifier": {"name_or_path": base, "architectures": []},
+                "verifier": {"name_or_path": self.target_name, "architectures": []},
             },
-            SPECULATORS: layer,
-            LAYERS: list(layers) or None,
+            SPECULATORS: {key: document[key] for key in LAYER_KEYS} | {"num_hidden_layers": options.blocks},
+            LAYERS: document.get(LAYERS),
             "mask_token_id": options.mask_token,
             "embed_requires_grad": False,
             **{key: document[key] for key in ("draft_vocab_size", "target_hidden_size", "dtype", *NORMS)},
         }
 
     def written(self) -> dict[str, Tensor]:
-        return {name.replace("midlayer.", "layers.0."): tensor for name, tensor in super().written().items()}
-
-    methods = {"vllm": "eagle3", "speculators": "eagle3"}  # noqa: RUF012 - never written to
-    faults = StoredHead.faults
+        return numbered(super().written())
 
     def exported(self, engine: str, target: ServedTarget, tokens: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Its folder is one of speculators already: the target's name is filled in, for speculators its embedding.
+        """Its folder already has the layout: it adds the target's name, and for speculators the target's embedding.
 
-        A head that reads fewer tokens of a draft is the same head: placeholders see none behind them.
+        A head stays the same if it drafts fewer tokens: placeholders do not see later ones.
         """
-        layers = self.options.layers or default_layers(target.layers)
-        document, tensors = self.document(layers), self.written()
+        document, tensors = self.document(self.options.layers or default_layers(target.layers)), self.written()
         document[PLANS]["proposal_methods"][0]["speculative_tokens"] = tokens
         document[PLANS]["verifier"] = {"name_or_path": target.name, "architectures": list(target.architectures)}
-        if engine == "speculators" and EMBEDDING not in tensors:
-            tensors[EMBEDDING] = target.embedding().to(tensors["fc.weight"].dtype, copy=True)
-        return document, tensors
+        return document, with_embedding(tensors, target) if engine == "speculators" else tensors
 
     @classmethod
     def recognises(cls, config: Mapping[str, Any], names: Names) -> bool:

@@ -1,43 +1,114 @@
-"""The next-token module of a target on disk: tensors of the target's own folder, which its class leaves unread.
+"""The next-token module that a target carries itself (multi-token prediction: DeepSeek-V3, arXiv 2412.19437).
 
-They are named `model.layers.N` with N from the number of the target's layers on (DeepSeek-V3, GLM-4.5), or `mtp`
-(Mellum, in the layout of Qwen3-Next). Which tensor is which, and how experts are put together, is transformers' own
-conversion (`MtpModel`). Embedding and output layer are the target's; copies of them in the folder are not read.
+Entry i joins norm(embedding of token i + 1) and norm(hidden state of token i) by one matrix. A decoder layer of the
+target's own class reads that, and after a norm the target's output layer makes the logits of token i + 2. The hidden
+state is the one after the target's last norm. In a draft it is the module's own output, after the module's norm.
+Transformers' `generate(use_mtp=True)` does the same. One module can draft any number of tokens this way, although it
+was mostly trained for the first.
+
+The module is transformers' `MtpLayer`. Its weights are in the target's own folder, where the target's class leaves
+them unread: in `model.layers.N` with N from the number of the target's layers on (DeepSeek-V3, GLM-4.5), or in `mtp`
+(Mellum, in the layout of Qwen3-Next). Transformers' `MtpModel` converts names and experts. The embedding and the
+output layer are the target's; copies of them in the folder are not read.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedConfig
+from torch import Tensor, nn
 
+from csdraft.decoding.cache_names import cache_name
 from csdraft.decoding.traits import FULL, SLIDING
 from csdraft.heads.folder import read_chosen
-from csdraft.heads.head import Head
+from csdraft.heads.head import EMBEDDING, OUTPUT, Head, HeadOptions
 from csdraft.heads.layers import check_whole, embeddings
-from csdraft.heads.mtp import Mtp
-from csdraft.heads.on_target import OnTarget, called
+from csdraft.heads.on_target import OnTarget, called, frozen, name_only, set_parameter
 from csdraft.heads.self_draft import MTP, write_document
 
-__all__ = ["OWN", "OwnModule"]
+__all__ = ["OWN", "Mtp", "OwnModule"]
 
 SOME = 4
 """Names of tensors that a message lists."""
 NUMBERED = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
+class Mtp(Head):
+    """A target's module as a head.
+
+    Args:
+        config: of the module; its class is the target's, and it has one layer.
+        module: a `MtpLayer`.
+        rotary: makes the rotary embedding, of the target's class.
+        kind: the layer's kind of attention, if the rotary embedding depends on it.
+        window: how many entries it sees, itself included; None: all. A draft must be less deep than that.
+    """
+
+    attention_layers = 1
+    frozen_output = True
+
+    def __init__(self, config: Any, module: nn.Module, rotary: nn.Module, kind: str | None, window: int | None):
+        super().__init__(config, HeadOptions())
+        if window is not None:  # `near` applies it, not the cache
+            self.config.layer_types = self.config.sliding_window = None
+        self.module, self.rotary, self.kind, self.window = module, rotary, kind, window
+        self._cache_name = cache_name(type(module).forward) or ""
+
+    @property
+    def deepest(self) -> int | None:
+        return None if self.window is None else self.window - 1
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """The target's config says how experts run."""
+        return True
+
+    def unrolled(self, *_: Any) -> Iterator[Tensor]:
+        raise ValueError("a target's own next-token module is not trained by csdraft; train a head: init={...}")
+
+    def make_buffers(self) -> None:
+        """Does nothing: the rotary embedding is given."""
+
+    def output(
+        self, input_ids: Tensor, position_ids: Tensor, features: Tensor, mask: Tensor | None, cache: Any
+    ) -> Tensor:
+        embedded = self.embed_tokens(input_ids).to(features.dtype)
+        kind = {} if self.kind is None else {"layer_type": self.kind}
+        mask = mask if self.window is None else near(mask, position_ids, cache, self.window)
+        rotary = self.rotary(embedded, position_ids=position_ids, **kind)
+        places = {"position_ids": position_ids, self._cache_name: cache}
+        return self.module(embedded, features, position_embeddings=rotary, attention_mask=mask, **places)
+
+    def draft_logits(self, output: Tensor) -> Tensor:
+        return self.lm_head(output)
+
+
+def near(mask: Tensor | None, positions: Tensor, cache: Any, window: int) -> Tensor:
+    """(rows, 1, queries, slots) bool: what entries see within the window.
+
+    Slot i holds entry i of the text. Slots of drafted entries may lie behind their positions, but never too far, since
+    the window is longer than a draft.
+    """
+    own, keys = positions[..., None], positions[:, None]  # (rows, queries, 1), (rows, 1, slots)
+    if cache is not None:
+        slots = cache.get_mask_sizes(positions.shape[1], 0)[0] if mask is None else mask.shape[-1]
+        keys = torch.arange(slots, device=positions.device)[None, None]
+    mask = (keys <= own)[:, None] if mask is None else mask
+    seen = mask & (keys > own - window)[:, None]
+    return seen | (~seen.any(-1, keepdim=True) & mask)  # a padding query must see something
+
+
 class OwnModule(OnTarget):
-    """The module of whatever target it is bound to, read from that target's folder when it is."""
+    """The module of any target that it is bound to; `bind` reads it from the target's folder."""
 
     what, use = "drafter", "is the next-token module of a target"
 
     def __init__(self) -> None:
-        config: Any = PreTrainedConfig  # its fields are not typed
-        super().__init__(config(name_or_path=MTP), {})
+        super().__init__(name_only(MTP), {})
 
     def check(self, target: Any) -> None:
         """Raises ValueError if a target has no such module, or one that csdraft cannot draft with."""
@@ -55,7 +126,7 @@ class OwnModule(OnTarget):
             )
         if (kind := _kind(config)) not in (FULL, SLIDING):
             raise ValueError(
-                f"{called(target)} has a next-token module of kind {kind}, and csdraft drafts with those of kinds "
+                f"{called(target)} has a next-token module of kind {kind}; csdraft drafts with those of kinds "
                 f"{FULL} and {SLIDING}"
             )
 
@@ -66,18 +137,16 @@ class OwnModule(OnTarget):
         table = theirs["input.weight"]
         dtype = table.dtype if table.dtype.is_floating_point else torch.float32
         made = _read(target, dtype, table.device)
-        rotary = type(made.rotary_emb)(made.config).to(
-            table.device
-        )  # the target's may lack the module's kind of layer
+        # The target's own rotary embedding may lack the module's kind of layer.
+        rotary = type(made.rotary_emb)(made.config).to(table.device)
         kind = _kind(target.config.get_text_config(decoder=True))
         window = made.config.sliding_window if kind == SLIDING else None
         with torch.device("meta"):
             head = Mtp(made.config, made.layers[0], rotary, kind if made.has_per_layer_rope else None, window)
         head.d2t = torch.zeros(len(head.d2t), dtype=torch.long, device=table.device)
-        head.lent = {"embed_tokens.weight": "input.weight", "lm_head.weight": "output.weight"}
+        head.lent = EMBEDDING | OUTPUT
         for name, source in head.lent.items():
-            lent = theirs.get(source, table)  # an output layer may be the embedding
-            head.get_submodule(name.partition(".")[0]).weight = nn.Parameter(lent.detach(), requires_grad=False)
+            set_parameter(head, name, frozen(theirs.get(source, table)))  # an output layer may be the embedding
         head.stored_by = OwnModule
         head.config._name_or_path = MTP
         return head.requires_grad_(False).eval()
@@ -85,20 +154,18 @@ class OwnModule(OnTarget):
     def open(self, target: Any, dtype: torch.dtype) -> Any:
         raise ValueError(f"{MTP!r} is a part of the target, which csdraft does not train; train a head: init={{...}}")
 
-    # On disk: a note that the target has it.
-
     @classmethod
     def of(cls, head: Any, state_dict: Any = None) -> OwnModule:
         return OWN
 
     def save(self, folder: str | Path) -> None:
-        """Writes a drafter.json: the weights are in the target's folder."""
+        """Writes a drafter.json alone: the weights are in the target's folder."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         write_document(folder, MTP, {})
 
 
 OWN = OwnModule()
-"""The only one: it keeps the modules of all targets that it is bound to."""
+"""The only one. It keeps the modules of all targets that it is bound to."""
 
 
 def _read(target: Any, dtype: torch.dtype, device: torch.device) -> Any:
@@ -137,7 +204,7 @@ def _read(target: Any, dtype: torch.dtype, device: torch.device) -> Any:
 
 
 def _kind(config: Any) -> str:
-    """Of a target's config, the kind of attention of its module."""
+    """The module's kind of attention, from a target's config."""
     return (getattr(config, "mtp_layer_types", None) or (FULL,))[0]
 
 

@@ -1,13 +1,14 @@
-"""Hydra (arXiv 2402.05109): Medusa's heads made sequential, each reads the tokens drafted before it, too.
+"""Hydra (arXiv 2402.05109): Medusa's heads made sequential. Each head also reads the tokens drafted before it.
 
-Head k reads the hidden state of the text's last token and the embeddings of the k tokens that follow it: the one that
-the target has chosen, and k - 1 drafted ones. Its first block is W x + silu(V x + b) from all of them to one width,
-further blocks are Medusa's, and its output layer is its own. With `prefix` it is Hydra++: a decoder layer first reads
-the target's hidden states along the text, and the heads read its output. The paper's heads then have four layers.
+Head k reads the hidden state of the text's last token and the embeddings of the k tokens after it: the one that the
+target has chosen, and k - 1 drafted ones. Its first block, W x + silu(V x + b), turns all of them into one vector.
+Further blocks are Medusa's, and the output layer is the head's own. With `prefix` it is Hydra++: a decoder layer first
+reads the target's hidden states along the text, and the heads read its output. The paper's heads then have four
+layers.
 
-The feature of an entry is the hidden state, room for the embeddings of as many tokens as there are heads, and how many
-of these have been read, which chooses the head. W is a matrix, as in the authors' code; in a new head here it is the
-hidden state and little of the rest.
+The feature of an entry is the hidden state, the embeddings of up to `steps` tokens, and how many of these have been
+read, which chooses the head. W is a matrix, as in the authors' code. In a new head it passes on the hidden state and
+little of the rest.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from csdraft.heads.head import Head, HeadOptions
-from csdraft.heads.medusa import Block
+from csdraft.heads.kinds.medusa import Block
+from csdraft.heads.numbered import Numbered
 from csdraft.heads.text_layer import TextLayer
 
 __all__ = ["Hydra", "HydraOptions"]
@@ -43,12 +45,12 @@ class HydraOptions(HeadOptions):
         super().__post_init__()
         if self.layers < 1:
             raise ValueError(
-                f"layers={self.layers} of a Hydra head; the first makes one vector of all: give at least 1"
+                f"layers={self.layers} of a Hydra head; give at least 1: the first layer joins all vectors into one"
             )
 
 
 class Joining(nn.Module):
-    """W x + silu(V x + b) from several vectors to one; in a new head it is the first vector and little of the rest."""
+    """Joins vectors into one: W x + silu(V x + b). A new one passes on the first vector and little of the rest."""
 
     def __init__(self, count: int, width: int):
         super().__init__()
@@ -65,7 +67,7 @@ class Joining(nn.Module):
         self.linear.bias.zero_()
 
 
-class Hydra(Head):
+class Hydra(Numbered, Head):
     """Hydra, and Hydra++ with `prefix`."""
 
     Options = HydraOptions
@@ -87,10 +89,6 @@ class Hydra(Head):
     @classmethod
     def layers_of(cls, options: HydraOptions) -> int:
         return int(options.prefix)
-
-    @property
-    def deepest(self) -> int:  # type: ignore[override]
-        return self.options.steps
 
     @property
     def feature_width(self) -> int:
@@ -119,10 +117,6 @@ class Hydra(Head):
         read = torch.where(place[..., None], embedded, read.unflatten(-1, (steps, width)))
         return torch.cat([hidden, read.flatten(-2), count + 1], -1)
 
-    def draft_logits(self, output: Tensor) -> Tensor:
-        width, number = self.config.hidden_size, output[..., -1].long().clamp(max=self.deepest)
-        logits = output.new_empty(*output.shape[:-1], len(self.d2t))
-        for one in number.unique().tolist():
-            chosen = output[number == one][:, : (1 + one) * width]  # (positions, (1 + one) width)
-            logits[number == one] = self.outputs[one - 1](self.blocks[one - 1](chosen))
-        return logits
+    def logits_of(self, number: int, output: Tensor) -> Tensor:
+        read = output[:, : (2 + number) * self.config.hidden_size]  # (positions, (2 + number) width)
+        return self.outputs[number](self.blocks[number](read))

@@ -2,12 +2,11 @@
 
 Entry i of the head reads token i + 1 and the feature of token i, and predicts token i + 2. The feature is the
 target's hidden states after three blocks, fused by one matrix. The layer's attention reads [norm(embedding),
-norm(feature)], its residual is the feature, and its output, before the last norm, is the feature of the next entry
-while the head drafts on its own. The output layer has rows for the draft vocabulary only: all other tokens get
-probability 0.
+norm(feature)], and its residual is the feature. In a draft the layer's output, before the last norm, is the feature of
+the next entry. The output layer has rows for the draft vocabulary only: all other tokens get probability 0.
 
-The layer is made of transformers' Llama parts; only what EAGLE-3 changes of them is written here. Names of modules are
-those of published checkpoints (`csdraft/heads/eagle3_files.py` reads and writes them).
+The layer is made of transformers' Llama parts; this file has only what EAGLE-3 changes. Modules have the names of
+published checkpoints, which `csdraft/heads/formats/eagle3.py` reads and writes.
 """
 
 from __future__ import annotations
@@ -29,16 +28,16 @@ __all__ = ["Eagle3", "Eagle3Options", "default_layers"]
 
 @dataclass(frozen=True)
 class Eagle3Options:
-    """What makes one EAGLE-3 head differ from another, beside its layer's config.
+    """What distinguishes one EAGLE-3 head from another, beside its layer's config.
 
     Args:
-        layers: hidden states of the target that are fused: k stands for the one after k blocks.
+        layers: the target's hidden states that are fused; k is the one after k blocks.
         target_width: their width.
-        draft_vocab: tokens that it can draft.
+        draft_vocab: how many tokens it can draft.
         norm_before_residual: whether the residual is the normed feature.
         norm_before_fc: whether the hidden states are normed together before they are fused.
         fc_norm: whether each hidden state is normed before they are fused.
-        norm_output: whether the feature that it hands on is normed.
+        norm_output: whether the feature for the next entry is normed.
         steps, decay: how it is trained, see `HeadOptions`.
     """
 
@@ -57,7 +56,7 @@ def default_layers(count: int) -> tuple[int, int, int]:
     """The hidden states that EAGLE-3 fuses of a target of `count` layers; ValueError if it has too few."""
     if count < 6:
         raise ValueError(
-            f"an EAGLE-3 head reads the hidden states after blocks 2, L/2 and L - 3 by default, and the target has "
+            f"an EAGLE-3 head reads the hidden states after blocks 2, L/2 and L - 3 by default, but the target has "
             f"L={count} layers; name others by layers, such as {list(range(min(3, count)))}"
         )
     return 2, count // 2, count - 3
@@ -82,7 +81,7 @@ class Layer(nn.Module):
     def forward(
         self, embedded: Tensor, features: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: Any
     ) -> Tensor:
-        """(rows, queries, width) its output; embeddings and features are of that shape, too."""
+        """(rows, queries, width) its output, from embeddings and features of the same shape."""
         normed = self.hidden_norm(features)
         residual = normed if self.norm_before_residual else features
         both = torch.cat([self.input_layernorm(embedded), normed], -1)  # (rows, queries, 2 width)

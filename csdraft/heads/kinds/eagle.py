@@ -1,15 +1,15 @@
 """EAGLE-1 (arXiv 2401.15077): one decoder layer that predicts the target's next feature.
 
 The feature is what the target's output layer reads: the last hidden state, after the last norm. Entry i joins the
-embedding of token i + 1 and the feature of token i by one matrix, and a Llama layer, whose input is not normed, turns
-that into a prediction of the feature of token i + 1. The target's own output layer then gives the logits of token
-i + 2. In a draft the predicted feature takes the place of the target's.
+embedding of token i + 1 and the feature of token i by one matrix. A Llama layer without an input norm turns that into
+a prediction of the feature of token i + 1, and the target's own output layer gives the logits of token i + 2. In a
+draft the predicted feature replaces the target's.
 
 Training compares the distributions, and the features themselves (SmoothL1). It adds noise to the features that the
 head reads, since those of a draft are never exact. The original code makes the noise smaller in longer texts; here it
 does not depend on the length, because rows are packed. EAGLE-2 (arXiv 2406.16858) drafts trees with the same module.
 
-Names of modules are those of published checkpoints (`csdraft/heads/eagle_files.py` reads and writes them).
+Modules have the names of published checkpoints, which `csdraft/heads/formats/eagle.py` reads and writes.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class EagleOptions(HeadOptions):
     """Keys of `init.eagle`.
 
     Args:
-        regression: weight of the distance between predicted and true features, SmoothL1 averaged over the width. The
-            weight of the distributions is that of the losses: 0.1 in the paper, to 1 here.
-        noise: in training, uniform noise from -noise to noise is added to the target's features that the head reads.
-        bias: whether the matrix that joins embedding and feature has a bias: SGLang loads heads with one, vLLM loads
-            heads without.
+        regression: weight of the distance between predicted and true features, SmoothL1 averaged over the width.
+            `losses` of the recipe weighs the distributions; the paper's ratio is 1 to 0.1.
+        noise: training adds uniform noise from -noise to noise to the target's features that the head reads.
+        bias: whether the matrix that joins embedding and feature has a bias. SGLang loads only heads with one, vLLM
+            only heads without.
     """
 
     steps: int = 1
@@ -72,7 +72,7 @@ class Eagle(Head):
         self.post_init()
 
     def joined(self, embedded: Tensor, features: Tensor) -> Tensor:
-        """(rows, queries, width) what the layer reads; embeddings and features are of that shape, too."""
+        """(rows, queries, width) what the layer reads, from embeddings and features of the same shape."""
         return self.fc(torch.cat([embedded, features], -1))
 
     def output(

@@ -1,24 +1,27 @@
-"""What serving engines ask of a folder with an EAGLE-3 head: all that they would refuse, or take for another head.
+"""What serving engines want of a folder with an EAGLE-3 head: all that they would refuse, or take for another head.
 
-For a missing or unknown tensor vLLM raises an error; SGLang and the package speculators draw random numbers, or ignore
-it. All of that counts as refused here.
+For a missing or unknown tensor vLLM raises an error. SGLang and the package speculators use random numbers, or ignore
+it. All of these count as refused here.
 
-Engines number the target's hidden states in two ways. At the top level of config.json, where vLLM and speculators
-look, k is the state after k blocks. In `eagle_config`, where SGLang looks, the same state is k - 1, the number of the
-block that computes it. A folder for both has different numbers in the two places.
+Engines number the target's hidden states in two ways. At the top level of config.json, which vLLM and speculators
+read, k is the state after k blocks. In `eagle_config`, which SGLang reads, the same state is k - 1, the number of the
+block that computes it. So a folder for both has different numbers in the two places.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LlamaConfig
 
 from csdraft.heads.engines import ServedTarget, context_fault, target_faults, tensor_faults
-from csdraft.heads.folder import check_drafted
+from csdraft.heads.folder import BROKEN_CONFIG, check_drafted
+from csdraft.heads.kinds.eagle3 import Eagle3, Eagle3Options
 from csdraft.stored import fit, shown
 
 __all__ = ["LAYERS", "NORMS", "SPECULATORS", "eagle3_faults", "named_layers", "speculators_document"]
@@ -27,19 +30,34 @@ LAYERS = "eagle_aux_hidden_state_layer_ids"
 SPECULATORS = "transformer_layer_config"
 NORMS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 ARCHITECTURE = "LlamaForCausalLMEagle3"
-OF_VLLM = (ARCHITECTURE, "Eagle3LlamaForCausalLM")
+TAKEN = {"vllm": (ARCHITECTURE, "Eagle3LlamaForCausalLM"), "sglang": (ARCHITECTURE,)}
+"""The architectures that an engine takes in the original layout."""
 OF_HEAD = ("draft_vocab_size", "target_hidden_size", *NORMS, LAYERS)
 """Keys that stand outside of `transformer_layer_config`."""
 NOT_OF_LAYER = (*OF_HEAD, "eagle_config", "architectures", "rope_theta", "dtype", "transformers_version")
 VERSION = "0.9.0"
-"""Of speculators, whose layout is written."""
+"""The version of speculators whose layout is written."""
+NEEDED = ("speculators_config.proposal_methods[0].speculative_tokens", "speculators_config.verifier.name_or_path")
+"""Places in config.json that vLLM reads in the layout of speculators."""
+OF_PACKAGE = {
+    "speculators_config.algorithm": "eagle3",
+    "speculators_config.default_proposal_method": "greedy",
+    "speculators_config.proposal_methods[0].proposal_type": "greedy",
+}
+"""Places that the package speculators reads as well, and what they must hold."""
+OF_LAYER = {"model_type": "llama", "num_hidden_layers": 1, "hidden_act": "silu"}
+"""Keys of the layer and their only value; the last one may be missing."""
+NOT_OF_SGLANG = ("attention_bias", "mlp_bias", "bias", "tie_word_embeddings", "norm_before_residual")
+"""Flags that SGLang ignores in such a head."""
+MOST_STATES = 1000
+"""Hidden states that a config may ask for."""
 
 
 def named_layers(document: Mapping[str, Any], at: str = "config.json") -> tuple[int, ...]:
     """The hidden states that a config names, k for the one after k blocks; none if it leaves them open.
 
     Args:
-        at: the file, which messages name.
+        at: the file, for messages.
     """
     if top := document.get(LAYERS):
         return fit(top, tuple[int, ...], f"{at}: {LAYERS}")
@@ -48,14 +66,12 @@ def named_layers(document: Mapping[str, Any], at: str = "config.json") -> tuple[
 
 
 def speculators_document(document: Mapping[str, Any], target: ServedTarget, tokens: int) -> dict[str, Any]:
-    """config.json of the speculators format, from that of the original layout.
+    """config.json in the layout of speculators, made from that in the original layout.
 
     Args:
-        target: named in it, as speculators and vLLM load it.
+        target: its name is written, because speculators and vLLM load it.
         tokens: drafted a round.
     """
-    layer = {key: value for key, value in document.items() if key not in NOT_OF_LAYER}
-    proposal = {"proposal_type": "greedy", "speculative_tokens": tokens}
     return {key: document[key] for key in OF_HEAD} | {
         "architectures": ["Eagle3DraftModel"],
         "dtype": document["dtype"],
@@ -63,19 +79,20 @@ def speculators_document(document: Mapping[str, Any], target: ServedTarget, toke
         "speculators_config": {
             "algorithm": "eagle3",
             "default_proposal_method": "greedy",
-            "proposal_methods": [proposal],
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": tokens}],
             "verifier": {"architectures": list(target.architectures), "name_or_path": target.name},
         },
         "speculators_model_type": "eagle3",
         "speculators_version": VERSION,
         "tie_word_embeddings": False,
-        SPECULATORS: layer,  # vLLM takes 3 hidden states unless num_aux_hidden_states is there
+        # It keeps num_aux_hidden_states, without which vLLM takes 3 hidden states.
+        SPECULATORS: {key: value for key, value in document.items() if key not in NOT_OF_LAYER},
     }
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A folder as one engine sees it."""
+    """A folder as one engine reads it."""
 
     engine: str
     config: Mapping[str, Any]
@@ -83,31 +100,42 @@ class Seen:
     target: ServedTarget | None
 
     @property
-    def in_parts(self) -> bool:
-        """Whether it has the layout of speculators."""
+    def nested(self) -> bool:
+        """Whether it has the layout of speculators, with the layer's keys in a document of their own."""
         return SPECULATORS in self.config or "speculators_model_type" in self.config
 
     @property
     def layer(self) -> Mapping[str, Any]:
         """The keys of its layer."""
-        return fit(self.config.get(SPECULATORS), dict[str, Any], SPECULATORS) if self.in_parts else self.config
+        return fit(self.config.get(SPECULATORS), dict[str, Any], SPECULATORS) if self.nested else self.config
 
     @property
     def eagle(self) -> Mapping[str, Any]:
         return fit(self.config.get("eagle_config") or {}, dict[str, Any], "eagle_config")
 
-    def number(self, key: str, default: int | None = None) -> int:
+    def at(self, place: str) -> Any:
+        """The value at a place of config.json such as `a.b[0].c`; None if there is none."""
+        found: Any = self.config
+        for key in re.findall(r"\w+", place):
+            if isinstance(found, list):
+                found = dict(enumerate(found)).get(int(key)) if key.isdigit() else None
+            else:
+                found = found.get(key) if isinstance(found, Mapping) else None
+        return found
+
+    def _value(self, key: str) -> Any:
         found = self.config.get(key)
-        found = self.layer.get(key) if found is None else found
-        if found is None and default is not None:
-            return default
+        return self.layer.get(key) if found is None else found
+
+    def number(self, key: str, default: int | None = None) -> int:
+        found = self._value(key)
+        found = default if found is None else found
         if found is None:
             raise ValueError(f"{key} is missing")
         return fit(found, int, key)
 
     def flag(self, key: str) -> bool:
-        found = self.config.get(key)
-        return fit((self.layer.get(key) if found is None else found) or False, bool, key)
+        return fit(self._value(key) or False, bool, key)
 
     @property
     def count(self) -> int:
@@ -128,7 +156,7 @@ class Seen:
 
     @property
     def rows(self) -> int:
-        """Of its output layer."""
+        """How many tokens the output layer has."""
         return self.number("draft_vocab_size", self.number("vocab_size"))
 
 
@@ -140,18 +168,18 @@ def eagle3_faults(
     Args:
         engine: a key of `ENGINES`.
         config, tensors: of the folder.
-        target: what it is to draft for; without it its sizes are not compared.
+        target: the model that it is to draft for; without it, sizes are not compared.
     """
     seen = Seen(engine, config, tensors, target)
-    if seen.in_parts and engine == "sglang":
+    if seen.nested and engine == "sglang":
         return [f"{SPECULATORS}: it reads no folders of speculators; export with --to sglang"]
-    if not seen.in_parts and engine == "speculators":
+    if not seen.nested and engine == "speculators":
         return [f"{SPECULATORS} is missing: the folder has another layout; export with --to speculators"]
     found: list[str] = []
-    for rule in (_speculators if seen.in_parts else _original, _layer, _head, _sglang, _hidden_states, _tensors):
+    for rule in (_speculators if seen.nested else _original, _layer, _head, _sglang, _hidden_states, _tensors):
         try:
             found += rule(seen)
-        except ValueError as error:  # a key of another type
+        except ValueError as error:  # a key is missing or of another type
             found.append(str(error))
     if engine == "speculators" and not found:  # vLLM reads the same folder
         found = [f"vLLM: {fault}" for fault in eagle3_faults("vllm", config, tensors, target)]
@@ -159,12 +187,11 @@ def eagle3_faults(
 
 
 def _original(seen: Seen) -> Iterator[str]:
-    """Keys of the layout of the original code."""
+    """Keys of the original layout."""
     names = fit(seen.config.get("architectures") or [], list[str], "architectures")
-    taken = [name if name.startswith("Eagle3") or name.endswith("Eagle3") else f"Eagle3{name}" for name in names]
-    if seen.engine == "sglang" and names != [ARCHITECTURE]:
-        yield f"architectures={names} is not [{ARCHITECTURE!r}]"
-    if seen.engine == "vllm" and (not taken or taken[0] not in OF_VLLM):
+    # vLLM takes its first architecture, and puts Eagle3 in front of other names.
+    first = [name if name.startswith("Eagle3") or name.endswith("Eagle3") else f"Eagle3{name}" for name in names[:1]]
+    if (names if seen.engine == "sglang" else first) not in [[name] for name in TAKEN[seen.engine]]:
         yield f"architectures={names} is not [{ARCHITECTURE!r}]"
     before = seen.eagle.get("norm_before_fc")
     if before is not None and before != seen.flag("norm_before_fc"):
@@ -174,32 +201,17 @@ def _original(seen: Seen) -> Iterator[str]:
 
 
 def _speculators(seen: Seen) -> Iterator[str]:
-    """Keys of the layout of speculators. What is missing is an error in vLLM, or open to two readings."""
-    if (kind := seen.config.get("speculators_model_type")) != "eagle3":
-        yield f"speculators_model_type={kind!r} is not 'eagle3'"
-    said = fit(seen.config.get("speculators_config") or {}, dict[str, Any], "speculators_config")
-    methods = fit(said.get("proposal_methods") or [], list[dict[str, Any]], "proposal_methods") or [{}]
-    verifier = fit(said.get("verifier") or {}, dict[str, Any], "speculators_config.verifier")
-    needed = {
-        "speculators_config.proposal_methods[0].speculative_tokens": methods[0].get("speculative_tokens"),
-        "speculators_config.verifier.name_or_path": verifier.get("name_or_path"),
-    }
-    yield from (f"{key} is missing" for key, value in needed.items() if value is None)
+    """Keys of the layout of speculators. vLLM refuses a folder without one, or the engines' defaults differ."""
+    wanted = {"speculators_model_type": "eagle3"} | (OF_PACKAGE if seen.engine == "speculators" else {})
+    for place, value in wanted.items():
+        if (found := seen.at(place)) != value:
+            yield f"{place}={shown(found)} is not {value!r}"
+    yield from (f"{place} is missing" for place in NEEDED if seen.at(place) is None)
     if "norm_before_residual" not in seen.config:
         yield "norm_before_residual is missing: vLLM takes true, speculators false"
-    if seen.engine == "speculators":
-        yield from _of_package(seen, said, methods[0], verifier)
-
-
-def _of_package(seen: Seen, said: Any, method: Any, verifier: Any) -> Iterator[str]:
-    """What the package asks beyond vLLM."""
-    fixed = {
-        "speculators_config.algorithm": (said.get("algorithm"), "eagle3"),
-        "speculators_config.default_proposal_method": (said.get("default_proposal_method"), "greedy"),
-        "speculators_config.proposal_methods[0].proposal_type": (method.get("proposal_type"), "greedy"),
-    }
-    yield from (f"{key}={found!r} is not {wanted!r}" for key, (found, wanted) in fixed.items() if found != wanted)
-    if not isinstance(verifier.get("architectures"), list):
+    if seen.engine != "speculators":
+        return
+    if not isinstance(seen.at("speculators_config.verifier.architectures"), list):
         yield "speculators_config.verifier.architectures is missing"
     if "draft_vocab_size" not in seen.config:
         yield "draft_vocab_size is missing: it takes 32000"
@@ -215,7 +227,7 @@ def _of_package(seen: Seen, said: Any, method: Any, verifier: Any) -> Iterator[s
 def _layer(seen: Seen) -> Iterator[str]:
     """Keys of its decoder layer."""
     layer = seen.layer
-    for key, wanted in {"model_type": "llama", "num_hidden_layers": 1, "hidden_act": "silu"}.items():
+    for key, wanted in OF_LAYER.items():
         if key not in layer and key != "hidden_act":
             yield f"{key} is missing; write {wanted!r}"
         elif layer.get(key, wanted) != wanted:
@@ -228,7 +240,7 @@ def _layer(seen: Seen) -> Iterator[str]:
 
 
 def _head(seen: Seen) -> Iterator[str]:
-    """Keys of what surrounds the layer."""
+    """Keys of the head around its layer."""
     vocab = seen.number("vocab_size")
     if not 0 < seen.rows <= vocab:
         yield f"draft_vocab_size={seen.rows} is not from 1 to vocab_size={vocab}"
@@ -239,10 +251,10 @@ def _head(seen: Seen) -> Iterator[str]:
 
 
 def _sglang(seen: Seen) -> Iterator[str]:
-    """What SGLang cannot do, or does not look at."""
+    """What SGLang cannot do, or ignores."""
     if seen.engine != "sglang":
         return
-    for key in ("attention_bias", "mlp_bias", "bias", "tie_word_embeddings", "norm_before_residual"):
+    for key in NOT_OF_SGLANG:
         if seen.flag(key):
             yield f"{key} is true, which it does not know in such a head; use vLLM"
     if seen.config.get("logit_scale", 1.0) != 1.0:
@@ -261,78 +273,63 @@ def _sglang(seen: Seen) -> Iterator[str]:
 
 def _hidden_states(seen: Seen) -> Iterator[str]:
     """Which hidden states it fuses."""
-    layers, top = named_layers(seen.config), seen.config.get(LAYERS)
-    inner = seen.eagle.get(LAYERS)
+    layers, top, inner = named_layers(seen.config), seen.config.get(LAYERS), seen.eagle.get(LAYERS)
+    blocks = [k - 1 for k in layers]
     if layers and seen.count != len(layers):
         yield f"num_aux_hidden_states is {seen.count} to it, and {LAYERS} names {len(layers)}"
-    if seen.engine == "sglang" and top and inner != [k - 1 for k in layers]:
+    if seen.engine == "sglang" and top and inner != blocks:
         yield (
             f"eagle_config.{LAYERS}={inner}, where it numbers blocks from 0: for the hidden states after blocks "
-            f"{list(layers)} write {[k - 1 for k in layers]}"
+            f"{list(layers)} write {blocks}"
         )
     if seen.engine != "sglang" and inner and not top:
         yield (
             f"{LAYERS} is missing at the top level; it would take the numbers of eagle_config, which count from 0, for"
             f" numbers from 1: write {list(layers)} at the top"
         )
-    if len(set(layers)) < len(layers) or list(layers) != sorted(layers) or (layers and layers[0] < 0):
+    if list(layers) != sorted(set(layers)) or (layers and layers[0] < 0):
         yield f"{LAYERS}={list(layers)} must rise from 0: engines hand hidden states over in the target's order"
 
 
 def _tensors(seen: Seen) -> Iterator[str]:
     """Names, shapes and types of its tensors."""
-    names = _as_taken(seen)
-    wanted, vocab = _wanted(seen), seen.number("vocab_size")
-    # speculators means to load a missing embedding from the target, and takes what lies in memory for it.
+    names, wanted, vocab = _renamed(seen), _wanted(seen), seen.number("vocab_size")
+    # Without an embedding speculators means to load the target's, but uses uninitialised memory.
     optional = set() if seen.engine == "speculators" else {"embed_tokens.weight"}
     yield from tensor_faults(names, wanted, optional, {"t2d"})
     if "d2t" in wanted and "d2t" in names and names["d2t"].dtype == torch.int64:
         check_drafted(names, vocab, "the folder")
         if seen.engine == "speculators" and names["d2t"].shape == wanted["d2t"]:
-            drafted, t2d = names["d2t"] + torch.arange(seen.rows), names.get("t2d")
+            drafted, t2d = names["d2t"] + torch.arange(seen.rows), names.get("t2d")  # (draft vocab,), (vocab,)
             if t2d is None or t2d.shape != (vocab,) or t2d.nonzero()[:, 0].tolist() != drafted.sort().values.tolist():
                 yield f"t2d must be true for the {seen.rows} tokens of d2t, of {vocab}"
 
 
-def _as_taken(seen: Seen) -> dict[str, Tensor]:
+def _renamed(seen: Seen) -> dict[str, Tensor]:
     """The tensors by the names that the engine gives them."""
     if seen.engine == "speculators":
         return dict(seen.tensors)
-    names = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in seen.tensors.items()}
-    if seen.engine == "sglang":
-        return {name.removeprefix("model."): tensor for name, tensor in names.items()}
-    return names
+    prefix = "model." if seen.engine == "sglang" else ""
+    return {name.replace("midlayer.", "layers.0.").removeprefix(prefix): t for name, t in seen.tensors.items()}
 
 
 def _wanted(seen: Seen) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor that the engine reads."""
-    width, inner, vocab = seen.width, seen.number("intermediate_size"), seen.number("vocab_size")
+    """The shape of each tensor that the engine reads: those of an `Eagle3` of this config."""
+    if seen.count > MOST_STATES:
+        raise ValueError(f"num_aux_hidden_states={seen.count} is more than {MOST_STATES}")
     heads = seen.number("num_attention_heads")
-    size = seen.number("head_dim", width // max(heads, 1))
-    keys = seen.number("num_key_value_heads", heads) * size
-    fused = seen.count * seen.target_width
-    projections = {
-        "self_attn.q_proj": (heads * size, 2 * width), "self_attn.k_proj": (keys, 2 * width),
-        "self_attn.v_proj": (keys, 2 * width), "self_attn.o_proj": (width, heads * size),
-        "mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width), "mlp.down_proj": (width, inner),
-    }  # fmt: skip
-    wanted: dict[str, tuple[int, ...]] = {
-        "embed_tokens.weight": (vocab, width),
-        "fc.weight": (width, fused),
-        "norm.weight": (width,),
-        "lm_head.weight": (seen.rows, width),
-    }
-    for name in ("input_layernorm", "hidden_norm", "post_attention_layernorm"):
-        wanted[f"layers.0.{name}.weight"] = (width,)
-    for name, shape in projections.items():
-        wanted[f"layers.0.{name}.weight"] = shape
-        if seen.flag("attention_bias" if name.startswith("self_attn") else "mlp_bias"):
-            wanted[f"layers.0.{name}.bias"] = shape[:1]
-    if seen.flag("norm_before_fc"):
-        wanted["input_norm.weight"] = (fused,)
-    if seen.flag("fc_norm"):
-        norms = range(min(seen.count, len(seen.tensors) + 1))  # a config may say any number
-        wanted |= {f"fc_norm.{i}.weight": (seen.target_width,) for i in norms}
-    if seen.rows != vocab:
-        wanted["d2t"] = (seen.rows,)
+    sizes: dict[str, Any] = {key: seen.number(key) for key in ("vocab_size", "hidden_size", "intermediate_size")}
+    sizes |= {"num_attention_heads": heads, "num_key_value_heads": seen.number("num_key_value_heads", heads)}
+    sizes |= {"head_dim": seen.number("head_dim", seen.width // max(heads, 1))}
+    sizes |= {key: seen.flag(key) for key in ("attention_bias", "mlp_bias")}
+    norms = {key: seen.flag(key) for key in NORMS}
+    options = Eagle3Options((0,) * seen.count, seen.target_width, seen.rows, **norms)
+    try:
+        with torch.device("meta"):
+            head = Eagle3(LlamaConfig(**sizes), options)
+    except BROKEN_CONFIG as error:
+        raise ValueError(f"no EAGLE-3 head has the sizes of its config.json: {error}") from error
+    wanted = {name.replace("midlayer.", "layers.0."): tuple(t.shape) for name, t in head.state_dict().items()}
+    if seen.rows == sizes["vocab_size"]:
+        del wanted["d2t"]
     return wanted

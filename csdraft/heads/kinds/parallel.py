@@ -1,13 +1,13 @@
 """A parallel head: all tokens of a draft from one forward (ParallelSpec, arXiv 2410.05589; P-EAGLE, arXiv 2602.01469).
 
-It is an EAGLE-3 head that reads placeholders after the text's last entry, one for each further token. Such a one has
-the embedding of one fixed token and one learned feature. It sees the text and the placeholders before it, never a
-drafted token: so the distribution of the third drafted token is the same whatever the first two are. Drafting a chain
-or a tree takes one forward of the layers; each further token is an output layer alone.
+It is an EAGLE-3 head that reads placeholders after the text's last entry, one for each further token. A placeholder
+has the embedding of one fixed token and one learned feature. It sees the text and the placeholders before it, never a
+drafted token, so the distribution of the third drafted token does not depend on the first two. Drafting a chain or a
+tree takes one forward of the layers; each further token costs only an output layer.
 
-Following P-EAGLE, the text's last entry itself gives the first token, so that k tokens take k - 1 placeholders. Their
-keys and values are never kept. The papers' attention mask lets placeholders of one entry see those of no other entry;
-in a draft, only those of the last entry are read.
+As in P-EAGLE, the text's last entry itself gives the first token, so k tokens take k - 1 placeholders. Their keys and
+values are never kept. In the papers' attention mask placeholders of one entry do not see those of another; in a draft,
+only those of the last entry are read.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
 from csdraft.decoding.cache_names import cache_name
-from csdraft.heads.eagle3 import Eagle3, Eagle3Options
 from csdraft.heads.head import Steps, step_masks, text_mask
+from csdraft.heads.kinds.eagle3 import Eagle3, Eagle3Options
 from csdraft.heads.stack import Beside, Stack, beside_mask
 
 __all__ = ["Parallel", "ParallelOptions"]
@@ -31,11 +31,11 @@ __all__ = ["Parallel", "ParallelOptions"]
 
 @dataclass(frozen=True)
 class ParallelOptions(Eagle3Options):
-    """What makes one parallel head differ from another, beside its layers' config.
+    """What distinguishes one parallel head from another, beside its layers' config.
 
     Args:
-        mask_token: its embedding stands in placeholders.
-        blocks: decoder layers; the first is EAGLE-3's, the others are Llama's.
+        mask_token: the token whose embedding the placeholders have.
+        blocks: how many decoder layers it has; the first is EAGLE-3's, the others are Llama's.
         steps: how many tokens it drafts.
         decay: weight of a token in the loss, relative to the one before.
     """
@@ -45,7 +45,7 @@ class ParallelOptions(Eagle3Options):
 
 
 class Parallel(Stack, Eagle3):
-    """A parallel head; names of modules are those of speculators, but for `midlayer`, its layers.0."""
+    """A parallel head. Modules have the names of speculators, except `midlayer`, which is its layers.0."""
 
     _no_split_modules = ["Layer", "LlamaDecoderLayer"]  # noqa: RUF012 - transformers' own way
 
@@ -81,7 +81,7 @@ class Parallel(Stack, Eagle3):
         return nn.functional.pad(next(self._groups(input_ids, position_ids, features, mask, 1)), (1, 0))
 
     def unrolled(self, input_ids: Tensor, position_ids: Tensor, features: Tensor, steps: int) -> Iterator[Tensor]:
-        """Placeholders of all entries, one step after the other: step s reads the s-th of each entry."""
+        """Step s reads the s-th placeholder of every entry."""
         sees, ids = text_mask(position_ids), input_ids.roll(-1, 1)
         for output in self._groups(ids, position_ids, features, sees, steps):
             yield nn.functional.pad(output, (1, 0))
@@ -89,14 +89,14 @@ class Parallel(Stack, Eagle3):
     def _groups(
         self, input_ids: Tensor, position_ids: Tensor, features: Tensor, sees: Tensor, count: int
     ) -> Iterator[Tensor]:
-        """(rows, length, width) outputs of entries, then of the first placeholder behind each, and so on."""
+        """(rows, length, width) outputs of the entries, then of the first placeholder after each, and so on."""
         embedded, hidden, cache = self.embed_tokens(input_ids), self.first(features), Steps()
         for step, mask in enumerate(step_masks(sees, count)):
             yield self._run(embedded, hidden, position_ids + step, mask, cache)
             embedded, hidden = self._placeholders(*position_ids.shape)
 
     def _placeholders(self, rows: int, count: int) -> tuple[Tensor, Tensor]:
-        """(rows, count, width) embeddings, and as many features."""
+        """(rows, count, width) embeddings, and features of the same shape."""
         hidden = self.mask_hidden[0, 0].split(self.options.target_width)
         feature = self.fused(dict(zip(self.taps, hidden, strict=True)))
         embedded = self.embed_tokens.weight[self.options.mask_token]
@@ -105,7 +105,7 @@ class Parallel(Stack, Eagle3):
     def _run(
         self, embedded: Tensor, features: Tensor, position_ids: Tensor, mask: Tensor | None, cache: Any
     ) -> Tensor:
-        """(rows, queries, width) what the layers compute."""
+        """(rows, queries, width) output of the layers."""
         rotary = self.rotary(features, position_ids)
         hidden = self.midlayer(embedded.to(features.dtype), features, rotary, mask, cache)
         for layer in self.layers.values():

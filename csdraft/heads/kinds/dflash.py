@@ -1,15 +1,15 @@
 """DFlash (arXiv 2602.06036): a block of tokens from one forward, whose placeholders see one another.
 
-The block is the text's last token and one placeholder for each token to draft, with embeddings of the target's. Its
-attention goes both ways within the block. Of the text it sees only what the target has computed: hidden states of
-several layers are fused by one matrix, and every layer of the head makes its keys and values of them. So no layer ever
-runs over the text, and the head's cache holds projections of features.
+The block is the text's last token and one placeholder for each token to draft, with the target's embeddings. Within
+the block, attention is bidirectional. Of the text, the block sees only the target's hidden states: one matrix fuses
+those of several layers, and every layer of the head makes keys and values from the result. So no layer ever runs over
+the text, and the head's cache holds projections of features.
 
-In terms of entries: entry i has the feature of token i, which every layer projects, and token i + 1, with which a
-block after it begins. Placeholder j of that block predicts token i + 1 + j. Where `from_anchor` is set, the block's
-first token predicts the next one itself, and the block is a placeholder shorter.
+Entry i holds the feature of token i, which every layer projects, and token i + 1, the first token of a block after it.
+Placeholder j of that block predicts token i + 1 + j. If `from_anchor` is set, the block's first token predicts the
+next one itself, and the block has one placeholder less.
 
-The layers are Qwen 3's: Llama's with queries and keys normed. Names of modules are those of published checkpoints.
+The layers are Qwen 3's: Llama's with normed queries and keys. Modules have the names of published checkpoints.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ Rotary = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class DflashOptions:
-    """What makes one DFlash head differ from another, beside its layers' config.
+    """What distinguishes one DFlash head from another, beside its layers' config.
 
     Args:
-        layers: hidden states of the target that are fused: k stands for the one after k blocks.
+        layers: the target's hidden states that are fused; k is the one after k blocks.
         target_width: their width.
-        draft_vocab: tokens that it can draft.
-        mask_token: its embedding stands in placeholders.
-        blocks: decoder layers.
+        draft_vocab: how many tokens it can draft.
+        mask_token: the token whose embedding the placeholders have.
+        blocks: how many decoder layers it has.
         steps: how many tokens it drafts.
         decay: weight of a token in the loss, relative to the one before.
-        from_anchor: whether the block's first token predicts, too.
+        from_anchor: whether the block's first token also predicts one.
     """
 
     layers: tuple[int, ...]
@@ -57,7 +57,7 @@ class DflashOptions:
 
 
 class Block(nn.Module):
-    """One decoder layer: a block reads itself, and the text by keys and values of the target's features."""
+    """One decoder layer. A block of tokens reads itself, and keys and values made from the target's features."""
 
     def __init__(self, config: LlamaConfig, number: int):
         super().__init__()
@@ -70,7 +70,7 @@ class Block(nn.Module):
         )
 
     def project(self, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-        """(rows, heads, queries, head size) keys and values of (rows, queries, width)."""
+        """(rows, heads, queries, head size) keys and values from (rows, queries, width)."""
         keys, values = (self._heads(hidden, name) for name in ("k_proj", "v_proj"))
         return _rotated(self.self_attn.get_submodule("k_norm")(keys), rotary), values
 
@@ -80,7 +80,7 @@ class Block(nn.Module):
         Args:
             hidden: (rows, blocks x length, width).
             keys, values: (rows, heads, slots, head size) of the text.
-            mask: (rows, 1, blocks, slots) bool: what of the text each block sees; None: all, with one block a row.
+            mask: (rows, 1, blocks, slots) bool: which slots of the text each block sees; None: all, one block a row.
         """
         normed = self.input_layernorm(hidden)
         queries = _rotated(self.self_attn.get_submodule("q_norm")(self._heads(normed, "q_proj")), rotary)
@@ -94,7 +94,7 @@ class Block(nn.Module):
 
 
 def _rotated(states: Tensor, rotary: Rotary) -> Tensor:
-    """(rows, heads, queries, head size) with rotary factors of (rows, queries, head size)."""
+    """(rows, heads, queries, head size) states after rotation by factors of (rows, queries, head size)."""
     cos, sin = (factor[:, None] for factor in rotary)
     return states * cos + rotate_half(states) * sin
 
@@ -111,13 +111,9 @@ def _attended(
 ) -> Tensor:
     """(rows, blocks x length, width) attention of each block to itself, and to what it sees of the text."""
     heads = own_keys.shape[1]
-    grouped = queries.unflatten(1, (heads, -1)).unflatten(
-        3, (blocks, -1)
-    )  # (rows, heads, group, blocks, length, size)
-    own = (
-        states.unflatten(2, (blocks, -1)) for states in (own_keys, own_values)
-    )  # (rows, heads, blocks, length, size)
-    own_keys, own_values = own
+    # Einsum letters: rows, heads, group of query heads, blocks, length, slots, c = length of keys, d = head size.
+    grouped = queries.unflatten(1, (heads, -1)).unflatten(3, (blocks, -1))  # rhgbld
+    own_keys, own_values = (states.unflatten(2, (blocks, -1)) for states in (own_keys, own_values))  # rhbcd
     to_text = torch.einsum("rhgbld,rhsd->rhgbls", grouped, keys) * scaling
     if mask is not None:
         to_text = to_text.masked_fill(~mask[:, :, None, :, None], float("-inf"))
@@ -130,7 +126,7 @@ def _attended(
 
 
 class Dflash(Stack, Head):
-    """A DFlash head, complete with an embedding and an output layer, which are mostly the target's."""
+    """A DFlash head. Its embedding is mostly the target's, and so is the output layer if it drafts all tokens."""
 
     frozen_output = True
     _no_split_modules = ["Block"]  # noqa: RUF012 - transformers' own way
@@ -169,7 +165,7 @@ class Dflash(Stack, Head):
         return nn.functional.pad(outputs[:, :, 0], (1, 0))
 
     def unrolled(self, input_ids: Tensor, position_ids: Tensor, features: Tensor, steps: int) -> Iterator[Tensor]:
-        """A block behind every entry, at once: step s is its s-th prediction."""
+        """Reads a block after every entry at once; step s is the s-th prediction of each block."""
         mask, ids = text_mask(position_ids), input_ids.roll(-1, 1)
         outputs = self._blocks(ids, position_ids, self.first(features), mask, None)
         for step in range(steps):
@@ -178,20 +174,20 @@ class Dflash(Stack, Head):
     def _blocks(
         self, anchors: Tensor, position_ids: Tensor, features: Tensor, mask: Tensor | None, cache: Any
     ) -> Tensor:
-        """(rows, blocks, k, width) outputs of blocks behind the last entries, after the entries are read.
+        """(rows, blocks, k, width) outputs of blocks after the last entries, once the entries are read.
 
         Args:
-            anchors: (rows, blocks) the tokens that blocks begin with.
+            anchors: (rows, blocks) the first token of each block.
             position_ids: (rows, queries) of the entries.
             features: (rows, queries, width) of the entries.
             mask: (rows, 1, blocks, slots) bool: which slots each block sees; None: all.
-            cache: takes keys and values of the entries.
+            cache: keeps keys and values of the entries.
         """
         (rows, count), options = anchors.shape, self.options
         length = options.steps + (not options.from_anchor)
-        ids = anchors[..., None].repeat(1, 1, length)
+        ids = anchors[..., None].repeat(1, 1, length)  # (rows, blocks, length)
         ids[..., 1:] = options.mask_token
-        places = position_ids[:, -count:, None] + torch.arange(1, 1 + length, device=ids.device)
+        places = position_ids[:, -count:, None] + torch.arange(1, 1 + length, device=ids.device)  # as ids
         hidden = self.embed_tokens(ids.flatten(1)).to(features.dtype)
         of_text, of_blocks = self.rotary(hidden, position_ids), self.rotary(hidden, places.flatten(1))
         for number, layer in enumerate(self.layers):

@@ -1,10 +1,10 @@
 """Medusa-1 (arXiv 2401.10774): independent heads on the last hidden state, one for each of the next positions.
 
-Head k makes the distribution of the token k + 1 places after the one that the target's own output layer is about to
-choose, whatever is drafted in between: a residual block, x + silu(W x + b), and an output layer of its own.
+The target's own output layer is about to choose a token. Head k predicts the token k + 1 places after it, whatever is
+drafted in between: a residual block, x + silu(W x + b), and an output layer of its own.
 
-The feature of an entry is the hidden state of its text's last token beside a number, how many tokens have been drafted
-since, which chooses the head.
+The feature of an entry is the hidden state of the text's last token and a number: how many tokens have been drafted
+since then. The number chooses the head.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from csdraft.heads.head import Head, HeadOptions
+from csdraft.heads.numbered import Numbered
 
 __all__ = ["Medusa", "MedusaOptions"]
 
@@ -34,7 +35,7 @@ class MedusaOptions(HeadOptions):
 
 
 class Block(nn.Module):
-    """x + silu(W x + b); W and b are 0 in a new head, so that it begins as the target's output layer."""
+    """x + silu(W x + b); W and b are 0 in a new head, which thus starts as the target's output layer."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -48,8 +49,8 @@ class Block(nn.Module):
         self.linear.bias.zero_()
 
 
-class Medusa(Head):
-    """Medusa-1; names of modules are those of published checkpoints."""
+class Medusa(Numbered, Head):
+    """Medusa-1. Modules have the names of published checkpoints."""
 
     Options = MedusaOptions
     output_layer = False
@@ -62,10 +63,6 @@ class Medusa(Head):
             for _ in range(options.steps)
         )
         self.post_init()
-
-    @property
-    def deepest(self) -> int:  # type: ignore[override]
-        return self.options.steps
 
     @property
     def feature_width(self) -> int:
@@ -85,9 +82,5 @@ class Medusa(Head):
     ) -> Tensor:
         return torch.cat([features[..., :-1], features[..., -1:] + 1], -1)
 
-    def draft_logits(self, output: Tensor) -> Tensor:
-        hidden, number = output[..., :-1], output[..., -1].long().clamp(max=self.deepest) - 1
-        logits = hidden.new_empty(*hidden.shape[:-1], len(self.d2t))
-        for one in number.unique().tolist():
-            logits[number == one] = self.medusa_head[one](hidden[number == one])
-        return logits
+    def logits_of(self, number: int, output: Tensor) -> Tensor:
+        return self.medusa_head[number](output[:, :-1])

@@ -1,17 +1,17 @@
-"""Clover-2 (arXiv 2408.00264): one layer reads the text, and a recurrent cell drafts from what it computes.
+"""Clover-2 (arXiv 2408.00264): one layer reads the text, and a recurrent cell drafts from the layer's output.
 
-Along the text, each hidden state x of the target takes in the next token by regressive attention (of Clover, arXiv
-2405.00263): x + c v, where q is made of the norm of x, k and v of the token's embedding, and c is the cosine of q and
-k in each attention head. The augmenting block, a decoder layer with a cache, reads the result; it runs for tokens of
-the text alone. The first token is drafted from norm(W1 x), where x is the block's output. Each drafted token then
-changes x by a second regressive attention, and the next is drafted from norm(W2 [x, embedding]). What is drafted from
-is also compared with the target's hidden state at that place, and the target's own output layer reads it.
+Along the text, each hidden state x of the target takes in the next token by regressive attention (from Clover, arXiv
+2405.00263): x + c v, where q comes from the norm of x, k and v from the token's embedding, and c is the cosine of q
+and k in each attention head. The augmenting block, a decoder layer with a cache, reads the result. It runs for tokens
+of the text only. The first token is drafted from norm(W1 x), where x is the block's output. Each drafted token then
+changes x by a second regressive attention, and the next is drafted from norm(W2 [x, embedding]). The target's own
+output layer reads these normed vectors, and training also compares them with the target's hidden states.
 
-The feature of an entry is x, what is drafted from, and how many tokens have been read since the text.
-Different from the authors' code: x begins as the hidden state after the target's last norm (there before it), the
-augmenting block has one layer (there two) and begins at random (there as the target's last layer), tokens are embedded
-as by the target (there by the rows of the output layer), and every position counts (there only those where each
-earlier token is among the target's likely ones).
+The feature of an entry is x, the normed vector, and how many tokens have been read since the text.
+Differences from the authors' code: x starts as the hidden state after the target's last norm (theirs: before it). The
+augmenting block has one layer (theirs: two) and starts at random (theirs: as the target's last layer). Tokens have the
+target's embeddings (theirs: rows of the output layer). Every position counts (theirs: only where each earlier token is
+among the target's likely ones).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Clover2Options(HeadOptions):
     """Keys of `init.clover2`.
 
     Args:
-        regression: weight of the loss that compares hidden states, beside that of the tokens.
+        regression: weight of the loss that compares hidden states; `losses` of the recipe weighs the tokens.
     """
 
     steps: int = 5
@@ -45,7 +45,7 @@ class Clover2Options(HeadOptions):
 
 
 class Regressive(nn.Module):
-    """x + c v, see the file's docstring: how a hidden state takes in a token."""
+    """x + c v: how a hidden state takes in a token, see the top of the file."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -98,5 +98,5 @@ class Clover2(Head):
         return self.lm_head(self.drafts_from(output))
 
     def drafts_from(self, features: Tensor) -> Tensor:
-        """(..., width) what the output layer reads."""
+        """(..., width) the vector that the output layer reads."""
         return features[..., self.config.hidden_size : -1]

@@ -1,16 +1,17 @@
-"""A CTC drafter (arXiv 2412.00061): frames from one forward, of which each holds a token, a repetition, or nothing.
+"""A CTC drafter (arXiv 2412.00061): one forward gives frames, and each frame holds a token, a repetition, or nothing.
 
-Frame t has a distribution over the draft vocabulary and a blank. A path takes one symbol a frame; it stands for the
-text that is left when repetitions are merged and blanks are dropped. So the probability of a text is a sum over paths,
-and frames need not agree beforehand on which of them holds which token, unlike those of a parallel head.
+Each frame has a distribution over the draft vocabulary and a blank. A path takes one symbol from each frame. Merging
+its repetitions and dropping its blanks gives the path's text, so the probability of a text is a sum over paths. Unlike
+a parallel head, no frame is tied to one position of the draft.
 
-The paper searches for likely texts and drafts those, which have no probability token by token. Here each token is
-drafted from its exact conditional distribution: after drafted tokens y, token v has the probability that a path's text
-begins with y v, over the probability that it begins with y and goes on. The forward recursion of CTC gives both, by
-frame: `ended` in a blank, or `held` in y's last token. It is carried from one drafted token to the next.
+The paper searches for likely texts and drafts those, without probabilities for single tokens. Here each token is
+drafted from its exact conditional distribution. After drafted tokens y, the probability of token v is the probability
+that a path's text starts with y v, divided by the probability that it starts with y and continues. The forward
+recursion of CTC gives both, for each number of frames: `ended` for paths that end in a blank, `held` for paths that
+end in the last token of y. The head carries it from one drafted token to the next.
 
-Frames are the outputs of a parallel head (`csdraft/heads/parallel.py`), more of them than tokens. Each further token
-costs an output layer of all frames.
+The frames are the outputs of a parallel head (`csdraft/heads/kinds/parallel.py`); there are more of them than tokens.
+Each further token costs an output layer of all frames.
 """
 
 from __future__ import annotations
@@ -24,22 +25,22 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from csdraft.heads.head import text_mask
-from csdraft.heads.parallel import Parallel, ParallelOptions
+from csdraft.heads.kinds.parallel import Parallel, ParallelOptions
 
 __all__ = ["Ctc", "CtcOptions"]
 
 LOW = -1e3
-"""The logarithm of what counts as 0."""
+"""Log-probability that counts as 0."""
 BASE, DIGITS = 256, 3
-"""A token's number is carried in digits that bfloat16 holds exactly."""
+"""A feature holds a token's number as digits, which bfloat16 can hold exactly."""
 
 
 @dataclass(frozen=True)
 class CtcOptions(ParallelOptions):
-    """What makes one CTC head differ from another, beside its layers' config.
+    """What distinguishes one CTC head from another, beside its layers' config.
 
     Args:
-        frames: how many there are; from them `steps` tokens are drafted.
+        frames: how many frames one forward gives; `steps` tokens are drafted from them.
     """
 
     frames: int = 8
@@ -53,14 +54,14 @@ class CtcOptions(ParallelOptions):
 
 
 class State(NamedTuple):
-    """What is carried from one drafted token to the next.
+    """The state that the head carries from one drafted token to the next.
 
     Attributes:
         frames: (..., frames, width) outputs, normed.
-        total: (..., frames) logarithm of the sum over symbols, of each frame.
-        held, ended: (..., frames + 1) log-probability that the paths of so many frames stand for the drafted tokens
-            and end in the last of them, or in a blank; up to a constant.
-        last: (..., 3) digits of the last drafted token, as the head numbers tokens from 1; zeros where there is none.
+        total: (..., frames) logarithm of the sum over all symbols of a frame.
+        held, ended: (..., frames + 1) log-probability, up to a constant, that a path over the first 0, 1, ... frames
+            gives the drafted tokens and ends in the last of them (held) or in a blank (ended).
+        last: (..., 3) digits of the last drafted token's number in the draft vocabulary, from 1; 0: no token yet.
     """
 
     frames: Tensor
@@ -71,7 +72,7 @@ class State(NamedTuple):
 
 
 class Ctc(Parallel):
-    """A CTC head; names of modules are those of a parallel head."""
+    """A CTC head. Modules have the names of a parallel head's."""
 
     Options: Any = CtcOptions
 
@@ -93,7 +94,7 @@ class Ctc(Parallel):
         scores = self.lm_head(state.frames).float() - state.total[..., None]  # (..., frames, draft vocab)
         either = torch.logaddexp(state.held, state.ended)[..., :-1, None]
         logits = (scores + either).logsumexp(-2)
-        last = _number(state.last)[..., None] - 1  # (..., 1); -1 where there is none
+        last = _number(state.last)[..., None] - 1  # (..., 1); -1: no token yet
         place = last.clamp(min=0)
         own = scores.gather(-1, place[..., None, :].expand(*scores.shape[:-1], 1))  # (..., frames, 1)
         again = (own + state.ended[..., :-1, None]).logsumexp(-2)  # the same token again takes a blank between
@@ -128,7 +129,7 @@ class Ctc(Parallel):
         return self.begun(torch.stack(list(self._groups(input_ids, position_ids, features, mask, self.outputs)), 2))
 
     def unrolled(self, input_ids: Tensor, position_ids: Tensor, features: Tensor, steps: int) -> Iterator[Tensor]:
-        """Frames of all entries at once; then one token of the text after the other is taken."""
+        """Makes the frames of all entries at once, then takes the text's tokens one after the other."""
         output = self.every(input_ids.roll(-1, 1), position_ids, features, text_mask(position_ids))
         for step in range(steps):
             yield output
@@ -142,21 +143,21 @@ class Ctc(Parallel):
 
 
 def _scored(frames: Tensor, row: Tensor) -> Tensor:
-    """(...) logits of one symbol, of frames (..., width), by its row of the output layer."""
+    """(...) logits of one symbol in frames, (..., width), from the symbol's row of the output layer."""
     return (frames * row).sum(-1).float()
 
 
 def _joined(state: State) -> Tensor:
-    """(..., feature width) a state behind an empty mark."""
+    """(..., feature width) an empty mark, then a state."""
     parts = [state.frames.flatten(-2), state.total, state.held, state.ended, state.last]
     return nn.functional.pad(torch.cat([part.to(state.frames.dtype) for part in parts], -1), (1, 0))
 
 
 def _digits(numbers: Tensor) -> Tensor:
-    """(..., 3) digits of whole numbers, the smallest first."""
+    """(..., 3) digits of whole numbers, the least significant first."""
     return torch.stack([numbers // BASE**digit % BASE for digit in range(DIGITS)], -1)
 
 
 def _number(digits: Tensor) -> Tensor:
-    """The whole numbers that have such digits."""
+    """(...) whole numbers from digits, (..., 3)."""
     return sum(digits[..., digit].long() * BASE**digit for digit in range(DIGITS))  # type: ignore[return-value]

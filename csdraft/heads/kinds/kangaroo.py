@@ -1,14 +1,14 @@
-"""Kangaroo (arXiv 2404.18911): the target's first layers draft, with a trained adapter in place of all others.
+"""Kangaroo (arXiv 2404.18911): the target's first layers draft, and a trained adapter replaces all other layers.
 
 The adapter is one attention block with a norm before it, and a last norm; it has no MLP. The target's own output layer
-reads what it computes. The paper ends a draft where the adapter is unsure: the schedule `confidence` does that.
+reads its output. The paper ends a draft where the adapter is unsure: the schedule `confidence` does that.
 
-Here the drafter is an ordinary small model: k layers over the target's tensors, the adapter as its last layer, and a
-cache of its own for all of them. So chains, trees, batches and verifiers are those of any model. What it costs:
+Here the drafter is an ordinary small model: k layers over the target's tensors, the adapter as its last layer, and its
+own cache for all of them. So it drafts chains and trees in batches like any model. This has a price:
 
 * The paper computes the first k layers once, for draft and check. Here the target computes them again when it checks.
 * The drafter reads the prompt, and a token or two of each round, through its k + 1 layers, and holds their keys and
-  values. The target's hidden states after block k would not spare it that: drafted tokens also look at the first
+  values. The target's hidden states after block k could not replace that: drafted tokens also look at the first
   layers' keys and values of the text, and those lie in the target's cache.
 
 The adapter's attention is of the target's family, with as many heads. It starts as that of block k, and the last norm
@@ -26,12 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from csdraft.heads.folder import read_tensors
+from csdraft.heads.folder import check_tensors, read_tensors, write_tensors
 from csdraft.heads.layers import check_layers, fingerprint, layer_stacks, shared_layers
-from csdraft.heads.on_target import OnTarget, called
-from csdraft.heads.self_draft import DOCUMENT, KANGAROO, model_name, write_document
-from csdraft.heads.tied import Lender
-from csdraft.stored import fit
+from csdraft.heads.on_target import OnTarget, name_only, set_parameter
+from csdraft.heads.self_draft import DOCUMENT, KANGAROO, Lender, write_document
+from csdraft.stored import fit, naming
 
 __all__ = ["KangarooDraft", "KangarooOptions", "check_exit"]
 
@@ -43,29 +42,33 @@ class KangarooOptions:
     """Keys of `init.kangaroo`.
 
     Args:
-        layers: of the target, the first ones, that draft; the paper has 2 of 32.
+        layers: how many of the target's first layers draft; the paper uses 2 of 32.
     """
 
     layers: int = 2
 
 
 def check_exit(config: Any, layers: int) -> None:
-    """Raises ValueError unless an adapter can follow on so many layers of a target of this config."""
+    """Raises ValueError unless an adapter can follow this number of a target's layers.
+
+    Args:
+        config: the target's.
+    """
     check_layers(config, [0])
     if config.is_encoder_decoder:
         raise ValueError(f"kangaroo: a {config.model_type!r} target is an encoder-decoder; give a decoder-only one")
     if not 0 < layers < config.num_hidden_layers:
         raise ValueError(
-            f"kangaroo: layers={layers} must be from 1 to {config.num_hidden_layers - 1}, since the target has "
-            f"{config.num_hidden_layers} and the adapter stands for at least the last"
+            f"kangaroo: layers={layers} must be from 1 to {config.num_hidden_layers - 1}: the target has "
+            f"{config.num_hidden_layers}, and the adapter replaces at least the last"
         )
 
 
 class KangarooDraft(OnTarget):
-    """An adapter without the layers that it stands on; `bind` puts it on a target.
+    """An adapter without the target's layers; `bind` puts it on a target.
 
     Args:
-        layers: how many of the target's.
+        layers: how many of the target's layers come before it.
         base: the target that it was trained on.
         state: its tensors, by their names in the complete model.
         source: the folder or Hub id it was loaded from.
@@ -74,31 +77,18 @@ class KangarooDraft(OnTarget):
     what, use = "kangaroo adapter", "stands on a target's first layers"
 
     def __init__(self, layers: int, base: Lender, state: Mapping[str, Tensor], source: str = ""):
-        from transformers import PreTrainedConfig
-
-        config: Any = PreTrainedConfig  # its fields are not typed
-        super().__init__(config(name_or_path=source, vocab_size=base.vocab_size), state)
+        super().__init__(name_only(source, vocab_size=base.vocab_size), state)
         self.layers, self.base = layers, base
 
     @classmethod
     def new(cls, target: Any, layers: int) -> Any:
-        """A complete model with an adapter to be trained, in float32."""
-        revision = getattr(target.config, "_commit_hash", None)
-        base = Lender(model_name(target), revision, fingerprint(target), target.config.vocab_size)
-        return _with_adapter(target, cls(layers, base, {})).float()
+        """A complete model with a new adapter to train, in float32."""
+        return _with_adapter(target, cls(layers, Lender.of(target, fingerprint(target)), {})).float()
 
     # Binding.
 
-    def check(self, target: Any) -> None:
-        if (found := fingerprint(target)) != self.base.fingerprint:
-            raise ValueError(
-                f"{self._name} was trained on {self.base.name}, whose weights have fingerprint "
-                f"{self.base.fingerprint}; the target {called(target)} has {found}. Decode with that target, or "
-                "train an adapter for this one"
-            )
-
     def open(self, target: Any, dtype: torch.dtype) -> Any:
-        """In this dtype as a whole: of a target in another one its layers are copied."""
+        """See `OnTarget.open`; the target's layers are copied if they have another dtype."""
         self.check(target)
         return self._filled(_with_adapter(target, self)).to(dtype)
 
@@ -109,14 +99,8 @@ class KangarooDraft(OnTarget):
     def _filled(self, network: Any) -> Any:
         """The network with the stored tensors in its adapter."""
         own, state = {n: p for n, p in network.named_parameters() if n not in network.lent}, self.state
-        wrong = sorted(own.keys() ^ state.keys()) or [n for n in own if own[n].shape != state[n].shape]
-        if wrong:
-            name = wrong[0]
-            shapes = [tuple(where[name].shape) if name in where else "no such tensor" for where in (state, own)]
-            raise ValueError(
-                f"{self._name} does not fit the target's first {self.layers} layers: it has {shapes[0]} as {name}, "
-                f"an adapter on them {shapes[1]}; get {FILE} and {DOCUMENT} again, as they were saved"
-            )
+        with naming(f"{self._name} does not fit the target's first {self.layers} layers"):
+            check_tensors(self.config._name_or_path, state, own)
         for name, parameter in own.items():
             parameter.data.copy_(state[name])
         return network
@@ -132,16 +116,13 @@ class KangarooDraft(OnTarget):
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes the adapter's tensors and drafter.json."""
-        from safetensors.torch import save_file
-
         Path(folder).mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.clone().contiguous() for name, tensor in self.state.items()}
-        save_file(tensors, Path(folder, FILE), metadata={"format": "pt"})
+        write_tensors(Path(folder, FILE), self.state)
         write_document(folder, KANGAROO, {"layers": self.layers, "base": asdict(self.base)})
 
     @classmethod
     def load(cls, path: str, document: Mapping[str, Any], **options: Any) -> KangarooDraft:
-        """What `save` wrote.
+        """Reads what `save` wrote.
 
         Args:
             path: folder or Hub id.
@@ -154,7 +135,7 @@ class KangarooDraft(OnTarget):
 
 
 class Nothing(nn.Module):
-    """In place of an MLP: adds nothing to the hidden states."""
+    """Replaces an MLP: adds nothing to the hidden states."""
 
     def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         return torch.zeros_like(hidden)
@@ -162,9 +143,9 @@ class Nothing(nn.Module):
 
 @torch.inference_mode(False)
 def _with_adapter(target: Any, stored: KangarooDraft) -> Any:
-    """The target's first layers over its own tensors, and an adapter of its own that starts as the next block does.
+    """The target's first layers over its own tensors, and an adapter that starts as a copy of the next block.
 
-    Its attribute `lent` has the names of all that is the target's; only the adapter's parameters have gradients.
+    Its attribute `lent` names the target's tensors; only the adapter's parameters have gradients.
     """
     check_exit(target.config, stored.layers)
     if getattr(target, "is_quantized", False):
@@ -179,9 +160,7 @@ def _with_adapter(target: Any, stored: KangarooDraft) -> Any:
     block.mlp = Nothing()
     own = _in_use(network, [block, *_norms(network.get_decoder())[-1:]])
     for name in own:
-        place, _, leaf = name.rpartition(".")
-        copied = network.get_parameter(name).detach().clone()
-        setattr(network.get_submodule(place), leaf, nn.Parameter(copied))
+        set_parameter(network, name, nn.Parameter(network.get_parameter(name).detach().clone()))
     network.lent = {name: name for name in network.state_dict() if name not in own}
     network.stored_by, network.stands_on = KangarooDraft, (stored.layers, stored.base)
     network.config._name_or_path = stored.config._name_or_path
@@ -189,14 +168,14 @@ def _with_adapter(target: Any, stored: KangarooDraft) -> Any:
 
 
 def _norms(decoder: nn.Module) -> list[nn.Module]:
-    """Those of its children that are norms, in order: all of their parameters are vectors."""
+    """Its children that are norms, in order: those whose parameters are all vectors."""
     sizes = [(child, [parameter.dim() for parameter in child.parameters()]) for child in decoder.children()]
     return [child for child, dims in sizes if dims and max(dims) == 1]
 
 
 @torch.enable_grad()
 def _in_use(network: Any, modules: list[nn.Module]) -> set[str]:
-    """Names of the parameters in these modules that logits depend on: not of the norm before a missing MLP."""
+    """Names of the parameters in these modules that affect logits: the norm before a missing MLP does not."""
     chosen = {id(parameter) for module in modules for parameter in module.parameters()}
     asked = {name: parameter for name, parameter in network.named_parameters() if id(parameter) in chosen}
     for parameter in asked.values():

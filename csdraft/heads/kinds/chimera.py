@@ -1,16 +1,16 @@
-"""Chimera (arXiv 2402.15758): three tokens stand for the target's low layers, one layer over its states for the rest.
+"""Chimera (arXiv 2402.15758): a trigram encoder replaces the target's low layers, one attention layer all others.
 
-The n-gram encoder makes one vector u of the embeddings of the newest three tokens: W (y + silu(V y + b)). Then comes
-the context layer, a Llama layer. Its queries are made of u; its keys and values of the target's last hidden states of
-all tokens before the newest, and of u itself. Its output o stands for the target's last hidden state of the newest
-token. Logits of drafted token k are a matrix of its own times [h, o], where h is the target's hidden state of the
+The n-gram encoder makes one vector u from the embeddings of the newest three tokens: W (y + silu(V y + b)). Then comes
+the context layer, a Llama layer. Its queries come from u. Its keys and values come from the target's last hidden
+states of all tokens before the newest, and from u itself. Its output o replaces the target's last hidden state of the
+newest token. Drafted token k has its own output layer, which reads [h, o], where h is the target's hidden state of the
 text's last token. The feature of an entry is the state (o, or the target's in the text), the two tokens before the
 newest, h, and how many tokens have been read since the text.
 
-Left open, and chosen here: a drafted token sees the o of drafted tokens before it as if they were the target's states.
-Where a text has fewer than three tokens, its first is repeated. Embeddings are normed before they are joined: those of
-the text come from the target, which may scale or shift the rows of its table. The loss between o and the target's
-state, which the authors compute and do not add, is left out.
+The paper leaves some things open. Here a drafted token sees the o of earlier drafted tokens as if they were the
+target's states. If a text has fewer than three tokens, its first is repeated. Embeddings are normed before they are
+joined: those of the text come from the target, which may scale or shift the rows of its table. The authors compute a
+loss between o and the target's state and do not use it; it is left out.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from csdraft.heads.head import LAST, Head, HeadOptions
+from csdraft.heads.numbered import Numbered
 
 __all__ = ["Chimera", "ChimeraOptions"]
 
@@ -41,13 +42,13 @@ Rotary = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class ChimeraOptions(HeadOptions):
-    """Keys of `init.chimera`; all steps count the same, as in the authors' code."""
+    """Keys of `init.chimera`. All steps have the same weight, as in the authors' code."""
 
     decay: float = 1.0
 
 
 class NGram(nn.Module):
-    """One vector of three embeddings; the residual part is 0 in a new head."""
+    """Makes one vector from three embeddings; the residual part is 0 in a new head."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -62,7 +63,7 @@ class NGram(nn.Module):
 
 
 class ContextLayer(nn.Module):
-    """A Llama layer whose queries and whose keys come from two sequences."""
+    """A Llama layer with queries from one sequence and keys from another."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -74,7 +75,7 @@ class ContextLayer(nn.Module):
     def forward(
         self, grams: Tensor, states: Tensor, at_gram: Rotary, at_state: Rotary, mask: Tensor | None, cache: Any
     ) -> Tensor:
-        """(rows, queries, width) its output; n-grams and states are of that shape, too.
+        """(rows, queries, width) its output, from n-grams and states of the same shape.
 
         Args:
             at_gram, at_state: rotary embeddings of their positions; those of the states are one lower.
@@ -89,14 +90,12 @@ class ContextLayer(nn.Module):
         if cache is not None:
             key, value = cache.update(key, value, attention.layer_idx)
         rows, _, queries, _ = query.shape
-        past = query.new_ones(queries, key.shape[2], dtype=torch.bool).tril(key.shape[2] - queries)
-        past = past if mask is None else mask
+        causal = query.new_ones(queries, key.shape[2], dtype=torch.bool).tril(key.shape[2] - queries)
+        past = causal if mask is None else mask
         itself = torch.eye(queries, dtype=torch.bool, device=query.device)
-        sees = torch.cat(
-            [part.expand(rows, 1, -1, -1) for part in (past, itself)], -1
-        )  # (.., queries, slots + queries)
+        sees = torch.cat([part.expand(rows, 1, -1, -1) for part in (past, itself)], -1)  # (.., slots + queries)
         keys, values = (
-            repeat_kv(torch.cat(parts, 2), attention.num_key_value_groups)
+            repeat_kv(torch.cat(parts, 2), attention.num_key_value_groups)  # (rows, heads, slots + queries, head size)
             for parts in ((key, own_key), (value, own_value))
         )
         mixed = nn.functional.scaled_dot_product_attention(query, keys, values, sees, scale=attention.scaling)
@@ -108,7 +107,7 @@ class ContextLayer(nn.Module):
         return projected.unflatten(-1, (-1, self.self_attn.head_dim)).transpose(1, 2)
 
 
-class Chimera(Head):
+class Chimera(Numbered, Head):
     """Chimera."""
 
     Options = ChimeraOptions
@@ -124,10 +123,6 @@ class Chimera(Head):
         self.encoder, self.context = NGram(config), ContextLayer(self.config)  # type: ignore[arg-type]
         self.outputs = nn.ModuleList(nn.Linear(2 * width, count, bias=False) for _ in range(options.steps))
         self.post_init()
-
-    @property
-    def deepest(self) -> int:  # type: ignore[override]
-        return self.options.steps
 
     @property
     def feature_width(self) -> int:
@@ -160,11 +155,6 @@ class Chimera(Head):
         made = self.context(gram, state, at_gram, at_state, mask, cache)
         return torch.cat([made, newest, before, last, count + 1], -1)
 
-    def draft_logits(self, output: Tensor) -> Tensor:
-        width, number = self.config.hidden_size, output[..., -1].long().clamp(max=self.deepest)
-        logits = output.new_empty(*output.shape[:-1], len(self.d2t))
-        for one in number.unique().tolist():
-            chosen = output[number == one]
-            both = torch.cat([chosen[:, 3 * width : 4 * width], chosen[:, :width]], -1)  # (positions, 2 width)
-            logits[number == one] = self.outputs[one - 1](both)
-        return logits
+    def logits_of(self, number: int, output: Tensor) -> Tensor:
+        made, _, _, last, _ = output.split([self.config.hidden_size] * 4 + [1], -1)  # (positions, width) each
+        return self.outputs[number](torch.cat([last, made], -1))

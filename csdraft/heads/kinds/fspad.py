@@ -1,14 +1,14 @@
 """FSPAD (arXiv 2408.15562): EAGLE-1 with feature sampling and partial alignment.
 
-The paper's formulas could not be had, and there is no public code. What is written here is a reconstruction from its
-abstract; weights and widths are chosen, too.
+The paper's formulas were not available, and there is no public code. This file is a reconstruction from the abstract;
+weights and widths are our choice.
 
-* Feature sampling. The target's feature does not say which token was drawn from it. So the token's embedding chooses
-  among the parts of the feature in a wider space: W_down(silu(W_up feature) * sigmoid(W_gate embedding)) stands beside
-  the embedding in place of the feature.
-* Partial alignment. In EAGLE-1 one vector is fitted to the target's feature and to its distribution, and the two
-  disagree. Here the layer's output h is fitted to the feature, and the output layer reads h + W_adapt(silu(h)), which
-  is 0 away from h in a new head.
+* Feature sampling. The target's feature does not say which token was drawn from it. So the token's embedding selects
+  parts of the feature in a wider space: W_down(silu(W_up feature) * sigmoid(W_gate embedding)) replaces the feature
+  beside the embedding.
+* Partial alignment. In EAGLE-1 one vector is fitted to both the target's feature and its distribution, and the two
+  disagree. Here the layer's output h is fitted to the feature, and the output layer reads h + W_adapt(silu(h)). In a
+  new head W_adapt is 0.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
-from csdraft.heads.eagle import Eagle, EagleOptions
+from csdraft.heads.kinds.eagle import Eagle, EagleOptions
 
 __all__ = ["Fspad", "FspadOptions"]
 
 
 @dataclass(frozen=True)
 class FspadOptions(EagleOptions):
-    """Keys of `init.fspad`: those of `EagleOptions`, and two to try each part alone.
+    """Keys of `init.fspad`: those of `EagleOptions`, and two that switch the parts on and off.
 
     Args:
-        expansion: how many times as wide as the feature the space is in which it is sampled; 0: no feature sampling.
+        expansion: width of the space in which the feature is sampled, in widths of the feature; 0: no sampling.
         partial_alignment: whether features and logits come from two vectors.
     """
 
@@ -43,7 +43,7 @@ class FspadOptions(EagleOptions):
 
 
 class Fspad(Eagle):
-    """FSPAD as far as it is known."""
+    """FSPAD, reconstructed."""
 
     Options = FspadOptions
 

@@ -1,15 +1,14 @@
-"""Medusa heads on disk: the layout of the original code (arXiv 2401.10774), which TensorRT-LLM and TGI read, too.
+"""Medusa's original layout (arXiv 2401.10774), which TensorRT-LLM and TGI also read.
 
-`config.json` has the number of heads, that of blocks in each, and the target's name. `medusa_lm_head.pt` has tensors
-`{head}.{block}.linear.weight` and `.bias`, and the output layers, `{head}.{blocks}.weight`; some files have
-`medusa_head.` in front of each. How wide the target is, and how many tokens it has, only the tensors say. The layout
-knows no draft vocabulary: a head with one is stored in csdraft's own, see `csdraft/heads/own_files.py`.
+`config.json` has the number of heads, the number of blocks in each, and the target's name. `medusa_lm_head.pt` has the
+blocks, `{head}.{block}.linear.weight` and `.bias`, and the output layers, `{head}.{blocks}.weight`; some files put
+`medusa_head.` in front of each name. Only the tensors say the target's width and number of tokens. The layout has no
+draft vocabulary: csdraft stores a head with one in its own layout, see `csdraft/heads/formats/own.py`.
 """
 
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csdraft.heads import own_files
-from csdraft.heads.engines import ENGINES
-from csdraft.heads.folder import WEIGHTS, Names, check_tensors, read_layer, read_tensors
-from csdraft.heads.medusa import Medusa, MedusaOptions
+from csdraft.heads.folder import WEIGHTS, Names, read_layer, read_tensors
+from csdraft.heads.formats import own
+from csdraft.heads.kinds.medusa import Medusa, MedusaOptions
 from csdraft.heads.stored_head import StoredHead
 from csdraft.stored import fit
 
@@ -36,32 +34,25 @@ class MedusaHead(StoredHead):
 
     what = "Medusa head"
 
-    def network(self, target: Any) -> Medusa:
+    def network(self, target: Any = None) -> Medusa:
         return Medusa(self.config, self.options)
 
     @classmethod
     def of(cls, head: Any, state_dict: Mapping[str, Tensor] | None = None) -> Any:
         if len(head.d2t) < head.config.vocab_size:
-            return own_files.OwnHead.of(head, state_dict)
+            return own.OwnHead.of(head, state_dict)
         return super().of(head, state_dict)
 
     @property
     def target_name(self) -> str | None:
-        """What the target is called, if that is known."""
-        return self.base.name if self.base is not None else getattr(self.config, TARGET, None)
+        return super().target_name or getattr(self.config, TARGET, None)
 
-    def described(self) -> dict[str, str]:
-        options, numbers = self.options, sum(tensor.numel() for tensor in self.tensors)
-        print_of = f", fingerprint {self.base.fingerprint}" if self.base is not None else ""
-        target = f"{self.target_name or 'not said'}{print_of}"
-        return {
-            "kind": f"{options.steps} Medusa heads of {options.layers} blocks, {numbers / 1e6:.1f} M parameters",
-            "target": f"{target}; width {self.config.hidden_size}, {self.config.vocab_size} tokens",
-            "draft vocabulary": "all tokens",
-        }
+    @property
+    def title(self) -> str:
+        return f"{self.options.steps} Medusa heads of {self.options.layers} blocks"
 
-    def refusals(self, config: Mapping[str, Any]) -> dict[str, str | None]:
-        return dict.fromkeys(ENGINES.values(), "it has no model for Medusa heads")
+    def refusals(self, engine: str, config: Mapping[str, Any]) -> list[str]:
+        return ["it has no model for Medusa heads"]
 
     def document(self) -> dict[str, Any]:
         sizes = {key: getattr(self.config, key) for key in ("hidden_size", "vocab_size")}
@@ -71,11 +62,11 @@ class MedusaHead(StoredHead):
         return {name.removeprefix(PREFIX): tensor for name, tensor in super().written().items()}
 
     def write_tensors(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
-        torch.save(dict(tensors), folder / FILE)
+        torch.save({name: tensor.clone() for name, tensor in tensors.items()}, folder / FILE)
 
     @classmethod
     def recognises(cls, config: Mapping[str, Any], names: Names) -> bool:
-        """A whole model that was saved with its heads has layers, too, and is read as a model."""
+        """True also for a config without one of the keys, but not for a whole model that was saved with its heads."""
         return bool({HEADS, BLOCKS} & config.keys()) and "num_hidden_layers" not in config
 
     @classmethod
@@ -93,36 +84,29 @@ class MedusaHead(StoredHead):
             raise ValueError(
                 f"{path!r} lacks {PREFIX}0.{blocks}.weight, the output layer of head 0 after {blocks} blocks"
             )
-        (vocab, width), base = output.shape, cls.base_of(path, **options)
+        vocab, width = output.shape
         name = fit(config.get(TARGET), str | None, f"{at}: {TARGET}")
-        if name is None and base is None:
+        if name is None and cls.base_of(path, **options) is None:
             assumed.append(f"{TARGET} is open: taken is any target of width {width} with {vocab} tokens")
         sizes = {"vocab_size": vocab, "hidden_size": width, "num_attention_heads": 1}
-        layer: Any = read_layer({**sizes, TARGET: name}, at)
-        layer.name_or_path = path
-        described = MedusaOptions(steps=heads, layers=blocks)
-        with torch.device("meta"):
-            whole = Medusa(layer, described)
-        check_tensors(path, state, whole, {"embed_tokens.weight", "d2t"})
-        if assumed:
-            warnings.warn(f"{at}: {'; '.join(assumed)}", stacklevel=2)
-        return cls(layer, described, state, base).eval()
+        layer = read_layer({**sizes, TARGET: name}, path)
+        return cls.checked(path, layer, MedusaOptions(steps=heads, layers=blocks), state, assumed, **options)
 
 
 def _counts(config: Mapping[str, Any], state: Mapping[str, Tensor], at: str) -> tuple[int, int, list[str]]:
-    """How many heads there are and how many blocks each has, and what is assumed of that.
+    """The number of heads, the number of blocks in each, and what is assumed about them.
 
-    Published files hold more heads than their config says: all are taken.
+    Published files hold more heads than their config says: all are read.
     """
     named = [re.match(rf"{re.escape(PREFIX)}(\d+)\.(\d+)\.", name) for name in state]
     found = [(int(match[1]), int(match[2])) for match in named if match]
-    there, deep = (max(numbers) for numbers in zip(*found, strict=True)) if found else (-1, 1)
+    last, deep = (max(numbers) for numbers in zip(*found, strict=True)) if found else (-1, 1)
     heads, blocks = (fit(config.get(key), int | None, f"{at}: {key}") for key in (HEADS, BLOCKS))
     assumed = []
-    if heads is None or heads <= there:
-        if heads != there + 1:
-            assumed.append(f"{HEADS} is {'open' if heads is None else heads}: taken are all {there + 1} of the file")
-        heads = there + 1
+    if heads is None or heads <= last:
+        if heads != last + 1:
+            assumed.append(f"{HEADS} is {'open' if heads is None else heads}: taken are all {last + 1} of the file")
+        heads = last + 1
     if blocks is None:
         assumed.append(f"{BLOCKS} is open: taken is {deep}")
         blocks = deep

@@ -1,0 +1,202 @@
+"""EAGLE-3's original layout, which SGLang and vLLM load, and that of speculators.
+
+csdraft writes the original layout. config.json has the keys of both engines; model.safetensors has the head alone,
+without the embedding, which is the target's. `drafter.json` beside them names the target; engines do not read it.
+Published heads leave things open: loading one warns of what it assumes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from csdraft.heads.engines import SIZED_ROTARY, ServedTarget
+from csdraft.heads.folder import INIT, Names, read_layer, read_tensors
+from csdraft.heads.formats._eagle3_engines import (
+    LAYERS,
+    NORMS,
+    SPECULATORS,
+    eagle3_faults,
+    named_layers,
+    speculators_document,
+)
+from csdraft.heads.head import HeadOptions
+from csdraft.heads.kinds.eagle3 import Eagle3, Eagle3Options, default_layers
+from csdraft.heads.stored_head import StoredHead
+from csdraft.stored import fit
+
+__all__ = ["Eagle3Head"]
+
+EMBEDDING = "embed_tokens.weight"
+NOT_READ = {"t2d", "verifier_norm.weight", "verifier_lm_head.weight"}
+"""What `d2t` says, and copies of the target's tensors that speculators may leave in a folder."""
+
+
+class Eagle3Head(StoredHead):
+    """An EAGLE-3 head without its target; `layers` of its options is empty if its config does not name them."""
+
+    what = "EAGLE-3 head"
+    methods = {"vllm": "eagle3", "sglang": "EAGLE3", "speculators": "eagle3"}  # noqa: RUF012 - never written to
+    complete = Eagle3
+
+    @property
+    def read_layers(self) -> tuple[int, ...]:
+        return self.options.layers
+
+    def check_shape(self, target: Any) -> None:
+        super().check_shape(target)
+        width = target.config.get_text_config(decoder=True).hidden_size
+        if EMBEDDING not in self.names and self.config.hidden_size != width:
+            raise ValueError(
+                f"{self._name} has width {self.config.hidden_size} and no {EMBEDDING}, the target's embedding has "
+                f"width {width}; the folder must hold an embedding"
+            )
+
+    def network(self, target: Any = None) -> Eagle3:
+        layers = self.options.layers
+        if not layers and target is None:
+            layers = (0,) * self._fused
+        elif not layers:
+            layers = default_layers(target.config.get_text_config(decoder=True).num_hidden_layers)
+        return self.complete(self.config, replace(self.options, layers=layers))
+
+    @property
+    def _fused(self) -> int:
+        """How many hidden states `fc` fuses."""
+        return self.state["fc.weight"].shape[-1] // self.options.target_width if "fc.weight" in self.names else 3
+
+    def details(self) -> dict[str, str]:
+        layers, flags = self.options.layers, [name for name in NORMS if getattr(self.options, name)]
+        return {
+            "norms": ", ".join(flags) or "as in the paper",
+            "hidden states": f"after blocks {', '.join(map(str, layers))}" if layers else "the paper's (not said)",
+            "embedding": "its own" if EMBEDDING in self.names else "the target's",
+        }
+
+    def exported(self, engine: str, target: ServedTarget, tokens: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Names the paper's hidden states if the head leaves them open. For speculators it adds the embedding."""
+        document, tensors = self.document(self.options.layers or default_layers(target.layers)), self.written()
+        if target.positions and self.config.rope_parameters.get("rope_type", "default") in SIZED_ROTARY:
+            document["max_position_embeddings"] = max(document["max_position_embeddings"], target.positions)
+        if engine == "speculators":
+            return speculators_document(document, target, tokens), with_embedding(numbered(tensors), target)
+        if EMBEDDING in tensors:
+            own, theirs = tensors[EMBEDDING], target.embedding()
+            if own.shape == theirs.shape and torch.equal(own, theirs.to(own)):
+                del tensors[EMBEDDING]
+        return document, tensors
+
+    def faults(
+        self, engine: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: ServedTarget | None = None
+    ) -> list[str]:
+        return eagle3_faults(engine, config, tensors, target)
+
+    def document(self, layers: tuple[int, ...] = ()) -> dict[str, Any]:
+        """config.json: every key that vLLM or SGLang reads, even if its value is the engines' default.
+
+        Args:
+            layers: the hidden states, if `options` leaves them open.
+        """
+        options, layers = self.options, self.options.layers or layers
+        document = self.layer_document() | {
+            "architectures": ["LlamaForCausalLMEagle3"],
+            "draft_vocab_size": options.draft_vocab,
+            "target_hidden_size": options.target_width,
+            "num_hidden_layers": 1,
+            "num_aux_hidden_states": len(layers) or self._fused,
+            **{key: getattr(options, key) for key in NORMS},
+            INIT: {"eagle3": {"steps": options.steps, "decay": options.decay}},
+        }
+        if layers:  # vLLM reads the first, SGLang the second, which counts from 0
+            numbers = [k - 1 for k in layers]
+            document |= {LAYERS: list(layers), "eagle_config": {LAYERS: numbers, "use_aux_hidden_state": True}}
+        return document
+
+    @classmethod
+    def recognises(cls, config: Mapping[str, Any], names: Names) -> bool:
+        if config.get("speculators_model_type", "eagle3") != "eagle3":
+            return False
+        made_for = config.get("architectures") or ()
+        named = any("eagle3" in str(name).lower() for name in made_for) if isinstance(made_for, list) else False
+        if named or "speculators_model_type" in config or "draft_vocab_size" in config:
+            return True
+        if made_for not in (["LlamaForCausalLM"], ()) or config.get("model_type", "llama") != "llama":
+            return False
+        found = {_own_name(name) for name in names()}  # published heads have the architecture of every Llama model
+        return {"fc.weight", "midlayer.hidden_norm.weight"} <= found
+
+    @classmethod
+    def load(cls, path: str, config: Mapping[str, Any], **options: Any) -> Eagle3Head:
+        at, assumed = f"{path}/config.json", []
+        layer_keys = fit(config.get(SPECULATORS) or {}, dict[str, Any], f"{at}: {SPECULATORS}")
+        document = {**layer_keys, **{key: value for key, value in config.items() if key != SPECULATORS}}
+        state = {_own_name(name): tensor for name, tensor in read_tensors(path, **options).items()}
+        state = {name: tensor for name, tensor in state.items() if name not in NOT_READ}
+        described = cls.options_of(document, state, at, assumed)
+        return cls.checked(path, read_layer(document, path), described, state, assumed, **options)
+
+    @classmethod
+    def options_of(
+        cls, document: Mapping[str, Any], state: Mapping[str, Tensor], at: str, assumed: list[str]
+    ) -> Eagle3Options:
+        """A head's options, from config.json, and from its tensors where config.json leaves them open.
+
+        Args:
+            document: config.json, with the keys of the layer among the others.
+            at: the file, for messages.
+            assumed: receives what is assumed.
+        """
+        if (count := document.get("num_hidden_layers", 1)) != 1:
+            assumed.append(f"num_hidden_layers={count} is the target's: an EAGLE-3 head has 1 layer")
+        return _options(document, state, at, assumed)
+
+
+def numbered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by the names that speculators gives them."""
+    return {name.replace("midlayer.", "layers.0."): tensor for name, tensor in tensors.items()}
+
+
+def with_embedding(tensors: dict[str, Tensor], target: ServedTarget) -> dict[str, Tensor]:
+    """Tensors with the target's embedding, if they have none."""
+    if EMBEDDING not in tensors:
+        tensors[EMBEDDING] = target.embedding().to(tensors["fc.weight"].dtype, copy=True)
+    return tensors
+
+
+def _own_name(name: str) -> str:
+    """A tensor's name in `Eagle3`; engines also read it with `model.` in front, and the layer with its number."""
+    name = name.removeprefix("model.")
+    return f"midlayer.{name.removeprefix('layers.0.')}" if name.startswith("layers.0.") else name
+
+
+def _options(document: Mapping[str, Any], state: Mapping[str, Tensor], at: str, assumed: list[str]) -> Eagle3Options:
+    """See `Eagle3Head.options_of`."""
+    eagle = fit(document.get("eagle_config") or {}, dict[str, Any], f"{at}: eagle_config")
+    layers = named_layers(document, at)
+    if not layers:
+        assumed.append(f"{LAYERS} is open: taken are the paper's, after blocks 2, L/2 and L - 3 of the target")
+    elif not document.get(LAYERS):
+        assumed.append(
+            f"{LAYERS} stands in eagle_config alone, where SGLang and its trainers count blocks from 0: taken are the "
+            f"hidden states after blocks {', '.join(map(str, layers))}"
+        )
+    flags = {key: fit(document.get(key, eagle.get(key, False)) or False, bool, f"{at}: {key}") for key in NORMS}
+    if SPECULATORS in document and "norm_before_residual" not in document:
+        assumed.append("norm_before_residual is open: taken is false, as speculators does and vLLM does not")
+    vocab = fit(document.get("vocab_size"), int, f"{at}: vocab_size")
+    rows = document.get("draft_vocab_size")
+    if rows is None:
+        rows = len(state["lm_head.weight"]) if "lm_head.weight" in state else vocab
+        assumed.append(f"draft_vocab_size is open: taken is {rows}")
+    width = fit(document.get("target_hidden_size") or document.get("hidden_size"), int, f"{at}: target_hidden_size")
+    if min(width, fit(rows, int, f"{at}: draft_vocab_size"), vocab) < 1:
+        raise ValueError(
+            f"{at}: target_hidden_size={width}, draft_vocab_size={rows}, vocab_size={vocab}; all are 1 or more"
+        )
+    trained = fit(document.get(INIT) or {}, dict[str, Any], f"{at}: {INIT}").get("eagle3") or {}
+    how = fit(trained, HeadOptions, f"{at}: {INIT}.eagle3")
+    return Eagle3Options(layers, width, rows, **flags, steps=how.steps, decay=how.decay)

@@ -1,0 +1,91 @@
+"""csdraft's own layout, one for all kinds of heads that no serving engine loads.
+
+`config.json` holds the name of the kind (`csdraft_head`), its options, and the sizes of its layer. model.safetensors
+holds the head without the tensors that the target lends. drafter.json names the target.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import cache
+from typing import Any
+
+from transformers import LlamaConfig
+
+from csdraft.heads import kinds
+from csdraft.heads.folder import Names, read_layer, read_tensors
+from csdraft.heads.head import Head, HeadOptions
+from csdraft.heads.stored_head import StoredHead
+from csdraft.stored import fit, shown
+
+__all__ = ["KIND", "OwnHead", "head_kinds"]
+
+KIND = "csdraft_head"
+NOT_WRITTEN = {"architectures", "dtype", "num_hidden_layers", "_name_or_path"}
+
+
+@cache
+def head_kinds() -> dict[str, type[Head]]:
+    """The kinds of heads that have their own class of options, by the names of their files."""
+    found = {}
+    for module in pkgutil.iter_modules(kinds.__path__):
+        name = f"{kinds.__name__}.{module.name}"
+        for value in vars(importlib.import_module(name)).values():
+            if isinstance(value, type) and issubclass(value, Head) and value.__module__ == name:
+                found |= {module.name: value} if value.Options is not HeadOptions else {}
+    return found
+
+
+class OwnHead(StoredHead):
+    """A head of any kind."""
+
+    def network(self, target: Any = None) -> Head:
+        rows = len(self.state["d2t"]) if "d2t" in self.names else self.config.vocab_size
+        return self.kind(self.config, self.options, rows)
+
+    @property
+    def name(self) -> str:
+        """The name of its kind in a recipe's `init`."""
+        return next(name for name, kind in head_kinds().items() if kind.Options is type(self.options))
+
+    @property
+    def kind(self) -> type[Head]:
+        return head_kinds()[self.name]
+
+    @property
+    def what(self) -> str:  # type: ignore[override]
+        return f"{self.name} head"
+
+    @classmethod
+    def recognises(cls, config: Mapping[str, Any], names: Names) -> bool:
+        return KIND in config
+
+    @classmethod
+    def load(cls, path: str, config: Mapping[str, Any], **options: Any) -> OwnHead:
+        at = f"{path}/config.json"
+        name = fit(config[KIND], str, f"{at}: {KIND}")
+        if name not in head_kinds():
+            raise ValueError(
+                f"{at}: {KIND}={shown(name)} is none of {', '.join(head_kinds())}; pip install -U csdraft"
+            )
+        described = fit(config.get("options"), head_kinds()[name].Options, f"{at}: options")
+        layer = read_layer({key: value for key, value in config.items() if key not in (KIND, "options")}, path)
+        state = {key: tensor for key, tensor in read_tensors(path, **options).items() if key != "t2d"}
+        return cls.checked(path, layer, described, state, **options)
+
+    def document(self) -> dict[str, Any]:
+        sizes = LlamaConfig.from_dict(self.config.to_dict()).to_dict()
+        sizes = {key: value for key, value in sizes.items() if key not in NOT_WRITTEN}
+        return sizes | {KIND: self.name, "architectures": [self.kind.__name__], "options": self._own_options()}
+
+    def _own_options(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self.options).items() if key != "config"}
+
+    def details(self) -> dict[str, str]:
+        return {"options": ", ".join(f"{key}={value}" for key, value in self._own_options().items())}
+
+    def refusals(self, engine: str, config: Mapping[str, Any]) -> list[str]:
+        return [f"it has no {config.get(KIND)} heads of csdraft's layout; decode with csdraft"]
