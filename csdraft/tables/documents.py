@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from csdraft.stored import naming
-from csdraft.tables._file import read_arrays
+from csdraft.tables._file import read_arrays, write_arrays
 from csdraft.tables.suffix_automaton import JUNCTION, SuffixAutomaton
 
 __all__ = ["DocumentTable"]
@@ -71,9 +70,8 @@ class DocumentTable:
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         arrays = {"tokens": np.array(self.tokens, np.int32), "ends": np.array(self._ends, np.int64)}
-        save_file(arrays, path, metadata={"format": FORMAT})
+        write_arrays(path, FORMAT, arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> DocumentTable:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from csdraft.stored import naming
-from csdraft.tables._file import read_arrays
+from csdraft.tables._file import read_arrays, write_arrays
+from csdraft.tables._kept import kept_for
 from csdraft.tables.speculation import NOTHING, Rule, Speculation
 from csdraft.tables.suffix_automaton import JUNCTION, START, SuffixAutomaton
 
@@ -64,8 +63,7 @@ class OutputTable:
     @classmethod
     def of(cls, target: Any) -> OutputTable:
         """The table that this process keeps for a target, until the target is gone."""
-        with _LOCK:
-            return _TABLES.setdefault(target, cls(KEPT))
+        return kept_for(target, cls, lambda: cls(KEPT))
 
     def __len__(self) -> int:
         """Tokens held, plus one for the end of each output."""
@@ -165,9 +163,8 @@ class OutputTable:
         """Writes a safetensors file."""
         with self.lock:
             parts = [np.array(tokens, np.int32) for _, tokens in reversed(self._generations)]
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         arrays = {f"generation.{i}": part for i, part in enumerate(parts)} | {"count": np.array([len(parts)])}
-        save_file(arrays, path, metadata={"format": FORMAT, "max_tokens": str(self.max_tokens)})
+        write_arrays(path, FORMAT, arrays, max_tokens=str(self.max_tokens))
 
     @classmethod
     def load(cls, path: str | Path) -> OutputTable:
@@ -201,7 +198,3 @@ def _walked(automaton: SuffixAutomaton, state: int, matched: int, tokens: Sequen
     found = automaton.walk(state, matched, tokens, matched + len(tokens))
     assert found is not None  # a match cannot shrink more often than it grew
     return found
-
-
-_TABLES: weakref.WeakKeyDictionary[Any, OutputTable] = weakref.WeakKeyDictionary()
-_LOCK = threading.Lock()

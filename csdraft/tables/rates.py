@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-import weakref
 from bisect import bisect_right
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
+
+from csdraft.tables._kept import kept_for
 
 __all__ = ["Copy", "SourceRates"]
 
@@ -71,8 +72,7 @@ class SourceRates:
     @classmethod
     def of(cls, target: Any, way: Hashable) -> SourceRates:
         """The rates that the process keeps for a target and a way of decoding, until the target is gone."""
-        with _LOCK:
-            return _RATES.setdefault(target, {}).setdefault(way, cls())
+        return kept_for(target, (cls, way), cls)
 
     def chance(self, copy: Copy) -> float:
         """The chance that a copied token of this kind is right."""
@@ -94,7 +94,3 @@ class SourceRates:
                 self._total = FADE * self._total + 1
                 self._counts = [FADE * n + (other == token) for n, other in zip(self._counts, successors, strict=True)]
                 self.ranks = [count / self._total for count in self._counts]
-
-
-_RATES: weakref.WeakKeyDictionary[Any, dict[Hashable, SourceRates]] = weakref.WeakKeyDictionary()
-_LOCK = threading.Lock()
