@@ -15,6 +15,7 @@ from typing import ClassVar
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import ScoresView, Verdict, Verifier
 from csdraft.decoding.sampling import Sampler
+from csdraft.verifiers._branch import accept_branch
 from csdraft.verifiers._stepwise import check_draft, ratio, residual, unexplained
 
 __all__ = ["Block"]
@@ -45,14 +46,10 @@ class Block(Verifier):
                 chances[i - 1] = left / (left + 1 - weights[i])
 
         kept = self.longest(chances, scores.row, sampler)
-        for node in nodes[:kept]:
-            if scores.ends(node - 1, draft.tokens[node]):
-                return Verdict(list(range(root + 1, node + 1)), None, True)
         left = target_probs[kept]  # (vocab,)
         if kept < len(nodes):
             left = residual(weights[kept] * left, draft, nodes[kept])
-        token = sampler.draw(scores.row, left)
-        return Verdict(list(nodes[:kept]), token, scores.ends(root + kept, token))
+        return accept_branch(draft, scores, root, root + kept, lambda: sampler.draw(scores.row, left))
 
     def longest(self, chances: Sequence[float], row: int, sampler: Sampler) -> int:
         """How many tokens are kept: one independent trial for each length, longest first; the first success counts."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import ScoresView, Verdict, Verifier
 from csdraft.decoding.sampling import Sampler
+from csdraft.verifiers._branch import accept_branch
 from csdraft.verifiers._stepwise import TINY, check_draft, drawn_from, left_over, probs_without, unshared_probs
 from csdraft.verifiers.match import Match
 
@@ -43,14 +44,7 @@ class Traversal(Verifier):
         if sampler.greedy:
             return Match().verify(draft, scores, sampler, root)
         last = self.last(draft, scores, sampler, root)
-        accepted, node = [], root
-        for kept in draft.path(last.node)[draft.depth(root) :]:
-            accepted.append(kept)
-            if scores.ends(node, draft.tokens[kept]):
-                return Verdict(accepted, None, True)
-            node = kept
-        token = sampler.draw(scores.row, last.left)
-        return Verdict(accepted, token, scores.ends(node, token))
+        return accept_branch(draft, scores, root, last.node, lambda: sampler.draw(scores.row, last.left))
 
     def last(self, draft: Draft, scores: ScoresView, sampler: Sampler, root: int) -> Place:
         """The node where the accepted branch ends. Depth first: a node is tried when all its children are rejected."""

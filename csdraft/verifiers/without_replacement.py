@@ -15,7 +15,7 @@ from torch import Tensor
 
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.sampling import Sampler
-from csdraft.verifiers._stepwise import TINY, Stepwise, drawn_from, left_over, probs_without, unshared_probs
+from csdraft.verifiers._stepwise import TINY, Stepwise, drawn_from, left_over, probs_without
 
 __all__ = ["WithoutReplacement"]
 
@@ -26,9 +26,6 @@ class WithoutReplacement(Stepwise):
 
     lossless = True  # type: ignore[assignment]
     kinds: ClassVar = frozenset({"without_replacement"})
-
-    def refusal(self, draft: Draft) -> str | None:
-        return super().refusal(draft) or unshared_probs(self, draft)
 
     def tries(
         self, draft: Draft, group: Sequence[int], left: Tensor, row: int, sampler: Sampler
