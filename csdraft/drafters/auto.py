@@ -19,6 +19,7 @@ from csdraft.decoding.interfaces import Budget, Context, Drafter, Round
 from csdraft.decoding.limits import MOST_NODES, check_range
 from csdraft.drafters._check_parts import check_parts
 from csdraft.drafters._likeliest import LikeliestTree
+from csdraft.drafters._lookup import Lookup
 from csdraft.drafters.horizontal import Horizontal
 from csdraft.drafters.suffix import Suffix
 from csdraft.drafters.token_recycling import TokenRecycling
@@ -41,7 +42,7 @@ NOTHING = 5
 
 
 @dataclass(frozen=True)
-class Auto(Drafter):
+class Auto(Lookup):
     """Drafts the likeliest next tokens, learned from earlier texts of the target.
 
     Args:
@@ -65,9 +66,8 @@ class Auto(Drafter):
 
     def __post_init__(self) -> None:
         check_range("an Auto", self, depth=None, nodes=MOST_NODES)
-        for name, table in (("adjacency", AdjacencyTable), ("outputs", OutputTable)):
-            if isinstance(path := getattr(self, name), str | Path):
-                object.__setattr__(self, name, table.load(path))
+        self.load_option("adjacency", AdjacencyTable)
+        self.load_option("outputs", OutputTable)
         if self.drafter is not None:
             check_parts(self)
             object.__setattr__(self, "nest", self._behind(self.drafter))
@@ -136,15 +136,10 @@ class Auto(Drafter):
     # Drafting.
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
-        if self.nest is not None:
-            return self.nest.propose(contexts, budgets)
-        return [self._propose(context, budget) for context, budget in zip(contexts, budgets, strict=True)]
+        return super().propose(contexts, budgets) if self.nest is None else self.nest.propose(contexts, budgets)
 
-    def _propose(self, context: Context, budget: Budget) -> Draft:
-        depth, most = min(budget.depth, budget.room), TAIL if len(context.draft) else self.nodes
-        nodes = min(budget.size or self.nodes, most)
-        if depth <= 0:
-            return context.draft
+    def look_up(self, context: Context, path: list[int], depth: int, budget: Budget) -> Draft:
+        nodes = min(budget.size or self.nodes, TAIL if path else self.nodes)
         tree = self._tree(context)
         tree.grow(nodes)
         return tree.draft(context, depth, nodes, context.call.level(self))

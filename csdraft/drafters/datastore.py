@@ -13,9 +13,9 @@ from pathlib import Path
 
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import Draft
-from csdraft.decoding.interfaces import Budget, Context, Drafter
+from csdraft.decoding.interfaces import Budget, Context
 from csdraft.decoding.limits import MOST_NODES, check_range, halvings
-from csdraft.drafters._copying import match_evidence, until
+from csdraft.drafters._lookup import Lookup, check_vocabulary, match_evidence, until
 from csdraft.tables.corpus import SPAN, CorpusIndex
 
 __all__ = ["Datastore"]
@@ -25,7 +25,7 @@ MOST_MATCHES = 10_000
 
 
 @dataclass(frozen=True)
-class Datastore(Drafter):
+class Datastore(Lookup):
     """Finds the longest ending of the text in a corpus, and drafts the most frequent tokens that follow it there.
 
     All tokens are point masses. So under independent draws the tree is judged exactly; rules that take frequencies for
@@ -48,8 +48,7 @@ class Datastore(Drafter):
 
     def __post_init__(self) -> None:
         check_range("a Datastore", self, depth=None, nodes=MOST_NODES, min_match=None, matches=MOST_MATCHES)
-        if isinstance(self.corpus, (str, Path)):
-            object.__setattr__(self, "corpus", CorpusIndex.load(self.corpus))
+        self.load_option("corpus", CorpusIndex)
 
     @property
     def _corpus(self) -> CorpusIndex:
@@ -57,11 +56,8 @@ class Datastore(Drafter):
         return self.corpus
 
     def check(self, call: Call) -> None:
-        if self._corpus.largest >= call.vocab:
-            raise ValueError(
-                f"the datastore has token {self._corpus.largest}, the target {call.vocab} tokens; build it with the "
-                "target's tokenizer: scripts/build_datastore.py"
-            )
+        way_out = "build it with the target's tokenizer: scripts/build_datastore.py"
+        check_vocabulary(call, "the datastore", self._corpus.largest, way_out)
 
     def width(self, depth: int) -> int:
         return self.nodes
@@ -73,23 +69,13 @@ class Datastore(Drafter):
         matched, _, _ = self._corpus.find(context.text.tail(SPAN), self.min_match)
         return match_evidence(matched)
 
-    def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
-        nodes = min(budgets[0].size or self.nodes, self.nodes)
-        return [self._propose(c, min(b.depth, b.room), nodes) for c, b in zip(contexts, budgets, strict=True)]
-
-    def _propose(self, context: Context, depth: int, nodes: int) -> Draft:
-        path, draft, eos = context.path, context.draft, context.call.chooser.stopping.eos
-        if depth <= 0 or (path and path[-1] in eos):
-            return draft
+    def look_up(self, context: Context, path: list[int], depth: int, budget: Budget) -> Draft:
         _, first, last = self._corpus.find(context.text.tail(SPAN) + path, self.min_match)
         if first == last:
-            return draft
-        ahead = self._corpus.continuations(first, last, depth, self.matches)
-        if eos and any(not eos.isdisjoint(tokens) for tokens in ahead):
-            ahead = [until(eos, tokens) for tokens in ahead]
-        tokens, parents = _merged(ahead, nodes)
-        tip, old = context.tip, len(draft)
-        return draft.attach(tokens, [tip if p < 0 else old + p for p in parents], context.call.level(self))
+            return context.draft
+        ends = context.call.chooser.stopping.eos
+        ahead = [until(ends, tokens) for tokens in self._corpus.continuations(first, last, depth, self.matches)]
+        return self.tree(context, *_merged(ahead, min(budget.size or self.nodes, self.nodes)))
 
 
 def _merged(sequences: Sequence[Sequence[int]], nodes: int) -> tuple[list[int], list[int]]:

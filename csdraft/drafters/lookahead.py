@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from csdraft.decoding.draft import ROOT, Draft
-from csdraft.decoding.interfaces import Budget, Context, Drafter, Round
+from csdraft.decoding.interfaces import Budget, Context, Round
 from csdraft.decoding.limits import MOST_BRANCHES, check_range
-from csdraft.drafters._copying import until
+from csdraft.drafters._lookup import Lookup, until
 from csdraft.drafters._trie import Trie
 from csdraft.tables.phrases import PhrasePool
 
@@ -30,7 +30,7 @@ STRIDE = 2654435761
 
 
 @dataclass(frozen=True)
-class Lookahead(Drafter):
+class Lookahead(Lookup):
     """Drafts n-grams from the target's earlier guesses, and a window in which it guesses further (see the module).
 
     Args:
@@ -65,20 +65,16 @@ class Lookahead(Drafter):
     def evidence(self, context: Context) -> int:
         return int(bool(self._state(context).pool.after(context.text.tokens[-1], 1))) if len(context.text) else 0
 
-    def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
-        return [self._propose(c, min(b.depth, b.room), b.room) for c, b in zip(contexts, budgets, strict=True)]
-
-    def _propose(self, context: Context, depth: int, room: int) -> Draft:
-        last = context.path[-1:] or context.text.tail(1)
-        eos = context.call.chooser.stopping.eos
-        if depth <= 0 or not last or last[0] in eos:
+    def look_up(self, context: Context, path: list[int], depth: int, budget: Budget) -> Draft:
+        last, ends = path[-1:] or context.text.tail(1), context.call.chooser.stopping.eos
+        if not last or last[0] in ends:
             return context.draft
         row, trie = self._state(context), Trie()
         best = ROOT
         if not (len(context.draft) or row.inner):
-            best = row.offer(trie, context, room)
+            best = row.offer(trie, context, budget.room)
         for phrase in reversed(row.pool.after(last[0], self.guesses)):
-            best = trie.add(until(eos, phrase[:depth]))
+            best = trie.add(until(ends, phrase[:depth]))
         return trie.below(context, best, context.call.level(self))
 
     def observe(self, rounds: Sequence[Round]) -> None:

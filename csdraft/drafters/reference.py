@@ -13,9 +13,9 @@ from pathlib import Path
 
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import Draft
-from csdraft.decoding.interfaces import Budget, Context, Drafter
+from csdraft.decoding.interfaces import Budget, Context
 from csdraft.decoding.limits import check_range
-from csdraft.drafters._copying import match_evidence, until
+from csdraft.drafters._lookup import Lookup, check_vocabulary, match_evidence
 from csdraft.tables.documents import DocumentTable
 from csdraft.tables.suffix_automaton import START
 
@@ -27,7 +27,7 @@ NEAR = 32
 
 
 @dataclass(frozen=True, eq=False)
-class Reference(Drafter):
+class Reference(Lookup):
     """Finds the longest ending of text and draft in the documents, and copies what follows it, within its document.
 
     Args:
@@ -42,10 +42,9 @@ class Reference(Drafter):
 
     def __post_init__(self) -> None:
         check_range("a Reference", self, depth=None, min_match=None)
-        if isinstance(self.documents, (str, Path)):
-            object.__setattr__(self, "documents", DocumentTable.load(self.documents))
-        elif not isinstance(self.documents, DocumentTable):
-            object.__setattr__(self, "documents", DocumentTable(self.documents))
+        self.load_option("documents", DocumentTable)
+        if not isinstance(self.documents, DocumentTable):
+            object.__setattr__(self, "documents", DocumentTable(self.documents))  # type: ignore[arg-type]
 
     @property
     def _documents(self) -> DocumentTable:
@@ -53,15 +52,11 @@ class Reference(Drafter):
         return self.documents
 
     def check(self, call: Call) -> None:
-        if self._documents.largest >= call.vocab:
-            raise ValueError(
-                f"the documents have token {self._documents.largest}, the target {call.vocab} tokens; encode them "
-                "with the target's tokenizer"
-            )
+        way_out = "encode the documents with the target's tokenizer"
+        check_vocabulary(call, "the table of documents", self._documents.largest, way_out)
 
     def evidence(self, context: Context) -> int:
-        matched = self._cursor(context).matched
-        return match_evidence(matched, self.min_match)
+        return match_evidence(self._cursor(context).matched, self.min_match)
 
     def _cursor(self, context: Context) -> _Cursor:
         """The match of the row's text in the documents, up to date."""
@@ -78,18 +73,11 @@ class Reference(Drafter):
         assert found is not None
         return found
 
-    def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
-        return [self._propose(c, min(b.depth, b.room)) for c, b in zip(contexts, budgets, strict=True)]
-
-    def _propose(self, context: Context, depth: int) -> Draft:
-        path, eos = context.path, context.call.chooser.stopping.eos
-        if depth <= 0 or (path and path[-1] in eos):
-            return context.draft
+    def look_up(self, context: Context, path: list[int], depth: int, budget: Budget) -> Draft:
         state, matched = self._walk(self._cursor(context), path)
         if matched < self.min_match:
             return context.draft
-        tokens = self._documents.after(self._documents.automaton.recent[state], depth)
-        return context.draft.extend(until(eos, tokens), context.call.level(self))
+        return self.chain(context, self._documents.after(self._documents.automaton.recent[state], depth))
 
 
 @dataclass

@@ -18,8 +18,9 @@ import numpy as np
 
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import Draft
-from csdraft.decoding.interfaces import Budget, Context, Drafter, Round
+from csdraft.decoding.interfaces import Budget, Context, Round
 from csdraft.decoding.limits import check_range, halvings
+from csdraft.drafters._lookup import Lookup
 from csdraft.tables.adjacency import KEPT, AdjacencyTable
 
 __all__ = ["TokenRecycling"]
@@ -37,7 +38,7 @@ NODES = sum(map(sum, CHILDREN))
 
 
 @dataclass(frozen=True)
-class TokenRecycling(Drafter):
+class TokenRecycling(Lookup):
     """Unrolls the target's adjacency matrix from the last token, breadth first, into the paper's tree.
 
     Args:
@@ -55,8 +56,7 @@ class TokenRecycling(Drafter):
 
     def __post_init__(self) -> None:
         check_range("a TokenRecycling", self, depth=len(CHILDREN), nodes=NODES)
-        if isinstance(self.table, str | Path):
-            object.__setattr__(self, "table", AdjacencyTable.load(self.table))
+        self.load_option("table", AdjacencyTable)
 
     def width(self, depth: int) -> int:
         return template(self.nodes, min(depth, self.depth)).layers[-1][1] - 1 if depth > 0 else 0
@@ -84,29 +84,19 @@ class TokenRecycling(Drafter):
     def evidence(self, context: Context) -> int:
         return int(len(context.text) > 0 and self.matrix(context.call).known(context.text.tokens[-1]))
 
-    def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
-        nodes = min(budgets[0].size or self.nodes, self.nodes)
-        depths = [min(budget.depth, budget.room, self.depth) for budget in budgets]
-        return [self._propose(context, depth, nodes) for context, depth in zip(contexts, depths, strict=True)]
-
-    def _propose(self, context: Context, depth: int, nodes: int) -> Draft:
-        call, draft = context.call, context.draft
-        tip, text = len(draft.tokens) - 1, context.text.tokens
-        last = draft.tokens[tip] if tip >= 0 else text[-1] if text else None
-        matrix = self.matrix(call)
-        if depth <= 0 or last is None or last in call.chooser.stopping.eos or not matrix.known(last):
-            return draft
-        tree = template(nodes, depth)
+    def look_up(self, context: Context, path: list[int], depth: int, budget: Budget) -> Draft:
+        last, matrix = path[-1:] or context.text.tail(1), self.matrix(context.call)
+        if not last or last[0] in context.call.chooser.stopping.eos or not matrix.known(last[0]):
+            return context.draft
+        tree = template(min(budget.size or self.nodes, self.nodes), min(depth, self.depth))
         tokens = np.empty(len(tree.parents) + 1, np.int64)  # (nodes + 1,) first the root
-        tokens[0] = last
+        tokens[0] = last[0]
         for start, end, above, ranks in tree.layers:
             tokens[start:end] = matrix.follow(tokens[above], ranks)
         new, parents = tokens[1:].tolist(), tree.parents
         if min(new) < 0:
             new, parents = _known(new, parents, [end - 2 for _, end, _, _ in tree.layers])
-        if tip >= 0:
-            parents = [tip + 1 + parent if parent >= 0 else tip for parent in parents]
-        return draft.attach(new, parents, call.level(self))
+        return self.tree(context, new, parents)
 
     def observe(self, rounds: Sequence[Round]) -> None:
         matrix = self.matrix(rounds[0].context.call)

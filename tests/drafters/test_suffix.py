@@ -321,7 +321,7 @@ def test_the_texts_that_ended_are_taken_in_once() -> None:
     assert second.sequences.tolist() == first.sequences.tolist()
     assert len(table.outputs) == 6
     assert second.report.target_calls < first.report.target_calls
-    with pytest.raises(ValueError, match="one table a tokenizer"):
+    with pytest.raises(ValueError, match="one table for each tokenizer"):
         drafter.check(StandInCall([[1]], vocab=5))  # type: ignore[arg-type]
 
 
