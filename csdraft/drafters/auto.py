@@ -1,10 +1,10 @@
-"""Auto: copies, earlier outputs and remembered successors in one tree; for any target, with no model and no tuning.
+"""Auto: copies, earlier outputs and remembered successors in one tree. For any target, without a model or tuning.
 
 Max-Gram (arXiv 2312.11462), suffix decoding (arXiv 2411.04975) and Token Recycling (arXiv 2408.08696) find different
 tokens. `Auto` counts how often each kind of guess was right, drafts the likeliest nodes, and tells the schedule how
 many of them it expects to be kept. The default schedule then chooses the size of the tree by cost, or drafts nothing.
-`generate(..., assistant="auto")` uses the target's own `Auto`: its tables outlive the call, and a drafter that is
-saved beside the target drafts too.
+`generate(..., assistant="auto")` uses one `Auto` for each target. Its tables outlive the call. If a drafter is saved
+beside the target, it drafts too.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from csdraft.tables.rates import SourceRates
 __all__ = ["Auto"]
 
 SMALLEST = 3
-"""Nodes of the smallest tree that a schedule may choose: with the text's last token, a forward of four tokens."""
+"""Nodes of the smallest tree that a schedule may choose. With the text's last token, the target reads four tokens."""
 TAIL = 7
-"""The most nodes after another drafter's draft, which the forward must read too."""
+"""The most nodes after another drafter's draft, which the target must read too."""
 LOOKED_AT = 7
-"""The evidence comes from the chances of this many nodes."""
+"""The evidence is computed from the chances of this many nodes."""
 EXPECTED = (0.3, 0.6, 1.0, 1.6)
-"""Bounds of the expected tokens of these nodes: each begins the next kind of evidence."""
+"""Bounds of the number of these nodes that is expected to be right: each begins the next kind of evidence."""
 NOTHING = 5
 """The evidence if no token is known to follow."""
 
@@ -47,12 +47,12 @@ class Auto(Lookup):
 
     Args:
         depth: the most tokens in a row.
-        nodes: the most tokens of the tree. One less than a power of two fills forwards of 32, 16, 8 and 4 tokens.
+        nodes: the most tokens of the tree. With 31, the target reads 32, 16, 8 or 4 tokens.
         remember: whether what it learns outlives the call. Drafts, but never the text, then depend on earlier calls.
-        adjacency: remembered successors, or the path of a saved table. None: if `remember`, one table for each target,
-            kept in memory as long as the target; else an empty table for each call.
+        adjacency: remembered successors, or the path of a saved table. None: one table for each target if `remember`,
+            kept in memory as long as the target, else an empty table for each call.
         outputs: earlier outputs, or the path of a saved table; None as above.
-        drafter: another drafter, which drafts first where that pays; the tree continues from the end of its draft.
+        drafter: another drafter, which drafts first where that pays. The tree continues from the end of its draft.
     """
 
     depth: int = 20  # type: ignore[assignment]
@@ -62,7 +62,7 @@ class Auto(Lookup):
     outputs: OutputTable | str | Path | None = None
     drafter: Drafter | None = None
     nest: Horizontal | None = field(init=False, default=None, repr=False, compare=False)
-    """A cascade of the other drafter and then this one without it; None if there is no other drafter."""
+    """If there is another drafter, a cascade of it and of this `Auto` without it."""
 
     def __post_init__(self) -> None:
         check_range("an Auto", self, depth=None, nodes=MOST_NODES)
@@ -78,7 +78,7 @@ class Auto(Lookup):
             return Horizontal((*drafter.drafters, alone), (*drafter.lengths, self.depth))
         return Horizontal((drafter, alone), (drafter.depth, self.depth))
 
-    # What a call asks of the other drafter too.
+    # Methods that also call the other drafter.
 
     def parts(self) -> Sequence[Drafter]:
         if self.nest is not None:
@@ -147,7 +147,7 @@ class Auto(Lookup):
     # The tables that it searches.
 
     def _tree(self, context: Context) -> LikeliestTree:
-        """The row's tree; the schedule looks at the same tree that is then drafted."""
+        """The row's tree. The schedule looks at the same tree that is drafted afterwards."""
         call, at = context.call, (len(context.text), tuple(context.path))
         trees = self._trees(call, context.row)
         if at not in trees:
@@ -158,20 +158,20 @@ class Auto(Lookup):
         return trees[at]
 
     def _trees(self, call: Call, row: int) -> dict[tuple, LikeliestTree]:
-        """(text length, path) where a tree begins -> the tree; only the row's last tree."""
+        """(text length, path) where a tree begins -> the tree. Only the row's last tree is kept."""
         return call.memo((self, LikeliestTree, row), dict)
 
     def _recycling(self, call: Call) -> TokenRecycling:
-        make = lambda: TokenRecycling(remember=self.remember, table=self.adjacency)  # noqa: E731 - a line less
-        return call.memo((self, TokenRecycling), make)
+        return call.memo((self, TokenRecycling), lambda: TokenRecycling(remember=self.remember, table=self.adjacency))
 
     def _suffix(self, call: Call) -> Suffix:
-        """The drafter that holds the earlier outputs and adds new ones."""
+        """The drafter that searches the earlier outputs and adds new ones."""
         kept = self.outputs is None and self.remember
-        make = lambda: Suffix(outputs=OutputTable.of(call.target) if kept else self.outputs)  # noqa: E731 - as above
-        return call.memo((self, Suffix), make)
+        return call.memo((self, Suffix), lambda: Suffix(outputs=OutputTable.of(call.target) if kept else self.outputs))
 
     def _rates(self, call: Call) -> SourceRates:
         way = call.sampler.greedy, call.chooser.processing.temperature
-        make = lambda: SourceRates.of(call.target, way) if self.remember else SourceRates()  # noqa: E731 - as above
-        return call.memo((SourceRates, self.remember), make)
+        return call.memo(
+            (SourceRates, self.remember),
+            lambda: SourceRates.of(call.target, way) if self.remember else SourceRates(),
+        )

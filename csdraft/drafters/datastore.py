@@ -1,7 +1,7 @@
-"""Retrieval from a datastore: drafts, as a tree, what followed the text's last tokens in a large corpus; no model.
+"""Retrieval from a datastore: drafts what followed the text's last tokens in a large corpus, as a tree; no model.
 
-REST (arXiv 2311.08252). Use it where the target writes what many others have written: code, standard phrases, or a
-large store of its own earlier outputs. Build the corpus with `scripts/build_datastore.py`.
+REST (arXiv 2311.08252). Use it where the target writes what others have written before: code, standard phrases, or
+with a large store of its own earlier outputs. Build the corpus with `scripts/build_datastore.py`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ MOST_MATCHES = 10_000
 class Datastore(Lookup):
     """Finds the longest ending of the text in a corpus, and drafts the most frequent tokens that follow it there.
 
-    All tokens are point masses. So under independent draws the tree is judged exactly; rules that take frequencies for
-    probabilities would be biased.
+    All tokens are point masses. So the output stays exact; a rule that took frequencies for probabilities would be
+    biased.
 
     Args:
         corpus: a `CorpusIndex`, or the path of one.
@@ -82,32 +82,31 @@ def _merged(sequences: Sequence[Sequence[int]], nodes: int) -> tuple[list[int], 
     """Tokens and parents of the `nodes` most frequent nodes of the sequences' trie; in a tie the nearest first."""
     tokens: list[int] = []
     parents: list[int] = []
-    waiting: list[
-        tuple[int, int, int, int, Sequence[Sequence[int]]]
-    ] = []  # -count, depth, order, parent, sequences that go through the node
-    order, node, depth, here = 0, -1, 0, sequences
+    # (-count, depth, order, parent, sequences that go through the node)
+    waiting: list[tuple[int, int, int, int, Sequence[Sequence[int]]]] = []
+    order, node, depth, through = 0, -1, 0, sequences
     while True:
         by_token: dict[int, list[Sequence[int]]] = {}
-        for sequence in here:
+        for sequence in through:
             if depth < len(sequence):
                 by_token.setdefault(sequence[depth], []).append(sequence)
-        for those in by_token.values():
+        for same in by_token.values():
             order += 1
-            heappush(waiting, (-len(those), depth, order, node, those))
+            heappush(waiting, (-len(same), depth, order, node, same))
         if len(tokens) == nodes or not waiting or waiting[0][0] == -1:  # the other nodes have one sequence each
             break
-        _, depth, _, parent, here = heappop(waiting)
+        _, depth, _, parent, through = heappop(waiting)
         node = len(tokens)
-        tokens.append(here[0][depth])
+        tokens.append(through[0][depth])
         parents.append(parent)
         depth += 1
     starting: dict[int, list[tuple[int, Sequence[int]]]] = {}
-    for _, depth, _, parent, those in sorted(waiting):
-        starting.setdefault(depth, []).append((parent, those[0]))
+    for _, depth, _, parent, same in sorted(waiting):
+        starting.setdefault(depth, []).append((parent, same[0]))
     depth, alone = 0, []
     while alone or starting:
-        here, alone = starting.pop(depth, []) + alone, []
-        for parent, sequence in here[: nodes - len(tokens)]:
+        level, alone = starting.pop(depth, []) + alone, []
+        for parent, sequence in level[: nodes - len(tokens)]:
             if depth + 1 < len(sequence):
                 alone.append((len(tokens), sequence))
             tokens.append(sequence[depth])

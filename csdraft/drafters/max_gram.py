@@ -1,8 +1,8 @@
 """Max-Gram: copies what followed the longest earlier occurrence of the text's last tokens; no model, microseconds.
 
 Cascade Speculative Drafting (arXiv 2312.11462, appendix A), where it is the last drafter of every cascade. Use it
-there, or alone when the output repeats the input: summaries, edits, retrieved passages, code. Unlike the paper's code
-it reads prompt and text as one history, takes the most recent of the longest matches, and is fast at any text length.
+there, or alone if the output repeats the input: summaries, edits, retrieved passages, code. Unlike the paper's code it
+reads prompt and text as one history, takes the most recent of the longest matches, and is fast at any text length.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ __all__ = ["MaxGram"]
 class MaxGram(Lookup):
     """Finds the longest ending of text and draft that occurs earlier, and proposes what followed it last time.
 
-    A copy that reaches the end of the history continues with its own proposal, so a loop is drafted to any depth. For
-    encoder-decoders it also searches the encoder's input; no match spans that and the text.
+    A copy that reaches the end of the history continues with its own tokens, so a loop is drafted to any depth. For
+    encoder-decoders it also searches the encoder's input; no match spans both that and the text.
 
     Args:
         depth: tokens a round, unless a schedule or a cascade says otherwise.
         min_match: the shortest match to copy from; 1 as in the paper.
-        bigram: a `BigramTable` to draft from where nothing matches, or the path of a saved one. None: drafts nothing
+        bigram: a `BigramTable` to draft from where nothing matches, or the path of a saved one; None drafts nothing
             there.
     """
 

@@ -1,8 +1,8 @@
 """N-Grammys: several guesses at once, from n-grams of the text and from the target's choices after a single token.
 
 The N-Grammys (Stewart et al., arXiv 2411.03786) draft k continuations of w tokens. The first ones followed the last
-token earlier in the text; the others come from a table of the target's likeliest next tokens. Use it with targets that
-read k * w tokens nearly as fast as one. The paper verifies k rows; here they are one tree.
+token earlier in the text. The others come from a table of the target's likeliest next tokens. Use it with targets that
+read k * w tokens nearly as fast as one. The paper verifies k rows; here they form one tree.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class NGrammys(Lookup):
 
 
 class _Continuations:
-    """What followed each n-gram of a text, how often, and where last; a new token costs the same at any text length.
+    """What followed each n-gram of a text, how often, and where last. Text length does not slow it down.
 
     Args:
         match: tokens of an n-gram.
@@ -111,7 +111,7 @@ class _Continuations:
         return -ranked[0][0] if ranked else 0
 
     def after(self, tail: list[int], rows: int, depth: int) -> list[list[int]]:
-        """At most `rows` continuations of `tail`, best first, cut to `depth`; also ones that the text's end cuts."""
+        """At most `rows` continuations of `tail`, best first, each of at most `depth` tokens and inside the text."""
         tokens, match = self.tokens, self.match
         found = self.ranked.get(tuple(tail), [])[:rows]
         last = len(tokens) - 1

@@ -1,8 +1,8 @@
 """Reference: copies from documents that the output is likely to quote, after a match of the last tokens; no model.
 
 LLMA, "Inference with Reference" (arXiv 2304.04487). Use it for retrieval, caches of earlier answers, or edits of a
-document that is not in the prompt; from the prompt `max_gram` copies too. Unlike the paper it takes the longest match,
-not any match of a fixed length.
+document that is not in the prompt; `max_gram` copies from the prompt. Unlike the paper it takes the longest match, not
+any match of a fixed length.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from csdraft.tables.documents import DocumentTable
 from csdraft.tables.suffix_automaton import START
 
 __all__ = ["Reference"]
-
 
 NEAR = 32
 """How many of the prompt's last tokens a match may include."""
@@ -68,7 +67,7 @@ class Reference(Lookup):
         return cursor
 
     def _walk(self, cursor: _Cursor, tokens: Sequence[int]) -> tuple[int, int]:
-        most = cursor.matched + len(tokens)  # a match cannot shrink more often than it grew
+        most = cursor.matched + len(tokens)  # a match cannot shrink more often than it has grown
         found = self._documents.automaton.walk(cursor.state, cursor.matched, tokens, most)
         assert found is not None
         return found

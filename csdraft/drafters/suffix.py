@@ -36,8 +36,8 @@ class Suffix(Lookup):
         factor, offset: how many drafted tokens a match allows.
         min_prob: the least chance of a drafted token.
         nodes: the most tokens of a tree; None drafts chains.
-        outputs: an `OutputTable`, or the path of a saved one: it is searched, and every finished text is added. None:
-            only the call's own text is searched.
+        outputs: an `OutputTable`, or the path of a saved one: it is searched, and every finished text is added. With
+            None, only the call's own text is searched.
     """
 
     depth: int = 16  # type: ignore[assignment]

@@ -1,9 +1,9 @@
 """Token Recycling: drafts the tokens that the target found likeliest when it last read each token; no model.
 
 Token Recycling (Luo et al., arXiv 2408.08696): a matrix holds the eight likeliest successors of every token. It is
-updated from the logits of every scored node, and unrolled into a fixed tree. It works with any text and any target,
-and unlike copying drafters it needs no repetition. Use it where a wide forward is nearly free (a GPU, small batches).
-On a CPU take few `nodes`.
+updated from the logits of every scored node, and unrolled into a fixed tree. It works with any text and any target;
+unlike copying it needs no repetition. Use it where a wide forward is nearly free (a GPU, small batches). On a CPU take
+few `nodes`.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class TokenRecycling(Lookup):
         depth: layers of the tree, at most 6.
         nodes: tokens of the tree, at most 80. With fewer, the nodes of the paper's tree with the best ranks are kept.
         remember: whether the matrix outlives the call. Drafts, but never the text, then depend on earlier calls.
-        table: the matrix, or the path of a saved one; it is updated if `remember`, else each call starts from a copy.
-            None: if `remember`, one for each target, kept as long as the target; else an empty one for each call.
+        table: the matrix, or the path of a saved one. It is updated if `remember`, else each call starts from a copy.
+            None: one for each target if `remember`, kept as long as the target, else an empty one for each call.
     """
 
     depth: int = len(CHILDREN)  # type: ignore[assignment]
@@ -105,7 +105,7 @@ class TokenRecycling(Lookup):
         for finished in rounds:
             text = finished.context.text.tokens
             seen = [text[-1] if text else UNSEEN, *finished.draft.tokens]
-            # Accepted nodes come last: if a token occurs several times, its entry is then the one from the text.
+            # Accepted nodes come last, so that a token that occurs several times gets its entry from the text.
             order = [*range(len(seen)), 0, *(node + 1 for node in finished.verdict.accepted)]
             order = [at for at in order if seen[at] not in eos and seen[at] != UNSEEN]
             tokens += [seen[at] for at in order]

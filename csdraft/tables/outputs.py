@@ -23,7 +23,7 @@ MOST_GENERATIONS = 2
 KEPT = 1 << 16
 """The most tokens of the table that the process keeps for a target."""
 NEAR = 24
-"""At the first look at a text, only its last NEAR tokens are searched for a match."""
+"""When a text is new to a table, only its last NEAR tokens are searched for a match."""
 
 
 @dataclass
@@ -40,13 +40,13 @@ class Place:
 
 
 class OutputTable:
-    """The latest outputs, in two generations of half the bound each: the older one is dropped as a whole.
+    """The latest outputs, in two generations of at most half the tokens each. The older one is dropped as a whole.
 
     Threads may share one.
 
     Args:
-        max_tokens: the most tokens that it holds, each about 140 bytes. It keeps at most half that much of one output,
-            from its end.
+        max_tokens: the most tokens that it holds, each about 140 bytes. Of one output it keeps at most half as many,
+            from the end.
 
     Attributes:
         lock: held while it changes.
@@ -95,7 +95,7 @@ class OutputTable:
         return found[:-1]
 
     def add(self, output: Sequence[int]) -> None:
-        """Adds an output; drops the oldest ones if there are too many tokens."""
+        """Adds an output, and drops the oldest ones if there are too many tokens."""
         half = self.max_tokens // 2
         tokens = [*output[-(half - 1) :], JUNCTION]
         if len(tokens) == 1:
@@ -111,11 +111,11 @@ class OutputTable:
             known += tokens
 
     def match(self, tokens: Sequence[int], place: Place | None = None) -> int:
-        """Length of the longest ending of `tokens` that is found in an output.
+        """Length of the longest ending of `tokens` that occurs in an output.
 
         Args:
             tokens: a text.
-            place: how far the text was matched when it was shorter; None: only its last `NEAR` tokens are searched.
+            place: how far the text was matched before; None: only its last `NEAR` tokens are searched.
         """
         with self.lock:
             return max((matched for _, _, matched in self._moved(tokens, place or Place())), default=0)
@@ -123,9 +123,9 @@ class OutputTable:
     def matches(
         self, tokens: Sequence[int], path: Sequence[int], place: Place
     ) -> list[tuple[SuffixAutomaton, int, int]]:
-        """For each automaton: (automaton, state, length) of the longest ending of `tokens` + `path` found in it.
+        """(automaton, state, length) of the longest ending of `tokens` + `path` in each automaton.
 
-        A caller that reads on from these states must hold the `lock`.
+        To read on from these states, the caller must hold the `lock`.
         """
         with self.lock:
             found = self._moved(tokens, place)
@@ -134,7 +134,7 @@ class OutputTable:
     def speculate(
         self, tokens: Sequence[int], rule: Rule, path: Sequence[int] = (), place: Place | None = None
     ) -> Speculation:
-        """The best proposal for what follows the text `tokens` and the drafted `path`; `place` is as in `match`."""
+        """The best proposal of what follows the text `tokens` and the drafted `path`; `place` as in `match`."""
         best = NOTHING
         with self.lock:
             for automaton, state, matched in self._moved(tokens, place or Place()):
@@ -144,7 +144,7 @@ class OutputTable:
         return best
 
     def _moved(self, tokens: Sequence[int], place: Place) -> list[tuple[SuffixAutomaton, int, int]]:
-        """Brings `place` up to date: extends the known matches, and searches automata that are new to it."""
+        """Brings `place` up to date: extends known matches, and searches the automata that it does not know."""
         matches, fresh = {}, tokens[place.read :] if place.read + NEAR > len(tokens) else None
         for automaton, _ in self._generations:
             known = place.matches.get(id(automaton))
@@ -185,7 +185,7 @@ class OutputTable:
 
     def _restore(self, tokens: list[int]) -> None:
         if not tokens or min(tokens) < JUNCTION or tokens[-1] != JUNCTION:
-            raise ValueError(f"a generation must be outputs of token ids, a {JUNCTION} behind each")
+            raise ValueError(f"a generation must be outputs of token ids, each followed by {JUNCTION}")
         automaton = SuffixAutomaton()
         automaton.extend(tokens)
         self._generations.insert(0, (automaton, tokens))
@@ -196,5 +196,5 @@ def _walked(automaton: SuffixAutomaton, state: int, matched: int, tokens: Sequen
     if not tokens:
         return state, matched
     found = automaton.walk(state, matched, tokens, matched + len(tokens))
-    assert found is not None  # a match cannot shrink more often than it grew
+    assert found is not None  # a match cannot shrink more often than it has grown
     return found

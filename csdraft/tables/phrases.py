@@ -16,7 +16,7 @@ class PhrasePool:
 
     Args:
         length: tokens of a phrase.
-        most: phrases kept for each token; the one that was not seen for longest is dropped first.
+        most: phrases kept for each token; the one seen longest ago is dropped first.
     """
 
     def __init__(self, length: int, most: int):

@@ -1,8 +1,8 @@
 """SuffixDecoding's speculation (arXiv 2411.04975): a suffix automaton proposes what followed most often.
 
 The chance of a node is its parent's chance times count(node) / count(parent). A proposal is the most frequent path, or
-the tree of the likeliest nodes, down to a least chance. Its score is the sum of the chances: the expected right
-tokens.
+the tree of the likeliest nodes, down to a least chance. Its score is the sum of its chances: the number of tokens that
+are expected to be right.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from csdraft.tables.suffix_automaton import START, SuffixAutomaton
 __all__ = ["NOTHING", "Rule", "Speculation"]
 
 MOST_TRIED = 8
-"""The most matches that are tried, each shorter than the last. The bound on scores nearly always stops earlier."""
+"""The most matches that are tried, each shorter than the last. The bound on the score nearly always stops earlier."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Rule:
         chance, score, likeliest, going_on = 1.0, 0.0, automaton.likeliest, automaton.going_on
         while len(tokens) < most:
             state = going_on(state)
-            if state == START:  # the empty match: how frequent a token is overall does not predict it here
+            if state == START:  # the empty match: a token's overall frequency does not predict it
                 break
             token, state, share = likeliest(state)
             chance *= share

@@ -26,8 +26,8 @@ class SuccessorTable(ArrayTable):
     """The likeliest continuations of each token.
 
     Attributes:
-        successors: (vocab, rows, length) int32; entry [t, i] is the i-th likeliest token after t, and then what the
-            model writes greedily after both.
+        successors: (vocab, rows, length) int32; entry [t, i] begins with the i-th likeliest token after t, and
+            continues with what the model writes greedily after both.
     """
 
     format: ClassVar = "csdraft-successors-1"
@@ -75,7 +75,7 @@ class SuccessorTable(ArrayTable):
 
         Args:
             rows: how many likeliest successors to keep for each token.
-            length: tokens of a continuation; each after the first costs `rows` sequences for each vocabulary token.
+            length: tokens of a continuation. Each after the first costs `rows` sequences for each vocabulary token.
             prefix: tokens before each token, such as a begin-of-text token if the model always expects one.
             batch: sequences a forward.
         """

@@ -27,7 +27,7 @@ class SuffixAutomaton:
 
     Every new token is one more occurrence of all endings of the sequence. Counts and places are updated only for the
     `MOST_LINKS` longest endings that occurred before. So both are exact unless more endings nest, as in loops; then
-    those of the shortest endings are too old.
+    those of the shortest endings are out of date.
 
     Attributes:
         length: (states,) tokens of a state's longest string.
@@ -102,7 +102,7 @@ class SuffixAutomaton:
             self.token.extend(array("i", [NO_TOKEN]) * missing)
 
     def _split(self, state: int, token: int, whole: int, part: int) -> None:
-        """Moves the shorter strings of `whole` to the state `part`: from now on they end in one more place."""
+        """Moves the shorter strings of `whole` to the state `part`, since they now also end elsewhere."""
         self.length[part] = self.length[state] + 1
         for values in (self.link, self.recent, self.count, self.token, self.target):
             values[part] = values[whole]
@@ -152,7 +152,7 @@ class SuffixAutomaton:
         return state, matched
 
     def going_on(self, state: int) -> int:
-        """`state` if a token follows its strings, else the state of their longest ending that a token follows."""
+        """The state of the longest ending that a token follows; `state` itself if one follows its strings."""
         while self.token[state] == NO_TOKEN and state != START:
             state = self.link[state]
         return state
@@ -164,14 +164,11 @@ class SuffixAutomaton:
     def likeliest(self, state: int) -> tuple[int, int, float]:
         """(token, state, share) of the most frequent transition, in a tie the latest; share 0 if there is none.
 
-        A state with many transitions compares only its first `MOST_WAYS` + 1: a frequent one is found early.
+        Only the first `MOST_WAYS` + 1 transitions are compared: frequent ones usually occur early.
         """
         count, recent = self.count, self.recent
         token, found = self.token[state], self.target[state]
-        if token < 0:
-            most = 0
-        else:
-            most = count[found]
+        most = 0 if token < 0 else count[found]
         ways = self.more.get(state)
         if ways is not None:
             for other, there in ways.items() if len(ways) <= MOST_WAYS else islice(ways.items(), MOST_WAYS):
