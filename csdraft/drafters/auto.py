@@ -70,9 +70,9 @@ class Auto(Lookup):
         self.load_option("outputs", OutputTable)
         if self.drafter is not None:
             check_parts(self)
-            object.__setattr__(self, "nest", self._behind(self.drafter))
+            object.__setattr__(self, "nest", self._after(self.drafter))
 
-    def _behind(self, drafter: Drafter) -> Horizontal:
+    def _after(self, drafter: Drafter) -> Horizontal:
         alone = Auto(self.depth, self.nodes, self.remember, self.adjacency, self.outputs)
         if isinstance(drafter, Horizontal):
             return Horizontal((*drafter.drafters, alone), (*drafter.lengths, self.depth))

@@ -120,7 +120,7 @@ def bound(drafter: Any, target: nn.Module, seen: dict[int, Any] | None = None) -
         options = {f.name: getattr(drafter, f.name) for f in fields(drafter)}
         changed = {k: new for k, v in options.items() if (new := bound(v, target, seen)) is not v}
         _ = drafter.memory  # made here, so that all copies share it
-        seen[id(drafter)] = twin = copy.copy(drafter) if changed else drafter
+        seen[id(drafter)] = copied = copy.copy(drafter) if changed else drafter
         for name, value in changed.items():
-            object.__setattr__(twin, name, value)
+            object.__setattr__(copied, name, value)
     return seen[id(drafter)]

@@ -26,6 +26,7 @@ from csdraft.decoding.sampling import Processing, Sampler
 from csdraft.decoding.scores import TokenChooser
 from csdraft.decoding.stopping import Stopping
 from csdraft.decoding.text import Text
+from csdraft.drafters._lookup import until
 
 __all__ = ["Translated"]
 
@@ -204,12 +205,11 @@ class _Reading:
 
     def translate_back(self, context: Context, tokens: list[int], known: int) -> list[int]:
         """The drafter's new tokens, those after the first `known`, in the target's tokens."""
-        new = tokens[known:]
-        ended = not self.own.eos.isdisjoint(new)
-        if ended:
-            new = new[: next(i for i, token in enumerate(new) if token in self.own.eos)]
+        new = until(self.own.eos, tokens[known:])
+        ended = not self.own.eos.isdisjoint(new[-1:])
         before = self.own.decode(tokens[:known], self.opens)
-        written = self.own.decode([*tokens[:known], *new], self.opens)[len(before) :].rstrip(PARTIAL)
+        after = self.own.decode(tokens[: known + len(new) - ended], self.opens)
+        written = after[len(before) :].rstrip(PARTIAL)
         old = self._open(context)
         translated = self.theirs.encode(self.end + written, self.opens)
         if translated[: len(old)] == old:

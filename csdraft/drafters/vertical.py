@@ -114,11 +114,11 @@ def _check_probs(contexts: Sequence[Context], drafts: Sequence[Draft], verifier:
 
 
 def _stops(budget: Budget, finished: Round) -> bool:
-    """Whether the draft should stop after this round: the budget says so of an emitted token. All of them are kept."""
+    """Whether the budget says to stop after one of the emitted tokens; they are all kept."""
     if budget.stop is None or finished.confidence is None:
         return False
     above = [finished.context.tip, *finished.verdict.accepted]
     return any(
-        budget.stop(sure, partial(finished.scores.entropy, node))
-        for sure, node in zip(finished.confidence, above, strict=False)  # a text may end on an accepted node
+        budget.stop(confidence, partial(finished.scores.entropy, node))
+        for confidence, node in zip(finished.confidence, above, strict=False)  # a text may end on an accepted node
     )

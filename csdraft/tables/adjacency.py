@@ -95,7 +95,7 @@ class AdjacencyTable:
                 f"{path} holds successors from {values.min()} to {values.max()}, of a vocabulary of {len(values)}"
             )
         if ((values == UNKNOWN).any(1) != (values == UNKNOWN).all(1)).any():
-            raise ValueError(f"{path} knows some successors of a token and not all {KEPT} of them")
+            raise ValueError(f"{path} has a token with some successors but not all {KEPT}")
         table = cls(len(values))
         table.successors[:-1] = values
         return table

@@ -71,12 +71,6 @@ class OutputTable:
             return sum(len(tokens) for _, tokens in self._generations)
 
     @property
-    def nbytes(self) -> int:
-        """An estimate of the bytes held."""
-        with self.lock:
-            return sum(automaton.nbytes + 8 * len(tokens) for automaton, tokens in self._generations)
-
-    @property
     def largest(self) -> int:
         """The largest token id that was ever added; -1 if there was none."""
         return self._largest

@@ -47,12 +47,6 @@ class SuffixAutomaton:
         self.states, self.read = 1, 0
         self.last, self.matched, self.end = START, 0, NOWHERE
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the arrays and, as an estimate, of the transitions in CPython dictionaries."""
-        ways = sum(184 if len(more) <= 5 else 36 * len(more) + 184 for more in self.more.values())
-        return 6 * 4 * len(self.length) + 104 * len(self.more) + ways
-
     def extend(self, tokens: Sequence[int]) -> None:
         """Reads `tokens` after those read before."""
         self._reserve(2 * len(tokens))

@@ -1,9 +1,8 @@
 """Block verification (Sun et al., arXiv 2403.10444): judges the tokens of a draft jointly, not one by one.
 
-It is lossless and keeps at least as many tokens on average as `Rejection`; the paper reports 5 to 8 percent less wall
+It is lossless and on average keeps at least as many tokens as `Rejection`; the paper reports 5 to 8 percent less wall
 time. Use it for chains drawn from a model, at the target only. Point masses are allowed, but gain nothing over
-`Rejection`. The walk does not end at a failed token: a success further down accepts the whole prefix. This is by
-design.
+`Rejection`. By design the trials do not end at a failed token: a success further down accepts the whole prefix.
 """
 
 from __future__ import annotations

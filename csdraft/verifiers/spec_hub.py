@@ -80,7 +80,7 @@ def not_pairs(draft: Draft) -> str | None:
     hubs = torch.stack(list(all_probs.values())).argmax(-1).tolist()  # one copy to the host for all pairs
     for tokens, hub in zip(siblings.values(), hubs, strict=True):
         if len(tokens) > 2:
-            return f"{len(tokens)} siblings were drawn together, SpecHub judges pairs; draw two a node"
+            return f"{len(tokens)} siblings were drawn together, but SpecHub judges pairs; draw two for each node"
         if len(tokens) == 2 and tokens.count(hub) != 1:
-            return f"the pair {tokens} must hold the likeliest token {hub} once, SpecHub knows no others"
+            return f"the pair {tokens} must hold the likeliest token {hub} once; draw with the tree Pairs"
     return None

@@ -2,11 +2,11 @@
 
 Traversal verification (arXiv 2505.12398) is `Block` for trees. A branch is tried at its end first. If it is rejected,
 only its last node is dropped, and the probability that this node did not supply goes to the next sibling. It is
-lossless, and keeps on average at least as much as the same rules from the root down. Use it at the target, with trees
-drawn independently or without replacement; point masses are allowed.
+lossless, and on average keeps at least as many tokens as the same rules from the root down. Use it at the target, with
+trees drawn independently or without replacement; point masses are allowed.
 
-Why it is exact, for stochastic beams too: a node that must be reached with some weight supplies exactly that weight of
-the target's distribution below it, or is rejected. The chance to be rejected does not depend on the nodes below it.
+It is exact, for stochastic beams too: a node that must be reached with some weight either supplies exactly that weight
+of the target's distribution below it, or is rejected. The chance of rejection does not depend on the nodes below it.
 """
 
 from __future__ import annotations
