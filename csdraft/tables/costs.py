@@ -12,6 +12,8 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
+from statistics import median_high
 from typing import Any, NamedTuple
 
 from csdraft.stored import fit
@@ -82,9 +84,8 @@ class Widths:
         """Extra seconds that the first run of this width is likely to take; 0 if it has run, or nothing is known."""
         if width in self.samples or width in self.bounds:
             return 0.0
-        both = self.samples.keys() & self.bounds.keys()
-        excess = sorted(self.bounds[w] - _quartile(self.samples[w]) for w in both)
-        return max(excess[len(excess) // 2], 0.0) if excess else 0.0
+        excess = [self.bounds[w] - _quartile(kept) for w, kept in self.samples.items() if w in self.bounds]
+        return max(median_high(excess), 0.0) if excess else 0.0
 
     def seconds(self, width: int) -> float:
         """The price: measured, or from the nearest widths; at most a wider one's. In steps if no width is known."""
@@ -101,19 +102,12 @@ class Widths:
         for width in (self.samples | self.bounds).keys() - settled.keys():
             alone = min(centres.get(width, math.inf), self.bounds.get(width, math.inf))
             points[width] = min(alone, DOUBT * _between(settled, width)) if settled else alone
-        least, rising = math.inf, {}
-        for width in sorted(points, reverse=True):
-            rising[width] = least = min(least, points[width])
-        return dict(reversed(rising.items()))
+        widest_first = sorted(points, reverse=True)
+        return dict(zip(widest_first, accumulate((points[width] for width in widest_first), min), strict=True))
 
     def _is_settled(self, width: int, centre: float) -> bool:
         """Whether there are two warm measurements, or a warm and a cold one that agree."""
         return self.count(width) >= BELIEVED or self.bounds.get(width, math.inf) < DOUBT * centre
-
-    def scaled(self, factor: float) -> Widths:
-        """The same measurements, each `factor` times as long."""
-        samples = {w: deque((factor * s for s in kept), KEPT) for w, kept in self.samples.items()}
-        return Widths(samples, {w: factor * bound for w, bound in self.bounds.items()})
 
 
 def _steps(width: int) -> float:
@@ -185,13 +179,12 @@ class Costs:
         others = [other for other in self.groups if other != group]
         if not others:
             return own
-        near = min(others, key=lambda g: (abs(math.log2(g[0] / rows)), abs(g[1] - group[1])))
-        other = self.groups[near]
-        shared = sorted(_quartile(own.samples[w]) / other.seconds(w) for w in own.samples)  # ratios: ours / theirs
-        merged = other.scaled(shared[len(shared) // 2] if shared else 1.0)
-        merged.bounds = dict(own.bounds) if own.samples else merged.bounds | own.bounds
-        merged.samples |= own.samples
-        return merged
+        near = self.groups[min(others, key=lambda g: (abs(math.log2(g[0] / rows)), abs(g[1] - group[1])))]
+        ratios = [_quartile(kept) / near.seconds(w) for w, kept in own.samples.items()]
+        factor = median_high(ratios) if ratios else 1.0
+        samples = {w: deque((factor * seconds for seconds in kept), KEPT) for w, kept in near.samples.items()}
+        bounds = {} if own.samples else near.bounds  # there the factor is 1
+        return Widths(samples | own.samples, bounds | own.bounds)
 
     def to_list(self) -> list[list[float]]:
         """[rows, bucket, queries, seconds] of every shape, and [0, 0, stage, seconds] of every stage's token."""
@@ -279,14 +272,16 @@ class Survival:
         """
         if not depth:
             return []
-        tried, kept, weight = self.tried or [0.0], self.kept or [0.0], PRIOR_WEIGHT if optimistic else self.weight
+        tried, kept = self.tried or [0.0], self.kept or [0.0]
         if optimistic:
-            blur = min(1.0, REMEMBERED / max(tried[0], 1.0))
-            tried, kept = [blur * count for count in tried], [blur * count for count in kept]
-        first = (kept[0] + weight * (1.0 if optimistic else self._unknown(self.prior))) / (tried[0] + weight)
-        goes_on = self._unknown(self.goes_on)
-        more, tail = 1.0 if optimistic else max(first, goes_on), weight if optimistic else max(weight, TAIL)
-        pooled = (sum(kept[1:]) + tail * more) / (sum(tried[1:]) + tail)
+            share = min(1.0, REMEMBERED / max(tried[0], 1.0))
+            tried, kept = [share * count for count in tried], [share * count for count in kept]
+            prior, goes_on, weight, tail = 1.0, 1.0, PRIOR_WEIGHT, PRIOR_WEIGHT
+        else:
+            prior, goes_on = self._unknown(self.prior), self._unknown(self.goes_on)
+            weight, tail = self.weight, max(self.weight, TAIL)
+        first = (kept[0] + weight * prior) / (tried[0] + weight)
+        pooled = (sum(kept[1:]) + tail * max(first, goes_on)) / (sum(tried[1:]) + tail)
         later = [(k + weight * pooled) / (t + weight) for k, t in zip(kept[1:depth], tried[1:], strict=False)]
         found = [first, *later, *[pooled] * (depth - 1 - len(later))]
         return [min(pair) for pair in zip(found, self.shares_offered(depth), strict=True)] if optimistic else found
