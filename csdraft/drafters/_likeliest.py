@@ -128,7 +128,7 @@ class LikeliestTree:
 def _next(match: Match) -> tuple[int, int]:
     """The token that follows a match most often, and the match's length; length 0 if no token follows."""
     automaton, state, matched = match
-    followed = automaton.going_on(state)
+    followed = automaton.continued(state)
     if followed == START:
         return ROOT, 0
     token, _, share = automaton.likeliest(followed)

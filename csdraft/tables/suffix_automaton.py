@@ -18,7 +18,7 @@ JUNCTION = -1
 """A token between documents. No query contains it, so no match spans two documents."""
 NO_TOKEN = -2
 MOST_LINKS = 32
-MOST_WAYS = 64
+MOST_COMPARED = 64
 LINKS = range(MOST_LINKS)
 
 
@@ -145,7 +145,7 @@ class SuffixAutomaton:
                     return None
         return state, matched
 
-    def going_on(self, state: int) -> int:
+    def continued(self, state: int) -> int:
         """The state of the longest ending that a token follows; `state` itself if one follows its strings."""
         while self.token[state] == NO_TOKEN and state != START:
             state = self.link[state]
@@ -158,22 +158,22 @@ class SuffixAutomaton:
     def likeliest(self, state: int) -> tuple[int, int, float]:
         """(token, state, share) of the most frequent transition, in a tie the latest; share 0 if there is none.
 
-        Only the first `MOST_WAYS` + 1 transitions are compared: frequent ones usually occur early.
+        Only the first `MOST_COMPARED` + 1 transitions are compared: frequent ones usually occur early.
         """
         count, recent = self.count, self.recent
         token, found = self.token[state], self.target[state]
         most = 0 if token < 0 else count[found]
         ways = self.more.get(state)
         if ways is not None:
-            for other, there in ways.items() if len(ways) <= MOST_WAYS else islice(ways.items(), MOST_WAYS):
-                times = count[there]
-                if (times > most or (times == most and recent[there] > recent[found])) and other >= 0:
-                    token, found, most = other, there, times
+            for other, target in ways.items() if len(ways) <= MOST_COMPARED else islice(ways.items(), MOST_COMPARED):
+                times = count[target]
+                if (times > most or (times == most and recent[target] > recent[found])) and other >= 0:
+                    token, found, most = other, target, times
         return token, found, most / max(self.followed(state), most, 1)
 
-    def ways(self, state: int) -> list[tuple[float, int, int]]:
+    def transitions(self, state: int) -> list[tuple[float, int, int]]:
         """(share, token, state) of each transition that `likeliest` compares."""
         count, most = self.count, max(self.followed(state), 1)
         found = [(self.token[state], self.target[state])]
-        found += islice(self.more.get(state, {}).items(), MOST_WAYS)
-        return [(min(count[there] / most, 1.0), token, there) for token, there in found if token >= 0]
+        found += islice(self.more.get(state, {}).items(), MOST_COMPARED)
+        return [(min(count[target] / most, 1.0), token, target) for token, target in found if token >= 0]

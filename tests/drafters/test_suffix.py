@@ -72,7 +72,7 @@ def test_the_automaton_counts_and_places_as_a_search_does(alphabet: int) -> None
                     assert token == max(after, key=lambda t: (len(after[t]), after[t][-1]))
                     assert share == len(after[token]) / automaton.followed(state)
                     assert automaton.recent[there] == after[token][-1]
-                    shares = {way: share for share, way, _ in automaton.ways(state)}
+                    shares = {way: share for share, way, _ in automaton.transitions(state)}
                     assert shares == {way: len(at) / automaton.followed(state) for way, at in after.items()}
                 else:
                     assert share == 0
