@@ -45,8 +45,8 @@ class History:
         found = automaton.walk(automaton.last, automaton.read, path, MOST_LINKS)
         if found is None:  # the match shrinks too often on `path`: search only the last tokens
             near = [*self.tokens[max(self.source, len(self.tokens) - NEAR) :], *path]
-            found = automaton.walk(START, 0, near, len(near))
-        return found or (START, 0)
+            return automaton.advance(START, 0, near)
+        return found
 
 
 def history(context: Context) -> History:

@@ -22,7 +22,7 @@ class Lookup(Drafter):
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
         drafts, ends = [], contexts[0].call.chooser.stopping.eos
         for context, budget in zip(contexts, budgets, strict=True):
-            depth, path = min(budget.depth, budget.room), context.path
+            depth, path = min(budget.depth, budget.room), context.path if context.draft.parents else []
             nothing = depth <= 0 or (path and path[-1] in ends)
             drafts.append(context.draft if nothing else self.look_up(context, path, depth, budget))
         return drafts

@@ -62,21 +62,17 @@ class Reference(Lookup):
         text = context.text
         cursor: _Cursor = context.call.memo((self, context.row), lambda: _Cursor(max(len(text) - NEAR, 0)))
         if cursor.read < len(text):
-            cursor.state, cursor.matched = self._walk(cursor, text.tokens[cursor.read :])
+            automaton, new = self._documents.automaton, text.tokens[cursor.read :]
+            cursor.state, cursor.matched = automaton.advance(cursor.state, cursor.matched, new)
             cursor.read = len(text)
         return cursor
 
-    def _walk(self, cursor: _Cursor, tokens: Sequence[int]) -> tuple[int, int]:
-        most = cursor.matched + len(tokens)  # a match cannot shrink more often than it has grown
-        found = self._documents.automaton.walk(cursor.state, cursor.matched, tokens, most)
-        assert found is not None
-        return found
-
     def look_up(self, context: Context, path: list[int], depth: int, budget: Budget) -> Draft:
-        state, matched = self._walk(self._cursor(context), path)
+        cursor, automaton = self._cursor(context), self._documents.automaton
+        state, matched = automaton.advance(cursor.state, cursor.matched, path)
         if matched < self.min_match:
             return context.draft
-        return self.chain(context, self._documents.after(self._documents.automaton.recent[state], depth))
+        return self.chain(context, self._documents.after(automaton.recent[state], depth))
 
 
 @dataclass

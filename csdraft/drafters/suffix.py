@@ -93,7 +93,7 @@ class Suffix(Lookup):
             if found is not NOTHING and max(found.tokens) >= context.call.vocab:
                 return context.draft
         if found.parents is None:
-            return self.chain(context, found.tokens)
+            return context.draft.extend(found.tokens, context.call.level(self))
         return self.tree(context, found.tokens, found.parents)
 
     def observe(self, rounds: Sequence[Round]) -> None:

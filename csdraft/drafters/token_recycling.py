@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -75,8 +75,7 @@ class TokenRecycling(Lookup):
 
     def matrix(self, call: Call) -> AdjacencyTable:
         """The matrix that it unrolls: its own, the target's, or the call's."""
-        table = self.table
-        assert not isinstance(table, str | Path)
+        table: Any = self.table
         if self.remember:
             return table or call.memo(AdjacencyTable, lambda: AdjacencyTable.of(call.target, call.vocab))
         return call.memo((self, AdjacencyTable), lambda: table.copy() if table else AdjacencyTable(call.vocab))

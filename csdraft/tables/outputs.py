@@ -123,7 +123,7 @@ class OutputTable:
         """
         with self.lock:
             found = self._moved(tokens, place)
-            return [(a, *_walked(a, state, matched, path)) for a, state, matched in found]
+            return [(a, *a.advance(state, matched, path)) for a, state, matched in found]
 
     def speculate(
         self, tokens: Sequence[int], rule: Rule, path: Sequence[int] = (), place: Place | None = None
@@ -132,7 +132,7 @@ class OutputTable:
         best = NOTHING
         with self.lock:
             for automaton, state, matched in self._moved(tokens, place or Place()):
-                tried = rule.best(automaton, *_walked(automaton, state, matched, path))
+                tried = rule.best(automaton, *automaton.advance(state, matched, path))
                 if tried.score > best.score:
                     best = tried
         return best
@@ -143,12 +143,12 @@ class OutputTable:
         for automaton, _ in self._generations:
             known = place.matches.get(id(automaton))
             if known is None or fresh is None:
-                found = _walked(automaton, START, 0, tokens[-NEAR:])
+                found = automaton.advance(START, 0, tokens[-NEAR:])
             else:
                 _, state, matched = known
                 while automaton.length[automaton.link[state]] >= matched > 0:  # the state was split meanwhile
                     state = automaton.link[state]
-                found = _walked(automaton, state, matched, fresh)
+                found = automaton.advance(state, matched, fresh)
             matches[id(automaton)] = (automaton, *found)
         place.read, place.matches = len(tokens), matches
         return list(matches.values())
@@ -184,11 +184,3 @@ class OutputTable:
         automaton.extend(tokens)
         self._generations.insert(0, (automaton, tokens))
         self._largest = max(self._largest, *tokens)
-
-
-def _walked(automaton: SuffixAutomaton, state: int, matched: int, tokens: Sequence[int]) -> tuple[int, int]:
-    if not tokens:
-        return state, matched
-    found = automaton.walk(state, matched, tokens, matched + len(tokens))
-    assert found is not None  # a match cannot shrink more often than it has grown
-    return found

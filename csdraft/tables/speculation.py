@@ -97,12 +97,12 @@ class Rule:
         tokens: list[int] = []
         parents: list[int] = []
         waiting: list[tuple[float, int, int, int, int, int]] = []  # -chance, order, parent, depth, token, state
-        score, order = 0.0, count()
+        score, order, deepest, least = 0.0, count(), self.depth, self.min_prob
 
         def expand(node: int, depth: int, chance: float, state: int) -> None:
-            if depth < self.depth and (state := automaton.continued(state)) != START:
+            if depth < deepest and (state := automaton.continued(state)) != START:
                 for share, token, target in automaton.transitions(state):
-                    if chance * share >= self.min_prob:
+                    if chance * share >= least:
                         heappush(waiting, (-chance * share, next(order), node, depth + 1, token, target))
 
         expand(-1, 0, 1.0, state)

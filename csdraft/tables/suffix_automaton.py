@@ -145,6 +145,12 @@ class SuffixAutomaton:
                     return None
         return state, matched
 
+    def advance(self, state: int, matched: int, tokens: Sequence[int]) -> tuple[int, int]:
+        """As `walk`, however often the match must be shortened."""
+        found = self.walk(state, matched, tokens, matched + len(tokens))
+        assert found is not None  # a match cannot shrink more often than it has grown
+        return found
+
     def continued(self, state: int) -> int:
         """The state of the longest ending that a token follows; `state` itself if one follows its strings."""
         while self.token[state] == NO_TOKEN and state != START:
