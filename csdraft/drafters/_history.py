@@ -15,11 +15,11 @@ NEAR = 16
 
 
 class History:
-    """A row's committed text, after the encoder's input if there is one.
+    """A row's committed text with its automaton, after the encoder's input if there is one.
 
     Args:
-        source: the encoder's input. No match spans it and the text: the automaton reads a junction in place of its
-            last token. Nothing follows that token, so it may be copied but need not be matched.
+        source: the encoder's input. The automaton reads a junction instead of its last token, so no match spans both
+            the input and the text. That last token can still be copied, and no match needs it since nothing follows.
     """
 
     def __init__(self, source: Sequence[int] = ()):
@@ -43,10 +43,10 @@ class History:
         if not path:
             return max(automaton.link[automaton.last], START), automaton.matched
         found = automaton.walk(automaton.last, automaton.read, path, MOST_LINKS)
-        if found is None:  # too many nested matches that `path` does not continue: search only the last tokens
+        if found is None:  # the match shrinks too often on `path`: search only the last tokens
             near = [*self.tokens[max(self.source, len(self.tokens) - NEAR) :], *path]
-            found = automaton.walk(START, 0, near, len(near))
-        return found or (START, 0)
+            return automaton.advance(START, 0, near)
+        return found
 
 
 def history(context: Context) -> History:

@@ -1,5 +1,7 @@
-"""A tree of the likeliest tokens, found without a model: copies from the text and from earlier outputs, and the
-remembered successors of each token."""
+"""A tree of the likeliest tokens, found without a model.
+
+Its tokens are copies from the text and from earlier outputs, and the remembered successors of each token.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +36,11 @@ class LikeliestTree:
         matrix: the remembered successors.
         outputs: the earlier outputs; None: none are searched.
         place: how far the row's text was matched with the earlier outputs.
-        rates: how often each source was right.
+        rates: how often each kind of guess was right.
 
     Attributes:
-        tokens, parents, depths, chances: (nodes,) so far. A chance is that of the whole path to the node.
+        tokens, parents, depths: (nodes,) so far.
+        chances: (nodes,) the chance that the whole path to the node is right.
     """
 
     def __init__(
@@ -80,26 +83,26 @@ class LikeliestTree:
                     self._expand(node, token, -chance, [_moved(match, token) for match in matches])
 
     def _expand(self, node: int, token: int, chance: float, matches: list[Match]) -> None:
-        """Adds the possible children of a node to the waiting candidates."""
+        """Adds the children that a node may have to the waiting candidates."""
         waiting, rates, order = self._waiting, self._rates, len(self.tokens)
         successors = self._matrix.successors[token].tolist() if self._matrix.known(token) else []
-        copy, copied, sure = None, ROOT, 0.0
+        kind, copied, best = None, ROOT, 0.0
         for place, match in enumerate(matches):
             found, matched = _next(match)
             if matched:
-                kind = Copy.of(found, place > 0, matched, successors)
-                if (share := rates.chance(kind)) > sure:
-                    copy, copied, sure = kind, found, share
-        self._guesses[node] = copy, copied, successors
-        if copy is not None:
-            heappush(waiting, (-chance * sure, order, node, copied, matches))
-        left = chance * (1 - sure)
+                tried = Copy.of(found, place > 0, matched, successors)
+                if (share := rates.chance(tried)) > best:
+                    kind, copied, best = tried, found, share
+        self._guesses[node] = kind, copied, successors
+        if kind is not None:
+            heappush(waiting, (-chance * best, order, node, copied, matches))
+        left = chance * (1 - best)
         for share, other in zip(rates.ranks, successors, strict=False):
             if other != copied:
                 heappush(waiting, (-left * share, order, node, other, matches))
 
     def draft(self, context: Context, depth: int, nodes: int, level: int) -> Draft:
-        """The context's draft with the first `nodes` nodes of the tree, without those below `depth` levels."""
+        """The context's draft with the first `nodes` nodes of the tree, but at most `depth` levels."""
         trie, best, places = Trie(), ROOT, {ROOT: ROOT}
         for node in range(min(nodes, len(self.tokens))):
             if self.depths[node] < depth:
@@ -112,7 +115,7 @@ class LikeliestTree:
         return trie.below(context, best, level) if trie.tokens else context.draft
 
     def learn(self, tokens: Sequence[int]) -> None:
-        """Counts which guesses were right, drafted or not, given the `tokens` that the target wrote here."""
+        """Counts which guesses were right, drafted or not. The target wrote `tokens` where the tree begins."""
         children = {key: node for node, key in enumerate(zip(self.parents, self.tokens, strict=True))}
         node: int | None = ROOT
         for token in tokens:
@@ -125,7 +128,7 @@ class LikeliestTree:
 def _next(match: Match) -> tuple[int, int]:
     """The token that follows a match most often, and the match's length; length 0 if no token follows."""
     automaton, state, matched = match
-    followed = automaton.going_on(state)
+    followed = automaton.continued(state)
     if followed == START:
         return ROOT, 0
     token, _, share = automaton.likeliest(followed)
@@ -133,6 +136,7 @@ def _next(match: Match) -> tuple[int, int]:
 
 
 def _moved(match: Match, token: int) -> Match:
+    """The match after one more token."""
     automaton, state, matched = match
     state, matched = automaton.walk(state, matched, (token,), MOST_LINKS) or (START, 0)
     return automaton, state, matched

@@ -11,7 +11,7 @@ __all__ = ["Trie"]
 
 
 class Trie:
-    """A tree that is being built; nodes are numbered as in a `Draft`."""
+    """A tree under construction, numbered as a `Draft`."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -31,7 +31,7 @@ class Trie:
         return node
 
     def below(self, context: Context, best: int, level: int) -> Draft:
-        """The context's draft with this tree at its tip; its last node is `best`, or a leaf below `best`."""
+        """The context's draft with this tree below its tip. Its last node is `best`, or a leaf below `best`."""
         tokens, parents, tip = self.tokens, self.parents, context.tip
         for node in range(best + 1, len(tokens)):  # the newest child of the newest child, and so on
             if parents[node] == best:
@@ -41,5 +41,5 @@ class Trie:
             above = [parent - (parent > best) for parent in parents]
             parents = [*above[:best], *above[best + 1 :], above[best]]
         if tip != ROOT:
-            parents = [tip if parent == ROOT else tip + 1 + parent for parent in parents]
+            parents = [tip + 1 + parent for parent in parents]
         return context.draft.attach(tokens, parents, level)

@@ -1,10 +1,10 @@
-"""Auto: copies, earlier outputs and remembered successors in one tree; for any target, with no model and no tuning.
+"""Auto: copies, earlier outputs and remembered successors in one tree. For any target, without a model or tuning.
 
 Max-Gram (arXiv 2312.11462), suffix decoding (arXiv 2411.04975) and Token Recycling (arXiv 2408.08696) find different
 tokens. `Auto` counts how often each kind of guess was right, drafts the likeliest nodes, and tells the schedule how
 many of them it expects to be kept. The default schedule then chooses the size of the tree by cost, or drafts nothing.
-`generate(..., assistant="auto")` uses the target's own `Auto`: its tables outlive the call, and a drafter that is
-saved beside the target drafts too.
+`generate(..., assistant="auto")` uses one `Auto` for each target. Its tables outlive the call. If a drafter is saved
+beside the target, it drafts too.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from csdraft.decoding.interfaces import Budget, Context, Drafter, Round
 from csdraft.decoding.limits import MOST_NODES, check_range
 from csdraft.drafters._check_parts import check_parts
 from csdraft.drafters._likeliest import LikeliestTree
+from csdraft.drafters._lookup import Lookup
 from csdraft.drafters.horizontal import Horizontal
 from csdraft.drafters.suffix import Suffix
 from csdraft.drafters.token_recycling import TokenRecycling
@@ -29,29 +30,29 @@ from csdraft.tables.rates import SourceRates
 __all__ = ["Auto"]
 
 SMALLEST = 3
-"""Nodes of the smallest tree that a schedule may choose: with the text's last token, a forward of four tokens."""
+"""Nodes of the smallest tree that a schedule may choose. With the text's last token, the target reads four tokens."""
 TAIL = 7
-"""The most nodes after another drafter's draft, which the forward must read too."""
+"""The most nodes after another drafter's draft, which the target must read too."""
 LOOKED_AT = 7
-"""The evidence comes from the chances of this many nodes."""
+"""The evidence is computed from the chances of this many nodes."""
 EXPECTED = (0.3, 0.6, 1.0, 1.6)
-"""Bounds of the expected tokens of these nodes: each begins the next kind of evidence."""
+"""Bounds of the number of these nodes that is expected to be right: each begins the next kind of evidence."""
 NOTHING = 5
 """The evidence if no token is known to follow."""
 
 
 @dataclass(frozen=True)
-class Auto(Drafter):
+class Auto(Lookup):
     """Drafts the likeliest next tokens, learned from earlier texts of the target.
 
     Args:
         depth: the most tokens in a row.
-        nodes: the most tokens of the tree. One less than a power of two fills forwards of 32, 16, 8 and 4 tokens.
+        nodes: the most tokens of the tree. With 31, the target reads 32, 16, 8 or 4 tokens.
         remember: whether what it learns outlives the call. Drafts, but never the text, then depend on earlier calls.
-        adjacency: remembered successors, or the path of a saved table. None: if `remember`, one table for each target,
-            kept in memory as long as the target; else an empty table for each call.
+        adjacency: remembered successors, or the path of a saved table. None: one table for each target if `remember`,
+            kept in memory as long as the target, else an empty table for each call.
         outputs: earlier outputs, or the path of a saved table; None as above.
-        drafter: another drafter, which drafts first where that pays; the tree continues from the end of its draft.
+        drafter: another drafter, which drafts first where that pays. The tree continues from the end of its draft.
     """
 
     depth: int = 20  # type: ignore[assignment]
@@ -61,24 +62,23 @@ class Auto(Drafter):
     outputs: OutputTable | str | Path | None = None
     drafter: Drafter | None = None
     nest: Horizontal | None = field(init=False, default=None, repr=False, compare=False)
-    """A cascade of the other drafter and then this one without it; None if there is no other drafter."""
+    """If there is another drafter, a cascade of it and of this `Auto` without it."""
 
     def __post_init__(self) -> None:
         check_range("an Auto", self, depth=None, nodes=MOST_NODES)
-        for name, table in (("adjacency", AdjacencyTable), ("outputs", OutputTable)):
-            if isinstance(path := getattr(self, name), str | Path):
-                object.__setattr__(self, name, table.load(path))
+        self.load_option("adjacency", AdjacencyTable)
+        self.load_option("outputs", OutputTable)
         if self.drafter is not None:
             check_parts(self)
-            object.__setattr__(self, "nest", self._behind(self.drafter))
+            object.__setattr__(self, "nest", self._after(self.drafter))
 
-    def _behind(self, drafter: Drafter) -> Horizontal:
+    def _after(self, drafter: Drafter) -> Horizontal:
         alone = Auto(self.depth, self.nodes, self.remember, self.adjacency, self.outputs)
         if isinstance(drafter, Horizontal):
             return Horizontal((*drafter.drafters, alone), (*drafter.lengths, self.depth))
         return Horizontal((drafter, alone), (drafter.depth, self.depth))
 
-    # What a call asks of the other drafter too.
+    # Methods that also call the other drafter.
 
     def parts(self) -> Sequence[Drafter]:
         if self.nest is not None:
@@ -136,15 +136,10 @@ class Auto(Drafter):
     # Drafting.
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
-        if self.nest is not None:
-            return self.nest.propose(contexts, budgets)
-        return [self._propose(context, budget) for context, budget in zip(contexts, budgets, strict=True)]
+        return super().propose(contexts, budgets) if self.nest is None else self.nest.propose(contexts, budgets)
 
-    def _propose(self, context: Context, budget: Budget) -> Draft:
-        depth, most = min(budget.depth, budget.room), TAIL if len(context.draft) else self.nodes
-        nodes = min(budget.size or self.nodes, most)
-        if depth <= 0:
-            return context.draft
+    def look_up(self, context: Context, path: list[int], depth: int, budget: Budget) -> Draft:
+        nodes = min(budget.size or self.nodes, TAIL if path else self.nodes)
         tree = self._tree(context)
         tree.grow(nodes)
         return tree.draft(context, depth, nodes, context.call.level(self))
@@ -152,7 +147,7 @@ class Auto(Drafter):
     # The tables that it searches.
 
     def _tree(self, context: Context) -> LikeliestTree:
-        """The row's tree; the schedule looks at the same tree that is then drafted."""
+        """The row's tree. The schedule looks at the same tree that is drafted afterwards."""
         call, at = context.call, (len(context.text), tuple(context.path))
         trees = self._trees(call, context.row)
         if at not in trees:
@@ -163,20 +158,20 @@ class Auto(Drafter):
         return trees[at]
 
     def _trees(self, call: Call, row: int) -> dict[tuple, LikeliestTree]:
-        """(text length, path) where a tree begins -> the tree; only the row's last tree."""
+        """(text length, path) where a tree begins -> the tree. Only the row's last tree is kept."""
         return call.memo((self, LikeliestTree, row), dict)
 
     def _recycling(self, call: Call) -> TokenRecycling:
-        make = lambda: TokenRecycling(remember=self.remember, table=self.adjacency)  # noqa: E731 - a line less
-        return call.memo((self, TokenRecycling), make)
+        return call.memo((self, TokenRecycling), lambda: TokenRecycling(remember=self.remember, table=self.adjacency))
 
     def _suffix(self, call: Call) -> Suffix:
-        """The drafter that holds the earlier outputs and adds new ones."""
+        """The drafter that searches the earlier outputs and adds new ones."""
         kept = self.outputs is None and self.remember
-        make = lambda: Suffix(outputs=OutputTable.of(call.target) if kept else self.outputs)  # noqa: E731 - as above
-        return call.memo((self, Suffix), make)
+        return call.memo((self, Suffix), lambda: Suffix(outputs=OutputTable.of(call.target) if kept else self.outputs))
 
     def _rates(self, call: Call) -> SourceRates:
         way = call.sampler.greedy, call.chooser.processing.temperature
-        make = lambda: SourceRates.of(call.target, way) if self.remember else SourceRates()  # noqa: E731 - as above
-        return call.memo((SourceRates, self.remember), make)
+        return call.memo(
+            (SourceRates, self.remember),
+            lambda: SourceRates.of(call.target, way) if self.remember else SourceRates(),
+        )

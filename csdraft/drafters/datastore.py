@@ -1,7 +1,7 @@
-"""Retrieval from a datastore: drafts, as a tree, what followed the text's last tokens in a large corpus; no model.
+"""Retrieval from a datastore: drafts what followed the text's last tokens in a large corpus, as a tree; no model.
 
-REST (arXiv 2311.08252). Use it where the target writes what many others have written: code, standard phrases, or a
-large store of its own earlier outputs. Build the corpus with `scripts/build_datastore.py`.
+REST (arXiv 2311.08252). Use it where the target writes what others have written before: code, standard phrases, or
+with a large store of its own earlier outputs. Build the corpus with `scripts/build_datastore.py`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import Draft
-from csdraft.decoding.interfaces import Budget, Context, Drafter
+from csdraft.decoding.interfaces import Budget, Context
 from csdraft.decoding.limits import MOST_NODES, check_range, halvings
-from csdraft.drafters._copying import match_evidence, until
+from csdraft.drafters._lookup import Lookup, check_vocabulary, match_evidence, until
 from csdraft.tables.corpus import SPAN, CorpusIndex
 
 __all__ = ["Datastore"]
@@ -25,11 +25,11 @@ MOST_MATCHES = 10_000
 
 
 @dataclass(frozen=True)
-class Datastore(Drafter):
+class Datastore(Lookup):
     """Finds the longest ending of the text in a corpus, and drafts the most frequent tokens that follow it there.
 
-    All tokens are point masses. So under independent draws the tree is judged exactly; rules that take frequencies for
-    probabilities would be biased.
+    All tokens are point masses. So the output stays exact; a rule that took frequencies for probabilities would be
+    biased.
 
     Args:
         corpus: a `CorpusIndex`, or the path of one.
@@ -48,8 +48,7 @@ class Datastore(Drafter):
 
     def __post_init__(self) -> None:
         check_range("a Datastore", self, depth=None, nodes=MOST_NODES, min_match=None, matches=MOST_MATCHES)
-        if isinstance(self.corpus, (str, Path)):
-            object.__setattr__(self, "corpus", CorpusIndex.load(self.corpus))
+        self.load_option("corpus", CorpusIndex)
 
     @property
     def _corpus(self) -> CorpusIndex:
@@ -57,11 +56,8 @@ class Datastore(Drafter):
         return self.corpus
 
     def check(self, call: Call) -> None:
-        if self._corpus.largest >= call.vocab:
-            raise ValueError(
-                f"the datastore has token {self._corpus.largest}, the target {call.vocab} tokens; build it with the "
-                "target's tokenizer: scripts/build_datastore.py"
-            )
+        way_out = "build it with the target's tokenizer: scripts/build_datastore.py"
+        check_vocabulary(call, "the datastore", self._corpus.largest, way_out)
 
     def width(self, depth: int) -> int:
         return self.nodes
@@ -73,55 +69,44 @@ class Datastore(Drafter):
         matched, _, _ = self._corpus.find(context.text.tail(SPAN), self.min_match)
         return match_evidence(matched)
 
-    def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
-        nodes = min(budgets[0].size or self.nodes, self.nodes)
-        return [self._propose(c, min(b.depth, b.room), nodes) for c, b in zip(contexts, budgets, strict=True)]
-
-    def _propose(self, context: Context, depth: int, nodes: int) -> Draft:
-        path, draft, eos = context.path, context.draft, context.call.chooser.stopping.eos
-        if depth <= 0 or (path and path[-1] in eos):
-            return draft
+    def look_up(self, context: Context, path: list[int], depth: int, budget: Budget) -> Draft:
         _, first, last = self._corpus.find(context.text.tail(SPAN) + path, self.min_match)
         if first == last:
-            return draft
-        ahead = self._corpus.continuations(first, last, depth, self.matches)
-        if eos and any(not eos.isdisjoint(tokens) for tokens in ahead):
-            ahead = [until(eos, tokens) for tokens in ahead]
-        tokens, parents = _merged(ahead, nodes)
-        tip, old = context.tip, len(draft)
-        return draft.attach(tokens, [tip if p < 0 else old + p for p in parents], context.call.level(self))
+            return context.draft
+        ends = context.call.chooser.stopping.eos
+        ahead = [until(ends, tokens) for tokens in self._corpus.continuations(first, last, depth, self.matches)]
+        return self.tree(context, *_merged(ahead, min(budget.size or self.nodes, self.nodes)))
 
 
 def _merged(sequences: Sequence[Sequence[int]], nodes: int) -> tuple[list[int], list[int]]:
     """Tokens and parents of the `nodes` most frequent nodes of the sequences' trie; in a tie the nearest first."""
     tokens: list[int] = []
     parents: list[int] = []
-    waiting: list[
-        tuple[int, int, int, int, Sequence[Sequence[int]]]
-    ] = []  # -count, depth, order, parent, sequences that go through the node
-    order, node, depth, here = 0, -1, 0, sequences
+    # (-count, depth, order, parent, sequences that go through the node)
+    waiting: list[tuple[int, int, int, int, Sequence[Sequence[int]]]] = []
+    order, node, depth, through = 0, -1, 0, sequences
     while True:
         by_token: dict[int, list[Sequence[int]]] = {}
-        for sequence in here:
+        for sequence in through:
             if depth < len(sequence):
                 by_token.setdefault(sequence[depth], []).append(sequence)
-        for those in by_token.values():
+        for same in by_token.values():
             order += 1
-            heappush(waiting, (-len(those), depth, order, node, those))
+            heappush(waiting, (-len(same), depth, order, node, same))
         if len(tokens) == nodes or not waiting or waiting[0][0] == -1:  # the other nodes have one sequence each
             break
-        _, depth, _, parent, here = heappop(waiting)
+        _, depth, _, parent, through = heappop(waiting)
         node = len(tokens)
-        tokens.append(here[0][depth])
+        tokens.append(through[0][depth])
         parents.append(parent)
         depth += 1
     starting: dict[int, list[tuple[int, Sequence[int]]]] = {}
-    for _, depth, _, parent, those in sorted(waiting):
-        starting.setdefault(depth, []).append((parent, those[0]))
+    for _, depth, _, parent, same in sorted(waiting):
+        starting.setdefault(depth, []).append((parent, same[0]))
     depth, alone = 0, []
     while alone or starting:
-        here, alone = starting.pop(depth, []) + alone, []
-        for parent, sequence in here[: nodes - len(tokens)]:
+        level, alone = starting.pop(depth, []) + alone, []
+        for parent, sequence in level[: nodes - len(tokens)]:
             if depth + 1 < len(sequence):
                 alone.append((len(tokens), sequence))
             tokens.append(sequence[depth])

@@ -1,7 +1,7 @@
-"""Horizontal cascade: the nearest tokens by the best drafter, later ones by cheaper drafters.
+"""Horizontal cascade: the best drafter writes the first tokens of a draft, cheaper drafters write the later ones.
 
 Cascade Speculative Drafting (arXiv 2312.11462, section 3.2): a draft's first tokens are the likeliest to be kept, so
-they deserve the most expensive drafter; its tail is nearly free when a statistical drafter writes it.
+they deserve the most expensive drafter. The last tokens are nearly free if a statistical drafter writes them.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ __all__ = ["Horizontal"]
 class Horizontal(Drafter):
     """Lets each drafter in turn lengthen the draft up to its limit.
 
-    A drafter may hand up more than it was asked for (a reviewer's surplus): it is kept and counts for later stages,
-    which also make up a shortfall. Behind a tree, the next stage continues from its last node.
+    If a stage drafts more than it was asked for, because of a reviewer's own token, later stages draft less. If it
+    drafts less, they draft more. After a tree, the next stage continues from the tree's last node.
 
     Args:
         drafters: best first.
-        lengths: tokens each is asked to add; the limits of the stages are their running sums.
+        lengths: tokens that each is asked to add. A stage ends at the sum of the lengths up to its own.
     """
 
     drafters: tuple[Drafter, ...]
@@ -49,7 +49,6 @@ class Horizontal(Drafter):
         return list(zip(self.drafters, accumulate(self.lengths), strict=True))
 
     def width(self, depth: int) -> int:
-        """Of a draft so deep whose every stage takes its full length."""
         width = 0
         for drafter, length in zip(self.drafters, self.lengths, strict=True):
             width, depth = width + drafter.width(min(length, depth)), max(depth - length, 0)
@@ -63,7 +62,7 @@ class Horizontal(Drafter):
 
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
         call, drafts = contexts[0].call, [context.draft for context in contexts]
-        outermost = call.memo(Horizontal, lambda: self)  # which is asked before those inside it
+        outermost = call.memo(Horizontal, lambda: self)  # the first to draft in a call
         call.ledger.cut += sum(max(self.depth - budget.depth, 0) for budget in budgets)
         limits = [[min(limit, b.depth) for limit in accumulate(self.lengths)] for b in budgets]
         for stage, drafter in enumerate(self.drafters):
@@ -74,9 +73,9 @@ class Horizontal(Drafter):
                 grown = draft.depth(draft.tip) - context.draft.depth(context.tip)
                 wanted, room = limits[i][stage] - grown, min(budget.room, self.depth) - grown
                 if wanted > 0 and room > 0 and not _ended(draft, context):
-                    going_on = context if not grown else context.after(draft)
-                    size = budget.size if stage == budget.skip else None  # chosen for the first that drafts
-                    asked[i] = going_on, replace(budget, depth=min(wanted, room), room=room, skip=0, size=size)
+                    start = context.after(draft) if grown else context
+                    size = budget.size if stage == budget.skip else None  # meant for the first stage that drafts
+                    asked[i] = start, replace(budget, depth=min(wanted, room), room=room, skip=0, size=size)
             if asked:
                 began = call.ledger.mark() if self is outermost else None
                 before = sum(draft.depth(draft.tip) for draft in drafts)
@@ -90,6 +89,6 @@ class Horizontal(Drafter):
 
 
 def _ended(draft: Draft, context: Context) -> bool:
-    """Whether the draft already ends the text: nothing can follow."""
+    """Whether the draft already ends the text."""
     ends = context.call.chooser.stopping.eos
     return any(token in ends for token in draft.tokens[len(context.draft) :])

@@ -1,14 +1,14 @@
 """Lookahead: the target guesses several tokens ahead inside its own forward; the guesses become later drafts.
 
 Lookahead decoding (Fu et al., arXiv 2402.02057): Jacobi iteration on a window of guessed tokens after the text yields
-n-grams, and those that begin with the last token are drafted. It needs no model and no repetition. But forwards become
-wide, (W + G)(N - 1) tokens, so use it on accelerators with compute to spare.
+n-grams. Those that begin with the text's last token are drafted. It needs no model and no repetition. But the target
+reads (W + G)(N - 1) tokens in each forward, so use it on accelerators with compute to spare.
 
 The window is a branch of the draft like any other. The first token of each column is below the first token of the
-column before it, and the other tokens of a column are a chain below its first, as in the paper's mask. So a verifier
-may even accept them. The window moves with the text by the number of committed tokens; at its far end new columns
-start from tokens of the prompt. If another model reviews the draft, or the draft continues another drafter's, there is
-no window, and the pool has only the prompt's n-grams.
+column before it. The other tokens of a column are a chain below its first, as in the paper's mask. So a verifier may
+even accept them. The window moves with the text, and new columns at its far end start from tokens of the prompt. If
+another model reviews the draft, or the draft continues another drafter's, there is no window, and the pool has only
+the prompt's n-grams.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from csdraft.decoding.draft import ROOT, Draft
-from csdraft.decoding.interfaces import Budget, Context, Drafter, Round
+from csdraft.decoding.interfaces import Budget, Context, Round
 from csdraft.decoding.limits import MOST_BRANCHES, check_range
-from csdraft.drafters._copying import until
+from csdraft.drafters._lookup import Lookup, until
 from csdraft.drafters._trie import Trie
 from csdraft.tables.phrases import PhrasePool
 
 __all__ = ["Lookahead"]
 
 STRIDE = 2654435761
-"""Neighbouring columns get tokens from distant places of the prompt."""
+"""Spreads the first tokens of neighbouring columns over the prompt."""
 
 
 @dataclass(frozen=True)
-class Lookahead(Drafter):
+class Lookahead(Lookup):
     """Drafts n-grams from the target's earlier guesses, and a window in which it guesses further (see the module).
 
     Args:
@@ -52,7 +52,7 @@ class Lookahead(Drafter):
 
     @property
     def depth(self) -> int:  # type: ignore[override]
-        """The depth where the last column of the window ends; n-grams are shorter."""
+        """Where the last column of the window ends; n-grams are shorter."""
         return max(self.window + self.ngram - 2, self.ngram - 1)
 
     def width(self, depth: int) -> int:
@@ -65,20 +65,16 @@ class Lookahead(Drafter):
     def evidence(self, context: Context) -> int:
         return int(bool(self._state(context).pool.after(context.text.tokens[-1], 1))) if len(context.text) else 0
 
-    def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
-        return [self._propose(c, min(b.depth, b.room), b.room) for c, b in zip(contexts, budgets, strict=True)]
-
-    def _propose(self, context: Context, depth: int, room: int) -> Draft:
-        last = context.path[-1:] or context.text.tail(1)
-        eos = context.call.chooser.stopping.eos
-        if depth <= 0 or not last or last[0] in eos:
+    def look_up(self, context: Context, path: list[int], depth: int, budget: Budget) -> Draft:
+        last, ends = path[-1:] or context.text.tail(1), context.call.chooser.stopping.eos
+        if not last or last[0] in ends:
             return context.draft
         row, trie = self._state(context), Trie()
         best = ROOT
         if not (len(context.draft) or row.inner):
-            best = row.offer(trie, context, room)
+            best = row.offer(trie, context, budget.room)
         for phrase in reversed(row.pool.after(last[0], self.guesses)):
-            best = trie.add(until(eos, phrase[:depth]))
+            best = trie.add(until(ends, phrase[:depth]))
         return trie.below(context, best, context.call.level(self))
 
     def observe(self, rounds: Sequence[Round]) -> None:
@@ -94,7 +90,7 @@ class _Row:
 
     options: Lookahead
     prompt: list[int]
-    inner: bool = False  # whether another model than the target reviews the drafts
+    inner: bool = False  # whether a model other than the target reviews the drafts
     columns: dict[int, list[int]] = field(default_factory=dict)  # start position -> guessed tokens from there on
     offered: list[int] = field(default_factory=list)  # start positions of the columns in the draft
 
@@ -105,7 +101,7 @@ class _Row:
             self.pool.read(self.prompt)
 
     def offer(self, trie: Trie, context: Context, room: int) -> int:
-        """Adds the window to the draft, as many columns as there is room for; returns the end of the first column."""
+        """Adds as many of the window's columns as there is room for; returns the end of the first column."""
         self._slide(len(context.text))
         first, best = ROOT, ROOT
         self.offered = []
@@ -119,7 +115,7 @@ class _Row:
         return best
 
     def _slide(self, base: int) -> None:
-        """Moves the window to `base`, the text's end: cuts columns, keeps the longest at a place, adds new ones."""
+        """Moves the window to `base`, the text's end: cuts columns, keeps the longest at a position, adds new ones."""
         old: dict[int, list[int]] = {}
         for start, column in self.columns.items():
             left, start = column[max(base - start, 0) :], max(start, base)
@@ -131,7 +127,7 @@ class _Row:
         }
 
     def advance(self, finished: Round) -> None:
-        """One Jacobi step: each column in the draft gets the target's next token; a full column becomes an n-gram."""
+        """One Jacobi step: each drafted column gets the target's next token, and a full column becomes an n-gram."""
         draft, likeliest = finished.draft, finished.scores.top(1)[:, 0].tolist()  # (nodes + 1,) first ROOT's
         first, moved = ROOT, {}
         for start in self.offered:

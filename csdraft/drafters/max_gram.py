@@ -1,38 +1,37 @@
 """Max-Gram: copies what followed the longest earlier occurrence of the text's last tokens; no model, microseconds.
 
 Cascade Speculative Drafting (arXiv 2312.11462, appendix A), where it is the last drafter of every cascade. Use it
-there, or alone when the output repeats the input: summaries, edits, retrieved passages, code. Unlike the paper's code
-it reads prompt and text as one history, takes the most recent of the longest matches, and is fast at any text length.
+there, or alone if the output repeats the input: summaries, edits, retrieved passages, code. Unlike the paper's code it
+reads prompt and text as one history, takes the most recent of the longest matches, and is fast at any text length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import Draft
-from csdraft.decoding.interfaces import Budget, Context, Drafter
+from csdraft.decoding.interfaces import Budget, Context
 from csdraft.decoding.limits import check_range
-from csdraft.drafters._copying import match_evidence, until
 from csdraft.drafters._history import History, history
+from csdraft.drafters._lookup import Lookup, check_vocabulary, match_evidence
 from csdraft.tables.bigram import BigramTable
 
 __all__ = ["MaxGram"]
 
 
 @dataclass(frozen=True)
-class MaxGram(Drafter):
+class MaxGram(Lookup):
     """Finds the longest ending of text and draft that occurs earlier, and proposes what followed it last time.
 
-    A copy that reaches the end of the history continues with its own proposal, so a loop is drafted to any depth. For
-    encoder-decoders it also searches the encoder's input; no match spans that and the text.
+    A copy that reaches the end of the history continues with its own tokens, so a loop is drafted to any depth. For
+    encoder-decoders it also searches the encoder's input; no match spans both that and the text.
 
     Args:
         depth: tokens a round, unless a schedule or a cascade says otherwise.
         min_match: the shortest match to copy from; 1 as in the paper.
-        bigram: a `BigramTable` to draft from where nothing matches, or the path of a saved one. None: drafts nothing
+        bigram: a `BigramTable` to draft from where nothing matches, or the path of a saved one; None drafts nothing
             there.
     """
 
@@ -42,33 +41,22 @@ class MaxGram(Drafter):
 
     def __post_init__(self) -> None:
         check_range("a MaxGram", self, depth=None, min_match=None)
-        if isinstance(self.bigram, (str, Path)):
-            object.__setattr__(self, "bigram", BigramTable.load(self.bigram))
+        self.load_option("bigram", BigramTable)
 
     def check(self, call: Call) -> None:
-        if isinstance(self.bigram, BigramTable) and len(self.bigram) > call.vocab:
-            raise ValueError(
-                f"the bigram table has {len(self.bigram)} tokens, the target {call.vocab}; "
-                "build it with the target's tokenizer: scripts/build_bigrams.py"
-            )
+        if isinstance(self.bigram, BigramTable):
+            way_out = "build it with the target's tokenizer: scripts/build_bigrams.py"
+            check_vocabulary(call, "the bigram table", len(self.bigram) - 1, way_out)
 
     def evidence(self, context: Context) -> int:
-        matched = history(context).automaton.matched
-        return match_evidence(matched, self.min_match)
+        return match_evidence(history(context).automaton.matched, self.min_match)
 
-    def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
-        return [self._propose(c, min(b.depth, b.room)) for c, b in zip(contexts, budgets, strict=True)]
-
-    def _propose(self, context: Context, depth: int) -> Draft:
-        call, path = context.call, context.path
-        eos = call.chooser.stopping.eos
-        if depth <= 0 or (path and path[-1] in eos):
-            return context.draft
+    def look_up(self, context: Context, path: list[int], depth: int, budget: Budget) -> Draft:
         tokens = _copied(history(context), path, depth, self.min_match)
         if not tokens and isinstance(self.bigram, BigramTable):
             last = path[-1:] or context.text.tail(1)
             tokens = self.bigram.after(last[0], depth) if last else []
-        return context.draft.extend(until(eos, tokens), call.level(self))
+        return self.chain(context, tokens)
 
 
 def _copied(known: History, path: list[int], depth: int, min_match: int) -> list[int]:

@@ -1,14 +1,13 @@
 """Merged: several drafters draft for the same text, and the target reads all their drafts as one tree.
 
-SpecInfer's merge (arXiv 2305.09781): where one drafter fails, another may be right. A token that several drafters
-chose after the same tokens becomes one node. Use it with cheap drafters beside a model, or with small models that were
-trained separately. The times of all drafters add up.
+SpecInfer's merge (arXiv 2305.09781): where one drafter is wrong, another may be right. Use it with cheap drafters
+beside a model, or with small models that were trained separately. The times of all drafters add up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -23,9 +22,9 @@ __all__ = ["Merged"]
 class Merged(Drafter):
     """Merges the drafts of its drafters into one tree.
 
-    Equal chosen tokens become one node. Drawn tokens stay separate nodes, each with its own distribution. Draws of
-    several drafters can be in one tree only if all are independent ("iid"). A following drafter continues from the end
-    of the first drafter's likeliest branch.
+    If several drafters choose the same token after the same tokens, it becomes one node. Drawn tokens stay separate
+    nodes, each with its own distribution. One tree can hold draws of several drafters only if all are independent
+    ("iid"). A drafter that comes next continues from the end of the first drafter's likeliest branch.
 
     Args:
         drafters: a verifier tries the first one's tokens first.
@@ -37,7 +36,7 @@ class Merged(Drafter):
         object.__setattr__(self, "drafters", tuple(self.drafters))
         check_parts(self)
         if not self.drafters:
-            raise ValueError("drafters=() of a Merged drafter must be one at least")
+            raise ValueError("drafters=() of a Merged drafter is empty; give it at least one")
 
     @property
     def depth(self) -> int:  # type: ignore[override]
@@ -47,7 +46,7 @@ class Merged(Drafter):
         return sum(drafter.width(depth) for drafter in self.drafters)
 
     def sizes(self) -> Sequence[int]:
-        """The sizes of the drafter that has the most sizes, plus the fixed width of the others."""
+        """The sizes of the drafter that has the most of them, plus the fixed width of the other drafters."""
         return [size + self._fixed_width for size in self._sizes]
 
     @property
@@ -73,12 +72,25 @@ class Merged(Drafter):
 
     def _merged(self, context: Context, drafts: Sequence[Draft]) -> Draft:
         self._check_draws(context, drafts)
-        nodes = Nodes.of(context.draft)
-        places = [nodes.take(draft, len(context.draft)) for draft in drafts]
-        return nodes.draft(len(context.draft), places[0][drafts[0].tip])
+        start, ends = len(context.draft), []
+        nodes, chosen = _nodes(context.draft), {}  # chosen: (parent, token) -> node, for tokens that were not drawn
+        for draft in drafts:
+            places = {node: node for node in range(ROOT, start)}  # node of the draft -> node of the tree
+            for i, (token, parent, level, confidence, probs) in enumerate(_nodes(draft)[start:], start):
+                above, new = places[parent], len(nodes)
+                places[i] = place = new if probs is not None else chosen.setdefault((above, token), new)
+                if place == new:
+                    nodes.append((token, above, level, confidence, probs))
+            ends.append(places[draft.tip])
+        if len(nodes) == start:
+            return context.draft
+        kinds: set[Kind] = {
+            draft.probs.kind for draft in drafts if draft.probs is not None and draft.has_drawn_siblings
+        }
+        return _draft(nodes, start, _end(nodes, ends[0]), kinds.pop() if kinds else "iid")
 
     def _check_draws(self, context: Context, drafts: Sequence[Draft]) -> None:
-        """Raises ValueError if siblings drawn dependently would be mixed with another drafter's draws."""
+        """Raises ValueError if siblings that depend on each other would be mixed with another drafter's draws."""
         old, kinds = len(context.draft), {}
         for drafter, draft in zip(self.drafters, drafts, strict=True):
             if draft.probs is not None and any(row is not None for row in draft.probs.rows[old:]):
@@ -87,7 +99,7 @@ class Merged(Drafter):
             other = next(drafter for drafter in kinds if drafter is not odd[0])
             raise ValueError(
                 f"{_name(odd[0])} draws siblings as {kinds[odd[0]]!r}, {_name(other)} as {kinds[other]!r}; draws of "
-                "several drafters stand in one tree only if all are 'iid': use the tree Sampled, or one that chooses"
+                "several drafters can be in one tree only if all are 'iid': use the tree Sampled, or one that chooses"
             )
 
 
@@ -96,63 +108,28 @@ def _name(drafter: Drafter) -> str:
     return type(drafter).__name__ + (f" with a {type(tree).__name__} tree" if tree is not None else "")
 
 
-@dataclass
-class Nodes:
-    """The tree while it is built: the columns of a `Draft`, and (parent, token) -> node for chosen tokens."""
+Node = tuple[int, int, int, float, Tensor | None]
+"""(token, parent, level, confidence, distribution), as in a `Draft`."""
 
-    tokens: list[int]
-    parents: list[int]
-    levels: list[int]
-    confidence: list[float]
-    draft_probs: list[Tensor | None]
-    kinds: set[Kind] = field(default_factory=set)
-    chosen: dict[tuple[int, int], int] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, draft: Draft) -> Nodes:
-        draft_probs = draft.probs.rows if draft.probs is not None else (None,) * len(draft)
-        return cls(
-            list(draft.tokens), list(draft.parents), list(draft.levels), list(draft.confidence), list(draft_probs)
-        )
+def _nodes(draft: Draft) -> list[Node]:
+    rows = draft.probs.rows if draft.probs is not None else (None,) * len(draft)
+    return list(zip(draft.tokens, draft.parents, draft.levels, draft.confidence, rows, strict=True))
 
-    def take(self, draft: Draft, start: int) -> dict[int, int]:
-        """Adds the nodes of `draft` from `start` on; returns the new number of each of its nodes."""
-        places = {node: node for node in range(ROOT, start)}
-        for node in range(start, len(draft)):
-            probs = draft.probs.rows[node] if draft.probs is not None else None
-            key = places[draft.parents[node]], draft.tokens[node]
-            place = self.chosen.get(key) if probs is None else None
-            if place is None:
-                place = len(self.tokens)
-                self.tokens.append(key[1])
-                self.parents.append(key[0])
-                self.levels.append(draft.levels[node])
-                self.confidence.append(draft.confidence[node])
-                self.draft_probs.append(probs)
-                if probs is None:
-                    self.chosen[key] = place
-            places[node] = place
-        if draft.probs is not None and draft.has_drawn_siblings:
-            self.kinds.add(draft.probs.kind)
-        return places
 
-    def draft(self, start: int, lead: int) -> Draft:
-        """The draft, with the first `start` nodes unchanged; its last node is the end of the branch through `lead`."""
-        last = self._end(lead)
-        order = list(range(len(self.tokens)))
-        if last >= start:
-            order.append(order.pop(last))
-        places = {ROOT: ROOT} | {node: place for place, node in enumerate(order)}
-        pick = lambda values: tuple(values[node] for node in order)  # noqa: E731 - four uses on four lines
-        probs = None
-        if any(row is not None for row in self.draft_probs):
-            probs = DraftProbs(self.kinds.pop() if self.kinds else "iid", pick(self.draft_probs))
-        parents = tuple(places[self.parents[node]] for node in order)
-        return Draft(pick(self.tokens), parents, pick(self.levels), pick(self.confidence), probs)
+def _end(nodes: Sequence[Node], node: int) -> int:
+    """A leaf below `node`: follows first children; among drawn ones, the last draw from the first distribution."""
+    while below := [child for child, (_, parent, _, _, _) in enumerate(nodes) if parent == node]:
+        probs = nodes[below[0]][-1]
+        node = below[0] if probs is None else [child for child in below if nodes[child][-1] is probs][-1]
+    return node
 
-    def _end(self, node: int) -> int:
-        """A leaf below `node`: follows first children; among drawn ones, the last draw from the first distribution."""
-        while below := [child for child, parent in enumerate(self.parents) if parent == node]:
-            probs = self.draft_probs[below[0]]
-            node = below[0] if probs is None else [child for child in below if self.draft_probs[child] is probs][-1]
-        return node
+
+def _draft(nodes: Sequence[Node], start: int, last: int, kind: Kind) -> Draft:
+    """The draft of these nodes, where the node `last` comes last unless it is one of the first `start`."""
+    order = [node for node in range(len(nodes)) if node != last or last < start]
+    order += [last] if last >= start else []
+    number = {ROOT: ROOT} | {node: place for place, node in enumerate(order)}
+    tokens, parents, levels, confidence, rows = zip(*[nodes[node] for node in order], strict=True)
+    probs = DraftProbs(kind, rows) if any(row is not None for row in rows) else None
+    return Draft(tokens, tuple(number[parent] for parent in parents), levels, confidence, probs)

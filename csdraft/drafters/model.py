@@ -34,10 +34,9 @@ class ModelDrafter(Drafter):
 
     Args:
         model: a causal LM or T5-like model, a self-drafting adapter, or a path or Hub id to load one from.
-        depth: tokens a round unless a schedule or a cascade says otherwise; levels of a tree.
-        tree: how drafts branch (`csdraft/trees`); None: they do not. A tree grows to its depth whatever a schedule's
-            `stop` would say.
-        name: how reports call it; the model's own name if empty.
+        depth: tokens a round, unless a schedule or a cascade says otherwise; levels of a tree.
+        tree: how drafts branch (`csdraft/trees`); None drafts chains. A tree ignores the `stop` of a budget.
+        name: its name in reports; the model's own name if empty.
     """
 
     model: nn.Module | str | os.PathLike
@@ -82,7 +81,7 @@ class ModelDrafter(Drafter):
     def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
         call = contexts[0].call
         session, level = call.session(self.network), call.level(self.network)
-        # Past its last position the model stops drafting, and decoding continues.
+        # At its last position the model stops drafting, and decoding continues without it.
         steps = [min(b.depth, b.room, session.left(c)) for c, b in zip(contexts, budgets, strict=True)]
         if all(wanted <= 0 for wanted in steps):
             return [c.draft for c in contexts]
@@ -98,12 +97,13 @@ class ModelDrafter(Drafter):
 
 
 def bound(drafter: Any, target: nn.Module, seen: dict[int, Any] | None = None) -> Any:
-    """The same drafter with every drafter in it that stands on a target put on this one; itself if it has none.
+    """A copy of `drafter` in which every part that runs on a target's layers runs on this target's.
+
+    Returns `drafter` itself if it has no such part.
 
     Args:
-        drafter: a drafter, or a tuple of them.
-        target: of the call.
-        seen: what has been bound already: a drafter that occurs twice in a nest stays one.
+        drafter: a drafter, or a tuple of drafters.
+        seen: id of a drafter -> its copy. So a drafter that occurs twice is copied once.
 
     Raises:
         ValueError: an adapter was trained on another base.
@@ -119,8 +119,8 @@ def bound(drafter: Any, target: nn.Module, seen: dict[int, Any] | None = None) -
     if id(drafter) not in seen:
         options = {f.name: getattr(drafter, f.name) for f in fields(drafter)}
         changed = {k: new for k, v in options.items() if (new := bound(v, target, seen)) is not v}
-        _ = drafter.memory  # which the twin shares: it is made again for each call
-        seen[id(drafter)] = twin = copy.copy(drafter) if changed else drafter
+        _ = drafter.memory  # made here, so that all copies share it
+        seen[id(drafter)] = copied = copy.copy(drafter) if changed else drafter
         for name, value in changed.items():
-            object.__setattr__(twin, name, value)
+            object.__setattr__(copied, name, value)
     return seen[id(drafter)]

@@ -1,22 +1,21 @@
 """N-Grammys: several guesses at once, from n-grams of the text and from the target's choices after a single token.
 
 The N-Grammys (Stewart et al., arXiv 2411.03786) draft k continuations of w tokens. The first ones followed the last
-token earlier in the text; the others come from a table of the target's likeliest next tokens. Use it with targets that
-read k * w tokens nearly as fast as one. The paper verifies k rows; here they are one tree.
+token earlier in the text. The others come from a table of the target's likeliest next tokens. Use it with targets that
+read k * w tokens nearly as fast as one. The paper verifies k rows; here they form one tree.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import ROOT, Draft
-from csdraft.decoding.interfaces import Budget, Context, Drafter
+from csdraft.decoding.interfaces import Budget, Context
 from csdraft.decoding.limits import MOST_BRANCHES, check_range
-from csdraft.drafters._copying import until
+from csdraft.drafters._lookup import Lookup, check_vocabulary, until
 from csdraft.drafters._trie import Trie
 from csdraft.tables.successors import SuccessorTable
 
@@ -24,7 +23,7 @@ __all__ = ["NGrammys"]
 
 
 @dataclass(frozen=True)
-class NGrammys(Drafter):
+class NGrammys(Lookup):
     """Drafts what followed the text's last tokens most often (in a tie the latest), then what the table says.
 
     Args:
@@ -41,18 +40,15 @@ class NGrammys(Drafter):
 
     def __post_init__(self) -> None:
         check_range("a NGrammys", self, depth=None, rows=MOST_BRANCHES, match=None)
-        if isinstance(self.table, str | Path):
-            object.__setattr__(self, "table", SuccessorTable.load(self.table))
+        self.load_option("table", SuccessorTable)
 
     def width(self, depth: int) -> int:
         return self.rows * depth
 
     def check(self, call: Call) -> None:
-        if isinstance(self.table, SuccessorTable) and len(self.table) > call.vocab:
-            raise ValueError(
-                f"the successor table has {len(self.table)} tokens, the target {call.vocab}; "
-                "build it from the target: scripts/build_bigrams.py --model"
-            )
+        if isinstance(self.table, SuccessorTable):
+            way_out = "build it from the target: scripts/build_bigrams.py --model"
+            check_vocabulary(call, "the successor table", len(self.table) - 1, way_out)
 
     def _continuations(self, context: Context) -> _Continuations:
         """The row's continuations, up to date; drafters of one cascade with the same lengths share them."""
@@ -64,26 +60,22 @@ class NGrammys(Drafter):
     def evidence(self, context: Context) -> int:
         return min(self._continuations(context).times(context.text.tail(self.match)), 2)
 
-    def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
-        return [self._propose(c, min(b.depth, b.room, self.depth)) for c, b in zip(contexts, budgets, strict=True)]
-
-    def _propose(self, context: Context, depth: int) -> Draft:
-        call, text = context.call, context.text
-        eos = call.chooser.stopping.eos
-        tail = (text.tail(self.match) + (context.path if len(context.draft) else []))[-self.match :]
-        if depth <= 0 or not tail or tail[-1] in eos:
+    def look_up(self, context: Context, path: list[int], depth: int, budget: Budget) -> Draft:
+        ends, depth = context.call.chooser.stopping.eos, min(depth, self.depth)
+        tail = (context.text.tail(self.match) + path)[-self.match :]
+        if not tail or tail[-1] in ends:
             return context.draft
         rows = self._continuations(context).after(tail, self.rows, depth)
         if isinstance(self.table, SuccessorTable) and len(rows) < self.rows and tail[-1] < len(self.table):
             rows += self.table.after(tail[-1], self.rows - len(rows), depth)
         trie, best = Trie(), ROOT
         for row in reversed(rows):
-            best = trie.add(until(eos, row))
-        return trie.below(context, best, call.level(self))
+            best = trie.add(until(ends, row))
+        return trie.below(context, best, context.call.level(self))
 
 
 class _Continuations:
-    """What followed each n-gram of a text, how often, and where last; a new token costs the same at any text length.
+    """What followed each n-gram of a text, how often, and where last. Text length does not slow it down.
 
     Args:
         match: tokens of an n-gram.
@@ -119,7 +111,7 @@ class _Continuations:
         return -ranked[0][0] if ranked else 0
 
     def after(self, tail: list[int], rows: int, depth: int) -> list[list[int]]:
-        """At most `rows` continuations of `tail`, best first, cut to `depth`; also ones that the text's end cuts."""
+        """At most `rows` continuations of `tail`, best first, each of at most `depth` tokens and inside the text."""
         tokens, match = self.tokens, self.match
         found = self.ranked.get(tuple(tail), [])[:rows]
         last = len(tokens) - 1

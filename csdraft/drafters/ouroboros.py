@@ -1,9 +1,9 @@
 """Ouroboros: extends another drafter's draft with phrases, learned from the target's choices along earlier drafts.
 
 Ouroboros (Zhao et al., arXiv 2402.13720): a drafter model writes a few tokens, and the target checks several phrases
-that may follow them in the same forward. Phrases come from the verified text and from rejected drafts: there they are
-the tokens that the target would have chosen at each place. Use it around a model with expensive tokens. In the paper
-the drafter model also writes by Lookahead; for that, use `Vertical(model, ...)` around any drafter of this package.
+that may follow them in the same forward. Phrases come from the verified text, and from the tokens that the target
+chose along rejected drafts. Use it around a model whose tokens are expensive. In the paper the drafter model itself
+writes by Lookahead; for that, use `Vertical(model, ...)` around any drafter of this package.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round
 from csdraft.decoding.limits import MOST_BRANCHES, check_range
 from csdraft.drafters._check_parts import check_parts
-from csdraft.drafters._copying import until
+from csdraft.drafters._lookup import until
 from csdraft.drafters._trie import Trie
 from csdraft.tables.phrases import PhrasePool
 
@@ -68,15 +68,15 @@ class Ouroboros(Drafter):
         return [self._lengthen(c, d, min(b.depth, b.room)) for c, d, b in zip(contexts, drafts, budgets, strict=True)]
 
     def _lengthen(self, context: Context, draft: Draft, depth: int) -> Draft:
-        going_on, eos = context.after(draft), context.call.chooser.stopping.eos
+        ends = context.call.chooser.stopping.eos
         left = depth - (draft.depth(draft.tip) - context.draft.depth(context.tip))
         last = draft.tokens[-1:] or context.text.tail(1)
-        if left <= 0 or not last or last[0] in eos:
+        if left <= 0 or not last or last[0] in ends:
             return draft
         trie, best = Trie(), ROOT
         for phrase in reversed(self._pool(context.call).after(last[0], self.phrases)):
-            best = trie.add(until(eos, phrase[:left]))
-        return trie.below(going_on, best, context.call.level(self))
+            best = trie.add(until(ends, phrase[:left]))
+        return trie.below(context.after(draft), best, context.call.level(self))
 
     def _pool(self, call: Call) -> PhrasePool:
         length = self.ngram - 1
@@ -90,14 +90,13 @@ class Ouroboros(Drafter):
         for finished in rounds:
             _harvest(pool, finished)
             context = finished.context
-            context.call.memo(
-                (self, context.row), lambda text=context.text: pool.read(text.tokens)
-            )  # once: the prompt
+            # The prompt is read once, at the first round.
+            context.call.memo((self, context.row), lambda text=context.text: pool.read(text.tokens))
             pool.read([*context.text.tail(pool.length), *finished.tokens])
 
 
 def _harvest(pool: PhrasePool, finished: Round) -> None:
-    """Adds the target's choices after each node along every rejected branch to the pool, as phrases."""
+    """Adds phrases to the pool: the target's choices after the nodes of each rejected branch."""
     draft, accepted, text = finished.draft, set(finished.verdict.accepted), finished.context.text.tokens
     if not len(draft) or not text:
         return
@@ -107,11 +106,11 @@ def _harvest(pool: PhrasePool, finished: Round) -> None:
         if leaf in inner or leaf in accepted:
             continue
         path = [ROOT, *draft.path(leaf)]
-        said = [likeliest[node + 1] for node in path]
+        choices = [likeliest[node + 1] for node in path]
         for start in range(len(path) - pool.length + 1):
             end = path[start + pool.length - 1]
             if end in accepted or end == ROOT or end in done:  # part of the text, or added for another leaf
                 continue
             done.add(end)
             token = draft.tokens[path[start]] if path[start] != ROOT else text[-1]
-            pool.add(token, tuple(said[start : start + pool.length]))
+            pool.add(token, tuple(choices[start : start + pool.length]))

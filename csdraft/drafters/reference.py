@@ -1,8 +1,8 @@
 """Reference: copies from documents that the output is likely to quote, after a match of the last tokens; no model.
 
 LLMA, "Inference with Reference" (arXiv 2304.04487). Use it for retrieval, caches of earlier answers, or edits of a
-document that is not in the prompt; from the prompt `max_gram` copies too. Unlike the paper it takes the longest match,
-not any match of a fixed length.
+document that is not in the prompt; `max_gram` copies from the prompt. Unlike the paper it takes the longest match, not
+any match of a fixed length.
 """
 
 from __future__ import annotations
@@ -13,21 +13,20 @@ from pathlib import Path
 
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import Draft
-from csdraft.decoding.interfaces import Budget, Context, Drafter
+from csdraft.decoding.interfaces import Budget, Context
 from csdraft.decoding.limits import check_range
-from csdraft.drafters._copying import match_evidence, until
+from csdraft.drafters._lookup import Lookup, check_vocabulary, match_evidence
 from csdraft.tables.documents import DocumentTable
 from csdraft.tables.suffix_automaton import START
 
 __all__ = ["Reference"]
-
 
 NEAR = 32
 """How many of the prompt's last tokens a match may include."""
 
 
 @dataclass(frozen=True, eq=False)
-class Reference(Drafter):
+class Reference(Lookup):
     """Finds the longest ending of text and draft in the documents, and copies what follows it, within its document.
 
     Args:
@@ -42,10 +41,9 @@ class Reference(Drafter):
 
     def __post_init__(self) -> None:
         check_range("a Reference", self, depth=None, min_match=None)
-        if isinstance(self.documents, (str, Path)):
-            object.__setattr__(self, "documents", DocumentTable.load(self.documents))
-        elif not isinstance(self.documents, DocumentTable):
-            object.__setattr__(self, "documents", DocumentTable(self.documents))
+        self.load_option("documents", DocumentTable)
+        if not isinstance(self.documents, DocumentTable):
+            object.__setattr__(self, "documents", DocumentTable(self.documents))  # type: ignore[arg-type]
 
     @property
     def _documents(self) -> DocumentTable:
@@ -53,43 +51,28 @@ class Reference(Drafter):
         return self.documents
 
     def check(self, call: Call) -> None:
-        if self._documents.largest >= call.vocab:
-            raise ValueError(
-                f"the documents have token {self._documents.largest}, the target {call.vocab} tokens; encode them "
-                "with the target's tokenizer"
-            )
+        way_out = "encode the documents with the target's tokenizer"
+        check_vocabulary(call, "the table of documents", self._documents.largest, way_out)
 
     def evidence(self, context: Context) -> int:
-        matched = self._cursor(context).matched
-        return match_evidence(matched, self.min_match)
+        return match_evidence(self._cursor(context).matched, self.min_match)
 
     def _cursor(self, context: Context) -> _Cursor:
         """The match of the row's text in the documents, up to date."""
         text = context.text
         cursor: _Cursor = context.call.memo((self, context.row), lambda: _Cursor(max(len(text) - NEAR, 0)))
         if cursor.read < len(text):
-            cursor.state, cursor.matched = self._walk(cursor, text.tokens[cursor.read :])
+            automaton, new = self._documents.automaton, text.tokens[cursor.read :]
+            cursor.state, cursor.matched = automaton.advance(cursor.state, cursor.matched, new)
             cursor.read = len(text)
         return cursor
 
-    def _walk(self, cursor: _Cursor, tokens: Sequence[int]) -> tuple[int, int]:
-        most = cursor.matched + len(tokens)  # a match cannot shrink more often than it grew
-        found = self._documents.automaton.walk(cursor.state, cursor.matched, tokens, most)
-        assert found is not None
-        return found
-
-    def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
-        return [self._propose(c, min(b.depth, b.room)) for c, b in zip(contexts, budgets, strict=True)]
-
-    def _propose(self, context: Context, depth: int) -> Draft:
-        path, eos = context.path, context.call.chooser.stopping.eos
-        if depth <= 0 or (path and path[-1] in eos):
-            return context.draft
-        state, matched = self._walk(self._cursor(context), path)
+    def look_up(self, context: Context, path: list[int], depth: int, budget: Budget) -> Draft:
+        cursor, automaton = self._cursor(context), self._documents.automaton
+        state, matched = automaton.advance(cursor.state, cursor.matched, path)
         if matched < self.min_match:
             return context.draft
-        tokens = self._documents.after(self._documents.automaton.recent[state], depth)
-        return context.draft.extend(until(eos, tokens), context.call.level(self))
+        return self.chain(context, self._documents.after(automaton.recent[state], depth))
 
 
 @dataclass

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import Draft
-from csdraft.decoding.interfaces import Budget, Context, Drafter, Round
+from csdraft.decoding.interfaces import Budget, Context, Round
 from csdraft.decoding.limits import MOST_NODES, check_range, halvings
-from csdraft.drafters._copying import match_evidence
 from csdraft.drafters._history import history
+from csdraft.drafters._lookup import Lookup, check_vocabulary, match_evidence
 from csdraft.tables.outputs import OutputTable, Place
 from csdraft.tables.speculation import NOTHING, Rule
 
@@ -25,7 +25,7 @@ __all__ = ["Suffix"]
 
 
 @dataclass(frozen=True)
-class Suffix(Drafter):
+class Suffix(Lookup):
     """Proposes the most frequent continuation of a match in the text or the earlier outputs, by expected tokens.
 
     A match of n tokens allows factor * n + offset drafted tokens. The chance of a token is its parent's chance times
@@ -36,8 +36,8 @@ class Suffix(Drafter):
         factor, offset: how many drafted tokens a match allows.
         min_prob: the least chance of a drafted token.
         nodes: the most tokens of a tree; None drafts chains.
-        outputs: an `OutputTable`, or the path of a saved one: it is searched, and every finished text is added. None:
-            only the call's own text is searched.
+        outputs: an `OutputTable`, or the path of a saved one: it is searched, and every finished text is added. With
+            None, only the call's own text is searched.
     """
 
     depth: int = 16  # type: ignore[assignment]
@@ -54,8 +54,7 @@ class Suffix(Drafter):
                 f"factor={self.factor}, offset={self.offset} and min_prob={self.min_prob} of a Suffix: factor must be "
                 "0 or more, min_prob above 0 and at most 1"
             )
-        if isinstance(self.outputs, (str, Path)):
-            object.__setattr__(self, "outputs", OutputTable.load(self.outputs))
+        self.load_option("outputs", OutputTable)
 
     @property
     def table(self) -> OutputTable | None:
@@ -63,11 +62,8 @@ class Suffix(Drafter):
         return self.outputs if isinstance(self.outputs, OutputTable) else None
 
     def check(self, call: Call) -> None:
-        if self.table is not None and self.table.largest >= call.vocab:
-            raise ValueError(
-                f"the table of outputs has token {self.table.largest}, the target {call.vocab} tokens; "
-                "keep one table a tokenizer"
-            )
+        if self.table is not None:
+            check_vocabulary(call, "the table of outputs", self.table.largest, "keep one table for each tokenizer")
 
     def width(self, depth: int) -> int:
         return depth if self.nodes is None else self.nodes
@@ -85,27 +81,20 @@ class Suffix(Drafter):
         """How far the row's text was matched with the table."""
         return context.call.memo((Place, id(self.outputs), context.row), Place)
 
-    def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
-        nodes = self.nodes and min(budgets[0].size or self.nodes, self.nodes)
-        return [self._propose(c, min(b.depth, b.room), nodes) for c, b in zip(contexts, budgets, strict=True)]
-
-    def _propose(self, context: Context, depth: int, nodes: int | None) -> Draft:
-        path, draft, eos = context.path, context.draft, context.call.chooser.stopping.eos
-        if depth <= 0 or (path and path[-1] in eos):
-            return draft
-        rule = Rule(self.factor, self.offset, self.min_prob, depth, nodes, eos)
+    def look_up(self, context: Context, path: list[int], depth: int, budget: Budget) -> Draft:
+        nodes = self.nodes and min(budget.size or self.nodes, self.nodes)
+        ends = context.call.chooser.stopping.eos
+        rule = Rule(self.factor, self.offset, self.min_prob, depth, nodes, ends)
         known = history(context)
         found = rule.best(known.automaton, *known.find(path))
         if self.table is not None:
             earlier = self.table.speculate(context.text.tokens, rule, path, self.place(context))
             found = max(found, earlier, key=lambda one: one.score)
             if found is not NOTHING and max(found.tokens) >= context.call.vocab:
-                return draft
-        level = context.call.level(self)
+                return context.draft
         if found.parents is None:
-            return draft.extend(found.tokens, level)
-        tip, old = context.tip, len(draft)
-        return draft.attach(found.tokens, [tip if p < 0 else old + p for p in found.parents], level)
+            return context.draft.extend(found.tokens, context.call.level(self))
+        return self.tree(context, found.tokens, found.parents)
 
     def observe(self, rounds: Sequence[Round]) -> None:
         """Adds each text that has ended to the table, once."""

@@ -1,9 +1,9 @@
 """Token Recycling: drafts the tokens that the target found likeliest when it last read each token; no model.
 
 Token Recycling (Luo et al., arXiv 2408.08696): a matrix holds the eight likeliest successors of every token. It is
-updated from the logits of every scored node, and unrolled into a fixed tree. It works with any text and any target,
-and unlike copying drafters it needs no repetition. Use it where a wide forward is nearly free (a GPU, small batches).
-On a CPU take few `nodes`.
+updated from the logits of every scored node, and unrolled into a fixed tree. It works with any text and any target;
+unlike copying it needs no repetition. Use it where a wide forward is nearly free (a GPU, small batches). On a CPU take
+few `nodes`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import Draft
-from csdraft.decoding.interfaces import Budget, Context, Drafter, Round
+from csdraft.decoding.interfaces import Budget, Context, Round
 from csdraft.decoding.limits import check_range, halvings
+from csdraft.drafters._lookup import Lookup
 from csdraft.tables.adjacency import KEPT, AdjacencyTable
 
 __all__ = ["TokenRecycling"]
@@ -37,15 +38,15 @@ NODES = sum(map(sum, CHILDREN))
 
 
 @dataclass(frozen=True)
-class TokenRecycling(Drafter):
+class TokenRecycling(Lookup):
     """Unrolls the target's adjacency matrix from the last token, breadth first, into the paper's tree.
 
     Args:
         depth: layers of the tree, at most 6.
         nodes: tokens of the tree, at most 80. With fewer, the nodes of the paper's tree with the best ranks are kept.
         remember: whether the matrix outlives the call. Drafts, but never the text, then depend on earlier calls.
-        table: the matrix, or the path of a saved one; it is updated if `remember`, else each call starts from a copy.
-            None: if `remember`, one for each target, kept as long as the target; else an empty one for each call.
+        table: the matrix, or the path of a saved one. It is updated if `remember`, else each call starts from a copy.
+            None: one for each target if `remember`, kept as long as the target, else an empty one for each call.
     """
 
     depth: int = len(CHILDREN)  # type: ignore[assignment]
@@ -55,8 +56,7 @@ class TokenRecycling(Drafter):
 
     def __post_init__(self) -> None:
         check_range("a TokenRecycling", self, depth=len(CHILDREN), nodes=NODES)
-        if isinstance(self.table, str | Path):
-            object.__setattr__(self, "table", AdjacencyTable.load(self.table))
+        self.load_option("table", AdjacencyTable)
 
     def width(self, depth: int) -> int:
         return template(self.nodes, min(depth, self.depth)).layers[-1][1] - 1 if depth > 0 else 0
@@ -75,8 +75,7 @@ class TokenRecycling(Drafter):
 
     def matrix(self, call: Call) -> AdjacencyTable:
         """The matrix that it unrolls: its own, the target's, or the call's."""
-        table = self.table
-        assert not isinstance(table, str | Path)
+        table: Any = self.table
         if self.remember:
             return table or call.memo(AdjacencyTable, lambda: AdjacencyTable.of(call.target, call.vocab))
         return call.memo((self, AdjacencyTable), lambda: table.copy() if table else AdjacencyTable(call.vocab))
@@ -84,29 +83,19 @@ class TokenRecycling(Drafter):
     def evidence(self, context: Context) -> int:
         return int(len(context.text) > 0 and self.matrix(context.call).known(context.text.tokens[-1]))
 
-    def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
-        nodes = min(budgets[0].size or self.nodes, self.nodes)
-        depths = [min(budget.depth, budget.room, self.depth) for budget in budgets]
-        return [self._propose(context, depth, nodes) for context, depth in zip(contexts, depths, strict=True)]
-
-    def _propose(self, context: Context, depth: int, nodes: int) -> Draft:
-        call, draft = context.call, context.draft
-        tip, text = len(draft.tokens) - 1, context.text.tokens
-        last = draft.tokens[tip] if tip >= 0 else text[-1] if text else None
-        matrix = self.matrix(call)
-        if depth <= 0 or last is None or last in call.chooser.stopping.eos or not matrix.known(last):
-            return draft
-        tree = template(nodes, depth)
+    def look_up(self, context: Context, path: list[int], depth: int, budget: Budget) -> Draft:
+        last, matrix = path[-1:] or context.text.tail(1), self.matrix(context.call)
+        if not last or last[0] in context.call.chooser.stopping.eos or not matrix.known(last[0]):
+            return context.draft
+        tree = template(min(budget.size or self.nodes, self.nodes), min(depth, self.depth))
         tokens = np.empty(len(tree.parents) + 1, np.int64)  # (nodes + 1,) first the root
-        tokens[0] = last
+        tokens[0] = last[0]
         for start, end, above, ranks in tree.layers:
             tokens[start:end] = matrix.follow(tokens[above], ranks)
         new, parents = tokens[1:].tolist(), tree.parents
         if min(new) < 0:
             new, parents = _known(new, parents, [end - 2 for _, end, _, _ in tree.layers])
-        if tip >= 0:
-            parents = [tip + 1 + parent if parent >= 0 else tip for parent in parents]
-        return draft.attach(new, parents, call.level(self))
+        return self.tree(context, new, parents)
 
     def observe(self, rounds: Sequence[Round]) -> None:
         matrix = self.matrix(rounds[0].context.call)
@@ -115,7 +104,7 @@ class TokenRecycling(Drafter):
         for finished in rounds:
             text = finished.context.text.tokens
             seen = [text[-1] if text else UNSEEN, *finished.draft.tokens]
-            # Accepted nodes come last: if a token occurs several times, its entry is then the one from the text.
+            # Accepted nodes come last, so that a token that occurs several times gets its entry from the text.
             order = [*range(len(seen)), 0, *(node + 1 for node in finished.verdict.accepted)]
             order = [at for at in order if seen[at] not in eos and seen[at] != UNSEEN]
             tokens += [seen[at] for at in order]

@@ -2,10 +2,10 @@
 
 Universal assisted generation (Hugging Face, 2024; Timor et al., arXiv 2502.05202): the drafter reads the text in its
 own tokens. Its draft is decoded, encoded with the target's tokenizer, and drafted as point masses. Use it if no small
-model shares the target's vocabulary; such a model would be accepted more often. For decoder-only targets.
+model shares the target's vocabulary, since more of its draft would be accepted. For decoder-only targets.
 
-Only the end of a text is translated each round. The text before some place where both tokenizers split it is settled.
-If a text is split differently from how its tokenizer would split it, acceptance may fall, but the output stays exact.
+Only the end of a text is translated each round. The rest is settled, up to a place where both tokenizers split the
+text. If a text is not split as its tokenizer would split it, acceptance may fall, but the output stays exact.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from csdraft.decoding.sampling import Sampler
 from csdraft.decoding.scores import TokenChooser
 from csdraft.decoding.stopping import Stopping
 from csdraft.decoding.text import Text
+from csdraft.drafters._lookup import until
 
 __all__ = ["Translated"]
 
@@ -34,9 +35,9 @@ OPEN, KEPT_OPEN, MOST_OPEN = 32, 8, 128
 """Open target tokens are translated again each round. With more than OPEN, all but about KEPT_OPEN are settled at a
 place where both tokenizers split the text; with more than MOST_OPEN, at any place."""
 PARTIAL = "\ufffd"
-"""What a character with missing bytes decodes to."""
+"""A character with missing bytes decodes to this."""
 STAND_IN = "a"
-"""A text in place of the settled one, before the open tokens: tokenizers may treat the start of a text specially."""
+"""Comes before open tokens instead of the settled text, because tokenizers may treat the start of a text specially."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +45,7 @@ class Translated(Drafter):
     """Drafts with a drafter of another tokenizer, always greedily (see the module).
 
     Args:
-        drafter: reads and writes its own tokens. It does not learn from the target's rounds.
+        drafter: reads and writes tokens of its own tokenizer. It does not learn from the target's rounds.
         tokenizer: the drafter's tokenizer, or a path or Hub id to load it from (only these can be saved).
         target_tokenizer: the same for the target.
     """
@@ -102,7 +103,7 @@ class Translated(Drafter):
         )
 
     def _inner(self, call: Call) -> Call:
-        """The call that the inner drafter sees: its texts are in the drafter's tokens."""
+        """The call that the inner drafter sees, with texts in the drafter's tokens."""
         return call.memo((self, Call), lambda: self._open(call))
 
     def _open(self, call: Call) -> Call:
@@ -116,11 +117,11 @@ class Translated(Drafter):
 
 
 class TokenizerView:
-    """A copy of a tokenizer without padding, truncation or added special tokens.
+    """A copy of a tokenizer that does not pad or truncate, and adds no special tokens.
 
     Attributes:
         size: number of tokens.
-        opening: tokens that it puts before a text.
+        opening: tokens that the tokenizer puts before a text.
         eos: tokens that end a text.
     """
 
@@ -142,7 +143,7 @@ class TokenizerView:
         self.skipped = len(self.backend.decode(self.before, skip_special_tokens=False))
 
     def encode(self, text: str, opens: bool) -> list[int]:
-        """Token ids of a piece of text; `opens` says whether it is the beginning of the text."""
+        """Token ids of a piece of text; `opens` says whether the text begins with it."""
         if not opens:
             tokens = self.backend.encode(STAND_IN + text, add_special_tokens=False).ids
             if tokens[: len(self.before)] == self.before:
@@ -150,30 +151,30 @@ class TokenizerView:
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, tokens: Sequence[int], opens: bool) -> str:
-        """The text of these tokens; `opens` says whether they are the beginning of the text."""
+        """The text of these tokens; `opens` says whether the text begins with them."""
         if opens:
             return self.backend.decode(tokens, skip_special_tokens=False)
         return self.backend.decode([*self.before, *tokens], skip_special_tokens=False)[self.skipped :]
 
 
 class _Reading:
-    """A row's text in the drafter's tokens: the settled ones, and the rest, which is encoded again each round.
+    """A row's text in the drafter's tokens: settled ones, and open ones, which are encoded again each round.
 
     Args:
-        drafter: its tokenizers are used.
-        text: holds the settled tokens.
+        drafter: has the tokenizers.
+        text: the settled tokens.
         tokens: the row's text in the target's tokens.
     """
 
     def __init__(self, drafter: Translated, text: Text, tokens: Sequence[int]):
         self.own, self.theirs, self.text = drafter.own, drafter.theirs, text
         self.settled = int(tokens[:1] == [drafter.theirs.bos])  # number of target tokens that are settled
-        self.opens = True  # whether the open tokens are the beginning of the text
+        self.opens = True  # whether the text begins with the open tokens
         self.end = ""
         """The text of the open tokens, without an incomplete last character."""
 
     def translate(self, context: Context) -> list[int]:
-        """The drafter's tokens after the settled ones."""
+        """The open part of the text in the drafter's tokens."""
         if len(context.text) - self.settled > OPEN:
             self._settle(context.text.tokens[self.settled :])
         self.end = self.theirs.decode(self._open(context), self.opens).rstrip(PARTIAL)
@@ -205,12 +206,11 @@ class _Reading:
 
     def translate_back(self, context: Context, tokens: list[int], known: int) -> list[int]:
         """The drafter's new tokens, those after the first `known`, in the target's tokens."""
-        new = tokens[known:]
-        ended = not self.own.eos.isdisjoint(new)
-        if ended:
-            new = new[: next(i for i, token in enumerate(new) if token in self.own.eos)]
+        new = until(self.own.eos, tokens[known:])
+        ended = not self.own.eos.isdisjoint(new[-1:])
         before = self.own.decode(tokens[:known], self.opens)
-        written = self.own.decode([*tokens[:known], *new], self.opens)[len(before) :].rstrip(PARTIAL)
+        after = self.own.decode(tokens[: known + len(new) - ended], self.opens)
+        written = after[len(before) :].rstrip(PARTIAL)
         old = self._open(context)
         translated = self.theirs.encode(self.end + written, self.opens)
         if translated[: len(old)] == old:

@@ -1,8 +1,8 @@
 """Vertical cascade: a model drafts by reviewing what a cheaper drafter proposes, instead of writing token by token.
 
-Cascade Speculative Drafting (arXiv 2312.11462, section 3.1): drafting is itself generation, so it can be sped up by
-speculative decoding too, down to a statistical drafter that costs nothing. Pays if the inner draft multiplies the
-tokens of a reviewer's forward by more than 1 + its own cost relative to that forward.
+Cascade Speculative Drafting (arXiv 2312.11462, section 3.1): drafting is itself generation, so speculative decoding
+speeds it up too, down to a statistical drafter that costs nothing. It pays if the inner draft multiplies the tokens of
+a reviewer's forward by more than 1 + (cost of the inner draft / cost of the forward).
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Vertical(Drafter):
     """Runs rounds of `drafter` under `reviewer` until the draft is long enough, or has a token to stop at.
 
     Args:
-        reviewer: the model that checks, and whose tokens are handed up; a path or Hub id is loaded.
-        drafter: what it reviews.
+        reviewer: the model that checks drafts and writes this drafter's tokens; a path or Hub id is loaded.
+        drafter: writes the drafts that the reviewer checks.
         lenience: >= 1; how far below its own choice the reviewer lets a drafted token pass (1: not at all). The
             target still checks everything, so this trades acceptance for cheaper drafting, never exactness.
-        inner_length: tokens a round of the inner drafter; None leaves it to the drafter.
+        inner_length: tokens that the inner drafter drafts a round; None: its own `depth`.
         depth: tokens wanted by default.
     """
 
@@ -80,7 +80,7 @@ class Vertical(Drafter):
         while live:
             inner = [contexts[i] if drafts[i] is contexts[i].draft else contexts[i].after(drafts[i]) for i in live]
             rooms = [limits[i] - (len(drafts[i]) - len(contexts[i].draft)) for i in live]
-            # One less than the room: the reviewer adds a token itself.
+            # One less than the room, since the reviewer adds a token itself.
             asked = [self._inner_budget(room - 1, coupled) for room in rooms]
             proposed = self.drafter.propose(inner, asked)
             _check_probs(inner, proposed, verifier)
@@ -107,18 +107,18 @@ class Vertical(Drafter):
 
 
 def _check_probs(contexts: Sequence[Context], drafts: Sequence[Draft], verifier: Verifier) -> None:
-    """Raises ValueError for a token drawn from what is no distribution: it is handed on, and would bias the text."""
+    """Raises ValueError if a token's `draft_probs` are no distribution: passed on, they would bias the text."""
     for context, draft in zip(contexts, drafts, strict=True) if verifier.draws == "independent" else ():
         if draft.probs is not None and (flaw := draft.probs.flaw(context.call.vocab, len(context.draft))):
             raise ValueError(flaw)
 
 
 def _stops(budget: Budget, finished: Round) -> bool:
-    """Whether the round emitted a token that the draft should end at; what stands behind it is kept too."""
+    """Whether the budget says to stop after one of the emitted tokens; they are all kept."""
     if budget.stop is None or finished.confidence is None:
         return False
     above = [finished.context.tip, *finished.verdict.accepted]
     return any(
-        budget.stop(sure, partial(finished.scores.entropy, node))
-        for sure, node in zip(finished.confidence, above, strict=False)  # a text may end on an accepted node
+        budget.stop(confidence, partial(finished.scores.entropy, node))
+        for confidence, node in zip(finished.confidence, above, strict=False)  # a text may end on an accepted node
     )

@@ -1,6 +1,6 @@
-"""The adjacency matrix of Token Recycling: the likeliest tokens after each token, as the target last scored them.
+"""The adjacency matrix of Token Recycling (arXiv 2408.08696): the likeliest tokens after each token.
 
-Token Recycling (arXiv 2408.08696): plain decoding throws these tokens away; here they are the drafts of later rounds.
+Plain decoding throws these tokens away; here they become the drafts of later rounds.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
-from csdraft.tables._file import read_arrays
+from csdraft.tables._file import read_arrays, write_arrays
+from csdraft.tables._kept import kept_for
 
 __all__ = ["AdjacencyTable"]
 
@@ -24,14 +24,13 @@ UNKNOWN = -1
 
 
 class AdjacencyTable:
-    """The last successors seen after each token, for one target. Threads may share it.
+    """The likeliest successors of each token, as one target last scored them. Threads may share it.
 
     Args:
         vocab: the target's number of tokens.
 
     Attributes:
-        successors: (vocab + 1, KEPT) int32, best first; -1 where unknown. The last row stands for what follows an
-            unknown token; it is all unknown.
+        successors: (vocab + 1, KEPT) int32, best first; -1 where unknown. The last row, for an unknown token, is -1.
     """
 
     def __init__(self, vocab: int):
@@ -47,31 +46,28 @@ class AdjacencyTable:
     @classmethod
     def of(cls, target: Any, vocab: int) -> AdjacencyTable:
         """The table that this process keeps for a target, until the target is gone."""
-        with _LOCK:
-            if target not in _TABLES:
-                _TABLES[target] = cls(vocab)
-            return _TABLES[target]
+        return kept_for(target, cls, lambda: cls(vocab))
 
     def claim(self, target: Any) -> None:
-        """Makes this the target's table; ValueError if it already is another's, or has another vocabulary."""
+        """Makes this the target's table; raises ValueError if it already is another target's."""
         with self._lock:
             if self._target is None:
                 self._target = weakref.ref(target)
             if self._target() is not target:
                 raise ValueError(
-                    "this adjacency table holds what another target finds likely; give each target its own, or none: "
-                    "each target then has one of its own"
+                    "this adjacency table was learned from another target; give each target its own table, or no "
+                    "table: then one is made for each"
                 )
 
     def copy(self) -> AdjacencyTable:
         """A table with the same successors that belongs to no target yet."""
-        twin = AdjacencyTable(len(self))
+        copied = AdjacencyTable(len(self))
         with self._lock:
-            twin.successors[:] = self.successors
-        return twin
+            copied.successors[:] = self.successors
+        return copied
 
     def update(self, tokens: np.ndarray, successors: np.ndarray) -> None:
-        """Stores (n, KEPT) `successors` of (n,) `tokens`; if a token comes twice, the last entry counts."""
+        """Stores the (n, KEPT) `successors` of (n,) `tokens`; if a token occurs twice, its last entry counts."""
         with self._lock:
             self.successors[tokens] = successors
 
@@ -80,35 +76,26 @@ class AdjacencyTable:
         return self.successors[token, 0] != UNKNOWN
 
     def follow(self, tokens: np.ndarray, ranks: np.ndarray) -> np.ndarray:
-        """(n,) the successor of each of (n,) `tokens` at its rank; -1 where unknown, and after a token -1."""
+        """(n,) the successor of each of (n,) `tokens` at its rank in (n,) `ranks`; -1 where unknown."""
         return self._flat[tokens * KEPT + ranks]
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with self._lock:
-            known = self.successors[:-1].copy()
-        save_file({"successors": known}, path, metadata={"format": FORMAT})
+        write_arrays(path, FORMAT, {"successors": self.copy().successors[:-1]})
 
     @classmethod
     def load(cls, path: str | Path) -> AdjacencyTable:
         """Reads what `save` wrote."""
         parts, _ = read_arrays(path, FORMAT, {"successors": ("I32", 2)}, "write one with AdjacencyTable.save")
         values = parts["successors"]
-        if values.shape[1] != KEPT:
-            raise ValueError(f"{path} holds successors of shape {values.shape}; they must be (vocab, {KEPT})")
-        if not len(values):
-            raise ValueError(f"{path} holds successors of no token")
+        if values.shape[1] != KEPT or not len(values):
+            raise ValueError(f"{path} holds successors of shape {values.shape}; it must be (vocab, {KEPT}), vocab > 0")
         if not UNKNOWN <= values.min() <= values.max() < len(values):
             raise ValueError(
                 f"{path} holds successors from {values.min()} to {values.max()}, of a vocabulary of {len(values)}"
             )
         if ((values == UNKNOWN).any(1) != (values == UNKNOWN).all(1)).any():
-            raise ValueError(f"{path} knows some successors of a token and not all {KEPT} of them")
+            raise ValueError(f"{path} has a token with some successors but not all {KEPT}")
         table = cls(len(values))
         table.successors[:-1] = values
         return table
-
-
-_TABLES: weakref.WeakKeyDictionary[Any, AdjacencyTable] = weakref.WeakKeyDictionary()
-_LOCK = threading.Lock()

@@ -1,46 +1,45 @@
 """A bigram table: the token that most often follows each token in a text that the user gives.
 
 The fallback of Max-Gram in Cascade Speculative Drafting (arXiv 2312.11462, appendix A). `scripts/build_bigrams.py`
-builds one for any tokenizer. A token that never has another one after it in the text gets no successor.
+builds one for any tokenizer. A token that no other token follows in the text has no successor.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from itertools import pairwise
+from typing import ClassVar
 
 import numpy as np
-from safetensors.numpy import save_file
 
-from csdraft.stored import naming
-from csdraft.tables._file import read_arrays
+from csdraft.tables._file import ArrayTable
 
 __all__ = ["BigramTable"]
 
-FORMAT = "csdraft-bigram-1"
 UNKNOWN = -1
-CHUNK = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
-class BigramTable:
-    """An immutable value: equal tables have equal hashes, and threads may share one.
+class BigramTable(ArrayTable):
+    """The most frequent successor of each token.
 
     Attributes:
         successor: (vocab,) int32 most frequent next token, the lowest id in a tie; -1 where unknown.
-        count: (vocab,) int64 how often that pair was seen.
+        count: (vocab,) int64 how often that pair occurred.
     """
+
+    format: ClassVar = "csdraft-bigram-1"
+    stored: ClassVar = {"successor": ("I32", 1), "count": ("I64", 1)}
+    way_out: ClassVar = "build a table with scripts/build_bigrams.py"
 
     successor: np.ndarray
     count: np.ndarray
 
     def __post_init__(self) -> None:
-        for name, dtype in (("successor", np.int32), ("count", np.int64)):
-            values = np.array(getattr(self, name), dtype=dtype)
-            values.setflags(write=False)
-            object.__setattr__(self, name, values)
+        super().__post_init__()
         vocab = len(self.successor)
         if self.successor.ndim != 1 or self.count.shape != self.successor.shape:
             raise ValueError(
@@ -52,18 +51,6 @@ class BigramTable:
     def __len__(self) -> int:
         """Vocabulary size."""
         return len(self.successor)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, BigramTable):
-            return NotImplemented
-        return np.array_equal(self.successor, other.successor) and np.array_equal(self.count, other.count)
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    @cached_property
-    def _hash(self) -> int:
-        return hash(self.successor.tobytes())
 
     @cached_property
     def _view(self) -> memoryview:
@@ -80,43 +67,15 @@ class BigramTable:
     @classmethod
     def build(cls, documents: Iterable[Sequence[int]], vocab: int) -> BigramTable:
         """Counts the pairs of neighbouring tokens inside each document; no pair spans two documents."""
-        pairs, counts = np.empty(0, np.int64), np.empty(0, np.int64)
-        waiting: list[np.ndarray] = []
-        size = 0
+        pairs: Counter[tuple[int, int]] = Counter()
         for document in documents:
-            ids = np.asarray(document, dtype=np.int64)  # (tokens,)
-            if ids.size and not (ids.min() >= 0 and ids.max() < vocab):
-                raise ValueError(f"token ids from {ids.min()} to {ids.max()} do not fit a vocabulary of {vocab}")
-            waiting.append(ids[:-1] * vocab + ids[1:])
-            size += len(ids)
-            if size > CHUNK:
-                pairs, counts = _merge(pairs, counts, waiting)
-                waiting, size = [], 0
-        pairs, counts = _merge(pairs, counts, waiting)
+            if len(document) and not 0 <= min(document) <= max(document) < vocab:
+                raise ValueError(
+                    f"token ids from {min(document)} to {max(document)} do not fit a vocabulary of {vocab}"
+                )
+            pairs.update(pairwise(document))
         successor, count = np.full(vocab, UNKNOWN, np.int32), np.zeros(vocab, np.int64)
-        order = np.lexsort((-pairs, counts))  # rising counts; in a tie the lowest id is written last, and stays
-        successor[pairs[order] // vocab] = pairs[order] % vocab
-        count[pairs[order] // vocab] = counts[order]
+        # Rising counts; in a tie the lowest id comes last, and stays.
+        for (token, after), times in sorted(pairs.items(), key=lambda item: (item[1], -item[0][1])):
+            successor[token], count[token] = after, times
         return cls(successor, count)
-
-    def save(self, path: str | Path) -> None:
-        """Writes a safetensors file."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        save_file({"successor": self.successor, "count": self.count}, path, metadata={"format": FORMAT})
-
-    @classmethod
-    def load(cls, path: str | Path) -> BigramTable:
-        """Reads what `save` wrote."""
-        wanted = {"successor": ("I32", 1), "count": ("I64", 1)}
-        parts, _ = read_arrays(path, FORMAT, wanted, "build a table with scripts/build_bigrams.py")
-        with naming(path):
-            return cls(**parts)
-
-
-def _merge(pairs: np.ndarray, counts: np.ndarray, waiting: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted distinct pairs and their counts, with the pairs of `waiting` added."""
-    fresh, seen = np.unique(np.concatenate([np.empty(0, np.int64), *waiting]), return_counts=True)
-    distinct, where = np.unique(np.concatenate([pairs, fresh]), return_inverse=True)
-    total = np.zeros(len(distinct), np.int64)  # (distinct pairs,)
-    np.add.at(total, where, np.concatenate([counts, seen]))
-    return distinct, total

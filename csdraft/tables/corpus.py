@@ -1,36 +1,30 @@
-"""A corpus of token ids, searched for the last tokens of a text: a memory-mapped suffix array.
+"""A corpus of token ids that is searched for the last tokens of a text: a memory-mapped suffix array.
 
 For retrieval-based drafting (REST, arXiv 2311.08252). The corpus is stored backwards, and its positions are sorted by
-the tokens that come before them. So one binary search finds the longest match, however long it is.
+the tokens that come before them. So one binary search finds the longest match.
 """
 
 from __future__ import annotations
 
-import json
-import mmap
-import os
 import shutil
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
-from csdraft.stored import fit, naming, shown
+from csdraft.tables._file import read_arrays, write_arrays
 
 __all__ = ["CorpusIndex"]
 
 FORMAT = "csdraft-corpus-1"
 JUNCTION = -1
-MOST_HEADER = 1 << 20
 SPAN = 16
 """Positions are sorted by this many tokens, so no match is longer."""
 
 
 class CorpusIndex:
-    """An immutable value that threads may share. An opened file stays on disk; only the pages that are read load.
+    """An index that never changes, so threads may share it. Of a file, only the pages that are read are loaded.
 
     Args:
         backwards: (tokens,) int32 the documents, last token first; in reading order each document ends with a -1.
@@ -52,12 +46,11 @@ class CorpusIndex:
         return self._tokens.nbytes + self._order.nbytes
 
     def find(self, tail: Sequence[int], least: int) -> tuple[int, int, int]:
-        """Finds the longest ending of `tail` that the corpus continues: (its length, first, last) of its range of
-        places.
+        """Finds the longest ending of `tail` that the corpus continues: (length, first and last of its places).
 
         Args:
             tail: a text's last tokens; only the last `SPAN` are used.
-            least: the shortest match that counts; without one the answer is (0, 0, 0).
+            least: the shortest match that counts; if there is none, the answer is (0, 0, 0).
         """
         tokens, order, wanted = self._tokens, self._order, list(tail[-SPAN:])[::-1]
         at = bisect_left(order, wanted, key=lambda place: tokens[place : place + SPAN].tolist())  # type: ignore[call-overload]
@@ -88,7 +81,7 @@ class CorpusIndex:
     def build(
         cls, documents: Iterable[Sequence[int]], progress: Callable[[str, float], None] | None = None
     ) -> CorpusIndex:
-        """Indexes documents of token ids. The index has 8 bytes a token; building it takes about 60 bytes a token.
+        """Indexes documents of token ids. The index has 8 bytes a token; building it takes about 50 bytes a token.
 
         Raises:
             ValueError: a token id is negative, no document has two tokens, or there are 2 ** 31 tokens or more.
@@ -110,52 +103,27 @@ class CorpusIndex:
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file, or copies the file that the index is mapped from."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path is not None:
-            if path.resolve() != self.path.resolve():
-                shutil.copyfile(self.path, path)
-            return
-        arrays = {"backwards": np.frombuffer(self._tokens, np.int32), "order": np.frombuffer(self._order, np.int32)}
-        save_file(arrays, path, metadata={"format": FORMAT, "largest": str(self.largest)})
+        if self.path is None:
+            arrays = {"backwards": np.asarray(self._tokens), "order": np.asarray(self._order)}
+            write_arrays(path, FORMAT, arrays, largest=str(self.largest))
+        elif path.resolve() != self.path.resolve():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.path, path)
 
     @classmethod
     def load(cls, path: str | Path) -> CorpusIndex:
         """Maps a file from `save` into memory; pages are read only when they are needed."""
         way_out = "build an index with scripts/build_datastore.py"
-        with naming(path), open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size < 8:
-                raise ValueError(f"it is no safetensors file: {way_out}")
-            size = int.from_bytes(file.read(8), "little")
-            try:
-                header = fit(json.loads(file.read(size)) if size < MOST_HEADER else {}, dict[str, dict], "header")
-            except (ValueError, RecursionError):
-                header = {}
-            metadata = header.get("__metadata__", {})
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"it has format {metadata.get('format')!r}, not {FORMAT!r}: {way_out}")
-            view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))[8 + size :]
-            backwards, order = (_part(view, header.get(name, {}), name) for name in ("backwards", "order"))
-            if not str(metadata.get("largest")).isdecimal():
-                raise ValueError(f"it has largest={metadata.get('largest')!r}, expected a token id: {way_out}")
-        return cls(backwards, order, int(metadata["largest"]), Path(path))
-
-
-def _part(view: memoryview, described: dict[str, Any], name: str) -> memoryview:
-    """An int32 array of a safetensors file; `described` is its entry in the file's header."""
-    start, end = fit(described.get("data_offsets"), tuple[int, int], f"{name}.data_offsets")
-    if described.get("dtype") != "I32" or not 0 <= start <= end <= len(view) or (end - start) % 4:
-        raise ValueError(f"{name} is no int32 array inside the file: {shown(described)}")
-    return view[start:end].cast("i")
+        arrays, metadata = read_arrays(path, FORMAT, {"backwards": ("I32", 1), "order": ("I32", 1)}, way_out)
+        if not (largest := metadata.get("largest", "")).isdecimal():
+            raise ValueError(f"{path} has largest={largest!r}, expected a token id: {way_out}")
+        return cls(arrays["backwards"].data, arrays["order"].data, int(largest), Path(path))
 
 
 def _agreeing(wanted: list[int], found: list[int]) -> int:
     """How many tokens at the beginning are the same."""
-    length = 0
-    for one, other in zip(wanted, found, strict=False):
-        if one != other:
-            break
-        length += 1
-    return length
+    pairs = zip(wanted, found, strict=False)
+    return next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(wanted), len(found)))
 
 
 def _stretch(outside: Callable[[int], bool]) -> int:
@@ -171,25 +139,19 @@ def _stretch(outside: Callable[[int], bool]) -> int:
 
 
 def _sorted_places(flat: np.ndarray, progress: Callable[[str, float], None]) -> np.ndarray:
-    """(places,) places of `flat` sorted by the `SPAN` tokens from there on, by prefix doubling; ties by place.
+    """(places,) places of `flat` sorted by the `SPAN` tokens from there on; ties by place.
 
-    Only places of tokens that another token follows in the document (in `flat`, which is backwards: precedes) are
-    kept.
+    It sorts by one token after the other, the farthest first. Only places of tokens that another token follows in the
+    document (in `flat`, which is backwards: precedes) are kept.
     """
-    size, rounds = len(flat), SPAN.bit_length()
-    _, rank = np.unique(flat, return_inverse=True)
-    rank = rank.astype(np.int64) + 1  # (tokens,); 0 stands for a place past the end
-    order = np.arange(size)
-    for done in range(1, rounds):
-        progress("sorting", done / rounds)
-        width = 1 << (done - 1)
-        behind = np.zeros(size, np.int64)  # (tokens,) rank `width` places later
-        behind[: max(size - width, 0)] = rank[width:]
-        key = rank * (size + 1) + behind
-        order = np.argsort(key, kind="stable")
-        sorted_key = key[order]  # (tokens,)
-        rank = np.empty(size, np.int64)
-        rank[order] = np.cumsum(np.concatenate([[True], sorted_key[1:] != sorted_key[:-1]])[:size])
+    padded = (
+        np.pad(flat.astype(np.int64), (0, SPAN), constant_values=JUNCTION - 1) + 2
+    )  # (tokens + SPAN,) 0 is past the end
+    padded = padded.astype(np.min_scalar_type(padded.max()))  # numpy sorts small integers faster
+    order = np.arange(len(flat))  # (tokens,)
+    for done, ahead in enumerate(reversed(range(SPAN))):
+        progress("sorting", done / SPAN)
+        order = order[np.argsort(padded[order + ahead], kind="stable")]
     progress("sorting", 1.0)
     useful = (flat[order] != JUNCTION) & (order > 0)  # (tokens,) bool
     useful &= flat[order - 1] != JUNCTION

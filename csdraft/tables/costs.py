@@ -1,8 +1,8 @@
 """What forwards and drafted tokens cost, from warm measurements, and how likely drafts are to be kept.
 
 A drafter's memory holds one `Learned` for each target and way of decoding. Noise only makes a measurement longer, so a
-shape's price is the lower quartile of its last few. A shape that was never run is priced like the nearest one that
-was.
+shape's price is the lower quartile of its last few measurements. A shape that was never run is priced like the nearest
+one that was.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
+from statistics import median_high
 from typing import Any, NamedTuple
 
 from csdraft.stored import fit
@@ -19,17 +21,17 @@ from csdraft.stored import fit
 __all__ = ["STREAK", "Costs", "Learned", "Survival", "Widths", "check_costs"]
 
 KEPT = 12
-"""How many measurements of a shape are kept."""
+"""Measurements kept of each shape."""
 SLOPE = 0.02
-"""Assumed cost of one more query, as a share of a step: little, since the weights are read once for all queries."""
+"""Assumed cost of one more query, as a share of a step: low, since the weights are read once for all queries."""
 DOUBT = 1.25
-"""A single measurement this many times above its neighbours' price is not believed until it is measured again."""
+"""A single measurement counts for at most this many times its neighbours' price, until it is repeated."""
 BELIEVED = 2
-"""After this many measurements of a shape its price is settled."""
+"""The price of a shape is settled after this many measurements."""
 SHORT = 9
 """Up to 2 ** SHORT slots are one bucket; above that, each power of two is a bucket."""
 FADE = 0.98
-"""Each round multiplies the counts of the rounds before by this: a memory of about 50 rounds."""
+"""Each round multiplies the earlier counts by this: a memory of about 50 rounds."""
 PRIOR, PRIOR_WEIGHT = (0.6, 0.3, 0.45, 0.65, 0.8), 2.0
 """Prior chance that a draft's first token is kept, by evidence (longer matches are kept more), and its weight."""
 GOES_ON, TAIL = 0.75, 6.0
@@ -39,7 +41,7 @@ REMEMBERED = 4.0
 CHAIN, SPARED = 4, 0.8
 """Prior: a tree of CHAIN nodes fails as often as a chain; each doubling of its nodes multiplies that by SPARED."""
 KIN = 16.0
-"""What trees of other sizes have shown counts for at most this many rounds."""
+"""The results of trees of other sizes count for at most this many rounds."""
 STREAK, AFTER_STREAK = 8, 0.85
 """STREAK is added to the evidence of a row that kept all of its last draft; AFTER_STREAK is its prior survival."""
 
@@ -50,11 +52,11 @@ def _quartile(samples: deque[float]) -> float:
 
 @dataclass
 class Widths:
-    """Seconds of a forward by its width, its number of queries, for one number of rows and bucket of slots.
+    """Seconds of a forward by its width (number of queries), for one number of rows and bucket of slots.
 
     Attributes:
         samples: width -> the last warm measurements.
-        bounds: width -> the shortest cold forward: a warm one takes no longer.
+        bounds: width -> the shortest cold forward, an upper bound for a warm one.
     """
 
     samples: dict[int, deque[float]] = field(default_factory=dict)
@@ -75,19 +77,18 @@ class Widths:
         return width in self.samples
 
     def count(self, width: int) -> int:
-        """How many warm measurements there are."""
+        """Number of warm measurements."""
         return len(self.samples.get(width, ()))
 
     def first_run(self, width: int) -> float:
-        """Extra seconds that its first run is likely to take, judging by other widths; 0 if it has run."""
+        """Extra seconds that the first run of this width is likely to take; 0 if it has run, or nothing is known."""
         if width in self.samples or width in self.bounds:
             return 0.0
-        both = self.samples.keys() & self.bounds.keys()
-        excess = sorted(self.bounds[w] - _quartile(self.samples[w]) for w in both)
-        return max(excess[len(excess) // 2], 0.0) if excess else 0.0
+        excess = [self.bounds[w] - _quartile(kept) for w, kept in self.samples.items() if w in self.bounds]
+        return max(median_high(excess), 0.0) if excess else 0.0
 
     def seconds(self, width: int) -> float:
-        """The price: measured, or from the nearest widths; at most that of a wider one. In steps if none is known."""
+        """The price: measured, or from the nearest widths; at most a wider one's. In steps if no width is known."""
         if width not in self._priced:
             self._points = self._points or self._known_points()
             self._priced[width] = _between(self._points, width)
@@ -101,19 +102,12 @@ class Widths:
         for width in (self.samples | self.bounds).keys() - settled.keys():
             alone = min(centres.get(width, math.inf), self.bounds.get(width, math.inf))
             points[width] = min(alone, DOUBT * _between(settled, width)) if settled else alone
-        least, rising = math.inf, {}
-        for width in sorted(points, reverse=True):
-            rising[width] = least = min(least, points[width])
-        return dict(reversed(rising.items()))
+        widest_first = sorted(points, reverse=True)
+        return dict(zip(widest_first, accumulate((points[width] for width in widest_first), min), strict=True))
 
     def _is_settled(self, width: int, centre: float) -> bool:
-        """Whether it was measured warm twice, or warm once and cold with about the same result."""
+        """Whether there are two warm measurements, or a warm and a cold one that agree."""
         return self.count(width) >= BELIEVED or self.bounds.get(width, math.inf) < DOUBT * centre
-
-    def scaled(self, factor: float) -> Widths:
-        """The same measurements, each `factor` times as long."""
-        samples = {w: deque((factor * s for s in kept), KEPT) for w, kept in self.samples.items()}
-        return Widths(samples, {w: factor * bound for w, bound in self.bounds.items()})
 
 
 def _steps(width: int) -> float:
@@ -121,7 +115,7 @@ def _steps(width: int) -> float:
 
 
 def _between(points: Mapping[int, float], width: int) -> float:
-    """Interpolates between known widths. Beyond them: the nearest, with a gentle slope. In steps if none is known."""
+    """Interpolates between known widths, and extrapolates with a gentle slope. In steps if no width is known."""
     if not points:
         return _steps(width)
     known = sorted(points)
@@ -157,11 +151,11 @@ class Costs:
     stages: dict[int, deque[float]] = field(default_factory=dict)
 
     def add(self, rows: int, queries: int, slots: int, seconds: float, warm: bool) -> None:
-        """Adds one forward of the target; its seconds are those of the whole round without drafting."""
+        """Adds one forward of the target; `seconds` are those of the whole round without drafting."""
         self.groups.setdefault((rows, _bucket(slots)), Widths()).add(queries, seconds, warm)
 
     def add_prepared(self, costs: Iterable[tuple[tuple[int, int, int, int], float]]) -> None:
-        """Adds the seconds that `prepare` measured, by `Shape`, for shapes that no text has used yet."""
+        """Adds what `prepare` measured, (shape, seconds), for shapes that no text has used yet."""
         for (rows, queries, slots, _), seconds in costs:
             widths = self.groups.setdefault((rows, _bucket(slots)), Widths())
             if not widths.known(queries):
@@ -172,26 +166,25 @@ class Costs:
         self.stages.setdefault(stage, deque(maxlen=KEPT)).append(seconds)
 
     def token(self, stage: int, prior: float) -> float:
-        """Seconds of a stage's token; `prior` if not measured. A single measurement counts up to 2 * DOUBT * prior."""
+        """Seconds of a stage's token; `prior` if unknown. A single measurement is limited to 2 * DOUBT * prior."""
         known = self.stages.get(stage)
         if not known:
             return prior
         return min(known[0], 2 * DOUBT * prior) if len(known) < BELIEVED and prior else _quartile(known)
 
     def widths(self, rows: int, slots: int) -> Widths:
-        """Prices for this many rows and slots: those measured there, completed from the nearest group."""
+        """Prices for this many rows and slots: those measured, and the rest from the nearest group."""
         group = rows, _bucket(slots)
         own = self.groups.get(group, Widths())
         others = [other for other in self.groups if other != group]
         if not others:
             return own
-        near = min(others, key=lambda g: (abs(math.log2(g[0] / rows)), abs(g[1] - group[1])))
-        other = self.groups[near]
-        shared = sorted(_quartile(own.samples[w]) / other.seconds(w) for w in own.samples)  # ratios: ours / theirs
-        merged = other.scaled(shared[len(shared) // 2] if shared else 1.0)
-        merged.bounds = dict(own.bounds) if own.samples else merged.bounds | own.bounds
-        merged.samples |= own.samples
-        return merged
+        near = self.groups[min(others, key=lambda g: (abs(math.log2(g[0] / rows)), abs(g[1] - group[1])))]
+        ratios = [_quartile(kept) / near.seconds(w) for w, kept in own.samples.items()]
+        factor = median_high(ratios) if ratios else 1.0
+        samples = {w: deque((factor * seconds for seconds in kept), KEPT) for w, kept in near.samples.items()}
+        bounds = {} if own.samples else near.bounds  # there the factor is 1
+        return Widths(samples | own.samples, bounds | own.bounds)
 
     def to_list(self) -> list[list[float]]:
         """[rows, bucket, queries, seconds] of every shape, and [0, 0, stage, seconds] of every stage's token."""
@@ -204,7 +197,7 @@ class Costs:
 
     @classmethod
     def from_list(cls, table: list[tuple[int, int, int, float]]) -> Costs:
-        """The inverse of `to_list`. Each price counts as one measurement, so new measurements soon replace it."""
+        """The inverse of `to_list`. Each price counts as one measurement, so new ones soon replace it."""
         costs = cls()
         for rows, bucket, width, seconds in table:
             if rows:
@@ -222,11 +215,11 @@ MOST_ROWS, MOST_BUCKET, MOST_QUERIES, MOST_SECONDS, MOST_ENTRIES = 1 << 20, 40, 
 
 
 def check_costs(document: Any, at: str) -> dict[str, list[tuple[int, int, int, float]]]:
-    """Checks saved cost tables, by device and target; raises ValueError that names the wrong entry."""
+    """Checks saved cost tables, by device and target; raises a ValueError that names the wrong entry."""
     tables = fit(document, dict[str, list[tuple[int, int, int, float]]], at)
     for name, table in tables.items():
         if len(table) > MOST_ENTRIES:
-            raise ValueError(f"{at}.{name} has {len(table)} entries, at most {MOST_ENTRIES} go")
+            raise ValueError(f"{at}.{name} has {len(table)} entries; at most {MOST_ENTRIES} are allowed")
         for i, (rows, bucket, width, seconds) in enumerate(table):
             whole = 0 <= rows <= MOST_ROWS and 0 <= bucket <= MOST_BUCKET and 0 <= width <= MOST_QUERIES
             if not (whole and width >= bool(rows) and 0 < seconds <= MOST_SECONDS):
@@ -239,9 +232,9 @@ def check_costs(document: Any, at: str) -> dict[str, list[tuple[int, int, int, f
 
 @dataclass
 class Survival:
-    """How drafts of one way did, by position in the draft: which tokens were offered, and how many were kept."""
+    """Results of drafts made in one way, by position in the draft: which tokens were offered, and which were kept."""
 
-    prior: float = PRIOR[0]  # chance that the first token is kept
+    prior: float = PRIOR[0]  # prior chance that the first token is kept
     goes_on: float = GOES_ON  # prior chance that a token after a kept one is kept too
     weight: float = PRIOR_WEIGHT  # weight of the priors, in rounds
     failing: float = 1.0  # share of a chain's failures that happen in trees of this size too
@@ -264,7 +257,7 @@ class Survival:
                 self.kept[i] += i < accepted
 
     def fade(self, share: float) -> None:
-        """Multiplies the counts of kept tokens by `share`: texts change. What a stage can offer does not change."""
+        """Multiplies the counts of kept tokens by `share`, since texts change. What a stage can offer does not."""
         for column in (self.tried, self.kept):
             column[:] = [share * count for count in column]
 
@@ -272,32 +265,34 @@ class Survival:
         """(depth,) the chance that each token is kept, given that those before it were.
 
         The first token has its own estimate, since a draft is often wrong from the start. Later tokens behave alike
-        and are tried less often, so they share a pooled estimate.
+        and are tried less often, so a pooled estimate is their prior.
 
         Args:
-            optimistic: assume that all unknown tokens are kept; a token that is not offered cannot be.
+            optimistic: assume that unknown tokens are kept, except those that are not offered.
         """
         if not depth:
             return []
-        tried, kept, weight = self.tried or [0.0], self.kept or [0.0], PRIOR_WEIGHT if optimistic else self.weight
+        tried, kept = self.tried or [0.0], self.kept or [0.0]
         if optimistic:
-            blur = min(1.0, REMEMBERED / max(tried[0], 1.0))
-            tried, kept = [blur * count for count in tried], [blur * count for count in kept]
-        first = (kept[0] + weight * (1.0 if optimistic else self._unknown(self.prior))) / (tried[0] + weight)
-        goes_on = self._unknown(self.goes_on)
-        more, tail = 1.0 if optimistic else max(first, goes_on), weight if optimistic else max(weight, TAIL)
-        pooled = (sum(kept[1:]) + tail * more) / (sum(tried[1:]) + tail)
+            share = min(1.0, REMEMBERED / max(tried[0], 1.0))
+            tried, kept = [share * count for count in tried], [share * count for count in kept]
+            prior, goes_on, weight, tail = 1.0, 1.0, PRIOR_WEIGHT, PRIOR_WEIGHT
+        else:
+            prior, goes_on = self._unknown(self.prior), self._unknown(self.goes_on)
+            weight, tail = self.weight, max(self.weight, TAIL)
+        first = (kept[0] + weight * prior) / (tried[0] + weight)
+        pooled = (sum(kept[1:]) + tail * max(first, goes_on)) / (sum(tried[1:]) + tail)
         later = [(k + weight * pooled) / (t + weight) for k, t in zip(kept[1:depth], tried[1:], strict=False)]
         found = [first, *later, *[pooled] * (depth - 1 - len(later))]
         return [min(pair) for pair in zip(found, self.shares_offered(depth), strict=True)] if optimistic else found
 
     @property
     def shown(self) -> float:
-        """Rounds in which a first token was really drafted, not only asked for."""
+        """Rounds in which a first token was drafted, not only asked for."""
         return self.tried[0] * self.shares_offered(1)[0] if self.tried else 0.0
 
     def lean_on(self, kin: Sequence[Survival]) -> None:
-        """Takes its priors from what trees of other sizes have shown, converted to a chain."""
+        """Takes its priors from the results of trees of other sizes, converted to a chain."""
 
         def chance(tries: Callable[[list[float]], float], usual: float) -> float:
             expected = sum(other.failing * tries(other.tried) for other in kin)
@@ -313,7 +308,7 @@ class Survival:
         return 1 - self.failing * (1 - chance)
 
     def shares_offered(self, depth: int) -> list[float]:
-        """(depth,) how often each token was drafted when it was asked for."""
+        """(depth,) the share of rounds in which each token was drafted when it was asked for."""
         known = [(offered + 1) / (asked + 1) for offered, asked in zip(self.offered[:depth], self.asked, strict=False)]
         return known + [known[-1] if known else 1.0] * (depth - len(known))
 
@@ -326,7 +321,7 @@ class Learned:
     survivals: dict[tuple[int, Way], Survival] = field(default_factory=dict)  # by evidence and way
 
     def survival(self, evidence: int, way: Way) -> Survival:
-        """How drafts did with this evidence and this way; its priors come from other sizes, or other evidence."""
+        """The results with this evidence and this way; its priors come from other sizes, or from other evidence."""
         known = self.survivals.setdefault((evidence, way), Survival())
         known.failing = SPARED ** math.log2(max(way.size or CHAIN, CHAIN) / CHAIN)
         others = [(w, s) for (e, w), s in self.survivals.items() if e == evidence and w != way and s.tried]

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from csdraft.stored import naming
-from csdraft.tables._file import read_arrays
+from csdraft.tables._file import read_arrays, write_arrays
 from csdraft.tables.suffix_automaton import JUNCTION, SuffixAutomaton
 
 __all__ = ["DocumentTable"]
@@ -21,7 +20,7 @@ FORMAT = "csdraft-documents-1"
 
 
 class DocumentTable:
-    """An immutable value that threads may share. Once it is searched it takes about 150 bytes a token.
+    """It never changes, so threads may share it. Once it is searched it takes about 150 bytes a token.
 
     Args:
         documents: token ids of each document; empty documents are left out.
@@ -57,7 +56,7 @@ class DocumentTable:
 
     @cached_property
     def automaton(self) -> SuffixAutomaton:
-        """The documents' automaton. A junction replaces each one's last token, so every match has a token after it."""
+        """The documents' automaton. It reads a junction instead of each last token, so a token follows every match."""
         made, start = SuffixAutomaton(), 0
         for end in self._ends:
             made.extend([*self.tokens[start : end - 1], JUNCTION])
@@ -71,9 +70,8 @@ class DocumentTable:
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         arrays = {"tokens": np.array(self.tokens, np.int32), "ends": np.array(self._ends, np.int64)}
-        save_file(arrays, path, metadata={"format": FORMAT})
+        write_arrays(path, FORMAT, arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> DocumentTable:
@@ -82,6 +80,6 @@ class DocumentTable:
         parts, _ = read_arrays(path, FORMAT, wanted, "save one with DocumentTable.save")
         tokens, ends = parts["tokens"], parts["ends"]
         if (np.diff(ends, prepend=0, append=len(tokens)) < 0).any() or (ends[-1] if len(ends) else 0) != len(tokens):
-            raise ValueError(f"{path}: ends must rise to the number of tokens, {len(tokens)}, one a document")
+            raise ValueError(f"{path}: ends, one for each document, must rise to the number of tokens, {len(tokens)}")
         with naming(path):
             return cls([part.tolist() for part in np.split(tokens, ends[:-1])])

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from csdraft.stored import naming
-from csdraft.tables._file import read_arrays
+from csdraft.tables._file import read_arrays, write_arrays
+from csdraft.tables._kept import kept_for
 from csdraft.tables.speculation import NOTHING, Rule, Speculation
 from csdraft.tables.suffix_automaton import JUNCTION, START, SuffixAutomaton
 
@@ -24,7 +23,7 @@ MOST_GENERATIONS = 2
 KEPT = 1 << 16
 """The most tokens of the table that the process keeps for a target."""
 NEAR = 24
-"""At the first look at a text, only its last NEAR tokens are searched for a match."""
+"""When a text is new to a table, only its last NEAR tokens are searched for a match."""
 
 
 @dataclass
@@ -41,13 +40,13 @@ class Place:
 
 
 class OutputTable:
-    """The latest outputs, in two generations of half the bound each: the older one is dropped as a whole.
+    """The latest outputs, in two generations of at most half the tokens each. The older one is dropped as a whole.
 
     Threads may share one.
 
     Args:
-        max_tokens: the most tokens that it holds, each about 140 bytes. It keeps at most half that much of one output,
-            from its end.
+        max_tokens: the most tokens that it holds, each about 140 bytes. Of one output it keeps at most half as many,
+            from the end.
 
     Attributes:
         lock: held while it changes.
@@ -64,19 +63,12 @@ class OutputTable:
     @classmethod
     def of(cls, target: Any) -> OutputTable:
         """The table that this process keeps for a target, until the target is gone."""
-        with _LOCK:
-            return _TABLES.setdefault(target, cls(KEPT))
+        return kept_for(target, cls, lambda: cls(KEPT))
 
     def __len__(self) -> int:
         """Tokens held, plus one for the end of each output."""
         with self.lock:
             return sum(len(tokens) for _, tokens in self._generations)
-
-    @property
-    def nbytes(self) -> int:
-        """An estimate of the bytes held."""
-        with self.lock:
-            return sum(automaton.nbytes + 8 * len(tokens) for automaton, tokens in self._generations)
 
     @property
     def largest(self) -> int:
@@ -97,7 +89,7 @@ class OutputTable:
         return found[:-1]
 
     def add(self, output: Sequence[int]) -> None:
-        """Adds an output; drops the oldest ones if there are too many tokens."""
+        """Adds an output, and drops the oldest ones if there are too many tokens."""
         half = self.max_tokens // 2
         tokens = [*output[-(half - 1) :], JUNCTION]
         if len(tokens) == 1:
@@ -113,11 +105,11 @@ class OutputTable:
             known += tokens
 
     def match(self, tokens: Sequence[int], place: Place | None = None) -> int:
-        """Length of the longest ending of `tokens` that is found in an output.
+        """Length of the longest ending of `tokens` that occurs in an output.
 
         Args:
             tokens: a text.
-            place: how far the text was matched when it was shorter; None: only its last `NEAR` tokens are searched.
+            place: how far the text was matched before; None: only its last `NEAR` tokens are searched.
         """
         with self.lock:
             return max((matched for _, _, matched in self._moved(tokens, place or Place())), default=0)
@@ -125,38 +117,38 @@ class OutputTable:
     def matches(
         self, tokens: Sequence[int], path: Sequence[int], place: Place
     ) -> list[tuple[SuffixAutomaton, int, int]]:
-        """For each automaton: (automaton, state, length) of the longest ending of `tokens` + `path` found in it.
+        """(automaton, state, length) of the longest ending of `tokens` + `path` in each automaton.
 
-        A caller that reads on from these states must hold the `lock`.
+        To read on from these states, the caller must hold the `lock`.
         """
         with self.lock:
             found = self._moved(tokens, place)
-            return [(a, *_walked(a, state, matched, path)) for a, state, matched in found]
+            return [(a, *a.advance(state, matched, path)) for a, state, matched in found]
 
     def speculate(
         self, tokens: Sequence[int], rule: Rule, path: Sequence[int] = (), place: Place | None = None
     ) -> Speculation:
-        """The best proposal for what follows the text `tokens` and the drafted `path`; `place` is as in `match`."""
+        """The best proposal of what follows the text `tokens` and the drafted `path`; `place` as in `match`."""
         best = NOTHING
         with self.lock:
             for automaton, state, matched in self._moved(tokens, place or Place()):
-                tried = rule.best(automaton, *_walked(automaton, state, matched, path))
+                tried = rule.best(automaton, *automaton.advance(state, matched, path))
                 if tried.score > best.score:
                     best = tried
         return best
 
     def _moved(self, tokens: Sequence[int], place: Place) -> list[tuple[SuffixAutomaton, int, int]]:
-        """Brings `place` up to date: extends the known matches, and searches automata that are new to it."""
+        """Brings `place` up to date: extends known matches, and searches the automata that it does not know."""
         matches, fresh = {}, tokens[place.read :] if place.read + NEAR > len(tokens) else None
         for automaton, _ in self._generations:
             known = place.matches.get(id(automaton))
             if known is None or fresh is None:
-                found = _walked(automaton, START, 0, tokens[-NEAR:])
+                found = automaton.advance(START, 0, tokens[-NEAR:])
             else:
                 _, state, matched = known
                 while automaton.length[automaton.link[state]] >= matched > 0:  # the state was split meanwhile
                     state = automaton.link[state]
-                found = _walked(automaton, state, matched, fresh)
+                found = automaton.advance(state, matched, fresh)
             matches[id(automaton)] = (automaton, *found)
         place.read, place.matches = len(tokens), matches
         return list(matches.values())
@@ -165,9 +157,8 @@ class OutputTable:
         """Writes a safetensors file."""
         with self.lock:
             parts = [np.array(tokens, np.int32) for _, tokens in reversed(self._generations)]
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         arrays = {f"generation.{i}": part for i, part in enumerate(parts)} | {"count": np.array([len(parts)])}
-        save_file(arrays, path, metadata={"format": FORMAT, "max_tokens": str(self.max_tokens)})
+        write_arrays(path, FORMAT, arrays, max_tokens=str(self.max_tokens))
 
     @classmethod
     def load(cls, path: str | Path) -> OutputTable:
@@ -188,20 +179,8 @@ class OutputTable:
 
     def _restore(self, tokens: list[int]) -> None:
         if not tokens or min(tokens) < JUNCTION or tokens[-1] != JUNCTION:
-            raise ValueError(f"a generation must be outputs of token ids, a {JUNCTION} behind each")
+            raise ValueError(f"a generation must be outputs of token ids, each followed by {JUNCTION}")
         automaton = SuffixAutomaton()
         automaton.extend(tokens)
         self._generations.insert(0, (automaton, tokens))
         self._largest = max(self._largest, *tokens)
-
-
-def _walked(automaton: SuffixAutomaton, state: int, matched: int, tokens: Sequence[int]) -> tuple[int, int]:
-    if not tokens:
-        return state, matched
-    found = automaton.walk(state, matched, tokens, matched + len(tokens))
-    assert found is not None  # a match cannot shrink more often than it grew
-    return found
-
-
-_TABLES: weakref.WeakKeyDictionary[Any, OutputTable] = weakref.WeakKeyDictionary()
-_LOCK = threading.Lock()

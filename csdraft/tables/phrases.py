@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Sequence
 from typing import Any
+
+from csdraft.tables._kept import kept_for
 
 __all__ = ["PhrasePool"]
 
@@ -15,7 +16,7 @@ class PhrasePool:
 
     Args:
         length: tokens of a phrase.
-        most: phrases kept for each token; the one that was not seen for longest is dropped first.
+        most: phrases kept for each token; the one seen longest ago is dropped first.
     """
 
     def __init__(self, length: int, most: int):
@@ -26,8 +27,7 @@ class PhrasePool:
     @classmethod
     def of(cls, target: Any, length: int, most: int) -> PhrasePool:
         """The pool with this length and size that the process keeps for a target, until the target is gone."""
-        with _LOCK:
-            return _POOLS.setdefault(target, {}).setdefault((length, most), cls(length, most))
+        return kept_for(target, (cls, length, most), lambda: cls(length, most))
 
     def add(self, token: int, phrase: tuple[int, ...]) -> None:
         """Adds `phrase`, of `length` tokens, as the newest after `token`."""
@@ -48,7 +48,3 @@ class PhrasePool:
         with self._lock:
             kept = self._phrases.get(token)
             return [] if kept is None else list(kept)[: -most - 1 : -1]
-
-
-_POOLS: weakref.WeakKeyDictionary[Any, dict[tuple[int, int], PhrasePool]] = weakref.WeakKeyDictionary()
-_LOCK = threading.Lock()

@@ -1,28 +1,29 @@
-"""How often a source's guess was the target's next token: with these rates, guesses of several sources compare."""
+"""How often a guess was the target's next token, by the kind of guess: so guesses of several kinds can be compared."""
 
 from __future__ import annotations
 
 import threading
-import weakref
 from bisect import bisect_right
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
+
+from csdraft.tables._kept import kept_for
 
 __all__ = ["Copy", "SourceRates"]
 
 LENGTHS = (2, 3, 5, 9, 17)
 """Bounds of the match lengths: each begins the next kind of copy."""
 COPIED = (0.1, 0.2, 0.3, 0.5, 0.7, 0.85)
-"""Prior share of copied tokens that are right, by the kind of match length."""
+"""Prior share of copied tokens that are right, by kind of match length."""
 EARLIER, UNSEEN, SECOND, FIRST = 0.6, 0.6, 0.9, 0.6
-"""Factors on that share: the copy is from an earlier output; it is none of the remembered successors; it is one of
-them, but not the first. FIRST, if it is the first of them, multiplies the share that is wrong instead."""
+"""Factors on that share for a copy from an earlier output, and for a copied token that is not among the remembered
+successors, or is one of them but not the first. If it is the first, FIRST multiplies the share that is wrong."""
 RANKED = (0.4, 0.13, 0.07, 0.05, 0.04, 0.03, 0.02, 0.02)
-"""Prior chance that a remembered successor comes again, by its rank, where no copy was right."""
+"""Prior chance that a remembered successor occurs again, by its rank, where no copy was right."""
 COPIES, RANKS = 8.0, 40.0
 """The weights of these two priors, in tokens."""
 FADE = 0.998
-"""Each token multiplies the counts before it by this: a memory of about 500 tokens."""
+"""Each token multiplies the earlier counts by this: a memory of about 500 tokens."""
 
 
 class Copy(NamedTuple):
@@ -31,8 +32,8 @@ class Copy(NamedTuple):
     Attributes:
         earlier: whether it was copied from an earlier output; else it is from the text itself.
         length: the kind of match length, by `LENGTHS`.
-        rank: what it is among the remembered successors of the token before: 0 the first, 1 another, 2 none of them; 3
-            if no successors are remembered.
+        rank: 0 if it is the first remembered successor of the token before, 1 if another, 2 if none of them, 3 if no
+            successors are remembered.
     """
 
     earlier: bool
@@ -71,8 +72,7 @@ class SourceRates:
     @classmethod
     def of(cls, target: Any, way: Hashable) -> SourceRates:
         """The rates that the process keeps for a target and a way of decoding, until the target is gone."""
-        with _LOCK:
-            return _RATES.setdefault(target, {}).setdefault(way, cls())
+        return kept_for(target, (cls, way), cls)
 
     def chance(self, copy: Copy) -> float:
         """The chance that a copied token of this kind is right."""
@@ -94,7 +94,3 @@ class SourceRates:
                 self._total = FADE * self._total + 1
                 self._counts = [FADE * n + (other == token) for n, other in zip(self._counts, successors, strict=True)]
                 self.ranks = [count / self._total for count in self._counts]
-
-
-_RATES: weakref.WeakKeyDictionary[Any, dict[Hashable, SourceRates]] = weakref.WeakKeyDictionary()
-_LOCK = threading.Lock()

@@ -1,8 +1,8 @@
 """SuffixDecoding's speculation (arXiv 2411.04975): a suffix automaton proposes what followed most often.
 
 The chance of a node is its parent's chance times count(node) / count(parent). A proposal is the most frequent path, or
-the tree of the likeliest nodes, down to a least chance. Its score is the sum of the chances: the expected right
-tokens.
+the tree of the likeliest nodes, down to a least chance. Its score is the sum of its chances: the number of tokens that
+are expected to be right.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass
 from heapq import heappop, heappush
+from itertools import count
 
 from csdraft.tables.suffix_automaton import START, SuffixAutomaton
 
 __all__ = ["NOTHING", "Rule", "Speculation"]
 
 MOST_TRIED = 8
-"""The most matches that are tried, each shorter than the last. The bound on scores nearly always stops earlier."""
+"""The most matches that are tried, each shorter than the last. The bound on the score nearly always stops earlier."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Rule:
 
     def best(self, automaton: SuffixAutomaton, state: int, matched: int) -> Speculation:
         """The proposal with the highest score, for the match or one of its shorter endings."""
-        found, followed = NOTHING, automaton.going_on(state)
+        found, followed = NOTHING, automaton.continued(state)
         if followed != state:
             state, matched = followed, automaton.length[followed]
         for _ in range(MOST_TRIED):
@@ -76,10 +77,10 @@ class Rule:
 
     def _path(self, automaton: SuffixAutomaton, state: int, most: int) -> Speculation:
         tokens: list[int] = []
-        chance, score, likeliest, going_on = 1.0, 0.0, automaton.likeliest, automaton.going_on
+        chance, score, likeliest, continued = 1.0, 0.0, automaton.likeliest, automaton.continued
         while len(tokens) < most:
-            state = going_on(state)
-            if state == START:  # the empty match: how frequent a token is overall does not predict it here
+            state = continued(state)
+            if state == START:  # the empty match: a token's overall frequency does not predict it
                 break
             token, state, share = likeliest(state)
             chance *= share
@@ -95,22 +96,21 @@ class Rule:
         """The `most` likeliest nodes. Parents are likelier than their children, so a best-first search finds them."""
         tokens: list[int] = []
         parents: list[int] = []
-        score, order = 0.0, 0
         waiting: list[tuple[float, int, int, int, int, int]] = []  # -chance, order, parent, depth, token, state
-        node, depth, chance = -1, 0, 1.0
-        while True:
-            if depth < self.depth and (state := automaton.going_on(state)) != START:
-                for share, way, there in automaton.ways(state):
-                    if chance * share >= self.min_prob:
-                        order += 1
-                        heappush(waiting, (-chance * share, order, node, depth + 1, way, there))
-            while waiting and len(tokens) < most:
-                chance, _, parent, depth, token, state = heappop(waiting)
-                chance, node = -chance, len(tokens)
-                tokens.append(token)
-                parents.append(parent)
-                score += chance
-                if token not in self.stop:
-                    break
-            else:
-                return Speculation(tokens, parents, score)
+        score, order, deepest, least = 0.0, count(), self.depth, self.min_prob
+
+        def expand(node: int, depth: int, chance: float, state: int) -> None:
+            if depth < deepest and (state := automaton.continued(state)) != START:
+                for share, token, target in automaton.transitions(state):
+                    if chance * share >= least:
+                        heappush(waiting, (-chance * share, next(order), node, depth + 1, token, target))
+
+        expand(-1, 0, 1.0, state)
+        while waiting and len(tokens) < most:
+            chance, _, parent, depth, token, state = heappop(waiting)
+            tokens.append(token)
+            parents.append(parent)
+            score -= chance
+            if token not in self.stop:
+                expand(len(tokens) - 1, depth, -chance, state)
+        return Speculation(tokens, parents, score)

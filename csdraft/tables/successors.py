@@ -10,36 +10,35 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
 from torch import nn
 
-from csdraft.stored import naming
-from csdraft.tables._file import read_arrays
+from csdraft.tables._file import ArrayTable
 
 __all__ = ["SuccessorTable"]
 
-FORMAT = "csdraft-successors-1"
-
 
 @dataclass(frozen=True, eq=False)
-class SuccessorTable:
-    """An immutable value that threads may share.
+class SuccessorTable(ArrayTable):
+    """The likeliest continuations of each token.
 
     Attributes:
-        successors: (vocab, rows, length) int32; entry [t, i] is the i-th likeliest token after t, and then what the
-            model writes greedily after both.
+        successors: (vocab, rows, length) int32; entry [t, i] begins with the i-th likeliest token after t, and
+            continues with what the model writes greedily after both.
     """
+
+    format: ClassVar = "csdraft-successors-1"
+    stored: ClassVar = {"successors": ("I32", 3)}
+    way_out: ClassVar = "build a table with scripts/build_bigrams.py --model"
 
     successors: np.ndarray
 
     def __post_init__(self) -> None:
-        values = np.array(self.successors, dtype=np.int32)
-        values.setflags(write=False)
-        object.__setattr__(self, "successors", values)
+        super().__post_init__()
+        values = self.successors
         if values.ndim != 3 or 0 in values.shape:
             raise ValueError(f"successors have shape {values.shape}; it must be (vocab, rows, length), none of them 0")
         if values.min() < 0 or values.max() >= len(values):
@@ -76,7 +75,7 @@ class SuccessorTable:
 
         Args:
             rows: how many likeliest successors to keep for each token.
-            length: tokens of a continuation; each after the first costs `rows` sequences for each vocabulary token.
+            length: tokens of a continuation. Each after the first costs `rows` sequences for each vocabulary token.
             prefix: tokens before each token, such as a begin-of-text token if the model always expects one.
             batch: sequences a forward.
         """
@@ -93,19 +92,6 @@ class SuccessorTable:
                 texts = torch.cat([texts, torch.cat(parts)[:, None]], 1)
             found[start : start + batch] = texts[:, -length:].reshape(len(ids), rows, length).cpu()
         return cls(found)
-
-    def save(self, path: str | Path) -> None:
-        """Writes a safetensors file."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        save_file({"successors": self.successors}, path, metadata={"format": FORMAT})
-
-    @classmethod
-    def load(cls, path: str | Path) -> SuccessorTable:
-        """Reads what `save` wrote."""
-        way_out = "build a table with scripts/build_bigrams.py --model"
-        parts, _ = read_arrays(path, FORMAT, {"successors": ("I32", 3)}, way_out)
-        with naming(path):
-            return cls(**parts)
 
 
 def _last_logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ JUNCTION = -1
 """A token between documents. No query contains it, so no match spans two documents."""
 NO_TOKEN = -2
 MOST_LINKS = 32
-MOST_WAYS = 64
+MOST_COMPARED = 64
 LINKS = range(MOST_LINKS)
 
 
@@ -27,7 +27,7 @@ class SuffixAutomaton:
 
     Every new token is one more occurrence of all endings of the sequence. Counts and places are updated only for the
     `MOST_LINKS` longest endings that occurred before. So both are exact unless more endings nest, as in loops; then
-    those of the shortest endings are too old.
+    those of the shortest endings are out of date.
 
     Attributes:
         length: (states,) tokens of a state's longest string.
@@ -46,12 +46,6 @@ class SuffixAutomaton:
         self.more: dict[int, dict[int, int]] = {}
         self.states, self.read = 1, 0
         self.last, self.matched, self.end = START, 0, NOWHERE
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the arrays and, as an estimate, of the transitions in CPython dictionaries."""
-        ways = sum(184 if len(more) <= 5 else 36 * len(more) + 184 for more in self.more.values())
-        return 6 * 4 * len(self.length) + 104 * len(self.more) + ways
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Reads `tokens` after those read before."""
@@ -102,7 +96,7 @@ class SuffixAutomaton:
             self.token.extend(array("i", [NO_TOKEN]) * missing)
 
     def _split(self, state: int, token: int, whole: int, part: int) -> None:
-        """Moves the shorter strings of `whole` to the state `part`: from now on they end in one more place."""
+        """Moves the shorter strings of `whole` to the state `part`, since they now also end elsewhere."""
         self.length[part] = self.length[state] + 1
         for values in (self.link, self.recent, self.count, self.token, self.target):
             values[part] = values[whole]
@@ -151,8 +145,14 @@ class SuffixAutomaton:
                     return None
         return state, matched
 
-    def going_on(self, state: int) -> int:
-        """`state` if a token follows its strings, else the state of their longest ending that a token follows."""
+    def advance(self, state: int, matched: int, tokens: Sequence[int]) -> tuple[int, int]:
+        """As `walk`, however often the match must be shortened."""
+        found = self.walk(state, matched, tokens, matched + len(tokens))
+        assert found is not None  # a match cannot shrink more often than it has grown
+        return found
+
+    def continued(self, state: int) -> int:
+        """The state of the longest ending that a token follows; `state` itself if one follows its strings."""
         while self.token[state] == NO_TOKEN and state != START:
             state = self.link[state]
         return state
@@ -164,25 +164,22 @@ class SuffixAutomaton:
     def likeliest(self, state: int) -> tuple[int, int, float]:
         """(token, state, share) of the most frequent transition, in a tie the latest; share 0 if there is none.
 
-        A state with many transitions compares only its first `MOST_WAYS` + 1: a frequent one is found early.
+        Only the first `MOST_COMPARED` + 1 transitions are compared: frequent ones usually occur early.
         """
         count, recent = self.count, self.recent
         token, found = self.token[state], self.target[state]
-        if token < 0:
-            most = 0
-        else:
-            most = count[found]
+        most = 0 if token < 0 else count[found]
         ways = self.more.get(state)
         if ways is not None:
-            for other, there in ways.items() if len(ways) <= MOST_WAYS else islice(ways.items(), MOST_WAYS):
-                times = count[there]
-                if (times > most or (times == most and recent[there] > recent[found])) and other >= 0:
-                    token, found, most = other, there, times
+            for other, target in ways.items() if len(ways) <= MOST_COMPARED else islice(ways.items(), MOST_COMPARED):
+                times = count[target]
+                if (times > most or (times == most and recent[target] > recent[found])) and other >= 0:
+                    token, found, most = other, target, times
         return token, found, most / max(self.followed(state), most, 1)
 
-    def ways(self, state: int) -> list[tuple[float, int, int]]:
+    def transitions(self, state: int) -> list[tuple[float, int, int]]:
         """(share, token, state) of each transition that `likeliest` compares."""
         count, most = self.count, max(self.followed(state), 1)
         found = [(self.token[state], self.target[state])]
-        found += islice(self.more.get(state, {}).items(), MOST_WAYS)
-        return [(min(count[there] / most, 1.0), token, there) for token, there in found if token >= 0]
+        found += islice(self.more.get(state, {}).items(), MOST_COMPARED)
+        return [(min(count[target] / most, 1.0), token, target) for token, target in found if token >= 0]

@@ -1,11 +1,11 @@
 """Gsd: branches that reach the same tokens are drafted once, and share what follows.
 
 Graph-structured speculative decoding (arXiv 2407.16207): when a branch reaches tokens that another branch already has,
-it is not drafted further but gets an edge to that branch. Before the target reads the graph it is unrolled into a
-tree, where one continuation may be below several branches. Use it where a drafter's alternatives soon meet again.
+it is not drafted further but gets an edge to that branch. For the target the graph is unrolled into a tree, where one
+continuation can be below several branches. Use it if a drafter's alternatives often lead to the same tokens.
 
-The shared continuation was found in another context; this can only cost acceptance. Two things differ from the paper:
-the unrolling takes the likeliest branches first, and no token is drawn: all are point masses.
+The shared continuation was drafted in another context; this can only cost acceptance. Two things differ from the
+paper: the likeliest branches are unrolled first, and no token is drawn: all are point masses.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Gsd(Tree):
     Args:
         branches: children of a node.
         nodes: nodes of the draft, copies of shared ones included.
-        sibling_share: leave out children less likely than this share of the likeliest one.
+        sibling_share: children less likely than this share of the likeliest one are left out.
         least: a child less likely than this is kept, but gets no children.
-        context: two nodes count as the same if their tokens and this many tokens before agree.
+        context: two nodes are the same if their tokens agree, and this many tokens before them.
     """
 
     branches: int = 4
@@ -70,7 +70,7 @@ class Gsd(Tree):
 
 
 class Graph:
-    """The candidates as a graph: instead of a second node with the same tokens there is an edge to the first.
+    """The candidates as a graph: an edge to a node replaces a second node with the same tokens.
 
     Args:
         growth: the candidates.
@@ -84,22 +84,17 @@ class Graph:
         self._known: dict[tuple[int, ...], int] = {}
 
     def take(self, node: int) -> bool:
-        """Adds a candidate; False if a known node is the same: then the parent only gets an edge to that node."""
+        """Adds a candidate. If a known node is the same, only adds an edge to that node, and returns False."""
         growth, parent = self.growth, self.growth.parents[node]
-        words, above = [growth.tokens[node]], parent
-        while above != ROOT and len(words) <= self.context:
-            words.append(growth.tokens[above])
+        tokens, above = [growth.tokens[node]], parent
+        while above != ROOT and len(tokens) <= self.context:
+            tokens.append(growth.tokens[above])
             above = growth.parents[above]
-        key = tuple(words)
-        if len(words) > self.context:
-            twin = self._known.get(key)
-            if twin is not None and not self._leads_to(twin, parent):
-                self._edges.setdefault(parent, []).append(twin)
-                return False
-            self._known.setdefault(key, node)
-        self._edges.setdefault(parent, []).append(node)
-        self.size += 1
-        return True
+        known = self._known.setdefault(tuple(tokens), node) if len(tokens) > self.context else node
+        same = known != node and not self._leads_to(known, parent)
+        self._edges.setdefault(parent, []).append(known if same else node)
+        self.size += not same
+        return not same
 
     def _leads_to(self, node: int, below: int) -> bool:
         """Whether `node` is on the path to `below`."""

@@ -1,8 +1,8 @@
 """Lead: a chain of the likeliest tokens; each level also has the next likeliest tokens, which get no children.
 
 The tree variant of Cascade Speculative Drafting (arXiv 2312.11462): 8 children of each lead node, with the K matrix
-[[1, 3], [0, 1]]. The drafter reads one node a level, so it costs the drafter the same as a chain. Use it with drafters
-that guess well, and that often have the right token second or third when they are wrong.
+[[1, 3], [0, 1]]. The drafter reads one node per level, so the tree costs it the same as a chain. Use it with drafters
+that guess well, and whose second or third token is often right where the first is wrong.
 """
 
 from __future__ import annotations

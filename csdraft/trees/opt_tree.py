@@ -1,9 +1,9 @@
 """OptTree: the tree of a given number of nodes that has the most expected accepted tokens by the drafter's estimate.
 
-OPT-Tree (arXiv 2406.17276): a branch is kept with about the product of the drafter's probabilities, so a tree's
-expected accepted tokens are the sum of these products. The best tree is therefore the likeliest nodes of all. It stops
-when another level adds too little to the sum. Use it with a drafter that has well calibrated probabilities, at a width
-that costs the target nearly nothing.
+OPT-Tree (arXiv 2406.17276): a node is kept with about the product of the drafter's probabilities down to it, so the
+expected accepted tokens of a tree are the sum of these products. The best tree therefore has the likeliest nodes. It
+stops when another level adds too little to the sum. Use it with a drafter whose probabilities are well calibrated, and
+with a number of nodes that costs the target nearly nothing.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class OptTree(Tree):
 
     Args:
         nodes: nodes of the draft, and the most that are expanded on a level.
-        threshold: in tokens; stops when the last level added no more than this to the expected tokens. It should be at
-            least the drafter's time for a level, in forwards of the target.
+        threshold: in tokens; growth stops when a level adds no more than this to the expected tokens. It should be at
+            least the drafter's time for a level divided by the target's time for a forward.
     """
 
     nodes: int = 24

@@ -1,8 +1,8 @@
 """Recursive: children drawn without replacement by Gumbel-top-k, with a fixed number of children on each level.
 
 RSD-C, recursive speculative decoding with constant branching (arXiv 2402.14160). No node is wasted on a token that a
-sibling already has. It is the usual tree under independent draws, with the verifier `WithoutReplacement`. Branch near
-the root, where the drafter is unsure.
+sibling already has. This is the usual tree under independent draws, with the verifier `WithoutReplacement`. Branch
+near the root, where the drafter is unsure.
 """
 
 from __future__ import annotations

@@ -48,19 +48,19 @@ class Sequoia(Tree):
         object.__setattr__(self, "acceptance", tuple(self.acceptance))
         check_range("a sequoia tree", self, nodes=MOST_NODES)
         if not 0 < len(self.acceptance) <= MOST_RANKS:
-            raise ValueError(f"acceptance of a sequoia tree must be of 1 to {MOST_RANKS} ranks")
+            raise ValueError(f"acceptance of a sequoia tree has {len(self.acceptance)} ranks; give 1 to {MOST_RANKS}")
         if not min(self.acceptance) >= 0 or not sum(self.acceptance) <= 1 + 1e-9:
             raise ValueError(
-                f"acceptance={list(self.acceptance)} of a sequoia tree must be chances, each >= 0, at most 1 together "
-                "since one sibling at most is accepted; measure it with Sequoia.measured"
+                f"acceptance={list(self.acceptance)} of a sequoia tree must be probabilities with a sum of at most 1, "
+                "since at most one sibling is accepted; measure it with Sequoia.measured"
             )
 
     @classmethod
     def measured(cls, report: Report, nodes: int = 24, reviewer: str = "target") -> Sequoia:
-        """The shape for the acceptance measured in earlier calls, which must have drafted trees wide enough to tell.
+        """The shape for the acceptance measured in earlier calls. Ranks that no call drafted get no children.
 
         Args:
-            report: the report of these calls. They should sample like later calls: acceptance depends on it.
+            report: the report of these calls. They should sample as later calls will: acceptance depends on it.
             nodes: nodes of the draft.
             reviewer: name of a reviewer in the report; its decisions are counted.
         """
@@ -71,9 +71,9 @@ class Sequoia(Tree):
             rates.append(sum(times for (_, kept), times in counts.items() if kept == rank) / tried)
         if not rates:
             raise ValueError(
-                f"{reviewer!r} of this report was shown no branch; measure with a tree, such as Template()"
+                f"{reviewer!r} of this report reviewed no branches; measure with a tree, such as Template()"
             )
-        within = takewhile(lambda total: total <= 1, accumulate(rates))  # of different nodes, so the sum may exceed 1
+        within = takewhile(lambda total: total <= 1, accumulate(rates))  # rates of different nodes can sum to more
         return cls(nodes, tuple(rates[: len(list(within))]))
 
     def plan(self, depth: int) -> tuple[Path, ...]:
@@ -89,11 +89,10 @@ class Sequoia(Tree):
 
 @lru_cache(64)
 def best_shape(nodes: int, depth: int, acceptance: tuple[float, ...]) -> tuple[Path, ...]:
-    """The tree of at most `nodes` nodes and `depth` levels with the greatest sum of acceptance products along
-    branches.
+    """The tree of at most `nodes` nodes and `depth` levels with the most expected accepted tokens.
 
-    `worth[d, r, n]` is that sum for n nodes below a node that has d levels left and uses its children from rank r on.
-    `own[d, r, n]` of the n nodes go to child r and the tree below it. A child is drafted only with the ones before it.
+    `worth[d, r, n]` is that number for n nodes below a node that has d levels left and children from rank r on.
+    `own[d, r, n]` of the n nodes go to child r and the tree below it. A child is drafted only if those before it are.
     """
     ranks = len(acceptance)
     worth = np.zeros((depth + 1, ranks + 1, nodes + 1))

@@ -1,8 +1,7 @@
 """Template: a tree with a fixed shape; each node is given by ranks among the likeliest tokens.
 
-Medusa's sparse tree (arXiv 2401.10774): node (0, 2) is the third likeliest token after the likeliest one. The shape
-costs no time to choose, and forwards have the same size each round. `BestFirst` and `OptTree` adapt better to the
-text.
+Medusa's sparse tree (arXiv 2401.10774): node (0, 2) is the third likeliest token after the likeliest one. Choosing the
+shape takes no time, and forwards have the same size in each round. `BestFirst` and `OptTree` adapt to the text.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class Template(Tree):
     """Drafts the children that the template names, one forward a level.
 
     Args:
-        paths: for each node, the ranks of the tokens from the root to it, 0 the likeliest; its ancestors are included.
+        paths: for each node, the ranks of the tokens from the root to it, 0 for the likeliest. Ancestors are added.
     """
 
     paths: tuple[tuple[int, ...], ...] = EAGLE
@@ -43,11 +42,11 @@ class Template(Tree):
     def __post_init__(self) -> None:
         object.__setattr__(self, "paths", tuple(tuple(path) for path in self.paths))
         if not any(self.paths) or min((rank for path in self.paths for rank in path), default=0) < 0:
-            raise ValueError(f"paths={shown(self.paths)} of a template tree must be paths of ranks >= 0, one at least")
+            raise ValueError(f"paths={shown(self.paths)} of a template tree must be paths of ranks >= 0, at least one")
         if max(map(max, filter(None, self.paths))) >= MOST_BRANCHES or sum(map(len, self.shape.values())) > MOST_NODES:
             raise ValueError(
-                f"paths={shown(self.paths)} of a template tree must be of ranks below {MOST_BRANCHES}, and of "
-                f"{MOST_NODES} nodes at most"
+                f"paths={shown(self.paths)} of a template tree must have ranks below {MOST_BRANCHES}, and at most "
+                f"{MOST_NODES} nodes"
             )
 
     @cached_property

@@ -1,4 +1,4 @@
-"""The rule of inner reviewers under independent draws: it picks the rule that is exact for a draft's siblings."""
+"""The rule of inner reviewers under independent draws: the rule that is exact for the draft at hand."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from numbers import Real
 from typing import Any
 
@@ -11,15 +11,13 @@ from csdraft.stored import shown
 __all__ = ["check_lenience"]
 
 MOST = 1e9
-"""With much less every token passes already; with more, products of float32 probabilities could be infinite."""
+"""Every token passes long before this; above it, products of float32 probabilities could be infinite."""
 
 
 def check_lenience(lenience: Any) -> None:
-    """Raises ValueError unless it is a number, or a sequence of numbers, from 1 (strict) to `MOST`."""
-    several = isinstance(lenience, Iterable) and not isinstance(lenience, str | Mapping)
-    given = list(lenience) if several else [lenience]
-    numbers: list[Any] = [value for value in given if isinstance(value, Real) and not isinstance(value, bool)]
-    if len(numbers) < len(given) or not all(1 <= value <= MOST for value in numbers):
+    """Raises ValueError unless it is a number, or several numbers, from 1 (strict) to `MOST`."""
+    given = lenience if isinstance(lenience, Iterable) else [lenience]
+    if not all(isinstance(value, Real) and not isinstance(value, bool) and 1 <= value <= MOST for value in given):  # type: ignore[operator]
         raise ValueError(
             f"lenience={shown(lenience)} must be 1 (strict) or more, at most {MOST:.0e}; the papers' l <= 1 is "
             "1/lenience"

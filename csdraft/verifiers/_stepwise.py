@@ -16,6 +16,7 @@ __all__ = [
     "Stepwise",
     "check_draft",
     "drawn_from",
+    "in_turn",
     "left_over",
     "probs_without",
     "ratio",
@@ -29,14 +30,17 @@ TINY = 1e-38
 
 
 class Stepwise(Verifier):
-    """A rule that goes down the draft and decides at each node which child to step into.
+    """A rule that walks down the draft and decides at each node which child to step into.
 
     At each node `aim` is the distribution that the next token must have. Each group of siblings supplies a part of it,
-    the next group gets what is left, and the correction is drawn from the last rest. So the token is exact at each
-    node. The distribution of every emitted token is reported, for a reviewer one level up.
+    and the next group gets what is left. The correction is drawn from what is left in the end. So the token at each
+    node is exact. The distribution of every emitted token is reported, for a reviewer one level up.
     """
 
     draws: ClassVar = "independent"
+
+    def refusal(self, draft: Draft) -> str | None:
+        return super().refusal(draft) or unshared_probs(self, draft)
 
     def verify(self, draft: Draft, scores: ScoresView, sampler: Sampler, root: int = ROOT) -> Verdict:
         check_draft(self, draft)
@@ -61,17 +65,17 @@ class Stepwise(Verifier):
         return Match()
 
     def aim(self, draft: Draft, node: int, target_probs: Tensor) -> Tensor:
-        """(vocab,) distribution that the token after `node` must have: the target's, if the rule is lossless."""
+        """(vocab,) distribution that the token after `node` must have; the target's by default."""
         del draft, node
         return target_probs
 
     def emitted_probs(self, draft: Draft, node: int, aim: Tensor) -> Tensor:
-        """(vocab,) distribution that the token after `node` really has."""
+        """(vocab,) distribution that the token after `node` really has; `aim` by default."""
         del draft, node
         return aim
 
     def keeps(self, draft: Draft, node: int, aim: Tensor, row: int, sampler: Sampler) -> tuple[int | None, Tensor]:
-        """The child of `node` to step into, or None; and the (vocab,) distribution to draw the correction from."""
+        """The child of `node` to step into, or None; and the (vocab,) distribution of the correction."""
         left = aim
         for group in groups(draft, node):
             rule = in_turn if len(group) == 1 else self.tries
@@ -83,7 +87,7 @@ class Stepwise(Verifier):
     def tries(
         self, draft: Draft, group: Sequence[int], left: Tensor, row: int, sampler: Sampler
     ) -> tuple[int | None, Tensor]:
-        """The same for two or more siblings drawn from one distribution; `left` (vocab,) is what they may supply."""
+        """The same for two or more siblings drawn from one distribution; they may supply `left` (vocab,)."""
         return in_turn(draft, group, left, row, sampler)
 
 
@@ -102,10 +106,17 @@ def groups(draft: Draft, node: int) -> list[list[int]]:
     return list(found.values())
 
 
-def in_turn(draft: Draft, group: Sequence[int], left: Tensor, row: int, sampler: Sampler) -> tuple[int | None, Tensor]:
-    """Tries siblings drawn independently: each is accepted with left / draft probability, or removed from `left`."""
+def in_turn(
+    draft: Draft, group: Sequence[int], left: Tensor, row: int, sampler: Sampler, lenience: float = 1.0
+) -> tuple[int | None, Tensor]:
+    """Tries siblings drawn independently: each is accepted with left / draft probability, or removed from `left`.
+
+    Args:
+        lenience: multiplies that probability, but not for point masses.
+    """
     for child in group:
-        if sampler.accepts(row, ratio(left, draft, child)):
+        chance = ratio(left, draft, child)
+        if sampler.accepts(row, chance if drawn_from(draft, child) is None else lenience * chance):
             return child, left
         left = residual(left, draft, child)
     return None, left

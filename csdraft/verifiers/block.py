@@ -1,9 +1,8 @@
 """Block verification (Sun et al., arXiv 2403.10444): judges the tokens of a draft jointly, not one by one.
 
-It is lossless and keeps at least as many tokens on average as `Rejection`; the paper reports 5 to 8 percent less wall
+It is lossless and on average keeps at least as many tokens as `Rejection`; the paper reports 5 to 8 percent less wall
 time. Use it for chains drawn from a model, at the target only. Point masses are allowed, but gain nothing over
-`Rejection`. The walk does not end at a failed token: a success further down accepts the whole prefix. This is by
-design.
+`Rejection`. By design the trials do not end at a failed token: a success further down accepts the whole prefix.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import ClassVar
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import ScoresView, Verdict, Verifier
 from csdraft.decoding.sampling import Sampler
+from csdraft.verifiers._branch import accept_branch
 from csdraft.verifiers._stepwise import check_draft, ratio, residual, unexplained
 
 __all__ = ["Block"]
@@ -45,14 +45,10 @@ class Block(Verifier):
                 chances[i - 1] = left / (left + 1 - weights[i])
 
         kept = self.longest(chances, scores.row, sampler)
-        for node in nodes[:kept]:
-            if scores.ends(node - 1, draft.tokens[node]):
-                return Verdict(list(range(root + 1, node + 1)), None, True)
         left = target_probs[kept]  # (vocab,)
         if kept < len(nodes):
             left = residual(weights[kept] * left, draft, nodes[kept])
-        token = sampler.draw(scores.row, left)
-        return Verdict(list(nodes[:kept]), token, scores.ends(root + kept, token))
+        return accept_branch(draft, scores, root, root + kept, lambda: sampler.draw(scores.row, left))
 
     def longest(self, chances: Sequence[float], row: int, sampler: Sampler) -> int:
         """How many tokens are kept: one independent trial for each length, longest first; the first success counts."""

@@ -1,9 +1,9 @@
 """Speculative cascades: the drafter's token is kept unless a rule says that the target's would be enough better.
 
 Speculative cascades (arXiv 2405.19261). Not lossless: at a drafted position the rule mixes the drafter's and the
-target's distribution, and the text has exactly this mixture (`mixture`). Positions without a drawn token, which are
-point masses and the bonus token, have the target's distribution. Use it where the drafter is good enough in some
-places, and quality is judged by the answers, not by the distribution.
+target's distribution, and the text has exactly this mixture (`mixture`). At positions without a drawn token (point
+masses and the bonus token) it has the target's distribution. Use it where the drafter is good enough in some places,
+and quality is judged by the answers, not by the distribution.
 
 The paper decides by the models' distributions at temperature 1. Here the rule uses the distributions that tokens are
 drawn from; they are the same at temperature 1 without truncation. Greedy decoding uses the softmax probabilities.
@@ -67,11 +67,11 @@ class Deferral(Stepwise):
     def mixture(self, draft_probs: Tensor, target_probs: Tensor) -> Tensor:
         """(vocab,) distribution at a drafted position: the drafter's for kept tokens, the target's for the rest."""
         distance = (draft_probs - target_probs).clamp(min=0).sum()  # ()
-        kept = self.stands(draft_probs, target_probs, draft_probs.max(), target_probs.max(), distance)
+        kept = self.keeps_draft(draft_probs, target_probs, draft_probs.max(), target_probs.max(), distance)
         deferred = torch.where(kept, 0, draft_probs)  # (vocab,) mass of the tokens that are not kept
         return draft_probs - deferred + deferred.sum() * target_probs
 
-    def stands(self, draft_prob: Any, target_prob: Any, draft_most: Any, target_most: Any, distance: Any) -> Any:
+    def keeps_draft(self, draft_prob: Any, target_prob: Any, draft_most: Any, target_most: Any, distance: Any) -> Any:
         """Whether the drafter's token is kept, for one token or for all: bool, () or (vocab,).
 
         Args:
@@ -101,11 +101,11 @@ class GreedyDeferral(Match):
         if chosen is not None:
             return chosen
         for child in draft.children(node):
-            token, sure = draft.tokens[child], draft.confidence[child]
-            if math.isnan(sure):  # a point mass: it has no confidence
+            token, draft_prob = draft.tokens[child], draft.confidence[child]
+            if math.isnan(draft_prob):  # a point mass
                 continue
-            own, greatest = scores.soft(node, token), scores.soft(node, scores.choice(node))
+            target_prob, target_most = scores.soft(node, token), scores.soft(node, scores.choice(node))
             # The drafted token is the drafter's likeliest. Two different one-hot distributions have distance 1.
-            if self.deferral.stands(sure, own, sure, greatest, 1.0):
+            if self.deferral.keeps_draft(draft_prob, target_prob, draft_prob, target_most, 1.0):
                 return child
         return None

@@ -1,9 +1,9 @@
 """K-SEQ: siblings drawn independently are tried in turn, each with probability target / (rho * draft).
 
 SpecTr (arXiv 2310.15141): bisection finds the least rho for which no token is accepted more often than the target has
-it. This rule accepts at least 1 - 1/e of what any rule could. Use it with independent draws in place of `Rejection`;
-it is usually a little better, and the same with one sibling. Rho depends on the number of siblings, so that number
-must be fixed before the first one is drawn.
+it. This rule accepts at least 1 - 1/e of what any rule could. Use it with independent draws instead of `Rejection`: it
+is usually a little better, and the same with one sibling. Rho depends on the number of siblings, so that number must
+be fixed before the first one is drawn.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class Lenient(Match):
         uniform = sampler.level_uniform(scores.row, scores.position(node), self.level)
         for child in draft.children(node):
             confidence = draft.confidence[child]
-            if math.isnan(confidence):  # a point mass: it has no confidence
+            if math.isnan(confidence):  # a point mass
                 continue
             if uniform * confidence <= self.lenience * scores.soft(node, draft.tokens[child]):
                 return child

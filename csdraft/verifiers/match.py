@@ -1,9 +1,9 @@
 """Match: step into the child that carries the reviewer's own token, while there is one.
 
-The reviewer's token at a node is its argmax, or under sampling its argmax with the position's noise (Gumbel-max), the
-same noise with which every drafter draws (drafter-invariant coupling: Daliri, Musco, Suresh, arXiv 2408.07978). The
-text therefore never depends on the drafter: lossless for any draft, tree, stop rule or lenience below, and no draft
-probabilities are needed. Use it unless you want a rule from the literature to compare with.
+The reviewer's token at a node is its argmax, or under sampling its argmax with the position's noise (Gumbel-max).
+Every drafter draws with the same noise (drafter-invariant coupling: Daliri, Musco, Suresh, arXiv 2408.07978). So the
+text never depends on the drafter: the rule is lossless for any draft, tree, stop rule or lenience of inner reviewers,
+and needs no draft probabilities. Use it unless you want to compare with a rule from the literature.
 """
 
 from __future__ import annotations

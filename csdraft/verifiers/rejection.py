@@ -20,7 +20,7 @@ from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Verifier
 from csdraft.decoding.sampling import Sampler
 from csdraft.verifiers._lenience import check_lenience
-from csdraft.verifiers._stepwise import Stepwise, drawn_from, ratio, residual
+from csdraft.verifiers._stepwise import Stepwise, drawn_from, in_turn, residual
 from csdraft.verifiers.lenient import Lenient
 
 __all__ = ["Rejection"]
@@ -59,17 +59,10 @@ class Rejection(Stepwise):
         return Lenient(self.lenience)
 
     def keeps(self, draft: Draft, node: int, aim: Tensor, row: int, sampler: Sampler) -> tuple[int | None, Tensor]:
-        left = aim
-        for child in draft.children(node):
-            lenience = self.lenience if drawn_from(draft, child) is not None else 1.0
-            if sampler.accepts(row, lenience * ratio(left, draft, child)):
-                return child, left
-            # A rejected sibling has had its chance: remove its share before the next one is tried.
-            left = residual(left, draft, child)
-        return None, left
+        return in_turn(draft, draft.children(node), aim, row, sampler, self.lenience)
 
     def emitted_probs(self, draft: Draft, node: int, aim: Tensor) -> Tensor:
-        """(vocab,) distribution of the token emitted after `node`: the reviewer's, unless lenience changes it."""
+        """(vocab,) `aim`; with lenience min(draft, lenience * aim), and the rest of the mass from the residual."""
         children = draft.children(node)
         draft_probs = drawn_from(draft, children[0]) if children else None
         if self.lenience == 1 or draft_probs is None:

@@ -2,8 +2,7 @@
 
 SpecHub (arXiv 2411.05289): the first token is drawn from the draft distribution. The second is the likeliest token,
 the hub; if the hub came first, the second is drawn from the other tokens. So every pair has the hub, and the transport
-problem has a solution in closed form. Use it with trees of two children a node; a single draw is judged by
-`Rejection`.
+problem has a closed form. Use it with trees of two children a node. A single draw is judged as by `Rejection`.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.sampling import Sampler
-from csdraft.verifiers._stepwise import TINY, Stepwise, drawn_from, left_over, probs_without, unshared_probs
+from csdraft.verifiers._stepwise import TINY, Stepwise, drawn_from, left_over, probs_without
 
 __all__ = ["SpecHub"]
 
@@ -30,7 +29,7 @@ class SpecHub(Stepwise):
     kinds: ClassVar = frozenset({"pair"})
 
     def refusal(self, draft: Draft) -> str | None:
-        return super().refusal(draft) or unshared_probs(self, draft) or not_pairs(draft)
+        return super().refusal(draft) or not_pairs(draft)
 
     def tries(
         self, draft: Draft, group: Sequence[int], left: Tensor, row: int, sampler: Sampler
@@ -69,24 +68,19 @@ def supply(wanted: Tensor, offered: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def not_pairs(draft: Draft) -> str | None:
-    """Why the drawn siblings of `draft` are not pairs; None if they are."""
+    """Why the drawn siblings of `draft` are not pairs that hold the likeliest token once; None if they are."""
     if draft.probs is None or not draft.has_drawn_siblings:
         return None
-    drawn = [parent for parent, probs in zip(draft.parents, draft.probs.rows, strict=True) if probs is not None]
-    most = max(map(drawn.count, drawn))
-    return f"{most} siblings were drawn together, SpecHub judges pairs; draw two a node" if most > 2 else no_hub(draft)
-
-
-def no_hub(draft: Draft) -> str | None:
-    """Why a pair of `draft` is not one of SpecHub: each pair must have the likeliest token once."""
-    pairs: dict[int, list[int]] = {}
+    siblings: dict[int, list[int]] = {}  # parent -> drawn tokens
     all_probs: dict[int, Tensor] = {}
-    for token, parent, probs in zip(draft.tokens, draft.parents, draft.probs.rows, strict=True):  # type: ignore[union-attr]
+    for token, parent, probs in zip(draft.tokens, draft.parents, draft.probs.rows, strict=True):
         if probs is not None:
-            pairs.setdefault(parent, []).append(token)
+            siblings.setdefault(parent, []).append(token)
             all_probs[parent] = probs
     hubs = torch.stack(list(all_probs.values())).argmax(-1).tolist()  # one copy to the host for all pairs
-    for tokens, hub in zip(pairs.values(), hubs, strict=True):
-        if len(tokens) > 1 and tokens.count(hub) != 1:
-            return f"the pair {tokens} must hold the likeliest token {hub} once, SpecHub knows no others"
+    for tokens, hub in zip(siblings.values(), hubs, strict=True):
+        if len(tokens) > 2:
+            return f"{len(tokens)} siblings were drawn together, but SpecHub judges pairs; draw two for each node"
+        if len(tokens) == 2 and tokens.count(hub) != 1:
+            return f"the pair {tokens} must hold the likeliest token {hub} once; draw with the tree Pairs"
     return None

@@ -2,11 +2,11 @@
 
 Traversal verification (arXiv 2505.12398) is `Block` for trees. A branch is tried at its end first. If it is rejected,
 only its last node is dropped, and the probability that this node did not supply goes to the next sibling. It is
-lossless, and keeps on average at least as much as the same rules from the root down. Use it at the target, with trees
-drawn independently or without replacement; point masses are allowed.
+lossless, and on average keeps at least as many tokens as the same rules from the root down. Use it at the target, with
+trees drawn independently or without replacement; point masses are allowed.
 
-Why it is exact, for stochastic beams too: a node that must be reached with some weight supplies exactly that weight of
-the target's distribution below it, or is rejected. The chance to be rejected does not depend on the nodes below it.
+It is exact, for stochastic beams too: a node that must be reached with some weight either supplies exactly that weight
+of the target's distribution below it, or is rejected. The chance of rejection does not depend on the nodes below it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import ScoresView, Verdict, Verifier
 from csdraft.decoding.sampling import Sampler
+from csdraft.verifiers._branch import accept_branch
 from csdraft.verifiers._stepwise import TINY, check_draft, drawn_from, left_over, probs_without, unshared_probs
 from csdraft.verifiers.match import Match
 
@@ -43,14 +44,7 @@ class Traversal(Verifier):
         if sampler.greedy:
             return Match().verify(draft, scores, sampler, root)
         last = self.last(draft, scores, sampler, root)
-        accepted, node = [], root
-        for kept in draft.path(last.node)[draft.depth(root) :]:
-            accepted.append(kept)
-            if scores.ends(node, draft.tokens[kept]):
-                return Verdict(accepted, None, True)
-            node = kept
-        token = sampler.draw(scores.row, last.left)
-        return Verdict(accepted, token, scores.ends(node, token))
+        return accept_branch(draft, scores, root, last.node, lambda: sampler.draw(scores.row, last.left))
 
     def last(self, draft: Draft, scores: ScoresView, sampler: Sampler, root: int) -> Place:
         """The node where the accepted branch ends. Depth first: a node is tried when all its children are rejected."""

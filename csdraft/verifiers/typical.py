@@ -18,6 +18,7 @@ from torch import Tensor
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import ScoresView, Verdict, Verifier
 from csdraft.decoding.sampling import Sampler
+from csdraft.verifiers._branch import accept_branch
 
 __all__ = ["Typical"]
 
@@ -47,14 +48,8 @@ class Typical(Verifier):
 
     def verify(self, draft: Draft, scores: ScoresView, sampler: Sampler, root: int = ROOT) -> Verdict:
         del sampler
-        accepted, node = [], root
-        for kept in draft.path(self.best(draft, scores, root))[draft.depth(root) :]:
-            accepted.append(kept)
-            if scores.ends(node, draft.tokens[kept]):
-                return Verdict(accepted, None, True)
-            node = kept
-        token = scores.choice(node)
-        return Verdict(accepted, token, scores.ends(node, token))
+        end = self.best(draft, scores, root)
+        return accept_branch(draft, scores, root, end, lambda: scores.choice(end))
 
     def best(self, draft: Draft, scores: ScoresView, root: int) -> int:
         """The node where the longest branch of typical tokens ends; in a tie the likeliest branch, then the first."""

@@ -1,8 +1,8 @@
 """Recursive rejection without replacement: judges each sibling against what its rejected siblings left over.
 
 RSD (arXiv 2402.14160) and Sequoia (arXiv 2402.12374), which adds that a draft distribution with nothing left becomes
-uniform. A sibling cannot repeat a rejected token, so it is worth more than an independent draw. Use it with trees
-drawn without replacement, stochastic beams included. On a chain it is `Rejection`.
+uniform. A sibling cannot repeat a rejected token, so it is worth more than an independent draw. Use it with trees that
+are drawn without replacement, stochastic beams included. On a chain it is the same as `Rejection`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.sampling import Sampler
-from csdraft.verifiers._stepwise import TINY, Stepwise, drawn_from, left_over, probs_without, unshared_probs
+from csdraft.verifiers._stepwise import TINY, Stepwise, drawn_from, left_over, probs_without
 
 __all__ = ["WithoutReplacement"]
 
@@ -26,9 +26,6 @@ class WithoutReplacement(Stepwise):
 
     lossless = True  # type: ignore[assignment]
     kinds: ClassVar = frozenset({"without_replacement"})
-
-    def refusal(self, draft: Draft) -> str | None:
-        return super().refusal(draft) or unshared_probs(self, draft)
 
     def tries(
         self, draft: Draft, group: Sequence[int], left: Tensor, row: int, sampler: Sampler

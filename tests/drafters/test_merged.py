@@ -102,5 +102,5 @@ def test_trees_and_chains_of_models_are_merged() -> None:
 
 
 def test_nobody_to_merge_is_refused() -> None:
-    with pytest.raises(ValueError, match="one at least"):
+    with pytest.raises(ValueError, match="at least one"):
         Merged(())

@@ -72,7 +72,7 @@ def test_the_automaton_counts_and_places_as_a_search_does(alphabet: int) -> None
                     assert token == max(after, key=lambda t: (len(after[t]), after[t][-1]))
                     assert share == len(after[token]) / automaton.followed(state)
                     assert automaton.recent[there] == after[token][-1]
-                    shares = {way: share for share, way, _ in automaton.ways(state)}
+                    shares = {way: share for share, way, _ in automaton.transitions(state)}
                     assert shares == {way: len(at) / automaton.followed(state) for way, at in after.items()}
                 else:
                     assert share == 0
@@ -321,7 +321,7 @@ def test_the_texts_that_ended_are_taken_in_once() -> None:
     assert second.sequences.tolist() == first.sequences.tolist()
     assert len(table.outputs) == 6
     assert second.report.target_calls < first.report.target_calls
-    with pytest.raises(ValueError, match="one table a tokenizer"):
+    with pytest.raises(ValueError, match="one table for each tokenizer"):
         drafter.check(StandInCall([[1]], vocab=5))  # type: ignore[arg-type]
 
 

@@ -9,7 +9,7 @@ import torch
 
 from csdraft.decoding.draft import ROOT, Draft, DraftProbs
 from csdraft.decoding.interfaces import Verdict
-from csdraft.verifiers import _stepwise, block, k_seq, rejection, spec_hub, traversal, without_replacement
+from csdraft.verifiers import _stepwise, block, k_seq, spec_hub, traversal, without_replacement
 from csdraft.verifiers._stepwise import Stepwise
 from csdraft.verifiers.block import Block
 from csdraft.verifiers.k_seq import KSeq
@@ -59,7 +59,7 @@ def _healthy():
 
 
 def test_no_residual_is_found(monkeypatch):
-    monkeypatch.setattr(rejection, "residual", lambda target_probs, draft, node: target_probs)
+    monkeypatch.setattr(_stepwise, "residual", lambda target_probs, draft, node: target_probs)
     assert error(Rejection()) > CAUGHT
     assert error(Rejection(), chain(Tables(100), "ccc")) > CAUGHT
 
@@ -81,16 +81,16 @@ def test_residual_removes_the_refused_token_only(monkeypatch):
 
 def test_siblings_each_start_from_the_whole_target(monkeypatch):
     """Two chosen siblings with independent trials, each against the target's own distribution."""
-    monkeypatch.setattr(rejection, "residual", lambda target_probs, draft, node: target_probs)
+    monkeypatch.setattr(_stepwise, "residual", lambda target_probs, draft, node: target_probs)
     two = planted([(1, ROOT, None), (0, ROOT, None)])
     assert first_token_error(Rejection(), lambda place, sampler: two) > CAUGHT
 
 
-@pytest.mark.parametrize("module", [rejection, block])
+@pytest.mark.parametrize("module", [_stepwise, block])
 def test_acceptance_times_1_2(monkeypatch, module):
-    honest = rejection.ratio
+    honest = _stepwise.ratio
     monkeypatch.setattr(module, "ratio", lambda probs, draft, node: 1.2 * honest(probs, draft, node))
-    assert error(Rejection() if module is rejection else Block()) > CAUGHT
+    assert error(Rejection() if module is _stepwise else Block()) > CAUGHT
 
 
 @dataclass(frozen=True)
@@ -136,9 +136,9 @@ def test_siblings_without_replacement_called_independent(monkeypatch):
 
     assert first_token_error(Rejection(), propose) > CAUGHT
     # With the right ratio, and only the residual as if they were independent, the bias is the one computed elsewhere.
-    honest = rejection.ratio
+    honest = _stepwise.ratio
     left = lambda draft, node: 1 - sum(DRAFTER.values[token] for token in draft.tokens[:node])  # noqa: E731
-    monkeypatch.setattr(rejection, "ratio", lambda probs, draft, node: honest(probs, draft, node) * left(draft, node))
+    monkeypatch.setattr(_stepwise, "ratio", lambda probs, draft, node: honest(probs, draft, node) * left(draft, node))
     assert first_token_error(Rejection(), propose) == pytest.approx(0.0358, abs=1e-4)
 
 
@@ -191,9 +191,9 @@ class LenientWithPoints(Rejection):
 
     def keeps(self, draft, node, target_probs, row, sampler):
         for child in draft.children(node):
-            if sampler.accepts(row, self.lenience * rejection.ratio(target_probs, draft, child)):
+            if sampler.accepts(row, self.lenience * _stepwise.ratio(target_probs, draft, child)):
                 return child, target_probs
-            return None, rejection.residual(target_probs, draft, child)
+            return None, _stepwise.residual(target_probs, draft, child)
         return None, target_probs
 
 
@@ -244,7 +244,7 @@ def test_block_trials(mutant):
 
 
 def test_block_with_the_unscaled_residual(monkeypatch):
-    honest = rejection.residual
+    honest = _stepwise.residual
     monkeypatch.setattr(block, "residual", lambda probs, draft, node: honest(probs / probs.sum(), draft, node))
     assert error(Block()) > CAUGHT
 
@@ -284,12 +284,12 @@ class LongestOfAll(Stepwise):
             node, path = nodes.pop()
             best = max(best, path, key=len)
             for child in draft.children(node):
-                if sampler.accepts(0, rejection.ratio(scores.probs(node), draft, child)):
+                if sampler.accepts(0, _stepwise.ratio(scores.probs(node), draft, child)):
                     nodes.append((child, [*path, child]))
         node = best[-1] if best else root
         left = scores.probs(node)
         if draft.children(node) and not self.whole:
-            left = rejection.residual(left, draft, draft.children(node)[0])
+            left = _stepwise.residual(left, draft, draft.children(node)[0])
         return Verdict(best, sampler.draw(0, left), False)
 
 

@@ -1,0 +1,76 @@
+"""The base of drafters that look up what may follow a text, in a table or in the text itself, without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from csdraft.decoding.call import Call
+from csdraft.decoding.draft import Draft
+from csdraft.decoding.interfaces import Budget, Context, Drafter
+
+__all__ = ["Lookup", "check_vocabulary", "match_evidence", "until"]
+
+LONG_MATCHES = (2, 4, 8)
+"""A match that reaches another of these lengths is the next kind of evidence."""
+
+
+class Lookup(Drafter):
+    """Drafts for one row after another; all drafted tokens are point masses."""
+
+    def propose(self, contexts: Sequence[Context], budgets: Sequence[Budget]) -> list[Draft]:
+        drafts, ends = [], contexts[0].call.chooser.stopping.eos
+        for context, budget in zip(contexts, budgets, strict=True):
+            depth, path = min(budget.depth, budget.room), context.path if context.draft.parents else []
+            nothing = depth <= 0 or (path and path[-1] in ends)
+            drafts.append(context.draft if nothing else self.look_up(context, path, depth, budget))
+        return drafts
+
+    def look_up(self, context: Context, path: list[int], depth: int, budget: Budget) -> Draft:
+        """The row's draft.
+
+        Args:
+            path: `context.path`; it does not end the text.
+            depth: the most new tokens in a row, at least 1.
+        """
+        raise NotImplementedError
+
+    def chain(self, context: Context, tokens: Sequence[int]) -> Draft:
+        """The context's draft and `tokens`, up to the first one that ends the text."""
+        call = context.call
+        return context.draft.extend(until(call.chooser.stopping.eos, tokens), call.level(self))
+
+    def tree(self, context: Context, tokens: Sequence[int], parents: Sequence[int]) -> Draft:
+        """The context's draft and a tree below its tip; in `parents` the tip is -1 and the first new node 0."""
+        if old := len(context.draft):
+            parents = [old + parent for parent in parents]
+        return context.draft.attach(tokens, parents, context.call.level(self))
+
+    def load_option(self, name: str, table: Any) -> None:
+        """Replaces the option `name` by the table that it is the path of, if it is a path."""
+        if isinstance(path := getattr(self, name), str | Path):
+            object.__setattr__(self, name, table.load(path))
+
+
+def check_vocabulary(call: Call, table: str, largest: int, way_out: str) -> None:
+    """Raises ValueError if the largest token id of a table is not one of the target's.
+
+    Args:
+        table: what the message calls it.
+        way_out: for the message: how to get a right table.
+    """
+    if largest >= call.vocab:
+        raise ValueError(f"{table} has token {largest}, the target {call.vocab} tokens; {way_out}")
+
+
+def match_evidence(matched: int, least: int = 1) -> int:
+    """`Drafter.evidence` for a match of `matched` tokens; 0 if it is empty or shorter than `least`."""
+    return 0 if matched < max(least, 1) else 1 + sum(matched >= length for length in LONG_MATCHES)
+
+
+def until(ends: frozenset[int], tokens: Sequence[int]) -> Sequence[int]:
+    """The tokens up to and including the first one that ends a text."""
+    if ends.isdisjoint(tokens):
+        return tokens
+    return tokens[: 1 + next(i for i, token in enumerate(tokens) if token in ends)]
