@@ -1,4 +1,4 @@
-"""Options that all trainings have beside those of transformers."""
+"""Options of all trainings, in addition to those of transformers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["RunArguments"]
 
 @dataclass
 class RunArguments(TrainingArguments):
-    """`transformers.TrainingArguments`, and what a training here needs besides."""
+    """`transformers.TrainingArguments`, and the options that every training here has in addition."""
 
     muon: bool = field(
         default=False,
