@@ -1,4 +1,4 @@
-"""The options of a distillation: what may be wrong with a single one, or with two together, is found here."""
+"""The options of a distillation, and checks of their values."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from csdraft.trainers.evaluation import check_figure
 from csdraft.trainers.objective import Objective
 from csdraft.trainers.run_arguments import RunArguments
 from csdraft.trainers.students import kind_asked
+from csdraft.trainers.students._student import Student
 
 __all__ = ["DistillArguments"]
 
 
 @dataclass
 class DistillArguments(RunArguments):
-    """`transformers.TrainingArguments`, unchanged, and what distilling a drafter needs besides."""
+    """`transformers.TrainingArguments`, unchanged, and the options for distilling a drafter."""
 
     target: str = field(default="models/smol-target", metadata={"help": "Folder or Hub id of the model to draft for."})
     target_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the target."})
@@ -127,12 +128,12 @@ class DistillArguments(RunArguments):
                 "student and init are both given; start from the one (init=null) or make the other (student=null)"
             )
         if self.learning_rate is None:
-            self.learning_rate = kind_asked(self.student, self.init, self.peft).rate
+            self.learning_rate = self.kind.rate
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "block_efficiency"
         super().__post_init__()
         self._check_numbers()
-        _ = chat_of(self)
+        _ = chat_of(self)  # checks the chat template
         if self.target_cache and self.on_policy:
             raise ValueError(f"target_cache with on_policy={self.on_policy}: new texts are in no cache; leave one out")
         if self.target_sharded and (self.target_device_map is not None or self.target_quantization is not None):
@@ -161,9 +162,13 @@ class DistillArguments(RunArguments):
             )
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature} must be above 0; greedy drafting is measured anyway")
-
         if self.metric_for_best_model is not None:
             check_figure(self.metric_for_best_model.removeprefix("eval_"), self.eval_depth, self.eval_new_tokens)
+
+    @property
+    def kind(self) -> Student:
+        """The kind of student that `student`, `init` and `peft` make."""
+        return kind_asked(self.student, self.init, self.peft)
 
     @property
     def objective(self) -> Objective:

@@ -17,7 +17,16 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, Trainer
 from transformers.integrations import deepspeed
 
-__all__ = ["copy_whole", "is_sharded", "keeps_parts", "load_sharded", "placed_here", "uses", "whole_models"]
+__all__ = [
+    "chosen_engine",
+    "copy_whole",
+    "is_sharded",
+    "keeps_parts",
+    "load_sharded",
+    "placed_here",
+    "uses",
+    "whole_models",
+]
 
 ENGINES = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
 """Engine -> the variable that `accelerate launch` sets for it."""
@@ -26,6 +35,12 @@ ENGINES = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED
 def uses(engine: str) -> bool:
     """Whether `accelerate launch` has chosen this engine, FSDP or DeepSpeed."""
     return os.environ.get(ENGINES[engine], "").lower() in ("1", "true", "yes", "on")
+
+
+def chosen_engine(deepspeed: Any = None, fsdp: Any = None) -> str | None:
+    """The engine that `TrainingArguments.deepspeed` and `fsdp`, or `accelerate launch`, have chosen; None if none."""
+    asked = {"DeepSpeed": deepspeed, "FSDP": fsdp}
+    return next((engine for engine in asked if asked[engine] or uses(engine)), None)
 
 
 def keeps_parts(trainer: Trainer) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from csdraft.data.changes import check_unchanged, plain
-from csdraft.trainers.engines import uses
+from csdraft.trainers.engines import chosen_engine
 
 __all__ = ["EVALUATION", "check_options", "options_of"]
 
@@ -52,8 +52,7 @@ def options_of(args: TrainingArguments) -> dict[str, Any]:
     """What a checkpoint notes: every option that must not change, the number of processes, and the engine."""
     free = {key for keys in FREE.values() for key in keys.split()}
     kept = {field.name: getattr(args, field.name) for field in fields(args) if field.name not in free}
-    engines = {"DeepSpeed": args.deepspeed, "FSDP": args.fsdp}
-    engine = next((name for name, asked in engines.items() if asked or uses(name)), None)
+    engine = chosen_engine(args.deepspeed, args.fsdp)
     return plain(kept) | {"processes": args.world_size, "engine": engine}
 
 

@@ -1,8 +1,7 @@
-"""EAGLE-3 as a student: unrolled as it drafts, on features that the target computes in the same pass.
+"""EAGLE-3 as a student: unrolled as in drafting, on features that the target computes in the same forward.
 
-Training-time test (arXiv 2503.01840): step s reads what the head itself computed at step s - 1, and the text's own
-tokens. A position counts where the next token is one that the head can draft; both distributions are then compared
-over the draft vocabulary alone.
+Training-time test (arXiv 2503.01840): step s reads the head's own output of step s - 1 and the text's tokens. A
+position counts if the head can draft the next token. Distributions are compared over the draft vocabulary only.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ class Options(HeadOptions):
     """Keys of `init.eagle3`.
 
     Args:
-        layers: hidden states of the target that are fused, k for the one after k blocks; None: 2, L/2, L - 3.
+        layers: which hidden states of the target are fused, k for that after k blocks; None: 2, L/2, L - 3.
     """
 
     layers: tuple[int, ...] | None = None
 
 
 class Eagle3Student(HeadKind):
-    """See `HeadKind`; the base of all heads that fuse hidden states.
+    """See `HeadKind`. The base of all heads that fuse hidden states.
 
     Attributes:
         head_options: the dataclass of the head's own options.
@@ -55,5 +54,5 @@ class Eagle3Student(HeadKind):
         return self.trains(self.layer_config(text, asked), options)
 
     def more(self, text: Any, asked: Any) -> dict[str, Any]:
-        """What a head's options say beside its hidden states and its draft vocabulary."""
+        """Options of a head other than its hidden states and draft vocabulary."""
         return {"steps": asked.steps, "decay": asked.decay}
