@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import TrainerCallback
 
 from csdraft.trainers.checkpoints import last_checkpoint, read_mark
 from csdraft.trainers.interrupt import Interrupt
@@ -44,7 +42,6 @@ class BaseTrainer(SavingTrainer):
         self.resumed_from: str | None = None
         self._order, self._first_step, self._skipped = Shuffled(0, 0), 0, 0
         self.add_callback(self.interrupt)
-        self.add_callback(_AtBegin(self.begin))
 
     @property
     def status(self) -> int:
@@ -76,22 +73,19 @@ class BaseTrainer(SavingTrainer):
         self.resumed_from = resume_from_checkpoint or None
         return super().train(self.resumed_from, *args, **options)
 
-    def begin(self) -> None:
-        """Called when the state of a checkpoint is loaded: restores what transformers does not."""
-        self.state.compute_steps(self.args, self.state.max_steps)  # the checkpoint's save_steps etc. may have changed
-        if self.resumed_from is None:
-            return
-        mark = read_mark(self.resumed_from)
-        self.steps.unlogged = mark["unlogged"]
-        self._find_best(mark["evaluation"])
-
-    def _find_best(self, before: dict[str, Any]) -> None:
-        """Finds the best checkpoint in the run's present folder; forgets it if the evaluation has changed."""
+    def _init_training_state(self, *args: Any, **options: Any) -> Any:
+        """Also restores what transformers does not, and takes logging_steps and the like from the new arguments."""
+        trained = super()._init_training_state(*args, **options)
         state = self.state
-        if before != self._evaluation():
-            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
-        elif state.best_global_step is not None and (folder := self._checkpoint(state.best_global_step)).is_dir():
-            state.best_model_checkpoint = str(folder)
+        state.compute_steps(self.args, state.max_steps)
+        if self.resumed_from is not None:
+            mark = read_mark(self.resumed_from)
+            self.steps.unlogged = mark["unlogged"]
+            if mark["evaluation"] != self._evaluation():  # its figures cannot be compared with new ones
+                state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+            elif state.best_global_step is not None and (best := self._checkpoint(state.best_global_step)).is_dir():
+                state.best_model_checkpoint = str(best)  # the run's folder may have been moved
+        return trained
 
     def _checkpoint(self, step: int) -> Path:
         return Path(self.args.output_dir or "", f"checkpoint-{step}")
@@ -183,13 +177,3 @@ class BaseTrainer(SavingTrainer):
     def models(self) -> list[tuple[str, nn.Module]]:
         """All models in use, each with its name in messages."""
         return [("The model", self.model)]  # type: ignore[list-item]
-
-
-class _AtBegin(TrainerCallback):
-    """Calls a function when the trainer's state is ready, before the first step."""
-
-    def __init__(self, begin: Callable[[], None]):
-        self.begin = begin
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.begin()

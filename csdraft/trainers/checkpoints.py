@@ -142,9 +142,8 @@ def _odd(mark: Any) -> str | None:
     """Why the checkpoint with this `run.json` cannot be resumed; None if it can."""
     if not isinstance(mark, dict):
         return f"{MARK} holds no object of JSON"
-    for key, kind in NOTED.items():
-        if not isinstance(mark.get(key), kind):
-            return f"{MARK} has {key!r} of another type" if key in mark else f"{MARK} lacks {key!r}"
+    if wrong := [key for key, kind in NOTED.items() if not isinstance(mark.get(key), kind)]:
+        return f"{MARK} lacks {', '.join(wrong)}, or has it with another type"
     if mark.get("weights_only"):
         return "it holds weights alone (save_only_model=true)"
     return None if STATE in mark["files"] else f"{STATE} is missing"

@@ -11,7 +11,7 @@ import importlib
 import inspect
 import math
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -103,8 +103,9 @@ class Objective:
         count = self._agreed_chunks(len(labels), labels.device)
         once = count == 1 or not torch.is_grad_enabled()
         parts = []
-        for rows in _slices(len(labels), count):
-            inputs = student_hidden[rows], target_hidden[rows], labels[rows], student_head, target_head
+        chunks = (tensor.tensor_split(count) for tensor in (student_hidden, target_hidden, labels))
+        for student, target, wanted in zip(*chunks, strict=True):
+            inputs = student, target, wanted, student_head, target_head
             parts.append(self._sum(*inputs) if once else checkpoint(self._sum, *inputs, use_reentrant=False))
         return torch.stack(parts).sum()
 
@@ -140,12 +141,6 @@ class Objective:
             dist.all_reduce(most, dist.ReduceOp.MAX)
             count = int(most)
         return count
-
-
-def _slices(positions: int, count: int) -> Iterator[slice]:
-    """`count` slices of about equal length; the last are empty if there are too few positions."""
-    size = math.ceil(positions / count)
-    return (slice(i * size, (i + 1) * size) for i in range(count))
 
 
 def _tempered(logits: Tensor, temperature: float) -> Tensor:

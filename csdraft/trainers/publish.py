@@ -7,7 +7,8 @@ import platform
 from collections.abc import Mapping
 from dataclasses import fields
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from csdraft.hub import command, public_name, without_folders
 from csdraft.models import base_model
 from csdraft.stored import is_hub_id
 from csdraft.trainers.students import added_share
+from csdraft.version import __version__
 
 if TYPE_CHECKING:
     from csdraft.trainers.distill import DrafterTrainer
@@ -37,7 +39,7 @@ __all__ = ["describe", "identity"]
 
 CARD = Path(__file__).with_name("drafter_card.md")
 """Template of the model card."""
-PACKAGES = ("csdraft", "torch", "transformers", "datasets", "accelerate", "peft", "deepspeed")
+PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "deepspeed")
 LICENSE = ("license", "license_name", "license_link")
 DRAFTED = 3
 """Drafted tokens a round in the commands of engines, which have no schedules."""
@@ -91,8 +93,8 @@ def provenance(trainer: DrafterTrainer) -> dict[str, Any]:
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command(),
-        "versions": {"python": platform.python_version()}
-        | {name: found for name in PACKAGES if (found := _version(name))},
+        "versions": {"python": platform.python_version(), "csdraft": __version__}
+        | {name: version(name) for name in PACKAGES if find_spec(name)},
         "target": {"name": public_name(target), "revision": getattr(target.config, "_commit_hash", None)},
         "license": {"license": args.license} if args.license else license_of(args.target, args.target_revision),
         "data": described_data(trainer),
@@ -170,18 +172,4 @@ def card(name: str, origin: dict[str, Any], served: Mapping[str, str] | None = N
         metadata=yaml_dump(metadata, sort_keys=False),
         served=served,
         figures=FIGURES,
-        figure=_figure,
     )
-
-
-def _figure(figures: dict[str, float], key: str) -> str:
-    """A figure, and its interval if it has one."""
-    interval = [f"{figures[f'{key}_{end}']:.2f}" for end in ("low", "high") if f"{key}_{end}" in figures]
-    return f"{figures[key]:.2f}" + (f" [{', '.join(interval)}]" if interval else "")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -55,12 +55,11 @@ def _asked(
     """The kind of student that these keys make, and its options; ValueError for keys that exclude each other."""
     if peft is not None:
         check_lora(peft)
-    ways = [name for name, given in (("student", student is not None), ("init", init is not None)) if given]
-    if len(ways) != 1:
+    if (student is None) == (init is None):
         raise ValueError(
-            f"{' and '.join(ways) or 'no student'} given; choose one: student (a folder or Hub id), or init "
-            "({from_target: {layers: [...]}}, with shared: true for self-drafting, {config: {...}}, or a head such as "
-            "{eagle3: {}})"
+            f"{'no student' if init is None else 'student and init'} given; choose one: student (a folder or Hub id), "
+            "or init ({from_target: {layers: [...]}}, with shared: true for self-drafting, {config: {...}}, or a head "
+            "such as {eagle3: {}})"
         )
     if init is None:
         return students()["whole" if peft is None else "lora"], {"student": student, "peft": peft}

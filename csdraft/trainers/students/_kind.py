@@ -105,9 +105,8 @@ class HeadKind(Student):
         """The parts to compare, one for each drafting step; see `Student.compared`."""
         ids, positions = inputs["input_ids"], inputs["position_ids"]
         drafted, (steps, decay) = head.drafted, self.unrolling(head)
-        numbers = torch.full(
-            (head.config.vocab_size,), IGNORED, device=labels.device
-        )  # (vocab,) index in the draft vocabulary
+        # Labels as indices into the draft vocabulary.
+        numbers = torch.full((head.config.vocab_size,), IGNORED, device=labels.device)  # (vocab,)
         numbers[drafted] = torch.arange(len(drafted), device=labels.device)
         labels = torch.where(labels == IGNORED, labels, numbers[labels.clamp(min=0)])
         weights = [decay**step for step in range(steps)]
