@@ -21,16 +21,7 @@ from transformers.trainer_utils import sort_checkpoints
 
 from csdraft.data.shards import write_whole
 
-__all__ = [
-    "chosen_checkpoint",
-    "damage",
-    "flaw",
-    "has_checkpoint",
-    "last_checkpoint",
-    "mark_whole",
-    "passed_over",
-    "read_mark",
-]
+__all__ = ["chosen_checkpoint", "flaw", "has_checkpoint", "last_checkpoint", "mark_whole", "passed_over", "read_mark"]
 
 MARK, STATE = "run.json", "trainer_state.json"
 NOTED = {"files": dict, "written": int | float, "options": dict, "unlogged": list, "evaluation": dict}

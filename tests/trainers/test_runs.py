@@ -126,7 +126,7 @@ def test_a_run_that_was_killed_before_its_result_was_written_takes_no_step_more(
     assert (copied / "model.safetensors").read_bytes() == (copied / "checkpoint-4/model.safetensors").read_bytes()
 
 
-def test_a_longer_run_goes_on_and_a_new_one_begins_again(folder, copied, capsys):
+def test_a_longer_run_continues_and_a_new_one_begins_again(folder, copied, capsys):
     assert distill(arguments(folder, copied.name, max_steps=5)).state.global_step == 5
     assert f"resumed from {copied}/checkpoint-4" in capsys.readouterr().out
     again = distill(arguments(folder, copied.name, max_steps=2, resume_from_checkpoint=False, learning_rate=0.02))

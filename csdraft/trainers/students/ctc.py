@@ -9,7 +9,6 @@ cross-entropy, the sum is the CTC loss.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from csdraft.heads.ctc import Ctc, CtcOptions
 from csdraft.heads.own_files import OwnHead
@@ -33,14 +32,3 @@ class CtcStudent(parallel.ParallelStudent):
     """See `HeadKind`."""
 
     trains, options, stored_by, head_options = Ctc, Options, OwnHead, CtcOptions
-
-    def check(self, config: Any, options: Any) -> None:
-        super().check(config, options)
-        asked = self._asked(options)
-        if asked.frames < asked.steps:
-            raise ValueError(
-                f"init.{self.name}: frames={asked.frames}; {asked.steps} tokens (steps) take as many frames or more"
-            )
-
-    def more(self, text: Any, asked: Any) -> dict[str, Any]:
-        return super().more(text, asked) | {"frames": asked.frames}

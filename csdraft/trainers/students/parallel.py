@@ -6,7 +6,7 @@ memory; csdraft does not.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from csdraft.heads.parallel import Parallel, ParallelOptions
@@ -43,6 +43,7 @@ class ParallelStudent(eagle3.Eagle3Student):
                 f"one of the target's {vocab} tokens"
             )
 
-    def more(self, text: Any, asked: Any) -> dict[str, Any]:
-        token = asked.mask_token if asked.mask_token is not None else getattr(text, "pad_token_id", None) or 0
-        return super().more(text, asked) | {"mask_token": token, "blocks": asked.blocks}
+    def own_options(self, text: Any, asked: Any, draft_vocab: int) -> Any:
+        if asked.mask_token is None:
+            asked = replace(asked, mask_token=getattr(text, "pad_token_id", None) or 0)
+        return super().own_options(text, asked, draft_vocab)

@@ -53,9 +53,8 @@ def new_config(config: Any, options: Mapping[str, Any]) -> Any:
     own = {field.name for field in fields(made)} | {key for key in vars(made()) if key[0] != "_"}
     spec.check_keys(options, sorted((own | set(made.attribute_map)) - set(FROM_TARGET)), f"init.config ({kind})")
     text = config if config.is_encoder_decoder else config.get_text_config(decoder=True)
-    given = {
-        key: getattr(text, key, None) for key in FROM_TARGET
-    }  # None too: the class's default ids are other tokens
+    # Also those that are None: the class's default ids are other tokens.
+    given = {key: getattr(text, key, None) for key in FROM_TARGET}
     if "max_position_embeddings" in own:
         given["max_position_embeddings"] = getattr(text, "max_position_embeddings", None) or LONGEST
     result = made_config("init.config", made, **(given | options))
