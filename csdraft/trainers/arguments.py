@@ -1,4 +1,4 @@
-"""A flat YAML file and `key=value` overrides become one dataclass; unknown keys are errors."""
+"""Reads a dataclass from a flat YAML file and `key=value` overrides. Unknown keys are errors."""
 
 import difflib
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def read_arguments(cls: type[T], config: str | None, overrides: list[str]) -> T:
-    """`cls` from the keys of the YAML file `config`, then from `key=value` strings, which win."""
+    """`cls` from the keys of the YAML file `config` and from `key=value` strings, which win."""
     return make_arguments(cls, read_values(config, overrides))
 
 
@@ -30,7 +30,7 @@ def read_values(config: str | None, overrides: list[str]) -> dict[str, Any]:
 
 
 def make_arguments(cls: type[T], values: Mapping[str, Any]) -> T:
-    """`cls` from these keys; ValueError with the nearest known ones for a key that it has not."""
+    """`cls` from these keys. For an unknown key, raises a ValueError that names the nearest known ones."""
     known = {field.name: field for field in fields(cls) if field.init}  # type: ignore[arg-type]
     for key in values:
         if key not in known:
@@ -39,28 +39,25 @@ def make_arguments(cls: type[T], values: Mapping[str, Any]) -> T:
                 raise ValueError(f'key {key!r} has a dot; give the whole of {whole}, such as "{whole}={{...}}"')
             nearest = ", ".join(difflib.get_close_matches(key, known, n=3, cutoff=0.0))
             raise ValueError(f"unknown key {key!r} for {cls.__name__}; the nearest known keys are {nearest}")
-    return cls(**{key: _meant(key, value, known[key]) for key, value in values.items()})
+    return cls(**{key: _typed(key, value, known[key]) for key, value in values.items()})
 
 
-def _meant(key: str, value: Any, field: Field) -> Any:
-    """YAML 1.1 reads `3e-4` and `none` as text and a bare `no` as false; default and type say what is meant."""
-    kind_of_field = str(field.type)
-    if value is False and isinstance(field.default, str):
-        return "none" if field.default == "none" else "no"
-    if value == "none" and field.default is None:
+def _typed(key: str, value: Any, field: Field) -> Any:
+    """A value with the field's type. YAML 1.1 reads `3e-4` and `none` as text and a bare `no` as false."""
+    default, kind = field.default, str(field.type)
+    if value is False and isinstance(default, str):
+        return "none" if default == "none" else "no"
+    if value == "none" and default is None:
         return None
-    numeric = isinstance(field.default, bool | int | float) or kind_of_field in ("float", "int | None", "float | None")
-    if not isinstance(value, str) or not numeric or "str" in kind_of_field:
+    numeric = isinstance(default, bool | int | float) or kind in ("float", "int | None", "float | None")
+    if not isinstance(value, str) or not numeric or "str" in kind:
         return value
-    kind = "true or false" if isinstance(field.default, bool) else "a number"
+    if isinstance(default, bool):
+        raise ValueError(f"{key}={value!r} must be true or false, such as {key}={str(default).lower()}")
+    whole = isinstance(default, int) or kind.startswith("int")
     try:
-        number = float(value) if kind == "a number" else None
+        number = float(value)
     except ValueError:
-        number = None
-    if number is None:
-        example = str(field.default).lower()
-        if field.default is None:
-            example = "1" if kind_of_field.startswith("int") else "2e-5"  # of all, learning_rate
-        raise ValueError(f"{key}={value!r} must be {kind}, such as {key}={example}")
-    whole = isinstance(field.default, int) or kind_of_field.startswith("int")
+        example = default if default is not None else 1 if whole else "2e-5"
+        raise ValueError(f"{key}={value!r} must be a number, such as {key}={example}") from None
     return int(number) if whole and number.is_integer() else number

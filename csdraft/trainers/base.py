@@ -1,15 +1,13 @@
-"""What all trainings here have in common: an exact order of the data, exact resumes, and a stop at the first nan."""
+"""The trainer under all trainings here: an exact order of the data, exact resumes, and a stop at the first nan."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import TrainerCallback
 
 from csdraft.trainers.checkpoints import last_checkpoint, read_mark
 from csdraft.trainers.interrupt import Interrupt
@@ -22,18 +20,18 @@ from csdraft.trainers.stops import NonFinite, first_non_finite, shown
 __all__ = ["BaseTrainer"]
 
 MOST_SKIPPED = 100
-"""Steps in a row that fp16's loss scaling may skip while it looks for a scale."""
+"""Steps in a row that fp16's loss scaling may skip while it searches for a scale."""
 MOST_QUOTED = 3
-"""Rows whose beginning a message quotes."""
+"""Rows whose first words a message quotes."""
 
 
 class BaseTrainer(SavingTrainer):
-    """`transformers.Trainer` that resumes to the bit, and stops at a loss or gradient that is not finite.
+    """`transformers.Trainer` that resumes bit for bit, and stops at a loss or gradient that is not finite.
 
     Attributes:
-        interrupt: whether a signal has stopped the run.
+        interrupt: knows whether a signal has stopped the run.
         steps: losses of the last step.
-        resumed_from: the checkpoint that the run continues from; None at its start.
+        resumed_from: the checkpoint that the run continues from; None if it begins at the start.
     """
 
     def __init__(self, model: nn.Module, args: Any, **options: Any):
@@ -44,11 +42,10 @@ class BaseTrainer(SavingTrainer):
         self.resumed_from: str | None = None
         self._order, self._first_step, self._skipped = Shuffled(0, 0), 0, 0
         self.add_callback(self.interrupt)
-        self.add_callback(_AtBegin(self.begin))
 
     @property
     def status(self) -> int:
-        """With which a program exits after the run: 0 if it came to its end, else as its signal wants."""
+        """The program's exit status after the run: 0 if all steps are done, else that of the signal."""
         return self.interrupt.status if self.state.global_step < self.state.max_steps else 0
 
     # The order of the data.
@@ -60,7 +57,7 @@ class BaseTrainer(SavingTrainer):
         return self._order
 
     def _run_epoch(self, *, epoch: int, num_update_steps_per_epoch: int, **options: Any) -> None:
-        """One epoch in its own order; nothing if all steps are done, where transformers would do one more."""
+        """One epoch in its own order. Does nothing if all steps are done; transformers would do one more."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
@@ -68,7 +65,7 @@ class BaseTrainer(SavingTrainer):
         self._first_step = epoch * num_update_steps_per_epoch
         super()._run_epoch(epoch=epoch, num_update_steps_per_epoch=num_update_steps_per_epoch, **options)
 
-    # Begin, and resume.
+    # Start and resume.
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
         if resume_from_checkpoint is True:
@@ -76,23 +73,22 @@ class BaseTrainer(SavingTrainer):
         self.resumed_from = resume_from_checkpoint or None
         return super().train(self.resumed_from, *args, **options)
 
-    def begin(self) -> None:
-        """After the state of a checkpoint is loaded: what transformers does not restore, or restores too much of."""
-        self.state.compute_steps(self.args, self.state.max_steps)  # not those of the checkpoint: they may change
-        if self.resumed_from is None:
-            return
-        mark = read_mark(self.resumed_from)
-        self.steps.unlogged = mark["unlogged"]
-        self._find_best(mark["evaluation"])
-
-    def _find_best(self, before: dict[str, Any]) -> None:
-        """The best checkpoint so far, where the run's folder is now; none if it was chosen by other figures."""
+    def _init_training_state(self, *args: Any, **options: Any) -> Any:
+        """Also restores what transformers does not, and takes logging_steps and the like from the new arguments."""
+        trained = super()._init_training_state(*args, **options)
         state = self.state
-        if before != self._evaluation():
-            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
-        elif state.best_global_step is not None:
-            folder = Path(self.args.output_dir, f"checkpoint-{state.best_global_step}")  # type: ignore[arg-type]
-            state.best_model_checkpoint = str(folder) if folder.is_dir() else state.best_model_checkpoint
+        state.compute_steps(self.args, state.max_steps)
+        if self.resumed_from is not None:
+            mark = read_mark(self.resumed_from)
+            self.steps.unlogged = mark["unlogged"]
+            if mark["evaluation"] != self._evaluation():  # its figures cannot be compared with new ones
+                state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+            elif state.best_global_step is not None and (best := self._checkpoint(state.best_global_step)).is_dir():
+                state.best_model_checkpoint = str(best)  # the run's folder may have been moved
+        return trained
+
+    def _checkpoint(self, step: int) -> Path:
+        return Path(self.args.output_dir or "", f"checkpoint-{step}")
 
     def note(self) -> dict[str, Any]:
         return {**super().note(), "unlogged": self.steps.unlogged, "evaluation": self._evaluation()}
@@ -101,17 +97,17 @@ class BaseTrainer(SavingTrainer):
         return {key: getattr(self.args, key) for key in EVALUATION if key in vars(self.args)}
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
-        """At the start of a run (`skip_scheduler`) its figures count for `load_best_model_at_end`, too."""
+        """Also saves a checkpoint at the start of a run (`skip_scheduler`), which may turn out to be the best."""
         if skip_scheduler and self.state.global_step:
-            return {}  # a resumed run: the figures at the start are in its log
+            return {}  # the log of a resumed run has the figures of the start
         metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
         if skip_scheduler and self.args.load_best_model_at_end:
             self._determine_best_metric(metrics, trial)
             self._save_checkpoint(self.model_wrapped, trial)
-            self.state.best_model_checkpoint = str(Path(self.args.output_dir, "checkpoint-0"))  # type: ignore[arg-type]
+            self.state.best_model_checkpoint = str(self._checkpoint(0))
         return metrics
 
-    # A step: its losses, and whether they are numbers.
+    # A step: its losses, and whether they are finite.
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -124,7 +120,7 @@ class BaseTrainer(SavingTrainer):
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Before the optimiser changes any weight, which is the last moment to stop."""
+        """Called just before the optimiser changes weights: the last moment to stop."""
         norm = super()._get_grad_norm(model, grad_norm)
         self.steps.close(self.accelerator)
         self._check_step(float(norm) if norm is not None else 0.0)
@@ -142,13 +138,13 @@ class BaseTrainer(SavingTrainer):
                 if not math.isfinite(loss):
                     raise NonFinite(self._message(f"the loss is {loss}", self._rows(part, process)))
         self._skipped = 0 if math.isfinite(norm) else self._skipped + 1
-        if self._skipped > (MOST_SKIPPED if self.args.fp16 else 0):  # the loss scale of fp16 is found by trying
+        if self._skipped > (MOST_SKIPPED if self.args.fp16 else 0):
             processes, parts = range(len(self.steps.table)), range(len(self.steps.table[0]))
             rows = [row for part in parts for process in processes for row in self._rows(part, process)]
             raise NonFinite(self._message(f"the gradient's norm is {norm}, the loss {self.steps.loss:.4g}", rows))
 
     def _rows(self, part: int, process: int) -> list[int]:
-        """Rows of the data set in a micro-batch of the current step."""
+        """Rows of the data set in one process's micro-batch of the current step."""
         step = self.state.global_step - self._first_step
         number = (step * self.args.gradient_accumulation_steps + part) * self.args.world_size + process
         return [row for item in self._order.batch(number, self._train_batch_size) for row in self.rows_of(item)]
@@ -158,20 +154,18 @@ class BaseTrainer(SavingTrainer):
         return [item]
 
     def begin_of(self, row: int) -> str:
-        """The first words of a row of the data set; empty if they are not known."""
+        """The first words of a row of the data set; empty if not known."""
         return ""
 
     def _message(self, what: str, rows: list[int]) -> str:
-        last = last_checkpoint(self.args.output_dir or "")
-        kept = f"The last whole checkpoint is {last}" if last else "There is no checkpoint yet"
         begin = "; ".join(f"row {row} begins {text!r}" for row in rows[:MOST_QUOTED] if (text := self.begin_of(row)))
         return (
             f"step {self.state.global_step + 1}: {what} with rows {shown(rows)} of the data set"
-            f"{f' ({begin})' if begin else ''}. Nothing of this step was saved. {kept}. {self._way_out()}"
+            f"{f' ({begin})' if begin else ''}. Nothing of this step was saved. {self.last_whole()}. {self._way_out()}"
         )
 
     def _way_out(self) -> str:
-        """What can be done: load another model if the weights of one are not finite, else what helps training."""
+        """What the user can do: load another model if its weights are not finite, else train more gently."""
         for what, model in self.models():
             if name := first_non_finite(model.named_parameters()):
                 return f"{what} has weights that are not finite ({name}): load another one"
@@ -181,15 +175,5 @@ class BaseTrainer(SavingTrainer):
         )
 
     def models(self) -> list[tuple[str, nn.Module]]:
-        """The models that take part, each with its name in messages."""
+        """All models in use, each with its name in messages."""
         return [("The model", self.model)]  # type: ignore[list-item]
-
-
-class _AtBegin(TrainerCallback):
-    """Calls a function when the state of a training is ready, and before its first step."""
-
-    def __init__(self, begin: Callable[[], None]):
-        self.begin = begin
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.begin()

@@ -1,4 +1,4 @@
-"""What scripts with a recipe have in common: a YAML file and `key=value` words in, one line of error, a status out."""
+"""Shared parts of scripts that take a recipe: arguments from YAML and `key=value`, one-line errors, exit statuses."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from csdraft.trainers.stops import FULL, Stopped, unwritable
 __all__ = ["leave_group", "one_line_errors", "recipe_parser", "run_script"]
 
 T = TypeVar("T")
-LETTING_GO = 0.5
-"""Seconds; the thread needs the interpreter for microseconds."""
+GLOO_PAUSE = 0.5
+"""Seconds to wait for gloo's threads."""
 
 
 def run_script(doc: str | None, kind: type[T], work: Callable[[T], int | None]) -> None:
-    """Reads the arguments, does the work, and exits: with 0, what `work` returns, or 1 after a line of error.
+    """Reads the arguments, calls `work`, and exits: with 0, with the status that `work` returns, or with 1 on error.
 
-    Errors that csdraft raises on purpose have no traceback; all others have.
+    Errors that csdraft raises on purpose are printed in one line; all others have a traceback.
 
     Args:
-        doc: of the script; its help.
+        doc: the script's docstring, for its help.
         kind: dataclass of the keys.
-        work: what the script does.
+        work: takes the arguments.
     """
     options = recipe_parser(doc, kind).parse_args()
     with one_line_errors():
@@ -44,23 +44,23 @@ def run_script(doc: str | None, kind: type[T], work: Callable[[T], int | None]) 
 
 
 def leave_group() -> None:
-    """Ends the connections to other processes, of a program that has ended well.
+    """Closes the connections to other processes, at the end of a program.
 
-    A thread of gloo's (torch 2.13) that still holds a tensor of the last exchange aborts the program when Python is
-    gone: it gets the time to let go.
+    A gloo thread (torch 2.13) that still holds a tensor of the last exchange aborts the program when Python exits, so
+    this waits for it a little.
     """
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
-        time.sleep(LETTING_GO)
+        time.sleep(GLOO_PAUSE)
 
 
 @contextmanager
 def one_line_errors(folder: str = "", module: str = "csdraft") -> Iterator[None]:
-    """While entered, an error that the user can put right ends the program with a line and status 1, Ctrl-C with 130.
+    """Inside, an error that the user can fix ends the program with one line and status 1, Ctrl-C with status 130.
 
     Args:
-        folder: that is written to.
-        module: beside csdraft's own, whose ValueErrors and OSErrors are raised on purpose.
+        folder: where the program writes.
+        module: a further module whose ValueErrors and OSErrors are for the user, as csdraft's are.
     """
     try:
         yield
@@ -75,7 +75,7 @@ def one_line_errors(folder: str = "", module: str = "csdraft") -> Iterator[None]
 
 
 def recipe_parser(doc: str | None, kind: type, required: bool = False) -> argparse.ArgumentParser:
-    """Takes `--config` (`required` or not) and `key=value` words; `--help` lists all keys of `kind`."""
+    """A parser of `--config` and `key=value` words, whose `--help` lists all keys of `kind`."""
     parser = argparse.ArgumentParser(
         description=doc, epilog=help_of(kind), formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -85,15 +85,14 @@ def recipe_parser(doc: str | None, kind: type, required: bool = False) -> argpar
 
 
 def _is_ours(error: Exception, other: str) -> bool:
-    """Whether a line of csdraft or of `other` raised it, or the Hub's client, which says what it cannot find."""
+    """Whether csdraft, `other` or the Hub's client (an OSError that says what it cannot find) raised the error."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     module: Any = frame.f_globals.get("__name__", "")
-    ours = module == other or module.startswith("csdraft.")
-    return ours or isinstance(error, Stopped) or type(error) is OSError
+    return module == other or module.startswith("csdraft.") or isinstance(error, Stopped) or type(error) is OSError
 
 
 def _exit(status: int, message: str) -> None:
-    """All processes exit, the first says why, below the line that shows progress if there is one."""
+    """Every process exits; the first prints the message, below the progress line if there is one."""
     if Part.of_environment().rank == 0:
         print(f"{chr(10) if sys.stderr.isatty() else ''}{message}", file=sys.stderr, flush=True)
     sys.exit(status)

@@ -1,19 +1,20 @@
-"""Distils a drafter: a student learns to choose as its target does, and is measured by what it saves the target.
+"""Distils a drafter: a student learns to predict what its target would choose, and is evaluated by drafting for it.
 
-One run: check what can be checked cheaply, load the frozen target, make the student, read the texts, train, save a
-folder that `ModelDrafter` loads. DistillSpec (arXiv 2310.08461) is on-policy data with total variation or KL;
+DistillSpec (arXiv 2310.08461) is on-policy data with total variation or KL;
 sequence-level distillation (arXiv 1606.07947) is cross-entropy on the target's own text.
 """
 
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from csdraft.data.feature_cache import FeatureCache
@@ -31,22 +32,21 @@ from csdraft.trainers.students import load_student_weights, save_student
 __all__ = ["DistillArguments", "DrafterTrainer", "evaluation_of"]
 
 QUOTED = 16
-"""Tokens of a row that messages quote."""
+"""Tokens at the start of a row that messages quote."""
 
 
 class DrafterTrainer(BaseTrainer):
-    """Trains a student on a frozen target's distributions; evaluates by decoding; saves drafters.
+    """Trains a student on a frozen target's distributions, evaluates it by decoding, and saves it as a drafter.
 
     Args:
-        model: the student, which is trained: what `csdraft.trainers.students.make_student` makes. `trainer.model` is
-            this very model.
+        model: the student to train, from `csdraft.trainers.students.make_student`. `trainer.model` is this object.
         args: see `DistillArguments`.
-        data_collator, train_dataset: as `csdraft.trainers.run.make_batches` makes them.
-        eval_dataset: token ids of the prompts that `evaluate` decodes, if there is no `evaluation`.
+        data_collator, train_dataset: from `csdraft.trainers.run.make_batches`.
+        eval_dataset: token ids of the prompts that `evaluate` decodes, if `evaluation` is None.
         processing_class: the tokenizer, which is saved with the student.
-        target: frozen; left as it is.
-        evaluation: what `evaluate` runs; made of `eval_dataset` and `args` if None. With neither, `evaluate` is an
-            error.
+        target: frozen, and not changed.
+        evaluation: what `evaluate` runs; made from `eval_dataset` and `args` if None. Without either, `evaluate`
+            raises an error.
         options: of `transformers.Trainer`.
     """
 
@@ -64,23 +64,23 @@ class DrafterTrainer(BaseTrainer):
         **options: Any,
     ):
         args._setup_devices  # noqa: B018 - counts the GPUs
-        args._n_gpu = min(args._n_gpu, 1)  # one process trains on one: replicas would meet a target elsewhere
+        args._n_gpu = min(args._n_gpu, 1)  # DataParallel's replicas would be on other devices than the target
         cached = train_dataset.cache.taps if with_features(train_dataset) else ()
         self._pair = Distillation(model, target, args.objective, cached)
         options |= {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "data_collator": data_collator}
         super().__init__(self._pair, args, processing_class=processing_class, **options)
         self.model = self.callback_handler.model = model
         self.evaluation = evaluation or evaluation_of(args, eval_dataset, processing_class)
-        if not vars(base_model(model)).get("peft_config"):  # it will be another model than the one it is called
+        if not vars(base_model(model)).get("peft_config"):  # the trained model must not keep the name of its start
             model.config.name_or_path, model.config._commit_hash = args.output_dir, None  # type: ignore[union-attr]
         self._copy = copy.deepcopy(model).to(args.device) if keeps_parts(self) else None
-        self.loss_is_scaled_for_ga = True  # by the number of target tokens of the whole step
+        self.loss_is_scaled_for_ga = True  # by the number of labels of the whole step
         if placed_here(target):
             target.to(args.device)
 
     @property
     def student(self) -> nn.Module:
-        """The same as `model`, whatever the engine does."""
+        """The same as `model`, under every engine."""
         return self._pair.student
 
     @property
@@ -98,11 +98,11 @@ class DrafterTrainer(BaseTrainer):
         texts: Any = self.train_dataset.data  # type: ignore[union-attr]
         return self.processing_class.decode(texts.rows[row]["input_ids"][:QUOTED])  # type: ignore[union-attr]
 
-    # What engines wrap, and keep in checkpoints, is the student with its loss: the loss needs whole parameters.
+    # Engines wrap and checkpoint the student together with its loss: the loss needs whole parameters.
 
     @contextmanager
     def _as_pair(self) -> Iterator[None]:
-        """While entered, `model` is the student with its loss, as transformers' own code must find it."""
+        """Inside, `model` is the student with its loss, for the code of transformers that wraps or saves it."""
         before, self.model = self.model, self._pair
         if self.model_wrapped is before:
             self.model_wrapped = self._pair
@@ -126,7 +126,7 @@ class DrafterTrainer(BaseTrainer):
     def trained(self) -> nn.Module:
         return self.student
 
-    # A step: batches, the number of their target tokens, the loss.
+    # A step: its batches, the number of their labels, the loss.
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -142,32 +142,25 @@ class DrafterTrainer(BaseTrainer):
     ) -> Any:
         total = scored(inputs).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         loss = model(**inputs, total=total)
-        if num_items_in_batch is not None:  # processes' gradients are averaged, their sum is wanted
+        if num_items_in_batch is not None:  # gradients of the processes are averaged, not summed
             loss = loss * self.accelerator.num_processes
         return (loss, {}) if return_outputs else loss
 
     def _rewritten(self, batch: dict[str, Tensor], student: nn.Module) -> dict[str, Tensor]:
-        args, tokenizer = self.args, self.processing_class
-        end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id  # type: ignore[union-attr]
-        keys = (args.seed, self.state.global_step)
-        return rewritten(
-            batch,
-            student,
-            args.on_policy,  # type: ignore[union-attr]
-            keys,
-            args.on_policy_prompt,  # type: ignore[union-attr]
-            args.temperature,  # type: ignore[union-attr]
-            end if pad is None else pad,
-        )
+        args: Any = self.args
+        keys, pad = (args.seed, self.state.global_step), pad_of(self.processing_class)
+        return rewritten(batch, student, args.on_policy, keys, args.on_policy_prompt, args.temperature, pad)
 
     @contextmanager
     def decoding(self) -> Iterator[nn.Module]:
-        """The student, whole and in eval mode, to decode with; global random numbers are left alone.
+        """The student in eval mode, to decode with. Leaves the global random state unchanged.
 
-        Where an engine keeps parts of it on other processes, it is a copy: every process must enter.
+        If an engine shards the student, this is a whole copy of it: every process must enter.
         """
-        student = self._whole_student()
-        training = student.training
+        student, training = self.student, self.student.training
+        if self._copy is not None:
+            copy_whole(self.student, self._copy)
+            student, training = self._copy, self._copy.training
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             student.eval()
@@ -176,48 +169,32 @@ class DrafterTrainer(BaseTrainer):
             finally:
                 student.train(training)
 
-    def _whole_student(self) -> nn.Module:
-        if self._copy is None:
-            return self.student
-        copy_whole(self.student, self._copy)
-        return self._copy
-
     # Evaluation.
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Acceptance and block efficiency on the held-out prompts; see `Evaluation.grade`."""
         if self.evaluation is None:
             raise ValueError("there are no prompts to evaluate on: give eval_prompts=FILE (or evaluation=)")
-        # A target in parts is run by all processes together: each evaluates all prompts, and quotients stay the same.
+        # All processes must run a sharded target together, so each evaluates all prompts: the ratios stay the same.
         part = slice(None) if is_sharded(self.target) else slice(self.args.process_index, None, self.args.world_size)
         with self.decoding() as student:
             sums = self.evaluation.run(self.target, student, part)
-        figures = self.evaluation.grade(self._summed(sums))
+        total: Any = Counter()
+        for other in gather_object([sums]):
+            total.update(other)
+        figures = self.evaluation.grade(total)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _summed(self, sums: dict[str, float]) -> dict[str, float]:
-        """Over the processes; one without prompts has none of the names."""
-        if self.args.world_size == 1:
-            return sums
-        from accelerate.utils import gather_object
-
-        total: dict[str, float] = {}
-        for part in gather_object([sums]):
-            for name, value in part.items():
-                total[name] = total.get(name, 0.0) + value
-        return total
-
-    # Checkpoints hold the student alone, as a folder that loads without this class.
+    # Checkpoints hold the student alone, in a folder that loads without this class.
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if state_dict is not None:
             state_dict = {name.removeprefix("student."): value for name, value in state_dict.items()}
         if self.args.should_save:
-            folder = output_dir or self.args.output_dir
-            save_student(self.student, folder, self.processing_class, state_dict)
+            save_student(self.student, output_dir or self.args.output_dir, self.processing_class, state_dict)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """README.md with the measured acceptance, and provenance.json, in `output_dir`."""
@@ -237,14 +214,14 @@ class DrafterTrainer(BaseTrainer):
 
 
 def with_features(texts: Any) -> bool:
-    """Whether a data set has the target's hidden states, for a head."""
+    """Whether a data set has cached hidden states of the target, for a head."""
     return isinstance(texts, Packed | Padded) and isinstance(texts.cache, FeatureCache)
 
 
 def evaluation_of(
     args: DistillArguments, prompts: Sequence[Sequence[int]] | None, tokenizer: Any
 ) -> Evaluation | None:
-    """What `evaluate` runs on these prompts; None without any."""
+    """The evaluation on these prompts; None without prompts."""
     if prompts is None:
         return None
     if tokenizer is None:
@@ -254,6 +231,6 @@ def evaluation_of(
 
 
 def scored(batch: dict[str, Tensor]) -> Tensor:
-    """Where a batch's labels count: the first token of a decoder-only row is not predicted."""
+    """True where a batch has a label. The first token of a decoder-only row is not predicted."""
     labels = batch["labels"]
     return (labels if "decoder_input_ids" in batch else labels[:, 1:]) != IGNORED

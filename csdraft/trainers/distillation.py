@@ -20,18 +20,16 @@ __all__ = ["Distillation"]
 
 
 class Distillation(nn.Module):
-    """Reads a batch with both models and compares their next-token distributions where a label says so.
+    """Reads a batch with both models and compares their next-token distributions at the labelled positions.
 
-    What is compared, the student's kind says, see `Student.compared`.
-
-    The loss is computed here, inside the wrapped module's forward, so that sharded parameters are there when the heads
-    are applied.
+    `Student.compared` of the student's kind says what is compared. The loss is computed inside the wrapped module's
+    forward, where sharded parameters are whole.
 
     Args:
-        student: trained.
+        student: the model to train.
         target: frozen. Not a submodule: it is neither wrapped, nor optimised, nor saved with the student.
         objective: the mixed loss, applied in chunks of positions.
-        cached_taps: which hidden states of the target a batch holds as `cached`, side by side, for a head; see
+        cached_taps: which hidden states of the target a batch's `cached` holds, concatenated, for a head; see
             `csdraft.data.feature_cache`.
     """
 
@@ -43,7 +41,7 @@ class Distillation(nn.Module):
         self._kind, self._taps = student_of(student), taps_of(base_model(student))
         self._target_logits, self._cached_taps = head_of(target), tuple(cached_taps)
         if not self._taps:
-            head_of(student)  # which is tried here, before an engine wraps the student
+            head_of(student)  # tries it now, before an engine wraps the student
         if cached_taps and (missing := set(self._taps) - set(cached_taps)):
             raise ValueError(
                 f"the cached features are of layers {list(cached_taps[:-1])} and lack {sorted(missing)}, which the "
@@ -56,7 +54,7 @@ class Distillation(nn.Module):
 
     @property
     def config(self):
-        """The student's: DeepSpeed chooses bucket sizes by its width."""
+        """The student's config: DeepSpeed derives bucket sizes from its width."""
         return self.student.config
 
     def activation_checkpointing_enable(self, **options) -> None:
@@ -69,12 +67,11 @@ class Distillation(nn.Module):
         """Sum of the loss over the labelled positions, divided by `total`.
 
         Args:
-            labels: (rows, length) the token itself where its prediction counts, else `IGNORED`, see
-                `Student.compared`.
+            labels: (rows, length) token ids where the prediction counts, else `IGNORED`; see `Student.compared`.
             total: labelled positions of the whole step, over micro-batches and processes.
-            cached: (rows, length, 2 k) the target's top-k log-probabilities and ids, instead of its forward; see
-                `csdraft.data.target_cache`.
-            inputs: `input_ids` and `position_ids`, (rows, length); of an encoder-decoder `input_ids`,
+            cached: (rows, length, 2 k) the target's top-k log-probabilities and ids, which replace its forward, see
+                `csdraft.data.target_cache`; or (rows, length, taps x width) its hidden states, see `cached_taps`.
+            inputs: `input_ids` and `position_ids`, (rows, length); for an encoder-decoder `input_ids`,
                 `attention_mask` and `decoder_input_ids`.
         """
         if cached is not None and self._cached_taps:
@@ -86,7 +83,7 @@ class Distillation(nn.Module):
             hidden, states, target_logits = cached, {}, partial(dense, vocab=vocab)
         else:
             place, target_logits = self.target.device, self._target_logits
-            with torch.no_grad():  # not inference_mode: the loss's backward may keep these
+            with torch.no_grad():  # not inference_mode: the loss's backward may need these
                 there = {name: value.to(place) for name, value in inputs.items()}  # type: ignore[arg-type]
                 hidden, states = states_of(self.target, self._taps, **there)
         loss = torch.zeros((), device=labels.device)

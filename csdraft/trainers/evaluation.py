@@ -1,9 +1,10 @@
-"""What a drafter is worth to its target, on held-out prompts: acceptance and block efficiency, by decoding."""
+"""Evaluates a drafter by decoding held-out prompts with its target: acceptance and block efficiency."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from csdraft.decoding.feature_session import FeatureModel
 from csdraft.drafters.model import ModelDrafter
 from csdraft.metrics.intervals import bootstrap_ratio
-from csdraft.metrics.measures import expected_acceptance, greedy_agreement, tokens_per_call
+from csdraft.metrics.measures import expected_acceptance, greedy_agreement
 from csdraft.models import base_model
 from csdraft.reports.report import Report
 from csdraft.schedules.fixed import Fixed
@@ -21,19 +22,19 @@ from csdraft.schedules.fixed import Fixed
 __all__ = ["FRESH", "Evaluation", "check_figure", "ends_of", "left_padded", "pad_of", "seed_of", "up_to_end"]
 
 FRESH: dict[str, Any] = {"reuse": False, "graphs": False}
-"""Options of `generate` for models that are trained: nothing is kept of them between calls."""
+"""Options of `generate` for models in training: nothing about them is kept between calls."""
 
 
 @dataclass
 class Evaluation:
-    """Lets target and drafter decode some prompts together, at temperature 0 and at `temperature`.
+    """Decodes prompts with target and drafter together, at temperature 0 and at `temperature`.
 
-    The texts do not depend on the drafter: they are written once, by the first sitting, and later sittings
-    compare the two models' distributions along them.
+    The texts do not depend on the drafter. The first run writes them; later runs compare the two models'
+    distributions along the same texts.
 
     Args:
         prompts: token ids of each.
-        pad: token id for filling up.
+        pad: padding token id.
         depth: drafted tokens a round; a fixed number, so that block efficiency depends on acceptance alone.
         new_tokens: of each text.
         temperature: of the sampled texts.
@@ -49,22 +50,20 @@ class Evaluation:
     _written: dict[tuple[bool, int], Tensor] = field(default_factory=dict, repr=False)
 
     @torch.no_grad()
-    def run(self, target: Any, student: nn.Module, part: slice = slice(None)) -> dict[str, float]:
-        """Sums over the prompts of `part`, so that the sittings of several processes add up; see `grade`."""
-        sums: dict[str, float] = {}
+    def run(self, target: Any, student: nn.Module, part: slice = slice(None)) -> Counter[str]:
+        """Sums over the prompts of `part`, which can be added over several processes; see `grade`."""
+        sums: Any = Counter()
         places = range(len(self.prompts))[part]
         for number, prompts in self._batches(part):
             for sampled in (False, True):
                 report, texts = self._decode(target, student, prompts, sampled)
                 kind = "sampled" if sampled else "greedy"
-                _add(sums, f"{kind}_emitted", report.emitted)
-                _add(sums, f"{kind}_rounds", report.rounds)
                 for place, lengths in zip(places[number:], report.lengths, strict=False):
-                    _add(sums, f"{kind}_emitted_by_{place}", sum(lengths))
-                    _add(sums, f"{kind}_rounds_by_{place}", len(lengths))
+                    sums[f"{kind}_emitted_by_{place}"] += sum(lengths)
+                    sums[f"{kind}_rounds_by_{place}"] += len(lengths)
                 for depth, (tried, accepted) in enumerate(report.target.by_depth[: self.depth], 1):
-                    _add(sums, f"{kind}_accepted_{depth}", accepted)
-                    _add(sums, f"{kind}_tried_{depth}", tried)
+                    sums[f"{kind}_accepted_{depth}"] += accepted
+                    sums[f"{kind}_tried_{depth}"] += tried
                 texts = self._written.setdefault((sampled, number), texts)
                 self._compare(sums, target, student, prompts, texts, sampled)
         return sums
@@ -85,10 +84,8 @@ class Evaluation:
 
     def _decode(self, target: Any, student: nn.Module, prompts: Any, sampled: bool) -> tuple[Report, Tensor]:
         """The report of the decoding, and the texts, (rows, prompt + new)."""
-        inputs = left_padded(prompts, self.pad, target.device)
-        how = {"temperature": self.temperature, "top_k": 0, "top_p": 1.0} if sampled else {}
         output = target.generate(
-            **inputs,
+            **left_padded(prompts, self.pad, target.device),
             assistant=ModelDrafter(student),  # type: ignore[arg-type]
             schedule=Fixed(self.depth),
             row_seeds=[seed_of(prompt) for prompt in prompts],
@@ -97,59 +94,50 @@ class Evaluation:
             return_dict_in_generate=True,
             pad_token_id=self.pad,
             **FRESH,
-            **how,
+            **({"temperature": self.temperature, "top_k": 0, "top_p": 1.0} if sampled else {}),
         )
         return output.report, output.sequences
 
     def _compare(
-        self, sums: dict[str, float], target: Any, student: Any, prompts: Any, texts: Tensor, sampled: bool
+        self, sums: Counter[str], target: Any, student: Any, prompts: Any, texts: Tensor, sampled: bool
     ) -> None:
-        """Adds what both models say along the target's text: overlap where it was sampled, agreement where greedy."""
+        """Compares both models along the target's texts: their overlap if sampled, their agreement if greedy."""
         if target.config.is_encoder_decoder:
             inputs = left_padded(prompts, self.pad, target.device) | {"decoder_input_ids": texts[:, :-1]}
             width = 1
         else:
             width = max(map(len, prompts))
-            mask = torch.ones_like(texts)
+            mask = torch.ones_like(texts)  # (rows, prompt + new)
             mask[:, :width] = left_padded(prompts, self.pad, texts.device)["attention_mask"]
             positions = (mask.cumsum(1) - 1).clamp(min=0)
             inputs = {"input_ids": texts, "attention_mask": mask, "position_ids": positions}
-        written = torch.zeros_like(texts[:, 1:], dtype=torch.bool)
+        written = torch.zeros_like(texts[:, 1:], dtype=torch.bool)  # (rows, prompt + new - 1), True at new tokens
         written[:, width - 1 :] = up_to_end(texts[:, width:], ends_of(target))
-        drafted, wanted = (
+        drafted, wanted = (  # (tokens, vocab) each
             logits[:, : written.shape[1]].to(written.device)[written] for logits in _logits(student, target, inputs)
         )
         if not sampled:
-            _add(sums, "compared_greedy", len(wanted))
-            _add(sums, "agreed", greedy_agreement(drafted, wanted).sum().item())
+            sums["compared_greedy"] += len(wanted)
+            sums["agreed"] += int(greedy_agreement(drafted, wanted).sum())
             return
-        overlap = expected_acceptance(drafted, wanted, self.temperature)
-        places = written.cumsum(-1)[written]  # of each token in its text, the first new one is 1
+        overlap = expected_acceptance(drafted, wanted, self.temperature)  # (tokens,)
+        places = written.cumsum(-1)[written]  # (tokens,) the place of each in its text, from 1
         for first in _starts(self.new_tokens):
             here = (first <= places) & (places < 2 * first)
-            _add(sums, f"overlap_from_{first}", overlap[here].sum().item())
-            _add(sums, f"compared_from_{first}", here.sum().item())
+            sums[f"overlap_from_{first}"] += overlap[here].sum().item()
+            sums[f"compared_from_{first}"] += int(here.sum())
 
-    @staticmethod
-    def _intervals(sums: dict[str, float]) -> dict[str, float]:
-        """95 % intervals of block efficiency: prompts are drawn with replacement."""
-        figures: dict[str, float] = {}
-        for kind, name in (("greedy", "block_efficiency"), ("sampled", "block_efficiency_sampled")):
-            emitted, rounds = (_of_prompts(sums, f"{kind}_{what}") for what in ("emitted", "rounds"))
-            _, figures[f"{name}_low"], figures[f"{name}_high"] = bootstrap_ratio(emitted, rounds)
-        return figures | {"prompts": len(_of_prompts(sums, "greedy_rounds"))}
-
-    def grade(self, sums: dict[str, float]) -> dict[str, float]:
+    def grade(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Figures from sums.
 
         Returns:
             acceptance: mean of `csdraft.metrics.measures.expected_acceptance` along sampled texts;
-            acceptance_from_<n>: the same of each text's new tokens n to 2 n - 1, the first is 1;
+            acceptance_from_<n>: the same over each text's new tokens n to 2 n - 1, counted from 1;
             agreement: share of equal greedy choices along greedy texts;
             block_efficiency, block_efficiency_sampled: tokens a call of the target, at temperature 0 and at
-                `temperature`; with `_low` and `_high` behind their names, the 95 % intervals over prompts;
+                `temperature`; with `_low` and `_high` appended, the 95 % bootstrap intervals over prompts;
             prompts: how many there were;
-            accepted_<n>: how often the n-th drafted token was kept, given that those before it were, greedy.
+            accepted_<n>: how often the n-th drafted token was kept when those before it were, greedy.
         """
         compared = {first: sums[f"compared_from_{first}"] for first in _starts(self.new_tokens)}
         ranges = {first: count for first, count in compared.items() if count}
@@ -157,10 +145,11 @@ class Evaluation:
         figures = {
             "acceptance": sum(overlaps.values()) / sum(ranges.values()),
             "agreement": sums["agreed"] / sums["compared_greedy"],
-            "block_efficiency": tokens_per_call([sums["greedy_emitted"]], [sums["greedy_rounds"]]),
-            "block_efficiency_sampled": tokens_per_call([sums["sampled_emitted"]], [sums["sampled_rounds"]]),
         }
-        figures |= self._intervals(sums)
+        for kind, name in (("greedy", "block_efficiency"), ("sampled", "block_efficiency_sampled")):
+            emitted, rounds = (_of_prompts(sums, f"{kind}_{what}") for what in ("emitted", "rounds"))
+            figures[name], figures[f"{name}_low"], figures[f"{name}_high"] = bootstrap_ratio(emitted, rounds)
+            figures["prompts"] = len(rounds)
         figures |= {f"acceptance_from_{first}": overlaps[first] / ranges[first] for first in ranges}
         for depth in range(1, self.depth + 1):
             if tried := sums.get(f"greedy_tried_{depth}"):
@@ -169,7 +158,7 @@ class Evaluation:
 
 
 def _logits(student: Any, target: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """(rows, length, vocab) what student and target say along texts; a head reads the target's features."""
+    """(rows, length, vocab) logits of student and target along texts; a head reads the target's features."""
     there = {key: value.to(target.device) for key, value in inputs.items()}
     head = base_model(student)
     if not isinstance(head, FeatureModel):
@@ -181,13 +170,13 @@ def _logits(student: Any, target: Any, inputs: dict[str, Tensor]) -> tuple[Tenso
     return head.along(states, ids, positions, mask), read.logits
 
 
-def _of_prompts(sums: dict[str, float], name: str) -> list[float]:
-    """The sums of each prompt by its place."""
+def _of_prompts(sums: Mapping[str, float], name: str) -> list[float]:
+    """(prompts,) one sum of each prompt."""
     return [value for key, value in sorted(sums.items()) if key.startswith(f"{name}_by_")]
 
 
 def check_figure(name: str, depth: int, new_tokens: int) -> None:
-    """Raises ValueError if no evaluation of this depth and length has such a figure; see `Evaluation.grade`."""
+    """Raises ValueError if an evaluation of this depth and length has no such figure; see `Evaluation.grade`."""
     known = ["block_efficiency", "block_efficiency_sampled", "acceptance", "agreement"]
     counted = [f"accepted_{n}" for n in range(1, depth + 1)] + [f"acceptance_from_{n}" for n in _starts(new_tokens)]
     if name not in [*known, *counted]:
@@ -198,7 +187,7 @@ def check_figure(name: str, depth: int, new_tokens: int) -> None:
 
 
 def pad_of(tokenizer: Any) -> int:
-    """The token that short rows are filled up with."""
+    """The padding token; the end token if the tokenizer has none."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
@@ -211,26 +200,22 @@ def left_padded(texts: Sequence[Sequence[int]], pad: int, device: Any) -> dict[s
 
 
 def ends_of(model: Any) -> list[int]:
-    """The ids at which the model's texts end."""
+    """The model's end tokens."""
     ends = model.generation_config.eos_token_id
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
 def up_to_end(tokens: Tensor, ends: Sequence[int]) -> Tensor:
-    """(..., length) whether a token stands before or at the first end of its text."""
+    """(..., length) True up to the first end token of each text, that token included."""
     ended = torch.isin(tokens, torch.tensor(ends, dtype=tokens.dtype, device=tokens.device))
     return ended.cumsum(-1) - ended.int() == 0
 
 
 def seed_of(tokens: Sequence[int], *keys: int) -> int:
-    """A seed that depends on the text and on some numbers, and on nothing else."""
+    """A seed that depends on the text and these numbers only."""
     return zlib.crc32(repr((list(tokens), keys)).encode())
 
 
 def _starts(new_tokens: int) -> list[int]:
-    """1, 2, 4, ...: where ranges of places begin that are twice as long each."""
+    """1, 2, 4, ...: the first places of ranges, each twice as long as the one before."""
     return [1 << power for power in range(new_tokens.bit_length())]
-
-
-def _add(sums: dict[str, float], name: str, value: float) -> None:
-    sums[name] = sums.get(name, 0.0) + value

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and the end of its launcher end a training run after its step, with a checkpoint to resume from."""
+"""Ctrl-C, SIGTERM or the end of its launcher stop a training after the current step, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ __all__ = ["Interrupt"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ECHO = 3.0
-"""Seconds in which another signal is the same one: a scheduler sends it to all, and the launcher passes it on."""
-_parent = [os.getppid()]
-"""The process that has started this one, as its modules are imported or as it is forked (by notebook_launcher)."""
-os.register_at_fork(after_in_child=lambda: _parent.__setitem__(0, os.getppid()))
-OF_LAUNCHERS = ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")
+"""Seconds in which a second signal counts as the same: schedulers signal all processes, and launchers pass it on."""
+LAUNCHER_VARIABLES = ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")
 """Variables that torchrun or accelerate set for the processes that they start."""
+_parent = [os.getppid()]
+"""The process that started this one, or forked it (notebook_launcher)."""
+os.register_at_fork(after_in_child=lambda: _parent.__setitem__(0, os.getppid()))
 
 
 class Interrupt(TrainerCallback):
-    """Turns the first signal into "save and stop"; a second one acts as it always did.
+    """Turns the first signal into "save and stop"; a second one has its usual effect.
 
     accelerate's launcher for one process does not pass signals on: it ends, and its child continues without it. So a
-    process whose launcher has gone stops as after SIGTERM. One that a shell has started continues, as nohup wants it.
+    process whose launcher has ended stops as after SIGTERM. A process started by a shell continues, for nohup.
 
     Attributes:
         number: of the signal; 0 if there was none.
@@ -48,7 +48,7 @@ class Interrupt(TrainerCallback):
 
     @property
     def status(self) -> int:
-        """With which a program exits that a signal has ended: 143 for SIGTERM, 130 for Ctrl-C; 0 without a signal."""
+        """The exit status after a signal: 143 for SIGTERM, 130 for Ctrl-C; 0 without a signal."""
         return 128 + self.number if self.number else 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -73,7 +73,7 @@ class Interrupt(TrainerCallback):
             asked = torch.tensor(self.number, device=args.device)
             distributed.all_reduce(asked, distributed.ReduceOp.MAX)
             if asked and not self.number:
-                self._since = time.monotonic()  # its own signal may still be on the way
+                self._since = time.monotonic()  # this process's own signal may come a little later
             self.number = int(asked)
         if self.stopped:
             control.should_save = control.should_training_stop = True
@@ -82,12 +82,12 @@ class Interrupt(TrainerCallback):
         self.restore()
 
     def restore(self) -> None:
-        """Gives the signals back to the handlers that they had before."""
+        """Gives the signals back to their earlier handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
 
 
 def launcher_has_gone() -> bool:
-    """Whether a launcher has started this process and ended before it."""
-    return os.getppid() != _parent[0] and any(name in os.environ for name in OF_LAUNCHERS)
+    """Whether the launcher that started this process has ended."""
+    return os.getppid() != _parent[0] and any(name in os.environ for name in LAUNCHER_VARIABLES)

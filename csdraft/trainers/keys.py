@@ -1,4 +1,4 @@
-"""The keys of a recipe as help and as a table: both come from the fields of its dataclass."""
+"""The keys of a recipe, as a script's help and as a table, from the fields of the recipe's dataclass."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from csdraft.trainers.run_arguments import RunArguments
 __all__ = ["Key", "help_of", "keys_of", "markdown"]
 
 WIDTH, COLUMN = 110, 28
-"""Characters of a line of help, and where its meaning begins."""
+"""Width of the help, and the column where meanings begin."""
 
 
 class Key(NamedTuple):
     """One key.
 
     Attributes:
-        default: as it is written in YAML; empty if the key is required.
-        inherited: whether it is one of `transformers.TrainingArguments`, unchanged.
+        default: in YAML; empty if the key is required.
+        inherited: whether it comes unchanged from `transformers.TrainingArguments`.
     """
 
     name: str
@@ -31,19 +31,20 @@ class Key(NamedTuple):
 
 
 def keys_of(kind: type) -> list[Key]:
-    """All keys of a dataclass: its own, those of all trainings, those of transformers.
+    """All keys of a dataclass: first its own, then those of all trainings, then those of transformers.
 
     Raises:
-        ValueError: a field does not say what it means (`metadata={"help": ...}`).
+        ValueError: a field has no `metadata={"help": ...}`.
     """
-    plain = {field.name: field for field in fields(TrainingArguments)}
+    plain = {field.name: field.metadata for field in fields(TrainingArguments)}
     found = []
-    for field in (field for field in fields(kind) if field.init):
+    for field in fields(kind):
+        if not field.init:
+            continue
         if not field.metadata.get("help"):
             raise ValueError(f"{kind.__name__}.{field.name} has no help: give its field metadata={{'help': ...}}")
-        inherited = field.name in plain and field.metadata == plain[field.name].metadata
-        meaning = " ".join(field.metadata["help"].split()).replace("%%", "%")  # argparse's way to write it
-        found.append(Key(field.name, _default(field), meaning, inherited))
+        meaning = " ".join(field.metadata["help"].split()).replace("%%", "%")  # argparse's escape
+        found.append(Key(field.name, _default(field), meaning, plain.get(field.name) == field.metadata))
     common = {field.name for field in fields(RunArguments)}
     return sorted(found, key=lambda key: (key.inherited, key.name in common))
 
@@ -66,23 +67,23 @@ def _yaml(value: Any) -> str:
 
 def help_of(kind: type) -> str:
     """The end of a script's `--help`: every key with its meaning and its default."""
-    keys = keys_of(kind)
-    groups = {
-        "keys (default in brackets):": [key for key in keys if not key.inherited],
-        "keys of transformers.TrainingArguments:": [key for key in keys if key.inherited],
-    }
-    return "\n\n".join("\n".join([title, *map(_line, group)]) for title, group in groups.items() if group)
+    titles = ("keys (default in brackets):", "keys of transformers.TrainingArguments:")
+    groups = [[_line(key) for key in keys_of(kind) if key.inherited == inherited] for inherited in (False, True)]
+    return "\n\n".join("\n".join([title, *lines]) for title, lines in zip(titles, groups, strict=True) if lines)
 
 
 def _line(key: Key) -> str:
+    """A key's name, and its meaning and default in the second column."""
     text = f"{key.help} [{key.default}]" if key.default else key.help
-    lines = textwrap.wrap(text, WIDTH - COLUMN, break_long_words=False, break_on_hyphens=False)
-    name = f"  {key.name}".ljust(COLUMN - 1)
-    first = [f"{name} {lines[0]}"] if len(name) < COLUMN else [name, " " * COLUMN + lines[0]]
-    return "\n".join([*first, *(" " * COLUMN + line for line in lines[1:])])
+    indent = " " * COLUMN
+    meaning = textwrap.fill(
+        text, WIDTH, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+    name = f"  {key.name}"
+    return name + meaning[len(name) :] if len(name) < COLUMN else f"{name}\n{meaning}"
 
 
 def markdown(kind: type) -> str:
-    """The keys that are not those of transformers, as a table."""
+    """The keys that do not come from transformers, as a table."""
     rows = [f"| `{key.name}` | `{key.default}` | {key.help} |" for key in keys_of(kind) if not key.inherited]
     return "\n".join(["| key | default | meaning |", "|---|---|---|", *(row.replace("`` |", " |") for row in rows)])

@@ -1,82 +1,45 @@
-"""Only one run writes to a folder: the first process of a run holds a lock of the operating system on it."""
+"""Only one run writes to a folder: the first process of a run holds a file lock on it."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from csdraft.data.shards import Part
 
 __all__ = ["only_run"]
 
 LOCK = "_lock"
-"""In the run's folder. transformers does not upload files whose names begin with _."""
-HELD: set[Path] = set()
-"""Folders that this process has locked."""
+"""The lock's file in the run's folder. transformers does not upload files whose names begin with _."""
 
 
 @contextmanager
 def only_run(folder: str | None) -> Iterator[None]:
-    """While entered, no other process can enter for this folder. The system frees it if this process is killed.
+    """Keeps other runs out of a folder while this block runs. The system frees the lock of a killed process.
 
-    Does nothing on other processes than the first of a run, in a folder that cannot be written, on file systems
-    without locks, and on Windows.
+    Does nothing on other processes than the first of a run, and in folders that cannot be written or locked.
 
     Raises:
-        ValueError: another run is writing there.
+        ValueError: another run is writing to the folder.
     """
-    path = Path(folder or "").resolve()
-    if path in HELD or Part.of_environment().rank != 0 or importlib.util.find_spec("fcntl") is None:
-        yield
-        return
-    lock = _locked(path)
-    if lock is None:
-        yield
-        return
-    HELD.add(path)
-    try:
-        yield
-    finally:
-        HELD.discard(path)
-        (path / LOCK).unlink(missing_ok=True)  # while it is still locked: see `_locked`
-        os.close(lock)
-
-
-def _locked(folder: Path) -> int | None:
-    """The descriptor of the locked file, with this process's number in it; None where that cannot be done."""
-    import fcntl
-
-    while True:
+    file = Path(folder or "").resolve() / LOCK
+    with ExitStack() as stack:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError:
-            return None  # `check_writable` says why
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            process = os.read(lock, 100).decode(errors="replace").strip()
-            os.close(lock)
+            if Part.of_environment().rank == 0:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(FileLock(file, blocking=False))
+                stack.callback(file.unlink, missing_ok=True)  # before it is unlocked
+                file.write_text(str(os.getpid()), encoding="utf-8")
+        except Timeout:
+            process = file.read_text(encoding="utf-8").strip()
             raise ValueError(
-                f"another run{f' (process {process})' if process else ''} is writing to {folder}: wait for it, "
+                f"another run{f' (process {process})' if process else ''} is writing to {file.parent}: wait for it, "
                 "end it, or give another output_dir"
             ) from None
-        except OSError:  # the file system has no locks
-            os.close(lock)
-            return None
-        if _is_there(lock, folder / LOCK):
-            os.ftruncate(lock, 0)
-            os.write(lock, str(os.getpid()).encode())
-            return lock
-        os.close(lock)  # a run that has just ended has removed the file
-
-
-def _is_there(lock: int, path: Path) -> bool:
-    """Whether the open file is still the one of this name."""
-    try:
-        return os.path.samestat(os.fstat(lock), path.stat())
-    except FileNotFoundError:
-        return False
+        except (OSError, NotImplementedError):
+            pass  # no lock here; `check_writable` says why
+        yield

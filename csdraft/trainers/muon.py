@@ -1,6 +1,6 @@
-"""Muon for the weight matrices, AdamW for the rest: about half the tokens of AdamW alone on small models from scratch.
+"""Muon for the weight matrices, AdamW for the rest: small models from scratch need about half the tokens of AdamW.
 
-Muon: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; its step scaled to AdamW's as in arXiv 2502.16982.
+Muon: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; its step is scaled to AdamW's, arXiv 2502.16982.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ __all__ = ["MuonAdamW"]
 
 
 class MuonAdamW(Optimizer):
-    """Two optimisers behind one rate: embeddings, output layers and norms go to AdamW, without weight decay."""
+    """Two optimisers with one learning rate. AdamW takes embeddings, output layers and norms, without weight decay."""
 
     def __init__(self, model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float]):
         known = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -40,15 +40,15 @@ class MuonAdamW(Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
-        self.param_groups = self._groups()  # loading replaces the groups; the rate schedule must see the new ones
+        self.param_groups = self._groups()  # loading has replaced the groups; the learning rate is set in these
 
 
 def output_layers(model: Any) -> Iterator[nn.Parameter]:
-    """The weights that make logits: a model's output layer, or a head's, which may have one for each drafted token."""
+    """The weights that compute logits. A head may have one output layer for each drafted token."""
     found = getattr(model, "get_output_embeddings", lambda: None)()
     if found is not None:
         yield found.weight
-    for name, weight in model.named_parameters():
-        ours = "d2t" in model._buffers and ("head" in name or "output" in name)
-        if ours and weight.ndim == 2 and len(weight) == len(model.d2t):
-            yield weight
+    if "d2t" in model._buffers:  # a head
+        for name, weight in model.named_parameters():
+            if ("head" in name or "output" in name) and weight.ndim == 2 and len(weight) == len(model.d2t):
+                yield weight

@@ -1,8 +1,8 @@
-"""What training minimises: losses mixed by weight, computed a chunk of positions at a time.
+"""What training minimises: a weighted sum of losses, computed in chunks of positions.
 
-At a vocabulary of 150k the logits of a 4k context take 2.5 GB in float32, a loss needs several such tensors, and a
-backward needs them all at once. So the models hand over their last hidden states, and heads, losses and their backward
-run chunk by chunk; logits exist of one chunk only, and are computed again when the backward comes to it.
+With a vocabulary of 150k, the logits of a 4k context take 2.5 GB in float32. A loss needs several such tensors, and a
+backward pass needs them all at once. So the models return their last hidden states, and heads, losses and their
+backward run chunk by chunk. Logits exist for one chunk only; the backward pass computes them again.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import importlib
 import inspect
 import math
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -32,7 +32,7 @@ ToLogits = Callable[[Tensor], Tensor]
 
 
 def losses() -> list[str]:
-    """The names of the losses: those of the files of csdraft/losses."""
+    """The names of the losses, which are the files of csdraft/losses."""
     names = (module.name for module in pkgutil.iter_modules(csdraft.losses.__path__))
     return sorted(name for name in names if not name.startswith("_"))
 
@@ -42,16 +42,16 @@ class Objective:
     """A weighted sum of losses between a student's and a target's next-token distributions.
 
     Args:
-        losses: weights by name, as in `{"forward_kl": 1.0, "cross_entropy": 0.1}`; a loss with options is written
-            `{"jsd": {"weight": 1.0, "beta": 0.5}}`, its weight 1 if not said.
+        losses: name -> weight, as in `{"forward_kl": 1.0, "cross_entropy": 0.1}`. A loss with options is written
+            `{"jsd": {"weight": 1.0, "beta": 0.5}}`; its weight is 1 by default.
         student_temperature: divides the student's logits; losses are not multiplied by its square.
         target_temperature: divides the target's logits. Distil at the temperature at which drafts will be used
             (Temperature-KD, arXiv 2410.10141).
-        chunk: positions whose logits are held at once, see `peak_bytes`. On a CPU 128 to 512 measured as fast as whole
-            batches, whose heads run once a step and not twice.
+        chunk: positions whose logits are held at once, see `peak_bytes`. On a CPU, 128 to 512 were as fast as whole
+            batches, although heads then run twice a step.
 
     Raises:
-        ValueError: for an unknown loss or option, and for a value that makes no sense.
+        ValueError: a loss or option is unknown, or a value is invalid.
     """
 
     losses: Mapping[str, float | Mapping[str, Any]]
@@ -61,20 +61,20 @@ class Objective:
 
     def __post_init__(self) -> None:
         if not isinstance(self.losses, Mapping) or not self.losses:
-            raise ValueError(f"losses={self.losses!r} must give a weight to each of some of: {', '.join(losses())}")
+            raise ValueError(f"losses={self.losses!r} must give weights to one or more of: {', '.join(losses())}")
         for name in ("student_temperature", "target_temperature"):
             _check_positive(name, getattr(self, name), "a number above 0")
         if not isinstance(self.chunk, int) or self.chunk < 1:
             raise ValueError(f"chunk={self.chunk!r} must be a number of positions, 1 or more")
-        for name, (_, loss) in zip(self.losses, self.terms, strict=True):  # options that the loss itself refuses
+        for name, (_, loss) in zip(self.losses, self.terms, strict=True):  # the loss itself may refuse an option
             try:
                 loss(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, dtype=torch.long))
             except TypeError as error:
-                raise ValueError(f"{name}={self.losses[name]!r} has an option of the wrong kind: {error}") from error
+                raise ValueError(f"{name}={self.losses[name]!r} has an option of the wrong type: {error}") from error
 
     @cached_property
     def terms(self) -> list[tuple[float, Callable[[Tensor, Tensor, Tensor], Tensor]]]:
-        """Weight and function of each loss, its options filled in."""
+        """The weight of each loss, and its function with the options filled in."""
         return [_term(name, entry) for name, entry in self.losses.items()]
 
     def total(
@@ -85,36 +85,36 @@ class Objective:
         student_head: ToLogits,
         target_head: ToLogits,
     ) -> Tensor:
-        """Sum of the loss over all positions given, so give those only that count. No gradient goes to the target.
+        """Sum of the loss over the positions. No gradient goes to the target.
 
-        With several processes all must call it together, as often: they agree on the number of chunks, because the
-        heads may be sharded, and then each call of one is a call of all.
+        All processes must call it together and equally often. They agree on the number of chunks, because heads may
+        be sharded: then all processes must call them together.
 
         Args:
             student_hidden: (positions, width) hidden states that the student's head reads.
-            target_hidden: (positions, width of the target) likewise.
+            target_hidden: (positions, width of the target) hidden states that the target's head reads.
             labels: (positions,) int64, the next token at each.
-            student_head: see `head_of`; must be a module's own call, not a product with its weight.
-            target_head: likewise. Where the two vocabularies differ by padding, the wider is cut.
+            student_head: see `head_of`; it must call the module, not multiply with its weight.
+            target_head: likewise. If the two vocabularies differ by padding, the wider one is cut.
 
         Returns:
-            () float32; of no positions it is 0, with gradients that are 0.
+            () float32; without positions it is 0, and its gradients too.
         """
         count = self._agreed_chunks(len(labels), labels.device)
         once = count == 1 or not torch.is_grad_enabled()
-        heads = student_head, target_head
         parts = []
-        for rows in _slices(len(labels), count):
-            of = student_hidden[rows], target_hidden[rows], labels[rows], *heads
-            parts.append(self._sum(*of) if once else checkpoint(self._sum, *of, use_reentrant=False))
+        chunks = (tensor.tensor_split(count) for tensor in (student_hidden, target_hidden, labels))
+        for student, target, wanted in zip(*chunks, strict=True):
+            inputs = student, target, wanted, student_head, target_head
+            parts.append(self._sum(*inputs) if once else checkpoint(self._sum, *inputs, use_reentrant=False))
         return torch.stack(parts).sum()
 
     def peak_bytes(self, vocab: int) -> int:
-        """The most that logits, losses and their backward take at once, whatever the number of positions.
+        """The most bytes that logits, losses and their backward pass take at once, for any number of positions.
 
-        16 x (2 + number of losses) x chunk x vocab: of each loss up to four float32 tensors wait for its backward, and
-        there are up to eight more, the logits among them; one loss but `jsd` needs two thirds. What else a head does
-        (Gemma 2's soft cap) and the gradient of its weight come on top.
+        16 x (2 + number of losses) x chunk x vocab: each loss keeps up to four float32 tensors for its backward pass,
+        and up to eight more exist, logits among them. A single loss other than `jsd` needs two thirds of that. Extra
+        steps of a head (Gemma 2's soft cap) and the gradient of its weight are not counted.
 
         Args:
             vocab: tokens.
@@ -124,12 +124,12 @@ class Objective:
     def _sum(
         self, student: Tensor, target: Tensor, labels: Tensor, student_head: ToLogits, target_head: ToLogits
     ) -> Tensor:
-        """Sum over one chunk; the first two are hidden states."""
+        """Sum over one chunk; `student` and `target` are hidden states, (positions, width)."""
         with torch.no_grad():
             target = target_head(target)
         student = student_head(student)
         width = min(student.shape[-1], target.shape[-1])
-        student = _tempered(student[:, :width], self.student_temperature)
+        student = _tempered(student[:, :width], self.student_temperature)  # (positions, vocab)
         target = _tempered(target[:, :width].to(student.device), self.target_temperature)
         return torch.stack([weight * loss(student, target, labels).sum() for weight, loss in self.terms]).sum()
 
@@ -141,12 +141,6 @@ class Objective:
             dist.all_reduce(most, dist.ReduceOp.MAX)
             count = int(most)
         return count
-
-
-def _slices(positions: int, count: int) -> Iterator[slice]:
-    """`count` runs of about equal length, empty ones at the end where there are too few positions."""
-    size = math.ceil(positions / count)
-    return (slice(i * size, (i + 1) * size) for i in range(count))
 
 
 def _tempered(logits: Tensor, temperature: float) -> Tensor:

@@ -1,34 +1,35 @@
-"""Which options of a run may change when it is resumed, and why; all others are part of what the run is."""
+"""Which options may change when a run is resumed, and why. All others must stay the same."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from typing import Any
 
 from transformers import TrainingArguments
 
 from csdraft.data.changes import check_unchanged, plain
-from csdraft.trainers.engines import uses
+from csdraft.trainers.engines import chosen_engine
 
 __all__ = ["EVALUATION", "check_options", "options_of"]
 
 FREE = {
-    "Where results go, and what is told on the way: no weight depends on it.": """
+    "Where results go and what is logged: no weight depends on it.": """
         output_dir logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level
         log_level_replica disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id
         trackio_static_space_id include_num_input_tokens_seen skip_memory_metrics debug license
         push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision""",
-    "How long the run is: it may be made longer, or end sooner. The learning rate follows the new length.": """
+    "How long the run is: the learning rate follows the new length.": """
         max_steps num_train_epochs""",
-    "When a checkpoint is saved, how many are kept, and where the run continues from.": """
+    "When checkpoints are saved, how many are kept, and where the run continues from.": """
         save_strategy save_steps save_only_model save_on_each_node save_total_limit enable_jit_checkpoint
         resume_from_checkpoint restore_callback_states_from_checkpoint""",
-    "How it is evaluated: figures of other prompts are not compared with those before, see `EVALUATION`.": """
+    "How it is evaluated: figures on other prompts are not compared with earlier ones, see `EVALUATION`.": """
         eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size eval_accumulation_steps
         eval_do_concat_batches eval_use_gather_object prediction_loss_only include_for_metrics batch_eval_metrics
         bf16_full_eval fp16_full_eval load_best_model_at_end metric_for_best_model greater_is_better eval_prompts
         do_train do_eval do_predict eval_split eval_limit eval_depth eval_new_tokens eval_blocks""",
-    "Which devices do the work, and how they save memory: results are the same but for rounding.": """
+    "Which devices do the work, and how memory is saved: results are the same up to rounding.": """
         use_cpu threads chunk target_device_map target_sharded tf32 full_determinism torch_compile
         torch_compile_backend torch_compile_mode activation_checkpointing activation_checkpointing_kwargs
         gradient_checkpointing gradient_checkpointing_kwargs torch_empty_cache_steps dataloader_num_workers
@@ -41,28 +42,26 @@ FREE = {
 
 EVALUATION = ("eval_prompts", "eval_split", "eval_limit", "eval_depth", "eval_new_tokens", "eval_blocks",
               "temperature", "metric_for_best_model", "greater_is_better")  # fmt: skip
-"""What the figures of an evaluation depend on: where one changes, the best checkpoint so far is forgotten."""
+"""Options that the evaluation figures depend on. If one changes, the best checkpoint so far is forgotten."""
 
 CUTS = ("per_device_train_batch_size", "gradient_accumulation_steps", "processes")
-"""How a step is cut up: only the product counts. Under DeepSpeed and FSDP processes keep parts, so that their number
-counts, too."""
+"""How a step is divided: only the product must stay the same. Under DeepSpeed and FSDP each number must."""
 
 
 def options_of(args: TrainingArguments) -> dict[str, Any]:
-    """What a checkpoint notes: every option that may not change, the number of processes, and the engine."""
+    """What a checkpoint notes: every option that must not change, the number of processes, and the engine."""
     free = {key for keys in FREE.values() for key in keys.split()}
     kept = {field.name: getattr(args, field.name) for field in fields(args) if field.name not in free}
-    engines = {"DeepSpeed": args.deepspeed, "FSDP": args.fsdp}
-    engine = next((name for name, asked in engines.items() if asked or uses(name)), None)
+    engine = chosen_engine(args.deepspeed, args.fsdp)
     return plain(kept) | {"processes": args.world_size, "engine": engine}
 
 
 def check_options(folder: str, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises ValueError if a run that `folder` holds was begun with other options.
+    """Raises ValueError if the run in `folder` was begun with other options.
 
     Args:
-        folder: checkpoint, or folder of a finished run.
-        before, now: of `options_of`.
+        folder: a checkpoint, or the folder of a finished run.
+        before, now: from `options_of`.
     """
     known = all(isinstance(options.get(key), int) for options in (before, now) for key in CUTS)
     if known and before.get("engine") is None and rows_a_step(before) == rows_a_step(now):
@@ -79,7 +78,4 @@ def check_options(folder: str, before: dict[str, Any], now: dict[str, Any]) -> N
 
 def rows_a_step(options: dict[str, Any]) -> int:
     """Rows that all processes read in one step."""
-    product = 1
-    for key in CUTS:
-        product *= options[key]
-    return product
+    return math.prod(options[key] for key in CUTS)

@@ -1,4 +1,4 @@
-"""The order in which a run reads its data: it depends on seed and epoch only, however many processes share it."""
+"""The order in which a run reads its data. It depends on seed and epoch only, not on the number of processes."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ __all__ = ["Filled", "Shuffled"]
 
 
 class Shuffled(Sampler):
-    """All of a data set's indices, in another order every epoch, and then indices past its end, see `Filled`.
+    """All indices of a data set, in a new order every epoch, and then indices past its end; see `Filled`.
 
-    The trainer itself says which epoch it is (`set_epoch`). Wrappers of data loaders cannot be relied on: those that
-    skip the batches which a resumed run has read hide the sampler from accelerate (1.15) under several processes.
+    The trainer itself sets the epoch (`set_epoch`). accelerate (1.15) cannot: with several processes, its loader that
+    skips the batches a resumed run has read hides the sampler.
 
     Args:
         size: items of the data set.
         seed: of the order.
-        multiple: rows that the processes read together; the order is filled up to a multiple of it. Otherwise
+        multiple: rows that the processes read together. The order is filled up to a multiple of it; otherwise
             accelerate would fill it up with rows that have been read already.
     """
 
@@ -50,14 +50,14 @@ class Shuffled(Sampler):
         """The items of the data set in one batch of this epoch.
 
         Args:
-            number: of the batch, from 0, counted over all processes, which take batches in turns.
+            number: of the batch, from 0, counted over all processes, which take batches in turn.
             rows: of a batch.
         """
         return [index for index in self.indices()[number * rows : (number + 1) * rows] if index < self.size]
 
 
 class Filled(Dataset):
-    """A data set with any number of further items from which nothing is learned.
+    """A data set with any number of extra items that have no labels to learn.
 
     Args:
         data: items have `labels`.

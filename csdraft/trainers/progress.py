@@ -1,13 +1,13 @@
-"""One line while a drafter is trained: step, loss, speed, memory, the last evaluation, time left."""
+"""One line while a drafter is trained: step, loss, speed, memory, last evaluation, time left."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
@@ -23,11 +23,10 @@ EVALUATED = {
 }
 WINDOW = 20
 """Steps over which the speed is averaged."""
-PROCESS = Path("/proc/self/status")
 
 
 class Line(TrainerCallback):
-    """Shows every step with its own loss; the figures of an evaluation stay until the next.
+    """Shows every step with its own loss; the figures of an evaluation stay until the next one.
 
     The last line is shown once, when the last figures are known.
 
@@ -37,13 +36,13 @@ class Line(TrainerCallback):
 
     def __init__(self, trainer: BaseTrainer) -> None:
         self.trainer, self.progress = trainer, Progress()
-        self.evaluated: dict[str, float] = {}
+        self.evaluated: dict[str, str] = {}
         self.past: deque[tuple[float, int]] = deque(maxlen=WINDOW)  # seconds and tokens of each step
         self._since = time.monotonic()
 
     @classmethod
     def instead_of_others(cls, trainer: BaseTrainer) -> None:
-        """Puts it in the place of transformers' own bar and print-outs."""
+        """Replaces the progress bar and printed logs of transformers."""
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(cls(trainer))
@@ -57,14 +56,12 @@ class Line(TrainerCallback):
         now = time.monotonic()
         self.past.append((now - self._since, self.trainer.steps.tokens * args.world_size))
         self._since = now
-        if state.global_step < state.max_steps:
-            self._show(state, self.progress)
+        self._show_unless_last(state)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        self.evaluated |= {name: value for name, value in (metrics or {}).items() if name in EVALUATED}
-        self._since = time.monotonic()  # an evaluation is no part of a step
-        if state.global_step < state.max_steps:
-            self._show(state, self.progress)
+        self.evaluated |= {name: text.format(metrics[name]) for name, text in EVALUATED.items() if name in metrics}
+        self._since = time.monotonic()  # the time of an evaluation does not count
+        self._show_unless_last(state)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._since = time.monotonic()
@@ -72,16 +69,17 @@ class Line(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._show(state, self.progress.finish)
 
-    def _show(self, state: Any, how: Callable[[str, float], None]) -> None:
-        if state.is_world_process_zero and state.max_steps:
-            evaluated = [
-                words.format(self.evaluated[key]) for key, words in EVALUATED.items() if key in self.evaluated
-            ]
-            figures = ", ".join([*self._of_steps(), *evaluated])
-            how(f"step {state.global_step}{figures and ': '}{figures}", state.global_step / state.max_steps)
+    def _show_unless_last(self, state: Any) -> None:
+        if state.global_step < state.max_steps:
+            self._show(state, self.progress)
 
-    def _of_steps(self) -> list[str]:
-        """The last step's loss, and how fast the last steps were."""
+    def _show(self, state: Any, show: Callable[[str, float], None]) -> None:
+        if state.is_world_process_zero and state.max_steps:
+            figures = ", ".join([*self._step_figures(), *self.evaluated.values()])
+            show(f"step {state.global_step}{figures and ': '}{figures}", state.global_step / state.max_steps)
+
+    def _step_figures(self) -> list[str]:
+        """The last step's loss, the speed of the last steps, and the memory in use."""
         if not self.past:
             return []
         seconds, tokens = (sum(values) for values in zip(*self.past, strict=True))
@@ -90,15 +88,12 @@ class Line(TrainerCallback):
             f"loss {self.trainer.steps.loss:.3f}",
             f"{tokens / max(seconds, 1e-9):,.0f} tokens/s",
             f"{each:.2f} s a step" if each < 100 else f"{each:.0f} s a step",
-            *_memory(self.trainer.args.device),
+            _memory(self.trainer.args.device),
         ]
 
 
-def _memory(device: torch.device) -> list[str]:
-    """The most that was allocated on the GPU so far, or what the process holds now; empty where it cannot be asked."""
+def _memory(device: torch.device) -> str:
+    """The peak of the GPU's allocated memory, or what the process holds now."""
     if device.type == "cuda":
-        return [f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB on the GPU"]
-    if not PROCESS.is_file():
-        return []
-    held = next(line for line in PROCESS.read_text(encoding="ascii").splitlines() if line.startswith("VmRSS"))
-    return [f"{1024 * int(held.split()[1]) / 1e9:.1f} GB of memory"]
+        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB on the GPU"
+    return f"{psutil.Process().memory_info().rss / 1e9:.1f} GB of memory"

@@ -1,4 +1,4 @@
-"""One distillation from its arguments: what can be wrong is found before any weight is loaded."""
+"""One distillation, from its arguments. Mistakes are found before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from csdraft.data.chat import chat_of
 from csdraft.data.feature_cache import FeatureCache
 from csdraft.data.packing import IGNORED, Packed, Padded, check_packing, collate, collate_seq2seq
-from csdraft.data.row_arrays import RowArrays
 from csdraft.data.sources import read_prompts, read_rows
 from csdraft.data.target import check_writable, load_weights, read_target, target_name
 from csdraft.data.target_cache import TargetCache
@@ -22,31 +21,31 @@ from csdraft.decoding.feature_session import FeatureModel
 from csdraft.hub import fingerprint
 from csdraft.trainers.distill import DrafterTrainer, evaluation_of
 from csdraft.trainers.distill_arguments import DistillArguments
-from csdraft.trainers.engines import load_sharded, placed_here, uses, whole_models
+from csdraft.trainers.engines import chosen_engine, load_sharded, placed_here, uses, whole_models
 from csdraft.trainers.evaluation import Evaluation, pad_of
 from csdraft.trainers.lock import only_run
 from csdraft.trainers.muon import MuonAdamW
 from csdraft.trainers.progress import Line
 from csdraft.trainers.publish import identity
 from csdraft.trainers.run_folder import RunFolder, say
-from csdraft.trainers.students import check_engine, check_student, kind_asked, load_student_weights, make_student
+from csdraft.trainers.students import check_engine, check_student, load_student_weights, make_student
 from csdraft.trainers.students._student import Counts
 
 __all__ = ["distill"]
 
 
 def distill(args: DistillArguments) -> DrafterTrainer:
-    """Trains a drafter and leaves it in `args.output_dir`; continues from the newest whole checkpoint there.
+    """Trains a drafter and saves it in `args.output_dir`; continues from the newest whole checkpoint there.
 
-    `resume_from_checkpoint` chooses another one, or none (false). A run that is finished is left as it is.
+    `resume_from_checkpoint` chooses another one, or none (false). A finished run is not changed.
 
     Returns:
         The trainer, at the end of training or after a signal (`trainer.interrupt.stopped`).
 
     Raises:
-        ValueError: for arguments, data or folders that cannot work, before the target is loaded; another run is
-            writing to the folder.
-        csdraft.trainers.stops.Stopped: a loss or gradient is not finite, or the disk takes no more.
+        ValueError: arguments, data or folders cannot work, which is found before the target is loaded; or another
+            run is writing to the folder.
+        csdraft.trainers.stops.Stopped: a loss or gradient is not finite, or the disk is full.
     """
     with only_run(args.output_dir):
         config, tokenizer, batches = prepare(args)
@@ -67,6 +66,9 @@ def make_trainer(
     """The trainer, with target and student loaded."""
     evaluation = make_evaluation(args, config, tokenizer)
     target, student = load_models(args, config, partial(counts_of, batches["train_dataset"], config))
+    muon = None
+    if args.muon:
+        muon = MuonAdamW(student, args.learning_rate, args.weight_decay, (args.adam_beta1, args.adam_beta2))
     trainer = DrafterTrainer(
         model=student,
         args=args,
@@ -75,7 +77,7 @@ def make_trainer(
         processing_class=tokenizer,
         target=target,
         evaluation=evaluation,
-        optimizers=(make_muon(args, student), None),
+        optimizers=(muon, None),
     )
     trainer.noted["data"] = identity(batches["train_dataset"])
     if not args.disable_tqdm:
@@ -84,9 +86,9 @@ def make_trainer(
 
 
 def save_result(trainer: DrafterTrainer) -> None:
-    """The drafter and its card; uploaded, if that is asked for."""
+    """Saves the drafter and its card, and uploads them with `push_to_hub`."""
     trainer.save_model()
-    if not trainer.args.push_to_hub:  # which writes the card itself, before it uploads it
+    if not trainer.args.push_to_hub:  # an upload writes the card first
         trainer.create_model_card()
 
 
@@ -94,7 +96,7 @@ def save_result(trainer: DrafterTrainer) -> None:
 
 
 def prepare(args: DistillArguments) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase, dict[str, Any]]:
-    """The target's config and tokenizer, and the trainer's data; ValueError for what cannot work."""
+    """The target's config and tokenizer, and the trainer's data. Raises ValueError for what cannot work."""
     if args.threads:
         torch.set_num_threads(args.threads)
     config, tokenizer = read_target(args)
@@ -104,60 +106,59 @@ def prepare(args: DistillArguments) -> tuple[PreTrainedConfig, PreTrainedTokeniz
 
 
 def check(args: DistillArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ValueError for what can be seen without weights and data."""
-    check_extras(args)
-    _ = args.objective  # names of losses
+    """Raises ValueError for mistakes that can be found without weights and data."""
+    check_installed(args)
+    _ = args.objective  # checks the losses
     if args.eval_prompts is None and (args.eval_strategy != "no" or args.eval_on_start):
         raise ValueError(
             f"eval_strategy={args.eval_strategy!s} without prompts to evaluate on: give eval_prompts=FILE, or leave "
             "out eval_strategy and eval_on_start"
         )
     check_student(config, args.student, args.init, args.peft)
-    check_kind(args)
+    check_engines(args)
+    if args.target_sharded:
+        check_sharding(args)
+    if args.on_policy and args.kind.reads_features:
+        raise ValueError(
+            f"on_policy={args.on_policy!r} with a head: it reads hidden states of the target, which are computed "
+            "along the given texts; leave on_policy out"
+        )
     if args.max_length > (context := context_length(config)):
         raise ValueError(f"max_length={args.max_length} is longer than the target's context of {context} tokens")
     check_writable(args.output_dir)
-    RunFolder(args)  # whether its folder holds another run
+    RunFolder(args)  # raises if the folder holds another run
     if args.student is not None:
         check_context(args)
         check_tokenizers(args.student, args.target, tokenizer)
 
 
-def check_extras(args: DistillArguments) -> None:
-    """Packages that are asked for and not installed."""
-    reports = args.report_to if isinstance(args.report_to, list) else [args.report_to]
-    wanted = {
-        "peft": ("train", bool(args.peft)),
-        "tensorboard": ("train", "tensorboard" in reports),
-        "datasets": ("train", True),
-        "deepspeed": ("deepspeed", args.target_sharded),
-    }
-    for package, (extra, asked) in wanted.items():
-        if asked and importlib.util.find_spec(package) is None:
-            raise ValueError(f"{package} is needed and not installed: pip install csdraft[{extra}]")
-    if args.target_quantization is None:
-        return
-    method = args.target_quantization.get("quant_method")
-    if method is None:
-        raise ValueError(f"target_quantization={args.target_quantization} lacks quant_method, such as bitsandbytes")
-    if method == "bitsandbytes" and importlib.util.find_spec(method) is None:
-        raise ValueError(
-            "bitsandbytes is needed for this target_quantization and not installed: pip install bitsandbytes"
-        )
+def check_installed(args: DistillArguments) -> None:
+    """Raises ValueError if a package that the arguments need is not installed."""
+    needed = {"datasets": "csdraft[train]"}
+    if args.peft:
+        needed["peft"] = "csdraft[train]"
+    if "tensorboard" in (args.report_to or ()):
+        needed["tensorboard"] = "csdraft[train]"
+    if args.target_sharded:
+        needed["deepspeed"] = "csdraft[deepspeed]"
+    if args.target_quantization is not None:
+        method = args.target_quantization.get("quant_method")
+        if method is None:
+            raise ValueError(
+                f"target_quantization={args.target_quantization} lacks quant_method, such as bitsandbytes"
+            )
+        if method == "bitsandbytes":
+            needed[method] = method
+    for package, source in needed.items():
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"{package} is needed and not installed: pip install {source}")
 
 
-def check_kind(args: DistillArguments) -> None:
-    """What the kind of student, the engine that trains it, or that of a sharded target, cannot do."""
-    kind = kind_asked(args.student, args.init, args.peft)
-    if args.on_policy and kind.reads_features:
-        raise ValueError(
-            f"on_policy={args.on_policy!r} with a head: it reads hidden states of the target, which are computed "
-            "along the texts as they are; leave on_policy out"
-        )
-    check_engine(kind.shares_target, args.deepspeed, args.fsdp)
-    for engine, asked in (("DeepSpeed", args.deepspeed), ("FSDP", args.fsdp)):
-        if args.muon and (asked or uses(engine)):
-            raise ValueError(f"muon=true needs whole matrices, which {engine} cuts up; leave muon out, or use DDP")
+def check_engines(args: DistillArguments) -> None:
+    """Raises ValueError if the chosen engine cannot train the student. Says so if only one process was started."""
+    check_engine(args.kind.shares_target, args.deepspeed, args.fsdp)
+    if args.muon and (engine := chosen_engine(args.deepspeed, args.fsdp)):
+        raise ValueError(f"muon=true needs whole matrices, which {engine} cuts up; leave muon out, or use DDP")
     version = (args.fsdp_plugin_args or {}).get("fsdp_version", int(os.environ.get("FSDP_VERSION", 1)))
     if (args.fsdp or uses("FSDP")) and version != 2:
         raise ValueError(
@@ -168,22 +169,24 @@ def check_kind(args: DistillArguments) -> None:
             "accelerate launch was asked for several processes and has started one; leave out --cpu and take "
             "recipes/accelerate/cpu.yaml"
         )
-    if not args.target_sharded:
-        return
+
+
+def check_sharding(args: DistillArguments) -> None:
+    """Raises ValueError if the target cannot be sharded."""
     if args.world_size < 2:
         raise ValueError(
             "target_sharded=true with one process: no other process could share the weights; use accelerate launch"
         )
-    if kind.needs_target:
+    if args.kind.needs_target:
         raise ValueError(
-            "target_sharded=true: a student cannot be cut out of a target, stand on its layers, or be a head with its "
-            "embedding, where no process has them whole. A cut one: make it in a run of one process with max_steps=1, "
-            "and give its folder as student"
+            "target_sharded=true: a student that is cut out of the target, uses its layers, or is a head with its "
+            "embedding needs the target's whole weights, which no process has. For a cut student: make it in a run of "
+            "one process with max_steps=1, and give its folder as student"
         )
 
 
 def check_context(args: DistillArguments) -> None:
-    """A student that cannot read a whole text; an adapter's folder has no config to ask."""
+    """Raises ValueError if the student cannot read a whole text. An adapter's folder has no config to compare."""
     try:
         own = context_length(AutoConfig.from_pretrained(args.student))
     except (OSError, ValueError):
@@ -193,11 +196,11 @@ def check_context(args: DistillArguments) -> None:
 
 
 def check_tokenizers(student: str, target: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A drafter must write the target's tokens: same ids for the same words."""
+    """Raises ValueError unless student and target have the same ids for the same words."""
     try:
         own = AutoTokenizer.from_pretrained(student)
     except (OSError, ValueError):
-        return  # a folder of weights alone: the sizes are compared when it is loaded
+        return  # without a tokenizer, the vocabulary sizes are compared when it is loaded
     if (found := fingerprint(own)) != (wanted := fingerprint(tokenizer)):
         raise ValueError(
             f"student {student} has tokenizer {found} ({len(own)} tokens), target {target} has {wanted} "
@@ -219,36 +222,28 @@ def make_evaluation(
     return evaluation_of(args, prompts, tokenizer)
 
 
-def cache_of(args: DistillArguments) -> RowArrays | None:
-    """What the target has computed along the texts: hidden states for a head, logits for a model."""
-    if not args.target_cache:
-        return None
-    kind = kind_asked(args.student, args.init, args.peft)
-    return (FeatureCache if kind.reads_features else TargetCache)(args.target_cache)
-
-
 def make_batches(
     args: DistillArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, rows: Any
 ) -> dict[str, Any]:
     """The trainer's `train_dataset` and `data_collator`."""
-    pad = pad_of(tokenizer)
-    cache = cache_of(args)
+    pad, cache = pad_of(tokenizer), None
     if config.is_encoder_decoder:
-        if cache is not None:
+        if args.target_cache:
             raise ValueError("target_cache is for decoder-only targets; leave it out")
         texts = Padded(rows, args.max_length, pad, config.decoder_start_token_id)
         return {"train_dataset": texts, "data_collator": partial(collate_seq2seq, pad=pad)}
-    if cache is not None:
+    if args.target_cache:  # the target's hidden states for a head, its logits for a model
+        cache = (FeatureCache if args.kind.reads_features else TargetCache)(args.target_cache)
         cache.check_target(target_name(args))
     texts = (Packed if args.packing else Padded)(rows, args.max_length, pad, cache=cache)
     return {"train_dataset": texts, "data_collator": partial(collate, pad=pad)}
 
 
 def counts_of(texts: Packed | Padded, config: PreTrainedConfig) -> Tensor:
-    """(vocab,) how often each token is to be predicted in the training text."""
+    """(vocab,) how often each token is a label in the training text."""
     counts = torch.zeros(config.get_text_config(decoder=True).vocab_size, dtype=torch.long)
     for index in range(len(texts)):
-        labels = texts[index]["labels"]
+        labels = texts[index]["labels"]  # (length,)
         counts += torch.bincount(labels[labels != IGNORED], minlength=len(counts))
     return counts
 
@@ -263,7 +258,7 @@ def context_length(config: PreTrainedConfig) -> int:
 def load_models(
     args: DistillArguments, config: PreTrainedConfig, counts: Counts | None = None
 ) -> tuple[nn.Module, nn.Module]:
-    """The frozen target, and the student in float32; `counts` is for `make_student`."""
+    """The frozen target, and the student in float32. For `counts` see `make_student`."""
     load = partial(
         load_weights,
         args,
@@ -280,11 +275,6 @@ def load_models(
         student = make_student(target, args.student, args.init, args.peft, counts)
     if args.packing and not config.is_encoder_decoder:
         for model in (target, student):
-            if not isinstance(model, FeatureModel):  # a head's own mask keeps texts apart
+            if not isinstance(model, FeatureModel):  # a head has a mask that separates texts
                 check_packing(model.eval())
     return target, student
-
-
-def make_muon(args: DistillArguments, student: nn.Module) -> MuonAdamW | None:
-    betas = (args.adam_beta1, args.adam_beta2)
-    return MuonAdamW(student, args.learning_rate, args.weight_decay, betas) if args.muon else None

@@ -1,28 +1,31 @@
-"""Options that all trainings have beside those of transformers."""
+"""Options of all trainings, in addition to those of transformers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
-__all__ = ["RunArguments"]
+__all__ = ["RunArguments", "option"]
+
+
+def option(default: Any, help: str) -> Any:
+    """A field of a dataclass of arguments; `help` goes into the script's `--help` and the docs."""
+    if isinstance(default, dict):
+        return field(default_factory=default.copy, metadata={"help": help})
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
 class RunArguments(TrainingArguments):
-    """`transformers.TrainingArguments`, and what a training here needs besides."""
+    """`transformers.TrainingArguments`, and the options that every training here has in addition."""
 
-    muon: bool = field(
-        default=False,
-        metadata={"help": "Muon for the weight matrices, AdamW for embeddings and output layers, instead of `optim`."},
+    muon: bool = option(
+        False, "Muon for the weight matrices, AdamW for embeddings and output layers, instead of `optim`."
     )
-    threads: int | None = field(
-        default=None, metadata={"help": "Threads of torch on the CPU; none leaves torch's default."}
-    )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Without effect: a loss that is not finite stops the run."}
-    )
+    threads: int | None = option(None, "Threads of torch on the CPU; none leaves torch's default.")
+    logging_nan_inf_filter: bool = option(False, "Without effect: a loss that is not finite stops the run.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""A run is one training in its folder: begun, resumed, or finished. A command that is given again finds out which."""
+"""A run is one training in its folder. The same command, given again, resumes it, or finds that it is finished."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ __all__ = ["RunFolder", "forget", "is_finished", "say"]
 
 FINISHED = "finished.json"
 STATE = ("global_step", "max_steps", "epoch", "log_history", "best_metric", "best_global_step")
-"""What is kept of the trainer's state."""
+"""What FINISHED keeps of the trainer's state."""
 SOURCES = ("dataset", "corpus", "chat_template")
-"""Keys that say which files rows are made from."""
+"""Keys that name the files from which rows are made."""
 
 
 def say(text: str) -> None:
@@ -42,12 +42,12 @@ def forget(folder: Path) -> None:
 
 
 def is_finished(args: TrainingArguments) -> bool:
-    """Whether there is nothing to do, which is then said; asked before any data or model is read.
+    """Whether the run is finished; if so, prints that. Call it before any data or model is read.
 
-    Not if files of the data have changed since: then the rows must be read to tell whether they are the same.
+    False if files of the data have changed since: the rows must then be read, to see whether they are the same.
 
     Raises:
-        ValueError: as `RunFolder`, and if another run is writing to the folder.
+        ValueError: as `RunFolder`; or another run is writing to the folder.
     """
     if not Path(args.output_dir or "").is_dir():
         return False
@@ -60,7 +60,7 @@ def is_finished(args: TrainingArguments) -> bool:
 
 
 def stamp_of(args: TrainingArguments) -> str | None:
-    """Changes with place, size or time of the files that rows are made from; None if they are not on this machine."""
+    """A checksum of the paths, sizes and times of the data's files; None if they are not on this machine."""
     found: list[Any] = []
     for key in SOURCES:
         source = getattr(args, key, None)
@@ -70,7 +70,7 @@ def stamp_of(args: TrainingArguments) -> str | None:
             path = Path(source).resolve()
             files = sorted(path.rglob("*")) if path.is_dir() else [path]
             found += [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
-        elif source is not None and key != "chat_template":  # a template may be its own text, which is an option
+        elif source is not None and key != "chat_template":  # a chat template may also be given as text
             return None
     return f"{zlib.crc32(json.dumps(found).encode()):08x}"
 
@@ -82,32 +82,31 @@ class RunFolder:
         args: of the training.
 
     Attributes:
-        finished: whether it holds the result of all steps that `args` ask for.
+        finished: whether it holds the result of all steps in `args`.
         checkpoint: where the run continues from; None is its beginning.
 
     Raises:
-        ValueError: it holds a run with other options, or only checkpoints that are cut short.
+        ValueError: it holds a run with other options, or broken checkpoints only.
     """
 
     def __init__(self, args: TrainingArguments):
         self.args, self.folder, self.options = args, Path(args.output_dir or ""), options_of(args)
         self._files, self._has_read_data = stamp_of(args), False
         begins_again = args.resume_from_checkpoint is False
-        self._done, self._odd = (None, "") if begins_again else _read(self.folder / FINISHED)
+        self._done, self._is_odd = (None, False) if begins_again else _read(self.folder / FINISHED)
         self.finished = self._done is not None and self._is_all(self._done)
         self.checkpoint = None if self.finished else chosen_checkpoint(args)
-        self._before: dict[str, Any] | None = None if begins_again else self._done
-        if self.checkpoint is not None:
-            self._before = read_mark(self.checkpoint)
+        self._before = self._done if self.checkpoint is None else read_mark(self.checkpoint)
         if self._before is not None:
             check_options(self.checkpoint or str(self.folder), self._before["options"], self.options)
 
     def _is_all(self, done: dict[str, Any]) -> bool:
-        """Whether a finished run has the length that is asked for; not if its last checkpoints were removed."""
-        args, left = self.args, list(self.folder.glob("checkpoint-*/run.json"))
-        named = args.resume_from_checkpoint
+        """Whether a finished run has as many steps as `args` say; false if its last checkpoint is to be trained on."""
+        args, named = self.args, self.args.resume_from_checkpoint
         if isinstance(named, str) and Path(named).resolve().parent == self.folder.resolve():
-            return False  # a checkpoint of this very run is to be trained on
+            return False
+        # Its last checkpoints were removed, and earlier ones left: the run continues from those.
+        left = any(self.folder.glob("checkpoint-*/run.json"))
         if left and done["checkpoint"] is not None and not (self.folder / done["checkpoint"]).is_dir():
             return False
         if args.max_steps > 0:
@@ -116,7 +115,7 @@ class RunFolder:
 
     @property
     def has_other_files(self) -> bool:
-        """Whether the files of the data are not those that a finished run has read; false if that is not known."""
+        """Whether the data's files have changed since the run was finished; false if that is not known."""
         before = (self._done or {}).get("files")
         return None not in (before, self._files) and before != self._files
 
@@ -137,8 +136,8 @@ class RunFolder:
         if self.finished:
             say(self._end())
             return
-        if self._odd:
-            say(f"passed over {self.folder / FINISHED}, which {self._odd}: the run is taken as not finished")
+        if self._is_odd:
+            say(f"passed over {self.folder / FINISHED}, which cannot be read: the run is taken as not finished")
         if self.args.resume_from_checkpoint in (None, True):
             for name, reason in passed_over(str(self.folder)).items():
                 say(f"passed over {self.folder / name}, which is not whole: {reason}")
@@ -146,7 +145,7 @@ class RunFolder:
             say(f"resumed from {self.checkpoint}")
 
     def _end(self) -> str:
-        """What is said of a finished run: what there is, what was not compared, and what can be done now."""
+        """What to print about a finished run, and what can be done now."""
         assert self._done is not None
         steps = self._done["state"]["global_step"]
         compared = self._has_read_data or None not in (self._done.get("files"), self._files)
@@ -165,14 +164,14 @@ class RunFolder:
         )
 
     def train(self, trainer: BaseTrainer) -> bool:
-        """Trains to the end; False if a signal came before it, when there is a checkpoint to resume from."""
+        """Trains to the end; False if a signal stopped it before, with a checkpoint to resume from."""
         if trainer.args.should_save:
             (self.folder / FINISHED).unlink(missing_ok=True)
         try:
             trainer.train(resume_from_checkpoint=self.checkpoint)
         finally:
             trainer.interrupt.restore()
-        trainer.accelerator.wait_for_everyone()  # a process that exits early would have the others killed as they save
+        trainer.accelerator.wait_for_everyone()  # if one process exited early, the launcher would kill the others
         state = trainer.state
         if trainer.status:
             say(
@@ -194,47 +193,33 @@ class RunFolder:
         trainer.state = TrainerState(**self._done["state"])
 
     def finish(self, trainer: BaseTrainer, save: Callable[[], None]) -> None:
-        """Writes the result with `save`, and then that the run is finished."""
+        """Writes the result with `save`, then the note that the run is finished."""
         trainer.together(self.folder, save)
         checkpoints = sorted(self.folder.glob("checkpoint-*/run.json"), key=lambda path: path.stat().st_mtime)
-        state = trainer.state
-        document = {
+        note = {
             **trainer.noted,
             "files": self._files,
             "checkpoint": checkpoints[-1].parent.name if checkpoints else None,
-            "state": {key: getattr(state, key) for key in STATE},
+            "state": {key: getattr(trainer.state, key) for key in STATE},
         }
 
         def mark() -> None:
             if trainer.args.should_save:
                 with write_whole(self.folder / FINISHED) as file:
-                    file.write(json.dumps(document, indent=1).encode())
+                    file.write(json.dumps(note, indent=1).encode())
 
         trainer.together(self.folder, mark)
         say(f"the result is in {self.folder}")
 
 
-def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
-    """The note of a finished run, or None and what is wrong with it; empty if there is no note."""
+def _read(path: Path) -> tuple[dict[str, Any] | None, bool]:
+    """The note of a finished run if there is one, and whether there is one that `finish` has not written."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        note = json.loads(path.read_text(encoding="utf-8"))
+        if {"options", "checkpoint"} <= note.keys() and set(note["state"]) == set(STATE):
+            return note, False
     except (FileNotFoundError, NotADirectoryError):
-        return None, ""
-    except ValueError:
-        return None, "cannot be read"
-    return (found, "") if _is_note(found) else (None, "lacks what a finished run notes")
-
-
-def _is_note(found: Any) -> bool:
-    """Whether it is what `RunFolder.finish` writes."""
-    if not isinstance(found, dict) or not isinstance(found.get("options"), dict):
-        return False
-    state = found.get("state")
-    if not isinstance(state, dict) or set(state) != set(STATE) or not isinstance(found.get("data", {}), dict):
-        return False
-    return (
-        isinstance(found.get("checkpoint"), str | None)
-        and isinstance(state["global_step"], int)
-        and isinstance(state["epoch"], int | float | None)
-        and isinstance(state["log_history"], list)
-    )
+        return None, False
+    except (ValueError, AttributeError, KeyError, TypeError):
+        pass
+    return None, True

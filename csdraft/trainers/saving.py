@@ -1,4 +1,4 @@
-"""A trainer whose checkpoints are whole or not there, hold no nan, and end in one error where a disk is full."""
+"""A trainer whose checkpoints are written whole or not at all, without nan, and with one error if the disk is full."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class SavingTrainer(Trainer):
     """`transformers.Trainer` with safe writing.
 
     Attributes:
-        noted: what checkpoints keep of the run in their `run.json`; see `csdraft.trainers.run_folder`.
+        noted: what every checkpoint's `run.json` says about the run; see `csdraft.trainers.run_folder`.
     """
 
     def __init__(self, model: nn.Module, args: Any, **options: Any):
@@ -31,7 +31,7 @@ class SavingTrainer(Trainer):
         self.noted: dict[str, Any] = {"options": options_of(args)}
 
     def note(self) -> dict[str, Any]:
-        """What `run.json` of a checkpoint says that is written now."""
+        """What the `run.json` of a checkpoint written now says."""
         return {**self.noted, "weights_only": self.args.save_only_model}
 
     def trained(self) -> nn.Module:
@@ -39,19 +39,17 @@ class SavingTrainer(Trainer):
         return self.model  # type: ignore[return-value]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        folder = output_dir or self.args.output_dir or ""
-
         def write() -> None:
             self.check_weights()
             super(SavingTrainer, self).save_model(output_dir, _internal_call)
 
-        self.together(folder, write)
+        self.together(output_dir or self.args.output_dir or "", write)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Older checkpoints go when the new one is marked as whole, and not before."""
+        """Older checkpoints are removed only when the new one is marked as whole."""
         folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
         if self.args.should_save:
-            shutil.rmtree(folder, ignore_errors=True)  # what a killed run, or one begun again, has left
+            shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed or begun again
         self.accelerator.wait_for_everyone()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
@@ -70,7 +68,7 @@ class SavingTrainer(Trainer):
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _complete(self, folder: Path) -> None:
-        """Every process has written its part of a checkpoint."""
+        """Marks a checkpoint as whole once every process has written its part."""
 
         def mark() -> None:
             if self.args.should_save:
@@ -82,19 +80,22 @@ class SavingTrainer(Trainer):
         self.together(folder, mark)
 
     def check_weights(self) -> None:
-        """Raises NonFinite if weights of the model that would be saved are not finite."""
+        """Raises NonFinite if the weights of the model to save are not finite."""
         if name := first_non_finite(self.trained().named_parameters()):
-            last = last_checkpoint(self.args.output_dir or "")
             raise NonFinite(
                 f"step {self.state.global_step}: weights are not finite ({name}), and nothing was saved. "
-                f"{f'The last whole checkpoint is {last}' if last else 'There is no checkpoint yet'}. Try a smaller "
-                "learning_rate or more warmup_steps, in another output_dir"
+                f"{self.last_whole()}. Try a smaller learning_rate or more warmup_steps, in another output_dir"
             )
 
-    def together(self, folder: str | Path, write: Callable[[], None]) -> None:
-        """Writes; if a process cannot, every process raises its error, so that none waits for another.
+    def last_whole(self) -> str:
+        """Words for messages about the last whole checkpoint."""
+        last = last_checkpoint(self.args.output_dir or "")
+        return f"The last whole checkpoint is {last}" if last else "There is no checkpoint yet"
 
-        Under DeepSpeed and FSDP the processes talk while they write, so that the one that cannot raises at once.
+    def together(self, folder: str | Path, write: Callable[[], None]) -> None:
+        """Calls `write` on every process. If one of them cannot write, all raise its error, so that none waits.
+
+        Under DeepSpeed and FSDP the processes talk while they write: there, the failing process raises at once.
         """
         stopped: Stopped | None = None
         try:
@@ -104,10 +105,8 @@ class SavingTrainer(Trainer):
             if self.is_deepspeed_enabled or self.is_fsdp_enabled:
                 raise
             stopped = error
-        if self.args.world_size > 1:
-            told = [other for other in gather_object([stopped and (type(stopped), str(stopped))]) if other]
-            if told and stopped is None:
-                kind, message = told[0]
-                stopped = kind(message)
+        others = gather_object([stopped and (type(stopped), str(stopped))])
         if stopped is not None:
             raise stopped
+        for kind, message in filter(None, others):
+            raise kind(message)

@@ -1,8 +1,8 @@
-"""A language model in two parts, the body that makes hidden states and the head that makes logits of them.
+"""Splits a language model into its body, which computes hidden states, and its head, which computes logits from them.
 
-Families do things of their own between the two: Gemma 2 caps its logits, Cohere and Granite scale them, T5 scales what
-the head reads. None of that is repeated here: a head is the model's own forward, run by a stand-in whose body hands
-back the hidden states it was given.
+Families add steps between the two: Gemma 2 caps its logits, Cohere and Granite scale them, T5 scales what the head
+reads. None of that is repeated here: a head is the model's own forward, run on a stand-in whose body returns the
+hidden states it was given.
 """
 
 from __future__ import annotations
@@ -24,36 +24,52 @@ from csdraft.models import base_model
 __all__ = ["head_of", "hidden_of", "states_of"]
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
-"""Relative to the largest logit; 0.05 in shorter dtypes. A head that lacks a step is further off in some logit."""
+"""Allowed difference relative to the largest logit; 0.05 in other dtypes. A missing step in a head differs more."""
 
 _splits: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-"""Models asked about, and whether body and head together are the model."""
+"""Model -> whether its body and head together compute the same as the model."""
 
 
 def head_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The function from hidden states, (positions, width), to logits, (positions, vocab), of the model's family.
+    """The function from hidden states, (positions, width), to the model's logits, (positions, vocab).
 
-    It calls the model's modules, so that hooks run (of sharded or offloaded weights), and may be made before the model
-    is wrapped for training. Whether body and head give the model's logits is tried on a few tokens, unless the weights
-    are sharded already; if they do not, there is a warning, `hidden_of` returns logits and this the identity.
+    It calls the model's modules, so that the hooks of sharded or offloaded weights run. It may be made before the
+    model is wrapped for training. Unless the weights are sharded already, body and head are tried on a few tokens. If
+    they do not give the model's logits, there is a warning, `hidden_of` returns logits, and this is the identity.
 
     Args:
         model: a transformers model with a language-modelling head, or a PEFT wrapper of one.
     """
-    return LmHead(base_model(model)) if _can_split(model) else _identity
+    return LmHead(base_model(model)) if _can_split(model) else nn.Identity()
 
 
 def hidden_of(model: nn.Module, **inputs: Tensor) -> Tensor:
-    """(rows, length, width) hidden states that the model's head reads; without a head to split off, its logits.
+    """(rows, length, width) hidden states that the model's head reads; its logits if the model cannot be split.
 
     Args:
         model: see `head_of`.
-        inputs: as for the model itself: `input_ids`, and `position_ids` and `attention_mask` if wanted; of an
-            encoder-decoder also `decoder_input_ids`, whose hidden states are returned.
+        inputs: of the model: `input_ids`, optionally `position_ids` and `attention_mask`. Of an encoder-decoder also
+            `decoder_input_ids`, whose hidden states are returned.
     """
+    return states_of(model, (), **inputs)[0]
+
+
+def states_of(model: nn.Module, taps: Collection[int], **inputs: Any) -> tuple[Tensor, dict[int, Tensor]]:
+    """What `hidden_of` returns, and the hidden states at `taps`, each (rows, length, width).
+
+    Args:
+        taps: 0 is the embeddings, i the output of block i; for decoder-only models.
+        inputs: see `hidden_of`.
+    """
+    if taps:
+        inputs["output_hidden_states"] = True
     if _can_split(model):
-        return _hidden(base_model(model), **inputs)
-    return model(**inputs, use_cache=False).logits
+        output = _run_body(base_model(model), **inputs)
+        hidden = output.last_hidden_state
+    else:
+        output = model(**inputs, use_cache=False)
+        hidden = output.logits
+    return hidden, {tap: output.hidden_states[tap] for tap in taps}
 
 
 @dataclass(frozen=True)
@@ -61,7 +77,7 @@ class LmHead:
     """See `head_of`.
 
     Args:
-        model: of which all but the body is used. Looked at again in each call, since wrappers replace its parts.
+        model: its parts are looked up in each call, since wrappers replace them.
     """
 
     model: nn.Module
@@ -72,17 +88,17 @@ class LmHead:
             modules[name] = Given(hidden[None], modules[name])
         stand_in = object.__new__(type(self.model))
         stand_in.__dict__.update(self.model.__dict__, _modules=modules)
-        # The class's forward: one set on the model (by accelerate's hooks) would run the model, not the stand-in.
+        # The class's forward: a forward set on the model (by accelerate's hooks) would run the model itself.
         return type(self.model).forward(stand_in, return_dict=True).logits[0]
 
 
 class Given:
-    """Stands for a model's body: asked for hidden states it returns these, for anything else it asks the body."""
+    """Stands in for a model's body: returns the given hidden states when called, else acts as the body."""
 
     def __init__(self, hidden: Tensor, body: nn.Module):
         self.output = Output(last_hidden_state=hidden)
         self.body = body
-        self.decoder = self  # OPT calls the part and not the whole
+        self.decoder = self  # OPT calls this part directly
 
     def __call__(self, *inputs: Any, **options: Any) -> Output:
         return self.output
@@ -93,7 +109,7 @@ class Given:
 
 @dataclass
 class Output(ModelOutput):
-    """What bodies return; all but the hidden states (caches, attentions, router logits) is absent."""
+    """What bodies return. Everything but the hidden states (caches, attentions, router logits) is None."""
 
     last_hidden_state: Tensor | None = None
 
@@ -102,37 +118,20 @@ class Output(ModelOutput):
             raise AttributeError(name)
 
 
-def states_of(model: nn.Module, taps: Collection[int], **inputs: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-    """What `hidden_of` returns, and hidden states by tap, of a decoder-only model, each (rows, length, width).
-
-    Args:
-        taps: 0 is the embeddings, i the output of block i.
-        inputs: see `hidden_of`.
-    """
-    if not taps:
-        return hidden_of(model, **inputs), {}
-    inner = base_model(model)
-    if _can_split(model):
-        (name,) = _bodies(inner)
-        output = inner.get_submodule(name)(**inputs, use_cache=False, return_dict=True, output_hidden_states=True)
-        return output.last_hidden_state, {tap: output.hidden_states[tap] for tap in taps}
-    output = model(**inputs, use_cache=False, output_hidden_states=True)
-    return output.logits, {tap: output.hidden_states[tap] for tap in taps}
-
-
 def _bodies(model: nn.Module) -> list[str]:
-    """The children that make the hidden states; none if they are not where transformers' families have them."""
+    """Names of the children that compute the hidden states; none if they have unusual names."""
     prefix: str = getattr(model, "base_model_prefix", "")
     if prefix in model._modules:
         return [prefix]
-    stacks = ["encoder", "decoder"]  # T5's, which stand beside each other in the model
+    stacks = ["encoder", "decoder"]  # T5
     return stacks if set(stacks) <= set(model._modules) else []
 
 
-def _hidden(model: nn.Module, **inputs: Tensor) -> Tensor:
+def _run_body(model: nn.Module, **inputs: Any) -> Any:
+    """The body's output, as transformers' models return it."""
     bodies = [model.get_submodule(name) for name in _bodies(model)]
     if len(bodies) == 1:
-        return bodies[0](**inputs, use_cache=False, return_dict=True).last_hidden_state
+        return bodies[0](**inputs, use_cache=False, return_dict=True)
     encoder, decoder = bodies
     mask = inputs.get("attention_mask")
     read = encoder(input_ids=inputs["input_ids"], attention_mask=mask, return_dict=True).last_hidden_state
@@ -143,7 +142,7 @@ def _hidden(model: nn.Module, **inputs: Tensor) -> Tensor:
         encoder_attention_mask=mask,
         use_cache=False,
         return_dict=True,
-    ).last_hidden_state
+    )
 
 
 def _can_split(model: nn.Module) -> bool:
@@ -162,7 +161,7 @@ def _can_split(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def _difference(model: nn.Module) -> str | None:
-    """Why the model is not its body and its head, found by trying; None if it is."""
+    """Tries whether body and head give the model's logits. Returns the reason if not, else None."""
     inner: Any = base_model(model)
     if not _bodies(inner):
         return "it has no part that makes the hidden states where transformers' families have it"
@@ -170,7 +169,7 @@ def _difference(model: nn.Module) -> str | None:
     with _evaluating(model):
         whole = model(**inputs, use_cache=False).logits
         try:
-            parts = LmHead(inner)(_hidden(inner, **inputs)[0])[None]
+            parts = LmHead(inner)(_run_body(inner, **inputs).last_hidden_state[0])[None]
         except Exception as error:  # any family's code may fail in its own way
             return f"its body and head cannot be run apart ({type(error).__name__}: {error})"
     whole, parts = whole.float(), parts.float().to(whole.device)
@@ -182,7 +181,7 @@ def _difference(model: nn.Module) -> str | None:
 
 
 def _probe(model: Any) -> dict[str, Tensor]:
-    """A short text for the model to read."""
+    """A short input, (1, 7) tokens."""
     ids = torch.arange(1, 8, device=model.device)[None] % model.config.get_text_config(decoder=True).vocab_size
     if not model.config.is_encoder_decoder:
         return {"input_ids": ids}
@@ -191,7 +190,7 @@ def _probe(model: Any) -> dict[str, Tensor]:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model without dropout; every module's mode is as before afterwards."""
+    """Eval mode inside; afterwards every module has its earlier mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -199,7 +198,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _identity(logits: Tensor) -> Tensor:
-    return logits

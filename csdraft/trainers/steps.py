@@ -1,4 +1,4 @@
-"""What the steps of a run came to: the loss over all processes, exactly and at once, and the tokens that were read."""
+"""The losses of a run's steps, over all processes, and the number of tokens read."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ __all__ = ["Steps"]
 
 
 class Steps:
-    """Collects the losses of a step's micro-batches, closes the step, and keeps the mean since the last log.
+    """Collects the losses of a step's micro-batches, and keeps the mean since the last log.
 
-    The trainer of transformers keeps one sum on each process. It hides nan in it (`logging_nan_inf_filter`), and a
-    resumed run starts it again, so that the first figure it logs is another than that of an uninterrupted run.
+    The trainer of transformers keeps a sum on each process. It hides nan in it (`logging_nan_inf_filter`), and a
+    resumed run starts it at zero, so that its first logged loss differs from that of an uninterrupted run.
 
     Attributes:
         loss: of the last step, over all processes; nan before the first.
-        tokens: that this process read in the current step, filling included.
+        tokens: that this process read in the current step, padding included.
         table: (processes, micro-batches) losses of the last step.
+        unlogged: sum and number of the losses since the last log; checkpoints keep it.
     """
 
     def __init__(self) -> None:
         self.loss, self.tokens = math.nan, 0
         self.table: list[list[float]] = []
+        self.unlogged = [0.0, 0]
         self._parts: list[Tensor] = []
-        self._sum, self._count = 0.0, 0
 
     def begin(self, batches: Sequence[dict[str, Any]]) -> None:
         """A step of these micro-batches begins."""
@@ -38,27 +39,19 @@ class Steps:
         )
 
     def add(self, loss: Tensor) -> None:
-        """The loss of a micro-batch, scaled so that those of a step add up; their mean over the processes counts."""
+        """Adds the loss of a micro-batch, scaled so that those of a step add up."""
         self._parts.append(loss.detach().float())
 
     def close(self, accelerator: Any) -> None:
-        """The step is done: every process gets all losses. All processes must call it."""
-        own = torch.stack(self._parts)
+        """Ends the step: every process gets all losses. All processes must call it."""
+        own = torch.stack(self._parts)  # (micro-batches,)
         self.table = accelerator.gather(own).view(-1, len(own)).tolist()
         self.loss = sum(map(sum, self.table)) / len(self.table)
-        self._sum, self._count = self._sum + self.loss, self._count + 1
+        total, count = self.unlogged
+        self.unlogged = [total + self.loss, count + 1]
 
     def mean(self) -> float:
-        """The mean loss of the steps since this was last asked."""
-        mean = self._sum / self._count if self._count else math.nan
-        self._sum, self._count = 0.0, 0
-        return mean
-
-    @property
-    def unlogged(self) -> list[float]:
-        """What a checkpoint keeps: sum and number of the losses that have not been logged yet."""
-        return [self._sum, self._count]
-
-    @unlogged.setter
-    def unlogged(self, kept: Sequence[float]) -> None:
-        self._sum, self._count = kept[0], int(kept[1])
+        """The mean loss of the steps since the last call."""
+        total, count = self.unlogged
+        self.unlogged = [0.0, 0]
+        return total / count if count else math.nan

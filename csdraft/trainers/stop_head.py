@@ -1,10 +1,9 @@
-"""Trains the head of the schedule `stop_head`: harvest judged drafts, fit a small network, hold it against the data.
+"""Trains the head of the schedule `stop_head`: collect verified drafts, fit a small network, measure it on the data.
 
 SpecDec++ (arXiv 2405.19715) trains on the soft labels min(1, target / draft probability) at positions of mixed texts,
-by a binary cross-entropy that weighs rejections more. Here the labels are what a verifier really decided while a text
-was decoded: drafts follow the very texts, stages and rules that the head will be used with, and there is no second
-code path from which features could differ. Only tokens that were tried count: what stands behind a rejection says
-nothing.
+with a binary cross-entropy that weighs rejections more. Here the labels are a verifier's decisions while a text was
+decoded, on the same kind of drafts that the head will see in use. Tokens after a rejection are not used: they were
+never tried.
 
     examples = harvest(target, drafter, batches, max_new_tokens=256)
     fit(examples).save("head.safetensors")           # then schedule=StopHead("head.safetensors")
@@ -26,17 +25,19 @@ from csdraft.tables.acceptance_head import AcceptanceHead
 __all__ = ["Examples", "fit", "harvest", "judge"]
 
 BINS = 10
+"""Of the calibration error."""
 FEWEST = 32
+"""Examples that `fit` needs."""
 PRIOR = 30.0
-"""Examples that the weights' decay counts for: without it a head of some hundred fits worse than the confidence."""
+"""Weight decay counts as this many examples. Without it, a head fitted to a few hundred is worse than confidence."""
 
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Drafted tokens that a target has judged.
+    """Drafted tokens that a target has verified.
 
     Attributes:
-        heard: (examples, 3) confidence, entropy and depth of each.
+        heard: (examples, 3) confidence, entropy and depth of each token.
         kept: (examples,) bool, whether it was accepted.
     """
 
@@ -47,13 +48,13 @@ class Examples:
         return len(self.kept)
 
     def split(self, share: float) -> tuple[Examples, Examples]:
-        """The first `share` of them and the rest, which are of later texts."""
+        """The first `share` of the examples, and the rest, which come from later texts."""
         at = int(len(self) * share)
         return Examples(self.heard[:at], self.kept[:at]), Examples(self.heard[at:], self.kept[at:])
 
 
 class Listening(Schedule):
-    """Drafts to a fixed depth, and notes what a stop would be asked and what became of the token.
+    """Drafts to a fixed depth. Notes the inputs of a stop rule for each token, and whether the token was accepted.
 
     Args:
         depth: draft tokens a round.
@@ -68,7 +69,7 @@ class Listening(Schedule):
     def budgets(self, contexts: Sequence[Context], rooms: Sequence[int], drafter: Drafter) -> list[Budget]:
         self._rows = {context.row: [] for context in contexts}
         depths = [min(self.depth, room) for room in rooms]
-        stops = [_noting(self._rows[context.row]) for context in contexts]
+        stops = [_note_and_continue(self._rows[context.row]) for context in contexts]
         return [Budget(d, d, confidence=True, stop=stop) for d, stop in zip(depths, stops, strict=True)]
 
     def observe(self, rounds: Sequence[Round], draft_seconds: float, score_seconds: float) -> None:
@@ -77,15 +78,17 @@ class Listening(Schedule):
             accepted = set(verdict.accepted)
             tip = verdict.accepted[-1] if accepted else finished.context.tip
             refused = draft.children(tip)[:1] if verdict.next_token is not None else ()
-            # Tokens of a statistical drafter have no confidence, and are skipped.
-            sure = [node for node in range(start, len(draft)) if draft.confidence[node] == draft.confidence[node]]
-            for node, heard in zip(sure, self._rows[finished.context.row], strict=False):
+            # Tokens of a statistical drafter have no confidence (nan), and are skipped.
+            nodes = [node for node in range(start, len(draft)) if not np.isnan(draft.confidence[node])]
+            for node, heard in zip(nodes, self._rows[finished.context.row], strict=False):
                 if node in accepted or node in refused:
                     self.heard.append(heard)
                     self.kept.append(node in accepted)
 
 
-def _noting(row: list[tuple[float, float, int]]) -> Callable[[float, Callable[[], float]], bool]:
+def _note_and_continue(row: list[tuple[float, float, int]]) -> Callable[[float, Callable[[], float]], bool]:
+    """A stop rule that notes its inputs in `row` and never stops."""
+
     def never(confidence: float, entropy: Callable[[], float]) -> bool:
         row.append((confidence, entropy(), len(row)))
         return False
@@ -96,13 +99,13 @@ def _noting(row: list[tuple[float, float, int]]) -> Callable[[float, Callable[[]
 def harvest(
     target: Any, drafter: Drafter, batches: Iterable[Mapping[str, Any]], depth: int = 8, **options: Any
 ) -> Examples:
-    """Decodes texts and keeps what a stop would have been asked about each drafted token, and whether it was accepted.
+    """Decodes texts, and collects each drafted token's confidence, entropy, depth and whether it was accepted.
 
     Args:
-        target: a model whose `generate` knows `assistant=`.
-        drafter: drafts chains by a model, alone or in a cascade.
+        target: a model whose `generate` takes `assistant=`.
+        drafter: drafts chains with a model, alone or in a cascade.
         batches: inputs of `generate`.
-        depth: draft tokens a round; deeper drafts teach about deeper tokens.
+        depth: draft tokens a round; a deeper draft gives examples of deeper tokens.
         options: of `generate`: the verifier, sampling and length that the head will be used with.
     """
     listening = Listening(depth)
@@ -119,22 +122,22 @@ def fit(
 
     Args:
         hidden: width of the head.
-        rejected_weight: what a rejected token weighs against an accepted one. 1 predicts probabilities; above 1 it
-            predicts too little and stops sooner: SpecDec++ takes 6.
+        rejected_weight: weight of a rejected token; an accepted one has 1. With 1 the head predicts probabilities.
+            Above 1 it predicts less and stops sooner: SpecDec++ takes 6.
         steps: of Adam, on all examples at once.
-        seed: of the head's first weights.
+        seed: of the initial weights.
 
     Raises:
-        ValueError: there are too few examples, or none of a kind.
+        ValueError: there are too few examples, or all are accepted, or all rejected.
     """
     if len(examples) < FEWEST or examples.kept.all() or not examples.kept.any():
         raise ValueError(
             f"{len(examples)} judged tokens, {int(examples.kept.sum())} of them kept: at least {FEWEST} are needed, "
-            "and some of each kind; harvest more texts, by a drafter that has a model"
+            "some kept and some not; harvest more texts, with a drafter that has a model"
         )
     table = [AcceptanceHead.features(c, h, int(d)) for c, h, d in examples.heard]
     features = torch.tensor(table, dtype=torch.float32)  # (examples, 3)
-    mean, scale = features.mean(0), features.std(0).clamp_min(1e-6)
+    mean, scale = features.mean(0), features.std(0).clamp_min(1e-6)  # (3,)
     kept = torch.from_numpy(examples.kept).float()
     weights = torch.where(kept > 0, 1.0, rejected_weight)
     generator = torch.Generator().manual_seed(seed)
@@ -160,14 +163,13 @@ def fit(
 
 
 def judge(head: AcceptanceHead | None, examples: Examples) -> dict[str, float]:
-    """How well chances fit examples: mean cross-entropy in nats, and expected calibration error over ten bins.
+    """How well predicted probabilities fit examples: mean cross-entropy in nats, and expected calibration error.
 
     Args:
-        head: None judges the confidences themselves.
+        head: None measures the confidences themselves.
     """
-    if head is None:
-        chances = examples.heard[:, 0]
-    else:
+    chances = examples.heard[:, 0]  # (examples,)
+    if head is not None:
         chances = np.array([head(c, h, int(d)) for c, h, d in examples.heard])
     clipped, kept = chances.clip(1e-6, 1 - 1e-6), examples.kept
     entropy = -np.where(kept, np.log(clipped), np.log1p(-clipped)).mean()

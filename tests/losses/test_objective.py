@@ -297,12 +297,12 @@ def test_autocast_holds_in_the_backward_too(chunk):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"losses": {}}, "must give a weight"),
+        ({"losses": {}}, "must give weights"),
         ({"losses": {"foward_kl": 1.0}}, "no loss 'foward_kl'.*forward_kl"),
         ({"losses": {"_log_probs": 1.0}}, "no loss"),
         ({"losses": {"jsd": {"betta": 0.5}}}, "jsd has no option 'betta'.*beta"),
         ({"losses": {"jsd": {"beta": 2.0}}}, "beta=2.0 must"),
-        ({"losses": {"jsd": {"beta": "half"}}}, "jsd={'beta': 'half'} has an option of the wrong kind"),
+        ({"losses": {"jsd": {"beta": "half"}}}, "jsd={'beta': 'half'} has an option of the wrong type"),
         ({"losses": {"jsd": None}}, "weight of jsd=None must be a number"),
         ({"losses": {"forward_kl": {"beta": 0.5}}}, "forward_kl has no option 'beta'"),
         ({"losses": {"forward_kl": -1.0}}, "weight of forward_kl=-1.0"),

@@ -162,7 +162,7 @@ def test_too_little_to_learn_from_is_said():
     few = examples(2000)
     with pytest.raises(ValueError, match="harvest more texts"):
         fit(few.split(0.01)[0])
-    with pytest.raises(ValueError, match="some of each kind"):
+    with pytest.raises(ValueError, match="some kept and some not"):
         fit(Examples(few.heard, np.ones(len(few), dtype=bool)))
 
 

@@ -1,4 +1,4 @@
-"""An encoder-decoder's texts written anew: by the student, no longer than before, and each by its own seed."""
+"""An encoder-decoder's texts rewritten by the student: no longer than before, and each from its own seed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def batch_of(*rows: int) -> dict[str, Tensor]:
     return collate_seq2seq([items[row] for row in rows])
 
 
-def anew(batch: dict[str, Tensor], student: Any, share: float = 1.0, step: int = 0) -> list[list[int]]:
+def rewrite(batch: dict[str, Tensor], student: Any, share: float = 1.0, step: int = 0) -> list[list[int]]:
     """The new texts; `decoder_input_ids` must be the same one place later."""
     made = rewritten(batch, student, share, (0, step), 64, 1.0, 0)
     assert made["input_ids"] is batch["input_ids"]
@@ -52,36 +52,36 @@ def student(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_a_text_is_the_students_and_as_long_as_it_was(student):
-    texts = anew(batch_of(0, 1, 2, 3), student)
+    texts = rewrite(batch_of(0, 1, 2, 3), student)
     old = [row["input_ids"][row["prompt_length"] :] for row in ROWS]
     assert [len(text) for text in texts] == [len(text) for text in old]
     assert all(text != before for text, before in zip(texts, old, strict=True))
-    assert anew(batch_of(0, 1, 2, 3), student) == texts
-    assert anew(batch_of(0, 1, 2, 3), student, step=1) != texts
+    assert rewrite(batch_of(0, 1, 2, 3), student) == texts
+    assert rewrite(batch_of(0, 1, 2, 3), student, step=1) != texts
 
 
 def test_a_text_does_not_depend_on_those_beside_it(student):
-    together = anew(batch_of(0, 1, 2, 3), student)
-    assert [*anew(batch_of(0, 3), student), *anew(batch_of(2), student)] == [together[row] for row in (0, 3, 2)]
+    together = rewrite(batch_of(0, 1, 2, 3), student)
+    assert [*rewrite(batch_of(0, 3), student), *rewrite(batch_of(2), student)] == [together[row] for row in (0, 3, 2)]
 
 
-def test_about_the_share_is_written_anew(student):
+def test_about_the_share_is_rewritten(student):
     """The others stay what they are; which they are changes from step to step."""
     old = [row["input_ids"][row["prompt_length"] :] for row in ROWS]
     kept = [
-        [text == before for text, before in zip(anew(batch_of(0, 1, 2, 3), student, 0.5, step), old, strict=True)]
+        [text == before for text, before in zip(rewrite(batch_of(0, 1, 2, 3), student, 0.5, step), old, strict=True)]
         for step in range(16)
     ]
     assert 16 < sum(map(sum, kept)) < 48
     assert len(set(map(tuple, kept))) > 4
-    assert anew(batch_of(0, 1, 2, 3), student, 0.0) == old
+    assert rewrite(batch_of(0, 1, 2, 3), student, 0.0) == old
 
 
 def test_nothing_counts_behind_an_end(student, monkeypatch):
-    first = anew(batch_of(0, 1, 2, 3), student)
+    first = rewrite(batch_of(0, 1, 2, 3), student)
     end = first[0][2]
     monkeypatch.setattr(student.generation_config, "eos_token_id", end)
-    for text, whole in zip(anew(batch_of(0, 1, 2, 3), student), first, strict=True):
+    for text, whole in zip(rewrite(batch_of(0, 1, 2, 3), student), first, strict=True):
         cut = whole.index(end) + 1 if end in whole else len(whole)
         assert text == whole[:cut]
     assert len(first[0]) > 3

@@ -126,7 +126,7 @@ def test_a_run_that_was_killed_before_its_result_was_written_takes_no_step_more(
     assert (copied / "model.safetensors").read_bytes() == (copied / "checkpoint-4/model.safetensors").read_bytes()
 
 
-def test_a_longer_run_goes_on_and_a_new_one_begins_again(folder, copied, capsys):
+def test_a_longer_run_continues_and_a_new_one_begins_again(folder, copied, capsys):
     assert distill(arguments(folder, copied.name, max_steps=5)).state.global_step == 5
     assert f"resumed from {copied}/checkpoint-4" in capsys.readouterr().out
     again = distill(arguments(folder, copied.name, max_steps=2, resume_from_checkpoint=False, learning_rate=0.02))
@@ -236,18 +236,18 @@ def without(key: str):
 
 BROKEN = {
     "zeros for half the weights": ("model.safetensors", second_half, "model.safetensors is damaged: its checksum"),
-    "zeros for half the optimiser": ("optimizer.pt", second_half, "optimizer.pt (cannot be read|is damaged)"),
+    "zeros for half the optimiser": ("optimizer.pt", second_half, "optimizer.pt is damaged: its checksum"),
     "a mark of another kind": ("run.json", lambda path: path.write_text("[1]"), "run.json holds no object of JSON"),
-    "a mark without options": ("run.json", without("options"), "run.json lacks 'options'"),
-    "a mark with odd files": ("run.json", lambda path: path.write_text('{"files": 3}'), "run.json has 'files' of"),
+    "a mark without options": ("run.json", without("options"), "run.json lacks options, or"),
+    "a mark with odd files": ("run.json", lambda path: path.write_text('{"files": 3}'), "run.json lacks files, "),
     "cut weights": ("model.safetensors", cut, r"model.safetensors has [\d,]+ of [\d,]+ bytes"),
     "no optimiser": ("optimizer.pt", Path.unlink, "optimizer.pt is missing"),
     "half an optimiser": ("optimizer.pt", cut, "optimizer.pt has"),
     "a cut state": ("trainer_state.json", cut, "trainer_state.json has"),
     "an empty file": ("scheduler.pt", lambda path: os.truncate(path, 0), "scheduler.pt has 0 of"),
     "no random numbers": ("rng_state.pth", Path.unlink, "rng_state.pth is missing"),
-    "zeros for weights": ("model.safetensors", zeros, "model.safetensors cannot be read"),
-    "zeros for the state": ("trainer_state.json", zeros, "trainer_state.json cannot be read"),
+    "zeros for weights": ("model.safetensors", zeros, "model.safetensors is damaged: its checksum"),
+    "zeros for the state": ("trainer_state.json", zeros, "trainer_state.json is damaged: its checksum"),
     "killed before its mark": ("run.json", Path.unlink, "run.json is missing"),
     "half a mark": ("run.json", cut, "run.json cannot be read"),
 }

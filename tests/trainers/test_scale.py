@@ -71,7 +71,7 @@ def test_gradients_do_not_depend_on_how_a_step_is_cut_up(folder, alone, ddp):
 def test_data_parallel_processes_are_one(folder, alone, ddp):
     assert_same_run(ddp, alone)
     assert shares(ddp) == [{"student": 1, "target": 1}] * 2
-    launch(folder, "ddp", max_steps=4)  # goes on from its checkpoint
+    launch(folder, "ddp", max_steps=4)  # continues from its checkpoint
     assert (ddp / "checkpoint-4").is_dir()
 
 
@@ -115,7 +115,7 @@ def test_processes_that_share_a_student_are_one(folder, alone, engine):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["fsdp", "zero3"])
-def test_processes_that_share_a_student_go_on_from_a_checkpoint(folder, engine):
+def test_processes_that_share_a_student_continue_from_a_checkpoint(folder, engine):
     """With Adam's state: of an optimiser without any, torch cannot restore what FSDP had (2.13)."""
     need_deepspeed(engine == "zero3")
     changes = {"optim": "adamw_torch", "eval_strategy": "no"}

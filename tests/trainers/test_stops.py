@@ -226,7 +226,7 @@ def test_a_script_says_in_one_line_that_a_file_cannot_be_written(folder, file_si
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_to_processes_leaves_a_whole_checkpoint_and_a_status(folder, number):
-    """One process by itself, with the status of the signal; the same run goes on from there."""
+    """One process by itself, with the status of the signal; the same run continues from there."""
     recipe = folder / "signal.yaml"
     name = f"signal-{number.name}"
     recipe.write_text(json.dumps(settings(folder, name, max_steps=4000, save_steps=10000)))

@@ -249,7 +249,7 @@ def test_configs_that_are_refused(options, message):
         ({"student": "x", "peft": {"layers": [0]}}, r"init: {from_target: {layers: \[0\], shared: true}}"),
         (
             {"peft": {"layers": [0, 1], "encoder_layers": [1], "r": 2}},
-            r"asked for by init: {from_target: {layers: \[0, 1\], encoder_layers: \[1\], shared: true}}",
+            r"self-drafting give init: {from_target: {layers: \[0, 1\], encoder_layers: \[1\], shared: true}}",
         ),
         ({"init": {"from_target": {"layers": [0]}}, "peft": {"shared": True}}, "not options of LoRA.*shared: true"),
         ({"init": {"from_target": {"layers": [0]}}, "peft": {"r": 2}}, "peft with init.*shared: true"),

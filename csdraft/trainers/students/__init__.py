@@ -1,4 +1,4 @@
-"""Students: what is distilled. Each kind is a file of this folder, see `Student`; heads are, see `HeadKind`."""
+"""Students are the models that are distilled. Each kind is a file of this folder; see `Student`, and `HeadKind`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = [
 ]  # fmt: skip
 
 KEYS = {"from_target": "cut", "config": "scratch", "kangaroo": "kangaroo"}
-"""Key of `init` -> kind of student; the name of a head is both."""
+"""Key of `init` -> kind of student. For heads, both are the head's name."""
 KINDS = {SELF_DRAFT: "self_draft", TIED: "cut", KANGAROO: "kangaroo"}
 """Kind of a drafter.json -> kind of student."""
 
@@ -39,7 +39,7 @@ def check_student(
     init: Mapping[str, Any] | None = None,
     peft: Mapping[str, Any] | None = None,
 ) -> None:
-    """Raises ValueError for what `make_student` cannot make; needs the target's config only.
+    """Raises ValueError if `make_student` cannot make this student. Needs the target's config only.
 
     Args:
         config: the target's.
@@ -52,15 +52,14 @@ def check_student(
 def _asked(
     student: Any, init: Mapping[str, Any] | None, peft: Mapping[str, Any] | None
 ) -> tuple[Student, Mapping[str, Any]]:
-    """The kind that these keys ask for, and its options; ValueError for keys that do not go together."""
+    """The kind of student that these keys make, and its options; ValueError for keys that exclude each other."""
     if peft is not None:
         check_lora(peft)
-    ways = [name for name, given in (("student", student is not None), ("init", init is not None)) if given]
-    if len(ways) != 1:
+    if (student is None) == (init is None):
         raise ValueError(
-            f"{' and '.join(ways) or 'no student'} given; choose one: student (a folder or Hub id), or init "
-            "({from_target: {layers: [...]}}, with shared: true for self-drafting, {config: {...}}, or a head such as "
-            "{eagle3: {}})"
+            f"{'no student' if init is None else 'student and init'} given; choose one: student (a folder or Hub id), "
+            "or init ({from_target: {layers: [...]}}, with shared: true for self-drafting, {config: {...}}, or a head "
+            "such as {eagle3: {}})"
         )
     if init is None:
         return students()["whole" if peft is None else "lora"], {"student": student, "peft": peft}
@@ -81,9 +80,9 @@ def _asked(
 
 
 def kind_asked(student: str | None, init: Mapping[str, Any] | None, peft: Mapping[str, Any] | None) -> Student:
-    """The kind of student that these keys make; of a folder or Hub id what it holds, where any head is a `HeadKind`.
+    """The kind of student that these keys make. Any stored head is a plain `HeadKind`.
 
-    Without any key it is a whole model; `check_student` refuses that.
+    Without keys it is a whole model, which `check_student` refuses.
 
     Args:
         student, init, peft: see `make_student`.
@@ -106,42 +105,44 @@ def make_student(
     peft: Mapping[str, Any] | None = None,
     counts: Counts | None = None,
 ) -> Any:
-    """A student for this target. Students that are trained whole are float32; adapters too, on a base as it is.
+    """A student for this target. What is trained is float32; the base of an adapter keeps its dtype.
 
     Args:
-        target: the model, whole, or its folder or Hub id.
-        student: a model with the target's tokenizer, or the folder or Hub id of one, or of an adapter to train on.
-        init: instead: `{"from_target": {"layers": [0, 5, 11]}}`, a model of its own with copies of these layers of the
-            target; `encoder_layers` of a T5-like target (all if left out); `hidden_size` keeps the first channels
-            only, which is a start rather than a model. Or `{"config": {...}}`: random weights, a config's options, all
-            others at the class's defaults; `model_type` is the target's unless given. With `tie_to_target` (of
-            `from_target`) its embedding and output layer stay the target's: frozen, and not saved with it. With
-            `shared` (of `from_target`) the layers are the target's own, not copies, and `peft` is trained on them:
-            self-drafting. `{"kangaroo": {"layers": 2}}`: an adapter after so many of the target's own first layers.
-            Or the name of a file of this folder, such as `{"eagle3": {...}}`: a head, see its options.
-        counts: how often each token is to be predicted in the training text, for heads that draft only some.
-        peft: options of `peft.LoraConfig`, for LoRA on `student` or on shared layers. Patterns in it see the layers'
+        target: the whole model, or its folder or Hub id.
+        student: a model with the target's tokenizer, or the folder or Hub id of a model, or of an adapter to train
+            further.
+        init: makes a new student instead, one of
+            `{"from_target": {"layers": [0, 5, 11]}}`: a model with copies of these layers of the target. Options:
+                `encoder_layers` of a T5-like target (default: all); `hidden_size` keeps the first channels only, as a
+                start for training; `tie_to_target` keeps the target's embedding and output layer, frozen and not
+                saved; `shared` uses the target's own layers, not copies, and trains `peft` on them: self-drafting;
+            `{"config": {...}}`: random weights. Options of a config; the others have the class's defaults, and
+                `model_type` is the target's by default;
+            `{"kangaroo": {"layers": 2}}`: an adapter after this many of the target's own first layers;
+            `{"eagle3": {...}}`, or another head: see the options in its file of this folder.
+        peft: options of `peft.LoraConfig`, for LoRA on `student` or on shared layers. Its patterns see the layers'
             new numbers, from 0.
+        counts: how often each token is a label in the training text, for heads that draft only some tokens.
 
     Raises:
-        ValueError: see `check_student`; or the target's family cannot be cut.
+        ValueError: see `check_student`; or models of the target's family cannot be cut.
     """
     target = load_model(target, dtype="auto") if isinstance(target, str) else base_model(target)
-    check_student(target.config, student, init, peft)
     kind, options = _asked(student, init, peft)
+    kind.check(target.config, options)
     return kind.make(target, options, counts)
 
 
 def save_student(
     student: Any, folder: str | os.PathLike[str], tokenizer: Any = None, state_dict: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Writes a student as `ModelDrafter` loads it: a Transformers or PEFT folder, and drafter.json.
+    """Writes a student for `ModelDrafter` to load: a Transformers or PEFT folder, and drafter.json.
 
     Args:
-        student: what `make_student` made.
-        folder: made if it is not there.
-        tokenizer: saved beside it.
-        state_dict: the student's weights, gathered, if its own parameters are not whole.
+        student: from `make_student`.
+        folder: created if it is missing.
+        tokenizer: saved too.
+        state_dict: the student's gathered weights, if its own parameters are sharded.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     stored: Any = stored_form(base_model(student), state_dict)
@@ -155,15 +156,15 @@ def save_student(
 
 
 def save_tokenizer(tokenizer: Any, folder: str) -> None:
-    """As `save_pretrained`, but tokenizer.json on one line: less than half the bytes in git."""
-    for key in ("is_local", "local_files_only"):  # how it was loaded; transformers would write them down
+    """Like `save_pretrained`, but tokenizer.json is on one line, which takes less than half the bytes."""
+    for key in ("is_local", "local_files_only"):  # how it was loaded; transformers would save them
         tokenizer.init_kwargs.pop(key, None)
     tokenizer.save_pretrained(folder)
     tokenizer.backend_tokenizer.save(f"{folder}/tokenizer.json", pretty=False)
 
 
 def load_student_weights(student: Any, folder: str | os.PathLike[str]) -> None:
-    """Puts the weights that `save_student` wrote into a student made in the same way.
+    """Loads the weights that `save_student` wrote into a student made with the same options.
 
     Raises:
         ValueError: the folder holds another student.
@@ -172,15 +173,15 @@ def load_student_weights(student: Any, folder: str | os.PathLike[str]) -> None:
 
 
 def added_share(student: Any, target: nn.Module) -> float:
-    """Parameters that the student needs beside the target's own, as a share of the target's.
+    """The student's parameters that are not the target's own, as a share of the target's parameters.
 
-    Of a self-drafting adapter those of LoRA alone; of LoRA on a small model that model's, too; of a student that is
-    tied to the target all but the embedding and the output layer.
+    A self-drafting adapter adds its LoRA weights only; LoRA on a small model also that model's; a student tied to the
+    target everything except embedding and output layer.
     """
     target = base_model(target)
-    kept = {parameter.data_ptr() for parameter in target.parameters()} - {0}  # 0: weights that are elsewhere
+    kept = {parameter.data_ptr() for parameter in target.parameters()} - {0}  # 0: weights on another device
     lent = borrowed(base_model(student))
-    # ds_numel: of a parameter that ZeRO-3 keeps in parts, the size of the whole.
+    # ds_numel: the whole size of a parameter that ZeRO-3 shards.
     added = sum(
         getattr(p, "ds_numel", p.numel())
         for name, p in student.named_parameters()

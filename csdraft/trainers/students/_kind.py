@@ -1,7 +1,7 @@
-"""What drafting heads share as students: `init` asks for a head by the name of its file in this folder.
+"""The base of drafting heads as students. The key of `init` is the name of the head's file in this folder.
 
-A kind says what its options are, how a head is made from a target, and what a training step compares. How a head is
-stored is a matter of `csdraft/heads` (`StoredHead`), and how it drafts of its session: a new kind edits no file here.
+A kind defines its options, how a head is made from a target, and what a training step compares. `csdraft/heads` stores
+heads (`StoredHead`), and a head's session drafts with it. A new kind edits no other file here.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from csdraft.trainers.students.scratch import new_config
 __all__ = ["Compared", "Counts", "HeadKind", "Logits", "kinds"]
 
 LIKE_TARGET = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "rms_norm_eps")
-"""What the layer takes over from a target that states it."""
+"""Settings of the layer that come from the target's config, if it has them."""
 
 
 class HeadKind(Student):
-    """One kind of drafting head, as the trainer sees it. Mostly only `trains` differs.
+    """One kind of drafting head. Most kinds set `trains` only.
 
     Attributes:
-        trains: the class of the heads that it makes.
-        options: the dataclass of its options, that of `trains` unless it says otherwise.
-        stored_by: the class that stores them.
+        trains: the class of its heads.
+        options: the dataclass of its options; None is that of `trains`.
+        stored_by: the class that stores its heads.
     """
 
     trains: type[Head]
@@ -50,12 +50,12 @@ class HeadKind(Student):
     reads_features = needs_target = True
 
     def is_of(self, model: nn.Module) -> bool:
-        """A kind may be a subclass of another: the nearest counts."""
+        """True for the most derived kind: one kind may be a subclass of another."""
         found = [kind.trains for kind in kinds().values() if isinstance(model, kind.trains)]
         return self.trains in found and all(issubclass(self.trains, other) for other in found)
 
     def check(self, config: Any, options: Mapping[str, Any]) -> None:
-        """Raises ValueError for options that no head for a target of this config can have."""
+        """Raises ValueError if no head for a target with this config can have these options."""
         asked = self._asked(options)
         if config.is_encoder_decoder:
             raise ValueError(
@@ -70,7 +70,7 @@ class HeadKind(Student):
         self.layer_config(text, asked)
 
     def make(self, target: Any, options: Mapping[str, Any], counts: Counts | None) -> nn.Module:
-        """A new head for a target, to be trained, in float32."""
+        """A new head for a target, in float32."""
         asked, text = self._asked(options), target.config.get_text_config(decoder=True)
         drafted = self._most_frequent(asked.draft_vocab, target, counts)
         head = self.new(text, asked, len(drafted)).float()
@@ -100,10 +100,11 @@ class HeadKind(Student):
         labels: Tensor,
         inputs: Any,
     ) -> Iterator[Compared | Tensor]:
-        """What one step compares, drafting step after drafting step; see `Student.compared`."""
+        """The parts to compare, one for each drafting step; see `Student.compared`."""
         ids, positions = inputs["input_ids"], inputs["position_ids"]
         drafted, (steps, decay) = head.drafted, self.unrolling(head)
-        numbers = torch.full((head.config.vocab_size,), IGNORED, device=labels.device)  # (vocab,) as the head has them
+        # Labels as indices into the draft vocabulary.
+        numbers = torch.full((head.config.vocab_size,), IGNORED, device=labels.device)  # (vocab,)
         numbers[drafted] = torch.arange(len(drafted), device=labels.device)
         labels = torch.where(labels == IGNORED, labels, numbers[labels.clamp(min=0)])
         weights = [decay**step for step in range(steps)]
@@ -115,23 +116,24 @@ class HeadKind(Student):
         for step, (weight, output) in enumerate(
             zip(weights, head.unrolled(ids, positions, features, steps), strict=True)
         ):
-            wanted = labels[:, 2 + step :]  # entry i predicts token i + 2 + step, the target at the position before
+            # Entry i predicts token i + 2 + step, as the target does at position i + 1 + step.
+            wanted = labels[:, 2 + step :]  # (rows, length - 2 - step)
             length = wanted.shape[1]
-            # Still of the entry's own text: positions rise by 1 from one token to the next.
+            # In one text, positions rise by 1 from token to token: the predicted token is in the entry's own text.
             same = positions[:, 2 + step :] - positions[:, :length] == 2 + step
             counted, weight = (wanted != IGNORED) & same, weight / sum(weights)
-            own, theirs = output[:, :length][counted], slice(1 + step, 1 + step + length)
-            at = hidden[:, theirs][counted.to(hidden.device)]
+            own, theirs = output[:, :length][counted], slice(1 + step, 1 + step + length)  # (positions, width)
+            at = hidden[:, theirs][counted.to(hidden.device)]  # (positions, width of the target)
             yield Compared(weight, own, at, wanted[counted], head.draft_logits, of_drafted)
             if (further := self.further(head, own, features[:, theirs][counted])) is not None:
                 yield weight * further
 
     def further(self, head: Any, outputs: Tensor, features: Tensor) -> Tensor | None:
-        """The sum of a further loss of one drafting step, such as how far its features are off; mostly None.
+        """The sum of an additional loss of one drafting step, such as the error of its features; None by default.
 
         Args:
-            outputs: (positions, feature width) what the head computed.
-            features: (positions, feature width) what stands in the target at the same place.
+            outputs: (positions, feature width) computed by the head.
+            features: (positions, feature width) the target's at the same places.
         """
 
     def unrolling(self, head: Any) -> tuple[int, float]:
@@ -139,7 +141,7 @@ class HeadKind(Student):
         return head.options.steps, head.options.decay
 
     def layer_config(self, text: Any, asked: Any) -> Any:
-        """Of the layer: the target's shape, changed by what was asked."""
+        """The config of the head's layer: the target's shape, and the changes of the options."""
         like = {key: getattr(text, key) for key in LIKE_TARGET if getattr(text, key, None) is not None}
         rotary = getattr(text, "rope_parameters", None) or {}
         if "rope_theta" in rotary and rotary.get("rope_type") not in SWITCHING:
@@ -156,7 +158,7 @@ class HeadKind(Student):
             raise ValueError(str(error) if at in str(error) else f"{at}: {error}") from error
 
     def _most_frequent(self, count: int | None, target: Any, counts: Counts | None) -> Tensor:
-        """(draft vocab,) ids of the tokens that it can draft, ascending; those that end a text are among them."""
+        """(draft vocab,) ids of the tokens to draft, ascending: the end tokens and the most frequent others."""
         vocab = target.config.get_text_config(decoder=True).vocab_size
         if count is None or count == vocab:
             return torch.arange(vocab)
@@ -164,9 +166,9 @@ class HeadKind(Student):
             raise ValueError(
                 f"init.{self.name}: draft_vocab={count} is chosen by the training text; give that, or leave it out"
             )
-        found, ends = counts().clone(), target.generation_config.eos_token_id
-        ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
-        found[torch.tensor(ends, dtype=torch.long)] = 1 << 60
+        found = counts().clone()  # (vocab,)
+        if (ends := target.generation_config.eos_token_id) is not None:
+            found[ends] = 1 << 60
         return found.argsort(descending=True, stable=True)[:count].sort().values
 
     def put_back(self, student: Any, folder: str) -> None:
@@ -177,5 +179,5 @@ class HeadKind(Student):
 
 
 def kinds() -> dict[str, HeadKind]:
-    """The kinds of heads, by the names of their files."""
+    """File name -> kind of head."""
     return {name: kind for name, kind in students().items() if isinstance(kind, HeadKind)}

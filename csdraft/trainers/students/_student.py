@@ -1,14 +1,13 @@
-"""What one kind of student says of itself. A kind is a file of this folder and is found by being there.
+"""The interface of a kind of student. Every file of this folder is a kind; there is no other list.
 
-A kind says which options it refuses, how it is made for a target, what a training step compares, and how its stored
-weights are put back; what it leaves out is as of a whole model. How a student that needs its target is stored is a
-matter of `csdraft/heads`, see `stored_form`.
+A kind defines which options it refuses, how it is made for a target, what a training step compares, and how its stored
+weights are loaded again. The defaults are those of a whole model. `csdraft/heads` stores students that need their
+target, see `stored_form`.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from csdraft.data.packing import IGNORED
@@ -27,18 +27,19 @@ from csdraft.trainers.split import head_of, hidden_of
 __all__ = ["Compared", "Counts", "Logits", "Student", "check_names", "student_of", "students"]
 
 Logits = Callable[[Tensor], Tensor]
+"""From hidden states, (positions, width), to logits, (positions, vocab)."""
 Counts = Callable[[], Tensor]
-"""Gives (vocab,) how often each token is to be predicted in the training text."""
+"""Returns (vocab,) how often each token is a label in the training text."""
 
 
 class Compared(NamedTuple):
-    """One part of a training step: what `Objective.total` compares, and its weight.
+    """One part of a training step: the arguments of `Objective.total`, and the part's weight.
 
     Attributes:
         weight: of the sum of its losses.
-        student, target: (positions, width) hidden states of the two.
-        labels: (positions,) the next token at each, as the two functions number tokens.
-        student_logits, target_logits: from hidden states to logits of the same tokens.
+        student, target: (positions, width) hidden states of both models.
+        labels: (positions,) the next token at each, as an index into the logits.
+        student_logits, target_logits: compute logits of the same tokens.
     """
 
     weight: float
@@ -53,10 +54,10 @@ class Student:
     """One kind of student.
 
     Attributes:
-        rate: the learning rate of a run that gives none; docs/distilling.md says where each is from.
+        rate: default learning rate; docs/distilling.md says where each is from.
         reads_features: whether it reads hidden states of the target, so that the target must read each text.
-        needs_target: whether it is made of tensors of the target, which must be there as a whole.
-        shares_target: whether the target's own layers are in it.
+        needs_target: whether it is made from tensors of the target, which must be whole.
+        shares_target: whether it contains the target's own layers.
     """
 
     rate: float
@@ -64,18 +65,18 @@ class Student:
 
     @property
     def name(self) -> str:
-        """The file's."""
+        """The name of its file."""
         return type(self).__module__.rpartition(".")[2]
 
     def check(self, config: Any, options: Mapping[str, Any]) -> None:
-        """Raises ValueError for options of which nothing can be made for a target of this config."""
+        """Raises ValueError if these options cannot make a student for a target with this config."""
 
     def make(self, target: Any, options: Mapping[str, Any], counts: Counts | None) -> Any:
-        """A student for this target, to be trained; `check` has been called."""
+        """A student for this target, ready to train. Call `check` first."""
         raise NotImplementedError
 
     def is_of(self, model: nn.Module) -> bool:
-        """Whether a student in training is of this kind. If it is of none, it is a whole model."""
+        """Whether a student in training is of this kind. If it is of no kind, it is a whole model."""
         return False
 
     # In training.
@@ -89,30 +90,30 @@ class Student:
         labels: Tensor,
         inputs: Any,
     ) -> Iterator[Compared | Tensor]:
-        """What one step compares, part after part.
+        """What one training step compares.
 
         Args:
-            states: (rows, length, width) the target's hidden states by tap.
-            hidden: (rows, length, width) what the target's output layer reads.
-            target_logits: of `hidden`.
-            labels: (rows, length) the token itself where its prediction counts, else `IGNORED`. A decoder-only model
-                predicts token t after token t - 1; an encoder-decoder's labels are those of its decoder's outputs.
-            inputs: `input_ids` and `position_ids`, (rows, length); of an encoder-decoder `input_ids`,
+            states: tap -> the target's hidden states there, (rows, length, width).
+            hidden: (rows, length, width) the input of the target's output layer.
+            target_logits: computes the target's logits from `hidden`.
+            labels: (rows, length) token ids where the prediction counts, else `IGNORED`. A decoder-only model
+                predicts token t at position t - 1, an encoder-decoder at position t.
+            inputs: `input_ids` and `position_ids`, (rows, length); for an encoder-decoder `input_ids`,
                 `attention_mask` and `decoder_input_ids`.
 
         Yields:
-            What is to be compared, or the sum over positions of another loss.
+            Parts to compare, or sums over positions of other losses.
         """
         labels = labels[:, 0 if "decoder_input_ids" in inputs else 1 :]
-        scored = labels != IGNORED
-        own = hidden_of(student, **inputs)[:, : labels.shape[1]][scored]
+        scored = labels != IGNORED  # (rows, length or length - 1)
+        own = hidden_of(student, **inputs)[:, : labels.shape[1]][scored]  # (positions, width)
         theirs = hidden[:, : labels.shape[1]][scored.to(hidden.device)]
         yield Compared(1.0, own, theirs, labels[scored], head_of(student), target_logits)
 
     # From disk.
 
     def put_back(self, student: Any, folder: str) -> None:
-        """See `load_student_weights`."""
+        """Loads stored weights; see `load_student_weights`."""
         model: Any = base_model(student)
         state, own = _read_weights(folder), model.state_dict()
         stored = {own[key].data_ptr() for key in state if key in own}
@@ -123,7 +124,7 @@ class Student:
 
 
 def check_names(state: Mapping[str, Tensor], own: Mapping[str, Tensor], folder: str) -> None:
-    """Raises ValueError unless the tensors of a folder are just those of a student."""
+    """Raises ValueError unless a folder's tensors have the names and shapes of a student's own."""
     other = sorted(state.keys() ^ own.keys()) or [k for k in own if state[k].shape != own[k].shape]
     if other:
         key = other[0]
@@ -135,22 +136,15 @@ def check_names(state: Mapping[str, Tensor], own: Mapping[str, Tensor], folder: 
 
 
 def _read_weights(folder: str) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    index = Path(folder, "model.safetensors.index.json")
-    files = {"model.safetensors"}
-    if index.is_file():
-        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    if missing := [name for name in sorted(files) if not Path(folder, name).is_file()]:
-        raise ValueError(
-            f"{folder} holds no student: it lacks {', '.join(missing)}; give a folder that a run has saved"
-        )
-    return {key: tensor for name in sorted(files) for key, tensor in load_file(Path(folder, name)).items()}
+    files = sorted(Path(folder).glob("model*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} holds no student: it lacks model.safetensors; give a folder that a run has saved")
+    return {key: tensor for file in files for key, tensor in load_file(file).items()}
 
 
 @cache
 def students() -> dict[str, Student]:
-    """The kinds of students, by the names of their files."""
+    """File name -> kind of student."""
     found = {}
     for module in pkgutil.iter_modules([os.path.dirname(__file__)]):
         if not module.name.startswith("_"):

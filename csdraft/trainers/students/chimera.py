@@ -1,4 +1,4 @@
-"""Chimera as a student (arXiv 2402.15758): unrolled as it drafts, each drafted token through its own output layer."""
+"""Chimera as a student (arXiv 2402.15758): unrolled as in drafting; each drafted token has its own output layer."""
 
 from __future__ import annotations
 

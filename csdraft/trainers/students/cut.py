@@ -1,7 +1,6 @@
-"""Layers out of the target as a model of its own: narrower, or tied to the target's embedding, if that is asked for.
+"""A model made from copies of some of the target's layers, optionally narrower or tied to the target's embedding.
 
-Cutting layers out of the target and training on is how DistilBERT (arXiv 1910.01108) and Minitron (arXiv 2407.14679)
-begin.
+DistilBERT (arXiv 1910.01108) and Minitron (arXiv 2407.14679) begin like this.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ __all__ = ["Cut", "check_cut"]
 OPTIONS = ("layers", "encoder_layers", "hidden_size", "tie_to_target", "shared")
 """Keys of `init.from_target`."""
 PROBE_TOKENS = 12
+"""On which a cut model is compared with the target's layers."""
 
 
 class Cut(Student):
@@ -47,7 +47,7 @@ class Cut(Student):
 
 
 def check_cut(config: Any, options: Mapping[str, Any]) -> None:
-    """Raises ValueError for layers that no target of this config has, and for options that are no switches."""
+    """Raises ValueError for unknown options, switches that are not true or false, and layers the target lacks."""
     spec.check_keys(options, OPTIONS, "init.from_target")
     for switch in ("tie_to_target", "shared"):
         if not isinstance(options.get(switch, False), bool):
@@ -56,9 +56,9 @@ def check_cut(config: Any, options: Mapping[str, Any]) -> None:
 
 
 def narrow_config(config: Any, width: int) -> Any:
-    """A copy of a config with fewer channels; ValueError if its family's heads would become others.
+    """A copy of a config with fewer channels; ValueError if the size of attention heads would change.
 
-    Keeping the first channels is right where every head keeps its size: where the config states it.
+    Keeping the first channels is right only if heads keep their size, so the config must state it.
     """
     head, key = (config.attribute_map.get(name, name) for name in ("head_dim", "hidden_size"))
     if head not in {field.name for field in fields(config)}:
@@ -74,15 +74,15 @@ def narrow_config(config: Any, width: int) -> Any:
 def cut_out(
     target: Any, layers: Any, encoder_layers: Any = None, hidden_size: int | None = None, tie_to_target: bool = False
 ) -> nn.Module:
-    """A fresh model of the cut config, with copies of the target's tensors; tied to the target if that is asked for.
+    """A new model with copies of the target's tensors, in float32.
 
-    A T5-like student with fewer encoder than decoder layers drafts, but stock `generate` of transformers 5.23 fails on
-    it alone.
+    A T5-like student with fewer encoder than decoder layers can draft, but plain `generate` of transformers 5.23 fails
+    on it.
     """
     if getattr(target, "is_quantized", False):
-        raise ValueError("the target is quantised: its weights are no start for a student; load it in a float type")
+        raise ValueError("the target is quantised: a student cannot start from its weights; load it in a float type")
     part = shared_layers(target, layers, encoder_layers).eval()
-    plain = type(part.config).from_dict(part.config.to_dict())  # as it will be read from config.json
+    plain = type(part.config).from_dict(part.config.to_dict())  # as config.json will give it
     plain = plain if hidden_size is None else narrow_config(plain, hidden_size)
     plain.name_or_path = ""
     student = type(part)(plain).to(part.dtype).eval()
@@ -96,7 +96,7 @@ def cut_out(
 
 @torch.no_grad()
 def _copy(part: nn.Module, student: nn.Module, width: int) -> None:
-    """Copies tensors by name; of a wider one the first channels."""
+    """Copies tensors by name; from wider ones the first channels."""
     theirs, own = part.state_dict(), student.state_dict()
     name = type(part).__name__
     if theirs.keys() != own.keys():
@@ -112,7 +112,7 @@ def _copy(part: nn.Module, student: nn.Module, width: int) -> None:
 
 @torch.no_grad()
 def _check_alike(part: Any, student: Any) -> None:
-    """Raises ValueError unless the student computes what the target's layers do: the cut config must say it all."""
+    """Raises ValueError unless the student computes the same as the target's layers."""
     name = f"{type(part).__name__} ({part.config.model_type}) cannot be cut"
     for mine, theirs in zip(layer_stacks(student), layer_stacks(part), strict=True):
         for a, b in zip(mine.modules(), theirs.modules(), strict=True):

@@ -1,7 +1,8 @@
-"""A DFlash head as a student (arXiv 2602.06036): a block behind every token of the text, compared with the target.
+"""A DFlash head as a student (arXiv 2602.06036): a block after every token of the text is compared with the target.
 
-The paper trains on some of a text's tokens, drawn at random; csdraft on all. It weighs tokens of a block by
-exp(-(j - 1) / gamma), with gamma = 4 for blocks of 8: here `decay` is that factor, 0.8 unless said.
+The paper trains on a random sample of a text's tokens, csdraft on all. The paper weighs token j of a block by
+exp(-(j - 1) / gamma), with gamma = 4 for blocks of 8. Here `decay` is the factor from one token to the next, 0.8 by
+default.
 """
 
 from __future__ import annotations

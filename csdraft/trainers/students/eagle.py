@@ -1,4 +1,4 @@
-"""EAGLE-1 as a student (arXiv 2401.15077): distributions are compared, and the features that they come from."""
+"""EAGLE-1 as a student (arXiv 2401.15077): compares distributions, and the features that they come from."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ class EagleStudent(HeadKind):
     trains, stored_by = Eagle, EagleHead
 
     def further(self, head: Any, outputs: Tensor, features: Tensor) -> Tensor | None:
+        """Smooth L1 between the head's outputs and the target's features, a mean over the width."""
         if not head.options.regression:
             return None
         off = smooth_l1_loss(outputs.float(), features.float(), reduction="none")  # (positions, width)

@@ -1,4 +1,4 @@
-"""FSPAD as a student (arXiv 2408.15562): the feature is compared before its adapter, the distribution behind it."""
+"""FSPAD as a student (arXiv 2408.15562): compares features before its adapter, distributions after it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ __all__ = ["FspadStudent"]
 
 
 class FspadStudent(EagleStudent):
-    """See `EagleStudent`; no engine knows its layout, so it is stored in csdraft's own."""
+    """See `EagleStudent`. No serving engine has a layout for it, so it is stored in csdraft's own."""
 
     trains, stored_by = Fspad, OwnHead

@@ -1,4 +1,4 @@
-"""HASS as a student (arXiv 2408.15766): EAGLE-1's losses at each of some unrolled steps."""
+"""HASS as a student (arXiv 2408.15766): EAGLE-1's losses at each unrolled step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kangaroo (arXiv 2404.18911): an adapter on the target's own first layers, trained as a whole small model is."""
+"""Kangaroo (arXiv 2404.18911): an adapter on the target's own first layers, trained like a whole small model."""
 
 from __future__ import annotations
 

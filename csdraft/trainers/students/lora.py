@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685) on a model that exists: the adapter is trained, and the model stays as it is."""
+"""LoRA (arXiv 2106.09685) on an existing model: the adapter is trained, the model does not change."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ __all__ = ["Lora", "check_lora", "stored_adapter", "with_lora"]
 
 SET_HERE = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
 SET_HERE |= {"inference_mode", "runtime_config", "layer_replication"}
+"""Options of LoRA that are not the user's to set."""
 
 
 class Lora(Student):
-    """See `Student`. Of an adapter on the target's own layers it puts weights back too."""
+    """See `Student`. Also loads the weights of an adapter on the target's own layers."""
 
     rate = 2e-4
 
@@ -42,12 +43,12 @@ class Lora(Student):
 
 
 def check_lora(peft: Mapping[str, Any]) -> None:
-    """Raises ValueError unless all options are LoRA's."""
+    """Raises ValueError if an option is not LoRA's."""
     if given := [key for key in ("layers", "encoder_layers", "shared") if key in peft]:
         layers = ", ".join(f"{key}: {peft[key]}" for key in given if key != "shared")
         raise ValueError(
-            f"peft={dict(peft)} has {' and '.join(given)}, which are not options of LoRA. Self-drafting is asked for "
-            f"by init: {{from_target: {{{layers or 'layers: [...]'}, shared: true}}}}; peft keeps LoRA's own options"
+            f"peft={dict(peft)} has {' and '.join(given)}, which are not options of LoRA. For self-drafting give "
+            f"init: {{from_target: {{{layers or 'layers: [...]'}, shared: true}}}}, and only LoRA's options in peft"
         )
     known = [field.name for field in fields(peft_package().LoraConfig) if field.init and field.name not in SET_HERE]
     spec.check_keys(peft, known, "peft (LoRA)")
@@ -60,7 +61,7 @@ def with_lora(model: nn.Module, options: Mapping[str, Any]) -> nn.Module:
 
 
 def stored_adapter(path: str) -> nn.Module:
-    """An adapter on its base, to be trained further. `load_model` puts it there to decode with."""
+    """An adapter on its base, to train further. (`load_model` loads it for decoding.)"""
     peft = peft_package()
     base = peft.PeftConfig.from_pretrained(path).base_model_name_or_path
     return peft.PeftModel.from_pretrained(load_model(base, dtype="auto"), path, is_trainable=True)
@@ -71,11 +72,12 @@ def _opened(student: Any) -> nn.Module:
     model = load_model(os.fspath(student), dtype="auto") if isinstance(student, str | os.PathLike) else student
     if isinstance(model, OnTarget) or vars(model).get("peft_config"):
         kind = "tied to its target" if isinstance(model, TiedDraft) else "an adapter already"
-        raise ValueError(f"student {student!r} is {kind}; leave peft out to train on, or give its base")
+        raise ValueError(f"student {student!r} is {kind}; leave peft out to train it further, or give its base")
     return model
 
 
 def _check_base(model: Any, folder: str) -> None:
+    """Raises ValueError if a self-drafting adapter in a folder is for another base or other layers."""
     own = vars(model).get("self_draft")
     document = read_document(folder) or {}
     stored, layers = document.get("base", {}).get("fingerprint"), document.get("layers")

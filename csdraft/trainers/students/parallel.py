@@ -1,12 +1,12 @@
-"""A parallel head as a student (arXiv 2410.05589): each placeholder of each entry is compared with the target.
+"""A parallel head as a student (arXiv 2410.05589): every placeholder of every entry is compared with the target.
 
-All placeholders are trained in one step, as many as the head drafts tokens; P-EAGLE (arXiv 2602.01469) leaves some out
-to save memory, which csdraft does not.
+One step trains all placeholders, one for each drafted token. P-EAGLE (arXiv 2602.01469) leaves some out to save
+memory; csdraft does not.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from csdraft.heads.formats.parallel import ParallelHead
@@ -22,7 +22,7 @@ class Options(eagle3.Options):
 
     Args:
         blocks: decoder layers.
-        mask_token: the token whose embedding stands in placeholders; None: the target's padding token, else 0.
+        mask_token: the token whose embedding placeholders have; None: the target's padding token, else 0.
     """
 
     blocks: int = 1
@@ -39,10 +39,11 @@ class ParallelStudent(eagle3.Eagle3Student):
         asked, vocab = self._asked(options), config.get_text_config(decoder=True).vocab_size
         if asked.blocks < 1 or not 0 <= (asked.mask_token or 0) < vocab:
             raise ValueError(
-                f"init.{self.name}: blocks={asked.blocks}, mask_token={asked.mask_token}; it has 1 block or more, and "
-                f"a mask token of the target's {vocab}"
+                f"init.{self.name}: blocks={asked.blocks}, mask_token={asked.mask_token}; give at least 1 block, and "
+                f"one of the target's {vocab} tokens"
             )
 
-    def more(self, text: Any, asked: Any) -> dict[str, Any]:
-        token = asked.mask_token if asked.mask_token is not None else getattr(text, "pad_token_id", None) or 0
-        return super().more(text, asked) | {"mask_token": token, "blocks": asked.blocks}
+    def own_options(self, text: Any, asked: Any, draft_vocab: int) -> Any:
+        if asked.mask_token is None:
+            asked = replace(asked, mask_token=getattr(text, "pad_token_id", None) or 0)
+        return super().own_options(text, asked, draft_vocab)

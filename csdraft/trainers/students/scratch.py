@@ -1,4 +1,4 @@
-"""A new model with random weights: any config, with the target's vocabulary and special tokens."""
+"""A new model with random weights and any config, with the target's vocabulary and special tokens."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from csdraft import spec
 from csdraft.trainers.students._student import Counts, Student
@@ -18,7 +19,7 @@ __all__ = ["Scratch", "made_config", "new_config"]
 
 FROM_TARGET = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
 LONGEST = 2048
-"""Context of a new model whose target does not state its own."""
+"""Context of a new model if the target's config has none."""
 
 
 class Scratch(Student):
@@ -30,8 +31,6 @@ class Scratch(Student):
         new_config(config, options)
 
     def make(self, target: Any, options: Mapping[str, Any], counts: Counts | None) -> nn.Module:
-        from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
         config = new_config(target.config, options)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         student = auto.from_config(config, dtype=torch.float32)
@@ -40,14 +39,12 @@ class Scratch(Student):
 
 
 def new_config(config: Any, options: Mapping[str, Any]) -> Any:
-    """A config of these options, with the vocabulary and special tokens of another.
+    """A config with these options, and the target's vocabulary and special tokens.
 
     Args:
         config: the target's.
-        options: `model_type` (the target's if left out), and what a config of that type takes.
+        options: `model_type` (default: the target's), and options of a config of that type.
     """
-    from transformers import CONFIG_MAPPING
-
     options = dict(options)
     kind = options.pop("model_type", config.model_type)
     if kind not in CONFIG_MAPPING:
@@ -56,7 +53,8 @@ def new_config(config: Any, options: Mapping[str, Any]) -> Any:
     own = {field.name for field in fields(made)} | {key for key in vars(made()) if key[0] != "_"}
     spec.check_keys(options, sorted((own | set(made.attribute_map)) - set(FROM_TARGET)), f"init.config ({kind})")
     text = config if config.is_encoder_decoder else config.get_text_config(decoder=True)
-    given = {key: getattr(text, key, None) for key in FROM_TARGET}  # None too: a class's own ids are of other tokens
+    # Also those that are None: the class's default ids are other tokens.
+    given = {key: getattr(text, key, None) for key in FROM_TARGET}
     if "max_position_embeddings" in own:
         given["max_position_embeddings"] = getattr(text, "max_position_embeddings", None) or LONGEST
     result = made_config("init.config", made, **(given | options))
@@ -69,7 +67,7 @@ def new_config(config: Any, options: Mapping[str, Any]) -> Any:
 
 
 def made_config(key: str, make: Callable[..., Any], *given: Any, **options: Any) -> Any:
-    """What `make` makes of these; where a config's class refuses them, a ValueError that names the key."""
+    """Calls `make`, a config's class or method; if it refuses the options, raises a ValueError that names the key."""
     try:
         return make(*given, **options)
     except (StrictDataclassError, ValueError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""Self-drafting: LoRA (arXiv 2106.09685) on some of the target's own layers, whose weights are in memory anyway."""
+"""Self-drafting: LoRA (arXiv 2106.09685) on some of the target's own layers, which are in memory anyway."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from csdraft.heads.self_draft import own_layers
-from csdraft.trainers.engines import uses
+from csdraft.trainers.engines import chosen_engine
 from csdraft.trainers.students._student import Counts, Student
 from csdraft.trainers.students.cut import check_cut
 from csdraft.trainers.students.lora import with_lora
@@ -16,7 +16,7 @@ from csdraft.trainers.students.lora import with_lora
 __all__ = ["SelfDrafting", "check_engine"]
 
 HARMLESS_STARTS = (True, False, "gaussian", "orthogonal")
-"""Values of `init_lora_weights` that leave the base's weights alone."""
+"""Values of `init_lora_weights` that do not change the base's weights."""
 
 
 class SelfDrafting(Student):
@@ -36,7 +36,7 @@ class SelfDrafting(Student):
 
 
 def _check_shared(cut: Mapping[str, Any], peft: Mapping[str, Any] | None) -> None:
-    """Raises ValueError for what an adapter on the target's own layers cannot have."""
+    """Raises ValueError for options that an adapter on the target's own layers cannot have."""
     if made := [key for key in ("hidden_size", "tie_to_target") if cut.get(key)]:
         raise ValueError(
             f"shared: true with {made[0]}: shared layers are the target's own, and {made[0]} is for copies of them; "
@@ -44,8 +44,8 @@ def _check_shared(cut: Mapping[str, Any], peft: Mapping[str, Any] | None) -> Non
         )
     if not peft:
         raise ValueError(
-            "shared: true needs peft, such as peft: {r: 64, lora_alpha: 128}: the layers are the target's own and "
-            "stay as they are, so an adapter on them is what is trained; for copies that are trained leave shared out"
+            "shared: true needs peft, such as peft: {r: 64, lora_alpha: 128}: the layers are the target's own and do "
+            "not change, so an adapter on them is trained; to train copies of them, leave shared out"
         )
     bias, start = peft.get("bias", "none"), peft.get("init_lora_weights", True)
     if bias != "none" or start not in HARMLESS_STARTS:
@@ -56,19 +56,15 @@ def _check_shared(cut: Mapping[str, Any], peft: Mapping[str, Any] | None) -> Non
 
 
 def check_engine(shared: bool, deepspeed: Any = None, fsdp: Any = None) -> None:
-    """Raises ValueError if a self-drafting student is to be trained by an engine that shards or moves its weights.
+    """Raises ValueError if a student with the target's own layers would be trained by an engine that shards it.
 
     Args:
-        shared: whether the student is self-drafting.
-        deepspeed, fsdp: of `TrainingArguments`; what `accelerate launch` has chosen is known from the environment.
+        shared: whether the student has the target's own layers.
+        deepspeed, fsdp: of `TrainingArguments`. The choice of `accelerate launch` is read from the environment.
     """
-    if not shared:
-        return
-    asked = {"DeepSpeed": bool(deepspeed), "FSDP": bool(fsdp)}
-    for engine in asked:
-        if asked[engine] or uses(engine):
-            raise ValueError(
-                f"a self-drafting student cannot be trained under {engine}: its layers are the target's own tensors, "
-                "which the engine (ZeRO, FSDP) would shard or move as the student's. Use DDP or one process, or give "
-                "the student layers of its own: init: {from_target: {layers: [...]}}"
-            )
+    if shared and (engine := chosen_engine(deepspeed, fsdp)):
+        raise ValueError(
+            f"a self-drafting student cannot be trained under {engine}: its layers are the target's own tensors, "
+            "which the engine (ZeRO, FSDP) would shard or move as the student's. Use DDP or one process, or give "
+            "the student layers of its own: init: {from_target: {layers: [...]}}"
+        )

@@ -1,4 +1,4 @@
-"""A model that exists, trained further: a whole one, or a stored student of any kind."""
+"""An existing model, trained further: a whole one, or a stored student of any kind."""
 
 from __future__ import annotations
 
