@@ -1,4 +1,4 @@
-"""The texts beside a saved cascade: its model card, and the shim that lets plain transformers run it."""
+"""Texts saved with a cascade: its model card, and the shim with which plain transformers runs it."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def generate(inputs=None, *args, model, assistant=None, **kwargs):
 
 
 def model_card(document: dict[str, Any], provenance: dict[str, Any], name: str, lossless: bool) -> str:
-    """README.md of a saved cascade.
+    """The README.md of a saved cascade.
 
     Args:
         document: the content of cascade.json.
         provenance: the content of provenance.json.
-        name: the folder's name.
-        lossless: whether its verifier is.
+        name: the folder's name or Hub id.
+        lossless: whether its verifier is lossless.
     """
     target = document["target"]["name"]
     drafters = "\n".join(
@@ -78,7 +78,7 @@ output = model.generate(**inputs, custom_generate="{name}", assistant="{name}", 
 
 
 def _measured(figures: dict[str, Any] | None) -> str:
-    """A table of what the cascade did before it was saved; nothing if it did nothing."""
+    """A table of the cascade's figures before it was saved; empty if it was not used."""
     if figures is None:
         return ""
     return (

@@ -41,8 +41,7 @@ class Allowance:
         return max(self.seconds - self.passed, 0.0)
 
     def tell(self, what: str, left: float) -> None:
-        """Reports the share of the time that has passed if the rest takes `left` seconds, or until the limit if
-        sooner.
+        """Reports the share of the time that has passed; `left` is an estimate of the seconds that remain.
 
         The share never falls: a falling share would look like the start of other work.
         """

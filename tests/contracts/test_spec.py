@@ -126,7 +126,7 @@ def test_a_table_is_written_as_a_file_name(tmp_path):
     table.save(tmp_path / "bigram.safetensors")
     stored = {"tables/bigram.safetensors": tmp_path / "bigram.safetensors"}
     assert spec.from_json("drafters", written, {}, stored).bigram == table
-    with pytest.raises(ValueError, match=r"names 'tables/bigram.safetensors', which is not there: known: none"):
+    with pytest.raises(ValueError, match=r"names 'tables/bigram.safetensors', which does not exist: known: none"):
         spec.from_json("drafters", written, {}, {})
 
 

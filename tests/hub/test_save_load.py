@@ -256,7 +256,7 @@ def test_another_tokenizer_is_refused(saved):
         ({"models": {"LlamaForCausalLM": {"folder": "/models/x"}}}, r"outside the cascade"),
         ({"models": {"LlamaForCausalLM": "models/x"}}, r"give a folder, an id of the Hub"),
         ({"models": {"LlamaForCausalLM": {"folder": "a", "id": "b"}}}, r"give a folder, an id of the Hub"),
-        ({"models": {}}, r"cascade.json: drafters\[0\].model names 'LlamaForCausalLM', which is not there"),
+        ({"models": {}}, r"cascade.json: drafters\[0\].model names 'LlamaForCausalLM', which does not exist"),
         ({"drafters": [{"type": "max_gran"}]}, r"did you mean 'max_gram'"),
         ({"target": {"vocab": 3}}, r"no option 'vocab': did you mean 'vocab_size'"),
     ],

@@ -15,7 +15,8 @@ from functools import cache, partial
 import pytest
 
 from csdraft.decoding.interfaces import Budget, Schedule
-from csdraft.schedules.cost_model import CostModel, Plan, reason
+from csdraft.schedules._plans import Plan, reason
+from csdraft.schedules.cost_model import CostModel
 from csdraft.schedules.fixed import Fixed
 from csdraft.tables.costs import Costs, Way, Widths
 from tests.schedules.world import Device, Stages, World, Writer

@@ -1,22 +1,17 @@
 """Every schedule keeps to its rooms; the cost model finds what pays and drops what does not."""
 
-import importlib
-import pkgutil
-
 import pytest
 
-import csdraft.schedules
 from csdraft.schedules.cost_model import CostModel
 from csdraft.schedules.fixed import Fixed
 from csdraft.schedules.heuristic import Heuristic
+from csdraft.spec import find, types
 from csdraft.tables.costs import Widths
 from tests.schedules.world import Device, Stages, World, Writer
 
 
 def every_schedule():
-    names = [module.name for module in pkgutil.iter_modules(csdraft.schedules.__path__)]
-    found = [importlib.import_module(f"csdraft.schedules.{name}") for name in names]
-    return [pytest.param(getattr(m, m.__all__[0]), id=name) for m, name in zip(found, names, strict=True)]
+    return [pytest.param(find("schedules", name), id=name) for name in types("schedules")]
 
 
 def speedup(drafter, schedule, tokens=256, seeds=6, calls=1, **distributions):
