@@ -15,7 +15,8 @@ from functools import cache, partial
 import pytest
 
 from csdraft.decoding.interfaces import Budget, Schedule
-from csdraft.schedules._plans import Plan, reason
+from csdraft.schedules._plans import Group, Plan, plans_by_depth, reason
+from csdraft.schedules._prices import Prices
 from csdraft.schedules.cost_model import CostModel
 from csdraft.schedules.fixed import Fixed
 from csdraft.tables.costs import Costs, Way, Widths
@@ -126,6 +127,38 @@ def test_the_size_of_a_tree_is_chosen_by_its_price(wide, size):
         for nodes in (32, 16, 8)
     )
     assert sum(world.seconds for world in chosen) < best / 0.87
+
+
+class TellingOfSmallTrees(Writer):
+    """Predicts what its small trees are worth, and cannot tell about large ones."""
+
+    def expected(self, context, depth, size):
+        return (0.01, size) if size < 16 else None
+
+
+def test_a_drafter_may_predict_the_yield_of_some_sizes_only():
+    """Found with such a drafter: a trial of the large tree also set a pause for the small one, which has none."""
+    world = World(TellingOfSmallTrees(0.5, 0.0, depth=6, trees=(16, 8)))
+    world.decode(CostModel(), 64)
+    assert sum(depth == 0 for depth in world.depths) > len(world.depths) / 2
+
+
+# Plans.
+
+
+def test_plans_add_up_tokens_and_seconds():
+    """One row, a sure first token and a likely second; two seconds a forward, and half a second a drafted token."""
+    prices = Prices(World(Writer(0.5, 0.9)).call, [(Writer(0.5, 0.9), 5)], Costs())
+    for width in (1, 2, 3):
+        prices.forwards.add(width, 2.0)
+    prices.plain, prices.token = 2.0, [0.5]
+    one, two = plans_by_depth(Way(0), (1, 2), [Group(1, [1.0, 0.5], [1.0, 0.25])], prices, reading=0.1)
+    assert (one.depth, one.width, one.tokens, one.seconds) == (1, 2, 2.0, pytest.approx(2.5 + 0.2))
+    assert (two.depth, two.width, two.tokens) == (2, 3, 2.5)
+    assert two.seconds == pytest.approx(2.5 + 0.5 / 4 + 0.25), "a quarter of the drafts is long enough to cost more"
+    rows = [Group(1, [1.0], [1.0]), Group(3, [0.0], [1.0])]
+    (mixed,) = plans_by_depth(Way(0), (1,), rows, prices, reading=0.0)
+    assert mixed.tokens == 1.25, "one row of four keeps its token"
 
 
 # Prices.
