@@ -11,11 +11,12 @@ from collections.abc import Hashable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from csdraft import hub, loading, spec
 from csdraft.automatic import auto_for
@@ -30,6 +31,7 @@ from csdraft.heads.self_draft import MTP
 from csdraft.kmatrix import AUTO, build, check_k_matrix, first_guess, spread_lenience
 from csdraft.models import HUB_OPTIONS, load_model
 from csdraft.options import SCHEDULE, VERIFIER, Options, split
+from csdraft.planner.auto import plan_on
 from csdraft.reports.report import Planned
 from csdraft.saved_costs import load_costs
 from csdraft.schedules.cost_model import CostModel
@@ -38,9 +40,6 @@ from csdraft.stored import kind_of, naming
 from csdraft.upload import upload
 from csdraft.verifiers._lenience import check_lenience
 from csdraft.verifiers.match import Match
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["CascadeDrafter", "as_drafter", "choose_schedule", "choose_verifier", "options_of"]
 
@@ -152,8 +151,6 @@ class CascadeDrafter(Drafter):
         """
         if self.k_matrix != AUTO:
             return self
-        from csdraft.planner.auto import plan_on
-
         with _LOCK:
             known = self._plans.get(target)
         if known is None:

@@ -20,7 +20,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import huggingface_hub
+import transformers
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from csdraft import spec
 from csdraft.card import SHIM, SIGNATURE, model_card
@@ -32,8 +35,6 @@ from csdraft.stored import is_hub_id, read_object
 from csdraft.version import __version__
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from csdraft.cascade import CascadeDrafter
 
 __all__ = ["DOCUMENT", "FORMAT", "Target", "command", "fingerprint", "save", "vocab_size", "without_folders"]
@@ -147,8 +148,6 @@ def save(
 
 def _write_model(model: nn.Module, folder: str, scratch: Path, target: Target | None, copy_models: bool) -> dict:
     """Saves a model; returns its entry in the document: a folder, a Hub id with revision, or the target itself."""
-    from transformers import PreTrainedModel
-
     if target is not None and target.model() is model:
         return {"target": True}
     stored: Any = stored_form(model)
@@ -171,10 +170,8 @@ def _write_model(model: nn.Module, folder: str, scratch: Path, target: Target | 
 
 def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Copies a tokenizer, or loads it from its path first: the path means nothing on another machine."""
-    from transformers import AutoTokenizer
-
     if isinstance(tokenizer, str | os.PathLike):
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     tokenizer.save_pretrained(folder)
 
 
@@ -185,9 +182,7 @@ def _own_revision(model: nn.Module) -> str | None:
 
 def _cached_revision(repo: str) -> str | None:
     """The commit of a repository's main branch in this machine's Hub cache; None if it is not cached."""
-    from huggingface_hub import try_to_load_from_cache
-
-    file = try_to_load_from_cache(repo, "config.json") if is_hub_id(repo) else None
+    file = huggingface_hub.try_to_load_from_cache(repo, "config.json") if is_hub_id(repo) else None
     return Path(file).parent.name if isinstance(file, str) else None
 
 

@@ -142,12 +142,12 @@ def affordable_length(
     To find out, a short text is written twice; the first time warms up.
     """
     wanted, few = setup.options["max_new_tokens"], min(SHORTEST, setup.options["max_new_tokens"])
-    options = setup.options | {"max_new_tokens": few, "min_new_tokens": few}
-    inputs, target = encode(setup, prompts[:1]), cast(Any, setup.target)
-    for _ in range(2):
-        began = allowance.passed
-        target.generate(**inputs, **options)
-    each = (allowance.passed - began) / few  # type: ignore[possibly-unbound]
+    options = encode(setup, prompts[:1]) | setup.options | {"max_new_tokens": few, "min_new_tokens": few}
+    target = cast(Any, setup.target)
+    target.generate(**options)
+    began = allowance.passed
+    target.generate(**options)
+    each = (allowance.passed - began) / few
     if math.isinf(allowance.seconds):
         return wanted, each * wanted
     fits = OBSERVING * allowance.seconds / (2 * passes(drafters) * each)
@@ -205,16 +205,16 @@ def timed(
         generate(setup, cell, prompts[:1])  # warms up
     times: Times = {cell.name: [[] for _ in prompts] for cell in cells}
     steps = [(repetition, place) for repetition in range(repetitions) for place in range(len(prompts))]
-    began = allowance.passed
-    for number, (repetition, place) in enumerate(steps):
-        each = (allowance.passed - began) / number if number else 0.0
-        if number and each > allowance.remaining:
+    began, each = allowance.passed, 0.0
+    for number, (repetition, place) in enumerate(steps, 1):
+        if each > allowance.remaining:
             break
         turn = (repetition + place) % len(cells)
         for cell in [*cells[turn:], *cells[:turn]]:
             times[cell.name][place].append(generate(setup, cell, [prompts[place]]).seconds)
-        left = (allowance.passed - began) / (number + 1) * (len(steps) - number - 1)
-        allowance.tell(f"timing {len(cells) - 1} candidates, repetition {repetition + 1} of {repetitions}", left)
+        each = (allowance.passed - began) / number
+        what = f"timing {len(cells) - 1} candidates, repetition {repetition + 1} of {repetitions}"
+        allowance.tell(what, each * (len(steps) - number))
     allowance.say("timed", 1.0)
     whole = max(min(map(len, times[cells[0].name])), 1)
     return {name: [row[:whole] for row in table if len(row) >= whole] for name, table in times.items()}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import huggingface_hub
+from huggingface_hub.utils import HFValidationError
+
 __all__ = ["upload"]
 
 
@@ -29,10 +32,7 @@ def upload(
     Raises:
         ValueError: `repo_id` is not a valid Hub id.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.utils import HFValidationError
-
-    api = HfApi(token=token)
+    api = huggingface_hub.HfApi(token=token)
     try:
         repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     except HFValidationError as error:

@@ -34,13 +34,13 @@ from csdraft.tables.costs import STREAK, Costs, Learned, Survival, Way
 __all__ = ["CostModel"]
 
 DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
-"""Depths to choose from, and the largest. They are few: each is another shape, slow to run once, to be measured."""
+"""Depths to choose from. There are few, because each is another shape of forward, whose first run is slow."""
 PROVEN = 2.0
-"""If a plan looks this many times faster than plain decoding, the plain step need not be measured."""
+"""A plan that looks this many times faster than plain decoding is taken before the plain step was measured."""
 PATIENCE = 3
-"""Rounds after which a plain step is made to measure it, if there was none yet."""
+"""Rounds after which a plain step is made to measure it, unless a plan is proven."""
 FIRST_DEPTH, FIRST_COPY = 2, 8
-"""The largest depth of the first draft of a model, and of other drafters. A trial has the first depth too."""
+"""The largest depth of the first draft, of models and of other drafters. Trials of other stages draft FIRST_DEPTH."""
 TRIAL_PAUSE = 16.0
 """The pause after a trial, in multiples of the trial's cost; doubled after each lost trial."""
 MOST_DOUBLINGS = 6
@@ -50,7 +50,7 @@ CARRIED = 0.8
 BLURRED = 0.5
 """Share of the survival counts that are kept when a trial goes well: the text has changed."""
 MIXED = -1
-"""Stands for the evidence of a whole batch: its rows have different evidence."""
+"""Stands for the evidence of a batch, whose rows have different evidence."""
 LONE_DEPTH = 20
 """The largest depth of a single drafter, unless twice its own depth is more."""
 HORIZON = 64
@@ -73,7 +73,7 @@ class CostModel(Schedule):
 
     def __post_init__(self) -> None:
         if self.most is not None and self.most < 1:
-            raise ValueError(f"most={self.most} must be at least 1, or None for what the drafter likes")
+            raise ValueError(f"most={self.most} must be at least 1, or None to leave it to the drafter")
 
     def start(self, call: Call, drafter: Drafter) -> Schedule:
         return CostModelRun(self, call, drafter)
@@ -82,8 +82,9 @@ class CostModel(Schedule):
 class CostModelRun(Schedule):
     """One call's cost model.
 
-    `budgets` compares the plans of every way to draft (`_plans_of`), and takes the best or a trial of another way
-    (`_choose`). `observe` learns from the round: survival by evidence and way, seconds by shape and stage.
+    Before a round, `budgets` compares the plans of every way to draft (`_plans_of`; yields come from `_plans.py`,
+    seconds from `_prices.py`). `_choose` takes the best plan, a plain step, or a trial of another way. After the
+    round, `observe` learns how many tokens were kept, by evidence and way, and what the forward and each stage took.
     """
 
     def __init__(self, options: CostModel, call: Call, drafter: Drafter):
@@ -105,7 +106,7 @@ class CostModelRun(Schedule):
 
         # The current round.
         self.evidence: list[int] = []  # (rows,)
-        self.kind = MIXED  # the evidence of a single row, or MIXED
+        self.kind = MIXED  # the evidence of a single row, or MIXED; choices are kept apart by it
         self.way, self.depth, self.is_trial = self.ways[0], 0, False
         self.asked: list[int] = []  # (rows,) tokens asked for
         self.reads_much = False  # whether a drafter model must first read much text
@@ -148,12 +149,13 @@ class CostModelRun(Schedule):
         return [Budget(depth, depth, skip, size) for depth in self.asked]
 
     def _choose(self, contexts: Sequence[Context], remaining: int) -> tuple[Way, int]:
-        """The way and depth of the next rounds.
+        """The way and depth of the next rounds; depth 0 is a plain step.
 
-        First all plans are compared. The best one must clearly beat a plain step, and if it does not do so by far, the
-        plain step is measured once. Then another way may get a trial instead.
+        All plans are compared, and the best must clearly beat a plain step. A best plan that is not twice as fast must
+        wait until the plain step was measured once. Another way may get a trial instead of the best plan.
 
         Args:
+            contexts: one for each row.
             remaining: the most tokens that a row still writes.
         """
         plain = self.prices.plain
