@@ -236,7 +236,7 @@ class CascadeDrafter(Drafter):
         folder = loading.find_cascade(os.fspath(path), **{k: v for k, v in options.items() if k in HUB_OPTIONS})
         if folder is None:
             raise ValueError(
-                f"{os.fspath(path)!r} holds no {hub.DOCUMENT}: give a folder that save_pretrained wrote or the Hub id "
+                f"{os.fspath(path)!r} has no {hub.DOCUMENT}: give a folder that save_pretrained wrote or the Hub id "
                 "of one; a model's folder goes into CascadeDrafter([...]) or ModelDrafter(...)"
             )
         return _opened(folder, target, tokenizer, local_bases, **options)
@@ -339,12 +339,12 @@ def _opened(folder: Path, target: nn.Module | None, tokenizer: Any, *bases: bool
 def drafter_model(path: str, **options: Any) -> nn.Module:
     """Loads a drafter's model; raises OSError, which lists the types of drafters, if there is none at `path`."""
     if Path(path).is_dir() and not any(Path(path, name).is_file() for name in DOCUMENTS[1:]):
-        raise OSError(f"the folder {path!r} holds no drafter: it has no {hub.DOCUMENT} and no config.json")
+        raise OSError(f"the folder {path!r} has no drafter: no {hub.DOCUMENT} and no config.json")
     try:
         return load_model(path, **options)
     except OSError as error:
         types = spec.nearest(path, spec.types("drafters"))
-        raise OSError(f"{path!r} is no model's folder, no Hub id in reach, and no drafter's type; {types}") from error
+        raise OSError(f"{path!r} is not a model's folder, a reachable Hub id, or a drafter's type; {types}") from error
 
 
 def choose_verifier(verifier: Verifier | str | Mapping[str, Any] | None, drafter: Drafter | None) -> Verifier:

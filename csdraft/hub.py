@@ -103,10 +103,8 @@ def save(
     """
     clash = [name for name in OWN_FOLDERS if (path / name).exists()]
     if path.is_file() or (clash and not (path / DOCUMENT).exists()):
-        raise ValueError(
-            f"{str(path)!r} is {'a file' if path.is_file() else f'no saved cascade, but has {clash}'}, which saving "
-            "would replace; give a new folder"
-        )
+        found = "a file" if path.is_file() else f"not a saved cascade, but has {clash}"
+        raise ValueError(f"{str(path)!r} is {found}, which saving would replace; give a new folder")
     models: dict[str, nn.Module] = {}
     tables: dict[str, Any] = {}
     places: dict[str, Any] = {}

@@ -72,7 +72,7 @@ def first_guess(drafters: Sequence[Drafter]) -> KMatrix:
 def _rows(k_matrix: Any, n: int) -> list[Sequence[Any]]:
     if isinstance(k_matrix, str):
         raise ValueError(
-            f"k_matrix={shown(k_matrix)} is no matrix: give 'auto', or numbers, such as 5, {[5] * n} (tokens per "
+            f"k_matrix={shown(k_matrix)} is not a matrix: give 'auto', or numbers, such as 5, {[5] * n} (tokens per "
             f"drafter), or {n} rows of {n}"
         )
     rows = k_matrix.tolist() if isinstance(k_matrix, np.ndarray | Tensor) else k_matrix

@@ -129,7 +129,7 @@ def _method(family: str, spec: Any, names: Names, at: str) -> Any:
     prefix = f"{at}: " if at else ""
     if not isinstance(spec, Mapping) or "type" not in spec:
         raise ValueError(
-            f"{prefix}{shown(spec)} is no {family[:-1]}: give {{'type': ..., options}} with one of {types(family)}"
+            f"{prefix}{shown(spec)} is not a {family[:-1]}: give {{'type': ..., options}} with one of {types(family)}"
         )
     with naming(f"{at}.type") if at else nullcontext():
         method, where = find(family, spec["type"]), f"{prefix}{family[:-1]} {spec['type']!r}"

@@ -70,7 +70,7 @@ def test_cost_model_comes_close_to_the_best_fixed_depth(accepted, cost):
 def test_a_drafter_that_is_never_right_costs_little(cost):
     drafter = Writer(cost, 0.0)
     assert speedup(drafter, CostModel(remember=False), jitter=0.1) > 0.96
-    # What would fail: a schedule that goes on drafting.
+    # A schedule that keeps drafting would fail.
     assert speedup(drafter, Fixed(2)) < 0.9
 
 
@@ -86,7 +86,7 @@ def test_later_calls_know_better():
 @pytest.mark.parametrize(
     ("cost", "accepted", "offers", "copied"), [(0.45, 0.47, 0.6, 0.85), (0.15, 0.0, 0.5, 0.8), (0.15, 0.7, 0.5, 0.8)]
 )
-def test_a_dear_stage_is_left_out_of_a_cascade(cost, accepted, offers, copied):
+def test_an_expensive_stage_is_left_out_of_a_cascade(cost, accepted, offers, copied):
     neural, statistical = Writer(cost, accepted), max_gram(copied, offers)
     cascade = Stages((neural, statistical), (5, 15))
     alone = speedup(statistical, CostModel(remember=False), jitter=0.1)
