@@ -88,18 +88,9 @@ def save(
     copy_models: bool,
     repo_id: str | None = None,
 ) -> None:
-    """Writes a cascade to a folder. An earlier save there stays until the new one is complete.
+    """Writes a cascade to a folder; an earlier save there stays until the new one is complete.
 
-    Args:
-        cascade: the cascade.
-        path: the folder.
-        tokenizer: the target's, whose fingerprint is saved; None saves none.
-        target: what the cascade drafts for, if it is known.
-        copy_models: whether models from the Hub are saved too, and not only their ids and revisions.
-        repo_id: where the folder will be uploaded, for its card; None: the card names the folder.
-
-    Raises:
-        ValueError: `path` has other files that would be replaced, or a part of the cascade cannot be saved.
+    The arguments are those of `save_pretrained`; `repo_id` is where the folder will be uploaded, for its card.
     """
     clash = [name for name in OWN_FOLDERS if (path / name).exists()]
     if path.is_file() or (clash and not (path / DOCUMENT).exists()):

@@ -56,7 +56,12 @@ class Options:
             if (value := getattr(self, name)) is not None:
                 fit(value, kind, name)
         if self.row_seeds is not None:
-            object.__setattr__(self, "row_seeds", _whole_numbers(self.row_seeds))
+            try:
+                seeds = tuple(int(seed) for seed in self.row_seeds)
+            except (TypeError, ValueError) as error:
+                given = f"row_seeds={shown(self.row_seeds)} is {kind_of(self.row_seeds)}"
+                raise ValueError(f"{given}; give one whole number a row") from error
+            object.__setattr__(self, "row_seeds", seeds)
 
     @classmethod
     def of(cls, options: Any, **keywords: Any) -> Options:
@@ -106,13 +111,6 @@ NAMES = tuple(field.name for field in fields(Options))
 Switch = Literal[True, False]
 SAVED: dict[str, Any] = {"graphs": Mode, "reuse": Switch, "strict": Switch, "diagnose": Switch}
 """The fields that are saved with a cascade under `options`, and their types. Seeds belong to one call."""
-
-
-def _whole_numbers(seeds: Any) -> tuple[int, ...]:
-    try:
-        return tuple(int(seed) for seed in seeds)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"row_seeds={shown(seeds)} is {kind_of(seeds)}; give one whole number a row") from error
 
 
 def split(options: Any, verifier: Any, schedule: Any) -> tuple[Verifier, Schedule, Options]:

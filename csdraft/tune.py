@@ -8,20 +8,20 @@ is short, texts are shorter, and fewer prompts and plans are used. Each candidat
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from csdraft.bench import Cell, Method, Prompt, Setup, encode, generate
 from csdraft.cascade import CascadeDrafter
 from csdraft.decoding.interfaces import Drafter
 from csdraft.metrics.intervals import Interval, bootstrap_median
-from csdraft.planner.allowance import Allowance
 from csdraft.planner.expect import Expectation
 from csdraft.planner.search import Plan, alternatives, search
 from csdraft.planner.trace import Measured, measure_drafters
 
-__all__ = ["Candidate", "preferred", "tune"]
+__all__ = ["Allowance", "Candidate", "preferred", "tune"]
 
 SCHEDULES = ("cost_model", "fixed")
 AS_GOOD = 0.97
@@ -36,6 +36,8 @@ SHORTEST = 16
 """The fewest tokens of a text."""
 TRUSTED = 2.0
 """When time is planned, no plan is expected to be faster than this many times plain decoding."""
+ALMOST = 0.99
+"""The largest share of progress that is reported before the end."""
 LEAST_COMPARED = 3
 """With fewer prompts, no candidate is called slower than the fastest."""
 
@@ -74,6 +76,45 @@ class Candidate:
     def told_apart(self) -> bool:
         """Whether the measurements show that it is slower than the fastest."""
         return self.prompts >= LEAST_COMPARED and self.behind.low > 1
+
+
+@dataclass
+class Allowance:
+    """Measures the seconds of work that has several parts.
+
+    Args:
+        seconds: the most that the whole may take; infinity for no limit.
+        say: called with what is being done and the share of the time that has passed.
+        now: the clock.
+    """
+
+    seconds: float
+    say: Callable[[str, float], None]
+    now: Callable[[], float] = time.monotonic
+    _share: float = field(init=False, default=0.0)
+
+    def __post_init__(self) -> None:
+        self._started = self.now()
+
+    @property
+    def passed(self) -> float:
+        """Seconds since the start."""
+        return self.now() - self._started
+
+    @property
+    def remaining(self) -> float:
+        """Seconds that are left, at least 0."""
+        return max(self.seconds - self.passed, 0.0)
+
+    def tell(self, what: str, left: float) -> None:
+        """Reports the share of the time that has passed; `left` is an estimate of the seconds that remain.
+
+        The share never falls: a falling share would look like the start of other work.
+        """
+        passed, left = self.passed, min(left, self.remaining)
+        share = passed / (passed + left) if passed + left > 0 else 0.0
+        self._share = min(max(self._share, share), ALMOST)
+        self.say(what, self._share)
 
 
 def tune(

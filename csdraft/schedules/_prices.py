@@ -69,14 +69,6 @@ class Prices:
         seconds = self.forwards.seconds(queries)
         return (seconds + self.plain) / 2 if optimistic and self.forwards.count(queries) < TRUSTED else seconds
 
-    def first_run(self, width: int) -> float:
-        """Extra seconds that the first forward of this width takes; 0 if there was one."""
-        return self.forwards.first_run(self.reader.queries(width))
-
-    def known(self, width: int) -> bool:
-        """Whether a forward of this width was measured."""
-        return self.forwards.known(self.reader.queries(width))
-
     # Drafts.
 
     def stage_of(self, skip: int, i: int) -> int:

@@ -175,8 +175,9 @@ class CostModelRun(Schedule):
 
     def _preference(self, plan: Plan, remaining: int) -> float:
         """The plan's rate, less the slow first run of a new shape; slightly more if the shape's price is known."""
-        once = self.prices.first_run(plan.width) * plan.tokens / min(remaining, HORIZON)
-        return plan.tokens / (plan.seconds + once) * (MARGIN if self.prices.known(plan.width) else 1.0)
+        forwards, queries = self.prices.forwards, self.prices.reader.queries(plan.width)
+        once = forwards.first_run(queries) * plan.tokens / min(remaining, HORIZON)
+        return plan.tokens / (plan.seconds + once) * (MARGIN if forwards.known(queries) else 1.0)
 
     # The plans of one way.
 

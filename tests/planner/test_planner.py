@@ -13,13 +13,12 @@ from csdraft import CascadeDrafter, MaxGram, ModelDrafter, Report
 from csdraft import tune as tuning
 from csdraft.bench import Cell, Method, Result, Setup
 from csdraft.cli.tune import how_sure
-from csdraft.planner.allowance import Allowance
 from csdraft.planner.expect import expect
 from csdraft.planner.search import cleaned, search
 from csdraft.planner.theory import Stage, expected_round, improvement, mean
 from csdraft.planner.trace import Costs, Measured, Proposal, Trace, measure_drafters
 from csdraft.trees.best_first import BestFirst
-from csdraft.tune import Candidate, affordable, affordable_length, ranked, timed
+from csdraft.tune import Allowance, Candidate, affordable, affordable_length, ranked, timed
 from tests import tiny
 
 
