@@ -1,12 +1,12 @@
 """Exact, batched speculative decoding with cascades of drafters, for `generate` of Hugging Face transformers.
 
-Importing csdraft teaches every model's `generate` the keyword `assistant`, as in `model.generate(**inputs,
-assistant=drafter)`. Calls without it are handed to transformers as they are. This is the only thing that the import
-changes. With the environment variable CSDRAFT_NO_PATCH=1 it changes nothing: then `csdraft.enable(model)` teaches one
-model, `csdraft.install()` all, and `custom_generate=csdraft.decode` needs neither.
+Importing csdraft adds the keyword `assistant` to every model's `generate`: `model.generate(**inputs,
+assistant=drafter)`. Calls without it go to transformers unchanged. The import changes nothing else. With the
+environment variable CSDRAFT_NO_PATCH=1 it changes nothing at all. Then `csdraft.enable(model)` adds the keyword to one
+model and `csdraft.install()` to all models; `custom_generate=csdraft.decode` needs neither.
 
-After a call, `drafter.report` says how drafting went, and so does `csdraft.report(x)` for whatever `x` was passed as
-`assistant`, a model, a path or "auto" included, or was the target. Nothing is set on a user's model.
+After a call, `drafter.report` says how drafting went. `csdraft.report(x)` does the same for the target and for
+anything that was passed as `assistant`, such as a model, a path or "auto". Nothing is set on a user's model.
 """
 
 import os

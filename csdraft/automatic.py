@@ -1,4 +1,4 @@
-"""The drafter of `generate(..., assistant="auto")`: a target's tables, and the drafter that was saved beside it."""
+"""The drafter of `generate(..., assistant="auto")`: a target's tables, and a drafter saved beside the target."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -24,21 +23,21 @@ __all__ = ["KEY", "auto_for"]
 KEY = "csdraft_drafter"
 """The key of a target's generation config that names a drafter, by path or Hub id."""
 FOLDER = "drafter"
-"""The folder of a drafter in its target's own folder."""
+"""The folder inside a target's own folder that may hold its drafter."""
 
 
 def auto_for(target: nn.Module | None, load: Callable[[str, nn.Module], Drafter]) -> Auto:
-    """The drafter that this process keeps for a target, with all that it has learned, until the target is gone.
+    """The drafter that this process keeps for a target, with all that it has learned, as long as the target lives.
 
-    The drafter that joins in is loaded once, and again if the generation config names another. One that holds the
-    target itself is loaded for each call: whatever holds a target would keep it from going.
+    A saved drafter is loaded once, and again if the generation config names another. One that holds the target itself
+    is loaded for each call, because keeping it would keep the target alive.
 
     Args:
-        target: without one it is a new drafter, which finds the tables of its targets by itself.
-        load: what loads a drafter from its path or Hub id, for a target.
+        target: the model; None makes a new drafter, which looks up the tables of its targets itself.
+        load: loads a drafter from its path or Hub id, for a target.
 
     Raises:
-        ValueError: there is a drafter, and it cannot be loaded; where it was found is said.
+        ValueError: there is a saved drafter that cannot be loaded; the message says where it was found.
     """
     if target is None:
         return Auto()
@@ -48,12 +47,12 @@ def auto_for(target: nn.Module | None, load: Callable[[str, nn.Module], Drafter]
         known = _KEPT.get(target)
     if known is not None and known[0] == found:
         return known[1]
-    joining = None if found is None else _loaded(*found, target, load)
-    if isinstance(joining, Auto):
-        made = joining
+    saved = None if found is None else _loaded(*found, target, load)
+    if isinstance(saved, Auto):
+        made = saved
     else:
-        tables = AdjacencyTable.of(target, vocab_size(target)), OutputTable.of(target)
-        made = Auto(adjacency=tables[0], outputs=tables[1], drafter=joining)
+        adjacency, outputs = AdjacencyTable.of(target, vocab_size(target)), OutputTable.of(target)
+        made = Auto(adjacency=adjacency, outputs=outputs, drafter=saved)
     if target not in made.models():
         with _LOCK:
             _KEPT[target] = found, made
@@ -61,9 +60,13 @@ def auto_for(target: nn.Module | None, load: Callable[[str, nn.Module], Drafter]
 
 
 def _beside(target: nn.Module) -> tuple[str, str] | None:
-    """Where a target's drafter is, and who says so; None if it has none."""
+    """Where a target's saved drafter is, and what says so; None if it has none."""
     folder = Path(str(getattr(target.config, "_name_or_path", "") or os.devnull))
-    if (named := _named(target, folder)) is not None:
+    named = getattr(getattr(target, "generation_config", None), KEY, None)
+    file = folder / "generation_config.json"
+    if named is None and file.is_file():  # transformers drops unknown keys if it makes one from a model's config
+        named = read_object(file).get(KEY)
+    if named is not None:
         if not isinstance(named, str | os.PathLike):
             raise ValueError(f"generation_config.{KEY}={named!r} is {kind_of(named)}; give a path or Hub id, or None")
         inside = folder / named
@@ -75,14 +78,8 @@ def _beside(target: nn.Module) -> tuple[str, str] | None:
     return None
 
 
-def _named(target: nn.Module, folder: Path) -> Any:
-    """What the generation config says; transformers drops unknown keys of one that it made from a model's config."""
-    named, file = getattr(getattr(target, "generation_config", None), KEY, None), folder / "generation_config.json"
-    return read_object(file).get(KEY) if named is None and file.is_file() else named
-
-
 def _loaded(path: str, why: str, target: nn.Module, load: Callable[[str, nn.Module], Drafter]) -> Drafter:
-    """The drafter there. Of a saved cascade its drafters alone: verifier and schedule are the call's."""
+    """Loads a drafter; a saved cascade without its verifier and schedule, since these are the call's."""
     try:
         drafter = load(path, target)
     except (OSError, ValueError) as error:

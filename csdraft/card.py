@@ -1,4 +1,4 @@
-"""The texts beside a saved cascade: its model card, and the shim that lets plain transformers run it."""
+"""Texts saved with a cascade: its model card, and the shim with which plain transformers runs it."""
 
 from __future__ import annotations
 
@@ -25,46 +25,40 @@ def generate(inputs=None, *args, model, assistant=None, **kwargs):
 
 
 def model_card(document: dict[str, Any], provenance: dict[str, Any], name: str, lossless: bool) -> str:
-    """README.md of a saved cascade.
+    """The README.md of a saved cascade.
 
     Args:
         document: the content of cascade.json.
         provenance: the content of provenance.json.
-        name: the folder's name.
-        lossless: whether its verifier is.
+        name: the folder's name or Hub id.
+        lossless: whether its verifier is lossless.
     """
-    target = document["target"]["name"]
+    target, versions, figures = document["target"]["name"], provenance["versions"], provenance["measured"]
+    base = f"base_model: {target}\n" if target and "/" in target else ""
+    promise = (
+        "It drafts tokens, the target checks them: what `generate` writes stays the target's own."
+        if lossless
+        else "It changes what `generate` writes: its verifier is not lossless."
+    )
     drafters = "\n".join(
         f"| {i} | {drafter['type']} | {', '.join(f'{k}={v}' for k, v in drafter.items() if k != 'type' and v)} |"
         for i, drafter in enumerate(document["drafters"])
     )
-    parts = [
-        _front_matter(target),
-        SIGNATURE,
-        f"# {name}",
-        f"A cascade of drafters for speculative decoding{f' of {target}' if target else ''}, made with csdraft. "
-        + (
-            "It drafts tokens, the target checks them: what `generate` writes stays the target's own."
-            if lossless
-            else "It changes what `generate` writes: its verifier is not lossless."
-        ),
-        _usage(name),
-        f"| | drafter | options |\n|---|---|---|\n{drafters}",
-        f"k_matrix `{json.dumps(document['k_matrix'])}`, lenience `{json.dumps(document['lenience'])}`, "
-        f"verifier `{document['verifier']['type']}`, schedule `{document['schedule']['type']}`. "
-        f"Made with {', '.join(f'{k} {v}' for k, v in provenance['versions'].items())}.",
-        _measured(provenance["measured"]),
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return f"""---
+library_name: csdraft
+{base}tags:
+- csdraft
+- speculative-decoding
+- custom_generate
+---
 
+{SIGNATURE}
 
-def _front_matter(target: str | None) -> str:
-    base = f"base_model: {target}\n" if target and "/" in target else ""
-    return f"---\nlibrary_name: csdraft\n{base}tags:\n- csdraft\n- speculative-decoding\n- custom_generate\n---"
+# {name}
 
+A cascade of drafters for speculative decoding{f" of {target}" if target else ""}, made with csdraft. {promise}
 
-def _usage(name: str) -> str:
-    return f"""```python
+```python
 import csdraft  # pip install csdraft
 
 output = model.generate(**inputs, assistant="{name}")  # this folder's path or Hub id
@@ -74,16 +68,26 @@ or, through transformers alone (csdraft must be installed):
 
 ```python
 output = model.generate(**inputs, custom_generate="{name}", assistant="{name}", trust_remote_code=True)
-```"""
+```
+
+| | drafter | options |
+|---|---|---|
+{drafters}
+
+k_matrix `{json.dumps(document["k_matrix"])}`, lenience `{json.dumps(document["lenience"])}`, \
+verifier `{document["verifier"]["type"]}`, schedule `{document["schedule"]["type"]}`. \
+Made with {", ".join(f"{k} {v}" for k, v in versions.items())}.
+{_measured(figures) if figures else ""}"""
 
 
-def _measured(figures: dict[str, Any] | None) -> str:
-    """A table of what the cascade did before it was saved; nothing if it did nothing."""
-    if figures is None:
-        return ""
-    return (
-        "Measured in use, before saving:\n\n"
-        "| calls | tokens | block efficiency | acceptance rate |\n|---|---|---|---|\n"
-        f"| {figures['calls']} | {figures['emitted']} | {figures['block_efficiency']:.2f} "
-        f"| {figures['acceptance_rate']:.2f} |\n\nBlock efficiency is tokens a target call (1 without drafts)."
-    )
+def _measured(figures: dict[str, Any]) -> str:
+    """What the cascade did before it was saved."""
+    return f"""
+Measured in use, before saving:
+
+| calls | tokens | block efficiency | acceptance rate |
+|---|---|---|---|
+| {figures["calls"]} | {figures["emitted"]} | {figures["block_efficiency"]:.2f} | {figures["acceptance_rate"]:.2f} |
+
+Block efficiency is tokens a target call (1 without drafts).
+"""

@@ -1,4 +1,4 @@
-"""CascadeDrafter: a K matrix and a lenience turned into nested drafters, with its choices, reports and saved form."""
+"""CascadeDrafter: turns a K matrix and a lenience into nested drafters, saves and loads them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from collections.abc import Hashable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from csdraft import hub, loading, spec
 from csdraft.automatic import auto_for
@@ -30,6 +31,7 @@ from csdraft.heads.self_draft import MTP
 from csdraft.kmatrix import AUTO, build, check_k_matrix, first_guess, spread_lenience
 from csdraft.models import HUB_OPTIONS, load_model
 from csdraft.options import SCHEDULE, VERIFIER, Options, split
+from csdraft.planner.auto import plan_on
 from csdraft.reports.report import Planned
 from csdraft.saved_costs import load_costs
 from csdraft.schedules.cost_model import CostModel
@@ -38,9 +40,6 @@ from csdraft.stored import kind_of, naming
 from csdraft.upload import upload
 from csdraft.verifiers._lenience import check_lenience
 from csdraft.verifiers.match import Match
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["CascadeDrafter", "as_drafter", "choose_schedule", "choose_verifier", "options_of"]
 
@@ -52,15 +51,19 @@ class CascadeDrafter(Drafter):
     """Cascade Speculative Drafting (arXiv 2312.11462) as one drafter.
 
     Args:
-        drafters: largest first: models, paths, Hub ids, or drafters, also by type or as JSON.
+        drafters: largest first: models, paths, Hub ids, or drafters (objects, types or JSON).
         k_matrix: (n, n) upper triangular increments. Row i is the cascade that reviewer i reviews (0: the target,
-            i: `drafters[i-1]`), entry j how many tokens stage j (`drafters[j]`) adds to it. A list is row 0 alone
-            (all models draft token by token); a number is that many tokens for every drafter of row 0; "auto" lets
-            the planner choose: the first call with a target also writes a short text on its first prompt (`planned`).
+            i: `drafters[i-1]`). Entry j says how many tokens stage j (`drafters[j]`) adds to it. A list is row 0 alone
+            (all models draft token by token). A number is that many tokens for every drafter of row 0. "auto" lets
+            the planner choose at the first call with a target (`planned`).
         lenience: >= 1, for inner reviewers only; one number, or one for each drafter that reviews, largest first.
         verifier: the acceptance rule at the target, by name or as an object.
         schedule: how much of the cascade to use each round, by name or as an object.
-        options: `csdraft.Options` of the calls that draft with it, where a call does not say otherwise.
+        options: `csdraft.Options` for calls that draft with it; options given to the call come first.
+
+    Attributes:
+        root: the nested drafters.
+        forecast: what the planner expects, if it chose this cascade.
     """
 
     drafters: Sequence[Any]
@@ -70,8 +73,8 @@ class CascadeDrafter(Drafter):
     schedule: Schedule | str | Mapping[str, Any] = SCHEDULE
     options: Options = field(default_factory=Options)
     root: Horizontal = field(init=False)
-    _target: list[hub.Target] = field(init=False, default_factory=list)  # of the last call
-    forecast: Planned | None = field(init=False, default=None)  # of the planner, if it chose this cascade
+    forecast: Planned | None = field(init=False, default=None)
+    _target: list[hub.Target] = field(init=False, default_factory=list)  # the last call's; empty before it
     _plans: MutableMapping[nn.Module, CascadeDrafter] = field(init=False, default_factory=WeakKeyDictionary)
 
     def __post_init__(self) -> None:
@@ -87,16 +90,14 @@ class CascadeDrafter(Drafter):
         check_lenience(self.lenience)
         one = isinstance(self.lenience, Real)
         lenience: Any = float(self.lenience) if one else tuple(map(float, self.lenience))  # type: ignore[arg-type]
-        if auto and not isinstance(lenience, float):
+        if auto and not one:
             raise ValueError(f"lenience={self.lenience!r} with k_matrix='auto': give one number, for all reviewers")
         root = build(drafters, matrix, spread_lenience(1.0 if auto else lenience, drafters, matrix))
-        values = {
-            "drafters": drafters,
-            "k_matrix": AUTO if auto else matrix,
-            "lenience": lenience,
-            "verifier": verifier,
-        }
-        for name, value in (values | {"schedule": schedule, "options": options, "root": root}).items():
+        self._set(drafters=drafters, k_matrix=AUTO if auto else matrix, lenience=lenience, root=root)
+        self._set(verifier=verifier, schedule=schedule, options=options)
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
             object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
@@ -123,7 +124,7 @@ class CascadeDrafter(Drafter):
         return list(dict.fromkeys(self.root.models()))
 
     def check(self, call: Call) -> None:
-        for drafter in self.drafters:  # level numbers in the user's order, largest first
+        for drafter in self.drafters:  # numbers the levels in the user's order
             if isinstance(drafter, ModelDrafter):
                 call.level(drafter.network, drafter.name)
             else:
@@ -137,37 +138,34 @@ class CascadeDrafter(Drafter):
     # Planning.
 
     def planned(self, target: nn.Module, input_ids: torch.Tensor, options: Mapping[str, Any]) -> CascadeDrafter:
-        """With `k_matrix="auto"` the cascade that the planner chooses for `target`, kept while both live; else itself.
+        """The cascade that the planner chooses for `target` with `k_matrix="auto"`; otherwise the cascade itself.
 
-        The target writes a short text on the prompt, timed, and every drafter model is run on it: a few seconds of
-        decoding, once, which a line on stderr reports. `csdraft tune` does it on many prompts and times what it finds.
+        The first call with a target takes a few seconds: the target writes a short text on the prompt, and every
+        drafter model reads it. A line on stderr reports the plan, which is kept as long as the target lives.
+        `csdraft tune` plans on many prompts and times the best plans.
 
         Args:
-            input_ids: (1, length) of one prompt, a batch's first, without padding; the encoder's, if there is one.
-            options: of `generate`: sampling, the ids of padding and end.
+            target: the model.
+            input_ids: (1, length) token ids of one prompt, without padding; for an encoder-decoder, the encoder's.
+            options: options of `generate`: sampling, and the ids of padding and end.
         """
         if self.k_matrix != AUTO:
             return self
-        from csdraft.planner.auto import plan_on
-
         with _LOCK:
             known = self._plans.get(target)
         if known is None:
-            names = [*map(_short, self.drafters)]
-            best, expected = plan_on(target, self.drafters, names, input_ids, options)
+            best, expected = plan_on(target, self.drafters, [*map(_short, self.drafters)], input_ids, options)
             kept = [self.drafters[j] for j in best.kept]
             own = (self.lenience, self.verifier, self.schedule, self.options)
             known = CascadeDrafter(kept, best.trimmed(), *own)
-            object.__setattr__(known, "forecast", expected)
-            object.__setattr__(known, "_target", self._target)
-            object.__setattr__(known, "memory", self.memory)
+            known._set(forecast=expected, _target=self._target, memory=self.memory)
             with _LOCK:
                 self._plans[target] = known
         return known
 
     @property
     def plan(self) -> CascadeDrafter | None:
-        """With `k_matrix="auto"` the cascade that was planned last, which can be saved; None before the first call."""
+        """The cascade that was planned last with `k_matrix="auto"`, which can be saved; None before the first call."""
         return next(reversed([*self._plans.values()]), None)
 
     # Saving.
@@ -183,9 +181,9 @@ class CascadeDrafter(Drafter):
 
         Args:
             path: a new folder, or one that holds a saved cascade, which is replaced.
-            tokenizer: its fingerprint is written down, and compared when the cascade is loaded.
-            target: what the cascade drafts for; the target of the last call if None. Its weights are never saved.
-            copy_models: False writes models from the Hub down by id, and the revision in this machine's cache.
+            tokenizer: its fingerprint is saved, and compared when the cascade is loaded.
+            target: the model that the cascade drafts for; the last call's if None. Its weights are never saved.
+            copy_models: False saves only the id and cached revision of models from the Hub, not their weights.
         """
         self._save(Path(path), tokenizer, target, copy_models)
 
@@ -200,8 +198,8 @@ class CascadeDrafter(Drafter):
         """Uploads what `save_pretrained` would write, in one commit, and returns the commit's address.
 
         Args:
-            repo_id: "user/name"; made if there is none.
-            tokenizer, target, copy_models: as for `save_pretrained`.
+            repo_id: "user/name"; created if needed.
+            tokenizer, target, copy_models: see `save_pretrained`.
             options: token, private, revision, commit_message; see `csdraft.upload.upload`.
         """
         with tempfile.TemporaryDirectory() as scratch:
@@ -225,29 +223,32 @@ class CascadeDrafter(Drafter):
 
         Args:
             path: folder or Hub id.
-            target: what the cascade is to draft for: its vocabulary is compared, and models go to its device.
-            tokenizer: the target's, compared with the one that the cascade was saved with.
-            local_bases: whether adapters may be put on bases at paths of this machine, which their folders name; by
-                default only on models of the Hub, since a cascade that is shared could name any path.
-            options: of transformers' `from_pretrained`: dtype, device_map, ...; revision is that of the cascade, and
-                trust_remote_code is False unless given.
+            target: the model to draft for. Its vocabulary is checked, and drafter models are put on its device.
+            tokenizer: the target's; compared with the one that the cascade was saved with.
+            local_bases: whether an adapter's base may be a path on this machine. By default it must be a Hub id,
+                because a shared cascade could name any path.
+            options: options of transformers' `from_pretrained`, such as dtype or device_map. `revision` is the
+                cascade's; trust_remote_code is False by default.
+
+        Raises:
+            ValueError: `path` has no cascade, or the cascade does not fit the target.
         """
         folder = loading.find_cascade(os.fspath(path), **{k: v for k, v in options.items() if k in HUB_OPTIONS})
         if folder is None:
             raise ValueError(
-                f"{os.fspath(path)!r} holds no {hub.DOCUMENT}: give a folder that save_pretrained wrote or the Hub id "
+                f"{os.fspath(path)!r} has no {hub.DOCUMENT}: give a folder that save_pretrained wrote or the Hub id "
                 "of one; a model's folder goes into CascadeDrafter([...]) or ModelDrafter(...)"
             )
         return _opened(folder, target, tokenizer, local_bases, **options)
 
 
 def options_of(drafter: Drafter | None, call: Options) -> Options:
-    """The options of a call; what it leaves open is as the cascade says."""
+    """The options of a call, completed with those of its cascade."""
     return call.or_else(drafter.options) if isinstance(drafter, CascadeDrafter) else call
 
 
 def _unwrapped(drafter: Drafter) -> Drafter:
-    """A cascade inside a cascade is its nest of drafters: the outer one has the verifier, schedule and report."""
+    """The nested drafters of a cascade in a cascade: verifier, schedule and report are the outer one's."""
     return drafter.root if isinstance(drafter, CascadeDrafter) else drafter
 
 
@@ -258,13 +259,18 @@ def _short(drafter: Any) -> str:
 
 
 def as_drafter(assistant: Any, target: nn.Module | None = None) -> Any:
-    """A drafter from whatever a user may pass: a drafter, a model, or where a cascade or a model is stored.
+    """The drafter that a user's `assistant` stands for.
 
     Args:
-        assistant: a drafter's type or JSON will do, too, unless there is a folder of that name; "auto" is always the
-            target's `Auto` (for a folder of that name say "./auto"); None is handed back.
-        target: what a stored one is compared with, whose device it goes to, and whose layers self-drafting adapters
-            are put on; without it they stay unbound.
+        assistant: a drafter, a model, the path or Hub id of a saved cascade or model, a drafter's type, or its JSON.
+            A folder wins over a type of the same name. "auto" is always the target's `Auto` (write "./auto" for a
+            folder of that name). None is returned unchanged.
+        target: the model to draft for. What is loaded is checked against it and put on its device. Drafters that use
+            the target's layers are bound to it; without a target they stay unbound.
+
+    Raises:
+        ValueError: `assistant` is something else.
+        OSError: there is no model at this path or Hub id.
     """
     drafter = _as_drafter(assistant, target)
     return drafter if target is None else bound(drafter, target)
@@ -275,41 +281,40 @@ def _as_drafter(assistant: Any, target: nn.Module | None) -> Any:
         return assistant
     if isinstance(assistant, nn.Module):
         return ModelDrafter(assistant)
-    if isinstance(assistant, str) and assistant == AUTO:
-        return auto_for(target, _load)
-    if isinstance(assistant, Mapping) or (assistant in spec.types("drafters") and not os.path.exists(assistant)):
+    if isinstance(assistant, Mapping):
         return spec.resolve("drafters", assistant)
-    if assistant == MTP and not os.path.exists(assistant):
-        return ModelDrafter(assistant)
-    if isinstance(assistant, str | os.PathLike):
-        return _stored(os.fspath(assistant), target)
-    raise ValueError(
-        f"assistant={assistant!r} is {kind_of(assistant)}; pass a csdraft.Drafter, a model, the path or Hub "
-        "id of a saved cascade or model, or a drafter's type"
-    )
+    if not isinstance(assistant, str | os.PathLike):
+        raise ValueError(
+            f"assistant={assistant!r} is {kind_of(assistant)}; pass a csdraft.Drafter, a model, the path or Hub "
+            "id of a saved cascade or model, or a drafter's type"
+        )
+    if assistant == AUTO:
+        return auto_for(target, _load)
+    if not os.path.exists(assistant):
+        if assistant == MTP:
+            return ModelDrafter(MTP)
+        if assistant in spec.types("drafters"):
+            return spec.resolve("drafters", assistant)
+    return _stored(os.fspath(assistant), target)
 
 
 _LAST: list[tuple[Hashable, Drafter]] = []
-"""The drafter that was loaded for a call last: `generate(assistant="path")` in a loop must not load it each time."""
+"""The drafter that a call loaded last, so that `generate(assistant="path")` in a loop does not load it each time."""
+DOCUMENTS = (hub.DOCUMENT, "drafter.json", "config.json", "adapter_config.json")
+"""Files of which every drafter's folder has one."""
 
 
 def _stored(path: str, target: nn.Module | None) -> Drafter:
-    """A drafter from a folder or Hub id; the last one is kept, unless its files have changed or it holds a target."""
+    """Loads a drafter from a folder or Hub id, or returns the last one if its files have not changed."""
     if target is None:
         return _load(path, None)
-    names = hub.DOCUMENT, "drafter.json", "config.json", "adapter_config.json"
-    files = [Path(path, name) for name in names]
-    key = (
-        path,
-        *(file.stat().st_mtime_ns for file in files if file.is_file()),
-        hub.Target.of(target),
-        home(target)[0],
-    )
+    changed = [file.stat().st_mtime_ns for name in DOCUMENTS if (file := Path(path, name)).is_file()]
+    key = (path, *changed, hub.Target.of(target), home(target)[0])
     with _LOCK:
         kept = dict(_LAST).get(key)
     if kept is None:
         kept = _load(path, target)
-        if target not in kept.models():
+        if target not in kept.models():  # a kept drafter must not keep the target alive
             with _LOCK:
                 _LAST[:] = [(key, kept)]
     return kept
@@ -323,7 +328,7 @@ def _load(path: str, target: nn.Module | None) -> Drafter:
 
 
 def _opened(folder: Path, target: nn.Module | None, tokenizer: Any, *bases: bool, **options: Any) -> CascadeDrafter:
-    """The cascade that a folder holds; the arguments are those of `loading.load`."""
+    """Loads a cascade from a folder; the arguments are those of `loading.load`."""
     arguments = loading.load(folder, target, tokenizer, *bases, **options)
     with naming(hub.DOCUMENT):
         cascade = CascadeDrafter(**arguments)
@@ -332,19 +337,18 @@ def _opened(folder: Path, target: nn.Module | None, tokenizer: Any, *bases: bool
 
 
 def drafter_model(path: str, **options: Any) -> nn.Module:
-    """`load_model`, for a word that might have been meant for a drafter's type; OSError if it is neither."""
-    names = {file.name for file in Path(path).glob("*.json")}
-    if Path(path).is_dir() and not names & {"config.json", "adapter_config.json", "drafter.json"}:
-        raise OSError(f"the folder {path!r} holds no drafter: it has no {hub.DOCUMENT} and no config.json")
+    """Loads a drafter's model; raises OSError, which lists the types of drafters, if there is none at `path`."""
+    if Path(path).is_dir() and not any(Path(path, name).is_file() for name in DOCUMENTS[1:]):
+        raise OSError(f"the folder {path!r} has no drafter: no {hub.DOCUMENT} and no config.json")
     try:
         return load_model(path, **options)
     except OSError as error:
         types = spec.nearest(path, spec.types("drafters"))
-        raise OSError(f"{path!r} is no model's folder, no Hub id in reach, and no type of drafter; {types}") from error
+        raise OSError(f"{path!r} is not a model's folder, a reachable Hub id, or a drafter's type; {types}") from error
 
 
 def choose_verifier(verifier: Verifier | str | Mapping[str, Any] | None, drafter: Drafter | None) -> Verifier:
-    """The user's verifier, the cascade's own, or match; a warning, once, if the text will not be the target's."""
+    """The user's verifier, else the cascade's, else match; warns once if it is not lossless."""
     if verifier is not None:
         rule = spec.resolve("verifiers", verifier)
     else:
@@ -365,7 +369,7 @@ def _warn_of_loss(rule: str) -> None:
 
 
 def choose_schedule(schedule: Schedule | str | Mapping[str, Any] | None, drafter: Drafter | None) -> Schedule:
-    """The user's schedule, the cascade's own, or the cost model; with no drafter, nothing is drafted."""
+    """The user's schedule, else the cascade's, else the cost model; without a drafter, one that drafts nothing."""
     if schedule is not None:
         schedule = spec.resolve("schedules", schedule)
     elif isinstance(drafter, CascadeDrafter):

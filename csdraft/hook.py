@@ -14,11 +14,11 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.stopping_criteria import StopStringCriteria
 
+from csdraft.cascade import CascadeDrafter, as_drafter, choose_schedule, choose_verifier, options_of
 from csdraft.checks.generate_options import check_early, effective
 from csdraft.checks.request import ask_model, check_processors, check_request
 from csdraft.decoding.cache import cross_attention_cache, export_cache
 from csdraft.decoding.cache_names import GENERATE_CACHE
-from csdraft.decoding.call import Call
 from csdraft.decoding.graphs import Mode
 from csdraft.decoding.interfaces import Drafter, Schedule, Verifier
 from csdraft.decoding.loop import open_call, run
@@ -27,7 +27,6 @@ from csdraft.decoding.reader import Sources
 from csdraft.decoding.readers import ReadingOptions
 from csdraft.decoding.reported import keep, last_report_of, report_of
 from csdraft.decoding.safe_drafter import SafeDrafter
-from csdraft.decoding.session import Session
 from csdraft.decoding.text import Text
 from csdraft.models import base_model
 from csdraft.options import NAMES, Options
@@ -64,32 +63,28 @@ def decode(
 ) -> Any:
     """Decodes with drafts; pass it as `model.generate(..., custom_generate=csdraft.decode, assistant=...)`.
 
-    `generate` has prepared everything else. After `import csdraft` the plain spelling
-    `model.generate(..., assistant=...)` does the same and also supports `streamer` and `stop_strings`, which
-    transformers does not hand to callables.
+    `generate` calls it with everything prepared. After `import csdraft`, `model.generate(..., assistant=...)` does the
+    same and also supports `streamer` and `stop_strings`, which transformers does not pass to callables.
 
     Args:
         assistant: "auto", a `csdraft.Drafter`, a model, or the path or Hub id of a saved cascade; None decodes plainly
             with csdraft's own loop.
         options: how to decode, all fields in one object; see `csdraft.Options`.
         verifier, schedule, row_seeds, strict, diagnose, reuse, graphs: the same fields, one by one. A field that is
-            given twice must have one value.
-        encoder_input_ids: (rows, source) the encoder's input, which an encoder-decoder's drafters read too; the
-            patched spelling fills it in.
-        given: the names of the keywords that the user passed to `generate`; the patched spelling fills them in.
+            given twice must have the same value.
+        encoder_input_ids: (rows, source) the encoder's input, which an encoder-decoder's drafters also read; passed by
+            the patched `generate`.
+        given: names of the keywords that the user passed to `generate`; passed by the patched `generate`.
     """
-    from csdraft.cascade import as_drafter, choose_schedule, choose_verifier, options_of
-
     single = {"verifier": verifier, "schedule": schedule, "row_seeds": row_seeds, "strict": strict}
-    single |= {"diagnose": diagnose, "reuse": reuse, "graphs": graphs}
-    own = Options.of(options, **single)
+    own = Options.of(options, **single, diagnose=diagnose, reuse=reuse, graphs=graphs)
     drafter = as_drafter(assistant, model)
     chosen = options_of(drafter, own)
-    rule, strict, diagnose = choose_verifier(chosen.verifier, drafter), bool(chosen.strict), bool(chosen.diagnose)
-    policy, safe = choose_schedule(chosen.schedule, drafter), SafeDrafter(drafter, rule, strict)
-    row_seeds = chosen.row_seeds
+    rule = choose_verifier(chosen.verifier, drafter)
+    policy = choose_schedule(chosen.schedule, drafter)
+    safe, seeds = SafeDrafter(drafter, rule, bool(chosen.strict)), chosen.row_seeds
     check_request(
-        model, input_ids, generation_config, model_kwargs, given, stopping_criteria, streamer, synced_gpus, row_seeds
+        model, input_ids, generation_config, model_kwargs, given, stopping_criteria, streamer, synced_gpus, seeds
     )
     mask = model_kwargs.get("decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask")
     mask = None if mask is None or bool(mask.all()) else mask
@@ -97,34 +92,31 @@ def decode(
     past = cache if cache is not None and cache.get_seq_length() > 0 else None
     _plan(safe, model, _first_prompt(input_ids, mask, encoder_input_ids, model_kwargs), generation_config)
     reading = _reading(model, safe, chosen)
-    rest = row_seeds, _sources(model, input_ids, encoder_input_ids, model_kwargs, safe), mask, past, reading
-    ledger = Recorder(input_ids.shape[0], diagnose)
+    rest = seeds, _sources(model, input_ids, encoder_input_ids, model_kwargs, safe), mask, past, reading
+    ledger = Recorder(input_ids.shape[0], bool(chosen.diagnose))
     call = open_call(model, input_ids, logits_processor, stopping_criteria, generation_config, rule, *rest, ledger)
     ledger.check(call.sampler)
-    _check_parts(call, rule, safe, model_kwargs)
-    policy = safe.start(policy, call)
+    check_processors(rule, call.chooser.processing)
+    safe.check(call)
+    ask_model(model, model_kwargs)  # the last check, since it runs forwards
+
     output = Output(generation_config, call.rows, streamer)
     call.chooser.stopping.kept = output.scores
     target = call.session(model)
     target.pinned = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
-    run(call, safe, rule, policy, output, strict)
+    run(call, safe, rule, safe.start(policy, call), output)
+
     report = _reported(ledger.report(call), assistant, drafter, safe.drafter, model)
     sequences = output.sequences(input_ids, call.texts)
-    if target.pinned and cache is not None:
-        _hand_out(target, cache, mask, sequences, call.texts)
+    if target.pinned and cache is not None:  # the user may continue from it
+        target.settle(call.texts, sequences.shape[1] - 1)
+        export_cache(target.reader.cache, _kept(mask, sequences, call.texts)[:, :-1], cache)
     call.close(failed=safe.failure is not None)
     return output.pack(sequences, report, cache, model_kwargs.get("encoder_outputs"))
 
 
-def _check_parts(call: Call, rule: Verifier, drafter: Drafter, inputs: dict) -> None:
-    """Raises ValueError if the parts of a call do not go together, or drafts would change the target's text."""
-    check_processors(rule, call.chooser.processing)
-    drafter.check(call)
-    ask_model(call.target, inputs)  # last, since it runs forwards
-
-
 def _first_prompt(input_ids: Tensor, mask: Tensor | None, encoder_input_ids: Tensor | None, inputs: dict) -> Tensor:
-    """(1, length) what the first row's text is read from, without padding."""
+    """(1, length) the first row's prompt without padding; for an encoder-decoder, the encoder's input."""
     if encoder_input_ids is not None:
         input_ids, mask = encoder_input_ids, inputs.get("attention_mask")
     prompt = input_ids[0] if mask is None else input_ids[0][mask[0].bool()]
@@ -132,22 +124,20 @@ def _first_prompt(input_ids: Tensor, mask: Tensor | None, encoder_input_ids: Ten
 
 
 def _plan(safe: SafeDrafter, model: PreTrainedModel, prompt: Tensor, config: Any) -> None:
-    """Chooses the K matrix of a cascade that leaves it open, before its first text."""
-    from csdraft.cascade import CascadeDrafter
-
+    """Replaces a cascade with `k_matrix="auto"` by the one that the planner chooses."""
     if isinstance(safe.drafter, CascadeDrafter):
         options = {key: getattr(config, key) for key in PLANNED_FOR}
         safe.drafter = safe.attempt(lambda cascade: cascade.planned(model, prompt, options), safe.drafter)
 
 
 def _reported(report: Report, assistant: Any, drafter: Any, used: Any, target: nn.Module) -> Report:
-    """The report of a call that went well, which all that took part in it now have.
+    """Keeps a call's report for everything that took part in it.
 
     Args:
-        assistant: as the user gave it; `drafter`: made of it; `used`: in its place, where a planner has chosen.
+        assistant: what the user passed.
+        drafter: what was made of it.
+        used: the drafter itself, or the cascade that the planner chose instead.
     """
-    from csdraft.cascade import CascadeDrafter
-
     report.planned = used.forecast if isinstance(used, CascadeDrafter) else None
     models = [base_model(assistant)] if isinstance(assistant, nn.Module) else []
     keep(report, assistant, *models, drafter, used, target)
@@ -155,29 +145,23 @@ def _reported(report: Report, assistant: Any, drafter: Any, used: Any, target: n
 
 
 def report(of: Any, last: bool = False) -> Report | None:
-    """What the calls came to in which something was the assistant or the target; None if there were none.
+    """What all calls with this assistant or target came to; None if there were none.
 
-    Nothing is set on a model, and a model that is no longer used takes its reports with it. Drafters have them as
-    `drafter.report` and `drafter.last_report`, too.
+    Nothing is set on a model, and its reports are dropped with it. Drafters also have them as `drafter.report` and
+    `drafter.last_report`.
 
     Args:
-        of: whatever was passed as `assistant=`: a drafter, a model, a path or a name such as "auto"; or a target.
-        last: of the last call only, instead of all of them together.
+        of: what was passed as `assistant=`: a drafter, a model, a path, or a name such as "auto"; or the target.
+        last: report the last call only.
     """
     found = (last_report_of if last else report_of)(of)
     if found is None and isinstance(of, nn.Module) and (inner := base_model(of)) is not of:
-        return report(inner, last)  # in a wrapper, such as torch.compile's
+        return report(inner, last)  # inside a wrapper, such as torch.compile's
     return found
 
 
-def _hand_out(target: Session, cache: Any, mask: Tensor | None, sequences: Tensor, texts: Sequence[Text]) -> None:
-    """Fills the cache that the user will continue from."""
-    target.settle(texts, sequences.shape[1] - 1)
-    export_cache(target.reader.cache, _kept(mask, sequences, texts)[:, :-1], cache)
-
-
 def _reading(model: PreTrainedModel, drafter: Drafter, options: Options) -> ReadingOptions:
-    """How the models read; ValueError if they cannot."""
+    """How the models read; raises ValueError if the drafter needs what the target does not have."""
     if (taps := drafter.taps()) and model.config.is_encoder_decoder:
         raise ValueError(
             f"the drafter reads hidden states {sorted(taps)} of the target, and an encoder-decoder has none"
@@ -189,7 +173,7 @@ def _reading(model: PreTrainedModel, drafter: Drafter, options: Options) -> Read
 def _sources(
     model: PreTrainedModel, input_ids: Tensor, encoder_input_ids: Tensor | None, inputs: dict, drafter: Drafter
 ) -> Sources | None:
-    """What an encoder-decoder reads besides its own text, one row a batch row; None for a decoder-only model."""
+    """The encoder's inputs and outputs, a row for each row of the batch; None for a decoder-only model."""
     if not model.config.is_encoder_decoder:
         return None
     if encoder_input_ids is None and drafter.models():
@@ -205,7 +189,7 @@ def _sources(
 
 
 def _kept(mask: Tensor | None, sequences: Tensor, texts: Sequence[Text]) -> Tensor:
-    """(rows, length) bool, which entries of the returned sequences are a row's own tokens."""
+    """(rows, length) bool, which entries of the returned sequences are tokens and not padding."""
     kept = torch.ones_like(sequences, dtype=torch.bool)
     if mask is not None:
         kept[:, : mask.shape[1]] = mask.bool()
@@ -215,12 +199,9 @@ def _kept(mask: Tensor | None, sequences: Tensor, texts: Sequence[Text]) -> Tens
 
 
 PLANNED_FOR = ("do_sample", "temperature", "top_k", "top_p", "min_p", "pad_token_id", "eos_token_id")
-"""Of a call's generation config, what a plan is made for."""
-
-
+"""Keys of the generation config that the planner decodes with."""
 OTHER_DRAFTERS = ("assistant_model", "assistant_tokenizer")
 """Keywords of `generate` that ask transformers itself to draft."""
-
 
 _stock_generate = GenerationMixin.generate
 
@@ -229,7 +210,7 @@ _stock_generate = GenerationMixin.generate
 def generate(self: Any, *args: Any, assistant: Any = None, **kwargs: Any) -> Any:
     if assistant is None:
         return _stock_generate(self, *args, **kwargs)
-    if kwargs.get("custom_generate") is decode:  # the unpatched spelling, which may as well have everything
+    if kwargs.get("custom_generate") is decode:  # the unpatched spelling on a patched model
         del kwargs["custom_generate"]
     if others := [name for name in OTHER_DRAFTERS if kwargs.get(name) is not None]:
         raise ValueError(f"assistant= and {' and '.join(others)}= are two ways to draft; drop one of them")
@@ -262,25 +243,25 @@ def generate(self: Any, *args: Any, assistant: Any = None, **kwargs: Any) -> Any
 
 
 _enabled: WeakSet[nn.Module] = WeakSet()
-"""Models that were taught one by one. They are noted here, so that nothing is set on them."""
+"""Models that were enabled one by one; a set, so that nothing is set on the models themselves."""
 
 
 @functools.wraps(_stock_generate)
 def _generate_of_enabled(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """For models that were taught; every other model's `generate` stays as transformers made it."""
+    """Drafts for enabled models; all other models decode with transformers' own `generate`."""
     return (generate if self in _enabled else _stock_generate)(self, *args, **kwargs)
 
 
 def install() -> None:
-    """Teaches every model's `generate` the keyword `assistant`; without it nothing changes. Idempotent."""
+    """Adds the keyword `assistant` to every model's `generate`; calls without it do not change. Idempotent."""
     if GenerationMixin.generate in (_stock_generate, _generate_of_enabled):
         GenerationMixin.generate = generate  # type: ignore[method-assign]
 
 
 def enable(model: nn.Module) -> nn.Module:
-    """Teaches one model only, for processes that set CSDRAFT_NO_PATCH=1; returns it.
+    """Adds the keyword `assistant` to the `generate` of one model, which it returns; for CSDRAFT_NO_PATCH=1.
 
-    Nothing is set on the model, which can be copied and saved as before. A copy is another model, and not taught.
+    Nothing is set on the model, which can be copied and saved as before. A copy is not enabled.
     """
     _enabled.add(base_model(model))
     if GenerationMixin.generate is _stock_generate:

@@ -1,4 +1,4 @@
-"""A cascade to disk and to the Hub: cascade.json, models, tables, provenance, model card, custom_generate shim."""
+"""Saves a cascade: cascade.json, models, tables, provenance, model card and the shim for `custom_generate`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ import warnings
 import weakref
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import huggingface_hub
+import transformers
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from csdraft import spec
 from csdraft.card import SHIM, SIGNATURE, model_card
@@ -31,8 +35,6 @@ from csdraft.stored import is_hub_id, read_object
 from csdraft.version import __version__
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from csdraft.cascade import CascadeDrafter
 
 __all__ = ["DOCUMENT", "FORMAT", "Target", "command", "fingerprint", "save", "vocab_size", "without_folders"]
@@ -45,7 +47,7 @@ SECRET = re.compile(r"(token|secret|password|api[-_]?key|credentials?)(=|$)", re
 
 @dataclass(frozen=True)
 class Target:
-    """What is written down of the model that a cascade drafts for; its weights never are."""
+    """What is saved about the model that a cascade drafts for. Its weights are never saved."""
 
     name: str
     revision: str | None
@@ -59,18 +61,18 @@ class Target:
 
 
 def vocab_size(model: nn.Module) -> int:
-    """The model's number of tokens, padding rows included."""
+    """The size of the model's vocabulary, padding included."""
     return model.config.get_text_config(decoder=True).vocab_size  # type: ignore[union-attr,operator]
 
 
 def public_name(model: nn.Module) -> str:
-    """The model's Hub id; of a path only the last part, since it says nothing on another machine."""
+    """The model's Hub id, or the last part of its path: the rest means nothing on another machine."""
     path = str(getattr(model.config, "_name_or_path", ""))
     return path if is_hub_id(path) else name_of(model)
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Equal for tokenizers that give each id the same meaning."""
+    """A checksum of a tokenizer's vocabulary: equal if each id means the same token."""
     entries = sorted((index, token) for token, index in tokenizer.get_vocab().items())
     return "sha256:" + hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
@@ -86,28 +88,25 @@ def save(
     copy_models: bool,
     repo_id: str | None = None,
 ) -> None:
-    """Writes a cascade to a folder; what an earlier save left there stays until all of the new one is written.
+    """Writes a cascade to a folder; an earlier save there stays until the new one is complete.
 
-    Args:
-        repo_id: where it will be uploaded to, which is the name that its card tells to load; the folder's if None.
+    The arguments are those of `save_pretrained`; `repo_id` is where the folder will be uploaded, for its card.
     """
     clash = [name for name in OWN_FOLDERS if (path / name).exists()]
     if path.is_file() or (clash and not (path / DOCUMENT).exists()):
-        raise ValueError(
-            f"{str(path)!r} is {'a file' if path.is_file() else f'no saved cascade, but has {clash}'}, which saving "
-            "would replace; give a new folder"
-        )
+        found = "a file" if path.is_file() else f"not a saved cascade, but has {clash}"
+        raise ValueError(f"{str(path)!r} is {found}, which saving would replace; give a new folder")
     models: dict[str, nn.Module] = {}
     tables: dict[str, Any] = {}
     places: dict[str, Any] = {}
+    write = partial(spec.to_json, models=models, tables=tables, places=places)
     document: dict[str, Any] = {"format": FORMAT, "csdraft": __version__, "target": {}, "models": {}}
-    document["drafters"] = [spec.to_json(drafter, models, tables, places) for drafter in cascade.drafters]
+    document["drafters"] = [write(drafter) for drafter in cascade.drafters]
     document |= {"k_matrix": cascade.k_matrix, "lenience": cascade.lenience}
-    document["verifier"] = spec.to_json(cascade.verifier, models, tables)
-    document["schedule"] = spec.to_json(cascade.schedule, models, tables)
+    document |= {"verifier": write(cascade.verifier), "schedule": write(cascade.schedule)}
     if options := cascade.options.to_json():
         document["options"] = options
-    sizes = [target.vocab_size] if target else [vocab_size(model) for model in models.values()]
+    sizes = [target.vocab_size] if target else map(vocab_size, models.values())
     document["target"] = {
         "name": target.name if target else None,
         "revision": target.revision if target else None,
@@ -137,9 +136,7 @@ def save(
 
 
 def _write_model(model: nn.Module, folder: str, scratch: Path, target: Target | None, copy_models: bool) -> dict:
-    """The model's entry in the table; its weights go to `folder` unless they can be found elsewhere."""
-    from transformers import PreTrainedModel
-
+    """Saves a model; returns its entry in the document: a folder, a Hub id with revision, or the target itself."""
     if target is not None and target.model() is model:
         return {"target": True}
     stored: Any = stored_form(model)
@@ -147,7 +144,7 @@ def _write_model(model: nn.Module, folder: str, scratch: Path, target: Target | 
         stored.save(scratch / folder)
         return {"folder": folder}
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"{type(model).__name__} is no transformers model, so its weights cannot be saved")
+        raise ValueError(f"{type(model).__name__} is not a transformers model, so its weights cannot be saved")
     adapters = getattr(model, "peft_config", None)
     source = public_name(model)
     revision = None if copy_models or adapters else _own_revision(model) or _cached_revision(source)
@@ -161,48 +158,44 @@ def _write_model(model: nn.Module, folder: str, scratch: Path, target: Target | 
 
 
 def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Copies a tokenizer, or the one at a path, since a path says nothing on another machine."""
-    from transformers import AutoTokenizer
-
+    """Copies a tokenizer, or loads it from its path first: the path means nothing on another machine."""
     if isinstance(tokenizer, str | os.PathLike):
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     tokenizer.save_pretrained(folder)
 
 
 def _own_revision(model: nn.Module) -> str | None:
-    """The commit of the Hub that a model was loaded from."""
+    """The Hub commit that a model was loaded from."""
     return getattr(model.config, "_commit_hash", None) if is_hub_id(public_name(model)) else None
 
 
 def _cached_revision(repo: str) -> str | None:
-    """The commit that the Hub cache of this machine holds of a repository's main branch; None if it holds none."""
-    from huggingface_hub import try_to_load_from_cache
-
-    file = try_to_load_from_cache(repo, "config.json") if is_hub_id(repo) else None
+    """The commit of a repository's main branch in this machine's Hub cache; None if it is not cached."""
+    file = huggingface_hub.try_to_load_from_cache(repo, "config.json") if is_hub_id(repo) else None
     return Path(file).parent.name if isinstance(file, str) else None
 
 
 def _write_adapter(model: nn.Module, adapters: dict[str, Any], folder: Path) -> None:
-    """A PEFT folder: the adapter alone, on top of a base that is named."""
+    """Saves an adapter as a PEFT folder, which names its base but does not include it."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     if len(adapters) != 1:
         raise ValueError(
-            f"drafter {name_of(model)} has adapters {sorted(adapters)}, a saved cascade holds one a model: delete the "
-            "others, or merge them (merge_and_unload)"
+            f"drafter {name_of(model)} has adapters {sorted(adapters)}, but only one per model can be saved: delete "
+            "the others, or merge them (merge_and_unload)"
         )
     ((name, options),) = adapters.items()
     options = copy.deepcopy(options)
     base = options.base_model_name_or_path or getattr(model.config, "_name_or_path", "")
     if not base:
         raise ValueError(
-            f"the base of adapter {name!r} has no path or Hub id, and a PEFT folder does not hold it: save the base "
-            "and load it from there, or merge the adapter (merge_and_unload)"
+            f"the base of adapter {name!r} has no path or Hub id, and a PEFT folder does not include it: save the "
+            "base and load it from there, or merge the adapter (merge_and_unload)"
         )
     if os.path.exists(base):
         warnings.warn(
-            f"adapter {name!r} needs its base {base!r}, which is not saved with the cascade: it can be loaded only "
+            f"adapter {name!r} needs its base {base!r}, which is not saved with the cascade: it can only be loaded "
             "where that path exists, with CascadeDrafter.from_pretrained(..., local_bases=True). Merge the adapter "
             "(merge_and_unload) to save both.",
             UserWarning,
@@ -216,7 +209,7 @@ def _write_adapter(model: nn.Module, adapters: dict[str, Any], folder: Path) -> 
 
 
 def _provenance(models: dict[str, nn.Module], cascade: CascadeDrafter) -> dict[str, Any]:
-    """Where and with what the cascade was made, and of drafters that csdraft trained, on what. No text, no paths."""
+    """How the cascade and its models were made, and its figures in use. No texts, no paths."""
     report = cascade.report
     described = {
         name: {
@@ -244,7 +237,7 @@ def _provenance(models: dict[str, nn.Module], cascade: CascadeDrafter) -> dict[s
 
 
 def _trained(model: nn.Module) -> dict[str, Any] | None:
-    """From the provenance.json beside a drafter's weights: the run, its target and its data."""
+    """How a drafter was trained, from the provenance.json beside its weights: command, target, data and steps."""
     folder = str(getattr(model.config, "_name_or_path", ""))
     if not folder or not (path := Path(folder, "provenance.json")).is_file():
         return None
@@ -253,7 +246,7 @@ def _trained(model: nn.Module) -> dict[str, Any] | None:
 
 
 def command() -> str:
-    """The running program and its arguments, without what may be secret and without this machine's folders."""
+    """The running program and its arguments, without possible secrets and without this machine's folders."""
     kept, words = [Path(sys.argv[0]).name], iter(sys.argv[1:])
     for word in words:
         if not SECRET.search(word):
@@ -264,7 +257,7 @@ def command() -> str:
 
 
 def without_folders(text: str) -> str:
-    """Of each path that starts with / or ~ or . only the last part: the rest says nothing on another machine."""
+    """The text with each path that starts with /, ~ or . cut to its last part."""
     return ABSOLUTE.sub(lambda path: re.split(r"[/\\]", path[0].rstrip("/\\"))[-1], text)
 
 
@@ -273,7 +266,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _move_in(scratch: Path, path: Path) -> None:
-    """Replaces what an earlier save wrote, the document last; a model card that was edited by hand stays."""
+    """Replaces an earlier save, the document last. A model card that was edited by hand is kept."""
     for name in OWN_FOLDERS:
         shutil.rmtree(path / name, ignore_errors=True)
     card = path / "README.md"

@@ -1,8 +1,8 @@
 """The K matrix of Cascade Speculative Drafting (arXiv 2312.11462): how long each drafter drafts, for each reviewer.
 
-Reviewer 0 is the target, reviewer i is `drafters[i-1]`. Row i is the cascade that reviewer i reviews, wherever it
-appears; entry j of it is how many tokens stage j, which drafts with `drafters[j]`, adds. (The paper's k is cumulative,
-the increments here are those of its code.)
+Reviewer 0 is the target, reviewer i is `drafters[i-1]`. Row i describes the cascade that reviewer i reviews, wherever
+it appears. Entry j says how many tokens stage j, which drafts with `drafters[j]`, adds. (The paper's k is cumulative;
+these are increments, as in its code.)
 """
 
 from __future__ import annotations
@@ -25,15 +25,19 @@ __all__ = ["AUTO", "build", "check_k_matrix", "first_guess", "spread_lenience"]
 KMatrix = tuple[tuple[int, ...], ...]
 
 AUTO = "auto"
-"""In place of a K matrix: the planner chooses one for the target, at the first call with it."""
+"""Given instead of a K matrix: the planner chooses one at the first call with a target."""
 
 
 def check_k_matrix(k_matrix: Any, drafters: Sequence[Drafter]) -> KMatrix:
-    """The full (n, n) matrix; ValueError unless it is upper triangular, in whole numbers >= 0, and drafts something.
+    """The full (n, n) matrix.
 
     Args:
         k_matrix: all rows; or row 0 alone (all models draft token by token); or one number for all of row 0.
         drafters: largest first.
+
+    Raises:
+        ValueError: it does not fit the drafters, is not upper triangular, has an entry that is not a whole number
+            >= 0, or drafts nothing.
     """
     n = len(drafters)
     if n == 0:
@@ -41,7 +45,7 @@ def check_k_matrix(k_matrix: Any, drafters: Sequence[Drafter]) -> KMatrix:
     rows = _rows(k_matrix, n)
     for i, row in enumerate(rows):
         for j, k in enumerate(row):
-            if not _whole(k) or k < 0 or (j < i and k != 0):
+            if not isinstance(k, Integral) or isinstance(k, bool) or k < 0 or (j < i and k != 0):
                 raise ValueError(
                     f"k_matrix[{i}][{j}]={shown(k)}: entries are whole numbers >= 0, and 0 below the diagonal "
                     "(row i is what reviewer i reviews: drafters i and later)"
@@ -60,7 +64,7 @@ def check_k_matrix(k_matrix: Any, drafters: Sequence[Drafter]) -> KMatrix:
 
 
 def first_guess(drafters: Sequence[Drafter]) -> KMatrix:
-    """What drafts until a plan is there: each drafter a little, all models token by token."""
+    """The matrix used until the planner has chosen one: each drafter a little, all models token by token."""
     row = tuple(min(drafter.depth, 5) if drafter.models() else drafter.depth for drafter in drafters)
     return row, *((0,) * len(row) for _ in row[1:])
 
@@ -68,7 +72,7 @@ def first_guess(drafters: Sequence[Drafter]) -> KMatrix:
 def _rows(k_matrix: Any, n: int) -> list[Sequence[Any]]:
     if isinstance(k_matrix, str):
         raise ValueError(
-            f"k_matrix={shown(k_matrix)} is no matrix: give 'auto', or numbers, such as 5, {[5] * n} (tokens a "
+            f"k_matrix={shown(k_matrix)} is not a matrix: give 'auto', or numbers, such as 5, {[5] * n} (tokens per "
             f"drafter), or {n} rows of {n}"
         )
     rows = k_matrix.tolist() if isinstance(k_matrix, np.ndarray | Tensor) else k_matrix
@@ -76,7 +80,8 @@ def _rows(k_matrix: Any, n: int) -> list[Sequence[Any]]:
         rows = [rows] * n
     if isinstance(rows, Sequence) and all(isinstance(row, Real) for row in rows):
         rows = [rows, *([0] * n for _ in range(n - 1))]
-    if not isinstance(rows, Sequence) or len(rows) != n or any(not _is_row(row, n) for row in rows):
+    is_matrix = isinstance(rows, Sequence) and len(rows) == n
+    if not is_matrix or not all(isinstance(row, Sequence) and len(row) == n for row in rows):
         raise ValueError(
             f"k_matrix={shown(k_matrix)} does not fit {n} drafters: give {n} rows of {n} numbers, one row, or one "
             "number"
@@ -84,18 +89,10 @@ def _rows(k_matrix: Any, n: int) -> list[Sequence[Any]]:
     return list(rows)
 
 
-def _is_row(row: Any, n: int) -> bool:
-    return isinstance(row, Sequence) and not isinstance(row, str) and len(row) == n
-
-
-def _whole(k: Any) -> bool:
-    return isinstance(k, Integral) and not isinstance(k, bool)
-
-
 def spread_lenience(
     lenience: float | Sequence[float], drafters: Sequence[Drafter], k_matrix: Sequence[Sequence[int]]
 ) -> list[float]:
-    """One number a drafter: the given ones for the models that review, largest first, 1 for all others."""
+    """One number for each drafter: the given ones for models that review, 1 for all others."""
     reviewing = [j for j in range(len(drafters) - 1) if any(k_matrix[j + 1])]
     given = [lenience] * len(reviewing) if isinstance(lenience, Real) else list(lenience)  # type: ignore[arg-type]
     if len(given) != len(reviewing):
@@ -112,7 +109,7 @@ def spread_lenience(
 def build(
     drafters: Sequence[Drafter], k_matrix: Sequence[Sequence[int]], lenience: Sequence[float], row: int = 0
 ) -> Horizontal:
-    """Row `row` of the matrix as a horizontal cascade, whose models review their own rows."""
+    """The horizontal cascade of one row; its models review the cascades of their own rows."""
     stages: list[Drafter] = []
     for j in range(row, len(drafters)):
         drafter = drafters[j]

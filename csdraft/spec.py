@@ -1,7 +1,7 @@
-"""Methods as JSON and back: `{"type": "max_gram", ...}`. The file name is the type; the fields are the options.
+"""Converts methods to JSON and back: `{"type": "max_gram", ...}`. The type is the file name, the options are fields.
 
-A method is a dataclass in a file of `csdraft/drafters`, `trees`, `verifiers` or `schedules`, and being there is all
-the registration there is. Models and tables are written as names, so that one used twice stays one.
+A method is a dataclass in a file of `csdraft/drafters`, `trees`, `verifiers` or `schedules`; putting the file there
+registers it. Models and tables are written as names, so that one that is used twice is still one after loading.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import partial
 from pathlib import PurePath
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from torch import nn
 
@@ -25,17 +25,17 @@ from csdraft.stored import UNFIT, check_keys, fit, is_hub_id, kind_of, naming, n
 __all__ = ["FAMILIES", "check_keys", "find", "from_json", "nearest", "resolve", "to_json", "type_of", "types"]
 
 FAMILIES: dict[str, type] = {"drafters": Drafter, "trees": Tree, "verifiers": Verifier, "schedules": Schedule}
-"""Folders of methods, and what their classes derive from."""
+"""Folder of methods -> their base class."""
 
 
 @dataclass(frozen=True)
 class Names:
-    """What names in a JSON document stand for; None: names are left to the methods, as paths or Hub ids.
+    """What the names in a JSON document stand for. None: a method takes the name itself, as a path or Hub id.
 
     Attributes:
-        models: by name.
-        tables: by the path of their file in the document's folder, themselves or the path to load them from.
-        places: the same for what a method loads itself, such as a tokenizer; all others must be ids of the Hub.
+        models: name -> model.
+        tables: path of a file in the document's folder -> table, or the path to load it from.
+        places: path in the document's folder -> what a method loads itself, such as a tokenizer, or its path.
     """
 
     models: MutableMapping[str, nn.Module] | None = None
@@ -52,7 +52,7 @@ def types(family: str) -> list[str]:
 
 
 def find(family: str, type: str) -> Any:
-    """The class of a method; ValueError that names the nearest known type if there is none."""
+    """The class of a method; for an unknown type, raises a ValueError that names the nearest known one."""
     if type not in (known := types(family)):
         raise ValueError(f"no {family[:-1]} of type {type!r}: {nearest(type, known)}")
     module = importlib.import_module(f"csdraft.{family}.{type}")
@@ -61,7 +61,7 @@ def find(family: str, type: str) -> Any:
 
 
 def type_of(method: Any) -> tuple[str, str]:
-    """(family, type) of a method; ValueError if its class is not the one that its file exports."""
+    """(family, type) of a method; raises ValueError if its class is not the one that its file exports."""
     package, _, type = method.__class__.__module__.rpartition(".")
     family = package.removeprefix("csdraft.")
     if family not in FAMILIES or type not in types(family) or find(family, type) is not method.__class__:
@@ -78,14 +78,14 @@ def to_json(
     tables: MutableMapping[str, Any] | None = None,
     places: MutableMapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """A method and its options, all of them, so that later defaults do not change what was saved.
+    """A method with all its options, so that a later change of a default does not change what was saved.
 
     Args:
         method: a drafter, tree, verifier or schedule.
-        models: by name; the method's models are added.
-        tables: by the path of the file that a table should be saved as, relative to the document; they are added too.
-        places: by the folder that they should be saved in, what the method loads from paths of this machine; added
-            too. None writes these paths down as they are.
+        models: name -> model; the method's models are added.
+        tables: file to save it as, relative to the document -> table; the method's tables are added.
+        places: folder to save it in, relative to the document -> what the method loads from a path of this machine;
+            added too. None keeps these paths unchanged.
     """
     return _method_json(method, Names(models, {} if tables is None else tables, places))
 
@@ -110,15 +110,16 @@ def from_json(
     places: MutableMapping[str, Any] | None = None,
     at: str = "",
 ) -> Any:
-    """The method that `spec` describes; ValueError for an unknown type, key or model, and for a wrong kind of value.
+    """The method that `spec` describes.
 
     Args:
         family: one of `FAMILIES`.
-        spec: a type and options, or a type alone, which is that type with its defaults.
-        models: by name; None leaves names to the method, which takes them for paths or Hub ids.
-        tables: by name, themselves or the paths to load them from; None as above.
-        places: by name, the paths of what methods load themselves; None as above.
-        at: the file, and the key there, that `spec` was read from: messages begin with it.
+        spec: a type and its options, or a type alone.
+        models, tables, places: see `Names`.
+        at: the file and key that `spec` was read from; messages begin with it.
+
+    Raises:
+        ValueError: an unknown type, key or name, or a value of the wrong type.
     """
     return _method(family, spec, Names(models, tables, places), at)
 
@@ -128,7 +129,7 @@ def _method(family: str, spec: Any, names: Names, at: str) -> Any:
     prefix = f"{at}: " if at else ""
     if not isinstance(spec, Mapping) or "type" not in spec:
         raise ValueError(
-            f"{prefix}{shown(spec)} is no {family[:-1]}: give {{'type': ..., options}} with one of {types(family)}"
+            f"{prefix}{shown(spec)} is not a {family[:-1]}: give {{'type': ..., options}} with one of {types(family)}"
         )
     with naming(f"{at}.type") if at else nullcontext():
         method, where = find(family, spec["type"]), f"{prefix}{family[:-1]} {spec['type']!r}"
@@ -170,8 +171,7 @@ def _write(value: Any, names: Names, where: str) -> Any:
         return value
     raise ValueError(
         f"{where}, {kind_of(value)}, cannot be written as JSON: options are numbers, strings, models, tables "
-        "and methods, and sequences of them; what a method can load by itself, such as a tokenizer, give it as a path "
-        "or Hub id"
+        "and methods, and sequences of them; give what a method loads itself, such as a tokenizer, as a path or Hub id"
     )
 
 
@@ -180,14 +180,14 @@ def _is_table(kind: Any) -> bool:
 
 
 def _enter(value: Any, names: MutableMapping[str, Any] | None, stem: str, pattern: str) -> str:
-    """The value's name, under which it is entered if it is new."""
+    """The name under which a value is known; a new value is entered."""
     assert names is not None
     for name, known in names.items():
         if known is value:
             return name
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.") or "model"
     name, number = pattern.format(stem), 1
-    while name.lower() in (known.lower() for known in names):  # some file systems do not tell cases apart
+    while name.lower() in (known.lower() for known in names):  # some file systems ignore case
         number += 1
         name = pattern.format(f"{stem}-{number}")
     names[name] = value
@@ -195,21 +195,19 @@ def _enter(value: Any, names: MutableMapping[str, Any] | None, stem: str, patter
 
 
 def _leaves(hint: Any) -> list[Any]:
-    """The types inside an annotation: `tuple[Drafter, ...] | None` -> Drafter and NoneType; a Literal's values."""
+    """What an annotation is made of: `tuple[Drafter, ...] | None` -> Drafter and NoneType."""
     inner = [arg for arg in get_args(hint) if arg is not Ellipsis]
-    if not inner:
-        return [hint]
-    return inner if get_origin(hint) is Literal else [leaf for arg in inner for leaf in _leaves(arg)]
+    return [leaf for arg in inner for leaf in _leaves(arg)] or [hint]
 
 
 def _is_place(hint: Any) -> bool:
-    """Whether an option is a file or folder that the method loads itself: not a table, nor a model."""
+    """Whether an option names a file or folder that the method loads itself, and not a table."""
     leaves = [leaf for leaf in _leaves(hint) if isinstance(leaf, type)]
     return any(issubclass(leaf, PurePath) for leaf in leaves) and not any(map(_is_table, leaves))
 
 
 def _placed(value: Any, names: Names) -> str:
-    """The value itself if it is an id of the Hub; else the folder of the document that it goes to."""
+    """A Hub id unchanged; for anything else, the folder of the document that it will be saved in."""
     assert names.places is not None
     if isinstance(value, str) and is_hub_id(value):
         return value
@@ -218,7 +216,7 @@ def _placed(value: Any, names: Names) -> str:
 
 
 def _named(names: Names, document: bool, value: Any, arms: Sequence[Any], at: str) -> Any:
-    """The method, model, table or place that a value of a document stands for where these types are allowed."""
+    """The method, model, table or place that a value stands for, if one of the types `arms` asks for it."""
     kinds = [arm for arm in arms if isinstance(arm, type)]
     family = next((f for f, base in FAMILIES.items() if any(issubclass(kind, base) for kind in kinds)), None)
     if family is not None and isinstance(value, str | Mapping):
@@ -226,16 +224,17 @@ def _named(names: Names, document: bool, value: Any, arms: Sequence[Any], at: st
     if not isinstance(value, str):
         return UNFIT
     if any(map(_is_table, kinds)):
-        known = names.tables
+        known, folder = names.tables, "tables"
     elif any(issubclass(kind, nn.Module) for kind in kinds):
-        known = names.models
+        known, folder = names.models, "models"
+    elif any(issubclass(kind, PurePath) for kind in kinds):
+        known, folder = names.places, "tokenizers"
     else:
-        known = names.places if any(issubclass(kind, PurePath) for kind in kinds) else None
+        return UNFIT
     if known is None:
         return UNFIT
     if value in known:
         return known[value]
-    if known is names.places and is_hub_id(value):
+    if folder == "tokenizers" and is_hub_id(value):
         return value
-    there = "models" if known is names.models else "tables" if known is names.tables else "tokenizers"
-    raise ValueError(f"{at} names {shown(value)}, which is not there: {nearest(value, known)} ({there})")
+    raise ValueError(f"{at} names {shown(value)}, which does not exist: {nearest(value, known)} ({folder})")

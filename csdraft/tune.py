@@ -1,44 +1,45 @@
-"""From drafters and prompts to a cascade: what is expected of the best K matrices, then what was measured.
+"""Finds the best cascade of some drafters for a target and prompts, within a time limit.
 
-The work has three parts, and a time for all of them: the target writes and drafters are compared with it, K matrices
-are replayed, the best are timed. The first may take half of the time, the second a share of the rest; timing ends at
-the last prompt for which there is time. Fewer prompts are observed, and fewer plans and prompts timed, where the time
-is short; what was timed is said with each candidate.
+There are three steps. The target writes texts and drafters are compared with it (at most half of the time), K matrices
+are replayed on these texts (at most 30 % of the rest), and the best plans are timed until the time is up. If the time
+is short, texts are shorter, and fewer prompts and plans are used. Each candidate says what was timed.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from csdraft.bench import Cell, Method, Prompt, Setup, encode, generate
 from csdraft.cascade import CascadeDrafter
 from csdraft.decoding.interfaces import Drafter
 from csdraft.metrics.intervals import Interval, bootstrap_median
-from csdraft.planner.allowance import Allowance
 from csdraft.planner.expect import Expectation
 from csdraft.planner.search import Plan, alternatives, search
 from csdraft.planner.trace import Measured, measure_drafters
 
-__all__ = ["Candidate", "preferred", "tune"]
+__all__ = ["Allowance", "Candidate", "preferred", "tune"]
 
 SCHEDULES = ("cost_model", "fixed")
 AS_GOOD = 0.97
-"""Share of the best speed-up that a clock cannot tell from it."""
+"""Candidates with this share of the best speed-up count as equally fast."""
 OBSERVING, SEARCHING = 0.5, 0.3
-"""Shares of the time that is left, for observing and then for replaying."""
+"""Shares of the remaining time for observing, and then for replaying."""
 FEW_PROMPTS = 4
-"""Timed prompts that are worth more than another plan."""
+"""A plan is only timed if there is time for this many prompts."""
 LENGTH = 96
-"""Tokens of a text, if the options do not say."""
+"""Tokens of a text by default."""
 SHORTEST = 16
-"""Tokens that a text has at least."""
+"""The fewest tokens of a text."""
 TRUSTED = 2.0
-"""Expected speed-up above which none is believed, where time is shared out."""
+"""When time is planned, no plan is expected to be faster than this many times plain decoding."""
+ALMOST = 0.99
+"""The largest share of progress that is reported before the end."""
 LEAST_COMPARED = 3
-"""Prompts below which two candidates are never told apart."""
+"""With fewer prompts, no candidate is called slower than the fastest."""
 
 Times = dict[str, list[list[float]]]
 """Seconds by the name of a cell: (prompts, repetitions)."""
@@ -49,15 +50,15 @@ class Candidate:
     """A cascade that was planned and timed.
 
     Attributes:
-        kept: the drafters it uses, by their place in what was given.
-        k_matrix: of those.
+        kept: indices of the drafters it uses.
+        k_matrix: the matrix for these drafters.
         options: lenience and schedule.
-        expected: with the whole matrix every round and lenience 1.
-        measured: speed-up over plain `generate`, median over prompts and repetitions, paired.
-        cascade: itself, with the report of what was timed.
-        prompts, repetitions: that were timed.
-        tokens: of the longest texts.
-        behind: its time over that of the fastest, paired; exactly 1 for the fastest itself.
+        expected: figures for the whole matrix every round, at lenience 1.
+        measured: speed-up over plain `generate`, median over pairs of the same prompt and repetition.
+        cascade: the cascade, with a report of the timed calls.
+        prompts, repetitions: how many were timed.
+        tokens: the most tokens of a text.
+        behind: its time over that of the fastest candidate, paired in the same way; 1 for the fastest itself.
     """
 
     kept: Sequence[int]
@@ -73,8 +74,47 @@ class Candidate:
 
     @property
     def told_apart(self) -> bool:
-        """Whether what was measured shows that it is slower than the fastest."""
+        """Whether the measurements show that it is slower than the fastest."""
         return self.prompts >= LEAST_COMPARED and self.behind.low > 1
+
+
+@dataclass
+class Allowance:
+    """Measures the seconds of work that has several parts.
+
+    Args:
+        seconds: the most that the whole may take; infinity for no limit.
+        say: called with what is being done and the share of the time that has passed.
+        now: the clock.
+    """
+
+    seconds: float
+    say: Callable[[str, float], None]
+    now: Callable[[], float] = time.monotonic
+    _share: float = field(init=False, default=0.0)
+
+    def __post_init__(self) -> None:
+        self._started = self.now()
+
+    @property
+    def passed(self) -> float:
+        """Seconds since the start."""
+        return self.now() - self._started
+
+    @property
+    def remaining(self) -> float:
+        """Seconds that are left, at least 0."""
+        return max(self.seconds - self.passed, 0.0)
+
+    def tell(self, what: str, left: float) -> None:
+        """Reports the share of the time that has passed; `left` is an estimate of the seconds that remain.
+
+        The share never falls: a falling share would look like the start of other work.
+        """
+        passed, left = self.passed, min(left, self.remaining)
+        share = passed / (passed + left) if passed + left > 0 else 0.0
+        self._share = min(max(self._share, share), ALMOST)
+        self.say(what, self._share)
 
 
 def tune(
@@ -92,25 +132,27 @@ def tune(
 
     Args:
         target: the model.
-        drafters: largest first; of those that do not pay none is kept.
+        drafters: largest first; drafters that do not pay are left out.
         prompts: token ids.
-        finalists: plans to time at most, each under the cost model and under the whole matrix every round.
-        leniences: of inner reviewers, to try on plans that have some.
-        repetitions: timed passes at most.
+        finalists: the most plans to time, each with the cost model and with the whole matrix every round.
+        leniences: values to try on plans with inner reviewers.
+        repetitions: the most timed passes.
         progress: called with what is being done and the share of the expected time that has passed.
-        minutes: for all of it. Where that is short, texts are, too, and prompts are left out; at least one prompt is
-            observed and timed, even if that takes longer.
-        options: of `generate`.
+        minutes: the time limit; at least one prompt is observed and timed, even if that takes longer.
+        options: options of `generate`.
 
     Returns:
-        The candidates, the fastest measured first.
+        The candidates, the fastest first.
+
+    Raises:
+        ValueError: `minutes` is not above 0.
     """
     if minutes <= 0:
         raise ValueError(f"minutes={minutes} leaves no time to tune in; give a number above 0, such as 3")
     setup = Setup(target, {"max_new_tokens": LENGTH, **options})
     allowance = Allowance(60 * minutes, progress)
     setup.options["max_new_tokens"], each = affordable_length(setup, drafters, prompts, allowance)
-    most = 1 + finalists * len(SCHEDULES) * len(leniences)  # cells, plain among them
+    most = 1 + finalists * len(SCHEDULES) * len(leniences)  # the most cells to time, plain `generate` included
     allowance.tell("observing the target", len(prompts) * (each * (passes(drafters) + repetitions * most)))
     measured = observed(setup, drafters, prompts, allowance, most * (1 + repetitions * len(prompts)))
     plain = sum(trace.plain for trace in measured.traces) / len(measured.traces)
@@ -129,24 +171,24 @@ def tune(
 
 
 def passes(drafters: Sequence[Drafter]) -> int:
-    """About as many times as plain `generate` observing one prompt takes: plain, at many widths, and every drafter."""
+    """About how many times as long as plain `generate` it takes to observe one prompt with all drafters."""
     return 3 + sum(2 * len(drafter.models()) for drafter in drafters)
 
 
 def affordable_length(
     setup: Setup, drafters: Sequence[Drafter], prompts: Sequence[Prompt], allowance: Allowance
 ) -> tuple[int, float]:
-    """Tokens of the texts, so that two prompts can be observed in half of the time; and about the seconds of a text.
+    """The length of texts for which two prompts can be observed in half of the time, and a text's rough seconds.
 
-    A text of a few tokens is written for it, twice: the first warms up.
+    To find out, a short text is written twice; the first time warms up.
     """
     wanted, few = setup.options["max_new_tokens"], min(SHORTEST, setup.options["max_new_tokens"])
-    options = setup.options | {"max_new_tokens": few, "min_new_tokens": few}
-    inputs, target = encode(setup, prompts[:1]), cast(Any, setup.target)
-    for _ in range(2):
-        began = allowance.passed
-        target.generate(**inputs, **options)
-    each = (allowance.passed - began) / few  # type: ignore[possibly-unbound]
+    options = encode(setup, prompts[:1]) | setup.options | {"max_new_tokens": few, "min_new_tokens": few}
+    target = cast(Any, setup.target)
+    target.generate(**options)
+    began = allowance.passed
+    target.generate(**options)
+    each = (allowance.passed - began) / few
     if math.isinf(allowance.seconds):
         return wanted, each * wanted
     fits = OBSERVING * allowance.seconds / (2 * passes(drafters) * each)
@@ -157,20 +199,19 @@ def affordable_length(
 def observed(
     setup: Setup, drafters: Sequence[Drafter], prompts: Sequence[Prompt], allowance: Allowance, later: int
 ) -> Measured:
-    """What planning needs to know, of as many prompts as half of the time allows.
+    """Measures the drafters on as many prompts as half of the time allows.
 
     Args:
-        later: texts that will be written when candidates are timed, for the estimate of what is left.
+        later: how many texts will be written to time candidates, to estimate the remaining time.
     """
     until = OBSERVING * allowance.seconds
-    seconds: list[float] = []  # at which each prompt was done
 
     def enough(done: int) -> bool:
-        seconds.append(allowance.passed)
-        each = seconds[-1] / done
-        before = min(each * (len(prompts) - done), max(until - seconds[-1], 0.0))
+        passed = allowance.passed
+        each = passed / done
+        before = min(each * (len(prompts) - done), max(until - passed, 0.0))
         allowance.tell(f"observed {done} of {len(prompts)} prompts", before + later * each / passes(drafters))
-        return seconds[-1] + each > until
+        return passed + each > until
 
     encoded = [encode(setup, [prompt]) for prompt in prompts]
     return measure_drafters(setup.target, drafters, encoded, enough=enough, **setup.options)
@@ -179,13 +220,13 @@ def observed(
 def affordable(
     plans: Sequence[Plan], leniences: Sequence[float], plain: float, prompts: int, allowance: Allowance
 ) -> Sequence[Plan]:
-    """The first plans, so many that each can be timed on a few prompts in the time that is left; at least one.
+    """As many of the first plans as can be timed on a few prompts each in the remaining time; at least one.
 
     Args:
-        plain: seconds of a text of plain `generate`.
-        prompts: that there are.
+        plain: seconds in which plain `generate` writes a text.
+        prompts: how many prompts there are.
     """
-    texts = 1 + min(prompts, FEW_PROMPTS)  # the first one warms up
+    texts = 1 + min(prompts, FEW_PROMPTS)  # one to warm up
     for count in range(len(plans), 1, -1):
         speeds = [min(max(plan.expected.speedup, 1.0), TRUSTED) for plan, _ in variants(plans[:count], leniences)]
         if plain * (1 + sum(1 / speed for speed in speeds)) * texts <= allowance.remaining:
@@ -196,24 +237,25 @@ def affordable(
 def timed(
     setup: Setup, cells: Sequence[Cell], prompts: Sequence[Prompt], repetitions: int, allowance: Allowance
 ) -> Times:
-    """Seconds of every cell, prompt by prompt, in whole repetitions; of a part of the prompts if there is no time.
+    """Times every cell on every prompt; stops when the time is up, and returns whole repetitions only.
 
-    The order of the cells is rotated, so that none always follows the same one.
+    Within the first repetition, prompts that were not reached are left out. The order of the cells rotates, so that no
+    cell always follows the same one.
     """
     for cell in cells:
         generate(setup, cell, prompts[:1])  # warms up
     times: Times = {cell.name: [[] for _ in prompts] for cell in cells}
     steps = [(repetition, place) for repetition in range(repetitions) for place in range(len(prompts))]
-    began = allowance.passed
-    for number, (repetition, place) in enumerate(steps):
-        each = (allowance.passed - began) / number if number else 0.0
-        if number and each > allowance.remaining:
+    began, each = allowance.passed, 0.0
+    for number, (repetition, place) in enumerate(steps, 1):
+        if each > allowance.remaining:
             break
         turn = (repetition + place) % len(cells)
         for cell in [*cells[turn:], *cells[:turn]]:
             times[cell.name][place].append(generate(setup, cell, [prompts[place]]).seconds)
-        left = (allowance.passed - began) / (number + 1) * (len(steps) - number - 1)
-        allowance.tell(f"timing {len(cells) - 1} candidates, repetition {repetition + 1} of {repetitions}", left)
+        each = (allowance.passed - began) / number
+        what = f"timing {len(cells) - 1} candidates, repetition {repetition + 1} of {repetitions}"
+        allowance.tell(what, each * (len(steps) - number))
     allowance.say("timed", 1.0)
     whole = max(min(map(len, times[cells[0].name])), 1)
     return {name: [row[:whole] for row in table if len(row) >= whole] for name, table in times.items()}
@@ -222,7 +264,7 @@ def timed(
 def ranked(
     made: Mapping[str, tuple[Plan, Mapping[str, Any], CascadeDrafter]], times: Times, tokens: int
 ) -> list[Candidate]:
-    """The candidates, the fastest first, each compared with plain `generate` and with the fastest by prompt."""
+    """The candidates, the fastest first, each compared with plain `generate` and with the fastest candidate."""
     measured = {name: _paired(times["plain"], times[name]) for name in made}
     fastest = max(measured, key=lambda name: measured[name].median)
     found = []
@@ -235,12 +277,12 @@ def ranked(
 
 
 def _paired(times: list[list[float]], others: list[list[float]]) -> Interval:
-    """`times` over `others`, prompt by prompt and repetition by repetition."""
+    """Median of `times` over `others`, paired by prompt and repetition."""
     return bootstrap_median([[a / b for a, b in zip(*rows, strict=True)] for rows in zip(times, others, strict=True)])
 
 
 def preferred(found: Sequence[Candidate]) -> Candidate:
-    """The fastest; of those that are as good, one that is strict, and leaves lengths to the cost model."""
+    """The fastest candidate; among equally fast ones, preferably one with lenience 1 and the cost model."""
     bar = AS_GOOD * max(candidate.measured.median for candidate in found)
     return min(
         (candidate for candidate in found if candidate.measured.median >= bar),
@@ -249,7 +291,7 @@ def preferred(found: Sequence[Candidate]) -> Candidate:
 
 
 def variants(plans: Sequence[Plan], leniences: Sequence[float]) -> list[tuple[Plan, dict[str, Any]]]:
-    """Every plan with each schedule, and with each lenience where a drafter reviews."""
+    """Every plan with each schedule and, if one of its drafters reviews, with each lenience."""
     made = []
     for plan in plans:
         reviews = any(any(row) for row in plan.trimmed()[1:])

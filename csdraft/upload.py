@@ -1,8 +1,11 @@
-"""A folder to the Hub, in one commit."""
+"""Uploads a folder to the Hub in one commit."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub.utils import HFValidationError
 
 __all__ = ["upload"]
 
@@ -15,30 +18,26 @@ def upload(
     revision: str | None = None,
     commit_message: str = "Upload with csdraft",
 ) -> str:
-    """Creates the repository if there is none and commits every file of `folder` to it.
+    """Creates the repository if needed, and commits every file of `folder` to it.
 
     Args:
         repo_id: "user/name".
-        token: with the right to write; the one that `hf auth login` stored if None.
-        private: of a new repository; the account's default if None.
-        revision: branch to commit to, made if it is not there; "main" if None.
+        token: a token that may write; None: the one that `hf auth login` stored.
+        private: whether a new repository is private; None: the account's default.
+        revision: branch to commit to, created if needed; None: "main".
 
     Returns:
         The commit's address.
 
     Raises:
-        ValueError: `repo_id` cannot be one of the Hub.
+        ValueError: `repo_id` is not a valid Hub id.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
+    api = huggingface_hub.HfApi(token=token)
     try:
-        validate_repo_id(repo_id)
+        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     except HFValidationError as error:
-        raise ValueError(f"repo_id={repo_id!r} is no Hub id, give 'user/name': {error}") from error
-    api = HfApi(token=token)
-    repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None and not revision.startswith("refs/"):  # those of pull requests are there
+        raise ValueError(f"repo_id={repo_id!r} is not a Hub id, give 'user/name': {error}") from error
+    if revision is not None and not revision.startswith("refs/"):  # a pull request's branch exists already
         api.create_branch(repo, branch=revision, exist_ok=True)
     done = api.upload_folder(
         repo_id=repo, folder_path=folder, revision=revision, commit_message=commit_message, repo_type="model"

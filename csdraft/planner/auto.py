@@ -1,4 +1,4 @@
-"""`k_matrix="auto"`: makes a plan from one prompt at the first call with a target, and prints one line about it."""
+"""`k_matrix="auto"`: plans on one prompt at the first call with a target, and prints one line about the plan."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from csdraft.reports.report import Planned
 __all__ = ["plan_on"]
 
 TOKENS = 48
-"""Tokens that the target writes to make a plan."""
+"""Tokens that the target writes, twice, to make a plan."""
 
 
 def plan_on(
@@ -29,7 +29,7 @@ def plan_on(
     Args:
         target: the model.
         drafters: largest first.
-        names: the drafters' names, for that line.
+        names: the drafters' names, for the printed line.
         input_ids: (1, length) token ids of the prompt, without padding.
         options: options of `generate`.
     """
@@ -38,10 +38,9 @@ def plan_on(
     with torch.random.fork_rng(devices=[]):  # planning must not change the later samples
         measured = measure_drafters(target, drafters, [prompt] * 2, max_new_tokens=TOKENS, **options)
     best = search(measured)[0]
-    kept = [names[j] for j in best.kept]
-    tokens, plain = sum(t.length for t in measured.traces), sum(t.plain for t in measured.traces)
-    expected = best.expected
-    planned = Planned(kept, best.trimmed(), expected.tokens_per_round, expected.speedup, plain / tokens)
+    kept, expected = [names[j] for j in best.kept], best.expected
+    plain = sum(trace.plain for trace in measured.traces) / sum(trace.length for trace in measured.traces)
+    planned = Planned(kept, best.trimmed(), expected.tokens_per_round, expected.speedup, plain)
     print(
         f'csdraft: k_matrix="auto" was planned for {name_of(target)} in {time.perf_counter() - started:.1f} s: '
         f"{best.trimmed()} of {', '.join(kept)}, {expected.speedup:.2f} x plain expected; "

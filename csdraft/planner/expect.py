@@ -1,8 +1,8 @@
 """The expected speed of a K matrix: its rounds are replayed on texts that the target wrote, with measured seconds.
 
 The replay is the decoding loop without the models. A draft is right up to the first place where the drafter's token is
-not the target's. After such a place it is unknown what a model would write. Only its time matters there, and each
-inner round is assumed to gain the average of inner rounds. Texts are replayed, instead of multiplying rates, because
+not the target's. What a model would write after such a place is unknown. Only its time matters there, and each inner
+round is assumed to gain as much as inner rounds do on average. Replaying texts beats multiplying rates because
 acceptances come in runs: a text that repeats itself does so for long.
 """
 
@@ -51,82 +51,80 @@ class Drafted:
     depth: int = 0
     right: int = 0
 
-    @property
-    def on_path(self) -> bool:
-        return self.right == self.depth
+    def add(self, width: int, depth: int, right: int) -> None:
+        self.width, self.depth, self.right = self.width + width, self.depth + depth, self.right + right
 
 
 class Replay:
-    """The replay of one text with one K matrix. `here` is a place in the text; None after a wrong token."""
+    """The replay of one text with one K matrix.
+
+    `run` plays the target's rounds. In each, `_draft` lets the stages of a row extend a draft: a stage proposes,
+    writes token by token, or reviews the next row's drafts in inner rounds. `here` is a place in the text. It is
+    None after a wrong token, where drafting costs time and is never right.
+    """
 
     def __init__(self, k_matrix: KMatrix, measured: Measured, trace: Trace):
         self.k_matrix, self.measured, self.trace = k_matrix, measured, trace
         self.rounds, self.seconds = 0, 0.0
         self.read = [0] * len(measured.drafters)  # tokens of the text that each model has read
-        self.gains = {j: [1.5, 1.0] for j in range(len(measured.drafters))}  # by reviewer: tokens gained, rounds
+        self.gains = {j: (1.5, 1.0) for j in range(len(measured.drafters))}  # by reviewer: tokens gained, rounds
 
     def run(self) -> None:
-        reviews, asked, place = (
-            self.measured.target.reviews,
-            {j for row in self.k_matrix for j, k in enumerate(row) if k},
-            0,
-        )
-        self.seconds = self.trace.outside + sum(self.trace.reads[1 + j] for j in asked)
-        while place < self.trace.length:
-            draft = self._draft(0, place, self.trace.length - place - 1)
+        trace, reviews, place = self.trace, self.measured.target.reviews, 0
+        used = {j for row in self.k_matrix for j, k in enumerate(row) if k}
+        self.seconds = trace.outside + sum(trace.reads[1 + j] for j in used) + trace.reads[0] - reviews.seconds(1)
+        while place < trace.length:
+            draft = self._draft(0, place, trace.length - place - 1)
             self.seconds += reviews.seconds(1 + draft.width)
-            if place == 0:
-                self.seconds += self.trace.reads[0] - reviews.seconds(1)
             self.rounds += 1
             place += draft.right + 1
 
-    def _draft(self, row: int, place: int, room: int, on_path: bool = True) -> Drafted:
-        """The draft that the stages of a row write, `place` tokens into the text; off the path only its cost."""
-        draft, limit = Drafted(), 0
-        for j in range(row, len(self.k_matrix)):
+    def _draft(self, row: int, start: int | None, room: int) -> Drafted:
+        """The draft that the stages of a row write from `start` on."""
+        draft, limit, size = Drafted(), 0, len(self.k_matrix)
+        for j in range(row, size):
             limit += self.k_matrix[row][j]
             wanted = min(limit, room) - draft.depth
-            if self.k_matrix[row][j] and wanted > 0:
-                self._stage(j, draft, place, wanted, room, on_path)
+            if not self.k_matrix[row][j] or wanted <= 0:
+                continue
+            here = start + draft.depth if start is not None and draft.right == draft.depth else None
+            if not self.measured.models[j]:
+                self._propose(j, draft, here, wanted)
+            elif j + 1 < size and any(self.k_matrix[j + 1]):
+                self._review(j, draft, here, wanted, room)
+            else:
+                self._write(j, draft, here, wanted)
         return draft
 
-    def _stage(self, j: int, draft: Drafted, place: int, wanted: int, room: int, on_path: bool) -> None:
-        """Lets stage `j` extend `draft`."""
-        here = place + draft.depth if on_path and draft.on_path else None
-        if not self.measured.models[j]:
-            self._propose(j, draft, here, wanted)
-        elif j + 1 < len(self.k_matrix) and any(self.k_matrix[j + 1]):
-            self._review(j, draft, here, wanted, room)
-        else:
-            cost = self.measured.drafters[j]
-            self.seconds += cost.first + cost.step * (wanted - 1) + self._catch_up(j, here)
-            self._take(draft, wanted, self._agreement(j, here, wanted), j, here)
-
     def _propose(self, j: int, draft: Drafted, here: int | None, wanted: int) -> None:
+        """Adds the proposal at a place; off the path, one as large as at the text's beginning with no token right."""
         self.seconds += self.measured.drafters[j].first
-        offer = self._proposal(j, here)
+        offers = self.trace.proposals[j]
+        on_path = here is not None and here < len(offers)
+        offer = offers[here] if on_path else Proposal(offers[0].width, offers[0].depth, 0)  # type: ignore[index]
         depth = min(offer.depth, wanted)
-        self._add(draft, depth + (offer.width - offer.depth) * (depth > 0), depth, min(offer.right, depth), here)
+        draft.add(depth + (offer.width - offer.depth if depth else 0), depth, min(offer.right, depth))
 
-    def _proposal(self, j: int, here: int | None) -> Proposal:
-        """The proposal at a place; off the path, one as large as at the text's beginning with no token right."""
-        proposals = self.trace.proposals[j]
-        if here is not None and here < len(proposals):
-            return proposals[here]
-        return Proposal(proposals[0].width, proposals[0].depth, 0)
+    def _write(self, j: int, draft: Drafted, here: int | None, wanted: int) -> None:
+        """Adds tokens that a model writes one by one."""
+        cost = self.measured.drafters[j]
+        self.seconds += cost.first + cost.step * (wanted - 1) + self._catch_up(j, here)
+        self._take(draft, wanted, self._agreement(j, here, wanted), j, here)
 
     def _review(self, j: int, draft: Drafted, here: int | None, wanted: int, room: int) -> None:
         """Runs inner rounds until there are enough tokens, or no room is left."""
-        cost, gained, begun = self.measured.drafters[j], 0, here
-        while gained < wanted and gained < room - draft.depth + gained:
-            inner = self._draft(j + 1, here or 0, max(room - draft.depth - 1, 0), here is not None)
-            self.seconds += cost.reviews.seconds(1 + inner.width) + self._catch_up(j, here if here == begun else None)
+        reviews, gained = self.measured.drafters[j].reviews, 0
+        self.seconds += self._catch_up(j, here)
+        while gained < wanted and draft.depth < room:
+            inner = self._draft(j + 1, here, room - draft.depth - 1)
+            self.seconds += reviews.seconds(1 + inner.width)
+            tokens, rounds = self.gains[j]
             if here is None:
-                gain, right = max(round(self.gains[j][0] / self.gains[j][1]), 1), 0
+                gain, right = max(round(tokens / rounds), 1), 0
             else:
                 kept = self._agreement(j, here, inner.right)
                 gain, right = kept + 1, kept + self._agreement(j, here + kept, 1)
-                self.gains[j] = [self.gains[j][0] + gain, self.gains[j][1] + 1]
+                self.gains[j] = tokens + gain, rounds + 1
             gain = min(gain, room - draft.depth)
             self._take(draft, gain, min(right, gain), j, here)
             gained += gain
@@ -136,10 +134,8 @@ class Replay:
         """How many tokens from a place on, at most `most`, the model would choose like the target."""
         if here is None:
             return 0
-        agrees, count = self.trace.agrees[j], 0
-        while count < most and here + count < len(agrees) and agrees[here + count]:
-            count += 1
-        return count
+        ahead = self.trace.agrees[j][here : here + most]
+        return next((i for i, agrees in enumerate(ahead) if not agrees), len(ahead))
 
     def _catch_up(self, j: int, here: int | None) -> float:
         """Extra seconds, beyond those of one token, to read what was committed since the model last drafted."""
@@ -151,13 +147,6 @@ class Replay:
 
     def _take(self, draft: Drafted, depth: int, right: int, j: int, here: int | None) -> None:
         """Adds a model's own tokens; it has read all of them but the last."""
-        self._add(draft, depth, depth, right, here)
+        draft.add(depth, depth, right)
         if here is not None:
             self.read[j] = here + min(right, depth - 1) + 1
-
-    @staticmethod
-    def _add(draft: Drafted, width: int, depth: int, right: int, here: int | None) -> None:
-        if here is not None:
-            draft.right += right
-        draft.width += width
-        draft.depth += depth

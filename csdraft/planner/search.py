@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -38,13 +38,13 @@ class Plan:
 def search(measured: Measured, over: Callable[[], bool] = lambda: False) -> list[Plan]:
     """All matrices that were tried, the fastest first.
 
-    If there are few, as for two drafters, all are tried. A greedy search starts from each drafter alone at its best
-    length, and changes the entry that helps most until none helps. That takes some hundred replays; a grid over three
-    drafters would need a million.
+    If there are few, as for two drafters, all are tried. A greedy search then starts from each drafter alone at its
+    best length, and changes the entry that helps most until none helps. That takes a few hundred replays; a grid over
+    three drafters would need a million.
 
     Args:
         measured: the measurements.
-        over: returns whether the time is up; then the search ends with what it has found.
+        over: whether the time is up; then the search ends with what it has found.
     """
     seen: dict[KMatrix, Expectation] = {}
 
@@ -54,15 +54,17 @@ def search(measured: Measured, over: Callable[[], bool] = lambda: False) -> list
         return seen[k_matrix].speedup
 
     size = len(measured.drafters)
-    nothing = tuple((0,) * size for _ in range(size))
-    grid = [(i, j, (0, *measured.depths[j])) for i, j in entries(measured)]
-    if prod(len(lengths) for *_, lengths in grid) <= FEW:
-        for k_matrix in filled(nothing, grid):
-            speed(k_matrix)
-            if over():
-                break
+    nothing = ((0,) * size,) * size
+    grid = {(i, j): (0, *measured.depths[j]) for i, j in entries(measured)}
+    if prod(map(len, grid.values())) <= FEW:
+        for lengths in product(*grid.values()):
+            k_matrix = cleaned(changed(nothing, dict(zip(grid, lengths, strict=True))))
+            if any(k_matrix[0]):
+                speed(k_matrix)
+                if over():
+                    break
     for j in range(size):
-        best = max((changed(nothing, 0, j, k) for k in measured.depths[j]), key=speed)
+        best = max((changed(nothing, {(0, j): k}) for k in measured.depths[j]), key=speed)
         while not over():
             better = max(neighbours(best, measured), key=speed)
             if speed(better) <= speed(best):
@@ -78,29 +80,18 @@ def entries(measured: Measured) -> Iterator[tuple[int, int]]:
     return ((i, j) for i in range(size) for j in range(i, size) if i == 0 or measured.models[i - 1])
 
 
-def filled(nothing: KMatrix, grid: Sequence[tuple[int, int, Sequence[int]]]) -> Iterator[KMatrix]:
-    """All matrices that draft something; `grid` lists (row, column, lengths to try) of each entry."""
-    for values in product(*(lengths for *_, lengths in grid)):
-        k_matrix = nothing
-        for (i, j, _), k in zip(grid, values, strict=True):
-            k_matrix = changed(k_matrix, i, j, k)
-        if any(k_matrix[0]):
-            yield cleaned(k_matrix)
-
-
 def neighbours(k_matrix: KMatrix, measured: Measured) -> Iterator[KMatrix]:
     """The matrices that differ from `k_matrix` in one entry."""
     for i, j in entries(measured):
         for k in (0, *measured.depths[j]):
-            other = cleaned(changed(k_matrix, i, j, k))
+            other = cleaned(changed(k_matrix, {(i, j): k}))
             if any(other[0]):
                 yield other
 
 
-def changed(k_matrix: KMatrix, i: int, j: int, k: int) -> KMatrix:
-    rows = [list(row) for row in k_matrix]
-    rows[i][j] = k
-    return tuple(map(tuple, rows))
+def changed(k_matrix: KMatrix, values: Mapping[tuple[int, int], int]) -> KMatrix:
+    """The same matrix with other values in some entries, by (row, column)."""
+    return tuple(tuple(values.get((i, j), k) for j, k in enumerate(row)) for i, row in enumerate(k_matrix))
 
 
 def cleaned(k_matrix: KMatrix) -> KMatrix:

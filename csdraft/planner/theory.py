@@ -1,10 +1,9 @@
-"""The gain of a cascade in theory, by generating functions: from acceptance rates and costs to tokens and time.
+"""The expected gain of a cascade in theory, from acceptance rates and costs.
 
-Cascade Speculative Drafting (arXiv 2312.11462, theorems 4.1, 4.3 and 4.5): every token of a drafter is accepted
-independently with one rate. A distribution over token counts is an array of probabilities: the coefficients of a
-generating function. Accepting, reviewing, and drafting until there are enough tokens are operations on such arrays.
-Use it for questions like "would a third model pay?". `csdraft tune` replays real texts instead, where acceptances are
-not independent.
+Cascade Speculative Drafting (arXiv 2312.11462, theorems 4.1, 4.3 and 4.5) assumes that all tokens of a drafter are
+accepted independently at one rate. A distribution over token counts is an array of probabilities, the coefficients of
+a generating function; drafting and reviewing are operations on such arrays. Use it for questions like "would a third
+model pay?". `csdraft tune` replays real texts instead, where acceptances are not independent.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ class Stage:
 
     Args:
         acceptance: the chance that a token is accepted, given that those before it were.
-        length: tokens that it adds; a stage that reviews continues until it has at least this many.
+        length: tokens that it adds; a stage that reviews drafts until it has at least this many.
         cost: the time of one of its forwards (or proposals, if it has no model), in forwards of the target.
         reviews: the cascade that it reviews; empty: it drafts token by token.
-        proposes: whether one proposal has all `length` tokens, as from statistical drafters.
+        proposes: whether one proposal has all `length` tokens, as with statistical drafters.
     """
 
     acceptance: float
@@ -44,7 +43,7 @@ class Stage:
 
 
 def improvement(stages: Sequence[Stage], widening: float = 0.0) -> float:
-    """Expected walltime improvement factor: plain decoding's time over the cascade's.
+    """Expected speed-up: plain decoding's time over the cascade's.
 
     Args:
         stages: the cascade that the target reviews.
@@ -55,7 +54,7 @@ def improvement(stages: Sequence[Stage], widening: float = 0.0) -> float:
 
 
 def expected_round(stages: Sequence[Stage]) -> tuple[Counts, float, float]:
-    """One round of a reviewer: distribution of its tokens, cost of drafting, mean number of reviewed tokens."""
+    """One round of a reviewer: distribution of its emitted tokens, cost of drafting, mean number of drafted tokens."""
     alive, dead, cost, drafted = np.ones(1), np.zeros(1), 0.0, 0.0  # Counts: all accepted so far; rejected before
     for stage in stages:
         lengths, price = drafts(stage)
@@ -69,7 +68,7 @@ def expected_round(stages: Sequence[Stage]) -> tuple[Counts, float, float]:
 
 
 def drafts(stage: Stage) -> tuple[Counts, float]:
-    """Distribution of the tokens that a stage drafts, and its mean cost."""
+    """Distribution of the number of tokens that a stage drafts, and the mean cost."""
     exact = np.zeros(stage.length + 1)  # Counts
     exact[stage.length] = 1.0
     if not stage.reviews:

@@ -1,15 +1,15 @@
 """Measures what each drafter would draft at every place of a text that the target wrote, and what forwards cost.
 
 The target decodes a text once, and each drafter model reads it in one forward. Then every K matrix can be replayed on
-it without a model (see `csdraft.planner.expect`). Models are compared with the target token by token, with the call's
-processors and noise. Drafters without a model propose after every token.
+it without a model (see `csdraft.planner.expect`). A model is compared with the target token by token, with the call's
+processors and noise. Other drafters propose after every token.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -31,9 +31,7 @@ from csdraft.tables.costs import Widths
 __all__ = ["Costs", "Measured", "Proposal", "Trace", "measure_drafters"]
 
 WIDTHS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-"""Draft lengths at which a reviewer is timed."""
-DEEPEST = 32
-"""Tokens that drafters without a model are asked for; trees have their own depth, at most this."""
+"""Draft lengths at which a reviewer is timed; drafters without a model propose up to the largest."""
 MOST_STEPS = 8
 """The most tokens that a plan lets a model write."""
 STEPS = (1, 6)
@@ -42,7 +40,7 @@ STEPS = (1, 6)
 
 @dataclass(frozen=True)
 class Proposal:
-    """The proposal of a drafter without a model at one place: its nodes, its depth, and how many tokens were right."""
+    """What a drafter proposes at one place: number of nodes, depth, and how many tokens the target agrees with."""
 
     width: int
     depth: int
@@ -55,8 +53,8 @@ class Trace:
 
     Attributes:
         length: tokens that the target wrote.
-        agrees: drafter model -> at each place, whether its choice is the target's.
-        proposals: drafter without a model -> its proposal at each place.
+        agrees: drafter -> at each place, whether its choice is the target's; of models that write token by token.
+        proposals: drafter -> its proposal at each place; of all other drafters.
         plain: seconds of plain `generate`.
         outside: seconds of csdraft's `generate` outside rounds.
         reads: seconds to read the prompt, for the target and then for each drafter.
@@ -72,7 +70,7 @@ class Trace:
 
 @dataclass
 class Costs:
-    """Seconds of one model, or of one drafter without a model.
+    """Seconds of the target, or of a drafter.
 
     Attributes:
         reviews: seconds of a round's forward and verdict, by the number of tokens that it reads.
@@ -86,10 +84,12 @@ class Costs:
 
     @property
     def first(self) -> float:
+        """Seconds of a draft's first token."""
         return self.drafts.seconds(STEPS[0])
 
     @property
     def step(self) -> float:
+        """Seconds of each later token."""
         if not self.drafts.known(STEPS[1]):
             return 0.0
         return max(self.drafts.seconds(STEPS[1]) - self.first, 0.0) / (STEPS[1] - STEPS[0])
@@ -103,8 +103,8 @@ class Measured:
         traces: one for each text.
         target: the target's costs.
         drafters: each drafter's costs, largest drafter first.
-        depths: for each drafter, the lengths that a plan may give it; a tree only has its own depth.
         models: for each drafter, whether it is a model that writes token by token, and so may review.
+        depths: for each drafter, the lengths that a plan may give it.
     """
 
     traces: Sequence[Trace]
@@ -133,32 +133,27 @@ def measure_drafters(
         enough: called after each prompt with the number of prompts that are done; True skips the rest.
         options: options of `generate`: max_new_tokens, do_sample, temperature, ...
     """
-    models = [writes(drafter) for drafter in drafters]
-    costs = [Costs() for _ in drafters]
-    own, traces = Costs(), []
+    own, costs, traces = Costs(), [Costs() for _ in drafters], []
     fresh = {"strict": True, "reuse": False, **options}
     for i, prompt in enumerate(prompts):
         progress("watching the target", i / len(prompts))
-        writer = TraceWriter(drafters, costs)
         plain, began = plain_seconds(target, prompt, options), time.perf_counter()
-        reviews = Lengths(WIDTHS, own, writer)
-        read = frozenset(tap for drafter in drafters for tap in drafter.taps())
-        target.generate(**prompt, assistant=Filler(read), schedule=reviews, **fresh)
-        outside = time.perf_counter() - began - writer.seconds
-        for drafter, known in zip(drafters, costs, strict=True):
+        reviews = TargetTimer(own, drafters, costs)
+        taps = frozenset(tap for drafter in drafters for tap in drafter.taps())
+        target.generate(**prompt, assistant=Filler(taps), schedule=reviews, **fresh)
+        outside = time.perf_counter() - began - reviews.seconds
+        for drafter, cost in zip(drafters, costs, strict=True):
             if writes(drafter):
-                steps = Lengths(STEPS, known)
-                target.generate(**prompt, assistant=drafter, schedule=steps, **fresh)
-                known.reads[-1] -= known.first
-                reviewer = Vertical(drafter.models()[0], Filler(), inner_length=max(WIDTHS))  # type: ignore[arg-type]
-                target.generate(**prompt, assistant=reviewer, schedule=InnerLengths(known), **fresh)
-        assert writer.trace is not None
+                target.generate(**prompt, assistant=drafter, schedule=DraftTimer(cost), **fresh)
+                cost.reads[-1] -= cost.first
+                reviewer = Vertical(drafter.models()[0], Filler(), inner_length=WIDTHS[-1])  # type: ignore[arg-type]
+                target.generate(**prompt, assistant=reviewer, schedule=InnerTimer(cost), **fresh)
         reads = [own.reads[-1], *(cost.reads[-1] if cost.reads else 0.0 for cost in costs)]
-        traces.append(replace(writer.trace, plain=plain, outside=outside, reads=reads))
+        agrees, proposals = reviews.compared
+        traces.append(Trace(len(reviews.new), agrees, proposals, plain, outside, reads))
         if enough(i + 1):
             break
-    depths = [lengths(drafter) for drafter in drafters]
-    return Measured(traces, own, costs, models, depths)
+    return Measured(traces, own, costs, [*map(writes, drafters)], [*map(lengths, drafters)])
 
 
 class Beats(BaseStreamer):
@@ -191,22 +186,18 @@ def writes(drafter: Drafter) -> bool:
 
 
 def lengths(drafter: Drafter) -> Sequence[int]:
+    """The draft lengths that a plan may give a drafter; trees and heads only have their own depth."""
     if writes(drafter):
         return range(1, MOST_STEPS + 1)
-    return (own_depth(drafter),) if drafter.models() else WIDTHS[1:]
-
-
-def own_depth(drafter: Drafter) -> int:
-    """The drafter's default depth, at most `DEEPEST`."""
-    return min(drafter.depth, DEEPEST)
+    return (min(drafter.depth, WIDTHS[-1]),) if drafter.models() else WIDTHS[1:]
 
 
 @dataclass(frozen=True)
 class Filler(Drafter):
-    """Drafts the text's last token again and again: a draft of any length, for its reviewer to be timed.
+    """Repeats the text's last token: a draft of any length, so that its reviewer can be timed.
 
     Args:
-        read: hidden states of the target that the drafters, which look on, will want.
+        read: hidden states of the target that other drafters need when they look at the text.
     """
 
     read: frozenset[int] = frozenset()
@@ -219,113 +210,106 @@ class Filler(Drafter):
         return [c.draft.extend(c.text.tail(1) * b.depth, level) for c, b in zip(contexts, budgets, strict=True)]
 
 
-@dataclass(frozen=True)
-class Lengths(Schedule):
-    """Drafts some lengths in turn and records their seconds; the first round also reads the prompt.
+# Schedules that ask for some lengths in turn and record what they take, each for one call of one row.
 
-    Args:
-        lengths: the draft lengths.
-        cost: where the seconds are recorded: those of scoring if there is a `writer`, else those of drafting.
-        writer: makes the trace of the text at the end.
-    """
 
-    lengths: Sequence[int]
-    cost: Costs
-    writer: TraceWriter | None = None
-    _rounds: list[int] = field(default_factory=lambda: [0])
+class DraftTimer(Schedule):
+    """Times drafts of a model at `STEPS`."""
 
-    def start(self, call: Call, drafter: Drafter) -> Schedule:
-        if self.writer is not None:
-            self.writer.call = call
-        return Lengths(self.lengths, self.cost, self.writer)
+    lengths: Sequence[int] = STEPS
+
+    def __init__(self, cost: Costs):
+        self.cost, self.rounds = cost, 0
 
     def budgets(self, contexts: Sequence[Context], rooms: Sequence[int], drafter: Drafter) -> list[Budget]:
-        wanted = self.lengths[self._rounds[0] % len(self.lengths)]
-        return [Budget(min(wanted, room), min(wanted, room)) for room in rooms]
+        length = min(self.lengths[self.rounds % len(self.lengths)], *rooms)
+        return [Budget(length, length)]
 
     def observe(self, rounds: Sequence[Round], draft_seconds: float, score_seconds: float) -> None:
-        self._rounds[0] += 1
-        if self.writer is not None:
-            self.writer.seconds += draft_seconds + score_seconds
+        self.rounds += 1
         width = rounds[0].drafted
-        if self._rounds[0] == 1:
-            self.cost.reads.append(draft_seconds if self.writer is None else score_seconds)
-        elif self.writer is not None:
-            self.cost.reviews.add(1 + width, score_seconds)
+        if self.rounds == 1:
+            self.cost.reads.append(draft_seconds)
         elif width in self.lengths:
             self.cost.drafts.add(width, draft_seconds)
 
-    def finish(self) -> None:
-        if self.writer is not None:
-            self.writer.look()
 
-
-@dataclass(frozen=True)
-class InnerLengths(Schedule):
-    """Times inner rounds with drafts of some lengths in turn; between them the target reads, as in a cascade.
+class InnerTimer(DraftTimer):
+    """Times a reviewer's inner rounds; between them the target reads, as in a cascade.
 
     A reviewer that is asked for 1 token and has room for n + 1 runs one inner round with n drafted tokens.
     """
 
-    cost: Costs
-    _asked: list[int] = field(default_factory=list)
-
-    def start(self, call: Call, drafter: Drafter) -> Schedule:
-        return InnerLengths(self.cost)
+    lengths = WIDTHS
 
     def budgets(self, contexts: Sequence[Context], rooms: Sequence[int], drafter: Drafter) -> list[Budget]:
-        wanted, (room,) = WIDTHS[len(self._asked) % len(WIDTHS)], rooms
-        self._asked.append(min(wanted, room - 1))
-        return [Budget(min(1, room), min(wanted + 1, room))]
+        (room,) = rooms
+        self.width = min(self.lengths[self.rounds % len(self.lengths)] + 1, room)  # tokens that the reviewer reads
+        return [Budget(min(1, room), self.width)]
 
     def observe(self, rounds: Sequence[Round], draft_seconds: float, score_seconds: float) -> None:
-        if len(self._asked) > 1 and self._asked[-1] >= 0:  # the first round also reads the prompt
-            self.cost.reviews.add(1 + self._asked[-1], draft_seconds)
+        self.rounds += 1
+        if self.rounds > 1 and self.width:  # the first round also reads the prompt
+            self.cost.reviews.add(self.width, draft_seconds)
 
 
-@dataclass
-class TraceWriter:
-    """Makes the trace of a finished call's text: what each drafter would have drafted at each place."""
+class TargetTimer(DraftTimer):
+    """Times the target's reviews, and at the end compares every drafter with the text that the target wrote.
 
-    drafters: Sequence[Drafter]
-    costs: Sequence[Costs]
-    call: Call | None = None
-    trace: Trace | None = None
-    seconds: float = 0.0
+    Attributes:
+        seconds: of all rounds, and of the comparison.
+        prompt, new: token ids of the text.
+        compared: `Trace.agrees` and `Trace.proposals`.
+    """
 
-    def look(self) -> None:
+    lengths = WIDTHS
+
+    def __init__(self, cost: Costs, drafters: Sequence[Drafter], costs: Sequence[Costs]):
+        super().__init__(cost)
+        self.drafters, self.costs, self.seconds = drafters, costs, 0.0
+
+    def start(self, call: Call, drafter: Drafter) -> Schedule:
+        self.call = call
+        return self
+
+    def observe(self, rounds: Sequence[Round], draft_seconds: float, score_seconds: float) -> None:
+        self.rounds += 1
+        self.seconds += draft_seconds + score_seconds
+        if self.rounds == 1:
+            self.cost.reads.append(score_seconds)
+        else:
+            self.cost.reviews.add(1 + rounds[0].drafted, score_seconds)
+
+    def finish(self) -> None:
         began = time.perf_counter()
-        assert self.call is not None
         text = self.call.texts[0]
-        prompt, new = text.tokens[: text.prompt_length], text.new_tokens
-        agrees, proposals = {}, {}
+        self.prompt, self.new = text.tokens[: text.prompt_length], text.new_tokens
+        agrees, proposals = self.compared = {}, {}
         for j, (drafter, cost) in enumerate(zip(self.drafters, self.costs, strict=True)):
             drafter.check(self.call)
             if writes(drafter):
-                agrees[j] = self._agrees(drafter, prompt, new)
+                agrees[j] = self._agrees(drafter)
             else:
-                proposals[j] = self._proposals(drafter, prompt, new, cost)
-        self.trace = Trace(len(new), agrees, proposals)
+                proposals[j] = self._proposals(drafter, cost)
         self.seconds += time.perf_counter() - began
 
-    def _agrees(self, drafter: Any, prompt: Sequence[int], new: Sequence[int]) -> list[bool]:
+    def _agrees(self, drafter: Any) -> list[bool]:
         """(new,) whether the model would choose each new token of the text; it reads the text in one forward."""
-        call = self.call
-        assert call is not None
-        draft = Draft.chain(new[:-1], call.level(drafter.network))
-        (scores,) = call.session(drafter.network).score([Request(0, Text(torch.tensor(prompt)), draft)])
-        return [scores.choice(node) == token for node, token in zip(range(ROOT, len(draft)), new, strict=True)]
+        draft = Draft.chain(self.new[:-1], self.call.level(drafter.network))
+        request = Request(0, Text(torch.tensor(self.prompt)), draft)
+        (scores,) = self.call.session(drafter.network).score([request])
+        return [scores.choice(node) == token for node, token in zip(range(ROOT, len(draft)), self.new, strict=True)]
 
-    def _proposals(self, drafter: Drafter, prompt: Sequence[int], new: Sequence[int], cost: Costs) -> list[Proposal]:
-        assert self.call is not None
-        context, proposals = Context(0, Text(torch.tensor(prompt)), self.call), []
-        depth = own_depth(drafter) if drafter.models() else DEEPEST
-        for place, token in enumerate(new):
+    def _proposals(self, drafter: Drafter, cost: Costs) -> list[Proposal]:
+        """(new,) what the drafter proposes before each new token, and how much of it the target wrote next."""
+        context, proposals = Context(0, Text(torch.tensor(self.prompt)), self.call), []
+        depth = lengths(drafter)[-1]
+        for place, token in enumerate(self.new):
             began = time.perf_counter()
             (draft,) = drafter.propose([context], [Budget(depth, depth)])
             cost.drafts.add(STEPS[0], time.perf_counter() - began)
             right, node = 0, ROOT
-            while place + right < len(new) and (child := draft.child(node, new[place + right])) is not None:
+            while place + right < len(self.new) and (child := draft.child(node, self.new[place + right])) is not None:
                 right, node = right + 1, child
             proposals.append(Proposal(len(draft), max(draft.depths, default=-1) + 1, right))
             context.text.append([token])

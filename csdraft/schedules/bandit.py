@@ -1,11 +1,11 @@
-"""Bandit: plays the arm with the most tokens a second, and others now and then; an arm is who drafts, and how much.
+"""Bandit: plays the arm with the most tokens a second, and sometimes tries others; an arm is who drafts how much.
 
-After BanditSpec (arXiv 2505.15141), which has drafters as arms and UCB as the rule. Here an arm is a number of leading
-stages of a cascade to leave out (`Budget.skip`) together with a depth. Drafting nothing is an arm too. An arm's reward
-is the tokens of its rounds over their seconds. Its bonus is the discounted UCB of Garivier and Moulines (arXiv
-0805.3415), since texts change. It assumes nothing about costs or acceptance, so it needs more rounds than
-`cost_model`, which does. Use it where that model is wrong, for example for drafters that take the same time at any
-depth, and for long texts or many calls.
+After BanditSpec (arXiv 2505.15141), whose arms are drafters and whose rule is UCB. Here an arm is a depth and a number
+of leading stages of a cascade to leave out (`Budget.skip`). Drafting nothing is an arm too. An arm's reward is the
+tokens of its rounds over their seconds. Its bonus is the discounted UCB of Garivier and Moulines (arXiv 0805.3415),
+since texts change. It assumes nothing about costs or acceptance, so it needs more rounds than `cost_model`. Use it
+where that model is wrong, for example for drafters that take the same time at any depth, and for long texts or many
+calls.
 """
 
 from __future__ import annotations
@@ -16,11 +16,9 @@ from dataclasses import dataclass
 
 from csdraft.decoding.call import Call
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Schedule
+from csdraft.schedules._prices import UNREAD, unread
 
 __all__ = ["Bandit"]
-
-UNREAD = 16
-"""If a drafter has more text than this to read, the round says nothing about its arm."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Bandit(Schedule):
 
 @dataclass
 class Arm:
-    """The sums over the rounds of one arm; older rounds count less."""
+    """Sums over the rounds of one arm, in which older rounds count less."""
 
     rounds: float = 0.0
     tokens: float = 0.0
@@ -82,12 +80,14 @@ class BanditRun(Schedule):
 
     def budgets(self, contexts: Sequence[Context], rooms: Sequence[int], drafter: Drafter) -> list[Budget]:
         skip, depth = self.playing = self._choose()
-        # The first round also reads the prompt, and a text near its end cuts drafts short: neither round is typical.
-        self.counts = self.rounds > 0 and min(rooms) >= depth and self._unread(skip, depth, contexts) <= UNREAD
+        drafting = self.stages[skip:] if depth else []
+        # The first round also reads the prompt, a text near its end cuts drafts short, and models may have much to
+        # read: such rounds are not typical.
+        self.counts = self.rounds > 0 and min(rooms) >= depth and unread(self.call, drafting, contexts) <= UNREAD
         return [Budget(min(depth, room), min(depth, room), skip=skip) for room in rooms]
 
     def _choose(self) -> tuple[int, int]:
-        """An arm that was never played, if there is one; else the arm with the highest upper bound."""
+        """An arm that was never played, or else the arm with the highest upper bound."""
         for pair, arm in self.arms.items():
             if not arm.rounds:
                 return pair
@@ -100,12 +100,6 @@ class BanditRun(Schedule):
             return arm.tokens / arm.seconds + self.options.exploration * best * bonus
 
         return max(self.arms, key=bound)
-
-    def _unread(self, skip: int, depth: int, contexts: Sequence[Context]) -> int:
-        """Tokens of text that the arm's models have not read yet."""
-        drafting = self.stages[skip:] if depth else []
-        sessions = [self.call.session(model) for stage, _ in drafting for model in stage.models()[:1]]  # type: ignore
-        return max((session.unread(c.row, c.text) for session in sessions for c in contexts), default=0)
 
     def observe(self, rounds: Sequence[Round], draft_seconds: float, score_seconds: float) -> None:
         self.rounds += 1

@@ -2,8 +2,9 @@
 
 The dynamic stop of transformers' assisted generation (`assistant_confidence_threshold`) and of many papers: a token
 drafted with a probability below the threshold is the last of its draft. The token itself is kept, so stopping never
-depends on which token was drawn, and sampling stays exact. It costs a softmax a drafted token. A vertical cascade
-stops after the inner round that emitted such a token, and keeps the tokens after it. Statistical drafters ignore it.
+depends on which token was drawn, and sampling stays exact. It costs a softmax per drafted token. A vertical cascade
+stops after the inner round that emitted such a token, and keeps that round's later tokens. Statistical drafters ignore
+it.
 """
 
 from __future__ import annotations

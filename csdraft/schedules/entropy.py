@@ -1,11 +1,11 @@
-"""Entropy: a model drafter continues while the entropy of its distribution says that its token is likely to be kept.
+"""Entropy: a model drafter continues while the entropy of its distribution says that its token will likely be kept.
 
 AdaEDL (arXiv 2410.18351): 1 - sqrt(gamma * H) is a training-free lower estimate of the chance that a token drawn from
-a distribution with entropy H is accepted. Drafting ends when it falls below a threshold. Use it where texts are
-sampled: the confidence of a drawn token is noisy, the entropy of its distribution is not. The paper tests before it
-draws. Here, as in every schedule, the token is drawn and kept first, so stopping never depends on which token was
-drawn; drafts are one token longer. The threshold can follow the acceptance rate, as in Draft & Verify (arXiv
-2309.08168, section 3.3).
+a distribution with entropy H is accepted. Drafting ends when it falls below a threshold. Use it for sampled texts: the
+confidence of a drawn token is noisy, the entropy of its distribution is not. The paper tests before it draws. Here, as
+in every schedule, the token is drawn and kept first, so stopping never depends on which token was drawn, and drafts
+are one token longer. The threshold can follow the acceptance rate, as in Draft & Verify (arXiv 2309.08168, section
+3.3).
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Entropy(Schedule):
 
     Args:
         gamma: scale of the entropy, in nats; 0.2 in the paper.
-        threshold: the acceptance estimate needed to continue, in [0, 1]; with `rate`, its first value. 0 continues up
-            to 1 / gamma nats.
+        threshold: the estimate needed to continue, in [0, 1]; with `rate`, its first value. 0 continues up to an
+            entropy of 1 / gamma nats.
         rate: the acceptance rate to aim for. While fewer tokens are kept, the threshold rises and drafts get shorter;
-            else it falls. None: the threshold stays as it is.
+            otherwise it falls. None: the threshold does not change.
         depth: the most draft tokens a round.
     """
 
@@ -43,7 +43,7 @@ class Entropy(Schedule):
 
     def __post_init__(self) -> None:
         if not self.gamma > 0:
-            raise ValueError(f"gamma={self.gamma} must be above 0; to stop nowhere take the schedule 'fixed'")
+            raise ValueError(f"gamma={self.gamma} must be above 0; to never stop early, use the schedule 'fixed'")
         for name in ("threshold", "rate"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:

@@ -1,10 +1,10 @@
-"""Stop head: a model drafter continues until a rejection somewhere in the draft has become too likely.
+"""Stop head: a model drafter continues until a rejection somewhere in the draft becomes too likely.
 
 SpecDec++ (arXiv 2405.19715) shows that the best policy stops when the probability of at least one rejection exceeds a
 threshold. That is one minus the product of the tokens' predicted chances to be kept. A small head predicts the
 chances; `csdraft.trainers.stop_head` trains it in seconds on drafts that a target has judged. It reads confidence,
-entropy and depth instead of the paper's hidden state. So it knows about the token just drafted, while the paper's head
-is one token behind. Without a head the confidence is taken as the chance: a baseline that needs no training.
+entropy and depth instead of the paper's hidden state, so it knows the token just drafted, while the paper's head is
+one token behind. Without a head, the confidence is taken as the chance: a baseline that needs no training.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class StopHead(Schedule):
     """Drafts up to `depth` tokens, and stops after the token that lifts P(some token is rejected) above `threshold`.
 
     Args:
-        head: a trained head, or the path of a saved one; None: the confidence is the chance.
-        threshold: in [0, 1]; a larger one drafts longer, 1 never stops early. The paper's best is 0.7.
+        head: a trained head, or the path of a saved one; None takes the confidence as the chance.
+        threshold: in [0, 1]; larger drafts longer, and 1 never stops early. The paper's best is 0.7.
         depth: the most draft tokens a round.
     """
 

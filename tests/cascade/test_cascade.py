@@ -43,7 +43,7 @@ class Stub(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Copier(Drafter):
-    """Stands in for MaxGram: drafts what it is asked for, or fewer where the script says so."""
+    """Stands in for MaxGram: drafts as many tokens as its script says, at most those wanted."""
 
     found: tuple[int | None, ...] = ()
     budgets: list[Budget] = field(default_factory=list)
@@ -252,7 +252,7 @@ def test_an_all_zero_row_is_token_by_token():
 @pytest.mark.parametrize(
     ("k_matrix", "message"),
     [
-        ("best", r"'best' is no matrix: give 'auto', or numbers"),
+        ("best", r"'best' is not a matrix: give 'auto', or numbers"),
         ([[1, 2], [3, 4]], r"k_matrix\[1\]\[0\]=3.*0 below the diagonal"),
         ([[1, -2], [0, 4]], r"k_matrix\[0\]\[1\]=-2"),
         ([[1, 2.5], [0, 4]], r"k_matrix\[0\]\[1\]=2.5.*whole numbers"),
@@ -310,7 +310,7 @@ def test_a_list_of_leniences_counts_reviewers_only():
 def test_lenience_below_1_is_refused(lenience):
     with pytest.raises(ValueError, match=r"must be 1 \(strict\) or more"):
         csdraft.CascadeDrafter([Stub("medium"), Stub("small"), Copier()], K, lenience)
-    if isinstance(lenience, float):  # also where nobody would use it
+    if isinstance(lenience, float):  # also if no drafter reviews
         with pytest.raises(ValueError, match=r"must be 1 \(strict\) or more"):
             csdraft.CascadeDrafter([Copier()], 5, lenience)
 
@@ -357,7 +357,7 @@ def test_models_and_drafters_become_drafters():
 
 
 def test_a_folder_without_a_drafter_is_named(tmp_path):
-    with pytest.raises(OSError, match=r"holds no drafter: it has no cascade\.json and no config\.json"):
+    with pytest.raises(OSError, match=r"has no drafter: no cascade\.json and no config\.json"):
         tiny("llama").generate(torch.tensor([[3, 4, 5]]), assistant=str(tmp_path), max_new_tokens=4)
 
 

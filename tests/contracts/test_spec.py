@@ -126,7 +126,7 @@ def test_a_table_is_written_as_a_file_name(tmp_path):
     table.save(tmp_path / "bigram.safetensors")
     stored = {"tables/bigram.safetensors": tmp_path / "bigram.safetensors"}
     assert spec.from_json("drafters", written, {}, stored).bigram == table
-    with pytest.raises(ValueError, match=r"names 'tables/bigram.safetensors', which is not there: known: none"):
+    with pytest.raises(ValueError, match=r"names 'tables/bigram.safetensors', which does not exist: known: none"):
         spec.from_json("drafters", written, {}, {})
 
 
@@ -157,8 +157,8 @@ def test_a_type_is_a_file():
         ("drafters", "__init__", r"no drafter of type '__init__'"),
         ("drafters", "os.path", r"no drafter of type 'os.path'"),
         ("drafters", {"type": ["max_gram"]}, r"no drafter of type \['max_gram'\]"),
-        ("drafters", {"depth": 3}, r"is no drafter: give \{'type'"),
-        ("drafters", 5, r"5 is no drafter"),
+        ("drafters", {"depth": 3}, r"is not a drafter: give \{'type'"),
+        ("drafters", 5, r"5 is not a drafter"),
         ("drafters", {"type": "max_gram", "dept": 3}, r"'max_gram' has no option 'dept': did you mean 'depth'\?"),
         ("schedules", {"type": "heuristic", "_depths": {}}, r"has no option '_depths'"),
         ("drafters", {"type": "max_gram", "depth": "3"}, r"max_gram.depth='3' is a str; it takes int"),

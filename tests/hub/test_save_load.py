@@ -193,7 +193,7 @@ def test_a_failed_save_leaves_the_earlier_one(tmp_path):
 
 def test_saving_replaces_no_strangers_folder(tmp_path):
     (tmp_path / "models").mkdir()
-    with pytest.raises(ValueError, match=r"no saved cascade, but has \['models'\].*give a new folder"):
+    with pytest.raises(ValueError, match=r"not a saved cascade, but has \['models'\].*give a new folder"):
         csdraft.CascadeDrafter([csdraft.MaxGram()]).save_pretrained(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a file"):
@@ -256,7 +256,7 @@ def test_another_tokenizer_is_refused(saved):
         ({"models": {"LlamaForCausalLM": {"folder": "/models/x"}}}, r"outside the cascade"),
         ({"models": {"LlamaForCausalLM": "models/x"}}, r"give a folder, an id of the Hub"),
         ({"models": {"LlamaForCausalLM": {"folder": "a", "id": "b"}}}, r"give a folder, an id of the Hub"),
-        ({"models": {}}, r"cascade.json: drafters\[0\].model names 'LlamaForCausalLM', which is not there"),
+        ({"models": {}}, r"cascade.json: drafters\[0\].model names 'LlamaForCausalLM', which does not exist"),
         ({"drafters": [{"type": "max_gran"}]}, r"did you mean 'max_gram'"),
         ({"target": {"vocab": 3}}, r"no option 'vocab': did you mean 'vocab_size'"),
     ],
@@ -267,9 +267,9 @@ def test_documents_that_are_refused(saved, tmp_path, changes, message):
 
 
 def test_a_folder_that_is_no_cascade_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"holds no cascade.json: give a folder"):
+    with pytest.raises(ValueError, match=r"has no cascade.json: give a folder"):
         csdraft.CascadeDrafter.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"'no-such-cascade' holds no cascade.json"):
+    with pytest.raises(ValueError, match=r"'no-such-cascade' has no cascade.json"):
         csdraft.CascadeDrafter.from_pretrained("no-such-cascade")
 
 

@@ -250,7 +250,7 @@ def test_options_that_name_a_path(tmp_path, drafter):
     tiny("llama").save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
     named = {key: value.format(tmp_path) if isinstance(value, str) else value for key, value in drafter.items()}
-    with pytest.raises(ValueError, match=r"cascade\.json: drafters\[0\]\.\w+ names .*which is not there"):
+    with pytest.raises(ValueError, match=r"cascade\.json: drafters\[0\]\.\w+ names .*which does not exist"):
         CascadeDrafter.from_pretrained(simple(tmp_path / "c", models={}, drafters=[named], k_matrix=1))
 
 

@@ -13,13 +13,12 @@ from csdraft import CascadeDrafter, MaxGram, ModelDrafter, Report
 from csdraft import tune as tuning
 from csdraft.bench import Cell, Method, Result, Setup
 from csdraft.cli.tune import how_sure
-from csdraft.planner.allowance import Allowance
 from csdraft.planner.expect import expect
 from csdraft.planner.search import cleaned, search
 from csdraft.planner.theory import Stage, expected_round, improvement, mean
 from csdraft.planner.trace import Costs, Measured, Proposal, Trace, measure_drafters
 from csdraft.trees.best_first import BestFirst
-from csdraft.tune import Candidate, affordable, affordable_length, ranked, timed
+from csdraft.tune import Allowance, Candidate, affordable, affordable_length, ranked, timed
 from tests import tiny
 
 
@@ -35,7 +34,7 @@ def tail(acceptance: float, length: int, cost: float = 0.0) -> Stage:
         ([Stage(0.9, 10, 0.1)], (1 - 0.9**11) / (0.1 * 2)),
         # Horizontal: sum of products over 1 + costs, theorem 4.5
         ([Stage(0.8, 1, 0.05), Stage(0.5, 2, 0.01)], (1 + 0.8 + 0.4 + 0.2) / 1.07),
-        # A reviewer that goes on until it has 5 tokens; figures of a simulation to their printed digits
+        # A reviewer that continues until it has 5 tokens; figures printed by a simulation
         ([Stage(0.75, 5, 0.0, (tail(0.3, 10),))], 3.357),
         ([Stage(0.75, 5, 0.0, (tail(0.3, 10),)), tail(0.25, 10)], 3.4284),
     ],
@@ -45,7 +44,7 @@ def test_the_formulas_give_the_papers_cases(stages, wanted):
 
 
 def simulated(stages: list[Stage], rng: random.Random) -> tuple[int, float]:
-    """One round by dice: tokens given, and cost."""
+    """One simulated round: emitted tokens, and cost."""
     accepted, alive, cost = 0, True, 0.0
     for stage in stages:
         drafted = 0
@@ -62,7 +61,7 @@ def simulated(stages: list[Stage], rng: random.Random) -> tuple[int, float]:
     return accepted + 1, cost
 
 
-def test_three_levels_and_a_tail_agree_with_dice():
+def test_three_levels_and_a_tail_agree_with_simulation():
     stages = [Stage(0.8, 4, 0.1, (Stage(0.6, 2, 0.02, (tail(0.4, 3, 0.001),)), tail(0.3, 4))), tail(0.5, 6, 0.001)]
     counts, cost, _ = expected_round(stages)
     rng = random.Random(0)
@@ -83,7 +82,7 @@ PROMPTS = [{"input_ids": torch.tensor([[3, 5, 7, 3, 5, 7, 3, 5]])}, {"input_ids"
 
 @pytest.mark.parametrize("sampled", [False, True])
 def test_a_replay_counts_the_rounds_that_decoding_takes(sampled):
-    """Of one drafter the replay is exact, round for round; a copying tail is replayed as if the draft were text."""
+    """For one drafter the replay is exact; a copying tail is replayed as if the draft before it were text."""
     target, drafter = pair()
     options = {"max_new_tokens": 24, "do_sample": sampled, "eos_token_id": None}
     for k_matrix, error in ([[3, 0], [0, 0]], 1e-9), ([[0, 6], [0, 0]], 1e-9), ([[2, 5], [0, 0]], 0.1):
@@ -145,14 +144,14 @@ def test_the_search_finds_what_a_grid_finds():
 
 
 def test_a_drafter_that_does_not_pay_is_left_out():
-    dear = search(made_measurements(0.9, agrees=0.2))[0]
-    assert dear.kept == [1]
-    assert dear.trimmed() == [[4]]  # the least of the lengths that hold what it knows
+    expensive = search(made_measurements(0.9, agrees=0.2))[0]
+    assert expensive.kept == [1]
+    assert expensive.trimmed() == [[4]]  # the shortest length that fits the 3 tokens it knows
     useless = search(made_measurements(0.01, right=0))[0]
     assert useless.kept == [0]
 
 
-def test_auto_plans_once_says_so_and_changes_no_text(capsys, tmp_path):
+def test_auto_plans_once_reports_it_and_changes_no_text(capsys, tmp_path):
     target, drafter = pair()
     cascade = CascadeDrafter([drafter, MaxGram()], k_matrix="auto")
     assert cascade.plan is None
@@ -200,7 +199,7 @@ class Clock:
         return self.time
 
 
-def test_an_allowance_never_says_more_than_is_left():
+def test_an_allowance_never_reports_more_than_is_left():
     clock, said = Clock(), []
     allowance = Allowance(100.0, lambda what, share: said.append(share), clock)
     allowance.tell("a", 1000.0)
@@ -216,7 +215,7 @@ def test_an_allowance_never_says_more_than_is_left():
 
 
 def fake_generate(monkeypatch, clock: Clock, seconds: dict[str, float]) -> list[str]:
-    """A `generate` that takes so long for each cell; which cells it was asked for."""
+    """Replaces `generate` by one that takes these seconds for each cell; returns the cells that were run."""
     asked: list[str] = []
 
     def generate(setup, cell, group):
@@ -251,7 +250,7 @@ def candidates_of(times: dict[str, list[list[float]]]) -> list[Candidate]:
     return ranked(made, times, 32)
 
 
-def test_a_result_says_what_cannot_be_told_apart():
+def test_a_result_names_rows_that_may_be_equally_fast():
     plain = [[4.0, 4.1], [4.0, 3.9], [4.0, 4.0], [4.2, 4.0]]
     noisy = [[1.0, 1.1], [1.1, 1.0], [1.0, 0.9], [0.9, 1.0]]
     slow = [[2.0, 2.1], [2.1, 2.0], [2.0, 1.9], [1.9, 2.0]]
@@ -265,7 +264,7 @@ def test_a_result_says_what_cannot_be_told_apart():
     assert "row 1 is faster than every other row" in how_sure([found[0], found[2]], 4)
 
 
-def test_where_time_is_short_texts_and_plans_are_few():
+def test_short_times_allow_short_texts_and_few_plans():
     target, drafter = pair()
     setup = Setup(target, {"max_new_tokens": 96, "do_sample": False, "pad_token_id": 0})
     clock = Clock()

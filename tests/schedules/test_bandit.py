@@ -1,4 +1,4 @@
-"""The bandit: it comes to play what pays, drops what does not, and starts the next call from there."""
+"""The bandit learns to play what pays, drops what does not, and starts the next call from what it has learned."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def test_what_pays_is_played():
     assert speedup(good, Bandit()) > 0.93 * max(speedup(good, Fixed(depth)) for depth in (2, 5, 10))
 
 
-def test_what_does_not_pay_is_left():
-    dear = Writer(0.9, 0.5)
-    assert speedup(dear, Fixed(5)) < 0.5
-    assert speedup(dear, Bandit()) > 0.8
+def test_what_does_not_pay_is_dropped():
+    costly = Writer(0.9, 0.5)
+    assert speedup(costly, Fixed(5)) < 0.5
+    assert speedup(costly, Bandit()) > 0.8
 
 
 def test_a_stage_that_does_not_pay_is_left_out():
@@ -50,11 +50,11 @@ def test_the_next_call_starts_from_what_the_last_one_learned():
             world.call.target = model  # the same one in all calls
             world.decode(Bandit(remember=remember), 64)
             drafted[remember] += sum(depth > 0 for depth in world.depths)
-    assert drafted[True] < 0.7 * drafted[False], "a dear drafter is hardly tried again"
+    assert drafted[True] < 0.7 * drafted[False], "an expensive drafter is rarely tried again"
 
 
 def test_what_changes_is_noticed():
-    """A drafter that turns bad is left, though it was the best for long."""
+    """A drafter that turns bad is dropped, even if it was the best for a long time."""
     writer = Writer(0.1, 0.95)
     world = World(writer, seed=0)
     bandit = Bandit()

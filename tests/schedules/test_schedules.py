@@ -1,22 +1,17 @@
 """Every schedule keeps to its rooms; the cost model finds what pays and drops what does not."""
 
-import importlib
-import pkgutil
-
 import pytest
 
-import csdraft.schedules
 from csdraft.schedules.cost_model import CostModel
 from csdraft.schedules.fixed import Fixed
 from csdraft.schedules.heuristic import Heuristic
+from csdraft.spec import find, types
 from csdraft.tables.costs import Widths
 from tests.schedules.world import Device, Stages, World, Writer
 
 
 def every_schedule():
-    names = [module.name for module in pkgutil.iter_modules(csdraft.schedules.__path__)]
-    found = [importlib.import_module(f"csdraft.schedules.{name}") for name in names]
-    return [pytest.param(getattr(m, m.__all__[0]), id=name) for m, name in zip(found, names, strict=True)]
+    return [pytest.param(find("schedules", name), id=name) for name in types("schedules")]
 
 
 def speedup(drafter, schedule, tokens=256, seeds=6, calls=1, **distributions):
@@ -75,7 +70,7 @@ def test_cost_model_comes_close_to_the_best_fixed_depth(accepted, cost):
 def test_a_drafter_that_is_never_right_costs_little(cost):
     drafter = Writer(cost, 0.0)
     assert speedup(drafter, CostModel(remember=False), jitter=0.1) > 0.96
-    # What would fail: a schedule that goes on drafting.
+    # A schedule that keeps drafting would fail.
     assert speedup(drafter, Fixed(2)) < 0.9
 
 
@@ -91,7 +86,7 @@ def test_later_calls_know_better():
 @pytest.mark.parametrize(
     ("cost", "accepted", "offers", "copied"), [(0.45, 0.47, 0.6, 0.85), (0.15, 0.0, 0.5, 0.8), (0.15, 0.7, 0.5, 0.8)]
 )
-def test_a_dear_stage_is_left_out_of_a_cascade(cost, accepted, offers, copied):
+def test_an_expensive_stage_is_left_out_of_a_cascade(cost, accepted, offers, copied):
     neural, statistical = Writer(cost, accepted), max_gram(copied, offers)
     cascade = Stages((neural, statistical), (5, 15))
     alone = speedup(statistical, CostModel(remember=False), jitter=0.1)

@@ -120,7 +120,7 @@ def test_without_a_head_confidences_multiply():
     (budget,) = StopHead(threshold=0.7).budgets([None], [9], None)
     assert [budget.stop(p, lambda: 0.0) for p in (0.8, 0.7, 0.6, 0.5)] == [False, False, False, True]
     (budget,) = StopHead(threshold=0.7).budgets([None], [9], None)
-    assert budget.stop(0.8, lambda: 0.0) is False, "every draft starts anew"
+    assert budget.stop(0.8, lambda: 0.0) is False, "every draft starts again at 1"
 
 
 def test_a_head_is_asked_with_entropy_and_depth():

@@ -1,4 +1,4 @@
-"""A world in which schedules can be tried without models or clocks: seconds and acceptance follow given rules."""
+"""A simulated world to test schedules without models or clocks: seconds and acceptance follow given rules."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Writer(Drafter):
 
     cost: float
     accepted: float
-    offers: float = 1.0  # how often it has anything to say
+    offers: float = 1.0  # how often it drafts anything
     depth: int = 5  # type: ignore[assignment]
     neural: bool = True
-    kinds: tuple[tuple[float, float], ...] = ()  # of evidence: how often each comes up, and its tokens' chance
-    trees: tuple[int, ...] = ()  # sizes that it can draft; a quarter less fails with each doubling
+    kinds: tuple[tuple[float, float], ...] = ()  # by evidence: how often there is such, and its tokens' chance
+    trees: tuple[int, ...] = ()  # sizes that it can draft; each doubling fails a quarter less often
 
     def sizes(self):
         return self.trees
@@ -65,14 +65,16 @@ class Text(list):
 
 @dataclass(eq=False)
 class Device:
-    """What forwards take, by a clock of its own: `base` seconds plus `wide` for each query, `second` for the first.
+    """A device with its own clock. A forward takes `base` seconds, `wide` for each query after the first, and `second`
+    if there is more than one query.
 
     Args:
-        jitter: by how much a forward may be off, either way.
-        cold: the first forward of all takes so many times as long.
-        new: the first forward of each number of queries takes so many times as long.
+        jitter: the largest relative error of a forward's time.
+        cold: the very first forward takes this many times as long.
+        new: the first forward of each number of queries takes this many times as long.
         outliers: the share of forwards that take five times as long.
-        neighbour: seconds for which another program is at work, and idle, in turn; all is twice as slow meanwhile.
+        neighbour: another program runs for this many seconds, then pauses as long; while it runs, all takes twice as
+            long.
     """
 
     base: float = 1.0
@@ -94,7 +96,7 @@ class Device:
         return self.pass_time(seconds * (1 + 4 * (seed.random() < self.outliers)), seed), warm
 
     def pass_time(self, seconds: float, seed: random.Random) -> float:
-        """What that much work takes now."""
+        """Seconds that so much work takes now; the clock advances."""
         seconds *= 1 + self.jitter * (2 * seed.random() - 1)
         if self.neighbour and self.now % (2 * self.neighbour) < self.neighbour:
             seconds *= 2
@@ -117,7 +119,7 @@ class World:
 
     def __post_init__(self):
         self.random = random.Random(self.seed)
-        places = random.Random(self.seed)  # of the text: luck is the same for all schedules
+        places = random.Random(self.seed)  # luck belongs to places of the text, and is the same for all schedules
         self.luck = [(places.random(), places.random(), places.random()) for _ in range(self.prompt + 2048)]
         self.text = Text([0] * self.prompt)
         self.read: dict[int, int] = {}
@@ -171,7 +173,7 @@ class World:
         return drafted, accepted, seconds
 
     def _evidence(self):
-        """The clue of this round, if the drafter has kinds: 0 where it has nothing to say."""
+        """The evidence of this round: 0 if the drafter drafts nothing, None if it has no kinds of evidence."""
         chance = self.luck[len(self.text)][2]
         for kind, (share, _) in enumerate(getattr(self.drafter, "kinds", ()), 1):
             if chance < share:
@@ -180,14 +182,14 @@ class World:
         return 0 if getattr(self.drafter, "kinds", ()) else None
 
     def decode(self, schedule, tokens):
-        """Seconds that `tokens` new tokens took, with and without the schedule's drafts."""
-        working = schedule.start(self.call, self.drafter)
+        """Seconds in which `tokens` new tokens are written under a schedule."""
+        run = schedule.start(self.call, self.drafter)
         end = len(self.text) + tokens
         while len(self.text) < end:
             self.kind = self._evidence()
             context = Context(0, self.text, self.call)  # type: ignore[arg-type]
             room = end - len(self.text) - 1
-            (budget,) = working.budgets([context], [room], self.drafter)
+            (budget,) = run.budgets([context], [room], self.drafter)
             assert 0 <= budget.depth <= budget.room <= room
             drafted, accepted, drafting = self._write(budget) if budget.depth else (0, 0, 0.0)
             self.depths.append(budget.depth)
@@ -204,6 +206,6 @@ class World:
             finished = Round(context, draft, verdict, 0, None)  # type: ignore[arg-type]
             self.text.extend(finished.tokens)
             self.seconds += drafting + score
-            working.observe([finished], drafting, score)
-        working.finish()
+            run.observe([finished], drafting, score)
+        run.finish()
         return self.seconds
