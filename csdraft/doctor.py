@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from torch import nn
 
+from csdraft.amounts import count_text, size_text
 from csdraft.checks.probe import difference, padding_difference
 from csdraft.checks.refusals import refusal
 from csdraft.decoding.graphs import FEWEST_SLOTS
@@ -205,7 +206,7 @@ def _accelerators() -> list[str]:
     for i in range(torch.cuda.device_count()):
         seen = torch.cuda.get_device_properties(i)
         half = "with" if torch.cuda.is_bf16_supported() else "without"
-        found.append(f"cuda:{i} {seen.name}, {seen.total_memory / 2**30:.0f} GiB, {half} bfloat16")
+        found.append(f"cuda:{i} {seen.name}, {size_text(seen.total_memory)}, {half} bfloat16")
     if torch.backends.mps.is_available():
         found.append("mps")
     return found
@@ -226,7 +227,7 @@ def examine(name: str, model: nn.Module, progress: Callable[[str, float], None])
     parameters = sum(parameter.numel() for parameter in model.parameters())
     first = next(model.parameters())
     dtype = str(first.dtype).removeprefix("torch.")
-    described = f"{type(model).__name__}, {parameters / 1e6:,.1f} M parameters, {dtype} on {first.device}"
+    described = f"{type(model).__name__}, {count_text(parameters)} parameters, {dtype} on {first.device}"
     if reason := refusal(model) or difference(model):
         return ModelState(name, described, refused=reason)
     config: Any = model.config

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from csdraft.amounts import count_text
 from csdraft.heads.dflash import Dflash, DflashOptions
 from csdraft.heads.eagle3_files import EMBEDDING, KEPT
 from csdraft.heads.folder import Names, check_drafted, check_tensors, read_layer, read_tensors
@@ -60,7 +61,7 @@ class DflashHead(StoredHead):
 
     def described(self) -> dict[str, str]:
         options, config = self.options, self.config
-        size = f"{sum(tensor.numel() for tensor in self.tensors) / 1e6:.1f} M parameters"
+        size = f"{count_text(sum(tensor.numel() for tensor in self.tensors))} parameters"
         target = f"{self.base.name}, fingerprint {self.base.fingerprint}" if self.base is not None else "not said"
         rows, vocab = options.draft_vocab, config.vocab_size
         return {

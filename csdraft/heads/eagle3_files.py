@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from csdraft.amounts import count_text
 from csdraft.heads.eagle3 import Eagle3, Eagle3Options, default_layers
 from csdraft.heads.eagle3_engines import LAYERS, NORMS, SPECULATORS, eagle3_faults, named_layers, speculators_document
 from csdraft.heads.engines import SIZED_ROTARY, ServedTarget
@@ -76,7 +77,7 @@ class Eagle3Head(StoredHead):
         target = f"{self.base.name}, fingerprint {self.base.fingerprint}" if self.base is not None else "not said"
         flags = [name for name in NORMS if getattr(options, name)]
         return {
-            "kind": f"EAGLE-3 head, {numbers / 1e6:.1f} M parameters, {', '.join(flags) or 'norms as in the paper'}",
+            "kind": f"EAGLE-3 head, {count_text(numbers)} parameters, {', '.join(flags) or 'norms as in the paper'}",
             "target": f"{target}; width {options.target_width}, {config.vocab_size} tokens",
             "hidden states": layers,
             "draft vocabulary": "all tokens" if rows == config.vocab_size else f"{rows} tokens",

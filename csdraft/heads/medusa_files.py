@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from csdraft.amounts import count_text
 from csdraft.heads import own_files
 from csdraft.heads.engines import ENGINES
 from csdraft.heads.folder import WEIGHTS, Names, check_tensors, read_layer, read_tensors
@@ -55,7 +56,7 @@ class MedusaHead(StoredHead):
         print_of = f", fingerprint {self.base.fingerprint}" if self.base is not None else ""
         target = f"{self.target_name or 'not said'}{print_of}"
         return {
-            "kind": f"{options.steps} Medusa heads of {options.layers} blocks, {numbers / 1e6:.1f} M parameters",
+            "kind": f"{options.steps} Medusa heads of {options.layers} blocks, {count_text(numbers)} parameters",
             "target": f"{target}; width {self.config.hidden_size}, {self.config.vocab_size} tokens",
             "draft vocabulary": "all tokens",
         }

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 import csdraft.heads
+from csdraft.amounts import count_text
 from csdraft.heads.engines import ENGINES
 from csdraft.heads.folder import OF_OTHER_TYPES, Names, check_drafted, check_tensors, read_layer, read_tensors
 from csdraft.heads.head import Head, HeadOptions
@@ -127,7 +128,7 @@ class OwnHead(StoredHead):
         target = f"{self.base.name}, fingerprint {self.base.fingerprint}" if self.base is not None else "not said"
         options = {key: value for key, value in asdict(self.options).items() if key != "config"}
         return {
-            "kind": f"{self.name} head, {numbers / 1e6:.1f} M parameters",
+            "kind": f"{self.name} head, {count_text(numbers)} parameters",
             "options": ", ".join(f"{key}={value}" for key, value in options.items()),
             "target": f"{target}; width {self.config.hidden_size}, {vocab} tokens",
             "draft vocabulary": "all tokens" if rows == vocab else f"{rows} tokens",

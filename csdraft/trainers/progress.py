@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
+from csdraft.amounts import size_text
 from csdraft.progress import Progress
 from csdraft.trainers.base import BaseTrainer
 
@@ -97,8 +98,8 @@ class Line(TrainerCallback):
 def _memory(device: torch.device) -> list[str]:
     """The most that was allocated on the GPU so far, or what the process holds now; empty where it cannot be asked."""
     if device.type == "cuda":
-        return [f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB on the GPU"]
+        return [f"{size_text(torch.cuda.max_memory_allocated(device))} on the GPU"]
     if not PROCESS.is_file():
         return []
     held = next(line for line in PROCESS.read_text(encoding="ascii").splitlines() if line.startswith("VmRSS"))
-    return [f"{1024 * int(held.split()[1]) / 1e9:.1f} GB of memory"]
+    return [f"{size_text(1024 * int(held.split()[1]))} of memory"]

@@ -15,6 +15,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from csdraft.amounts import size_text
+
 __all__ = ["FULL", "NonFinite", "Stopped", "Unwritable", "first_non_finite", "shown", "unwritable", "writing"]
 
 MOST_SHOWN = 20
@@ -108,7 +110,7 @@ def unwritable(folder: str | Path, error: Exception) -> str:
     number = _number(error, name, free)
     reason = REASONS.get(number or 0) or (os.strerror(number) if number else "not all of it reached the disk")
     way_out = WAYS_OUT.get(number or 0, "Put that right and give the same command again, or give another output_dir")
-    return f"{name} cannot be written: {reason}; {free / 1e9:.2f} GB are free in {place}. {way_out}"
+    return f"{name} cannot be written: {reason}; {size_text(free)} are free in {place}. {way_out}"
 
 
 def _written(error: Exception) -> str | None:
