@@ -41,7 +41,7 @@ style: $(READY)
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright --pythonpath $(BIN)/python csdraft benchmarks examples recipes scripts
+	$(BIN)/pyright --pythonpath $(BIN)/python csdraft csdraft_command.py benchmarks examples recipes scripts
 	$(BIN)/python -m pytest -q tests/house/test_architecture.py tests/house/test_words.py
 
 test: $(READY)

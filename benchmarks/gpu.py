@@ -26,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import csdraft
 from csdraft import CascadeDrafter, MaxGram, ModelDrafter
+from csdraft.amounts import count_text
 
 __all__ = ["ROWS", "Measured", "measure", "pair_of_models"]
 
@@ -174,9 +175,8 @@ def main(argv: Sequence[str]) -> None:
     options = parser.parse_args(argv)
     target, drafter = pair_of_models(options.size, options.device, getattr(torch, options.dtype))
     where = torch.cuda.get_device_name() if options.device.startswith("cuda") else options.device
-    print(
-        f"{target.num_parameters() / 1e9:.2f} B parameters in {options.dtype} on {where}, torch {torch.__version__}\n"
-    )
+    parameters = count_text(target.num_parameters())
+    print(f"{parameters} parameters in {options.dtype} on {where}, torch {torch.__version__}\n")
     if options.prepare:
         print(csdraft.prepare(target, ModelDrafter(drafter, depth=5), rows=1, slots=512))
     print("| row | tokens/s | to transformers | tokens a round | first call, s |\n|---|---|---|---|---|")

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from benchmarks.memory import PeakMemory
+from csdraft.amounts import size_text
 from csdraft.trainers.objective import Objective
 
 __all__ = ["LossMemory", "loss_memory"]
@@ -103,9 +104,9 @@ def main(argv: Sequence[str]) -> int:
         getattr(torch, options.dtype),
         torch.device(options.device),
     )
-    resident = "" if found.resident is None else f", the process grew by {found.resident / 1e9:.2f} GB"
-    print(f"measured {found.tensors / 1e9:.2f} GB of tensors{resident}")
-    print(f"forecast {found.forecast / 1e9:.2f} GB; of one chunk of all positions {found.whole / 1e9:.1f} GB")
+    resident = "" if found.resident is None else f", the process grew by {size_text(found.resident)}"
+    print(f"measured {size_text(found.tensors)} of tensors{resident}")
+    print(f"forecast {size_text(found.forecast)}; of one chunk of all positions {size_text(found.whole)}")
     passed = found.tensors <= found.forecast
     print("PASS" if passed else "FAIL", "at most the forecast")
     return 0 if passed else 1

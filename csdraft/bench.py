@@ -1,6 +1,6 @@
 """Times ways to generate side by side: what `csdraft bench` shows and what `csdraft tune` chooses by.
 
-All ways take turns on the same prompts in one process, so that whatever else the machine does meets all of them alike.
+All methods take turns on the same prompts in one process, so that other work on the machine slows all of them alike.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Cell:
-    """One thing to be timed: a method at a batch size."""
+    """A method at a batch size."""
 
     method: Method
     rows: int = 1
@@ -102,7 +102,7 @@ class Run:
     """All that was measured.
 
     Attributes:
-        texts: (cell, group) -> every different text seen, as new tokens of each row.
+        texts: (cell, group) -> all distinct texts, as the new tokens of each row.
     """
 
     samples: list[Sample] = field(default_factory=list)
@@ -211,7 +211,7 @@ def encode(setup: Setup, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
 
 
 def configured(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
-    """The same model (weights and hooks shared) with other generation defaults, where transformers reads its own."""
+    """A copy of the model, sharing weights and hooks, with other defaults in its `generation_config`."""
     twin = copy.copy(model)
     twin.generation_config = copy.deepcopy(model.generation_config)
     for key, value in options.items():
@@ -228,7 +228,7 @@ def _trimmed(row: list[int], target: PreTrainedModel) -> tuple[int, ...]:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for what the device still computes."""
+    """Waits until the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -244,14 +244,14 @@ def ratio(run: Run, cell: str, over: str) -> Interval:
 
 
 def equality(texts: dict[tuple[str, int], list[Text]], cell: str, reference: str) -> tuple[int, tuple[int, ...]]:
-    """How many groups of prompts gave the reference's text every time, and which did not."""
+    """The number of prompt groups that always gave the reference's text, and the groups that did not."""
     groups = sorted(group for name, group in texts if name == cell)
     different = [g for g in groups if texts[cell, g] != texts[reference, g][:1]]
     return len(groups) - len(different), tuple(different)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first row is its head; the first column flush left, the others right."""
+    """A table; the first row is the head. The first column is aligned left, the others right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(

@@ -1,4 +1,4 @@
-"""What `csdraft doctor` finds out: the machine, the versions, and of each model what csdraft can do with it."""
+"""What `csdraft doctor` finds out: the machine, the versions, and what csdraft can do with each model."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from torch import nn
 
+from csdraft.amounts import count_text, size_text
 from csdraft.checks.probe import difference, padding_difference
 from csdraft.checks.refusals import refusal
 from csdraft.decoding.graphs import FEWEST_SLOTS
@@ -30,24 +31,24 @@ __all__ = ["Machine", "ModelState", "Package", "examine", "machine", "packages"]
 WIDTHS = (1, 4, 8, 16)
 """Tokens of the forwards that are timed."""
 UNITS = ("amx_bf16", "avx512_bf16", "amx_int8", "avx512f", "avx2", "bf16", "i8mm", "asimd")
-"""Flags of /proc/cpuinfo that say which numbers a CPU computes fast."""
+"""Flags of /proc/cpuinfo for fast arithmetic."""
 BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16", "bf16")
 LEAST_PASSES, MOST_PASSES, ENOUGH = 3, 10, 4.0
-"""Passes over all widths: at least, at most, and the seconds after which no other one begins."""
+"""The fewest and the most passes over all widths, and the seconds after which no new pass starts."""
 STEADY = 1.5
-"""Times the fastest pass that the median pass may take on a machine that has nothing else to do."""
+"""On an idle machine, the median pass takes at most this many times as long as the fastest."""
 CHEAP, EXPENSIVE = 1.5, 3.0
-"""Times that a forward of 8 tokens may cost one of 1 token: below the first, and above the second."""
+"""Cost of a forward of 8 tokens over one of 1 token: cheap up to the first, expensive above the second."""
 
 
 @dataclass(frozen=True)
 class Package:
-    """One package that csdraft stands on.
+    """A package that csdraft needs.
 
     Attributes:
         name: of the package, or "python".
         version: that is installed; None if it is missing.
-        bounds: that csdraft asks for, such as "<5.25,>=5.23"; empty if it asks for none.
+        bounds: the versions that csdraft supports, such as "<5.25,>=5.23"; empty for any.
         fits: whether the version is within the bounds.
     """
 
@@ -85,7 +86,7 @@ class Machine:
 
     @property
     def bfloat16(self) -> str:
-        """Which dtype to take on the CPU."""
+        """Which dtype to use on the CPU."""
         if not self.units:
             return "unknown whether the CPU has units for bfloat16: time both dtypes"
         found = [unit for unit in BFLOAT16_UNITS if unit in self.units]
@@ -163,7 +164,7 @@ class ModelState:
 
 
 def packages() -> list[Package]:
-    """Python, csdraft and what csdraft cannot do without, each with the bounds that csdraft's metadata has for it."""
+    """Python, csdraft and its required packages, with the bounds in csdraft's metadata."""
     from csdraft import __version__
 
     try:
@@ -205,7 +206,7 @@ def _accelerators() -> list[str]:
     for i in range(torch.cuda.device_count()):
         seen = torch.cuda.get_device_properties(i)
         half = "with" if torch.cuda.is_bf16_supported() else "without"
-        found.append(f"cuda:{i} {seen.name}, {seen.total_memory / 2**30:.0f} GiB, {half} bfloat16")
+        found.append(f"cuda:{i} {seen.name}, {size_text(seen.total_memory)}, {half} bfloat16")
     if torch.backends.mps.is_available():
         found.append("mps")
     return found
@@ -226,7 +227,7 @@ def examine(name: str, model: nn.Module, progress: Callable[[str, float], None])
     parameters = sum(parameter.numel() for parameter in model.parameters())
     first = next(model.parameters())
     dtype = str(first.dtype).removeprefix("torch.")
-    described = f"{type(model).__name__}, {parameters / 1e6:,.1f} M parameters, {dtype} on {first.device}"
+    described = f"{type(model).__name__}, {count_text(parameters)} parameters, {dtype} on {first.device}"
     if reason := refusal(model) or difference(model):
         return ModelState(name, described, refused=reason)
     config: Any = model.config
@@ -242,7 +243,7 @@ def examine(name: str, model: nn.Module, progress: Callable[[str, float], None])
 def _timed(
     name: str, model: nn.Module, shapes: Sequence[tuple[int, int]], progress: Callable[[str, float], None]
 ) -> tuple[Ready, dict[int, list[float]]]:
-    """The last pass, and the milliseconds of each width in every pass: what disturbs the machine, disturbs all."""
+    """The last pass, and the milliseconds of each width in every pass, so that a disturbance meets all widths."""
     times: dict[int, list[float]] = {}
     started = time.monotonic()
     for done in range(MOST_PASSES):

@@ -1,7 +1,7 @@
 """A saved cascade, read back: cascade.json, and the models, tables and tokenizers in its folder.
 
-All of it may come from strangers. What is wrong with it is one ValueError that names the file and the key; nothing
-outside the folder is opened but models of the Hub; no code of theirs is run.
+Strangers may have written all of it. Any fault raises a ValueError that names the file and the key. Only the folder
+and models of the Hub are opened, and no code from them is run.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ KINDS: dict[str, Any] = {
 OPTIONAL: dict[str, Any] = {"options": dict[str, Any]}
 """Keys that it may lack."""
 MOST_DRAFTERS = 64
-"""Of a cascade: each of its rows of the K matrix has as many entries."""
+"""Of one cascade; each row of its K matrix has as many entries."""
 
 
 @dataclass(frozen=True)
 class SavedTarget:
-    """What cascade.json says of the model that a cascade was saved for."""
+    """The model that a cascade was saved for, as cascade.json describes it."""
 
     name: str | None = None
     revision: str | None = None
@@ -59,7 +59,7 @@ class SavedTarget:
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """Where a model is: one of a folder of the cascade, an id of the Hub, and the target itself."""
+    """Where a model is: in a folder of the cascade, on the Hub, or the target itself. Exactly one is given."""
 
     folder: str | None = None
     id: str | None = None
@@ -163,9 +163,10 @@ class _Reader:
         models = {name: self._model(name, entry) for name, entry in document["models"].items()}
         tables = {name: str(path) for name, path in self._inside("tables", "*.safetensors").items()}
         places = {name: str(path) for name, path in self._inside("tokenizers", "*").items()}
-        made = lambda family, value, key: spec.from_json(  # noqa: E731 - three uses on three lines
-            family, value, models, tables, places, f"{DOCUMENT}: {key}"
-        )
+
+        def made(family: str, value: Any, key: str) -> Any:
+            return spec.from_json(family, value, models, tables, places, f"{DOCUMENT}: {key}")
+
         return {
             "drafters": [made("drafters", one, f"drafters[{i}]") for i, one in enumerate(document["drafters"])],
             "k_matrix": document["k_matrix"],
@@ -176,7 +177,7 @@ class _Reader:
         }
 
     def _inside(self, name: str, pattern: str) -> dict[str, Path]:
-        """What a part of the folder holds, by the names that documents call it."""
+        """The files in a part of the folder, by the names that cascade.json uses for them."""
         found = sorted(self.folder.path.glob(f"{name}/{pattern}"))
         with naming(DOCUMENT):
             return {f"{name}/{path.name}": _closed(self.folder.find(f"{name}/{path.name}")) for path in found}

@@ -1,7 +1,7 @@
 """Models from folders and the Hub: whole ones, adapters on their base, and drafters that use a target's modules.
 
-Files may come from strangers. Their code is run only if the caller says so, and nothing is asked on the terminal.
-Weights that a file lacks are an error, where transformers would put random numbers.
+Files may come from strangers. Their code runs only if the caller allows it, and nothing is asked on the terminal.
+Missing weights raise an error, where transformers would fill in random numbers.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ LAYERS = ("num_hidden_layers", "num_decoder_layers")
 WIDTHS = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 """Keys of a config.json that say how large a model is."""
 PACKED = 16
-"""Numbers that quantised weights may hold in one."""
+"""The most numbers that one number of quantised weights may hold."""
 MOST_VOCABULARY_PADDING = 1024
-"""By which the numbers of tokens of a drafter and its target may differ."""
+"""The most tokens by which the vocabularies of a drafter and its target may differ."""
 SOME = 4
 """Names of weights that a message lists."""
 
@@ -166,7 +166,7 @@ def _check_sizes(path: str, config: Any) -> None:
 
 
 def _broken_file(path: str) -> str:
-    """The file of a folder's weights that is no safetensors file; the folder or Hub id if it cannot be told."""
+    """The first of a folder's weight files that cannot be read; the folder or Hub id if there is none."""
     for file in sorted(Path(path).glob("*.safetensors")):
         try:
             with safe_open(file, "pt"):

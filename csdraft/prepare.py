@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from csdraft.amounts import size_text
 from csdraft.cascade import as_drafter, options_of
 from csdraft.checks.refusals import refusal
 from csdraft.decoding.feature_session import OWN, FeatureModel
@@ -69,7 +70,7 @@ class Prepared:
         lines = []
         for model in self.models:
             how = f"{model.recorded} recorded" if model.why_not is None else f"run eagerly: {model.why_not}"
-            lines.append(f"{model.name}: {len(model.costs)} shapes, {how}; cache {model.bytes / 1e6:.0f} MB")
+            lines.append(f"{model.name}: {len(model.costs)} shapes, {how}; cache {size_text(model.bytes)}")
             widths = sorted({shape.queries for shape in model.costs})
             lines.append("  slots " + "".join(f"{f'{width} tokens':>12}" for width in widths))
             for slots in sorted({shape.slots for shape in model.costs}):

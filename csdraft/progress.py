@@ -1,4 +1,4 @@
-"""Says what a long command is doing, and how long it still takes, on a stream that is not its result."""
+"""Shows what a long command is doing and how long it will still take, on the standard error by default."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ PAUSE = 10.0
 
 
 class Progress:
-    """Call it with what is being done and the share that is done: one moving line in a terminal, a few in a file.
+    """Call it with the current task and the share that is done: one moving line in a terminal, a few lines in a file.
 
-    A share below the last one is another piece of work, with a clock of its own.
+    A share below the last one starts another task, with a clock of its own.
     """
 
     def __init__(self, stream: TextIO | None = None):
@@ -42,12 +42,12 @@ class Progress:
         self.stream.flush()
 
     def restart(self, share: float = 0.0) -> None:
-        """Another piece of work begins, of which a share has been done before."""
+        """Begins another task, of which a share has been done before."""
         self._started = self._last = time.monotonic()
         self._share = self._begun = share
 
     def finish(self, what: str, share: float = 1.0) -> None:
-        """The last line of a piece of work, which stays, in a terminal as well."""
+        """Writes a task's last line, which stays, in a terminal as well."""
         self._share = share
         clear = "\r\x1b[K" if self.moving else ""
         self.stream.write(f"{clear}{what}: {share:.0%}\n")

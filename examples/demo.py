@@ -33,6 +33,7 @@ from benchmarks.pair import (
     read_prompts,
     tokenized,
 )
+from csdraft.amounts import count_text
 from csdraft.bench import Cell, Method, Prompt, configured, generate
 from csdraft.cascade import CascadeDrafter
 from csdraft.drafters.max_gram import MaxGram
@@ -181,7 +182,7 @@ def introduce(setup: Setup, options: argparse.Namespace, count: int, ways: int) 
 
 def size(model: PreTrainedModel) -> str:
     layers = model.config.num_hidden_layers
-    return f"{model.num_parameters() / 1e6:.1f} M parameters, {layers} layer{'s' * (layers != 1)}"
+    return f"{count_text(model.num_parameters())} parameters, {layers} layer{'s' * (layers != 1)}"
 
 
 def showpiece(run: Run) -> tuple[int, Report]:

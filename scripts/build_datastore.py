@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from csdraft.amounts import count_text, size_text
 from csdraft.data.chat import ChatFormat
 from csdraft.data.sources import read_rows
 from csdraft.progress import Progress
@@ -27,7 +28,7 @@ def documents(options: argparse.Namespace, tokenizer: Any, progress: Progress) -
     for source in options.source:
         rows = read_rows(source, tokenizer, options.max_length, options.split, options.limit, chat)
         for number, row in enumerate(rows):
-            progress(f"{source}: {tokens / 1e6:.1f} M tokens", number / len(rows))
+            progress(f"{source}: {count_text(tokens)} tokens", number / len(rows))
             tokens += len(row["input_ids"])
             yield row["input_ids"]
             if options.tokens is not None and tokens >= options.tokens:
@@ -51,7 +52,7 @@ def main() -> None:
     index = CorpusIndex.build(documents(options, tokenizer, progress), progress)
     index.save(options.out)
     seconds = time.perf_counter() - started
-    print(f"{options.out}: {len(index)} tokens, {index.nbytes / 1e6:.1f} MB, in {seconds:.1f} s")
+    print(f"{options.out}: {len(index)} tokens, {size_text(index.nbytes)}, in {seconds:.1f} s")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from csdraft.amounts import count_text, size_text
 from csdraft.data.target import read_target
 from csdraft.trainers.arguments import read_arguments
 from csdraft.trainers.command import one_line_errors
@@ -95,17 +96,12 @@ def forecast(args: DistillArguments, processes: int, tflops: float) -> list[str]
     flops = 2 * target.num_parameters() + steps * step_flops
     batch = tokens * args.gradient_accumulation_steps * processes
     seconds = flops * batch / processes / (tflops * 1e12)
-    lines = [f"{shown(amount)}  {name}" for name, amount in parts.items()]
-    lines.append(f"{shown(sum(parts.values()))}  on each of {processes} GPUs")
-    lines.append(f"{trained / 1e6:.0f} M parameters are trained; {batch:,} tokens a step, {steps} drafting steps each")
+    lines = [f"{size_text(amount):>8}  {name}" for name, amount in parts.items()]
+    lines.append(f"{size_text(sum(parts.values())):>8}  on each of {processes} GPUs")
+    lines.append(f"{count_text(trained)} parameters are trained; {batch:,} tokens a step, {steps} drafting steps each")
     hours = seconds * max(args.max_steps, 0) / 3600
     lines.append(f"{seconds:.1f} s a step at {tflops:g} TFLOP/s a GPU: {hours:.1f} h for {args.max_steps:,} steps")
     return lines
-
-
-def shown(amount: float) -> str:
-    """Bytes, in a unit in which they are not 0.0."""
-    return f"{amount / 1e9:6.1f} GB" if amount >= 1e8 else f"{amount / 1e6:6.1f} MB"
 
 
 def main() -> None:

@@ -12,16 +12,10 @@ import argparse
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from csdraft.cli._models import (
-    Opened,
-    add_model_arguments,
-    add_prompts_arguments,
-    as_inputs,
-    open_models,
-    prompts_of_file,
-)
+from csdraft.cli._models import Opened, as_inputs, open_models, prompts_of_file, sampling
 from csdraft.progress import Progress
 from csdraft.trainers.stop_head import fit, harvest, judge
+from csdraft_command import add_model_arguments, add_prompts_arguments
 
 SEEN = 0.75
 """Share of the texts' judged tokens that the head learns from; it is judged by the rest."""
@@ -53,9 +47,7 @@ def main() -> None:
     opened = open_models(args)
     if opened.assistant is None:
         parser.error("name the drafter with --drafter, or a cascade with --cascade")
-    options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "do_sample": args.temperature > 0}
-    if args.temperature > 0:
-        options |= {"temperature": args.temperature, "top_k": 0, "top_p": 1.0}
+    options = sampling(args.temperature, top_k=0, top_p=1.0) | {"max_new_tokens": args.max_new_tokens}
     if args.verifier:
         options["verifier"] = args.verifier
     prompts = prompts_of_file(opened, args.prompts, args, args.limit)

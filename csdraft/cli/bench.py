@@ -1,9 +1,4 @@
-"""Time your models on your prompts, side by side: plain generate, transformers' own drafting, and csdraft's.
-
-All ways take turns on the same prompts. A speed-up is the median ratio to plain generate, paired by prompt and
-repetition, with its 95 % interval; texts are compared with plain generate's. Without --drafter or --cascade only
-copying from the text drafts.
-"""
+"""`csdraft bench`: times every way to generate that the named models allow."""
 
 from __future__ import annotations
 
@@ -15,42 +10,28 @@ from typing import Any
 
 from transformers.utils import logging
 
-from csdraft.bench import Cell, Method, Prompt, Run, Setup, aligned, configured, encode, equality, measure, ratio
+from csdraft.bench import Cell, Method, Prompt, Run, Setup, aligned, encode, equality, measure, ratio
 from csdraft.cascade import CascadeDrafter
-from csdraft.cli._models import Opened, add_model_arguments, add_prompts_arguments, open_models, prompts_of_file
+from csdraft.cli._models import Opened, label, open_models, prompts_of_file, sampling
 from csdraft.decoding.interfaces import Drafter
-from csdraft.decoding.names import name_of
 from csdraft.drafters.max_gram import MaxGram
 from csdraft.drafters.model import ModelDrafter
 from csdraft.progress import Progress
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["run"]
 
 LOOKUP_LENGTH = 10
-"""Tokens a round of transformers' prompt lookup, as its documentation has it."""
+"""Tokens a round of transformers' prompt lookup, as in its documentation."""
 HEAD = ("method", "tokens/s", "first ms", "speed-up [95 %]", "tokens/round", "text")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
-    add_prompts_arguments(parser)
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="default: %(default)s")
-    parser.add_argument("--repetitions", type=int, default=3, metavar="N", help="default: %(default)s")
-
-
 def run(args: argparse.Namespace) -> int:
-    """Prints the table; 1 if a text differs from plain generate's."""
+    """Prints the table. Returns 1 if a greedy text is not plain generate's."""
     logging.set_verbosity_error()  # advice about the options of transformers' own methods
     opened = open_models(args)
     prompts: list[Prompt] = [tuple(ids) for ids in prompts_of_file(opened, args.prompts, args, args.limit)]
-    sampling = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}
-    options = (sampling if args.temperature else {"do_sample": False}) | {"max_new_tokens": args.max_new_tokens}
-    target: Any = opened.target
-    if target.generation_config.pad_token_id is None:
-        pad = opened.tokenizer.pad_token_id
-        target = configured(target, pad_token_id=opened.tokenizer.eos_token_id if pad is None else pad)
+    options = sampling(args.temperature, top_k=0, top_p=1.0) | {"max_new_tokens": args.max_new_tokens}
+    setup = Setup(opened.target, options)
     cells = [Cell(method, args.batch_size) for method in methods(opened, args.batch_size)]
     rounds: Counter[str] = Counter()
     emitted: Counter[str] = Counter()
@@ -58,18 +39,17 @@ def run(args: argparse.Namespace) -> int:
     def look(cell: Cell, group: Sequence[Prompt], index: int) -> None:
         if cell.method.drafted:
             asked = options | cell.method.options | {"reuse": False, "return_dict_in_generate": True}
-            report = target.generate(**encode(setup, group), **asked).report
+            report = opened.target.generate(**encode(setup, group), **asked).report
             rounds[cell.name] += report.rounds
             emitted[cell.name] += report.emitted
 
-    setup = Setup(target, options)
     found = measure(setup, cells, prompts, args.repetitions, Progress(), look)
     efficiency = {name: emitted[name] / count for name, count in rounds.items()}
     return show(found, cells, efficiency, greedy=not args.temperature)
 
 
 def methods(opened: Opened, rows: int) -> list[Method]:
-    """Every way there is with these models; transformers' own drafting takes single prompts only."""
+    """All methods that these models allow. Transformers' own drafting takes single prompts only."""
     assistant = opened.assistant
     named: list[Drafter] = [] if assistant is None else [assistant]
     if isinstance(assistant, CascadeDrafter):
@@ -89,12 +69,8 @@ def methods(opened: Opened, rows: int) -> list[Method]:
     return [Method(name, options) for name, options in found.items()]
 
 
-def label(drafter: Drafter) -> str:
-    return drafter.name or name_of(drafter.network) if isinstance(drafter, ModelDrafter) else type(drafter).__name__
-
-
 def show(run: Run, cells: Sequence[Cell], efficiency: dict[str, float], greedy: bool) -> int:
-    """Prints a line a method; 1 if a greedy text is not plain generate's."""
+    """Prints one line a method. Returns 1 if a greedy text is not plain generate's."""
     plain, other = cells[0].name, False
     rows: list[tuple[str, ...]] = [HEAD]
     for cell in cells:

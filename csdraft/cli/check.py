@@ -1,17 +1,4 @@
-"""Prove on your own models that drafting changes nothing: neither greedy text nor the distribution of samples.
-
-Greedy: the text with the assistant is compared with plain generate's, and every emitted token with the logits that the
-target gives when it reads that text one token at a time. A block of tokens rounds differently from single tokens, so
-where two logits are closer than the model's own rounding, either token is right: such a near-tie is counted, and
-passes. The rounding is measured: the difference between the logits of one forward over the text and those of single
-steps. It counts as at least the relative precision of the model's dtype, since drafted tokens may be read by other
-kernels than those two. In float32 near-ties hardly occur; in bfloat16 they do.
-
-Sampling: the first tokens are drawn many times with and without the assistant, and the two tables of counts are
-compared by a chi-square test; two tables of plain generate are the control.
-
-The exit status is 0 if all passed and 1 if not.
-"""
+"""`csdraft check`: greedy texts and samples with the assistant against those of plain generate."""
 
 from __future__ import annotations
 
@@ -26,19 +13,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from csdraft.cli._models import (
-    Opened,
-    add_chat_arguments,
-    add_drafting_arguments,
-    add_model_arguments,
-    as_inputs,
-    chat_of_text,
-    encode,
-    open_models,
-    prompts_of_file,
-)
+from csdraft.cli._models import Opened, as_inputs, chat_of_text, encode, open_models, prompts_of_file
 
-__all__ = ["add_arguments", "chi_square", "run"]
+__all__ = ["chi_square", "greedy", "one_forward", "run", "single_steps"]
 
 PROMPTS = (
     "def fibonacci(n):\n",
@@ -50,7 +27,7 @@ PROMPTS = (
 SAMPLED_PROMPTS = 2
 TOP_K = 4
 LEAST_COUNT = 10
-"""Cells of a chi-square table that hold fewer, both samples together, are pooled."""
+"""Cells of a chi-square table with fewer counts than this, both samples together, are pooled."""
 SMALLEST_P = 1e-3
 
 
@@ -66,30 +43,13 @@ class Outcome:
         return f"{'PASS' if self.passed else 'FAIL'}  {self.name:<24}  {self.detail}"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
-    add_drafting_arguments(parser)
-    parser.add_argument(
-        "--prompts", metavar="FILE", help="one a line; in a .jsonl file under the key `prompt` or `messages`"
-    )
-    add_chat_arguments(parser)
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="of the greedy texts")
-    parser.add_argument("--samples", type=int, default=1000, metavar="N", help="for the distribution; 0 skips it")
-    parser.add_argument(
-        "--sampled-tokens", type=int, default=3, metavar="N", help="tokens whose joint distribution is compared"
-    )
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of the sampling")
-    parser.add_argument("--batch", type=int, default=100, metavar="N", help="rows sampled at once")
-
-
 def run(args: argparse.Namespace) -> int:
     opened = open_models(args)
     if opened.assistant is None:
         raise ValueError("there is nothing to check: name an assistant with --cascade or --drafter")
     opened.target.generation_config = _bare(opened.target.generation_config)  # no penalty, no warper
-    prompts = _prompts(opened, args)
     passed = True
-    for outcome in _outcomes(opened, prompts, args):
+    for outcome in _outcomes(opened, _prompts(opened, args), args):
         print(outcome, flush=True)
         passed &= outcome.passed
     print("all passed" if passed else "FAILED: the assistant changes what the target writes")
@@ -116,31 +76,32 @@ def _prompts(opened: Opened, args: argparse.Namespace) -> list[dict[str, Tensor]
 
 
 def _bare(config: GenerationConfig) -> GenerationConfig:
-    """Where texts begin and end, and nothing else."""
+    """Keeps only the ids of special tokens."""
     ids = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-    kept = {name: getattr(config, name) for name in ids}
-    if kept["pad_token_id"] is None:
-        eos = kept["eos_token_id"]
-        kept["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
-    return GenerationConfig(**kept)
+    return GenerationConfig(**{name: getattr(config, name) for name in ids})
+
+
+def _start(target: Any, inputs: dict[str, Tensor]) -> int:
+    """Where the new tokens begin in what `generate` returns."""
+    return 1 if target.config.is_encoder_decoder else inputs["input_ids"].shape[1]
 
 
 # Greedy.
 
 
 def greedy(opened: Opened, inputs: dict[str, Tensor], length: int, name: str) -> Outcome:
-    """Compares one greedy text with plain generate's, and each of its tokens with the target's own best."""
+    """Compares a greedy text with plain generate's, and each of its tokens with the target's top logit."""
     target, rules = opened.target, {"do_sample": False, "max_new_tokens": length}
-    start = 1 if target.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    start = _start(target, inputs)
     plain = target.generate(**inputs, **rules)[0, start:]
     ours = target.generate(**inputs, **rules, assistant=opened.assistant, strict=True, **opened.options)[0, start:]
     same, at = torch.equal(plain, ours), _first_difference(plain, ours)
-    steps = single_steps(target, inputs, ours)
+    steps = single_steps(target, inputs, ours)  # (tokens, vocab)
     best = steps.max(-1).values  # (tokens,)
-    # A GPU's kernels may agree in these two forwards, and round the last bit otherwise in a third.
+    # These two forwards may agree where a third kernel rounds the last bit differently.
     least = torch.finfo(target.dtype).eps * float(best.abs().max())
     rounding = max(float((steps - one_forward(target, inputs, ours)).abs().max()), least)
-    gaps = best - steps.gather(-1, ours.to(steps.device)[:, None])[:, 0]
+    gaps = best - steps.gather(-1, ours.to(steps.device)[:, None])[:, 0]  # (tokens,)
     flips, widest = int((gaps > 0).sum()), float(gaps.max())
     tied = at <= min(len(plain), len(ours)) and widest <= 2 * rounding  # a text cut short is not a near-tie
     text = "same text" if same else f"leaves plain generate's text at token {at}"
@@ -151,16 +112,15 @@ def greedy(opened: Opened, inputs: dict[str, Tensor], length: int, name: str) ->
 
 
 def _first_difference(plain: Tensor, ours: Tensor) -> int:
-    """The first token in which they differ, counted from 1; one past the shorter if it is the other's beginning."""
+    """The first token in which they differ, counted from 1; one past the shorter text if the other continues it."""
     shorter = min(len(plain), len(ours))
     differing = (plain[:shorter] != ours[:shorter]).nonzero()
     return int(differing[0]) + 1 if len(differing) else shorter + 1
 
 
 def single_steps(target: Any, inputs: dict[str, Tensor], tokens: Tensor) -> Tensor:
-    """(tokens, vocab) logits of plain `generate` when it is made to write `tokens`."""
-    start = 1 if target.config.is_encoder_decoder else inputs["input_ids"].shape[1]
-    forced = tokens.tolist()
+    """Logits (tokens, vocab) of plain `generate` when it is forced to write `tokens`."""
+    start, forced = _start(target, inputs), tokens.tolist()
     made = target.generate(
         **inputs,
         do_sample=False,
@@ -174,7 +134,7 @@ def single_steps(target: Any, inputs: dict[str, Tensor], tokens: Tensor) -> Tens
 
 @torch.no_grad()
 def one_forward(target: Any, inputs: dict[str, Tensor], tokens: Tensor) -> Tensor:
-    """(tokens, vocab) logits of one forward over the whole text."""
+    """Logits (tokens, vocab) of one forward over the whole text."""
     tokens = tokens[None].to(inputs["input_ids"])
     if target.config.is_encoder_decoder:
         start = tokens.new_full((1, 1), target.generation_config.decoder_start_token_id)
@@ -188,7 +148,7 @@ def one_forward(target: Any, inputs: dict[str, Tensor], tokens: Tensor) -> Tenso
 
 
 def distribution(opened: Opened, inputs: dict[str, Tensor], args: argparse.Namespace, name: str) -> Iterator[Outcome]:
-    """The distribution of the first sampled tokens with the assistant, and plain generate's against itself."""
+    """Compares plain generate's first sampled tokens with those of the assistant, and with its own as a control."""
     drafting = {"assistant": opened.assistant, "strict": True, **opened.options}
     plain, control, ours = (_sample(opened, inputs, args, extra) for extra in ({}, {}, drafting))
     for label, other in (("control", control), ("sampling", ours)):
@@ -213,13 +173,12 @@ def _sample(
             max_new_tokens=args.sampled_tokens,
             num_return_sequences=min(args.batch, args.samples - done),
         )
-        start = 1 if opened.target.config.is_encoder_decoder else inputs["input_ids"].shape[1]
-        drawn.update(map(tuple, made[:, start:].tolist()))
+        drawn.update(map(tuple, made[:, _start(opened.target, inputs) :].tolist()))
     return drawn
 
 
 def chi_square(first: Counter, second: Counter) -> tuple[float, int, float]:
-    """(statistic, degrees of freedom, p) of the hypothesis that both samples follow one distribution."""
+    """Tests whether both samples follow one distribution: (statistic, degrees of freedom, p)."""
     cells = [(first[key], second[key]) for key in first.keys() | second.keys()]
     full = [cell for cell in cells if sum(cell) >= LEAST_COUNT]
     rest = [cell for cell in cells if sum(cell) < LEAST_COUNT]

@@ -1,4 +1,4 @@
-"""Say what drafting head a folder holds, what it needs, and which serving engines would load it."""
+"""`csdraft inspect`: describes a stored head, and says which serving engines would load it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,7 @@ from csdraft.heads.engines import ENGINES
 from csdraft.heads.folder import config_at
 from csdraft.heads.stored_head import head_at
 
-__all__ = ["add_arguments", "run"]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="FOLDER", help="path or Hub id of the head")
-    parser.add_argument("--target", metavar="MODEL", help="path or Hub id of its target: compares their sizes as well")
+__all__ = ["run"]
 
 
 def run(args: argparse.Namespace) -> int:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from csdraft.amounts import size_text
 from csdraft.data.changes import check_unchanged
 from csdraft.data.shards import Part, batches, write_whole
 from csdraft.data.sources import read_rows
@@ -268,22 +269,14 @@ def _check_disk(
     total, needed, free = int(sizes.sum()) * each + len(sizes), int(left.sum()) * each, shutil.disk_usage(folder).free
     if part.rank == 0:
         print(
-            f"{len(sizes):,} rows, {int(sizes.sum()):,} positions x {count} {kind.what}: {_readable(total)} in "
-            f"{folder}, {_readable(needed)} of it to be written; {_readable(free)} are free"
+            f"{len(sizes):,} rows, {int(sizes.sum()):,} positions x {count} {kind.what}: {size_text(total)} in "
+            f"{folder}, {size_text(needed)} of it to be written; {size_text(free)} are free"
         )
     if needed > free:
         raise ValueError(
-            f"the {kind.what} take {_readable(needed)}, but {_readable(free)} are free in {folder}; give another "
+            f"the {kind.what} take {size_text(needed)}, but {size_text(free)} are free in {folder}; give another "
             f"folder, fewer rows, or {kind.advice(description, free // max(int(left.sum()), 1))}"
         )
-
-
-def _readable(size: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
 
 
 def lengths_of(rows: Any) -> np.ndarray:

@@ -19,6 +19,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from csdraft.amounts import count_text
 from csdraft.heads import formats
 from csdraft.heads.engines import ServedTarget, target_faults
 from csdraft.heads.folder import (
@@ -317,7 +318,7 @@ class StoredHead(OnTarget):
         rows = len(self.state["d2t"]) if "d2t" in self.names else vocab
         known = f", fingerprint {self.base.fingerprint}" if self.base is not None else ""
         return {
-            "kind": f"{self.title}, {numbers / 1e6:.1f} M parameters",
+            "kind": f"{self.title}, {count_text(numbers)} parameters",
             "target": f"{self.target_name or 'not said'}{known}; width {self.target_width}, {vocab} tokens",
             "draft vocabulary": "all tokens" if rows == vocab else f"{rows} tokens",
         } | self.details()

@@ -1,4 +1,4 @@
-"""Token ids to text, piece by piece: what each token adds, never half a character."""
+"""Turns token ids into text, token by token, and never writes half a character."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Detokenizer:
         return gained
 
     def flush(self) -> str:
-        """What is left at the end: a character that was never completed."""
+        """The rest at the end: a character that was never completed."""
         gained = self._gained()
         self._shown = len(self._ids)
         return gained

@@ -10,7 +10,7 @@ drafter helps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Round, ScoresView
@@ -52,12 +52,7 @@ class Rejections:
 
     def merged(self, other: Rejections) -> Rejections:
         """Both together."""
-        return Rejections(
-            self.judged + other.judged,
-            self.measured + other.measured,
-            self.expected + other.expected,
-            self.variance + other.variance,
-        )
+        return Rejections(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
     @property
     def deviations(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import zip_longest
 from typing import Any
 
@@ -72,16 +72,7 @@ class Tally:
 
     def merged(self, other: Tally) -> Tally:
         """Both together."""
-        return Tally(
-            self.rounds + other.rounds,
-            self.plain + other.plain,
-            self.emitted + other.emitted,
-            self.drafted + other.drafted,
-            self.tried + other.tried,
-            self.accepted + other.accepted,
-            self.outcomes + other.outcomes,
-            self.ranks + other.ranks,
-        )
+        return Tally(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
     @property
     def own(self) -> int:
@@ -114,7 +105,7 @@ class Tally:
         """The inverse of `to_dict`.
 
         Args:
-            at: how messages call it.
+            at: its name in messages.
 
         Raises:
             ValueError: a key is missing or unknown, or its value is of another kind.
@@ -143,9 +134,9 @@ MOST_DEPTH = 1 << 20
 
 
 def _ranks(finished: Round) -> list[tuple[int, int]]:
-    """(children, rank of the one kept or -1) of every node of a tree at which the reviewer had to choose.
+    """(children, rank of the kept child or -1) for every node of a tree at which the reviewer had to choose.
 
-    The tip's family is left out where it was put in another order, so that a chain can continue from there.
+    The tip's siblings are left out if they were reordered so that a chain can continue from the tip.
     """
     draft, verdict = finished.draft, finished.verdict
     nodes = [finished.context.tip, *verdict.accepted]

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from csdraft.amounts import size_text
 from csdraft.reports.tally import Tally
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def headlines(report: Report) -> list[str]:
         lines.append(report.why)
     for name, use in report.models.items():
         if use.recorded:
-            lines.append(f"{count(use.recorded, 'recorded shape')} of {name} took {size(use.recorded_bytes)}")
+            lines.append(f"{count(use.recorded, 'recorded shape')} of {name} took {size_text(use.recorded_bytes)}")
     if report.cut:
         lines.append(f"{count(report.cut, 'draft token')} of the K matrix cut by the schedule or for want of room")
     if (plan := report.planned) is not None:
@@ -129,7 +130,7 @@ def models(report: Report) -> Table:
         label = name if use.name in (name, "") else f"{name} ({use.name})"
         numbers = (f"{use.forwards:,}", f"{use.fed:,}", f"{use.rolled_back:,}", f"{use.seconds:.2f}")
         each = f"{1000 * ratio(use.seconds, use.forwards):.2f}"
-        rows.append((label, *numbers, percent(ratio(use.seconds, report.seconds)), each, size(use.cache_bytes)))
+        rows.append((label, *numbers, percent(ratio(use.seconds, report.seconds)), each, size_text(use.cache_bytes)))
     if rows:
         share = percent(ratio(report.loop_seconds, report.seconds))
         rows.append(("everything else", "", "", "", f"{report.loop_seconds:.2f}", share, "", ""))
@@ -147,16 +148,6 @@ def percent(share: float) -> str:
 
 def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
-def size(number: int) -> str:
-    """Bytes in a unit that leaves few digits."""
-    value, unit = float(number), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            break
-        value /= 1024
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 
 
 # The terminal.

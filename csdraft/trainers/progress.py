@@ -11,6 +11,7 @@ import psutil
 import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
+from csdraft.amounts import size_text
 from csdraft.progress import Progress
 from csdraft.trainers.base import BaseTrainer
 
@@ -95,5 +96,5 @@ class Line(TrainerCallback):
 def _memory(device: torch.device) -> str:
     """The peak of the GPU's allocated memory, or what the process holds now."""
     if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB on the GPU"
-    return f"{psutil.Process().memory_info().rss / 1e9:.1f} GB of memory"
+        return f"{size_text(torch.cuda.max_memory_allocated(device))} on the GPU"
+    return f"{size_text(psutil.Process().memory_info().rss)} of memory"

@@ -15,6 +15,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from csdraft.amounts import size_text
+
 __all__ = ["FULL", "NonFinite", "Stopped", "Unwritable", "first_non_finite", "shown", "unwritable", "writing"]
 
 MOST_SHOWN = 20
@@ -103,7 +105,7 @@ def unwritable(folder: str | Path, error: Exception) -> str:
     way_out = "Put that right and give the same command again, or give another output_dir"
     if number in FULL:
         reason, way_out = FULL[number]
-    return f"{file} cannot be written: {reason}; {free / 1e9:.2f} GB are free in {place}. {way_out}"
+    return f"{file} cannot be written: {reason}; {size_text(free)} are free in {place}. {way_out}"
 
 
 def _written(error: Exception) -> str | None:

@@ -1,6 +1,7 @@
 """`python -m benchmarks gpu`, in small and on a CPU."""
 
 import json
+import re
 
 from benchmarks import gpu
 
@@ -14,4 +15,5 @@ def test_rows_are_measured_beside_transformers(tmp_path, capsys) -> None:
     assert found["plain"]["per_round"] == 1.0
     assert found["drafter, 5 tokens"]["per_round"] > 1.5  # the drafter is right more often than not
     printed = capsys.readouterr().out
+    assert re.match(r"[\d.]+ [kM] parameters in float32 on cpu", printed)
     assert all(f"| {row} |" in printed for row in rows)

@@ -2,9 +2,13 @@
 
 import argparse
 import copy
+import importlib
 import io
 import json
+import pkgutil
 import re
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +18,18 @@ import scipy.stats
 import torch
 
 import csdraft
-from csdraft import MaxGram
+import csdraft_command
+from csdraft import MaxGram, cli
 from csdraft.bench import Method
-from csdraft.cli import _models, check, commands, main
+from csdraft.cli import _models, check, main
 from csdraft.decoding.cache import SlotCache
 from csdraft.decoding.interfaces import Verdict
+from csdraft.heads.engines import ENGINES
 from csdraft.reports.report import Report
 from csdraft.schedules.fixed import Fixed
 from csdraft.verifiers.match import Match
+from csdraft_command import COMMANDS
+from tests.house.source import ROOT
 from tests.tiny import EOS, drafter_of, prompt, tiny, tokenizer
 
 PROMPT = "thequickbrownfoxjumps"
@@ -90,11 +98,31 @@ def test_tune_without_a_drafter_says_so(models, tmp_path, capsys):
 # The frame.
 
 
-def test_every_command_explains_itself():
-    assert set(commands()) >= {"bench", "check", "generate", "report", "tune"}
-    for name, module in commands().items():
-        assert module.__doc__, name
-        assert {"add_arguments", "run"} <= set(module.__all__), name
+def test_every_command_explains_itself_and_has_a_file():
+    named = {command.__name__ for command in COMMANDS}
+    files = {file.name for file in pkgutil.iter_modules(cli.__path__) if not file.name.startswith("_")}
+    assert named == files >= {"bench", "check", "generate", "report", "tune"}
+    for command in COMMANDS:
+        assert command.__doc__, command
+        assert "run" in importlib.import_module(f"csdraft.cli.{command.__name__}").__all__
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([name.__name__, "--help"] for name in COMMANDS)])
+def test_help_waits_for_no_large_package(arguments):
+    """Importing torch and transformers takes seconds."""
+    code = (
+        "import csdraft_command, sys\n"
+        "try:\n    csdraft_command.main(sys.argv[1:])\n"
+        "finally:\n    print('loaded:', *{'torch', 'transformers', 'numpy', 'csdraft'} & set(sys.modules))"
+    )
+    process = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert len(process.stdout.splitlines()) > 1
+    assert process.stdout.endswith("loaded:\n")
+
+
+def test_the_engines_of_export_are_those_that_it_writes_for():
+    assert tuple(ENGINES) == csdraft_command.ENGINES
 
 
 def test_a_misspelt_drafter_is_told_its_name(models, capsys):
@@ -112,7 +140,7 @@ def test_help_lists_the_commands(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     shown = capsys.readouterr().out
-    assert all(f"    {name} " in shown for name in commands())
+    assert all(f"    {command.__name__} " in shown for command in COMMANDS)
 
 
 # Measuring.
@@ -288,8 +316,8 @@ class Hasty(Match):
 @pytest.fixture
 def opened(models) -> _models.Opened:
     parser = argparse.ArgumentParser()
-    _models.add_model_arguments(parser)
-    _models.add_drafting_arguments(parser)
+    csdraft_command.add_model_arguments(parser)
+    csdraft_command.add_drafting_arguments(parser)
     opened = _models.open_models(parser.parse_args([*models, "--schedule", "fixed"]))
     opened.target.generation_config = check._bare(opened.target.generation_config)
     return opened

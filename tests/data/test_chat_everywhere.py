@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
+import csdraft_command
 from csdraft import MaxGram
 from csdraft.cli import _models, main
 from csdraft.data.generate import GenerateArguments, generate, read_starts
@@ -72,7 +73,7 @@ def test_every_reader_gives_the_same_prompt(folder):
     evaluation = make_evaluation(distilling(folder), config, tokenizer)
     assert evaluation is not None
     parser = argparse.ArgumentParser()
-    _models.add_chat_arguments(parser)
+    csdraft_command.add_chat_arguments(parser)
     args = parser.parse_args(["--chat", "--chat-template-options", json.dumps(OPTIONS)])
     opened = _models.Opened(SimpleNamespace(device="cpu"), tokenizer, None, {})
     asked = _models.encode(opened, "w2 w3", _models.chat_of_text(args))["input_ids"].tolist()

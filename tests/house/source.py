@@ -12,6 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "csdraft"
+COMMAND = ROOT / "csdraft_command.py"
 
 Graph = dict[str, set[str]]
 """Names, each with those that it imports."""
@@ -83,9 +84,10 @@ class Source:
 
 
 def sources() -> list[Source]:
-    """All files of the package."""
-    paths = sorted(PACKAGE.rglob("*.py"))
-    return [Source(path.relative_to(PACKAGE).as_posix(), path.read_text(encoding="utf-8")) for path in paths]
+    """All files of the wheel: those of the package, and the command line's arguments beside it."""
+    paths = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
+    paths[COMMAND.name] = COMMAND
+    return [Source(name, path.read_text(encoding="utf-8")) for name, path in paths.items()]
 
 
 def imported_by(tree: ast.AST, typing_too: bool = True) -> set[str]:

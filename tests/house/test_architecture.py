@@ -60,7 +60,7 @@ MAY_IMPORT = {
 NAMES_ONLY = {"decoding": {"reports"}, "trees": {"reports"}}
 """Folder -> folders that it may name in annotations, and does not import when it runs."""
 
-ANYWHERE = {"stored", "version"}
+ANYWHERE = {"amounts", "stored", "version"}
 """Files that import nothing of csdraft, which any folder may use."""
 
 EXCEPTIONS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -138,7 +139,8 @@ def test_readmes_have_the_forecast_of_the_recipe(name, tmp_path):
     page = (ROOT / "recipes" / name / "README.md").read_text(encoding="utf-8")
     said = page.partition("<!-- forecast -->")[2].partition("<!-- /forecast -->")[0]
     assert said.strip().splitlines()[1:-1] == lines
-    parts = [float(line.split()[0]) for line in lines if "GB  " in line]
+    found = [line.split()[:2] for line in lines if re.match(r" *[\d.]+ [MG]B  ", line)]
+    parts = [float(number) / {"MB": 1000, "GB": 1}[unit] for number, unit in found]
     assert abs(sum(parts[:-1]) - parts[-1]) < 0.5
     assert parts[-1] < 70, "the recipe is for GPUs of 80 GB"
 

@@ -23,7 +23,7 @@ def test_each_step_is_shown_with_its_own_loss_and_the_last_line_once(tmp_path, m
     first = {int(re.match(r"step (\d+)", line)[1]): line for line in lines[::-1]}
     assert list(first) == [6, 5, 4, 3, 2, 1]
     losses = [
-        float(re.search(r"loss ([\d.]+), [\d,]+ tokens/s, [\d.]+ s a step, [\d.]+ GB", first[n])[1]) for n in first
+        float(re.search(r"loss ([\d.]+), [\d,]+ tokens/s, [\d.]+ s a step, [\d.]+ [MG]B", first[n])[1]) for n in first
     ]
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert [sum(losses[3:]) / 3, sum(losses[:3]) / 3] == pytest.approx(logged, abs=1e-3)

@@ -144,7 +144,7 @@ def test_a_full_disk_is_one_error_and_no_half_checkpoint(folder, monkeypatch, wh
     name = f"full-{what}-{writer.__name__}"
     distill(arguments(folder, name, max_steps=2))
     monkeypatch.setattr(what, writer)
-    with pytest.raises(Unwritable, match=r"cannot be written: .*; \d+\.\d\d GB are free in .* give the same command"):
+    with pytest.raises(Unwritable, match=r"cannot be written: .*; [\d.]+ .?B are free in .* give the same command"):
         distill(arguments(folder, name, max_steps=4))
     monkeypatch.undo()
     assert last_checkpoint(f"{folder}/{name}") == f"{folder}/{name}/checkpoint-2"
@@ -172,7 +172,7 @@ def test_a_full_disk_names_the_file_and_speaks_plainly(tmp_path, monkeypatch, er
     with pytest.raises(Unwritable) as caught, writing(tmp_path):
         (save if file == "optimizer.pt" else save_file)(file)
     said = str(caught.value)
-    assert f"{file} cannot be written: the disk is full; 0.00 GB are free in {tmp_path}. Make room" in said
+    assert f"{file} cannot be written: the disk is full; 4.1 KB are free in {tmp_path}. Make room" in said
 
 
 @pytest.mark.parametrize("what", ["csdraft.trainers.distill.describe", "csdraft.trainers.run_folder.write_whole"])
@@ -214,7 +214,7 @@ def test_a_script_says_in_one_line_that_a_file_cannot_be_written(folder, file_si
     errors = done.stderr[done.stderr.index("error: ") :]
     assert re.match(
         rf"error: .*limited/checkpoint-2/{file} cannot be written: it would be larger than a limit on file size "
-        r"\(ulimit -f\); .* GB are free in .* Raise the limit \(ulimit -f unlimited\) and give the same command again"
+        r"\(ulimit -f\); .*B are free in .* Raise the limit \(ulimit -f unlimited\) and give the same command again"
         r"\n$",
         errors,
     )
