@@ -172,7 +172,7 @@ def _compare_padded(model: nn.Module) -> str | None:
     for row, prompt in enumerate(prompts):
         for step, logits in enumerate(output.logits):
             wanted = _alone(model, [*prompt, *output.sequences[row, 8 : 8 + step].tolist()]).float()
-            worst = max(worst, float((logits[row].to(wanted) - wanted).abs().max() / (wanted.max() - wanted.min())))
+            worst = max(worst, _off(logits[row].to(wanted), wanted))
     if worst <= torch.finfo(model.dtype).eps ** 0.5:  # type: ignore[arg-type]
         return None
     return (
