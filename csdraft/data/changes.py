@@ -1,4 +1,4 @@
-"""Work in a folder is continued with the options that it was begun with: what differs is named and refused."""
+"""Work in a folder continues only with the options that it began with; an error names those that differ."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ __all__ = ["check_unchanged", "plain"]
 
 
 def check_unchanged(begun: str, before: Mapping[str, Any], now: Mapping[str, Any], way_out: str) -> None:
-    """Raises ValueError if a key that both have is of another value now.
+    """Raises ValueError if a key that both have has another value now.
 
     Args:
-        begun: what was begun before, in words: the message opens with "`begun` key=value".
-        before: options that were noted; see `plain`.
-        now: options of this call.
-        way_out: what the user can do about it, as a sentence.
+        begun: the beginning of the message, which continues with "key=value".
+        before: the options as they were noted; see `plain`.
+        now: the options of this call.
+        way_out: what the user can do, as a sentence without its full stop.
     """
     other = [key for key in before if key in now and before[key] != now[key]]
     if other:
@@ -26,7 +26,7 @@ def check_unchanged(begun: str, before: Mapping[str, Any], now: Mapping[str, Any
 
 
 def plain(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as JSON keeps them; of a path that exists here only the last part, since runs are moved."""
+    """Options as JSON stores them. Only the last part of an existing path is kept, because folders may be moved."""
     return {key: json.loads(json.dumps(_name(value), default=str)) for key, value in options.items()}
 
 

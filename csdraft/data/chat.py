@@ -1,11 +1,12 @@
-"""Conversations through a tokenizer's chat template, and which of their tokens the assistant wrote.
+"""Writes conversations with a tokenizer's chat template, and finds the tokens that the assistant wrote.
 
-A drafter must be trained on what decoding will show it, so one value, `ChatFormat`, says which template is used and
-with which options, wherever conversations are read: writing data, training, evaluation and the command line.
+A drafter must be trained on what it will see in decoding. So one value, `ChatFormat`, holds the template and its
+options wherever conversations are read: writing data, training, evaluation and the command line.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from jinja2 import TemplateError, TemplateSyntaxError
+from transformers import PreTrainedTokenizerBase
 
 from csdraft.data.messages import Message, as_tools, in_parts, says_something, text_of_parts
 from csdraft.data.tally import Unusable
@@ -25,12 +27,9 @@ Tools = Sequence[Mapping[str, Any]] | None
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 CALLS = re.compile(r"\btool_calls\b")
 PROBE = "csdraft7probe"
-OURS = {
-    "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "max_length", "messages",
-    "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "sanitize_control_tokens", "tokenize",
-    "tokenizer_kwargs", "truncation",
-}  # fmt: skip
-"""Arguments of `apply_chat_template` that are not the user's to set here."""
+TAKEN = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+OURS = {"messages", *TAKEN} - {"tools", "documents", "kwargs"}
+"""Arguments of `apply_chat_template` that users cannot set as options."""
 
 
 class NamesChat(Protocol):
@@ -46,8 +45,8 @@ class ChatFormat:
 
     Attributes:
         template: Jinja text, or the name of one of the tokenizer's templates; None is the tokenizer's own.
-        options: what the template reads besides messages, such as `enable_thinking`, `tools` or `documents`. Tools
-            of a row win over these.
+        options: what the template reads besides messages, such as `enable_thinking`, `tools` or `documents`. A row's
+            own tools replace these.
     """
 
     template: str | None = None
@@ -55,14 +54,14 @@ class ChatFormat:
 
     @classmethod
     def read(cls, template: str | None = None, options: Mapping[str, Any] | None = None) -> ChatFormat:
-        """From what a user wrote.
+        """The format that a user's settings describe.
 
         Args:
             template: a file, Jinja text, or the name of one of the tokenizer's templates.
             options: see above.
 
         Raises:
-            ValueError: there is no such file, or the options are no keywords for a template.
+            ValueError: there is no such file, or the options cannot be given to a template.
         """
         options = {} if options is None else options
         if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
@@ -90,7 +89,7 @@ class ChatFormat:
 
 
 def chat_of(args: NamesChat) -> ChatFormat:
-    """The format that arguments name."""
+    """The format that command-line arguments describe."""
     return ChatFormat.read(args.chat_template, args.chat_template_options)
 
 
@@ -115,7 +114,7 @@ def check_template(tokenizer: Any, what: str, chat: ChatFormat | None = None) ->
     """Raises ValueError if the tokenizer cannot write conversations.
 
     Args:
-        what: needs a template, such as "'chats.jsonl' holds conversations".
+        what: why a template is needed, such as "'chats.jsonl' holds conversations".
     """
     chat = chat or ChatFormat()
     if chat.template is None and not tokenizer.chat_template:
@@ -129,14 +128,14 @@ def check_template(tokenizer: Any, what: str, chat: ChatFormat | None = None) ->
             f"chat_template={chat.template!r} is no file, no Jinja text and no name of one of the tokenizer's "
             f"templates ({', '.join(named) or 'it has no named ones'}); give one of these"
         )
-    text = chat.text_for(tokenizer, chat.tools_of(None))
-    if unread := [name for name in chat.options if not re.search(rf"\b{re.escape(name)}\b", text)]:
+    template = _Template(tokenizer, chat)
+    if unread := [name for name in chat.options if not re.search(rf"\b{re.escape(name)}\b", template.text)]:
         raise ValueError(
             f"chat_template_options has {', '.join(unread)}, which the chat template does not read; correct the name, "
             "or leave it out"
         )
     try:
-        _render([{"role": "user", "content": PROBE}], tokenizer, chat, None, tokenize=False)
+        template.render([{"role": "user", "content": PROBE}], tokenize=False)
     except Unusable as error:
         if isinstance(error.__cause__, TemplateSyntaxError):
             raise ValueError(f"the chat template is not valid Jinja: {error.__cause__}; fix it") from error
@@ -145,7 +144,7 @@ def check_template(tokenizer: Any, what: str, chat: ChatFormat | None = None) ->
 def chat_prompt(
     messages: Sequence[Message], tokenizer: Any, chat: ChatFormat | None = None, tools: Tools = None
 ) -> list[int]:
-    """Token ids of the conversation up to its last user turn, and of the header that the assistant writes after.
+    """Token ids of the conversation up to its last user turn, followed by the header of the assistant's answer.
 
     Raises:
         Unusable: there is no user turn, or the template cannot write the conversation.
@@ -153,20 +152,20 @@ def chat_prompt(
     users = [i for i, message in enumerate(messages) if message["role"] == "user"]
     if not users:
         raise Unusable("no user turn")
-    chat = chat or ChatFormat()
-    asked = _fitted(messages[: users[-1] + 1], tokenizer, chat, tools)
-    return _as_it_can(asked, lambda kept: _ids(kept, tokenizer, chat, tools, add_generation_prompt=True))
+    template = _Template(tokenizer, chat or ChatFormat(), tools)
+    asked = template.fitted(messages[: users[-1] + 1])
+    return _filled_if_needed(asked, lambda turns: template.ids(turns, add_generation_prompt=True))
 
 
 def scored_chat(
     messages: Sequence[Message], tokenizer: Any, chat: ChatFormat | None = None, tools: Tools = None
 ) -> tuple[list[int], list[int]]:
-    """Token ids of a conversation, and for each whether the assistant wrote it (1) or not (0).
+    """Token ids of a conversation, and for each of them whether the assistant wrote it (1) or not (0).
 
-    A template that marks the assistant's words with `{% generation %}` is believed. Otherwise a turn begins where the
-    conversation before it, with the assistant's header, ends, and ends where the conversation up to it does. Where a
-    template rewrites an earlier turn (some drop its reasoning), what it rewrote is not scored. Nor are an empty turn
-    and an assistant's turn that begins a conversation: nothing asks for them when decoding.
+    A template that marks the assistant's words with `{% generation %}` decides itself. With other templates, a turn
+    is what the conversation up to it has after the conversation before it and the assistant's header. A turn's tokens
+    are not scored if the template rewrites them later (some drop an earlier turn's reasoning). An empty turn, and an
+    assistant's turn that begins a conversation, are not scored either: in decoding, nothing asks for them.
 
     Raises:
         Unusable: no token is scored, or the template cannot write the conversation.
@@ -175,58 +174,73 @@ def scored_chat(
         raise Unusable("no assistant turn")
     if not any(says_something(message) for message in messages if message["role"] == "assistant"):
         raise Unusable("only empty assistant turns")
-    chat = chat or ChatFormat()
-    fitted = _fitted(messages, tokenizer, chat, tools)
-    ids, scored = _as_it_can(fitted, lambda kept: _scored(kept, tokenizer, chat, tools))
+    template = _Template(tokenizer, chat or ChatFormat(), tools)
+    ids, scored = _filled_if_needed(template.fitted(messages), template.scored)
     if 1 not in scored:
         raise Unusable("no assistant turn that the chat template writes after a question")
     return ids, scored
 
 
-def _scored(
-    messages: Sequence[Message], tokenizer: Any, chat: ChatFormat, tools: Tools
-) -> tuple[list[int], list[int]]:
-    marked = GENERATION.search(chat.text_for(tokenizer, chat.tools_of(tools))) is not None
-    if marked:
-        made = _render(messages, tokenizer, chat, tools, return_dict=True, return_assistant_tokens_mask=True)
-        ids, scored = list(made["input_ids"]), list(made["assistant_masks"])
-    else:
-        ids = _ids(messages, tokenizer, chat, tools)
-        scored = [0] * len(ids)
-    for turn, message in enumerate(messages):
-        counts = turn > 0 and says_something(message)
-        if message["role"] == "assistant" and (not marked or not counts):
-            before = _ids(messages[:turn], tokenizer, chat, tools, add_generation_prompt=True)
-            start, end = _shared(ids, before), _shared(ids, _ids(messages[: turn + 1], tokenizer, chat, tools))
-            scored[start:end] = [int(counts)] * max(end - start, 0)
-    return ids, scored
+@dataclass(frozen=True)
+class _Template:
+    """A tokenizer's chat template, with the tools of one conversation."""
+
+    tokenizer: Any
+    chat: ChatFormat
+    tools: Tools = None
+
+    @property
+    def text(self) -> str:
+        return self.chat.text_for(self.tokenizer, self.chat.tools_of(self.tools))
+
+    def fitted(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages, with their text parts joined unless the template takes parts; `Unusable` if calls get lost."""
+        if any("tool_calls" in message for message in messages) and not CALLS.search(self.text):
+            raise Unusable("tool calls, which the chat template does not write")
+        if not any(map(in_parts, messages)) or self.takes_parts():
+            return list(messages)
+        return [text_of_parts(message) if in_parts(message) else message for message in messages]
+
+    def takes_parts(self) -> bool:
+        """Whether the template writes the parts' text, rather than fails or writes them as a Python list."""
+        message = {"role": "user", "content": [{"type": "text", "text": PROBE}]}
+        try:
+            text = _Template(self.tokenizer, self.chat).render([message], tokenize=False)
+        except Unusable:
+            return False
+        return PROBE in text and "'text'" not in text and '"text"' not in text
+
+    def scored(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+        """See `scored_chat`."""
+        marked = GENERATION.search(self.text) is not None
+        if marked:
+            made = self.render(messages, return_dict=True, return_assistant_tokens_mask=True)
+            ids, scored = list(made["input_ids"]), list(made["assistant_masks"])
+        else:
+            ids = self.ids(messages)
+            scored = [0] * len(ids)
+        for turn, message in enumerate(messages):
+            counts = turn > 0 and says_something(message)
+            if message["role"] == "assistant" and (not marked or not counts):
+                start = _shared(ids, self.ids(messages[:turn], add_generation_prompt=True))
+                end = _shared(ids, self.ids(messages[: turn + 1]))
+                scored[start:end] = [int(counts)] * max(end - start, 0)
+        return ids, scored
+
+    def ids(self, messages: Sequence[Message], **options: Any) -> list[int]:
+        return list(self.render(messages, return_dict=True, **options)["input_ids"]) if messages else []
+
+    def render(self, messages: Sequence[Message], **options: Any) -> Any:
+        """`apply_chat_template`; `Unusable` with the template's own message if it refuses or fails."""
+        given = {**self.chat.options, "tools": self.chat.tools_of(self.tools), "chat_template": self.chat.template}
+        try:
+            return self.tokenizer.apply_chat_template(list(messages), **given, **options)
+        except (TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
+            raise Unusable("a conversation that the chat template cannot write", str(error)) from error
 
 
-# What templates can write.
-
-
-def _fitted(messages: Sequence[Message], tokenizer: Any, chat: ChatFormat, tools: Tools) -> list[Message]:
-    """The messages, with text parts as one text unless the template takes parts; no tool call may be lost."""
-    has_calls = any("tool_calls" in message for message in messages)
-    if has_calls and not CALLS.search(chat.text_for(tokenizer, chat.tools_of(tools))):
-        raise Unusable("tool calls, which the chat template does not write")
-    if not any(map(in_parts, messages)) or _takes_parts(tokenizer, chat):
-        return list(messages)
-    return [text_of_parts(message) if in_parts(message) else message for message in messages]
-
-
-def _takes_parts(tokenizer: Any, chat: ChatFormat) -> bool:
-    """Whether the template writes the text of parts, rather than fail or write them as Python shows a list."""
-    message = {"role": "user", "content": [{"type": "text", "text": PROBE}]}
-    try:
-        text = _render([message], tokenizer, chat, None, tokenize=False)
-    except Unusable:
-        return False
-    return PROBE in text and "'text'" not in text and '"text"' not in text
-
-
-def _as_it_can(messages: Sequence[Message], write: Callable[[Sequence[Message]], T]) -> T:
-    """What `write` gives; where it fails on an assistant's turn without content, with empty content there."""
+def _filled_if_needed(messages: Sequence[Message], write: Callable[[Sequence[Message]], T]) -> T:
+    """The result of `write`; if it fails, of `write` with empty content in messages that have none."""
     try:
         return write(messages)
     except Unusable:
@@ -235,21 +249,6 @@ def _as_it_can(messages: Sequence[Message], write: Callable[[Sequence[Message]],
         return write([{"content": "", **message} for message in messages])
 
 
-def _ids(messages: Sequence[Message], tokenizer: Any, chat: ChatFormat, tools: Tools, **options: Any) -> list[int]:
-    return (
-        list(_render(messages, tokenizer, chat, tools, return_dict=True, **options)["input_ids"]) if messages else []
-    )
-
-
-def _render(messages: Sequence[Message], tokenizer: Any, chat: ChatFormat, tools: Tools, **options: Any) -> Any:
-    """`apply_chat_template`; `Unusable` with the template's own words where it refuses or fails."""
-    given = {**chat.options, "tools": chat.tools_of(tools), "chat_template": chat.template}
-    try:
-        return tokenizer.apply_chat_template(list(messages), **given, **options)
-    except (TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
-        raise Unusable("a conversation that the chat template cannot write", str(error)) from error
-
-
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the beginning that two texts share."""
+    """Length of the common beginning."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

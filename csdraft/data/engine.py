@@ -1,63 +1,66 @@
-"""A target on a server: an OpenAI-compatible engine (vLLM, SGLang, llama.cpp, ...) writes on from prompts.
+"""A target on a server: an OpenAI-compatible engine (vLLM, SGLang, llama.cpp, ...) continues prompts.
 
-Token ids go out and come back where the server can do that; else text does, and the target's tokenizer makes tokens of
-it. `WAYS` are tried in their order on one token, and the first that the server takes is used for all rows. A request
-that fails is sent again a few times, after growing pauses; what a server refuses is an error at once. Errors name the
-URL and quote the answer.
+Token ids are sent and received if the server supports it; otherwise text is, and the target's tokenizer turns it into
+tokens. `WAYS` are tried in order on one token, and the first that the server accepts is used for all rows. A request
+that fails is sent again a few times, after growing pauses; a request that the server refuses is an error at once.
+Errors name the URL and quote the answer.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
-from queue import SimpleQueue
+from multiprocessing.pool import ThreadPool
 from typing import Any
 from urllib.parse import urlsplit
 
-__all__ = ["KEY", "Engine", "EngineError", "checked_url", "each"]
+from csdraft.data.messages import is_broken
+
+__all__ = ["KEY", "Engine", "EngineError", "checked_url", "each", "up_to_end"]
 
 KEY = "OPENAI_API_KEY"
-"""The variable of the environment that holds the server's key, if it wants one. It is written nowhere."""
+"""The environment variable with the server's key, if it needs one. The key is never written anywhere."""
 PAUSES = (1, 2, 4, 8, 16, 30)
-"""Seconds before a failed request is sent again; after the last it is given up."""
+"""Seconds before each further attempt at a failed request."""
 LONGEST_PAUSE = 60
-"""Seconds that a server may ask for by Retry-After."""
+"""The most seconds that a server's Retry-After is followed."""
 BUSY = (408, 409, 425, 429)
-"""Statuses that pass, as all from 500 do."""
+"""Statuses of temporary failures, besides all from 500 on."""
 LONGEST_ANSWER, QUOTED = 1 << 26, 300
 """Bytes of an answer that are read, and characters of it that messages quote."""
-LONGEST_NUMBER = 18
-"""Digits of a token's number."""
+NUMBERED = re.compile(r"(?:token_id:)?(\d{1,18})")
+"""A token whose name is its id."""
 TAIL = 8
-"""Tokens before a text that decide how its first characters are cut into tokens."""
+"""How many of a prompt's last tokens can change where its continuation is split into tokens."""
 WAYS = {
     "token ids in and out": {"return_token_ids": True, "top_k": -1},  # vLLM from 0.10.2 on
     "token ids in, numbered tokens out": {"return_tokens_as_token_ids": True, "logprobs": 1, "top_k": -1},
     "text in and out": {"top_k": -1},
     "text in and out, with the server's own top_k": {},
 }
-"""Ways to ask, with what a request has besides. Of the last the server may sample in another way than is asked for."""
+"""Ways to ask, with the keys that each adds to a request. In the last way the server may sample differently."""
 
 
 class EngineError(ValueError):
-    """A server that answers what is no continuation by the target."""
+    """A server's answer is not a continuation by the target."""
 
 
 class Unanswered(EngineError):
-    """A request that the server cannot answer, or not in this way."""
+    """The server cannot answer a request, or not in this way."""
 
 
 class Failed(Exception):
-    """A request that may succeed if it is sent again.
+    """A request failed that may succeed if it is sent again.
 
     Args:
-        pause: seconds that the server asks for.
+        pause: seconds that the server asks the client to wait.
     """
 
     def __init__(self, reason: str, pause: float = 0):
@@ -66,14 +69,14 @@ class Failed(Exception):
 
 
 class _Direct(urllib.request.HTTPRedirectHandler):
-    """Follows no redirection: it would take the key elsewhere."""
+    """Follows no redirect, because that would send the key to another server."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
 
 
 def checked_url(url: str) -> str:
-    """The address that `/completions` follows; ValueError if it is none."""
+    """The address to which `/completions` is appended; ValueError if `url` is not a server's address."""
     parts = urlsplit(url) if isinstance(url, str) else None
     if parts is None or parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
         raise ValueError(f"engine={url!r}: give the server's address, such as http://localhost:8000/v1")
@@ -82,18 +85,24 @@ def checked_url(url: str) -> str:
     return url.rstrip("/") + ("" if parts.path.strip("/") else "/v1")
 
 
+def up_to_end(text: list[int], ends: Collection[int]) -> list[int]:
+    """The tokens up to the first end-of-text token, which is included."""
+    last = next((place for place, token in enumerate(text) if token in ends), len(text))
+    return text[: last + 1]
+
+
 @dataclass
 class Engine:
-    """A server and the model on it.
+    """A server and a model on it.
 
     Args:
         url: see `checked_url`.
-        model: its name on the server; None: the only one there, or `target`.
+        model: the model's name on the server; None if it is the only one there, or called `target`.
         target: what the user calls it.
         tokenizer: the target's.
-        vocab: how many tokens it has.
-        ends: tokens that end a text.
-        timeout: seconds that the server may be silent.
+        vocab: number of the target's tokens.
+        ends: end-of-text tokens.
+        timeout: seconds without an answer after which a request has failed.
     """
 
     url: str
@@ -109,10 +118,10 @@ class Engine:
         self.url, self.stopped = checked_url(self.url), threading.Event()
 
     def open(self, prompt: Sequence[int]) -> str:
-        """Finds the model's name, and the way to ask for texts, on this prompt; what it has found, in words."""
+        """Finds the model's name, and a way to ask that works for this prompt; returns both in a sentence."""
         if self.model is None:
             served = self.ask("models")
-            known = [str(model["id"]) for model in _entries(served, "data") if "id" in model]
+            known = [str(model["id"]) for model in _objects(served, "data") if "id" in model]
             if not known or (len(known) > 1 and self.target not in known):
                 raise EngineError(
                     f"{self.url}/models names {', '.join(known) or 'no model'} ({_quoted(served)}); say which one is "
@@ -131,10 +140,10 @@ class Engine:
         raise EngineError(f"{self.url} cannot write for {self.target}. " + "; ".join(refusals))
 
     def write(self, prompt: Sequence[int], new_tokens: int, temperature: float, seed: int) -> list[int]:
-        """What follows a prompt, an end-of-text token included.
+        """The continuation of a prompt, with its end-of-text token.
 
         Args:
-            new_tokens: written at most.
+            new_tokens: the most tokens to write.
             temperature: 0 is greedy.
         """
         in_tokens = not self.way.startswith("text")
@@ -149,9 +158,9 @@ class Engine:
                 "seed": seed,
                 **WAYS[self.way],
             },
-            self._check,
+            _check_completion,
         )
-        choice = _entries(answer, "choices")[0]
+        choice = _objects(answer, "choices")[0]
         ids = self._ids_of(choice) if in_tokens else self._tokens_of(choice["text"], prompt)
         read = choice.get("prompt_token_ids") or answer.get("prompt_token_ids")
         if in_tokens and read is not None and read != list(prompt):
@@ -165,27 +174,16 @@ class Engine:
                 f"{self.url}/completions wrote {len(ids)} of {new_tokens} tokens after {len(prompt)}: the server's "
                 "context is shorter; start it with a longer one (vLLM: --max-model-len), or lower max_new_tokens"
             )
-        last = next((place for place, token in enumerate(ids) if token in self.ends), len(ids))
-        return ids[: last + 1][:new_tokens]
-
-    def _check(self, answer: Any) -> None:
-        """Raises Failed unless an answer has one continuation."""
-        choices = _entries(answer, "choices")
-        text = choices[0].get("text") if len(choices) == 1 else None
-        if not isinstance(text, str) or not _is_unicode(text):
-            raise Failed(f"no continuation in the answer {_quoted(answer)}")
-        if choices[0].get("finish_reason") not in ("stop", "length"):
-            raise Failed(f"a text that was not finished, in the answer {_quoted(answer)}")
+        return up_to_end(ids, self.ends)[:new_tokens]
 
     def _ids_of(self, choice: Mapping[str, Any]) -> list[int]:
-        """The token ids of a continuation."""
+        """A continuation's token ids."""
         found = choice.get("token_ids")
         if "logprobs" in WAYS[self.way]:
-            said = choice.get("logprobs")
-            names = said.get("tokens") if isinstance(said, Mapping) else None
-            numbers = [str(name).removeprefix("token_id:") for name in names] if isinstance(names, list) else []
-            known = all(number.isdecimal() and len(number) <= LONGEST_NUMBER for number in numbers)
-            found = [int(number) for number in numbers] if known else None
+            logprobs = choice.get("logprobs")
+            names = logprobs.get("tokens") if isinstance(logprobs, Mapping) else None
+            matches = [NUMBERED.fullmatch(str(name)) for name in names] if isinstance(names, list) else []
+            found = [int(match[1]) for match in matches if match] if all(matches) else None
         if not isinstance(found, list) or not found:
             raise Unanswered(f"{self.url}/completions sent no token ids: {_quoted(choice)}")
         if wrong := [token for token in found if type(token) is not int or not 0 <= token < self.vocab]:
@@ -196,12 +194,12 @@ class Engine:
         return list(found)
 
     def _text_of(self, prompt: Sequence[int]) -> str:
-        """A prompt as text, without the token that opens it if the server's tokenizer will put that there."""
+        """A prompt as text, without a begin-of-text token that the server's tokenizer will add."""
         opens = prompt[:1] == [self.tokenizer.bos_token_id] and self.tokenizer("")["input_ids"][:1] == prompt[:1]
         return self.tokenizer.decode(prompt[1:] if opens else prompt, clean_up_tokenization_spaces=False)
 
     def _tokens_of(self, text: str, prompt: Sequence[int]) -> list[int]:
-        """A text's tokens where they follow a prompt."""
+        """A text's tokens, split as they are after this prompt."""
         before = self.tokenizer.decode(prompt[-TAIL:], clean_up_tokenization_spaces=False)
         start, whole = (self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (before, before + text))
         if whole[: len(start)] == start:
@@ -211,10 +209,10 @@ class Engine:
     # Requests.
 
     def ask(self, path: str, body: Mapping[str, Any] | None = None, check: Callable[[Any], None] | None = None) -> Any:
-        """The server's answer; asked again while it fails, `PAUSES` apart.
+        """The server's answer, after as many attempts as `PAUSES` allows.
 
         Args:
-            check: raises Failed for an answer that is none.
+            check: raises Failed if it cannot use an answer.
         """
         where = f"{self.url}/{path}"
         for pause in (*PAUSES, None):
@@ -247,7 +245,7 @@ class Engine:
                 raise Failed(said, float(pause) if pause.isdecimal() else 0) from error
             advice = f" It wants a key: put it into {KEY}." if error.code in (401, 403) else ""
             raise Unanswered(f"{where}: {said}.{advice}") from error
-        except (OSError, HTTPException) as error:  # among them URLError, and a server that is silent for too long
+        except (OSError, HTTPException) as error:  # among them URLError and timeouts
             raise Failed(f"{type(error).__name__}: {getattr(error, 'reason', error)}") from error
         try:
             return json.loads(content)
@@ -255,27 +253,28 @@ class Engine:
             raise Failed(f"no JSON in the answer {_quoted(content.decode(errors='replace'))}") from error
 
 
-def _entries(answer: Any, key: str) -> list[Mapping[str, Any]]:
-    """The objects in a list of an answer; none if it has no such list."""
+def _check_completion(answer: Any) -> None:
+    """Raises Failed unless an answer has exactly one continuation, which is finished."""
+    choices = _objects(answer, "choices")
+    text = choices[0].get("text") if len(choices) == 1 else None
+    if not isinstance(text, str) or is_broken(text):
+        raise Failed(f"no continuation in the answer {_quoted(answer)}")
+    if choices[0].get("finish_reason") not in ("stop", "length"):
+        raise Failed(f"a text that was not finished, in the answer {_quoted(answer)}")
+
+
+def _objects(answer: Any, key: str) -> list[Mapping[str, Any]]:
+    """The objects in the list under an answer's `key`; empty if there is no such list."""
     found = answer.get(key) if isinstance(answer, Mapping) else None
     return [entry for entry in found if isinstance(entry, Mapping)] if isinstance(found, list) else []
 
 
 def _body_of(error: urllib.error.HTTPError) -> str:
-    """What a server says beside a status; nothing if it breaks off."""
+    """The text that a server sent with a status; empty if the connection broke."""
     try:
         return error.read(LONGEST_ANSWER).decode(errors="replace")
     except (OSError, HTTPException):
         return ""
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether a tokenizer can read it: JSON can hold halves of characters."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _quoted(answer: Any) -> str:
@@ -285,37 +284,19 @@ def _quoted(answer: Any) -> str:
 
 
 def each(
-    work: Callable[[Any], Any], items: Iterable[Any], at_once: int, stopped: threading.Event
+    work: Callable[[Any], Any], items: Collection[Any], at_once: int, stopped: threading.Event
 ) -> Iterator[tuple[Any, Any]]:
-    """Each item with what `work` makes of it, in the order in which they are done.
+    """Each item with the result of `work`, in the order in which they finish; stops at the first error.
 
-    The first error ends it. Threads are daemons, so that a silent server keeps no process alive.
+    The threads are daemons, so a server that does not answer cannot keep the process alive.
 
     Args:
-        at_once: threads.
-        stopped: is set at the end, so that `work` may stop waiting.
+        at_once: number of threads.
+        stopped: set at the end, so that `work` can stop waiting.
     """
-    todo, done, lock = list(items)[::-1], SimpleQueue(), threading.Lock()
-    count = len(todo)
-
-    def serve() -> None:
-        while not stopped.is_set():
-            with lock:
-                if not todo:
-                    return
-                item = todo.pop()
-            try:
-                done.put((item, work(item), None))
-            except Exception as error:  # raised by the caller
-                done.put((item, None, error))
-
+    pool = ThreadPool(min(at_once, len(items)))
     try:
-        for _ in range(min(at_once, count)):
-            threading.Thread(target=serve, daemon=True).start()
-        for _ in range(count):
-            item, result, error = done.get()
-            if error is not None:
-                raise error
-            yield item, result
+        yield from pool.imap_unordered(lambda item: (item, work(item)), items)
     finally:
         stopped.set()
+        pool.terminate()

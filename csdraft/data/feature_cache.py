@@ -1,8 +1,8 @@
-"""A frozen target's hidden states on disk: heads are then trained without the target's forward.
+"""A frozen target's hidden states on disk, so that heads train without the target's forward.
 
-Of every position the hidden states that a head reads are kept, and the one that the target's output layer reads, from
-which the distributions to learn are made again. They are bfloat16, whose range is that of float32: some models have
-hidden states beyond float16's.
+Each position keeps the hidden states that a head reads, and the one that the target's output layer reads: it gives
+back the distributions to learn. They are stored as bfloat16, which has float32's range: some models' hidden states
+are too large for float16.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from csdraft.data.row_arrays import Column, RowArguments, RowArrays, lengths_of, write_rows
+from csdraft.data.row_arrays import RowArguments, RowArrays, lengths_of, write_rows
 from csdraft.data.shards import Part
 from csdraft.data.target import target_name
 
@@ -37,8 +36,18 @@ class FeatureCache(RowArrays):
     document = "features.json"
 
     @staticmethod
-    def columns(description: Mapping[str, Any]) -> dict[str, Column]:
-        return {FEATURES: Column(np.int16, len(description["taps"]) * description["width"])}  # bits of bfloat16
+    def columns(description: Mapping[str, Any]) -> dict[str, np.dtype]:
+        width = len(description["taps"]) * description["width"]
+        return {FEATURES: np.dtype((np.int16, (width,)))}  # numpy has no bfloat16: these are its bits
+
+    @staticmethod
+    def numbers(description: Mapping[str, Any]) -> str:
+        return f"{len(description['taps'])} x {description['width']}"
+
+    @staticmethod
+    def advice(description: Mapping[str, Any], bytes_left: int) -> str:
+        fitting = bytes_left // (2 * description["width"])
+        return f"at most {max(fitting - 1, 0)} layers instead of {len(description['taps']) - 1}"
 
     @staticmethod
     def sizes_of(rows: Any) -> np.ndarray:
@@ -46,9 +55,14 @@ class FeatureCache(RowArrays):
         return lengths_of(rows)
 
     @staticmethod
-    def advice(description: Mapping[str, Any], bytes_left: int) -> str:
-        fitting = bytes_left // (2 * description["width"])
-        return f"at most {max(fitting - 1, 0)} layers instead of {len(description['taps']) - 1}"
+    def compute(
+        target: Any, ids: Tensor, lengths: np.ndarray, sizes: np.ndarray, description: Mapping[str, Any]
+    ) -> list[dict[str, Tensor]]:
+        few = {"logits_to_keep": 1} if "logits_to_keep" in signature(target.forward).parameters else {}
+        states = target(input_ids=ids, use_cache=False, output_hidden_states=True, **few).hidden_states
+        kept = [states[tap].to("cpu", torch.bfloat16) for tap in description["taps"]]
+        joined = torch.cat(kept, -1).view(torch.int16)  # (rows, longest, taps x width)
+        return [{FEATURES: joined[row, :size]} for row, size in enumerate(sizes.tolist())]
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -70,42 +84,24 @@ def write_features(
     batch_size: int = 8,
     part: Part | None = None,
 ) -> None:
-    """Writes the cache, or what is still missing of it; see `write_rows`.
+    """Writes the cache, or what is still missing in it.
 
     Args:
-        load_target, rows, folder, part: see `write_rows`.
+        load_target, rows, folder, batch_size, part: see `write_rows`.
         name: of the target.
-        layers: hidden states beside the last one; k is the one after k blocks.
+        layers: hidden states to keep besides the last one; k is the one after k blocks.
         width: of the target's hidden states.
-        batch_size: rows read at once.
 
     Raises:
-        ValueError: as of `write_rows`.
+        ValueError: as `write_rows`.
     """
-    taps = [*sorted(set(layers)), LAST]
-    described = {"target": name, "taps": taps, "width": width}
-    count = f"{len(taps)} x {width}"
-    write_rows(
-        FeatureCache, load_target, partial(_states, taps=taps), rows, folder, described, count, batch_size, part
-    )
-
-
-@torch.no_grad()
-def _states(
-    target: Any, texts: Sequence[Sequence[int]], sizes: np.ndarray, taps: Sequence[int]
-) -> list[dict[str, np.ndarray]]:
-    """Of each text all hidden states that are kept, by file."""
-    longest = max(map(len, texts))
-    ids = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts], device=target.device)
-    few = {"logits_to_keep": 1} if "logits_to_keep" in signature(target.forward).parameters else {}
-    states = target(input_ids=ids, use_cache=False, output_hidden_states=True, **few).hidden_states
-    joined = torch.cat([states[tap].to("cpu", torch.bfloat16) for tap in taps], -1).view(torch.int16)
-    return [{FEATURES: joined[row, :size].numpy()} for row, size in enumerate(sizes.tolist())]
+    description = {"target": name, "taps": [*sorted(set(layers)), LAST], "width": width}
+    write_rows(FeatureCache, load_target, rows, folder, description, batch_size, part)
 
 
 @dataclass
 class FeatureArguments(RowArguments):
-    """Whose hidden states to keep, over which rows, and which."""
+    """Which target's hidden states to keep, over which rows, and which of them."""
 
     layers: list[int] = field(
         default_factory=list,
@@ -117,11 +113,11 @@ class FeatureArguments(RowArguments):
 
 
 def cache_features(args: FeatureArguments) -> None:
-    """`write_features` for the rows of a data set, as `read_rows` reads them for training.
+    """`write_features` for the rows of a data set, as training reads them.
 
     Raises:
-        ValueError: before the target is loaded, for data that cannot be read, a target that is no decoder-only model,
-            layers that it lacks, rows longer than its context, and what `write_features` refuses.
+        ValueError: as `RowArguments.read` and `write_features`, or for layers that the target lacks; before the target
+            is loaded.
     """
     config, rows = args.read("features")
     text, name = config.get_text_config(decoder=True), target_name(args)

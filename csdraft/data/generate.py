@@ -1,8 +1,8 @@
-"""A target's own continuations: what it writes after real prompts and beginnings, to align a drafter with it.
+"""A target's own continuations of prompts and of beginnings of texts, as training data for a drafter.
 
-Sequence-level distillation (Kim and Rush, arXiv 1606.07947); DistillSpec (arXiv 2310.08461) finds text written by the
-target the safest data for drafters: one trained on it agrees more often with the target than one trained on the text
-that the target was trained on. Write it at the temperature at which the target will be used.
+This is sequence-level distillation (Kim and Rush, arXiv 1606.07947). DistillSpec (arXiv 2310.08461) finds that text
+written by the target is the safest data: a drafter trained on it agrees with the target more often than one trained
+on the text that the target was trained on. Write it at the temperature at which the target will be used.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import GenerationConfig
 
 from csdraft.data.changes import check_unchanged
-from csdraft.data.engine import Engine, checked_url, each
+from csdraft.data.engine import Engine, checked_url, each, up_to_end
 from csdraft.data.shards import Place, Shard, batches, finished, store, stored, write_whole
 from csdraft.data.sources import open_source, prompts_of, texts_of
 from csdraft.data.tally import Counted, Tally
@@ -33,9 +33,10 @@ __all__ = ["GenerateArguments", "beginnings", "generate"]
 
 FIXED = ("target", "target_revision", "chat_template", "chat_template_options", "max_new_tokens", "sampled",
          "temperature", "seed")  # fmt: skip
-"""What must not change between runs that write one data set. That prompts do not is checked row by row."""
+"""Arguments that must not change between runs that write one data set. Prompts are compared row by row."""
 
 OF_A_RUN = ("rank", "world_size", "threads", "engine", "engine_timeout")
+"""Arguments that do not describe the data set."""
 
 
 @dataclass
@@ -81,23 +82,23 @@ class GenerateArguments(TargetArguments):
 
 
 def generate(args: GenerateArguments, assistant: Any) -> Any:
-    """Lets the target write on; continues where a killed run stopped.
+    """Lets the target continue prompts; a run that was killed continues where it stopped.
 
-    Rows go to `output_dir/parts`, a file for each process. When all are there, the process that comes last stores them
-    as a data set in `output_dir`, in the order of their prompts. Row i is sampled with row seed i (if `seed` is 0), so
-    that its text does not depend on the drafter, nor, but for rounding, on batches, processes and interruptions.
+    Rows go to `output_dir/parts`, one file for each process. The process that finishes last stores them all as a data
+    set in `output_dir`, in the order of their prompts. Row i is sampled with row seed i (if `seed` is 0), so its text
+    does not depend on the drafter, nor, except for rounding, on batches, processes and interruptions.
 
     Args:
         args: see `GenerateArguments`.
-        assistant: for `target.generate`; it changes how fast texts come, not what they say.
+        assistant: for `target.generate`; it changes the speed, not the text.
 
     Returns:
         A `datasets.Dataset` of `input_ids`, `prompt_length` and `index`, which `read_rows` reads; None while other
-        processes have rows to write.
+        processes still have rows to write.
 
     Raises:
-        ValueError: before the target is loaded, for data that cannot be read, prompts that do not fit, and an
-            `output_dir` that cannot be written or that other prompts or another target filled.
+        ValueError: before the target is loaded, if the data cannot be read, prompts do not fit, or `output_dir` cannot
+            be written or holds rows of other prompts or of another target.
     """
     if importlib.util.find_spec("datasets") is None:
         raise ValueError("storing what a target writes needs datasets: pip install csdraft[train]")
@@ -114,20 +115,20 @@ def generate(args: GenerateArguments, assistant: Any) -> Any:
         if missing:
             wanted = [row for rows in missing for row in rows if row not in places]
             if args.engine is None:
-                written = Writer(args, args.load_target(), tokenizer, assistant, prompts).rows(missing)
+                written = rows_of_target(args, args.load_target(), tokenizer, assistant, prompts, missing)
             else:
                 written = rows_of_engine(args, config, tokenizer, prompts, wanted)
             append(args, prompts, set(wanted), written)
             places = find_rows(folder / "parts", prompts)
         if len(places) < len(prompts):
-            print(f"{len(prompts) - len(places):,} rows are still to come from other processes")
+            print(f"other processes still have {len(prompts) - len(places):,} rows to write")
             return None
         store(folder, [places[row] for row in range(len(prompts))])
     return load(args, folder, prompts, tokenizer)
 
 
 def read_starts(args: GenerateArguments, config: Any, tokenizer: Any) -> Counted:
-    """Token ids of what the target writes on from: prompts, or beginnings of texts."""
+    """Token ids of what the target continues: prompts, or beginnings of texts."""
     context = getattr(config, "max_position_embeddings", None)
     longest = None if config.is_encoder_decoder or not context else context - args.max_new_tokens
     opened = open_source(args.dataset, args.split, args.dataset_limit, in_memory=True)
@@ -152,17 +153,14 @@ def read_starts(args: GenerateArguments, config: Any, tokenizer: Any) -> Counted
 def beginnings(
     texts: Sequence[Sequence[int]], length: int, seed: int = 0, bos: int | None = None
 ) -> Iterator[list[int]]:
-    """Endless pieces of `length` tokens from anywhere in the texts; the same for the same seed.
+    """Endlessly draws pieces of `length` tokens from anywhere in the texts.
 
     Args:
-        texts: token ids of each; one that is not longer than `length` is left out.
-        length: tokens of a piece.
-        seed: of the choice.
-        bos: a token that opens every piece, if it opens the texts.
+        texts: token ids of each, longer than `length`.
+        length: tokens in a piece.
+        seed: the same seed gives the same pieces.
+        bos: begin-of-text token; pieces of texts that start with it start with it, too.
     """
-    texts = [text for text in texts if len(text) > length]
-    if not texts:
-        raise ValueError(f"no text has more than {length} tokens; ask for shorter beginnings")
     weights = list(accumulate(map(len, texts)))
     chosen = random.Random(seed)
     while True:
@@ -173,12 +171,12 @@ def beginnings(
 
 
 def is_sampled(row: int, share: float) -> bool:
-    """Whether a row is sampled rather than greedy: `share` of them are, evenly spread."""
+    """Whether a row is sampled rather than greedy; the `share` of sampled rows is spread evenly."""
     return int((row + 1) * share) > int(row * share)
 
 
 def check_same(path: Path, args: GenerateArguments, tally: Tally) -> None:
-    """Raises ValueError if what is there was written with other arguments; notes these, and the counts of the data."""
+    """Raises ValueError if `path` names other arguments; then writes these, and the data's counts, to it."""
     document = {name: value for name, value in asdict(args).items() if name not in OF_A_RUN}
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     check_unchanged(
@@ -192,7 +190,7 @@ def check_same(path: Path, args: GenerateArguments, tally: Tally) -> None:
 
 
 def find_rows(folder: Path, prompts: Sequence[list[int]]) -> dict[int, Place]:
-    """Where the finished rows of these prompts are."""
+    """Where these prompts' finished rows are, by number."""
     places: dict[int, Place] = {}
     for row, place in finished(folder):
         if row["index"] < len(prompts):
@@ -202,77 +200,59 @@ def find_rows(folder: Path, prompts: Sequence[list[int]]) -> dict[int, Place]:
 
 
 def check_row(row: Mapping[str, Any], prompts: Sequence[list[int]], where: Path) -> None:
-    """Raises ValueError if a row does not follow its prompt."""
+    """Raises ValueError if a row does not start with its prompt."""
     if row["input_ids"][: row["prompt_length"]] != prompts[row["index"]]:
         raise ValueError(
-            f"row {row['index']} in {where} follows another prompt than that of the data now: the data, or how it is "
-            "read, has changed; give another output_dir, or remove that folder"
+            f"row {row['index']} in {where} follows another prompt than the data has: the data, or how it is read, "
+            "has changed; give another output_dir, or remove that folder"
         )
 
 
-@dataclass(frozen=True)
-class Writer:
-    """A target and what it writes on from."""
+@torch.no_grad()
+def rows_of_target(
+    args: GenerateArguments,
+    target: Any,
+    tokenizer: Any,
+    assistant: Any,
+    prompts: Sequence[list[int]],
+    plan: Iterable[Sequence[int]],
+) -> Iterator[tuple[int, list[int]]]:
+    """Each row of the plan's batches with what the target writes after its prompt, an end-of-text token included.
 
-    args: GenerateArguments
-    target: Any
-    tokenizer: Any
-    assistant: Any
-    prompts: Sequence[list[int]]
-
-    def rows(self, batches: Iterable[Sequence[int]]) -> Iterator[tuple[int, list[int]]]:
-        """The rows of whole batches, so that each comes out as it would have: the caller may know some."""
-        for rows in batches:
-            yield from zip(rows, self.write(rows), strict=True)
-
-    @torch.no_grad()
-    def write(self, rows: Sequence[int]) -> list[list[int]]:
-        """What follows the prompts of `rows`, all sampled or all greedy; an end-of-text token is part of it."""
-        encoder = self.target.config.is_encoder_decoder
-        pad = next((t for t in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if t is not None), 0)
-        ids, mask = padded([self.prompts[row] for row in rows], pad, left=not encoder)
-        sample = is_sampled(rows[0], self.args.sampled)
-        texts = self.target.generate(
-            ids.to(self.target.device),
-            attention_mask=mask.to(self.target.device),
-            max_new_tokens=self.args.max_new_tokens,
-            assistant=self.assistant,
-            row_seeds=[(self.args.seed << 32) + row for row in rows],
-            do_sample=sample,
+    Batches are written whole, even if some of their rows are known: that keeps the others' text the same.
+    """
+    encoder = target.config.is_encoder_decoder
+    pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+    end = target.generation_config.eos_token_id
+    ends = end if isinstance(end, list) else [end]
+    for rows in plan:
+        texts = [torch.tensor(prompts[row]) for row in rows]
+        side = "right" if encoder else "left"
+        ids = pad_sequence(texts, batch_first=True, padding_value=pad, padding_side=side)  # (rows, longest)
+        mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True, padding_side=side)
+        sampled = is_sampled(rows[0], args.sampled)  # as all rows of a batch
+        written = target.generate(
+            ids.to(target.device),
+            attention_mask=mask.to(target.device),
+            max_new_tokens=args.max_new_tokens,
+            assistant=assistant,
+            row_seeds=[(args.seed << 32) + row for row in rows],
+            do_sample=sampled,
             pad_token_id=pad,
             use_cache=True,
-            **({} if self.assistant is None else {"reuse": False}),
-            **({"temperature": self.args.temperature, "top_k": 0, "top_p": 1.0} if sample else {}),
+            **({} if assistant is None else {"reuse": False}),
+            **({"temperature": args.temperature, "top_k": 0, "top_p": 1.0} if sampled else {}),
         )
-        end = self.target.generation_config.eos_token_id
-        ends = set(end) if isinstance(end, list) else {end}
-        return [up_to(ends, text) for text in texts[:, 1 if encoder else ids.shape[1] :].tolist()]
-
-
-def padded(texts: Sequence[Sequence[int]], pad: int, left: bool) -> tuple[Tensor, Tensor]:
-    """Token ids, filled up on one side, and which of them are the texts': both (texts, longest) int64."""
-    width = max(map(len, texts))
-    ids = torch.full((len(texts), width), pad)
-    mask = torch.zeros_like(ids)
-    for row, text in enumerate(texts):
-        at = slice(width - len(text), width) if left else slice(len(text))
-        ids[row, at] = torch.tensor(text)
-        mask[row, at] = 1
-    return ids, mask
-
-
-def up_to(ends: set[int], text: list[int]) -> list[int]:
-    """A text without what fills it up after its end."""
-    last = next((i for i, token in enumerate(text) if token in ends), len(text))
-    return text[: last + 1]
+        new = written[:, 1 if encoder else ids.shape[1] :].tolist()  # (rows, new tokens)
+        yield from ((row, up_to_end(text, ends)) for row, text in zip(rows, new, strict=True))
 
 
 def rows_of_engine(
     args: GenerateArguments, config: Any, tokenizer: Any, prompts: Sequence[list[int]], wanted: Sequence[int]
 ) -> Iterator[tuple[int, list[int]]]:
-    """The rows that are wanted, with what a server writes, as it comes."""
+    """The wanted rows with what a server writes after their prompts, in the order in which they finish."""
     if config.is_encoder_decoder:
-        raise ValueError(f"engine={args.engine!r}: a {config.model_type!r} target writes here alone; leave engine out")
+        raise ValueError(f"engine={args.engine!r} cannot write for a {config.model_type!r} target; leave engine out")
     vocab = config.get_text_config(decoder=True).vocab_size
     engine = Engine(
         str(args.engine), args.engine_model, args.target, tokenizer, vocab, ends_at(args, config), args.engine_timeout
@@ -287,7 +267,7 @@ def rows_of_engine(
 
 
 def ends_at(args: GenerateArguments, config: Any) -> set[int]:
-    """The tokens at which the target's texts end, without its weights."""
+    """The target's end-of-text tokens, read without its weights."""
     try:
         found = GenerationConfig.from_pretrained(args.target, revision=args.target_revision or "main").eos_token_id
     except OSError:  # it has no generation_config.json
@@ -298,7 +278,7 @@ def ends_at(args: GenerateArguments, config: Any) -> set[int]:
 def append(
     args: GenerateArguments, prompts: Sequence[list[int]], wanted: set[int], rows: Iterable[tuple[int, list[int]]]
 ) -> None:
-    """Appends the rows that are wanted to this process's file, as they are written."""
+    """Appends the wanted rows to this process's file, as they are written."""
     part = args.part
     title = f"part {part.rank + 1} of {part.world_size}"
     path = Path(args.output_dir, "parts", f"{part.rank:05}.jsonl")
@@ -311,7 +291,7 @@ def append(
 
 
 def load(args: GenerateArguments, folder: Path, prompts: Sequence[list[int]], tokenizer: Any) -> Any:
-    """The stored rows, and the same as a text file where one is wanted."""
+    """The stored rows; also writes them as plain text if `args.text_file` is given."""
     import datasets
 
     rows: Any = datasets.load_from_disk(folder)

@@ -1,4 +1,4 @@
-"""JSON files of rows: an object a line, or one list of objects. What is wrong is told with its file and line."""
+"""Reads JSON files of rows: one object per line, or one list of objects. Errors name the file and line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,23 +18,23 @@ BOM = b"\xef\xbb\xbf"
 
 
 def is_lines(path: Path) -> bool:
-    """Whether a file's name says that it holds an object a line."""
+    """Whether this is a file with one object per line, judging by its name."""
     return path.suffix == ".jsonl" and path.is_file()
 
 
 def read_objects(path: str | Path, limit: int | None = None) -> list[dict[str, Any]]:
-    """The rows of a file. A `null` in place of an object is a row without columns.
+    """A file's rows. A `null` is a row without columns.
 
     Args:
-        path: of a file of lines, or of one list; packed if its name ends in .gz, .xz or .bz2.
-        limit: rows read at most; what follows them is not looked at.
+        path: a file of lines, or of one list; compressed if its name ends in .gz, .xz or .bz2.
+        limit: the most rows to return; those after them are not checked.
 
     Raises:
-        ValueError: a line is no JSON, no object or no UTF-8; it names file, line (from 1) and row (from 0).
+        ValueError: a line is not JSON, not an object or not UTF-8; it names file, line (from 1) and row (from 0).
     """
-    if first_line(path).startswith(b"["):
-        return _listed(Path(path))[:limit]
-    return list(islice(_rows(Path(path)), limit))
+    path = Path(path)
+    values = _listed(path) if first_line(path).startswith(b"[") else _on_lines(path)
+    return [_object(value, where, path) for where, value in islice(values, limit)]
 
 
 def first_line(path: str | Path) -> bytes:
@@ -52,21 +52,22 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
         yield (line.removeprefix(BOM) if number == 0 else line).strip()
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
+def _on_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Each value with its place."""
     row = 0
     with _opened(path) as file:
         for number, line in enumerate(_lines(file), 1):
             if line:
-                yield _object(
-                    _parsed(line, f"line {number} (row {row}) of {path}"), f"line {number} (row {row})", path
-                )
+                where = f"line {number} (row {row})"
+                yield where, _parsed(line, f"{where} of {path}")
                 row += 1
 
 
-def _listed(path: Path) -> list[dict[str, Any]]:
+def _listed(path: Path) -> Iterable[tuple[str, Any]]:
+    """Each value with its place."""
     with _opened(path) as file:
         whole = _parsed(file.read().removeprefix(BOM), str(path))
-    return [_object(value, f"row {row}", path) for row, value in enumerate(whole)]
+    return ((f"row {row}", value) for row, value in enumerate(whole))
 
 
 def _parsed(text: bytes, where: str) -> Any:

@@ -1,7 +1,7 @@
-"""Conversations as data sets spell them, made into the messages that chat templates read.
+"""Turns the conversations of data sets, in their various formats, into the messages that chat templates read.
 
-A message has `role` and `content`; an assistant's may have `tool_calls` instead, or reasoning beside it. A key whose
-value is null is a missing key, as transformers has it from 5.24 on.
+A message has `role` and `content`; an assistant's may have `tool_calls` instead, or reasoning as well. A key whose
+value is null counts as missing, as in transformers from 5.24 on.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ SPEAKERS = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
     "model": "assistant", "function_call": "assistant", "observation": "tool", "function_response": "tool",
 }  # fmt: skip
-"""ShareGPT's names, and those of tools that write its format."""
+"""Roles by their names in ShareGPT's format, and in that of tools that write it."""
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 TEXT_PARTS = ("text", "input_text", "output_text")
 REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Names that transformers knows for an assistant's reasoning."""
+"""Keys under which transformers knows an assistant's reasoning."""
 
 
 def as_messages(turns: Any) -> list[dict[str, Any]]:
-    """The messages of a conversation; `Unusable` says what is wrong with it.
+    """A conversation's messages; raises `Unusable` if something is wrong with it.
 
     Args:
         turns: a list of `{"role": ..., "content": ...}` or of ShareGPT's `{"from": ..., "value": ...}`; that list as
-            JSON text; or, as older data sets store it, an object of lists.
+            JSON text; or an object of lists, as in older data sets.
     """
     turns = _unzipped(_from_json(turns))
     if isinstance(turns, str) or not isinstance(turns, Sequence):
@@ -47,7 +47,7 @@ def as_messages(turns: Any) -> list[dict[str, Any]]:
 
 
 def as_tools(tools: Any) -> list[dict[str, Any]] | None:
-    """Descriptions of tools for a chat template, from a list of objects or its JSON text; None if there are none."""
+    """Descriptions of tools for a chat template, from a list of objects or its JSON text; None if it is empty."""
     tools = _from_json(tools)
     if tools is None or tools == "" or tools == []:
         return None
@@ -59,7 +59,7 @@ def as_tools(tools: Any) -> list[dict[str, Any]] | None:
 
 
 def kind_of(value: Any) -> str:
-    """What a value is, for messages."""
+    """A value's type in JSON's terms, for messages."""
     if value is None:
         return "null"
     names = ((str, "text"), (bool, "true or false"), (int | float, "a number"), (Mapping, "an object"))
@@ -68,18 +68,18 @@ def kind_of(value: Any) -> str:
 
 
 def is_broken(text: str) -> bool:
-    """Whether there is half a character, as JSON has it of an emoji that was cut: tokenizers refuse it."""
+    """Whether a text has half a character, such as JSON can hold of a cut emoji; tokenizers refuse it."""
     return not text.isascii() and SURROGATE.search(text) is not None
 
 
 def in_parts(message: Message) -> bool:
-    """Whether the content is a list of text parts, as `as_messages` leaves it."""
+    """Whether the content is a list of text parts."""
     content = message.get("content")
     return isinstance(content, list) and bool(content) and all(_is_text_part(part) for part in content)
 
 
 def text_of_parts(message: Message) -> dict[str, Any]:
-    """The message with its text parts as one text, a line break between two of them."""
+    """The message with its text parts joined by line breaks."""
     return {**message, "content": "\n".join(part["text"] for part in message["content"])}
 
 
@@ -91,7 +91,7 @@ def says_something(message: Message) -> bool:
 
 
 def _from_json(value: Any) -> Any:
-    """A list that was stored as JSON text; anything else as it is."""
+    """The list that a JSON text holds; anything else unchanged."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
     try:
@@ -101,7 +101,7 @@ def _from_json(value: Any) -> Any:
 
 
 def _unzipped(turns: Any) -> Any:
-    """`{"role": [...], "content": [...]}` as a list of objects."""
+    """Turns `{"role": [...], "content": [...]}` into a list of objects."""
     if not isinstance(turns, Mapping) or not turns or not all(isinstance(column, list) for column in turns.values()):
         return turns
     if len({len(column) for column in turns.values()}) != 1:
@@ -126,7 +126,7 @@ def _message(turn: Any) -> dict[str, Any]:
 
 
 def _called(said: str) -> list[dict[str, Any]]:
-    """LLaMA-Factory's tool calls: JSON text of `{"name": ..., "arguments": ...}`, or of a list of these."""
+    """LLaMA-Factory's tool calls: JSON text of `{"name": ..., "arguments": ...}` or of a list of them; else empty."""
     try:
         calls = json.loads(said)
     except ValueError:
@@ -138,7 +138,7 @@ def _called(said: str) -> list[dict[str, Any]]:
 
 
 def _with_calls(message: dict[str, Any]) -> dict[str, Any]:
-    """The message with `tool_calls` as templates read them: objects whose arguments are objects, or no such key."""
+    """The message with `tool_calls` as templates read them: arguments are objects, and an empty list has no key."""
     old = message.pop("function_call", None)
     calls = _from_json(message.pop("tool_calls", [{"type": "function", "function": old}] if old else []))
     if not calls:
@@ -152,7 +152,7 @@ def _call(call: Mapping[str, Any]) -> dict[str, Any]:
     made = {name: value for name, value in call.items() if value is not None}
     if isinstance(made.get("function"), Mapping):
         made["function"] = _call(made["function"])
-    if isinstance(text := made.get("arguments"), str):  # OpenAI's API has them as JSON text, templates write objects
+    if isinstance(text := made.get("arguments"), str):  # JSON text in OpenAI's API, objects in templates
         try:
             arguments = json.loads(text)
         except ValueError:
@@ -162,7 +162,7 @@ def _call(call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_content(message: dict[str, Any]) -> dict[str, Any]:
-    """The message with content that is text or text parts; an assistant's may have none, a tool's may be anything."""
+    """The message with text or text parts as content; an assistant may have none, a tool may return anything."""
     role, content = message["role"], message.get("content")
     if content is None or content == []:
         if role not in ("assistant", "tool"):

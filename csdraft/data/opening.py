@@ -1,8 +1,7 @@
-"""Where rows are stored, and what they hold: a corpus, a file, a saved data set, or a Hub id, opened but not read.
+"""Opens a source of rows (a corpus, a file, a saved data set, or a Hub id) and finds out what its rows hold.
 
-Columns are recognised by name; the first of these that is not empty in every row decides what a source holds:
-`input_ids` (and `prompt_length`): tokens; `messages`: conversations; `prompt` (and `response`): prompts; `text`:
-texts.
+Columns are recognised by name. The first of these columns that some row fills decides: `input_ids` (and
+`prompt_length`) are tokens, `messages` conversations, `prompt` (and `response`) prompts, `text` texts.
 """
 
 from __future__ import annotations
@@ -30,24 +29,26 @@ NAMES: dict[Kind, tuple[str, ...]] = {
 }
 RESPONSES = ("response", "completion", "answer", "output")
 TOOLS = "tools"
-"""The column of the tools that a row's conversation may call."""
+"""The column with the tools that a row's conversation may call."""
 GIVEN = ("prompt_length", "scored", "index")
-"""Columns that tokens may already have."""
+"""Columns that may accompany tokens."""
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 SAVED = ("dataset_info.json", "dataset_dict.json")
-"""What `save_to_disk` leaves in a folder."""
+"""Files that `save_to_disk` writes into a folder."""
+UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, lzma.LZMAError)
+"""Errors of reading damaged files, besides those that `datasets` defines."""
 
 
 class Source(NamedTuple):
-    """Opened, but not read.
+    """An open source, whose rows have not been read.
 
     Attributes:
         examples: a list of dicts or a `datasets.Dataset`.
-        column: what decided on `kind`.
-        response: the column of what follows prompts, if there is one.
-        turns: whether prompts or texts are lists of messages.
-        columns: those that are read.
-        features: of a `datasets.Dataset`, by column.
+        column: the column that decided on `kind`.
+        response: the column with what follows prompts, if there is one.
+        turns: whether the rows are lists of messages.
+        columns: the columns that are read.
+        features: the column types of a `datasets.Dataset`.
     """
 
     name: str
@@ -59,16 +60,22 @@ class Source(NamedTuple):
     columns: tuple[str, ...]
     features: Mapping[str, Any] | None = None
 
+    def cleaned(self, example: Mapping[str, Any]) -> Mapping[str, Any]:
+        """An example's columns without the nulls that Arrow adds to objects whose keys differ."""
+        if self.features is None or self.kind not in ("chat", "prompt"):
+            return example
+        return {name: _without_nulls(value, self.features[name]) for name, value in example.items()}
+
 
 def open_source(source: str, split: str = "train", limit: int | None = None, in_memory: bool = False) -> Source:
-    """The examples of a source as they are stored, and what they hold.
+    """Opens a source and finds out what it holds.
 
     Args:
         source, split, limit: as for `csdraft.data.sources.read_rows`.
-        in_memory: a local file of JSON lines is read without `datasets`; for prompts, which are few.
+        in_memory: reads a local file of JSON lines without `datasets`; for prompts, which are few.
 
     Raises:
-        ValueError: the source cannot be read, is empty, or has no column of a known name.
+        ValueError: the source cannot be read, is empty, or has no column with a known name.
     """
     if in_memory and is_lines(Path(source)):
         examples: Any = read_objects(source, limit)
@@ -86,12 +93,22 @@ def open_source(source: str, split: str = "train", limit: int | None = None, in_
 
 @contextmanager
 def named(source: str) -> Iterator[None]:
-    """Bytes that are no UTF-8 become an error that says where: Arrow stores them, and fails when they are read."""
+    """Names the file and line of text that is not UTF-8; Arrow stores such text, and fails only when it is read."""
     try:
         yield
     except UnicodeDecodeError as error:
         _name_broken_line(Path(source))
         raise ValueError(f"{source!r} has text that is not UTF-8 ({error}); convert it, or remove that row") from error
+
+
+def _without_nulls(value: Any, feature: Any) -> Any:
+    """A value without the nulls that Arrow adds. A column of type Json keeps its nulls: they were in the file."""
+    inner = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
+    if isinstance(value, list) and inner is not None:
+        return [_without_nulls(each, inner) for each in value]
+    if isinstance(value, Mapping) and isinstance(feature, Mapping):
+        return {name: _without_nulls(each, feature.get(name)) for name, each in value.items() if each is not None}
+    return value
 
 
 # What the columns hold.
@@ -107,30 +124,29 @@ def _described(source: str, examples: Any) -> Source:
         found = f"columns {', '.join(columns)}" if columns else "no columns"
         raise ValueError(f"{source!r} has {found}; one of them must be {wanted}: rename it")
     filled = (found for found in known if _first(examples, found[1]) is not None)
-    kind, column = next(filled, known[0])  # if no row has anything, reading it says so
+    kind, column = next(filled, known[0])  # if all are empty, reading the rows reports it
     turns = kind == "chat" or (kind == "prompt" and _is_turns(_first(examples, column, _is_usual)))
     response = _response(examples, columns, turns) if kind == "prompt" else None
     others = {"tokens": GIVEN, "text": ()}.get(kind, (TOOLS,))
     read = (column, *([response] if response else []), *(name for name in others if name in columns))
     features = None
-    if not isinstance(examples, list):  # others, images perhaps, are not even decoded
+    if not isinstance(examples, list):  # other columns, such as images, are never decoded
         examples = examples.select_columns(list(read))
         features = dict(examples.features)
     return Source(source, examples, kind, column, response, turns, read, features)
 
 
 def _response(examples: Any, columns: Sequence[str], turns: bool) -> str | None:
-    """The first column of answers: texts, or, after conversations, messages. A column of other objects is not one."""
+    """The first column of answers: texts, or messages after conversations, but no other objects."""
     for name in (name for name in RESPONSES if name in columns):
-        value = _first(examples, name, _is_usual)
-        other = _first(examples, name) if value is None else None
-        if (turns or isinstance(value, str)) if value is not None else not isinstance(other, list | Mapping):
-            return name  # numbers, or nothing: reading them says so
+        value = _first(examples, name, _is_usual) or _first(examples, name)
+        if (turns and _is_turns(value)) or not isinstance(value, list | Mapping):
+            return name  # if these are numbers, or all empty, reading the rows reports it
     return None
 
 
 def _is_usual(value: Any) -> bool:
-    """Whether it is a text or looks like a conversation."""
+    """Whether a value is a text or looks like a conversation."""
     return _is_turns(value) or (isinstance(value, str) and value != "")
 
 
@@ -150,7 +166,7 @@ def _is_filled(value: Any) -> bool:
 
 
 def _first(examples: Any, column: str, wanted: Callable[[Any], bool] = _is_filled) -> Any:
-    """The first value of a column that is wanted; None if there is none."""
+    """The first value in a column for which `wanted` is true; None if there is none."""
     return next(filter(wanted, _values(examples, column)), None)
 
 
@@ -162,11 +178,11 @@ def _values(examples: Any, column: str) -> Iterator[Any]:
             yield from batch[column]
 
 
-# Where they are.
+# Opening.
 
 
 def _is_corpus(source: str) -> bool:
-    """Whether `read_corpus` reads it: not a folder that `datasets` understands better."""
+    """Whether `read_corpus` reads a source, rather than `datasets`."""
     path = Path(source)
     if path.is_dir():
         return not _is_saved(path) and not any(file.suffix in BUILDERS for file in path.rglob("*.*"))
@@ -178,7 +194,7 @@ def _is_saved(path: Path) -> bool:
 
 
 def _corpus(source: str, split: str) -> list[dict[str, str]]:
-    """Documents in a fixed shuffled order."""
+    """The documents, shuffled in the same way every time."""
     documents = read_corpus(source)
     if source in LIBRARIES:
         parts = dict(zip(("train", "test"), parted(documents), strict=True))
@@ -196,20 +212,31 @@ def _dataset(source: str, split: str) -> Any:
     path = Path(source)
     if not path.exists() and path.suffix in BUILDERS:
         raise ValueError(f"there is no file {source!r}; give an existing file or folder, or a Hub id")
-    if path.is_file() and _suffix(path) in (".json", ".jsonl"):
-        return _json(path, split, datasets)
+    by_hand = path.is_file() and path.suffix in (".json", ".jsonl", *OPENERS) and _suffix(path) in (".json", ".jsonl")
     try:
+        if by_hand and first_line(path) in (b"", b"null"):  # pyarrow 26 ends the process if the first row is null
+            return read_objects(path)
         return _loaded(source, split, datasets)
-    except (OSError, ValueError, KeyError, TypeError, datasets.exceptions.DatasetsError) as error:
+    except (*UNREADABLE, datasets.exceptions.DatasetsError) as error:
+        failure = error
+    try:
+        if by_hand and not isinstance(failure, OSError):  # reads what `datasets` cannot, or names the broken line
+            return read_objects(path)
         _name_broken_line(path)
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        failure = error
+    if path.is_file():
         raise ValueError(
-            f"split {split!r} of the data set {source!r} cannot be read: {_reason(error)}. Where it has others, "
-            "choose with split= (eval_split= of evaluation prompts)"
-        ) from error
+            f"the file {source!r} cannot be read: {_reason(failure)}; give another file, or write it again"
+        ) from failure
+    raise ValueError(
+        f"split {split!r} of the data set {source!r} cannot be read: {_reason(failure)}. Where it has others, "
+        "choose with split= (eval_split= of evaluation prompts)"
+    ) from failure
 
 
 def _name_broken_line(path: Path) -> None:
-    """Raises ValueError if a file of JSON lines, or one in a folder of them, has a line that is wrong."""
+    """Raises ValueError if a file of JSON lines, or one in a folder of them, has a broken line."""
     for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
         if is_lines(file):
             read_objects(file)
@@ -242,31 +269,7 @@ def _loaded(source: str, split: str, datasets: Any) -> Any:
     return datasets.load_dataset(name, config or None, split=split, revision=revision or None)
 
 
-def _json(path: Path, split: str, datasets: Any) -> Any:
-    """A file of JSON rows. What `datasets` cannot read is read here, which names the line that is wrong."""
-    readable = path.suffix in (".json", ".jsonl", *OPENERS)
-    try:
-        if readable and first_line(path) in (b"", b"null"):  # pyarrow 26 ends the process if the first row is null
-            return read_objects(path)
-        try:
-            return datasets.load_dataset("json", data_files={split: str(path)}, split=split)
-        except (ValueError, KeyError, TypeError, AttributeError, datasets.exceptions.DatasetsError):
-            if not readable:
-                raise
-            return read_objects(path)
-    except (
-        OSError,
-        EOFError,
-        lzma.LZMAError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        datasets.exceptions.DatasetsError,
-    ) as error:
-        raise ValueError(f"the file {str(path)!r} cannot be read: {_reason(error)}; write it again") from error
-
-
 def _reason(error: BaseException) -> str:
-    """What an error says, and what caused it."""
+    """The messages of an error and of its cause, on one line."""
     said = [str(each) for each in (error, error.__cause__) if each is not None and str(each)]
     return " ".join("; ".join(said).split())

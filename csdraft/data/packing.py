@@ -1,44 +1,45 @@
-"""Rows of token ids as batches: several texts in a block, or one text a row, or source and text of an encoder-decoder.
+"""Batches of rows of token ids: several texts in a block, one text a row, or an encoder-decoder's source and text.
 
-Positions restart at 0 with every text of a block. Given no attention mask and no cache, transformers reads the
-boundaries off the positions (`masking_utils.find_packed_sequence_indices`), so that no text sees another; pass
+Positions restart at 0 with every text in a block. Without an attention mask and a cache, transformers finds the
+boundaries from the positions (`masking_utils.find_packed_sequence_indices`), so no text sees another; pass
 `use_cache=False` to the model. Texts are placed by best-fit decreasing (arXiv 2404.10830).
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad as padded
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from csdraft.data.row_arrays import RowArrays
+from csdraft.data.row_arrays import RowArrays, lengths_of, prompt_lengths_of
 
 __all__ = ["IGNORED", "Packed", "Padded", "best_fit", "check_packing", "collate", "collate_seq2seq"]
 
 IGNORED = -100
-"""The label of a token that no loss counts."""
+"""The label of a token that does not count for the loss."""
 
 
 class Packed(Dataset):
-    """Blocks of texts, all of one length.
+    """Blocks of texts, all of the same length.
 
-    Each item has `input_ids`, `position_ids` and `labels`, all (max_length,) int64: `labels` is the token itself where
-    its prediction counts, else `IGNORED`. The first token of a text never counts. Filling comes last in a block, with
+    Each item has `input_ids`, `position_ids` and `labels`, all (max_length,) int64. A label is the token itself if its
+    prediction counts, else `IGNORED`; a text's first token never counts. Padding comes last in a block; it has
     positions of its own and no labels.
 
     Args:
-        rows: `input_ids`, `prompt_length` and, optionally, `scored` each; see `csdraft.data.sources.read_rows`.
-        max_length: tokens of a block.
-        pad: token id for filling up.
-        cache: of what the target computes along these rows; items then have `cached`, (max_length, width), too.
+        rows: each with `input_ids`, `prompt_length` and, optionally, `scored`; see `csdraft.data.sources.read_rows`.
+        max_length: tokens in a block.
+        pad: token id for padding.
+        cache: what the target computed along these rows; items then have `cached`, (max_length, width), too.
 
     Raises:
-        ValueError: there are no rows, one is longer than a block, or the cache is of other rows.
+        ValueError: there are no rows, one is longer than a block, or the cache belongs to other rows.
     """
 
     def __init__(self, rows: Any, max_length: int, pad: int = 0, cache: RowArrays | None = None):
@@ -57,17 +58,17 @@ class Packed(Dataset):
 
 
 class Padded(Dataset):
-    """One text an item, as long as it is; `collate` or `collate_seq2seq` fill up batches.
+    """One text per item, at its own length; `collate` and `collate_seq2seq` pad batches.
 
-    Items are as those of `Packed`. Those of an encoder-decoder are `input_ids` (source,) for the encoder, from the
+    Items are like those of `Packed`. An encoder-decoder's items are `input_ids` (source,) for the encoder, from the
     prompt, and `decoder_input_ids` and `labels` (text,), from what follows it.
 
     Args:
         rows, max_length, pad, cache: as for `Packed`.
-        decoder_start: an encoder-decoder's first token (`config.decoder_start_token_id`); None is decoder-only.
+        decoder_start: an encoder-decoder's first token (`config.decoder_start_token_id`); None if decoder-only.
 
     Raises:
-        ValueError: as for `Packed`; or a row of an encoder-decoder has no prompt, or nothing after it.
+        ValueError: as for `Packed`; or an encoder-decoder's row has no prompt, or nothing after it.
     """
 
     def __init__(
@@ -79,9 +80,9 @@ class Padded(Dataset):
         cache: RowArrays | None = None,
     ):
         lengths = _checked(rows, max_length, cache)
-        if decoder_start is not None and cache is not None:
-            raise ValueError("logits are cached for decoder-only models, and decoder_start says encoder-decoder")
         if decoder_start is not None:
+            if cache is not None:
+                raise ValueError("logits are cached for decoder-only models, and decoder_start says encoder-decoder")
             _check_prompts(rows, lengths)
         self.rows, self.pad, self.decoder_start, self.cache = rows, pad, decoder_start, cache
         self.tokens = sum(lengths)
@@ -96,8 +97,8 @@ class Padded(Dataset):
 
 
 def _checked(rows: Any, max_length: int, cache: RowArrays | None) -> list[int]:
-    """Tokens of each row, which are neither none nor too many."""
-    lengths = list(_lengths(rows))
+    """Each row's number of tokens, at most `max_length`."""
+    lengths = lengths_of(rows).tolist()
     if not lengths:
         raise ValueError("there are no rows to train on; give a data set that is not empty")
     if max(lengths) > max_length:
@@ -108,21 +109,9 @@ def _checked(rows: Any, max_length: int, cache: RowArrays | None) -> list[int]:
     return lengths
 
 
-def _lengths(rows: Any) -> Iterator[int]:
-    if isinstance(rows, list):
-        yield from (len(row["input_ids"]) for row in rows)
-    else:
-        for batch in rows.with_format("numpy", columns=["input_ids"]).iter(1000):
-            yield from map(len, batch["input_ids"])
-
-
 def _check_prompts(rows: Any, lengths: Sequence[int]) -> None:
-    """An encoder-decoder reads a prompt and writes what follows it: every row must have both."""
-    if isinstance(rows, list):
-        prompts = [row.get("prompt_length", 0) for row in rows]
-    else:
-        prompts = rows["prompt_length"] if "prompt_length" in rows.column_names else [0] * len(lengths)
-    for index, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+    """An encoder-decoder reads a prompt and writes what follows it, so every row must have both."""
+    for index, (prompt, length) in enumerate(zip(prompt_lengths_of(rows).tolist(), lengths, strict=True)):
         if not 0 < prompt < length:
             raise ValueError(
                 f"row {index} has a prompt of {prompt} tokens and {length - prompt} after it; an encoder-decoder "
@@ -153,30 +142,28 @@ def _seq2seq(row: Mapping[str, Any], start: int) -> dict[str, Tensor]:
     }
 
 
-def _filled(example: dict[str, Tensor], length: int, pad: int) -> dict[str, Tensor]:
-    """The example with a text of `pad` behind it that no loss counts, `length` tokens together."""
+def _filled(example: Mapping[str, Tensor], length: int, pad: int) -> dict[str, Tensor]:
+    """The example padded on the right to `length` tokens, where the padding has its own positions and no labels."""
     missing = length - len(example["input_ids"])
-    if missing <= 0:
-        return example
-    filling = {
-        "input_ids": torch.full((missing,), pad),
-        "position_ids": torch.arange(missing),
-        "labels": torch.full((missing,), IGNORED),
+    filled = {
+        "input_ids": padded(example["input_ids"], (0, missing), value=pad),
+        "position_ids": torch.cat([example["position_ids"], torch.arange(missing)]),
+        "labels": padded(example["labels"], (0, missing), value=IGNORED),
     }
     if "cached" in example:
-        filling["cached"] = torch.zeros(missing, example["cached"].shape[1])
-    return {name: torch.cat([example[name], filling[name]]) for name in example}
+        filled["cached"] = padded(example["cached"], (0, 0, 0, missing))  # (length, width)
+    return filled
 
 
 def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Which texts share a block: the longest first, each into the fullest block that has room.
+    """Which texts share a block: the longest text first, each in the fullest block that has room.
 
     Args:
-        lengths: tokens of each text, none above `size`.
-        size: of a block.
+        lengths: each text's number of tokens, at most `size`.
+        size: tokens in a block.
     """
     blocks: list[list[int]] = []
-    with_room: dict[int, list[int]] = {}  # room -> blocks that have just that
+    with_room: dict[int, list[int]] = {}  # room -> blocks with exactly that room
     rooms: list[int] = []  # the keys, sorted
     for text in sorted(range(len(lengths)), key=lambda text: (-lengths[text], text)):
         at = bisect_left(rooms, lengths[text])
@@ -189,8 +176,7 @@ def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
             room, block = size, len(blocks)
             blocks.append([])
         blocks[block].append(text)
-        left = room - lengths[text]
-        if left:
+        if left := room - lengths[text]:
             if left not in with_room:
                 insort(rooms, left)
             with_room.setdefault(left, []).append(block)
@@ -200,20 +186,20 @@ def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
 def collate(examples: Sequence[Mapping[str, Tensor]], pad: int = 0) -> dict[str, Tensor]:
     """A batch of items: `input_ids`, `position_ids`, `labels`, (rows, longest) int64; `cached` if items have it.
 
-    There is no attention mask: filling follows the texts and has positions of its own, so no text sees it, whatever
+    There is no attention mask: padding follows the texts and has positions of its own, so no text sees it, whatever
     `pad` is.
     """
     longest = max(len(example["input_ids"]) for example in examples)
-    filled = [_filled(dict(example), longest, pad) for example in examples]
+    filled = [_filled(example, longest, pad) for example in examples]
     return {name: torch.stack([example[name] for example in filled]) for name in filled[0]}
 
 
 def collate_seq2seq(examples: Sequence[Mapping[str, Tensor]], pad: int = 0) -> dict[str, Tensor]:
-    """A batch of an encoder-decoder's items, filled up on the right.
+    """A batch of an encoder-decoder's items, padded on the right.
 
     Returns:
         `input_ids` and `attention_mask` (rows, source), `decoder_input_ids` and `labels` (rows, text), all int64.
-        The decoder needs no mask: what it is filled up with follows its text.
+        The decoder needs no mask, because its padding follows its text.
     """
     columns = {name: [example[name] for example in examples] for name in examples[0]}
     seen = [torch.ones_like(source) for source in columns["input_ids"]]
@@ -227,13 +213,14 @@ def collate_seq2seq(examples: Sequence[Mapping[str, Tensor]], pad: int = 0) -> d
 
 @torch.no_grad()
 def check_packing(model: Any) -> None:
-    """Raises ValueError if a decoder-only model lets texts of one row see each other (some families' code does).
+    """Raises ValueError if a decoder-only model lets texts in one row see each other (some families' code does).
 
-    Four forwards of four tokens: what follows must not depend on the text before, by the measure of how it would
-    depend on it in one text. The model should be in eval mode.
+    Runs four forwards of four tokens. Changing the first text must change the second text's logits far less than
+    it would if both were one text. The model should be in eval mode.
     """
 
     def change(positions: list[int]) -> float:
+        """How much the last two logits change with the first two tokens."""
         after = [
             model(
                 input_ids=torch.tensor([[*first, 2, 3]], device=model.device),

@@ -1,4 +1,4 @@
-"""Examples of a source, made into rows of token ids one batch at a time; what cannot be used says why."""
+"""Makes a source's examples into rows of token ids, one batch at a time; an example that it cannot use says why."""
 
 from __future__ import annotations
 
@@ -20,15 +20,14 @@ __all__ = [
     "opened",
     "text_of",
     "tokens_of",
-    "without_filled",
 ]
 
 OUTCOME = ("source_row", "cut", "left_out", "detail")
-"""Columns that say what became of an example; see `RowReader`."""
+"""Columns with the outcome of reading an example; see `RowReader`."""
 
 
 class Encoded(NamedTuple):
-    """An example as tokens, before it is cut."""
+    """An example's tokens, before they are cut."""
 
     ids: list[int]
     prompt_length: int = 0
@@ -39,10 +38,10 @@ class Encoded(NamedTuple):
 
 
 def text_of(value: Any, what: str) -> str:
-    """A text that is not null; `Unusable` for anything else.
+    """The value if it is a text that a tokenizer can read, else `Unusable`.
 
     Args:
-        what: it is, such as "response".
+        what: the text's name in the reason, such as "response".
     """
     if value is None:
         raise Unusable(f"no {what}")
@@ -54,7 +53,7 @@ def text_of(value: Any, what: str) -> str:
 
 
 def conversation_of(value: Any) -> list[dict[str, Any]]:
-    """The messages of a conversation that is not null."""
+    """A conversation's messages; `Unusable` if it is null."""
     if value is None:
         raise Unusable("a null conversation")
     return as_messages(value)
@@ -65,17 +64,17 @@ def _are_whole(ids: list[Any]) -> TypeGuard[list[int]]:
 
 
 def tokens_of(example: Mapping[str, Any], number: int, source: Source, tokenizer: Any) -> Encoded:
-    """Token ids that a source already has.
+    """An example that holds token ids.
 
     Raises:
-        ValueError: they are of another tokenizer.
+        ValueError: the ids come from another tokenizer.
     """
     ids = example.get(source.column)
     if ids is None:
         raise Unusable("no tokens")
     if not isinstance(ids, list):
         raise Unusable(f"{kind_of(ids)} in place of tokens")
-    # Where one row has a fraction, Arrow makes fractions of all rows' numbers.
+    # If one row has a float, Arrow turns all rows' numbers into floats.
     ids = [int(token) if type(token) is float and token.is_integer() else token for token in ids]
     if not _are_whole(ids):
         raise Unusable("tokens that are not whole numbers")
@@ -98,21 +97,8 @@ def tokens_of(example: Mapping[str, Any], number: int, source: Source, tokenizer
     return Encoded(ids, given.pop("prompt_length", 0), given)
 
 
-def without_filled(value: Any, feature: Any) -> Any:
-    """A value of a `datasets.Dataset` without the nulls that Arrow fills into objects of differing keys.
-
-    A column of the type Json has none: its nulls were in the file, and stay.
-    """
-    inner = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
-    if isinstance(value, list) and inner is not None:
-        return [without_filled(each, inner) for each in value]
-    if isinstance(value, Mapping) and isinstance(feature, Mapping):
-        return {name: without_filled(each, feature.get(name)) for name, each in value.items() if each is not None}
-    return value
-
-
 def opened(ids: list[int], tokenizer: Any) -> list[int]:
-    """Begins with the begin-of-text token, where the tokenizer has one but leaves it to the user."""
+    """Adds the begin-of-text token if the tokenizer has one but did not add it itself."""
     start = tokenizer.bos_token_id
     return ids if start is None or ids[:1] == [start] else [start, *ids]
 
@@ -127,10 +113,10 @@ def _closed(ids: list[int], tokenizer: Any) -> list[int]:
 
 @dataclass(frozen=True)
 class RowReader:
-    """Examples of a source to rows; called by `datasets.Dataset.map` with batches and the examples' numbers.
+    """Makes rows of a source's examples; `datasets.Dataset.map` calls it with batches and the examples' numbers.
 
-    An example gives one row, a long text several. One that cannot be used gives a row without tokens whose `left_out`
-    and `detail` say why, so that the counts are kept wherever rows are.
+    An example gives one row, a long text several. An example that cannot be used gives a row without tokens whose
+    `left_out` and `detail` say why, so that `datasets` caches the counts along with the rows.
     """
 
     source: Source
@@ -138,11 +124,11 @@ class RowReader:
     max_length: int
     chat: ChatFormat
     version: int = 3
-    """To be raised whenever rows change: `datasets` keeps the rows of readers that look equal."""
+    """Raise it whenever rows change: `datasets` reuses the cached rows of readers that compare equal."""
 
     @property
     def columns(self) -> list[str]:
-        """Of the rows, without `OUTCOME`."""
+        """The rows' columns, without `OUTCOME`."""
         scored = ("scored",) if self.source.turns else ()
         given = [name for name in ("scored", "index") if name in self.source.columns]
         return ["input_ids", "prompt_length", *scored, *given]
@@ -154,30 +140,28 @@ class RowReader:
         return {name: [row[name] for row in rows] for name in (*self.columns, *OUTCOME)}
 
     def rows(self, examples: Sequence[Mapping[str, Any]], numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
-        """Rows of the examples, in their order, with all of `columns` and `OUTCOME`."""
+        """The examples' rows, in order, with all of `columns` and `OUTCOME`."""
         values = [attempt(self._checked, pair) for pair in zip(examples, numbers, strict=True)]
         encoded = iter(self._encoded([value for value in values if not isinstance(value, Unusable)]))
         for number, value in zip(numbers, values, strict=True):
-            found = value if isinstance(value, Unusable) else next(encoded)
             try:
-                if isinstance(found, Unusable):
-                    raise found
-                yield from self._pieces(found, number)
+                if isinstance(value, Unusable):
+                    raise value
+                yield from self._pieces(next(encoded), number)
             except Unusable as why:
                 yield self._row(number, Encoded([]), left_out=why.what, detail=why.detail)
 
     def _checked(self, pair: tuple[Mapping[str, Any], int]) -> Any:
-        """What of an example is made into tokens."""
-        example, number = pair
-        features = self.source.features
-        if features is not None and self.source.kind in ("chat", "prompt"):
-            example = {name: without_filled(value, features[name]) for name, value in example.items()}
+        """An example's tokens; its text, or prompt and response, if these are yet to be tokenized."""
+        example, number = self.source.cleaned(pair[0]), pair[1]
         value = example.get(self.source.column)
         answer = example.get(self.source.response or "")
         if self.source.kind == "tokens":
             return tokens_of(example, number, self.source, self.tokenizer)
         if self.source.turns:
-            return self._turns(conversation_of(value), answer), as_tools(example.get(TOOLS))
+            turns = self._turns(conversation_of(value), answer)
+            ids, scored = scored_chat(turns, self.tokenizer, self.chat, as_tools(example.get(TOOLS)))
+            return Encoded(ids, scored.index(1), {"scored": scored})
         text = text_of(value, "prompt" if self.source.kind == "prompt" else "text")
         if self.source.response is not None:
             return text, _response_of(answer)
@@ -192,12 +176,10 @@ class RowReader:
             answer = [{"role": "assistant", "content": _response_of(answer)}]
         return [*turns, *as_messages(answer)]
 
-    def _encoded(self, values: Sequence[Any]) -> Sequence[Encoded | Unusable]:
-        """Tokens of each value; texts are given to the tokenizer together, which is faster."""
-        if self.source.kind == "tokens" or not values:
+    def _encoded(self, values: Sequence[Any]) -> Sequence[Encoded]:
+        """The tokens of what `_checked` returned; all texts go to the tokenizer together, which is faster."""
+        if self.source.kind == "tokens" or self.source.turns or not values:
             return values
-        if self.source.turns:
-            return [attempt(self._conversation, value) for value in values]
         if self.source.response is None:
             texts = self.tokenizer(list(values))["input_ids"]
             return [Encoded(_closed(opened(ids, self.tokenizer), self.tokenizer)) for ids in texts]
@@ -209,16 +191,12 @@ class RowReader:
             for start, end in zip(starts, ends, strict=True)
         ]
 
-    def _conversation(self, value: tuple[list[dict[str, Any]], Any]) -> Encoded:
-        ids, scored = scored_chat(value[0], self.tokenizer, self.chat, value[1])
-        return Encoded(ids, scored.index(1), {"scored": scored})
-
     def _pieces(self, found: Encoded, number: int) -> Iterator[dict[str, Any]]:
-        """The rows of one example. Texts are in pieces, all else is cut; a row needs a token to train on."""
+        """One example's rows: texts are split into pieces, all else is cut. A row needs a token to train on."""
         ids, size = found.ids, self.max_length
         if len(ids) < 2:
             raise Unusable("fewer than 2 tokens")
-        if self._is_text:
+        if self.source.kind in ("text", "prompt") and self.source.response is None and not self.source.turns:
             for start in range(0, len(ids), size):
                 if len(ids) - start > 1:
                     yield self._row(number, Encoded(ids[start : start + size]))
@@ -237,11 +215,6 @@ class RowReader:
         more = found.more if scored is None else {**found.more, "scored": list(scored)[:size]}
         yield self._row(number, Encoded(ids[:size], found.prompt_length, more), cut=len(ids) > size)
 
-    @property
-    def _is_text(self) -> bool:
-        """Whether rows are read as texts: they are no tokens or conversations, and have no responses."""
-        return self.source.kind in ("text", "prompt") and self.source.response is None and not self.source.turns
-
     def _row(self, number: int, found: Encoded, **outcome: Any) -> dict[str, Any]:
         rest = {"scored": None, "index": number, **found.more, "source_row": number}
         said = {"cut": False, "left_out": "", "detail": "", **outcome}
@@ -257,7 +230,11 @@ def _response_of(answer: Any) -> str:
 
 
 def count(tally: Tally, outcomes: Mapping[str, Sequence[Any]]) -> None:
-    """Adds rows' `OUTCOME`, a list a column, to a tally."""
+    """Adds rows' `OUTCOME` to a tally.
+
+    Args:
+        outcomes: a list for each of these columns.
+    """
     tally.cut += sum(outcomes["cut"])
     for number, what, detail in zip(*(outcomes[name] for name in ("source_row", "left_out", "detail")), strict=True):
         if what:

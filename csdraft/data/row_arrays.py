@@ -1,8 +1,8 @@
-"""What a frozen target computes along texts, on disk: arrays with one entry for each kept position of each row.
+"""What a frozen target computes along texts, stored on disk: arrays with one entry per kept position of each row.
 
 Every process writes its share of the rows into the same files. A row is marked as done after its numbers are written,
-so that a run killed anywhere continues with the next row. What the files take is known, and compared with what is
-free, before the target is loaded.
+so a run that was killed continues with the next row. The size of the files is compared with the free space before the
+target is loaded.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from csdraft.amounts import size_text
@@ -28,21 +29,9 @@ from csdraft.data.shards import Part, batches, write_whole
 from csdraft.data.sources import read_rows
 from csdraft.data.target import TargetArguments
 
-__all__ = ["Column", "RowArguments", "RowArrays", "checksum", "columns_of", "lengths_of", "write_rows"]
+__all__ = ["RowArguments", "RowArrays", "checksum", "lengths_of", "prompt_lengths_of", "write_rows"]
 
 DONE = "done.u8"
-
-
-class Column(NamedTuple):
-    """One file: numbers of this type, `width` of them a position; 0 is a single one."""
-
-    dtype: Any
-    width: int
-
-    @property
-    def bytes(self) -> int:
-        """Bytes a position."""
-        return np.dtype(self.dtype).itemsize * max(self.width, 1)
 
 
 @dataclass(frozen=True)
@@ -53,11 +42,11 @@ class RowArrays:
         folder: of the files.
 
     Attributes:
-        what: how messages call what is kept.
-        document: the file that says what it is.
+        what: the name of the stored values in messages.
+        document: the file that describes the others.
 
     Raises:
-        ValueError: there is nothing, or a part is missing because its writer was stopped.
+        ValueError: the folder holds no such files, or rows are missing because a writer was stopped.
     """
 
     folder: str | os.PathLike[str]
@@ -74,54 +63,73 @@ class RowArrays:
         return len(self.lengths)
 
     def __reduce__(self) -> tuple:
-        """Workers of a data loader open the files themselves."""
+        """A data loader's workers open the files themselves."""
         return type(self), (self.folder,)
 
-    # What a kind says.
+    # Defined by each kind.
 
     @staticmethod
-    def columns(description: Mapping[str, Any]) -> dict[str, Column]:
-        """The files, by name."""
+    def columns(description: Mapping[str, Any]) -> dict[str, np.dtype]:
+        """Each file's name, and the type of one position's entry."""
         raise NotImplementedError
 
     @staticmethod
-    def sizes_of(rows: Any) -> np.ndarray:
-        """(rows,) how many positions of each row are kept."""
+    def numbers(description: Mapping[str, Any]) -> str:
+        """How many numbers each position has, for messages."""
         raise NotImplementedError
 
     @staticmethod
     def advice(description: Mapping[str, Any], bytes_left: int) -> str:
-        """What would fit into so many bytes a position, after "or "."""
+        """What would fit into `bytes_left` per position; completes "give ..., or"."""
+        raise NotImplementedError
+
+    @staticmethod
+    def sizes_of(rows: Any) -> np.ndarray:
+        """(rows,) number of positions kept of each row."""
+        raise NotImplementedError
+
+    @staticmethod
+    def compute(
+        target: Any, ids: Tensor, lengths: np.ndarray, sizes: np.ndarray, description: Mapping[str, Any]
+    ) -> Sequence[Mapping[str, Tensor]]:
+        """What to store of each row, by file.
+
+        Args:
+            target: a causal LM.
+            ids: (rows, longest) int64, padded on the right, on the target's device.
+            lengths: (rows,) tokens of each row.
+            sizes: (rows,) as `sizes_of` gives them.
+        """
         raise NotImplementedError
 
     def packed(self, row: int) -> Tensor:
-        """(length, width) float32 what a training step reads of a row."""
+        """(length, width) what a training step reads along a row."""
         raise NotImplementedError
 
     # Reading.
 
     def read(self, name: str, row: int) -> np.ndarray:
-        """A row's entries of one file, (positions,) or (positions, width)."""
+        """A row's entries in one file, (positions,) or (positions, width)."""
         start, stop = self.ends[row : row + 2]
         return np.array(self.arrays[name][start:stop])
 
     def check(self, rows: Any) -> None:
-        """Raises ValueError if the files are of other rows, or of other parts of them."""
+        """Raises ValueError if the files belong to other rows, or to other positions of them."""
         if self.description["texts"] != (found := checksum(rows)):
             raise ValueError(
                 f"the {self.what} in {self.folder} are of other texts (checksum {self.description['texts']}) than "
                 f"these ({found}); write them again, into another folder"
             )
-        if other := (np.diff(self.ends) != (sizes := self.sizes_of(rows))).nonzero()[0].tolist():
-            row = other[0]
+        stored, sizes = np.diff(self.ends), self.sizes_of(rows)
+        if len(other := (stored != sizes).nonzero()[0]):
             raise ValueError(
-                f"the {self.what} in {self.folder} are of {self.ends[row + 1] - self.ends[row]} positions of row "
-                f"{row}, which has {sizes[row]} after its prompt: prompts were cut otherwise; write them again, into "
+                f"the {self.what} in {self.folder} are of {stored[other[0]]} positions of row {other[0]}, which has "
+                f"{sizes[other[0]]} after its prompt: prompts were cut at another place; write them again, into "
                 "another folder"
             )
 
     def check_target(self, name: str) -> None:
-        """Raises ValueError if they are of another target than `csdraft.data.target.target_name` says."""
+        """Raises ValueError if they come from another target than `name`; see `csdraft.data.target.target_name`."""
         if (found := self.description["target"]) != name:
             raise ValueError(
                 f"the {self.what} in {self.folder} are of the target {found}, not of {name}; write them with this "
@@ -134,12 +142,12 @@ class RowArrays:
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Tokens of each row."""
+        """Each row's number of tokens."""
         return np.load(Path(self.folder, "lengths.npy")).tolist()
 
     @cached_property
     def ends(self) -> list[int]:
-        """Where each row's positions end in the arrays; one more than rows, the first is 0."""
+        """Row i has the entries from `ends[i]` to `ends[i + 1]`."""
         return [0, *np.load(Path(self.folder, "sizes.npy")).cumsum().tolist()]
 
     @cached_property
@@ -153,23 +161,22 @@ class RowArrays:
 
 @dataclass
 class RowArguments(TargetArguments):
-    """A target, and rows that it is to read."""
+    """A target, and the rows that it reads."""
 
-    max_length: int = field(default=512, metadata={"help": "Tokens of a row at most; as when training."})
+    max_length: int = field(default=512, metadata={"help": "Tokens in a row at most; as when training."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_at_least(2, "max_length")
 
     def read(self, what: str) -> tuple[Any, Any]:
-        """The target's config, and the rows as `read_rows` reads them for training; sets torch's threads.
+        """The target's config, and the rows that training reads; also sets torch's threads.
 
         Args:
-            what: is to be kept of them, in messages.
+            what: the name of the stored values in messages.
 
         Raises:
-            ValueError: for data that cannot be read, a target that is no decoder-only model, and rows longer than its
-                context.
+            ValueError: the data cannot be read, the target is not decoder-only, or rows are longer than its context.
         """
         if self.threads:
             torch.set_num_threads(self.threads)
@@ -183,73 +190,66 @@ class RowArguments(TargetArguments):
         return config, read_rows(self.dataset, tokenizer, self.max_length, self.split, self.dataset_limit, self.chat)
 
 
+@torch.no_grad()
 def write_rows(
     kind: type[RowArrays],
     load_target: Callable[[], Any],
-    compute: Callable[[Any, Sequence[Sequence[int]], np.ndarray], Sequence[Mapping[str, np.ndarray]]],
     rows: Any,
     folder: str | os.PathLike[str],
     description: Mapping[str, Any],
-    count: str,
     batch_size: int = 8,
     part: Part | None = None,
 ) -> None:
-    """Writes the files, or what is still missing of them.
+    """Writes the files, or what is still missing in them.
 
     Args:
-        kind: what reads them.
-        load_target: gives a causal LM; called if a row is missing.
-        compute: from the target, the tokens of some rows, and how many positions of each are kept, what is stored of
-            each row, by file.
-        rows: of `csdraft.data.sources.read_rows`.
+        kind: the class that reads them.
+        load_target: returns a causal LM; called only if a row is missing.
+        rows: as `csdraft.data.sources.read_rows` gives them.
         folder: for the files.
-        description: what they are; files of something else are not gone on with.
-        count: of the numbers a position, in words.
+        description: what they hold. Files with another description are not continued.
         batch_size: rows read at once.
-        part: which process of how many this is; None asks the environment.
+        part: which process this is; None reads the environment.
 
     Raises:
         ValueError: the rest does not fit on the disk, or `folder` holds something else.
     """
     path, part = Path(folder), part or Part.of_environment()
-    lengths, sizes, columns = lengths_of(rows), kind.sizes_of(rows), kind.columns(description)
+    lengths, sizes = lengths_of(rows), kind.sizes_of(rows)
     path.mkdir(parents=True, exist_ok=True)
-    _check_disk(path, sizes, kind, description, part, count)
+    _check_disk(path, sizes, kind, description, part)
     _prepare(path, kind, {**description, "rows": len(lengths), "texts": checksum(rows)}, lengths, sizes)
-    ends, arrays = [0, *sizes.cumsum().tolist()], _open(path, columns, int(sizes.sum()), "r+")
-    done = np.memmap(path / DONE, np.uint8, "r+")
+    arrays = _open(path, kind.columns(description), int(sizes.sum()), "r+")
+    done, ends = np.memmap(path / DONE, np.uint8, "r+"), [0, *sizes.cumsum().tolist()]
     missing = [batch for batch in part.of(batches(lengths.tolist(), batch_size)) if not done[batch].all()]
     if not missing:
         return
     target = load_target()
-    for batch in _shown(missing, part, kind.what):
-        found = compute(target, [rows[row]["input_ids"] for row in batch], sizes[batch])
-        for row, values in zip(batch, found, strict=True):
-            for file, value in values.items():
-                arrays[file][ends[row] : ends[row + 1]] = value
-        done[batch] = 1
-
-
-def _shown(missing: Sequence[list[int]], part: Part, what: str) -> Iterator[list[int]]:
-    with tqdm(total=sum(map(len, missing)), unit=" rows", desc=what, disable=part.local_rank > 0) as bar:
+    with tqdm(total=sum(map(len, missing)), unit=" rows", desc=kind.what, disable=part.local_rank > 0) as bar:
         for batch in missing:
-            yield batch
+            texts = [torch.tensor(rows[row]["input_ids"]) for row in batch]
+            ids = pad_sequence(texts, batch_first=True).to(target.device)  # (rows, longest)
+            found = kind.compute(target, ids, lengths[batch], sizes[batch], description)
+            for row, values in zip(batch, found, strict=True):
+                for file, value in values.items():
+                    arrays[file][ends[row] : ends[row + 1]] = value.cpu().numpy()
+            done[batch] = 1
             bar.update(len(batch))
 
 
-def _open(folder: Path, columns: Mapping[str, Column], positions: int, mode: Any) -> dict[str, np.memmap]:
-    shapes = {name: (positions, column.width)[: 2 if column.width else 1] for name, column in columns.items()}
-    return {name: np.memmap(folder / name, columns[name].dtype, mode, shape=shape) for name, shape in shapes.items()}
+def _open(folder: Path, columns: Mapping[str, np.dtype], positions: int, mode: Any) -> dict[str, np.memmap]:
+    """Each file as (positions,) or (positions, width); numpy appends the shape of the column's type."""
+    return {name: np.memmap(folder / name, dtype, mode, shape=(positions,)) for name, dtype in columns.items()}
 
 
 def _prepare(
     folder: Path, kind: type[RowArrays], description: dict[str, Any], lengths: np.ndarray, sizes: np.ndarray
 ) -> None:
-    """Files of full size, which take no place before they are written; the same from every process."""
+    """Creates files of their full size, which are sparse until written; all processes create the same ones."""
     path = folder / kind.document
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     check_unchanged(f"{folder} holds the cache of", found, description, "Give another folder, or remove it")
-    files = {name: int(sizes.sum()) * column.bytes for name, column in kind.columns(description).items()}
+    files = {name: int(sizes.sum()) * dtype.itemsize for name, dtype in kind.columns(description).items()}
     for name, size in {**files, DONE: len(sizes)}.items():
         with open(folder / name, "ab") as file:
             file.truncate(size)
@@ -261,38 +261,54 @@ def _prepare(
 
 
 def _check_disk(
-    folder: Path, sizes: np.ndarray, kind: type[RowArrays], description: Mapping[str, Any], part: Part, count: str
+    folder: Path, sizes: np.ndarray, kind: type[RowArrays], description: Mapping[str, Any], part: Part
 ) -> None:
-    each = sum(column.bytes for column in kind.columns(description).values())
+    """Prints the size of the files; raises ValueError if what is not yet written does not fit."""
+    each = sum(dtype.itemsize for dtype in kind.columns(description).values())
     done = np.fromfile(folder / DONE, np.uint8) if (folder / DONE).is_file() else np.zeros(len(sizes), np.uint8)
     left = sizes[done == 0] if len(done) == len(sizes) else sizes
-    total, needed, free = int(sizes.sum()) * each + len(sizes), int(left.sum()) * each, shutil.disk_usage(folder).free
+    needed, free = int(left.sum()) * each, shutil.disk_usage(folder).free
+    total, needed_text, free_text = map(size_text, (int(sizes.sum()) * each + len(sizes), needed, free))
     if part.rank == 0:
         print(
-            f"{len(sizes):,} rows, {int(sizes.sum()):,} positions x {count} {kind.what}: {size_text(total)} in "
-            f"{folder}, {size_text(needed)} of it to be written; {size_text(free)} are free"
+            f"{len(sizes):,} rows, {int(sizes.sum()):,} positions x {kind.numbers(description)} {kind.what}: {total} "
+            f"in {folder}, {needed_text} still to write; {free_text} free"
         )
     if needed > free:
         raise ValueError(
-            f"the {kind.what} take {size_text(needed)}, but {size_text(free)} are free in {folder}; give another "
-            f"folder, fewer rows, or {kind.advice(description, free // max(int(left.sum()), 1))}"
+            f"the {kind.what} take {needed_text}, but {free_text} are free in {folder}; give another folder, fewer "
+            f"rows, or {kind.advice(description, free // max(int(left.sum()), 1))}"
         )
 
 
+# Columns of rows, which are a list of dicts or a `datasets.Dataset`.
+
+
 def lengths_of(rows: Any) -> np.ndarray:
-    """(rows,) tokens of each."""
-    return np.array([len(row["input_ids"]) for row in columns_of(rows, "input_ids")])
+    """(rows,) int64 number of tokens in each."""
+    return np.array([len(ids) for ids in _token_ids(rows)], dtype=np.int64)
+
+
+def prompt_lengths_of(rows: Any) -> np.ndarray:
+    """(rows,) int64 number of each row's first tokens that are not scored."""
+    if isinstance(rows, list):
+        found = [row.get("prompt_length") for row in rows]
+    else:
+        found = rows["prompt_length"] if "prompt_length" in rows.column_names else [0] * len(rows)
+    return np.array([length or 0 for length in found], dtype=np.int64)
 
 
 def checksum(rows: Any) -> str:
-    """Of all tokens, row by row."""
+    """Checksum of all tokens, row by row."""
     found = 0
-    for row in columns_of(rows, "input_ids"):
-        ids = np.asarray(row["input_ids"], dtype=np.int32)
-        found = zlib.crc32(ids.tobytes() + b"\n", found)
+    for ids in _token_ids(rows):
+        found = zlib.crc32(np.asarray(ids, dtype=np.int32).tobytes() + b"\n", found)
     return f"{found:08x}"
 
 
-def columns_of(rows: Any, *names: str) -> Any:
-    """Rows that need not decode more than these columns."""
-    return rows if isinstance(rows, list) else rows.select_columns([n for n in names if n in rows.column_names])
+def _token_ids(rows: Any) -> Iterator[Any]:
+    if isinstance(rows, list):
+        yield from (row["input_ids"] for row in rows)
+    else:
+        for batch in rows.with_format("numpy", columns=["input_ids"]).iter(1000):
+            yield from batch["input_ids"]

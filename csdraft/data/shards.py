@@ -1,13 +1,13 @@
-"""Work on rows that several processes share and that may be killed at any byte: nothing is lost, nothing done twice.
+"""Rows that several processes write, any of which may be killed at any byte: no row is lost or written twice.
 
-A process takes every so-many-th batch of a plan that depends on the rows alone, and appends a line of JSON for each
-row it has finished to a file of its own. A writer that starts later reads all files; half a line counts as not
-written.
+Each process takes every n-th batch of a plan that depends on the rows alone, and appends one line of JSON for each
+finished row to its own file. A process that starts later reads all files; an incomplete line counts as not written.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import tempfile
 import uuid
@@ -19,13 +19,11 @@ from typing import Any, BinaryIO, NamedTuple
 __all__ = ["Part", "Place", "Shard", "batches", "finished", "store", "stored", "write_whole"]
 
 WINDOW = 32
-"""Batches whose rows are sorted by length together."""
-
-BUFFER = 1 << 20
+"""Number of batches whose rows are sorted by length together."""
 
 
 class Part(NamedTuple):
-    """Of how many processes this is which, and which on its machine."""
+    """One of several processes: its rank, their number, and its rank on its machine."""
 
     rank: int = 0
     world_size: int = 1
@@ -33,7 +31,7 @@ class Part(NamedTuple):
 
     @classmethod
     def of_environment(cls) -> Part:
-        """As `accelerate launch` and `torchrun` say it; one process by itself is all there is."""
+        """As `accelerate launch` and `torchrun` set it; a single process without them."""
         rank, world_size, local_rank = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         return cls(int(rank or 0), int(world_size or 1), int(local_rank or 0))
 
@@ -43,12 +41,12 @@ class Part(NamedTuple):
 
 
 def batches(lengths: Sequence[int], size: int, kinds: Sequence[Any] | None = None) -> list[list[int]]:
-    """Rows of similar lengths together; a longer list of rows leaves all but the last `WINDOW` batches as they were.
+    """Batches of rows of similar length. More rows at the end change only the last `WINDOW` batches.
 
     Args:
-        lengths: tokens of each row.
-        size: rows of a batch.
-        kinds: of each row; a batch has one kind only.
+        lengths: each row's number of tokens.
+        size: rows in a batch.
+        kinds: each row's kind; a batch has rows of one kind only.
     """
     kinds = [0] * len(lengths) if kinds is None else kinds
     plan = []
@@ -62,7 +60,7 @@ def batches(lengths: Sequence[int], size: int, kinds: Sequence[Any] | None = Non
 
 @contextmanager
 def write_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears when it is complete."""
+    """Opens a file that appears under its name only once it is complete."""
     new = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     try:
         with new.open("wb") as file:
@@ -73,15 +71,18 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
 
 
 class Shard:
-    """Appends rows to one file, which a killed process may have left with half a line at its end."""
+    """Appends rows to one file, after removing the incomplete line that a killed process may have left at its end."""
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = path.open("ab")
-        self.file.truncate(_whole_lines(path))
+        self.file = path.open("a+b")
+        if self.file.tell():  # an empty file cannot be mapped
+            with mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ) as written:
+                end = written.rfind(b"\n") + 1
+            self.file.truncate(end)
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Hands the rows to the operating system, which keeps them whatever becomes of this process."""
+        """Hands the rows to the operating system, so that they survive this process."""
         self.file.write(b"".join(json.dumps(row, separators=(",", ":")).encode() + b"\n" for row in rows))
         self.file.flush()
 
@@ -92,22 +93,8 @@ class Shard:
         self.file.close()
 
 
-def _whole_lines(path: Path) -> int:
-    """Bytes up to the end of the last line that has one."""
-    with path.open("rb") as file:
-        end = file.seek(0, os.SEEK_END)
-        while end:
-            start = max(end - BUFFER, 0)
-            file.seek(start)
-            found = file.read(end - start).rfind(b"\n")
-            if found >= 0:
-                return start + found + 1
-            end = start
-    return 0
-
-
 class Place(NamedTuple):
-    """Where a finished row is."""
+    """Where a finished row is stored."""
 
     path: Path
     offset: int
@@ -119,7 +106,7 @@ class Place(NamedTuple):
 
 
 def finished(folder: Path) -> Iterator[tuple[dict[str, Any], Place]]:
-    """All whole rows of a folder's files, from every writer. What is no row (half a line) counts as not written."""
+    """All complete rows in a folder's files, from every process; skips lines that are incomplete or damaged."""
     for path in sorted(folder.glob("*.jsonl")):
         offset = 0
         with path.open("rb") as file:
@@ -138,7 +125,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 
 def stored(folder: Path) -> int:
-    """Rows of the data set that `store` left in a folder; 0 if there is none."""
+    """Number of rows in the data set that `store` left in a folder; 0 if there is none."""
     if not (folder / "dataset_info.json").is_file():
         return 0
     import datasets
@@ -147,12 +134,12 @@ def stored(folder: Path) -> int:
 
 
 def store(folder: Path, places: Sequence[Place]) -> Any:
-    """Rows as a `datasets.Dataset` in `folder`, which replaces one that is there.
+    """Stores rows as a `datasets.Dataset` in `folder` and replaces the one that is there.
 
     Several processes may do so at once; a reader finds the old data set or the new one.
 
     Args:
-        places: of the rows, in their order.
+        places: of the rows, in order.
     """
     import datasets
 
@@ -169,12 +156,12 @@ def store(folder: Path, places: Sequence[Place]) -> Any:
             features,
             cache_dir=scratch,
             gen_kwargs={"places": tuple(places)},
-            fingerprint=uuid.uuid4().hex,  # of this very file: what `datasets` derived from an older one is outdated
+            fingerprint=uuid.uuid4().hex,  # so that `datasets` never reuses what it derived from an older data set
         )
         new = Path(scratch, "new")
         rows.save_to_disk(new)
         data = sorted(path.name for path in new.glob("*.arrow"))
-        for name in [*data, "state.json", "dataset_info.json"]:  # in the order in which each refers to those before
+        for name in [*data, "state.json", "dataset_info.json"]:  # each refers only to files moved before it
             os.replace(new / name, folder / name)
     for path in folder.glob("*.arrow"):
         if path.name not in data:

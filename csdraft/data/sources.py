@@ -1,21 +1,20 @@
 """Training rows and evaluation prompts from any source: a corpus, a file, a saved data set, or a Hub id.
 
-Rows that cannot be used are left out, and counted with the reason: one line on the standard error says so, and
+Rows that cannot be used are left out and counted by reason: one line on standard error reports them, and
 `tally_of(rows)` has the numbers. A source without any usable row is an error.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from csdraft.data.chat import ChatFormat, chat_prompt, check_template
 from csdraft.data.messages import as_tools
 from csdraft.data.opening import TOOLS, Source, named, open_source
-from csdraft.data.reader import OUTCOME, RowReader, conversation_of, count, opened, text_of, tokens_of, without_filled
-from csdraft.data.tally import Counted, Tally, Unusable, attempt, tally_of
+from csdraft.data.reader import OUTCOME, RowReader, conversation_of, count, opened, text_of, tokens_of
+from csdraft.data.tally import Counted, Tally, Unusable, tally_of
 
 __all__ = ["Source", "open_source", "prompts_of", "read_prompts", "read_rows", "revision_of", "tally_of", "texts_of"]
 
@@ -30,18 +29,19 @@ def read_rows(
     limit: int | None = None,
     chat: ChatFormat | None = None,
 ) -> Any:
-    """Texts as rows of token ids: a list of dicts, or a `datasets.Dataset` where the source is one.
+    """Texts as rows of token ids: a list of dicts, or a `datasets.Dataset` if the source is one.
 
-    A long text is cut into pieces of `max_length`, each a row; what follows a prompt is cut to fit. A prompt without a
-    response is a text. A text opens with the tokenizer's begin-of-text token and closes with its end-of-text token.
-    Rows that cannot be used are left out, and counted as `csdraft.data.tally` says.
+    A long text is split into pieces of `max_length`, each of them a row; what follows a prompt is cut to fit. A prompt
+    without a response is a text. A text starts with the tokenizer's begin-of-text token and ends with its end-of-text
+    token. Rows that cannot be used are left out and counted; see `csdraft.data.tally`.
 
     Args:
         source: 'stdlib' or 'stdlib-tests' (this Python's library, and its unit tests); a folder or .txt(.xz) file, as
             `read_corpus` reads them; a .jsonl, .json, .parquet or .csv file; a folder of those, or of `save_to_disk`;
             or a Hub id, `name[:config][@revision]`.
-        split: of the source; these two have 'train' and 'test', parted by file names; a plain file is all of any.
-        limit: texts, prompts or conversations read at most.
+        split: of the source. 'stdlib' and 'stdlib-tests' have 'train' and 'test', split by file name; a plain file is
+            the whole of any split.
+        limit: the most texts, prompts or conversations to read.
         chat: how conversations become tokens; None is the tokenizer's own template without options.
 
     Returns:
@@ -49,8 +49,8 @@ def read_rows(
         and, of conversations, `scored` (one 0 or 1 a token: whether the assistant wrote it).
 
     Raises:
-        ValueError: the source cannot be read, is empty or has no usable row, tokens are not the tokenizer's, or
-            conversations meet a tokenizer without a chat template.
+        ValueError: the source cannot be read, is empty or has no usable row; its tokens are not the tokenizer's; or it
+            holds conversations and the tokenizer has no chat template.
     """
     found, chat = open_source(source, split, limit), chat or ChatFormat()
     if found.turns:
@@ -80,7 +80,7 @@ def _listed(examples: Sequence[Mapping[str, Any]], reader: RowReader, tally: Tal
 
 
 def _mapped(examples: Any, reader: RowReader, tally: Tally) -> Any:
-    """A `datasets.Dataset` of the reader's rows, computed once and kept in the cache of `datasets`."""
+    """A `datasets.Dataset` of the reader's rows, computed once and then read from the cache of `datasets`."""
     import numpy as np
     from datasets import Features, List, Value
 
@@ -115,7 +115,7 @@ def _mapped(examples: Any, reader: RowReader, tally: Tally) -> Any:
 
 
 def revision_of(rows: Any) -> str | None:
-    """The commit of the Hub that these rows were read from; None if they are from elsewhere, or it is not known."""
+    """The Hub commit that these rows were read from; None if they are from elsewhere, or the commit is not known."""
     files = getattr(getattr(rows, "info", None), "download_checksums", None) or {}
     found = {match[1] for file in files if (match := re.match(r"hf://datasets/[^@]+@([0-9a-f]{40})/", file))}
     return found.pop() if len(found) == 1 else None
@@ -130,12 +130,12 @@ def read_prompts(
     chat: ChatFormat | None = None,
     wrapped: bool = False,
 ) -> Counted:
-    """Token ids of prompts: prompts as they are, conversations up to their last user turn, the beginnings of texts.
+    """Token ids of prompts: whole prompts, conversations up to their last user turn, the beginnings of texts.
 
     Args:
         source, split, chat: as for `read_rows`.
-        limit: prompts read at most.
-        longest: tokens of a prompt; a text is cut to it, a longer prompt is an error.
+        limit: the most prompts to read.
+        longest: tokens in a prompt; a text is cut to that, a longer prompt is an error.
         wrapped: whether prompts that are texts go through the chat template, as a user's turn.
     """
     found = open_source(source, split, limit, in_memory=True)
@@ -145,77 +145,79 @@ def read_prompts(
 def prompts_of(
     source: Source, tokenizer: Any, longest: int | None = None, chat: ChatFormat | None = None, wrapped: bool = False
 ) -> Counted:
-    """`read_prompts` of a source that is open."""
+    """`read_prompts` of an open source."""
     chat = chat or ChatFormat()
     if source.turns or wrapped:
         what = f"{source.name!r} holds conversations" if source.turns else "prompts are to be put into a chat template"
         check_template(tokenizer, what, chat)
-    prompts, tally = [], Tally(source.name, len(source.examples), longest)
-    with named(source.name):
-        for number, example in enumerate(source.examples):
-            ids = attempt(partial(_prompt_ids, source, tokenizer, chat, wrapped), (number, example))
-            if isinstance(ids, Unusable):
-                tally.leave_out(number, ids)
-            elif source.kind == "text":
-                prompts.append(ids[:longest])
-            elif longest is not None and len(ids) > longest:
-                raise ValueError(
-                    f"prompt {number} of {source.name!r} (row {number}, column {source.column!r}) has {len(ids)} "
-                    f"tokens, of which {longest} fit; leave it out, or ask for fewer new tokens"
-                )
-            else:
-                prompts.append(ids)
+
+    def ids_of(example: Mapping[str, Any], number: int) -> list[int]:
+        ids = _prompt_ids(source, tokenizer, chat, wrapped, example, number)
+        if not ids:
+            raise Unusable(f"an empty {'text' if source.kind == 'text' else 'prompt'}")
+        if source.kind == "text":
+            return ids[:longest]
+        if longest is not None and len(ids) > longest:
+            raise ValueError(
+                f"prompt {number} of {source.name!r} (row {number}, column {source.column!r}) has {len(ids)} "
+                f"tokens, of which {longest} fit; leave it out, or ask for fewer new tokens"
+            )
+        return ids
+
+    prompts = _usable(source, ids_of)
     if not prompts:
         raise ValueError(
-            f"{source.name!r} holds no prompt that can be used: {tally.read:,} rows read, {tally.reasons}; "
-            f"correct the column {source.column!r}, or give another data set"
+            f"{source.name!r} holds no prompt that can be used: {prompts.tally.read:,} rows read, "
+            f"{prompts.tally.reasons}; correct the column {source.column!r}, or give another data set"
         )
-    tally.show()
-    return Counted(prompts, tally)
+    return prompts
 
 
 def _prompt_ids(
-    source: Source, tokenizer: Any, chat: ChatFormat, wrapped: bool, row: tuple[int, Mapping[str, Any]]
+    source: Source, tokenizer: Any, chat: ChatFormat, wrapped: bool, example: Mapping[str, Any], number: int
 ) -> list[int]:
-    (number, example), features = row, source.features or {}
-    value = without_filled(example.get(source.column), features.get(source.column))
     if source.kind == "tokens":
         tokens = tokens_of(example, number, source, tokenizer)
-        ids = tokens.ids[: tokens.prompt_length or None]
-    elif source.turns:
-        tools = as_tools(without_filled(example.get(TOOLS), features.get(TOOLS)))
-        ids = chat_prompt(conversation_of(value), tokenizer, chat, tools)
-    elif source.kind == "text":
-        ids = opened(tokenizer(text_of(value, "text"))["input_ids"], tokenizer)
-    elif wrapped:
-        message = {"role": "user", "content": text_of(value, "prompt")}
-        ids = chat_prompt([message], tokenizer, chat, as_tools(example.get(TOOLS)))
-    else:
-        ids = tokenizer(text_of(value, "prompt"))["input_ids"]
-    if not ids:
-        raise Unusable(f"an empty {'text' if source.kind == 'text' else 'prompt'}")
-    return ids
+        return tokens.ids[: tokens.prompt_length or None]
+    example = source.cleaned(example)
+    value = example.get(source.column)
+    if source.turns:
+        return chat_prompt(conversation_of(value), tokenizer, chat, as_tools(example.get(TOOLS)))
+    text = text_of(value, "text" if source.kind == "text" else "prompt")
+    if source.kind == "text":
+        return opened(tokenizer(text)["input_ids"], tokenizer)
+    if wrapped:
+        return chat_prompt([{"role": "user", "content": text}], tokenizer, chat, as_tools(example.get(TOOLS)))
+    return tokenizer(text)["input_ids"]
 
 
 def texts_of(source: Source, tokenizer: Any, longer_than: int) -> Counted:
-    """Token ids of texts, in their order, without those that have no more than `longer_than` tokens."""
-    texts, tally = [], Tally(source.name, len(source.examples))
-    for start in range(0, len(source.examples), BATCH):
-        with named(source.name):
-            found = [source.examples[i].get(source.column) for i in range(start, min(start + BATCH, tally.read))]
-        found = [attempt(partial(text_of, what="text"), value) for value in found]
-        encoded = iter(tokenizer([text for text in found if isinstance(text, str)] or [""])["input_ids"])
-        for number, text in enumerate(found, start):
-            ids = next(encoded) if isinstance(text, str) else []
-            if len(ids) > longer_than:
-                texts.append(ids)
-            else:
-                short = Unusable(f"a text of no more than {longer_than} tokens")
-                tally.leave_out(number, text if isinstance(text, Unusable) else short)
+    """Token ids of the texts that have more than `longer_than` tokens, in order."""
+
+    def ids_of(example: Mapping[str, Any], number: int) -> list[int]:
+        ids = tokenizer(text_of(example.get(source.column), "text"))["input_ids"]
+        if len(ids) <= longer_than:
+            raise Unusable(f"a text of no more than {longer_than} tokens")
+        return ids
+
+    texts = _usable(source, ids_of)
     if not texts:
         raise ValueError(
-            f"{source.name!r}: no text has more than {longer_than} tokens ({tally.reasons}); ask for shorter "
+            f"{source.name!r}: no text has more than {longer_than} tokens ({texts.tally.reasons}); ask for shorter "
             "beginnings"
         )
-    tally.show()
-    return Counted(texts, tally)
+    return texts
+
+
+def _usable(source: Source, ids_of: Callable[[Mapping[str, Any], int], list[int]]) -> Counted:
+    """The token ids of each example, given with its number; reports those that are `Unusable` unless all are."""
+    found = Counted([], Tally(source.name, len(source.examples)))
+    with named(source.name):
+        for number, example in enumerate(source.examples):
+            try:
+                found.append(ids_of(example, number))
+            except Unusable as why:
+                found.tally.leave_out(number, why)
+    if found:
+        found.tally.show()
+    return found

@@ -1,4 +1,4 @@
-"""What became of a source's rows: how many were read, left out and why, and cut."""
+"""Counts of a source's rows: how many were read, left out (and why), and cut."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ LONGEST_DETAIL = 160
 
 
 class Unusable(ValueError):
-    """Why one row cannot be used.
+    """A row cannot be used.
 
     Args:
-        what: completes "the row has ...", such as "no response"; rows are counted by it.
-        detail: of this row alone, such as the message of an error.
+        what: the reason; completes "the row has ...", such as "no response". Rows are counted by it.
+        detail: about this row alone, such as an error's message.
     """
 
     def __init__(self, what: str, detail: str = ""):
@@ -29,7 +29,7 @@ class Unusable(ValueError):
 
 
 def attempt(function: Callable[[Any], T], value: Any) -> T | Unusable:
-    """What the function gives, or why it cannot."""
+    """The function's result, or the `Unusable` that it raises."""
     try:
         return function(value)
     except Unusable as error:
@@ -38,7 +38,7 @@ def attempt(function: Callable[[Any], T], value: Any) -> T | Unusable:
 
 @dataclass
 class LeftOut:
-    """Rows that were left out for one reason: how many, the number of the first (from 0), and what it had."""
+    """Rows left out for one reason: how many, the number of the first (from 0), and its detail."""
 
     rows: int
     first: int
@@ -47,13 +47,13 @@ class LeftOut:
 
 @dataclass
 class Tally:
-    """Counts of one reading of a source.
+    """Counts from reading a source once.
 
     Attributes:
         source: its name.
-        read: rows looked at.
+        read: number of rows read.
         left_out: reason -> rows.
-        cut: rows of which only the first `max_length` tokens were kept. A text in several pieces is not cut.
+        cut: rows that lost the tokens after their first `max_length`. A text split into pieces is not cut.
     """
 
     source: str
@@ -74,7 +74,7 @@ class Tally:
 
     @property
     def reasons(self) -> str:
-        """Such as "2 have no response, first row 7; 1 has a null conversation, row 31"."""
+        """For example "2 have no response, first row 7; 1 has a null conversation, row 31"."""
         return "; ".join(
             f"{reason.rows:,} {'has' if reason.rows == 1 else 'have'} {what}, "
             f"{'' if reason.rows == 1 else 'first '}row {reason.first}{reason.detail and f': {reason.detail}'}"
@@ -90,18 +90,18 @@ class Tally:
         return "; ".join(parts)
 
     def show(self) -> None:
-        """One line on the standard error, if rows were left out or cut; the first process of a machine writes it."""
+        """Prints one line to standard error if rows were left out or cut; only a machine's first process does."""
         if (self.left_out or self.cut) and not Part.of_environment().local_rank:
             print(self, file=sys.stderr)
 
     def described(self) -> dict[str, Any]:
-        """For provenance: numbers only, none of the source's text."""
+        """For provenance: numbers only, without any of the source's text."""
         left_out = {what: reason.rows for what, reason in self.left_out.items()}
         return {"read": self.read, "left_out": left_out, "cut": self.cut}
 
 
 class Counted(list):
-    """Rows or prompts, and the `tally` of how they were read."""
+    """Rows or prompts, with the `tally` of reading them."""
 
     def __init__(self, items: Iterable[Any], tally: Tally):
         super().__init__(items)
@@ -109,5 +109,5 @@ class Counted(list):
 
 
 def tally_of(rows: Any) -> Tally | None:
-    """The counts of rows or prompts that `csdraft.data.sources` has read; None for others."""
+    """The counts of rows or prompts that `csdraft.data.sources` read; None for others."""
     return getattr(rows, "tally", None)

@@ -1,4 +1,4 @@
-"""Which target, which data, and where results go: what the scripts that only read a target have in common."""
+"""Arguments shared by the scripts that only read a target: which target, which data, and where results go."""
 
 from __future__ import annotations
 
@@ -24,34 +24,34 @@ __all__ = ["NamesTarget", "TargetArguments", "check_writable", "load_weights", "
 
 
 class NamesTarget(Protocol):
-    """Arguments that say which target."""
+    """Arguments that name a target."""
 
     target: str
     target_revision: str | None
 
 
 def read_target(args: NamesTarget) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
-    """The target's config and tokenizer: a few kilobytes that most checks need."""
+    """The target's config and tokenizer, which are small; most checks need nothing else."""
     options = {"revision": args.target_revision} if args.target_revision else {}
     return AutoConfig.from_pretrained(args.target, **options), AutoTokenizer.from_pretrained(args.target, **options)
 
 
 def load_weights(args: NamesTarget, config: PreTrainedConfig, **options: Any) -> Any:
-    """The target, with these options of `from_pretrained`; those that are None are left out."""
+    """The target, loaded with these options of `from_pretrained`; options that are None are left out."""
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     options = {"revision": args.target_revision, **options}
     return auto.from_pretrained(args.target, **{key: value for key, value in options.items() if value is not None})
 
 
 def target_name(args: NamesTarget) -> str:
-    """What tells one target from another on this machine: a folder's whole path, or a Hub id and the revision."""
+    """The target's unique name on this machine: a folder's absolute path, or a Hub id and its revision."""
     if Path(args.target).is_dir():
         return str(Path(args.target).resolve())
     return f"{args.target}@{args.target_revision}" if args.target_revision else args.target
 
 
 def check_writable(folder: str | None) -> Path:
-    """The folder, which is there after this; ValueError if nothing can be written into it."""
+    """Creates the folder if need be; raises ValueError if nothing can be written into it."""
     try:
         Path(folder or "").mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -63,7 +63,7 @@ def check_writable(folder: str | None) -> Path:
 
 @dataclass
 class TargetArguments:
-    """A target and data for it; names as those of `csdraft.trainers.distill.DistillArguments`."""
+    """A target and its data, named as in `csdraft.trainers.distill.DistillArguments`."""
 
     target: str = field(default="models/smol-target", metadata={"help": "Folder or Hub id of the target."})
     target_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the target."})
@@ -99,7 +99,7 @@ class TargetArguments:
 
     def __post_init__(self) -> None:
         self.check_at_least(1, "batch_size")
-        _ = self.chat  # ValueError now, rather than after the target has been loaded
+        _ = self.chat  # raises ValueError now, before the target is loaded
         if not self.output_dir:
             raise ValueError("output_dir is missing: name a folder for the results")
         if not 0 <= self.part.rank < self.part.world_size:
@@ -117,13 +117,13 @@ class TargetArguments:
 
     @property
     def part(self) -> Part:
-        """Which process of how many this is."""
+        """Which process this is, and of how many."""
         found = Part.of_environment()
         rank = found.rank if self.rank is None else self.rank
         return found._replace(rank=rank, world_size=found.world_size if self.world_size is None else self.world_size)
 
     def folder(self) -> Path:
-        """`output_dir`, which is there and can be written."""
+        """`output_dir`, created and checked."""
         return check_writable(self.output_dir)
 
     def read_target(self) -> tuple[Any, Any]:
@@ -131,7 +131,7 @@ class TargetArguments:
         return read_target(self)
 
     def load_target(self) -> Any:
-        """The target in eval mode; each process of a machine has its own CUDA device, where there are any."""
+        """The target in eval mode; each process on a machine uses its own CUDA device, if there is one."""
         config, _ = self.read_target()
         target = load_weights(self, config, dtype=self.target_dtype, device_map=self.target_device_map).eval()
         if self.target_device_map is not None:

@@ -1,23 +1,22 @@
-"""A frozen target's largest logits on disk, computed once and read many times: training without the target's forward.
+"""A frozen target's largest logits on disk, so that training needs no forward of the target.
 
-Of each position the k most probable tokens are kept, as log-probabilities in float16, ids in int32, and the logsumexp
-of all logits in float32: with it the logits themselves are known again, and how much probability the others share.
-Log-probabilities rather than logits, because float16 is finest near 0, where the tokens are that matter.
+Each position keeps its k most probable tokens: log-probabilities in float16, ids in int32, and the logsumexp of all
+logits in float32. The logsumexp gives back the logits themselves and the probability that all other tokens share.
+Log-probabilities rather than logits, because float16 is most precise near 0, where the likely tokens are.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from csdraft.data.row_arrays import Column, RowArguments, RowArrays, columns_of, lengths_of, write_rows
+from csdraft.data.row_arrays import RowArguments, RowArrays, lengths_of, prompt_lengths_of, write_rows
 from csdraft.data.shards import Part
 from csdraft.data.target import target_name
 
@@ -50,19 +49,19 @@ class TopK(NamedTuple):
 
 
 def dense(packed: Tensor, vocab: int) -> Tensor:
-    """Logits over all tokens, with what the listed ones leave spread evenly over the others.
+    """Logits over all tokens; the tokens that are not listed share the rest of the probability evenly.
 
     Args:
         packed: (positions, 2 k) from `TopK.packed`.
-        vocab: tokens, fewer than 2**24, up to which float32 holds every id.
+        vocab: number of tokens, below 2**24, so that float32 holds every id exactly.
 
     Returns:
         (positions, vocab) float32, normalised.
     """
-    log_probs, ids = packed.float().chunk(2, -1)
+    log_probs, ids = packed.float().chunk(2, -1)  # (positions, k) each
     others = max(vocab - ids.shape[-1], 1)
-    rest = (1 - log_probs.exp().sum(-1, keepdim=True)).clamp(min=1e-7)
-    filled = (rest.log() - np.log(others)).expand(-1, vocab)
+    rest = (1 - log_probs.exp().sum(-1, keepdim=True)).clamp(min=1e-7)  # (positions, 1)
+    filled = (rest.log() - np.log(others)).expand(-1, vocab)  # (positions, vocab)
     return filled.scatter(-1, ids.long(), log_probs).log_softmax(-1)
 
 
@@ -74,30 +73,51 @@ class TargetCache(RowArrays):
     document = "target_cache.json"
 
     @staticmethod
-    def columns(description: Mapping[str, Any]) -> dict[str, Column]:
+    def columns(description: Mapping[str, Any]) -> dict[str, np.dtype]:
         k = description["k"]
-        return {LOG_PROBS: Column(np.float16, k), IDS: Column(np.int32, k), LOGSUMEXP: Column(np.float32, 0)}
+        types = {LOG_PROBS: (np.float16, (k,)), IDS: (np.int32, (k,)), LOGSUMEXP: np.float32}
+        return {name: np.dtype(of) for name, of in types.items()}
 
     @staticmethod
-    def sizes_of(rows: Any) -> np.ndarray:
-        """Predictions that count: all but those within the prompt, and of nothing after the last token."""
-        prompts = np.array([row.get("prompt_length", 0) for row in columns_of(rows, "prompt_length")])
-        return np.maximum(lengths_of(rows) - np.maximum(prompts, 1), 0)
+    def numbers(description: Mapping[str, Any]) -> str:
+        return str(description["k"])
 
     @staticmethod
     def advice(description: Mapping[str, Any], bytes_left: int) -> str:
         return f"a k of at most {max((bytes_left - 4) // 6, 0)} instead of {description['k']}"
 
+    @staticmethod
+    def sizes_of(rows: Any) -> np.ndarray:
+        """The predictions that training scores: none within the prompt, and none after the last token."""
+        return np.maximum(lengths_of(rows) - np.maximum(prompt_lengths_of(rows), 1), 0)
+
+    @staticmethod
+    def compute(
+        target: Any, ids: Tensor, lengths: np.ndarray, sizes: np.ndarray, description: Mapping[str, Any]
+    ) -> list[dict[str, Tensor]]:
+        k = description["k"]
+        logits = target(input_ids=ids, use_cache=False).logits  # padding follows the texts, which do not see it
+        if k > logits.shape[-1]:
+            raise ValueError(f"k={k} is more than the target's {logits.shape[-1]} tokens; give fewer")
+        found = []
+        for row, (length, size) in enumerate(zip(lengths.tolist(), sizes.tolist(), strict=True)):
+            scored = logits[row, length - 1 - size : length - 1].float()  # (size, vocab)
+            logsumexp = scored.logsumexp(-1)  # (size,)
+            values, top = scored.topk(k, -1)  # (size, k) each
+            found.append({LOG_PROBS: values - logsumexp[:, None], IDS: top, LOGSUMEXP: logsumexp})
+        return found
+
     def __getitem__(self, row: int) -> TopK:
-        start, stop = self.ends[row : row + 2]
+        size = self.ends[row + 1] - self.ends[row]
         length, k = self.lengths[row], self.description["k"]
-        first = length - (stop - start) - 1
-        log_probs = torch.full((length, k), torch.nan)
-        ids = torch.zeros(length, k, dtype=torch.long)
-        logsumexp = torch.full((length,), torch.nan)
-        for whole, stored in ((log_probs, LOG_PROBS), (ids, IDS), (logsumexp, LOGSUMEXP)):
-            whole[first:-1] = torch.from_numpy(self.read(stored, row))
-        return TopK(log_probs, ids, logsumexp)
+        top = TopK(
+            log_probs=torch.full((length, k), torch.nan),
+            ids=torch.zeros(length, k, dtype=torch.long),
+            logsumexp=torch.full((length,), torch.nan),
+        )
+        for whole, name in zip(top, (LOG_PROBS, IDS, LOGSUMEXP), strict=True):
+            whole[length - 1 - size : -1] = torch.from_numpy(self.read(name, row))
+        return top
 
     def packed(self, row: int) -> Tensor:
         return self[row].packed()
@@ -112,29 +132,28 @@ def write_target_cache(
     batch_size: int = 8,
     part: Part | None = None,
 ) -> None:
-    """Writes the cache, or what is still missing of it; see `write_rows`.
+    """Writes the cache, or what is still missing in it.
 
     Args:
         load_target, rows, folder, part: see `write_rows`.
         name: of the target.
-        k: tokens kept of each position.
+        k: tokens kept at each position.
         batch_size: rows read at once; their logits, (batch_size, longest row, vocab), must fit into memory.
 
     Raises:
-        ValueError: as of `write_rows`, or k is not a number of tokens.
+        ValueError: as `write_rows`; or k is below 1, or no position is scored.
     """
     positions = TargetCache.sizes_of(rows).sum()
     if k < 1 or not positions:
         raise ValueError(f"k={k} tokens of {positions} scored positions are nothing to keep; give 1 or more of both")
-    described = {"target": name, "k": k}
-    write_rows(TargetCache, load_target, partial(_largest, k=k), rows, folder, described, str(k), batch_size, part)
+    write_rows(TargetCache, load_target, rows, folder, {"target": name, "k": k}, batch_size, part)
 
 
 @dataclass
 class CacheArguments(RowArguments):
-    """Whose logits to keep, over which rows, and how many."""
+    """Which target's logits to keep, over which rows, and how many."""
 
-    k: int = field(default=64, metadata={"help": "Logits kept of each position."})
+    k: int = field(default=64, metadata={"help": "Logits kept at each position."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -142,30 +161,11 @@ class CacheArguments(RowArguments):
 
 
 def cache_logits(args: CacheArguments) -> None:
-    """`write_target_cache` for the rows of a data set, as `read_rows` reads them for training.
+    """`write_target_cache` for the rows of a data set, as training reads them.
 
     Raises:
-        ValueError: before the target is loaded, for data that cannot be read, a target that is no decoder-only model,
-            rows longer than its context, and what `write_target_cache` refuses.
+        ValueError: as `RowArguments.read` and `write_target_cache`, before the target is loaded.
     """
     _, rows = args.read("logits")
     name = target_name(args)
     write_target_cache(args.load_target, rows, args.output_dir, name, args.k, args.batch_size, args.part)
-
-
-@torch.no_grad()
-def _largest(target: Any, texts: Sequence[Sequence[int]], sizes: np.ndarray, k: int) -> list[dict[str, np.ndarray]]:
-    """Of each text's last `sizes` predictions: what is stored, by file."""
-    width = max(map(len, texts))
-    ids = torch.tensor([[*text, *[0] * (width - len(text))] for text in texts], device=target.device)
-    logits = target(input_ids=ids, use_cache=False).logits  # filling follows the texts, which do not see it
-    if k > logits.shape[-1]:
-        raise ValueError(f"k={k} tokens cannot be kept of {logits.shape[-1]}; give fewer")
-    found = []
-    for row, (text, size) in enumerate(zip(texts, sizes.tolist(), strict=True)):
-        scored = logits[row, len(text) - 1 - size : len(text) - 1].float()
-        logsumexp = scored.logsumexp(-1)
-        values, places = scored.topk(k, -1)
-        stored = {LOG_PROBS: values - logsumexp[:, None], IDS: places, LOGSUMEXP: logsumexp}
-        found.append({name: value.cpu().numpy() for name, value in stored.items()})
-    return found

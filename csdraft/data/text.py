@@ -1,4 +1,4 @@
-"""Plain text as training data: documents from a corpus, parted in two by name."""
+"""Plain text as training data: a corpus's documents, split in two by name."""
 
 import contextlib
 import hashlib
@@ -12,11 +12,12 @@ __all__ = ["END", "LIBRARIES", "Document", "read_corpus", "split"]
 
 END = "<|endoftext|>"
 LIBRARIES = ("stdlib", "stdlib-tests")
-"""Corpora that every machine with Python has; their held-out files are the split 'test'."""
+"""Corpora that come with Python; their held-out files are the split 'test'."""
 TEXT_SUFFIXES = {".py", ".md", ".txt"}
 HELD_OUT_PERCENT = 4
 
-# Of the standard library: not code people wrote to be read, or not the same on every machine.
+# Parts of the standard library that are not written for people, or differ between machines.
+LIBRARY = Path(sysconfig.get_path("stdlib"))
 INSTALLED = {"site-packages", "dist-packages"}
 LEFT_OUT = INSTALLED | {"test", "tests", "idle_test", "encodings", "pydoc_data"}
 LEFT_OUT_PREFIXES = ("_sysconfigdata", "config-")
@@ -28,19 +29,22 @@ class Document(NamedTuple):
 
     @property
     def held_out(self) -> bool:
-        """By a hash of the name, so that adding or removing other documents never moves this one."""
+        """Decided by a hash of the name, so that adding or removing other documents never moves this one."""
         return int(hashlib.sha256(self.name.encode()).hexdigest(), 16) % 100 < HELD_OUT_PERCENT
 
 
 def read_corpus(corpus: str) -> list[Document]:
-    """`stdlib`, `stdlib-tests`, a folder of .py, .md and .txt files, or a .txt or .txt.xz file parted by `END`."""
+    """The documents of `stdlib`, `stdlib-tests`, a folder of .py, .md and .txt files, or a .txt or .txt.xz file.
+
+    `END` separates the documents in a file.
+    """
     path = Path(corpus)
     if corpus == "stdlib":
-        documents = list(_read_stdlib())
+        documents = list(_read_folder(LIBRARY, (p for p in LIBRARY.rglob("*.py") if not _left_out(p))))
     elif corpus == "stdlib-tests":
-        documents = list(_read_tests())
+        documents = list(_read_folder(LIBRARY, (p for p in LIBRARY.rglob("test_*.py") if not _installed(p))))
     elif path.is_dir():
-        documents = list(_read_folder(path, (file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES)))
+        documents = list(_read_folder(path, (p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES)))
     elif path.is_file():
         documents = list(_read_file(path))
     else:
@@ -52,25 +56,16 @@ def read_corpus(corpus: str) -> list[Document]:
     return documents
 
 
-def _read_stdlib() -> Iterator[Document]:
-    """The running Python's own library, without its tests and tables."""
-    root = Path(sysconfig.get_path("stdlib"))
-    return _read_folder(root, (path for path in root.rglob("*.py") if not _left_out(path.relative_to(root))))
+def _left_out(path: Path) -> bool:
+    return any(part in LEFT_OUT or part.startswith(LEFT_OUT_PREFIXES) for part in path.relative_to(LIBRARY).parts)
 
 
-def _read_tests() -> Iterator[Document]:
-    """The unit tests of the running Python's own library: a domain that `stdlib` leaves out."""
-    root = Path(sysconfig.get_path("stdlib"))
-    paths = (path for path in root.rglob("test_*.py") if not INSTALLED.intersection(path.relative_to(root).parts))
-    return _read_folder(root, paths)
-
-
-def _left_out(name: Path) -> bool:
-    return any(part in LEFT_OUT or part.startswith(LEFT_OUT_PREFIXES) for part in name.parts)
+def _installed(path: Path) -> bool:
+    return not INSTALLED.isdisjoint(path.relative_to(LIBRARY).parts)
 
 
 def _read_folder(root: Path, paths: Iterable[Path]) -> Iterator[Document]:
-    """In the order of the names; the few files that are deliberately not utf-8 are passed over."""
+    """Sorted by name; skips the few files that are deliberately not UTF-8."""
     for path in sorted(paths):
         with contextlib.suppress(UnicodeDecodeError):
             yield Document(path.relative_to(root).as_posix(), path.read_text(encoding="utf-8"))

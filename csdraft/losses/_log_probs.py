@@ -1,4 +1,4 @@
-"""Shared by the losses: log-probabilities that are always finite."""
+"""Log-probabilities that are always finite, for all losses."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 __all__ = ["FLOOR", "log_probs"]
 
 FLOOR = -1e4
-"""Used as log 0: its exponential is 0, and 0 * FLOOR is 0, where 0 * -inf is NaN."""
+"""Stands for log 0: its exponential is 0, and 0 * FLOOR is 0, while 0 * -inf is NaN."""
 
 
 def log_probs(logits: Tensor) -> Tensor:

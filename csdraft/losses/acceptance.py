@@ -1,7 +1,7 @@
 """Negative logarithm of the acceptance rate, -log of the sum over tokens of min(target, student).
 
-The likelihood loss of LK losses (arXiv 2602.23881). Like total variation it trains what rejection sampling accepts,
-but its gradient stays large where drafts are hardly ever accepted.
+The likelihood loss of LK losses (arXiv 2602.23881). Like total variation, it trains the rate at which rejection
+sampling accepts. Its gradient stays large even where drafts are hardly ever accepted.
 """
 
 from __future__ import annotations

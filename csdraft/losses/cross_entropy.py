@@ -12,7 +12,7 @@ from csdraft.losses._log_probs import log_probs
 __all__ = ["cross_entropy"]
 
 ZERO_AT_EQUALITY = False
-"""It compares the student with a token, not with the target, so it is not 0 where the two agree."""
+"""The loss compares the student with a token, not with the target, so it is not 0 where the two agree."""
 
 
 def cross_entropy(student_logits: Tensor, target_logits: Tensor, labels: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ def cross_entropy(student_logits: Tensor, target_logits: Tensor, labels: Tensor)
         labels: (positions,) int64 tokens.
 
     Returns:
-        (positions,) float32, >= 0; not 0 where student and target agree.
+        (positions,) float32, >= 0.
     """
     del target_logits
     return -log_probs(student_logits).gather(-1, labels[:, None]).squeeze(-1)

@@ -31,7 +31,7 @@ def jsd(student_logits: Tensor, target_logits: Tensor, labels: Tensor, *, beta: 
     del labels
     if not 0 < beta < 1:
         raise ValueError(f"beta={beta} must lie between 0 and 1; for the two ends use forward_kl and reverse_kl")
-    student, target = log_probs(student_logits), log_probs(target_logits)
+    student, target = log_probs(student_logits), log_probs(target_logits)  # (positions, vocab) each
     mixture = torch.logaddexp(target + math.log(beta), student + math.log1p(-beta))  # (positions, vocab)
     of_target = (target.exp() * (target - mixture)).sum(-1)
     return beta * of_target + (1 - beta) * (student.exp() * (student - mixture)).sum(-1)

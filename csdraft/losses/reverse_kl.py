@@ -1,4 +1,4 @@
-"""Reverse KL, sum over tokens of student * log(student / target): the student must not say what the target would not.
+"""Reverse KL, sum over tokens of student * log(student / target): the student must avoid what the target avoids.
 
 It is mode-seeking: a small student learns the part that it can imitate (MiniLLM, arXiv 2306.08543). One of
 DistillSpec's divergences (arXiv 2310.08461, section 4).

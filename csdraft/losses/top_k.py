@@ -1,9 +1,9 @@
 """The top-k loss of HASS (arXiv 2408.15766): cross-entropy on the target's most probable tokens alone.
 
-The tokens that the target makes likely are those that a draft can win with, so the student is to be right about them
-first. Their probabilities are not rescaled to 1 and all other tokens are dropped. So it is no divergence: it is not 0
-where the two agree, and alone it moves what belongs to other tokens to these. HASS adds it to another loss;
-`top_k_kl` is the divergence of this kind.
+A draft is mostly accepted for its likely tokens, so the student should first be right about them. All other tokens
+are dropped, and the probabilities are not rescaled to 1. So this is not a divergence: it is not 0 where the two agree,
+and used alone it shifts the other tokens' probability to the top ones. HASS adds it to another loss. `top_k_kl` is a
+divergence of this kind.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Forward KL over the target's most probable tokens and one more outcome, "any other token".
 
 Use it if only the target's top logits are stored, or to spend the student's capacity on tokens that may be drafted.
-The other tokens count as one outcome, so it is still a divergence: never negative, at most forward KL, and 0 only if
-the student's top probabilities and its total for the rest are right. (The top-k loss of HASS, `top_k`, drops the rest,
-so it is not 0 where the two agree.)
+It is still a divergence, because the other tokens count as one outcome: it is never negative, at most forward KL, and
+0 only if the student's top probabilities and its total for the rest are right. (HASS's loss, `top_k`, drops the rest
+and is not 0 where the two agree.)
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ def top_k_kl(student_logits: Tensor, target_logits: Tensor, labels: Tensor, *, k
     del labels
     if k < 1:
         raise ValueError(f"k={k} must be 1 or more: the number of the target's tokens to tell apart")
-    student, target = log_probs(student_logits), log_probs(target_logits)
+    student, target = log_probs(student_logits), log_probs(target_logits)  # (positions, vocab) each
     target_top, top = target.topk(min(k, target.shape[-1]), sorted=False)  # (positions, k) each
     student_top = student.gather(-1, top)  # (positions, k)
-    target_rest, student_rest = (logs.scatter(-1, top, FLOOR).logsumexp(-1) for logs in (target, student))
+    target_rest, student_rest = (
+        logs.scatter(-1, top, FLOOR).logsumexp(-1) for logs in (target, student)
+    )  # (positions,)
     inside = (target_top.exp() * (target_top - student_top)).sum(-1)  # (positions,)
     return inside + target_rest.exp() * (target_rest - student_rest)

@@ -1,7 +1,7 @@
 """Total variation, half the sum over tokens of |target - student|: the chance that a drafted token is rejected.
 
-It is 1 - the acceptance rate of rejection sampling (Leviathan et al., arXiv 2211.17192, theorem 3.5), which
-DistillSpec (arXiv 2310.08461) wants to raise. In that paper it is rarely the best loss to train with, because its
+It is 1 - the acceptance rate of rejection sampling (Leviathan et al., arXiv 2211.17192, theorem 3.5). DistillSpec
+(arXiv 2310.08461) aims to raise that rate, yet finds that total variation is rarely the best loss to train with: its
 gradient does not depend on how much two probabilities differ.
 """
 

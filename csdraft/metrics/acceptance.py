@@ -1,9 +1,9 @@
-"""Expected acceptance and greedy agreement as a metric of Hugging Face `evaluate`, which loads it by its path.
+"""Expected acceptance and greedy agreement as a metric for Hugging Face `evaluate`, which loads this file by its path.
 
     acceptance = evaluate.load("csdraft/metrics/acceptance.py")
     acceptance.compute(predictions=draft_logits, references=target_logits, positions=[1, 2, 3, 1, 2, 3])
 
-The functions that it calls are in `csdraft.metrics.measures`; they work without `evaluate`.
+The functions in `csdraft.metrics.measures` compute the same without `evaluate`.
 """
 
 from __future__ import annotations

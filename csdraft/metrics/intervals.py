@@ -1,4 +1,4 @@
-"""Medians, means and ratios with bootstrap intervals, over prompts and then over repetitions."""
+"""Medians, means and ratios with bootstrap intervals over prompts and their repetitions."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Interval(NamedTuple):
 
 
 def bootstrap_median(values: Sequence[Sequence[float]], draws: int = DRAWS, seed: int = 0) -> Interval:
-    """The median of all values and its interval; draws prompts with replacement, then repetitions of each prompt.
+    """The median of all values, and its interval: draws prompts with replacement, then repetitions of each prompt.
 
-    Repetitions of one prompt are alike, so drawing single values would make the interval too narrow.
+    Repetitions of one prompt are similar, so drawing single values would make the interval too narrow.
 
     Args:
-        values: (prompts, repetitions), the same number of repetitions for each prompt.
+        values: (prompts, repetitions), with equally many repetitions of each prompt.
         draws: number of bootstrap samples.
         seed: seed of the draws.
     """
@@ -41,22 +41,25 @@ def bootstrap_median(values: Sequence[Sequence[float]], draws: int = DRAWS, seed
     rows = generator.integers(prompts, size=(draws, prompts, 1))  # indexed below: (draws, prompts, repetitions)
     columns = generator.integers(repetitions, size=(draws, prompts, repetitions))
     medians = np.median(table[rows, columns].reshape(draws, -1), axis=1)  # (draws,)
-    low, high = np.quantile(medians, (0.025, 0.975))
-    return Interval(float(np.median(table)), float(low), float(high))
+    return _interval(np.median(table), medians)
 
 
 def bootstrap_mean(values: Sequence[float], draws: int = DRAWS, seed: int = 0) -> Interval:
-    """The mean over prompts, and its interval; prompts are drawn with replacement."""
+    """The mean over prompts, and its interval; draws prompts with replacement."""
     line = np.asarray(values, dtype=float)
     chosen = np.random.default_rng(seed).integers(len(line), size=(draws, len(line)))
-    low, high = np.quantile(line[chosen].mean(axis=1), (0.025, 0.975))
-    return Interval(float(line.mean()), float(low), float(high))
+    return _interval(line.mean(), line[chosen].mean(axis=1))
 
 
 def bootstrap_ratio(parts: Sequence[float], wholes: Sequence[float], draws: int = DRAWS, seed: int = 0) -> Interval:
-    """Sum of parts / sum of wholes, and its interval; prompts, with one of each, are drawn with replacement."""
+    """Sum of parts / sum of wholes, and its interval; draws prompts, each with its part and whole."""
     pairs = np.asarray([parts, wholes], dtype=float)  # (2, prompts)
     chosen = np.random.default_rng(seed).integers(pairs.shape[1], size=(draws, pairs.shape[1]))
     sums = pairs[:, chosen].sum(axis=2)  # (2, draws)
-    low, high = np.quantile(sums[0] / sums[1], (0.025, 0.975))
-    return Interval(float(pairs[0].sum() / pairs[1].sum()), float(low), float(high))
+    return _interval(pairs[0].sum() / pairs[1].sum(), sums[0] / sums[1])
+
+
+def _interval(value: float, samples: np.ndarray) -> Interval:
+    """The value, and the quantiles of (draws,) bootstrap samples."""
+    low, high = np.quantile(samples, (0.025, 0.975))
+    return Interval(float(value), float(low), float(high))

@@ -1,4 +1,4 @@
-"""Figures that say how well a drafter fits its target, as plain functions of logits and counts."""
+"""Measures how well a drafter fits its target: plain functions of logits and counts."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def by_position(values: Tensor, positions: Tensor) -> dict[int, float]:
 
     Args:
         values: (count,) numbers or truth values.
-        positions: (count,) integers that group the values, such as the place in the text or in a draft.
+        positions: (count,) integers that group the values, such as positions in a text or in a draft.
 
     Returns:
         Means by position, the lowest first.
@@ -64,8 +64,8 @@ def tokens_per_call(emitted: Iterable[float], calls: Iterable[float]) -> float:
     """Block efficiency from counts: all emitted tokens / all calls of the target; 0 if there are no calls.
 
     Args:
-        emitted: tokens of each text.
-        calls: calls of the target that each text took; the one that reads the prompt counts if it emits a token.
+        emitted: each text's emitted tokens.
+        calls: each text's calls of the target; the one that reads the prompt counts if it emits a token.
     """
     emitted, calls = list(emitted), list(calls)
     if len(emitted) != len(calls):
