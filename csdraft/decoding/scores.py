@@ -74,6 +74,8 @@ class TokenChooser:
 
     def processed(self, row: int, text: Text, path: Sequence[int], logits: Tensor) -> Tensor:
         """(vocab,) float32 processed scores of (vocab,) raw logits after `text` and `path`."""
+        if self.processing.text_blind:
+            return self.processing.all_at_once(logits[None])[0]
         if self.processing.at_once and not self.processing.reads_tokens:
             return self.processing.all_at_once(logits[None], Before([len(text) + text.padding + len(path)]))[0]
         return self.processing.one(row, text.padded(path), logits)
