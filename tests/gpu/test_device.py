@@ -27,6 +27,7 @@ DEVICES = [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", mar
 FIXED = {"schedule": Fixed(), "strict": True}
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
 SAMPLED = {"do_sample": True, "max_new_tokens": 20, "temperature": 0.8, "top_k": 30, "row_seeds": [3, 1, 4]}
+PENALIZED = GREEDY | {"repetition_penalty": 1.3, "min_new_tokens": 6}
 ROUNDING = 4 * torch.finfo(torch.float32).eps
 """Relative; two devices' logarithms may differ in their last bits."""
 
@@ -164,7 +165,7 @@ class Both(Drafter):
         return [c.draft.extend(r.tokens, level) for c, r in zip(contexts, seen, strict=True)]
 
 
-@pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED, PENALIZED], ids=["greedy", "sampled", "penalized"])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "t5"])
 def test_a_roll_on_the_device_is_so_many_steps(device: str, family: str, options: dict[str, Any]) -> None:
     target, medium, _ = placed(family, device)
