@@ -36,7 +36,7 @@ def common(folder: Path, family: str = "llama", **changes: object) -> dict:
         "save_steps": 1,
         "learning_rate": 0.05,
         "eval_prompts": str(folder / "prompts.jsonl"),
-        "eval_new_tokens": 12,
+        "eval_new_tokens": 8,
         "output_dir": str(folder / "arms"),
         "use_cpu": True,
         "disable_tqdm": True,
@@ -84,7 +84,7 @@ def test_an_arm_is_run_again_when_its_settings_have_changed_and_only_then(tmp_pa
     assert second == anew, "goes on from a checkpoint of the old settings"
     assert second["one"][:2] != figures(first)["one"][:2]
 
-    shorter = figures(compare_arms(values | {"eval_new_tokens": 6}, {"before": {}}, "before"))
+    shorter = figures(compare_arms(values | {"eval_new_tokens": 4}, {"before": {}}, "before"))
     assert shorter["before"] != figures(first)["before"], "common settings count too"
 
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import struct
-import subprocess
-import sys
 import threading
 import time
 import traceback
@@ -27,6 +24,7 @@ from csdraft.data.generate import GenerateArguments, generate
 from csdraft.data.shards import finished
 from tests.data.stand_in import MODEL, StandIn, slow
 from tests.data.words import make_target, make_tokenizer, sentence, write_lines
+from tests.forked import Forked
 from tests.tiny import EOS
 
 ROOT = Path(__file__).parent.parent.parent
@@ -316,13 +314,11 @@ def test_a_killed_run_continues(folder, here, server, tmp_path):
     with server.served() as url:
         options = settings(folder, str(tmp_path / "rows"), engine=url, batch_size=2)
         (tmp_path / "run.yaml").write_text(yaml.safe_dump(options))
-        script = [sys.executable, str(ROOT / "scripts/generate_data.py"), "--config", str(tmp_path / "run.yaml")]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        process = subprocess.Popen(script, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = Forked([str(ROOT / "scripts/generate_data.py"), "--config", str(tmp_path / "run.yaml")])
         part, deadline = tmp_path / "rows/parts/00000.jsonl", time.monotonic() + 180
         try:
             while not (part.exists() and part.read_bytes().count(b"\n") > 4):
-                assert process.poll() is None, "the script ended before it was killed"
+                assert process.poll() is None, process.said()
                 assert time.monotonic() < deadline, "the script wrote no rows"
                 time.sleep(0.01)
         finally:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -23,6 +20,7 @@ from csdraft.data.shards import Part, Shard, batches, finished
 from csdraft.data.sources import read_rows
 from csdraft.data.text import read_corpus
 from tests.data.words import make_target, make_tokenizer, sentence, write_lines
+from tests.forked import Forked
 from tests.tiny import EOS, fresh
 
 ROOT = Path(__file__).parent.parent.parent
@@ -151,14 +149,12 @@ def test_an_encoder_decoder_continues_its_source(folder):
 def test_a_killed_run_goes_on_without_losing_or_repeating_a_row(folder):
     changes = {"dataset": str(folder / "texts.jsonl"), "begin": 8, "count": 100000}
     (folder / "killed.yaml").write_text(yaml.safe_dump(settings(folder, "killed", **changes)))
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(SCRIPT), "--config", str(folder / "killed.yaml")]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    process = Forked([str(SCRIPT), "--config", str(folder / "killed.yaml")])
     part = folder / "killed/parts/00000.jsonl"
     deadline = time.monotonic() + 120
     try:
         while not (part.exists() and part.read_bytes().count(b"\n") > 20):
-            assert process.poll() is None, "the script ended before it was killed"
+            assert process.poll() is None, process.said()
             assert time.monotonic() < deadline, "the script wrote no rows"
             time.sleep(0.02)
     finally:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -21,6 +18,7 @@ from csdraft.data.shards import Part
 from csdraft.data.target_cache import CacheArguments, TargetCache, cache_logits, dense, write_target_cache
 from csdraft.losses.forward_kl import forward_kl
 from tests.data.words import make_target, sentence, write_lines
+from tests.forked import Forked
 from tests.tiny import VOCAB, tiny
 
 ROOT = Path(__file__).parent.parent.parent
@@ -178,13 +176,11 @@ def test_a_killed_run_goes_on(tmp_path):
         "target": str(tmp_path / "target"), "dataset": str(tmp_path / "texts.jsonl"), "max_length": 64, "k": 8,
         "batch_size": 2, "output_dir": str(tmp_path / "logits"), "threads": 1,
     }  # fmt: skip
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "home")}
-    command = [sys.executable, str(SCRIPT), *(f"{key}={value}" for key, value in settings.items())]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = Forked([str(SCRIPT), *(f"{key}={value}" for key, value in settings.items())])
     done, deadline = tmp_path / "logits/done.u8", time.monotonic() + 120
     try:
         while not (done.exists() and sum(done.read_bytes()) > 20):
-            assert process.poll() is None, "the script ended before it was killed"
+            assert process.poll() is None, process.said()
             assert time.monotonic() < deadline, "the script wrote no rows"
             time.sleep(0.01)
     finally:

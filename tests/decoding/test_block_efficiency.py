@@ -17,18 +17,18 @@ from csdraft.schedules.fixed import Fixed
 from csdraft.trees.best_first import BestFirst
 from tests.conftest import ROOT
 
-PROMPTS, NEW = 2, 56
+PROMPTS, NEW = 2, 32
 HEAD = str(ROOT / "models/smol-eagle3")
 GOLDEN = {
-    "max_gram": (112, 47),
-    "auto": (112, 32),
-    "model of depth 5": (112, 37),
-    "tree": (112, 27),
-    "vertical": (112, 34),
-    "horizontal": (112, 30),
-    "cascade": (112, 31),
-    "eagle3": (112, 35),
-    "eagle3 and max_gram": (112, 26),
+    "max_gram": (64, 32),
+    "auto": (64, 23),
+    "model of depth 5": (64, 25),
+    "tree": (64, 18),
+    "vertical": (64, 23),
+    "horizontal": (64, 21),
+    "cascade": (64, 21),
+    "eagle3": (64, 23),
+    "eagle3 and max_gram": (64, 20),
 }
 """(tokens emitted, rounds) of each setting, all prompts together."""
 

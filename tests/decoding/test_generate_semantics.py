@@ -452,7 +452,7 @@ def test_a_users_cache_is_filled_and_continued(family: str, rows: int, kind: str
         turn = inputs
         for who in order:
             assistant = {} if who == "p" else {"assistant": tiny.drafter_of(family), **FIXED}
-            options = {"do_sample": False, "max_new_tokens": 9, GENERATE_CACHE: cache, **assistant}
+            options = {"do_sample": False, "max_new_tokens": 7, GENERATE_CACHE: cache, **assistant}
             output = model.generate(**turn, **options, eos_token_id=ends)
             said.append(output.tolist())
             halves = [cache.self_attention_cache, cache.cross_attention_cache] if family == "t5" else [cache]

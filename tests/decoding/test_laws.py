@@ -34,7 +34,7 @@ from tests.tiny import Scripted
 
 FIXED = {"schedule": Fixed(), "strict": True}
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
-SAMPLED = {"do_sample": True, "max_new_tokens": 20, "temperature": 0.8, "top_k": 30, "top_p": 0.95}
+SAMPLED = {"do_sample": True, "max_new_tokens": 12, "temperature": 0.8, "top_k": 30, "top_p": 0.95}
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,9 +125,10 @@ def test_a_sampled_batch_is_its_rows(shape: str) -> None:
 def test_a_model_sees_a_token_once_unless_it_was_rolled_back(shape: str, forgets: bool) -> None:
     for family in ("llama", "t5"):
         model, inputs = tiny.tiny(family), tiny.inputs_of(family, 4)
-        texts = tiny.continuations(model.generate(**inputs, **GREEDY), inputs, family)
+        options = {**GREEDY, "max_new_tokens": 12}
+        texts = tiny.continuations(model.generate(**inputs, **options), inputs, family)
         watched = Watched(drafters(family, texts, forgetting(2) if forgets else None)[shape])
-        model.generate(**inputs, **GREEDY, assistant=watched, return_dict_in_generate=forgets, **FIXED)
+        model.generate(**inputs, **options, assistant=watched, return_dict_in_generate=forgets, **FIXED)
         for session in watched.sessions:
             assert session.use.fed == session.kept + session.use.rolled_back - session.imported
             assert session.use.fed > 0

@@ -19,8 +19,8 @@ from csdraft import CascadeDrafter, MaxGram
 from csdraft.schedules.fixed import Fixed
 from tests import tiny
 
-GREEDY = {"do_sample": False, "max_new_tokens": 16}
-SAMPLED = {"do_sample": True, "max_new_tokens": 16, "temperature": 0.8, "row_seeds": [3, 1, 4]}
+GREEDY = {"do_sample": False, "max_new_tokens": 10}
+SAMPLED = {"do_sample": True, "max_new_tokens": 10, "temperature": 0.8, "row_seeds": [3, 1, 4]}
 FIXED = {"schedule": Fixed(), "strict": True}
 
 

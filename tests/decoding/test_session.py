@@ -11,10 +11,11 @@ CLOSE = 5e-4  # float32; a wrong mask or position is off by 0.05 or more (test_s
 CASES = [(family, attention) for family in tiny.FAMILIES for attention in tiny.attentions(family)]
 
 
+@pytest.mark.parametrize("seeds", [1, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize(("family", "attention"), CASES)
-def test_a_random_walk_gives_the_logits_of_plain_forwards(family: str, attention: str, rows: int) -> None:
-    for seed in range(2):
+def test_a_random_walk_gives_the_logits_of_plain_forwards(family: str, attention: str, rows: int, seeds: int) -> None:
+    for seed in range(rows, rows + seeds):
         session = open_session(tiny.tiny(family, attention), rows)
         assert walk(session, 12, seed) < CLOSE
         assert balanced(session)

@@ -272,9 +272,11 @@ def test_a_model_is_refused_for_this_reason(family: str, reason: str) -> None:
 # Wrappers.
 
 
+@torch._dynamo.config.patch(recompile_limit=2)
 def test_wrapped_models_draft_and_are_drafted_for() -> None:
-    model = tiny.fresh("mistral")
-    options = {**tiny.prompt(), "max_new_tokens": 20, "do_sample": False}
+    """Each shape costs seconds to compile; after two of them the rest runs as it is written."""
+    model = tiny.fresh("mistral", num_hidden_layers=1)
+    options = {**tiny.prompt(), "max_new_tokens": 8, "do_sample": False}  # each new shape is compiled anew
     wanted = model.generate(**options)
     compiled = torch.compile(model, backend="eager")
     for assistant in (torch.compile(model, backend="eager"), nn.DataParallel(model)):

@@ -20,10 +20,12 @@ from tests.heads.learned import PROMPTS, naive, target
 from tests.tiny import ragged_batch
 
 FIXED = {"schedule": {"type": "fixed", "depth": 4}, "strict": True, "pad_token_id": 0}
-GREEDY = {"max_new_tokens": 20, "do_sample": False}
+GREEDY = {"max_new_tokens": 12, "do_sample": False}
+LONG = GREEDY | {"max_new_tokens": 20}
+"""Where what was drafted is counted."""
 DRAWS = pytest.mark.parametrize("count", [500, pytest.param(1500, marks=pytest.mark.slow)])
 """Texts that are drawn to see their distribution; many show less of a fault."""
-SAMPLED = {"max_new_tokens": 20, "do_sample": True, "row_seeds": [5, 6, 7], "top_k": 0, "temperature": 0.9}
+SAMPLED = {"max_new_tokens": 12, "do_sample": True, "row_seeds": [5, 6, 7], "top_k": 0, "temperature": 0.9}
 
 
 @dataclass(frozen=True, eq=False)

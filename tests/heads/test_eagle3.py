@@ -15,7 +15,7 @@ from csdraft.drafters.vertical import Vertical
 from csdraft.trainers.students import make_student
 from csdraft.trees.best_first import BestFirst
 from tests.heads.learned import PROMPTS, learned, naive, new_head, target, texts
-from tests.heads.spied import FIXED, GREEDY, SAMPLED, Spied, written, wrong_parent, wrong_target
+from tests.heads.spied import FIXED, GREEDY, LONG, SAMPLED, Spied, written, wrong_parent, wrong_target
 from tests.tiny import CAUSAL, noisy, ragged_batch, tiny, tokenizer
 
 
@@ -24,9 +24,9 @@ from tests.tiny import CAUSAL, noisy, ragged_batch, tiny, tokenizer
 def test_drafts_are_those_of_a_naive_forward(rows, tree):
     """Features dropped at random between rounds change nothing but speed."""
     kept, dropped = (Spied(learned(), tree=tree, forget=forget) for forget in (False, True))
-    plain = target().generate(**ragged_batch(PROMPTS[:rows]), pad_token_id=0, **GREEDY)
-    assert torch.equal(written(kept, rows, **GREEDY), plain)
-    assert torch.equal(written(dropped, rows, **GREEDY), plain)
+    plain = target().generate(**ragged_batch(PROMPTS[:rows]), pad_token_id=0, **LONG)
+    assert torch.equal(written(kept, rows, **LONG), plain)
+    assert torch.equal(written(dropped, rows, **LONG), plain)
     assert kept.drafts == dropped.drafts
     assert len(kept.errors) > 20
     assert max(kept.errors + dropped.errors) < 1e-4

@@ -14,7 +14,7 @@ EAGER = {"chimera", "clover2", "ctc", "dflash", "hydra", "medusa", "parallel"}
 """Heads that ask the host what a forward is for: which output layer is next, whether text is read or a draft."""
 FAST = ("eagle3", "medusa")
 WANTED = {
-    "max_new_tokens": 24,
+    "max_new_tokens": 12,
     "do_sample": False,
     "pad_token_id": 0,
     "schedule": "fixed",

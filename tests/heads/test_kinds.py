@@ -33,7 +33,7 @@ from csdraft.trees.best_first import BestFirst
 from csdraft.trees.sampled import Sampled
 from tests.heads.kinds import NAMES, OBJECTIVE, OPTIONS, batch, learned, new, weights_in, write_weights
 from tests.heads.learned import PROMPTS, naive, target, texts
-from tests.heads.spied import GREEDY, SAMPLED, Spied, drawn_as_the_target, written, wrong_parent, wrong_target
+from tests.heads.spied import GREEDY, LONG, SAMPLED, Spied, drawn_as_the_target, written, wrong_parent, wrong_target
 from tests.tiny import ragged_batch
 
 TREES = pytest.mark.parametrize("tree", [None, BestFirst(3, 9)], ids=["chain", "tree"])
@@ -46,9 +46,9 @@ def test_drafts_are_those_of_a_naive_forward(name, tree):
     """Of one row and of three, with features dropped at random between rounds: nothing changes but speed."""
     for rows in (1, 3):
         kept, dropped = (Spied(learned(name), tree=tree, forget=forget) for forget in (False, True))
-        plain = target().generate(**ragged_batch(PROMPTS[:rows]), pad_token_id=0, **GREEDY)
-        assert torch.equal(written(kept, rows, **GREEDY), plain)
-        assert torch.equal(written(dropped, rows, **GREEDY), plain)
+        plain = target().generate(**ragged_batch(PROMPTS[:rows]), pad_token_id=0, **LONG)
+        assert torch.equal(written(kept, rows, **LONG), plain)
+        assert torch.equal(written(dropped, rows, **LONG), plain)
         assert kept.drafts == dropped.drafts
         assert len(kept.errors) > 10 * rows
         assert max(kept.errors + dropped.errors) < 1e-4

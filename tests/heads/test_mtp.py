@@ -26,7 +26,7 @@ from csdraft.models import load_model
 from csdraft.trees.best_first import BestFirst
 from csdraft.trees.sampled import Sampled
 from tests.heads import spied
-from tests.heads.spied import DRAWS, FIXED, GREEDY, SAMPLED, Spied, wrong_parent, wrong_target
+from tests.heads.spied import DRAWS, FIXED, GREEDY, LONG, SAMPLED, Spied, wrong_parent, wrong_target
 from tests.tiny import COMMON, ragged_batch, tiny
 
 EXPERTS = COMMON | {"moe_intermediate_size": 24, "num_experts_per_tok": 2, "first_k_dense_replace": 1}
@@ -148,8 +148,8 @@ def written(family: str, assistant: Any, rows: int = 3, **options: Any) -> Any:
     return target(family).generate(**ragged_batch(PROMPTS[:rows]), assistant=assistant, **FIXED, **options)
 
 
-def greedy(family: str, rows: int = 3) -> Tensor:
-    return target(family).generate(**ragged_batch(PROMPTS[:rows]), pad_token_id=0, **GREEDY)
+def greedy(family: str, rows: int = 3, how: Any = GREEDY) -> Tensor:
+    return target(family).generate(**ragged_batch(PROMPTS[:rows]), pad_token_id=0, **how)
 
 
 @torch.no_grad()
@@ -236,8 +236,8 @@ def test_drafts_are_those_of_a_forward_without_a_cache(monkeypatch, family, tree
     monkeypatch.setattr(spied, "naive", lambda *given: without_cache(family, *given))
     for rows in (1, 3):
         kept, dropped = (Spied(learned(family), tree=tree, forget=forget) for forget in (False, True))
-        assert torch.equal(written(family, kept, rows, **GREEDY), greedy(family, rows))
-        assert torch.equal(written(family, dropped, rows, **GREEDY), greedy(family, rows))
+        assert torch.equal(written(family, kept, rows, **LONG), greedy(family, rows, LONG))
+        assert torch.equal(written(family, dropped, rows, **LONG), greedy(family, rows, LONG))
         assert kept.drafts == dropped.drafts
         assert len(kept.errors) > 10 * rows
         assert max(kept.errors + dropped.errors) < 1e-4

@@ -17,7 +17,7 @@ from csdraft.trees.best_first import BestFirst
 from tests.heads import spied as spied_module
 from tests.heads.kinds import learned, new
 from tests.heads.learned import naive, target, texts
-from tests.heads.spied import GREEDY, Spied, written
+from tests.heads.spied import GREEDY, LONG, Spied, written
 
 
 @pytest.mark.parametrize("tree", [None, BestFirst(3, 9)], ids=["chain", "tree"])
@@ -36,14 +36,14 @@ def test_layers_run_once_a_draft(monkeypatch, tree):
 
 @pytest.mark.parametrize("tree", [None, BestFirst(3, 9)], ids=["chain", "tree"])
 def test_more_layers_draft_as_a_naive_forward(tree):
-    spied = Spied(learned("parallel", 40, blocks=2), tree=tree, forget=True)
-    written(spied, **GREEDY)
+    spied = Spied(learned("parallel", 25, blocks=2), tree=tree, forget=True)
+    written(spied, **LONG)
     assert len(spied.errors) > 30
     assert max(spied.errors) < 1e-4
 
 
 def test_unrolled_placeholders_of_more_layers_are_what_drafting_computes():
-    head, ids = learned("parallel", 40, blocks=2), texts()[:1, :12]
+    head, ids = learned("parallel", 25, blocks=2), texts()[:1, :12]
     with torch.no_grad():
         states = dict(enumerate(target()(ids, output_hidden_states=True).hidden_states))
         steps = list(head.unrolled(ids, torch.arange(12)[None], head.fuse(states), 3))

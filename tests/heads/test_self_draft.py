@@ -32,7 +32,7 @@ DEEPER = {
     "t5": {"num_layers": 3, "num_decoder_layers": 3},
     "gemma3": {},
 }
-STEPS = {"max_new_tokens": 16, "schedule": {"type": "fixed", "depth": 4}, "strict": True}
+STEPS = {"max_new_tokens": 10, "schedule": {"type": "fixed", "depth": 4}, "strict": True}
 SAMPLING = {"do_sample": True, "row_seeds": [7]}
 
 
@@ -125,12 +125,12 @@ def test_a_target_with_an_adapter_of_its_own(target, folders):
     adapted = peft.get_peft_model(
         copy.deepcopy(target), peft.LoraConfig(**options, modules_to_save=["lm_head"])
     ).eval()
-    plain, keys = adapted.generate(**prompt(), max_new_tokens=16), adapted.state_dict().keys()
+    plain, keys = adapted.generate(**prompt(), max_new_tokens=10), adapted.state_dict().keys()
     assert drafted(csdraft.ModelDrafter(folders[0]), adapted)[0] == plain.tolist()
     assert torch.equal(logits(network_of(folders[0], base_model(adapted))), logits(network_of(folders[0], target)))
     assert adapted.state_dict().keys() == keys
     assert adapted.active_adapters == ["default"]
-    assert torch.equal(adapted.generate(**prompt(), max_new_tokens=16), plain)
+    assert torch.equal(adapted.generate(**prompt(), max_new_tokens=10), plain)
 
 
 def test_weights_that_change_where_they_lie_change_for_both(target, folders):
@@ -179,7 +179,7 @@ def test_in_a_nest_it_is_bound_once(target, folders):
     small = noisy(target, 0.3)
     cascade = csdraft.CascadeDrafter([*folders, small], [[3, 3, 2], [0, 2, 2], [0, 0, 2]], schedule="fixed")
     text, _ = drafted(cascade, target, schedule=None)
-    assert text == target.generate(**prompt(), max_new_tokens=16).tolist()
+    assert text == target.generate(**prompt(), max_new_tokens=10).tolist()
     assert cascade.report.calls == 1
     assert set(cascade.report.models) == {"target", "first", "second", "LlamaForCausalLM"}
     now = as_drafter(cascade, target)

@@ -5,12 +5,9 @@ from __future__ import annotations
 import sys
 import traceback
 from contextlib import redirect_stderr, redirect_stdout
-from multiprocessing import get_context
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-FORKS = get_context("forkserver")
-FORKS.set_forkserver_preload(["transformers.models.auto.modeling_auto", "datasets", "accelerate", "csdraft"])
+from tests.forked import FORKS, ROOT
 
 
 def run_page(name: str, blocks: list[str], log: Path, seconds: float = 300) -> str:

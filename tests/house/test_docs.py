@@ -22,6 +22,7 @@ from csdraft.cli import main
 from csdraft.data.generate import GenerateArguments
 from csdraft.trainers.distill import DistillArguments
 from recipes.smol.pretrain import PretrainArguments
+from tests import forked
 from tests.house.page_process import run_page
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -251,9 +252,8 @@ def test_every_page_is_in_the_site():
 
 def test_the_notebook_runs(folder):
     """Its cells in order, by the command that stores their outputs."""
-    command = [sys.executable, str(ROOT / "docs" / "notebook.py"), "--out", "fresh.ipynb"]
-    done = subprocess.run(command, text=True, capture_output=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    status, said = forked.run([str(ROOT / "docs" / "notebook.py"), "--out", "fresh.ipynb"], timeout=120)
+    assert status == 0, said[-3000:]
     stored, fresh = (json.loads(path.read_text("utf-8"))["cells"] for path in (NOTEBOOK, folder / "fresh.ipynb"))
     assert kinds(stored) == kinds(fresh)  # what is stored is what the cells show
     assert {"stream", "text/html", "image/svg+xml"} <= {kind for cell in kinds(stored) for kind in cell}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from tests import forked
 from tests.trainers.pair import settings
 
 ROOT = Path(__file__).parent.parent.parent
@@ -25,10 +26,10 @@ def launcher(folder: Path, engine: str, processes: int, port: int) -> list[str]:
     return ["-m", "accelerate.commands.launch", "--config_file", str(path), "--main_process_port", str(port)]
 
 
-def start(
-    folder: Path, name: str, engine: str = "ddp", processes: int = 2, script: Path | None = None, **changes: object
-) -> subprocess.Popen:
-    """A run in `folder/name` with these changes of `settings`, as it has just been started."""
+def prepared(
+    folder: Path, name: str, engine: str, processes: int, script: Path | None, **changes: object
+) -> tuple[list[str], dict[str, str]]:
+    """What Python is given for a run in `folder/name` with these changes of `settings`, and the environment."""
     recipe = folder / f"{name}.yaml"
     recipe.write_text(yaml.safe_dump(settings(folder, name, ddp_backend="gloo") | changes))
     with socket.socket() as free:
@@ -45,15 +46,27 @@ def start(
         launched = ["-m", "tests.trainers.ranks", str(processes), str(port), str(recipe)]
     else:
         launched += [str(Path(__file__).with_name("process.py")), str(recipe)]
+    return launched, environment
+
+
+def start(
+    folder: Path, name: str, engine: str = "ddp", processes: int = 2, script: Path | None = None, **changes: object
+) -> subprocess.Popen:
+    """A run that has just been started, from nothing."""
+    words, environment = prepared(folder, name, engine, processes, script, **changes)
     return subprocess.Popen(
-        [sys.executable, *launched],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        [sys.executable, *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def launch(folder: Path, name: str, engine: str = "ddp", processes: int = 2, **changes: object) -> Path:
     """The folder of a run that has ended well."""
-    process = start(folder, name, engine, processes, **changes)
-    said = process.communicate(timeout=400)[0]
-    assert process.returncode == 0, said[-6000:]
+    if engine == "ddp":
+        words, environment = prepared(folder, name, engine, processes, None, **changes)
+        status, said = forked.run(words, timeout=400, environment=environment)
+    else:
+        process = start(folder, name, engine, processes, **changes)
+        said = process.communicate(timeout=400)[0]
+        status = process.returncode
+    assert status == 0, said[-6000:]
     return folder / name

@@ -23,6 +23,7 @@ from csdraft.trainers.command import one_line_errors
 from csdraft.trainers.stops import NonFinite
 from recipes.smol.pretrain import Blocks, PretrainArguments, pretrain
 from recipes.smol.train_tokenizer import TokenizerArguments, train_tokenizer
+from tests.forked import Forked
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "recipes/smol/pretrain.py"
@@ -75,10 +76,10 @@ def test_loss_falls_and_the_result_loads(folder):
 
 
 def test_a_killed_run_continues_as_if_nothing_had_happened(folder):
-    process = subprocess.Popen(command(folder, "killed", "max_steps=100000"), env=offline(), stderr=subprocess.DEVNULL)
+    process = Forked(command(folder, "killed", "max_steps=100000")[1:])
     deadline = time.monotonic() + 120
     while not (checkpoint := last_checkpoint(f"{folder}/killed")):
-        assert process.poll() is None, "the script ended before it was killed"
+        assert process.poll() is None, process.said()
         assert time.monotonic() < deadline, "the script left no checkpoint"
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)

@@ -6,11 +6,11 @@ import errno
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,7 @@ from csdraft.trainers import run as run_module
 from csdraft.trainers.checkpoints import flaw, last_checkpoint
 from csdraft.trainers.run import distill
 from csdraft.trainers.stops import NonFinite, Unwritable, writing
+from tests import forked
 from tests.trainers.launch import ROOT, start
 from tests.trainers.pair import arguments, make_pair, settings
 
@@ -189,19 +190,11 @@ def test_a_disk_that_is_full_at_the_very_end(folder, monkeypatch, what):
     assert all(tensor.equal(before[key]) for key, tensor in load_file(folder / name / "model.safetensors").items())
 
 
-def run_script(folder: Path, name: str, *, file_size: int | None = None, **changes: object):
-    """The script in a process that may not write larger files, and what it said."""
+def run_script(folder: Path, name: str, *, file_size: int = 0, **changes: object) -> tuple[int, str]:
+    """The status of the script in a process that may not write larger files, and what it said."""
     recipe = folder / f"{name}.yaml"
     recipe.write_text(json.dumps(settings(folder, name) | changes))
-
-    def limit() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), "--config", str(recipe)], capture_output=True, text=True, timeout=120,
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, preexec_fn=limit if file_size else None,
-    )  # fmt: skip
+    return forked.run([str(SCRIPT), "--config", str(recipe)], timeout=120, file_size=file_size)
 
 
 @pytest.mark.parametrize(
@@ -209,9 +202,9 @@ def run_script(folder: Path, name: str, *, file_size: int | None = None, **chang
     [(30_000, "model.safetensors"), pytest.param(100_000, "optimizer.pt", marks=pytest.mark.slow)],
 )
 def test_a_script_says_in_one_line_that_a_file_cannot_be_written(folder, file_size, file):
-    done = run_script(folder, "limited", file_size=file_size)
-    assert done.returncode == 1
-    errors = done.stderr[done.stderr.index("error: ") :]
+    status, said = run_script(folder, "limited", file_size=file_size)
+    assert status == 1
+    errors = said[said.index("error: ") :]
     assert re.match(
         rf"error: .*limited/checkpoint-2/{file} cannot be written: it would be larger than a limit on file size "
         r"\(ulimit -f\); .*B are free in .* Raise the limit \(ulimit -f unlimited\) and give the same command again"
@@ -230,15 +223,14 @@ def test_a_signal_to_processes_leaves_a_whole_checkpoint_and_a_status(folder, nu
     recipe = folder / "signal.yaml"
     name = f"signal-{number.name}"
     recipe.write_text(json.dumps(settings(folder, name, max_steps=4000, save_steps=10000)))
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), "--config", str(recipe)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert process.stdout is not None
-    next(line for line in process.stdout if "'loss'" in line)
+    process, deadline = forked.Forked([str(SCRIPT), "--config", str(recipe)]), time.monotonic() + 60
+    while "'loss'" not in process.said():
+        assert process.poll() is None, process.said()
+        assert time.monotonic() < deadline, process.said()
+        time.sleep(0.05)
     process.send_signal(number)
-    said = process.communicate(timeout=60)[0]
-    assert process.returncode == 128 + number
+    status, said = process.wait(60), process.said()
+    assert status == 128 + number
     found = re.search(r"stopped at step (\d+) of 4000; the same command continues from (\S+)", said)
     assert found, said
     assert flaw(Path(found[2])) is None
