@@ -100,12 +100,14 @@ class Place(NamedTuple):
         """(nodes, vocab) bool: the tokens up to each node. Drafted tokens that are still on the device stay there.
 
         Args:
-            skipped: leading tokens of the text, padding included, that do not count.
+            skipped: leading tokens of the row, padding included, that do not count.
         """
         drafted = self.draft.tokens
         known = drafted.on_device if isinstance(drafted, Awaited) else torch.tensor(drafted, dtype=torch.long)
-        known = torch.nn.functional.pad(known.to(device, non_blocking=True), (0, 1), value=vocab)  # (drafted + 1,)
-        paths = [self.draft.path(node) for node in self.nodes]
+        known = known.to(device, non_blocking=True).clamp(max=vocab)
+        known = torch.nn.functional.pad(known, (0, 1), value=vocab)  # (drafted + 1,)
+        short = max(skipped - len(self.text) - self.text.padding, 0)  # drafted tokens that do not count either
+        paths = [self.draft.path(node)[short:] for node in self.nodes]
         deepest = max(map(len, paths))
         index = torch.tensor([[*path, *[len(drafted)] * (deepest - len(path))] for path in paths], dtype=torch.long)
         table = torch.zeros(vocab + 1, dtype=torch.bool, device=device)  # the last entry is for ids beyond `vocab`
@@ -187,7 +189,7 @@ class Processing:
         if not any(short):
             return scores
         ends = self._ends.get(id(processor))  # (vocab,) bool
-        if ends is None or ends.device != scores.device:
+        if ends is None or ends.device != scores.device or len(ends) != scores.shape[-1]:
             vocabulary = torch.arange(scores.shape[-1], device=scores.device)
             ends = self._ends[id(processor)] = torch.isin(vocabulary, processor.eos_token_id.to(scores.device))  # type: ignore[attr-defined]
         if not all(short):

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from csdraft.decoding.draft import ROOT, Draft
-from csdraft.decoding.processing import Place, Processing
+from csdraft.decoding.processing import Before, Place, Processing
 from csdraft.decoding.text import Text
 
 VOCAB = 40
@@ -24,6 +24,7 @@ KINDS = {
     "penalty": [PENALTY],
     "penalty without padding": [RepetitionPenaltyLogitsProcessor(1.3, prompt_ignore_length=torch.tensor([2, 0, 1]))],
     "penalty of what is new": [RepetitionPenaltyLogitsProcessor(1.3, prompt_ignore_length=4)],
+    "penalty of what is newer than the text": [RepetitionPenaltyLogitsProcessor(1.3, prompt_ignore_length=5)],
     "length": [MinLengthLogitsProcessor(7, [3, 5])],
     "new tokens": [MinNewTokensLengthLogitsProcessor(4, 3, [3])],
     "several": [
@@ -37,13 +38,13 @@ KINDS = {
 
 
 def places() -> list[Place]:
-    """A chain, a tree and an empty draft; padding in front of one text, and an id beyond the vocabulary."""
+    """A chain, a tree and an empty draft; padding in front of one text, and ids beyond the vocabulary."""
     padded = Text(torch.tensor([0, 0, 9, 2]), torch.tensor([0, 0, 1, 1]))
     grown = Text(torch.tensor([4, 4, 7, VOCAB + 3]))
     grown.append([11, 3])
     tree = Draft().attach([5, 6, 7, 8], [ROOT, ROOT, 1, 2], 0)
     return [
-        Place(0, padded, Draft.chain([12, 9, 30]), range(ROOT, 3)),
+        Place(0, padded, Draft.chain([12, 9, VOCAB + 1]), range(ROOT, 3)),
         Place(1, grown, tree, [ROOT, 1, 3]),
         Place(2, Text(torch.tensor([1, 2, 3, 4])), Draft(), [ROOT]),
     ]
@@ -73,3 +74,10 @@ def test_at_once_gives_the_same_bits_as_one_by_one(kind: str) -> None:
 )
 def test_processors_that_need_more_go_one_by_one(other) -> None:
     assert not Processing(LogitsProcessorList([PENALTY, other]), 1).at_once
+
+
+def test_logits_of_several_widths() -> None:
+    processing = Processing(LogitsProcessorList(KINDS["length"]), 1)
+    for vocab in (VOCAB, VOCAB + 8):
+        scores = processing.all_at_once(torch.zeros(1, vocab), Before([6]))
+        assert scores.isinf().nonzero()[:, 1].tolist() == [3, 5]
