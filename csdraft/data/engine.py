@@ -294,7 +294,7 @@ def each(
         at_once: number of threads.
         stopped: set at the end, so that `work` can stop waiting.
     """
-    pool = ThreadPool(min(at_once, len(items)))
+    pool = ThreadPool(max(min(at_once, len(items)), 1))
     try:
         yield from pool.imap_unordered(lambda item: (item, work(item)), items)
     finally:

@@ -44,7 +44,7 @@ class Row:
     @property
     def position(self) -> int:
         """Position of the next token, counting only tokens that the host has seen."""
-        return len(self.context.text) + len(self.context.path) + len(self.drawn.tokens)
+        return len(self.context.text) + self.context.draft.depth(self.context.tip) + len(self.drawn.tokens)
 
 
 def draft_chain(
@@ -77,7 +77,9 @@ def draft_chain(
             rows.append(Row(context, session.place(context.row), number, stop, drawn))
     if not rows:
         return result
-    on_host = session.reader.on_host or not chooser.processing.at_once
+    processing = chooser.processing
+    ignores_new = any(processing.ignores_new(context.row, context.text) for context in contexts)
+    on_host = session.reader.on_host or not processing.at_once or ignores_new
     growing: Growing = OnHost(chooser, rows) if on_host else OnDevice(chooser, rows)
     plans, _, logits = session.ask(requests)
     logits, inputs, steps = logits[:, -1], None, 1  # (batch, vocab)
@@ -203,19 +205,20 @@ class OnDevice(Growing):
 
     def _before(self, logits: Tensor) -> Before | None:
         """What processors must know of the texts, for (batch, vocab) logits."""
-        if self.chooser.processing.text_blind:
+        processing = self.chooser.processing
+        if processing.text_blind:
             return None
         batch, vocab = logits.shape
         lengths = [0] * batch  # 0 for rows that do not draft
         for row in self.rows:
             lengths[row.place] = row.position + row.context.text.padding + len(self._columns)
-        if not self.chooser.processing.reads_tokens:
+        if not processing.reads_tokens:
             return Before(lengths)
         if self._seen is None:
             self._seen = torch.zeros(batch, vocab + 1, dtype=torch.bool, device=logits.device)
             for row in self.rows:
                 tip = Place(row.context.row, row.context.text, row.context.draft, [row.context.tip])
-                self._seen[row.place, :-1] = self.chooser.processing.seen(tip, logits)[0]
+                self._seen[row.place, :-1] = processing.seen(tip, logits)[0]
         return Before(lengths, self._seen[:, :-1])
 
     def _noise(self, scores: Tensor) -> Tensor:

@@ -157,6 +157,10 @@ class Processing:
             return Before(lengths)
         return Before(lengths, torch.cat([self.seen(place, logits) for place in places]))
 
+    def ignores_new(self, row: int, text: Text) -> bool:
+        """Whether the next token of a row will not count as seen, since more leading tokens do not than it has."""
+        return self.reads_tokens and self.skipped[row] > len(text) + text.padding
+
     def seen(self, place: Place, logits: Tensor) -> Tensor:
         """(nodes, vocab) bool: `Before.seen` of one place, as wide as (..., vocab) logits and on their device."""
         return place.seen(logits.shape[-1], logits.device, self.skipped[place.row])

@@ -107,7 +107,7 @@ class Session:
 
     def left(self, context: Context) -> int:
         """How many tokens it can draft at a place."""
-        return self.positions - len(context.text) - len(context.path)
+        return self.positions - len(context.text) - context.draft.depth(context.tip)
 
     def place(self, row: int) -> int:
         """The batch index of a row."""

@@ -6,11 +6,9 @@ builds one for any tokenizer. A token that no other token follows in the text ha
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import ClassVar
 
 import numpy as np
@@ -20,6 +18,8 @@ from csdraft.tables._file import ArrayTable
 __all__ = ["BigramTable"]
 
 UNKNOWN = -1
+CHUNK = 1 << 22
+"""Tokens that are counted at once, for memory's sake."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,15 +67,30 @@ class BigramTable(ArrayTable):
     @classmethod
     def build(cls, documents: Iterable[Sequence[int]], vocab: int) -> BigramTable:
         """Counts the pairs of neighbouring tokens inside each document; no pair spans two documents."""
-        pairs: Counter[tuple[int, int]] = Counter()
+        pairs, counts = np.empty(0, np.int64), np.empty(0, np.int64)
+        waiting: list[np.ndarray] = []
+        size = 0
         for document in documents:
-            if len(document) and not 0 <= min(document) <= max(document) < vocab:
-                raise ValueError(
-                    f"token ids from {min(document)} to {max(document)} do not fit a vocabulary of {vocab}"
-                )
-            pairs.update(pairwise(document))
+            ids = np.asarray(document, dtype=np.int64)  # (tokens,)
+            if ids.size and not (ids.min() >= 0 and ids.max() < vocab):
+                raise ValueError(f"token ids from {ids.min()} to {ids.max()} do not fit a vocabulary of {vocab}")
+            waiting.append(ids[:-1] * vocab + ids[1:])
+            size += len(ids)
+            if size > CHUNK:
+                pairs, counts = _merge(pairs, counts, waiting)
+                waiting, size = [], 0
+        pairs, counts = _merge(pairs, counts, waiting)
         successor, count = np.full(vocab, UNKNOWN, np.int32), np.zeros(vocab, np.int64)
-        # Rising counts; in a tie the lowest id comes last, and stays.
-        for (token, after), times in sorted(pairs.items(), key=lambda item: (item[1], -item[0][1])):
-            successor[token], count[token] = after, times
+        order = np.lexsort((-pairs, counts))  # rising counts; in a tie the lowest id is written last, and stays
+        successor[pairs[order] // vocab] = pairs[order] % vocab
+        count[pairs[order] // vocab] = counts[order]
         return cls(successor, count)
+
+
+def _merge(pairs: np.ndarray, counts: np.ndarray, waiting: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted distinct pairs and their counts, with the pairs of `waiting` added."""
+    fresh, seen = np.unique(np.concatenate([np.empty(0, np.int64), *waiting]), return_counts=True)
+    distinct, where = np.unique(np.concatenate([pairs, fresh]), return_inverse=True)
+    total = np.zeros(len(distinct), np.int64)  # (distinct pairs,)
+    np.add.at(total, where, np.concatenate([counts, seen]))
+    return distinct, total

@@ -135,6 +135,11 @@ def _odd(mark: Any) -> str | None:
         return f"{MARK} holds no object of JSON"
     if wrong := [key for key, kind in NOTED.items() if not isinstance(mark.get(key), kind)]:
         return f"{MARK} lacks {', '.join(wrong)}, or has it with another type"
+    sizes, checksums = mark["files"].values(), mark.get("checksums", {})
+    if not all(isinstance(size, int) for size in sizes) or not isinstance(checksums, dict):
+        return f"{MARK} has sizes or checksums of another type"
+    if len(mark["unlogged"]) != 2 or not isinstance(mark.get("data", {}), dict):
+        return f"{MARK} has losses or data of another form"
     if mark.get("weights_only"):
         return "it holds weights alone (save_only_model=true)"
     return None if STATE in mark["files"] else f"{STATE} is missing"

@@ -15,6 +15,8 @@ __all__ = ["only_run"]
 
 LOCK = "_lock"
 """The lock's file in the run's folder. transformers does not upload files whose names begin with _."""
+HELD: set[Path] = set()
+"""Lock files that this process holds: a block inside such a block may do what it likes in the folder."""
 
 
 @contextmanager
@@ -29,9 +31,11 @@ def only_run(folder: str | None) -> Iterator[None]:
     file = Path(folder or "").resolve() / LOCK
     with ExitStack() as stack:
         try:
-            if Part.of_environment().rank == 0:
+            if Part.of_environment().rank == 0 and file not in HELD:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(FileLock(file, blocking=False))
+                HELD.add(file)
+                stack.callback(HELD.discard, file)
                 stack.callback(file.unlink, missing_ok=True)  # before it is unlocked
                 file.write_text(str(os.getpid()), encoding="utf-8")
         except Timeout:

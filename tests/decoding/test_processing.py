@@ -81,3 +81,12 @@ def test_logits_of_several_widths() -> None:
     for vocab in (VOCAB, VOCAB + 8):
         scores = processing.all_at_once(torch.zeros(1, vocab), Before([6]))
         assert scores.isinf().nonzero()[:, 1].tolist() == [3, 5]
+
+
+def test_a_row_that_ignores_more_than_its_text_is_known() -> None:
+    """Its drafted tokens do not count as seen either, until the text is as long."""
+    processing = Processing([RepetitionPenaltyLogitsProcessor(1.3, prompt_ignore_length=5)], 1)
+    text = Text(torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 1, 1]))
+    assert processing.ignores_new(0, text)
+    text.append([7])
+    assert not processing.ignores_new(0, text)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 
 from csdraft.tables.bigram import BigramTable
@@ -33,6 +34,8 @@ def test_the_most_frequent_successor() -> None:
         ]
         table = BigramTable.build(documents, vocab)
         assert (table.successor.tolist(), table.count.tolist()) == reference(documents, vocab)
+        tensors = BigramTable.build([torch.tensor(document, dtype=torch.long) for document in documents], vocab)
+        assert tensors.successor.tolist() == table.successor.tolist()
 
 
 def test_a_chain_of_successors() -> None:

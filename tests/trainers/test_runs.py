@@ -7,6 +7,7 @@ import os
 import re
 import runpy
 import shutil
+import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import TrainingArguments
 from csdraft.trainers import checkpoints
 from csdraft.trainers import run as run_module
 from csdraft.trainers.distill_arguments import DistillArguments
+from csdraft.trainers.lock import LOCK, only_run
 from csdraft.trainers.options import FREE
 from csdraft.trainers.run import distill
 from csdraft.trainers.run_folder import RunFolder, is_finished
@@ -209,6 +211,14 @@ def test_all_keys_that_may_change_exist():
     assert set(named) <= known
 
 
+def test_a_run_may_lock_its_folder_twice_and_another_may_not(tmp_path):
+    with only_run(str(tmp_path)), only_run(str(tmp_path)):
+        code = f"import filelock; filelock.FileLock({str(tmp_path / LOCK)!r}, blocking=False).acquire()"
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert "Timeout" in other.stderr
+    assert not (tmp_path / LOCK).exists()
+
+
 # Checkpoints that are cut short.
 
 
@@ -234,12 +244,30 @@ def without(key: str):
     return change
 
 
+def replaced(key: str, value: object):
+    def change(path: Path) -> None:
+        path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+
+    return change
+
+
 BROKEN = {
     "zeros for half the weights": ("model.safetensors", second_half, "model.safetensors is damaged: its checksum"),
     "zeros for half the optimiser": ("optimizer.pt", second_half, "optimizer.pt is damaged: its checksum"),
     "a mark of another kind": ("run.json", lambda path: path.write_text("[1]"), "run.json holds no object of JSON"),
     "a mark without options": ("run.json", without("options"), "run.json lacks options, or"),
     "a mark with odd files": ("run.json", lambda path: path.write_text('{"files": 3}'), "run.json lacks files, "),
+    "a mark with odd sizes": (
+        "run.json",
+        replaced("files", {"trainer_state.json": "3"}),
+        "run.json has sizes or checksums",
+    ),
+    "a mark with odd checksums": (
+        "run.json",
+        replaced("checksums", [1]),
+        "run.json has sizes or checksums",
+    ),
+    "a mark with odd losses": ("run.json", replaced("unlogged", []), "run.json has losses or data of another form"),
     "cut weights": ("model.safetensors", cut, r"model.safetensors has [\d,]+ of [\d,]+ bytes"),
     "no optimiser": ("optimizer.pt", Path.unlink, "optimizer.pt is missing"),
     "half an optimiser": ("optimizer.pt", cut, "optimizer.pt has"),
