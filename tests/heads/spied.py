@@ -47,7 +47,8 @@ class Spied(ModelDrafter):
             assert session.use.fed == session.kept + session.use.rolled_back
         for context, draft in zip(contexts, made, strict=True):
             self.drafts.append((context.row, draft.tokens, draft.parents))
-            for node, parent in enumerate(draft.parents):
+            for node in range(len(context.draft), len(draft)):
+                parent = draft.parents[node]
                 path = [draft.tokens[i] for i in ([] if parent == ROOT else draft.path(parent))]
                 wanted = float(self.right(context.text.tokens, path)[draft.tokens[node]])
                 self.errors.append(abs(wanted - draft.confidence[node]))

@@ -23,6 +23,7 @@ from csdraft.decoding.scores import TokenChooser
 from csdraft.decoding.session import Session
 from csdraft.decoding.stopping import Stopping
 from csdraft.decoding.text import Text
+from csdraft.drafters.horizontal import Horizontal
 from csdraft.drafters.vertical import Vertical
 from csdraft.heads.head import LAST
 from csdraft.models import load_model
@@ -52,6 +53,16 @@ def test_drafts_are_those_of_a_naive_forward(name, tree):
         assert kept.drafts == dropped.drafts
         assert len(kept.errors) > 10 * rows
         assert max(kept.errors + dropped.errors) < 1e-4
+
+
+@OF_EACH
+def test_it_continues_what_another_has_drafted(name):
+    """It reads the copied token before its own, with its output at the text's last token."""
+    spied = Spied(learned(name))
+    plain = target().generate(**ragged_batch(PROMPTS), pad_token_id=0, **GREEDY)
+    assert torch.equal(written(Horizontal((MaxGram(), spied), (1, 2)), **GREEDY), plain)
+    assert sum(len(parents) > 1 for _, _, parents in spied.drafts) > 3, "a copied token and one of the head, or two"
+    assert max(spied.errors) < 1e-4
 
 
 @OF_EACH
