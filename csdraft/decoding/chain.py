@@ -77,9 +77,8 @@ def draft_chain(
             rows.append(Row(context, session.place(context.row), number, stop, drawn))
     if not rows:
         return result
-    processing = chooser.processing
-    ignores_new = any(processing.ignores_new(context.row, context.text) for context in contexts)
-    on_host = session.reader.on_host or not processing.at_once or ignores_new
+    on_host = session.reader.on_host or not chooser.processing.at_once
+    on_host = on_host or any(chooser.processing.ignores_new(row.context.row, row.context.text) for row in rows)
     growing: Growing = OnHost(chooser, rows) if on_host else OnDevice(chooser, rows)
     plans, _, logits = session.ask(requests)
     logits, inputs, steps = logits[:, -1], None, 1  # (batch, vocab)

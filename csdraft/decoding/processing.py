@@ -61,7 +61,6 @@ BATCH_INDEXED = (
 )
 """Processors that need to know which row of the batch they process."""
 
-
 BY_LENGTH = (hf.MinLengthLogitsProcessor, hf.MinNewTokensLengthLogitsProcessor)
 """Processors that only need to know how long the text is."""
 
@@ -126,7 +125,8 @@ class Processing:
     Attributes:
         text_blind: whether none of them reads the text.
         reads_tokens: whether one of them needs `Before.seen`.
-        skipped: (rows,) the leading tokens of each row, padding included, that then do not count as seen.
+        skipped: (rows,) the leading tokens of each row, padding included, that then do not count as seen; empty, or of
+            another length, where no penalty that reads tokens can process many positions at once.
         at_once: whether all of them can process many positions at once.
         stateful: those that keep a state, or whose code is not known.
         temperature: the product of all temperatures.
