@@ -33,6 +33,7 @@ class Lookup(Drafter):
         Args:
             path: `context.path`; it does not end the text.
             depth: the most new tokens in a row, at least 1.
+            budget: the row's, for its `size`.
         """
         raise NotImplementedError
 
