@@ -208,7 +208,7 @@ _stock_generate = GenerationMixin.generate
 
 @functools.wraps(_stock_generate)
 def generate(self: Any, *args: Any, assistant: Any = None, **kwargs: Any) -> Any:
-    if assistant is None:
+    if assistant is None and all(kwargs.get(name) is None for name in OPTIONS):
         return _stock_generate(self, *args, **kwargs)
     if kwargs.get("custom_generate") is decode:  # the unpatched spelling on a patched model
         del kwargs["custom_generate"]
@@ -253,7 +253,7 @@ def _generate_of_enabled(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def install() -> None:
-    """Adds the keyword `assistant` to every model's `generate`; calls without it do not change. Idempotent."""
+    """Adds `assistant` and the fields of `Options` to every model's `generate`; other calls do not change."""
     if GenerationMixin.generate in (_stock_generate, _generate_of_enabled):
         GenerationMixin.generate = generate  # type: ignore[method-assign]
 

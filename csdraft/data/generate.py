@@ -240,7 +240,7 @@ def rows_of_target(
             do_sample=sampled,
             pad_token_id=pad,
             use_cache=True,
-            **({} if assistant is None else {"reuse": False}),
+            reuse=False,
             **({"temperature": args.temperature, "top_k": 0, "top_p": 1.0} if sampled else {}),
         )
         new = written[:, 1 if encoder else ids.shape[1] :].tolist()  # (rows, new tokens)

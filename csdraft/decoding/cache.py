@@ -66,10 +66,10 @@ class SlotLayer(DynamicLayer):
             keys.narrow(2, shared.start, queries).copy_(key_states)
             values.narrow(2, shared.start, queries).copy_(value_states)
         else:
-            index = self.cache.index_for(key_states)  # (rows, heads, queries, head_dim)
-            keys.scatter_(2, index, key_states)
-            index = index if value_states.shape == key_states.shape else self.cache.index_for(value_states)
-            values.scatter_(2, index, value_states)
+            # Not scatter_: in bfloat16 on a CPU (PyTorch 2.13) it copies the whole buffer.
+            index = self.cache.index_on(key_states.device)
+            keys.transpose(1, 2).index_put_(index, key_states.transpose(1, 2))  # (rows, queries, heads, head_dim)
+            values.transpose(1, 2).index_put_(index, value_states.transpose(1, 2))
         self.keys, self.values = keys.narrow(2, 0, visible), values.narrow(2, 0, visible)
         return self.keys, self.values
 
@@ -113,7 +113,7 @@ class SlotCache(Cache):
         if by_position:
             self.positions = torch.arange(capacity, device=device).repeat(rows, 1)
         self.features: dict[int, Tensor] = {}
-        self._indices: dict[tuple, Tensor] = {}
+        self._indices: dict[torch.device, tuple[Tensor, Tensor]] = {}
         super().__init__(layers=[SlotLayer(self) for _ in range(layers)])
 
     def place(self, slots: Tensor, positions: Tensor, visible: int, shared: slice | None = None) -> None:
@@ -140,8 +140,7 @@ class SlotCache(Cache):
             state = states[tap]
             if tap not in self.features:
                 self.features[tap] = state.new_zeros(state.shape[0], self.capacity, state.shape[-1])
-            index = self.slots.to(state.device)[..., None].expand(state.shape)  # (rows, queries, hidden)
-            self.features[tap].scatter_(1, index, state)
+            self.features[tap].index_put_(self.index_on(state.device), state)  # (rows, queries, hidden)
 
     def reserve(self, slots: int) -> bool:
         """Makes room for `slots` slots; True if it had to, which moves keys and values to other addresses."""
@@ -159,12 +158,12 @@ class SlotCache(Cache):
             self.features[tap][:, : old.shape[1]] = old
         return True
 
-    def index_for(self, states: Tensor) -> Tensor:
-        """(rows, heads, queries, head_dim) view of `slots`, made once for each forward and shape."""
-        key = (states.device, states.shape)
-        if key not in self._indices:
-            self._indices[key] = self.slots.to(states.device)[:, None, :, None].expand(states.shape)
-        return self._indices[key]
+    def index_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(rows, 1) row and (rows, queries) slot of each query, made once for each forward and device."""
+        if device not in self._indices:
+            rows = torch.arange(self.slots.shape[0], device=device)[:, None]
+            self._indices[device] = rows, self.slots.to(device)
+        return self._indices[device]
 
     def move(self, row: int, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copies slot `sources[i]` of a row to `targets[i]`, all at once."""

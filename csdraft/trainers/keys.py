@@ -67,7 +67,7 @@ def _yaml(value: Any) -> str:
 
 def help_of(kind: type) -> str:
     """The end of a script's `--help`: every key with its meaning and its default."""
-    titles = ("keys (default in brackets):", "keys of transformers.TrainingArguments:")
+    titles = ("keys (default in brackets; none is written null):", "keys of transformers.TrainingArguments:")
     groups = [[_line(key) for key in keys_of(kind) if key.inherited == inherited] for inherited in (False, True)]
     return "\n\n".join("\n".join([title, *lines]) for title, lines in zip(titles, groups, strict=True) if lines)
 

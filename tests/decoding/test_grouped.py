@@ -1,10 +1,15 @@
 """Grouped heads stay grouped where csdraft passes a mask, and nothing else changes for anybody."""
 
+import time
+
 import pytest
 import torch
+from torch import nn
 from transformers.integrations import sdpa_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from csdraft import MaxGram
+from csdraft.decoding.cache import SlotCache
 from csdraft.decoding.grouped import grouped_heads
 from tests.tiny import drafter_of, ragged_batch, tiny
 
@@ -45,3 +50,44 @@ def test_outside_nothing_changes(repeated):
     assert torch.equal(after, before)
     assert torch.allclose(grouped, before, atol=1e-5)
     assert len(repeated) > count
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("kind", ["no mask", "bool", "float", "a mask for each head"])
+def test_one_query_in_half_precision_is_the_same_attention(dtype, groups, kind):
+    torch.manual_seed(0)
+    module = nn.Module()
+    module.num_key_value_groups, module.is_causal = groups, True
+    query = torch.randn(2, 1, 6, 8, dtype=dtype).transpose(1, 2)  # (rows, heads, queries, head_dim)
+    key, value = torch.randn(2, 2, 6 // groups, 40, 8, dtype=dtype)[..., :33, :]  # (rows, heads, slots, head_dim)
+    seen = torch.rand(2, 6 if kind == "a mask for each head" else 1, 1, 33) < 0.5
+    seen[..., 0] = True
+    mask = {"no mask": None, "float": torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, -torch.inf)}.get(
+        kind, seen
+    )
+    whole = [states.double().repeat_interleave(groups, 1) for states in (key, value)]
+    scores = query.double() @ whole[0].transpose(2, 3) * 0.3  # (rows, heads, 1, slots)
+    right = (scores if mask is None else scores.masked_fill(~seen, -torch.inf)).softmax(-1) @ whole[1]
+    with grouped_heads():
+        found, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, scaling=0.3)
+    assert found.shape == (2, 1, 6, 8)
+    assert found.is_contiguous()
+    assert torch.allclose(found.transpose(1, 2).double(), right, atol=0.02)
+
+
+def test_writing_ragged_rows_in_bfloat16_is_not_slow():
+    """Of PyTorch's ways to write by index, scatter_ (2.13, CPU) copies the whole buffer in bfloat16 alone."""
+    slots = torch.arange(32)[:, None]
+
+    def seconds(dtype: torch.dtype) -> float:
+        cache, states = SlotCache(1, 32, 2048, torch.device("cpu"), False), torch.ones(32, 3, 1, 64, dtype=dtype)
+        took = []
+        for _ in range(5):
+            cache.place(slots, slots, 64)
+            began = time.perf_counter()
+            cache.update(states, states, 0)
+            took.append(time.perf_counter() - began)
+        return min(took)
+
+    assert seconds(torch.bfloat16) < 30 * seconds(torch.float32)
