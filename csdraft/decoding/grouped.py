@@ -20,8 +20,10 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["grouped_heads"]
+__all__ = ["grouped_heads", "logits_to_read"]
 
+FEW = 16
+"""Queries whose logits cost less than the copy of an output layer."""
 _here = threading.local()
 _compiled = False
 """Whether csdraft runs a compiled forward: what torch compiles meanwhile is compiled again for other callers."""
@@ -72,6 +74,15 @@ def _attention(
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
     )
+
+
+def logits_to_read(keep: int, queries: int, device: torch.device, dtype: torch.dtype) -> int:
+    """How many of the last queries get logits where `keep` are wanted: in bfloat16 on a CPU all, if they are few.
+
+    There PyTorch (2.13) copies a frozen output layer before it multiplies it by a part of a forward's states, which
+    takes ten times as long as the logits of a few more queries.
+    """
+    return queries if dtype == torch.bfloat16 and device.type == "cpu" and queries <= FEW else keep
 
 
 def _is_slow(query: Tensor) -> bool:

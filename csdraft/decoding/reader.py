@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from csdraft.decoding import clock
 from csdraft.decoding.cache import NoCache, SlotCache, encoder_decoder_cache
 from csdraft.decoding.graphs import FEWEST_SLOTS, Forward, Graphs, Mode, bucket, forward, make_graphs, slots_bucket
-from csdraft.decoding.grouped import grouped_heads
+from csdraft.decoding.grouped import grouped_heads, logits_to_read
 from csdraft.decoding.inputs import Inputs, Plan, Shape
 from csdraft.decoding.ledger import ModelUse
 from csdraft.decoding.names import name_of
@@ -244,7 +244,7 @@ class Reader:
         self.cache.place(inputs.slots, inputs.positions, slots, shared)
         arguments = self._arguments(inputs, None if unmasked else self._masks(inputs, slots, told))
         if self.traits.keeps_logits:
-            arguments["logits_to_keep"] = keep
+            arguments["logits_to_keep"] = logits_to_read(keep, inputs.ids.shape[1], self.device, self.dtype)
         if self.taps:
             arguments["output_hidden_states"] = True
         with grouped_heads(self.mode == "compile"):

@@ -22,7 +22,8 @@ from transformers.utils import ModelOutput
 from csdraft.decoding.feature_session import FeatureModel
 
 __all__ = [
-    "EMBEDDING", "LAST", "OUTPUT", "OUTSIDE", "Head", "HeadOptions", "HeadOutput", "Steps", "step_masks", "text_mask",
+    "EMBEDDING", "LAST", "OUTPUT", "OUTSIDE", "Head", "HeadOptions", "HeadOutput", "Steps", "compact", "step_masks",
+    "text_mask",
 ]  # fmt: skip
 
 LAST = -1
@@ -204,7 +205,7 @@ class Head(PreTrainedModel, FeatureModel):
             logits_to_keep: how many of the last queries get logits; 0: all.
         """
         output = self.output(input_ids, position_ids, features, attention_mask, cache)
-        logits = self.spread(self.draft_logits(output[:, -logits_to_keep:]))
+        logits = self.spread(self.draft_logits(compact(output[:, -logits_to_keep:])))
         return HeadOutput(logits=logits, hidden_states=(output,))
 
     def unrolled(self, input_ids: Tensor, position_ids: Tensor, features: Tensor, steps: int) -> Iterator[Tensor]:
@@ -235,6 +236,11 @@ class Head(PreTrainedModel, FeatureModel):
         causal = (square.tril() & seen[:, None]) | itself  # (rows, length - 1, length - 1)
         outputs = self.every(input_ids[:, 1:], position_ids[:, 1:] - 1, features, causal[:, None])
         return nn.functional.pad(self.spread(self.draft_logits(outputs)), (0, 0, 1, 0))
+
+
+def compact(states: Tensor) -> Tensor:
+    """A copy of a view of larger states: PyTorch multiplies a frozen weight by such a view once for each row."""
+    return states.clone(memory_format=torch.contiguous_format)
 
 
 class Steps:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
-from csdraft.heads.head import text_mask
+from csdraft.heads.head import compact, text_mask
 from csdraft.heads.kinds.parallel import Parallel, ParallelOptions
 
 __all__ = ["Ctc", "CtcOptions"]
@@ -91,7 +91,7 @@ class Ctc(Parallel):
 
     def draft_logits(self, output: Tensor) -> Tensor:
         state = self._state(output)
-        scores = self.lm_head(state.frames).float() - state.total[..., None]  # (..., frames, draft vocab)
+        scores = self.lm_head(compact(state.frames)).float() - state.total[..., None]  # (..., frames, draft vocab)
         either = torch.logaddexp(state.held, state.ended)[..., :-1, None]
         logits = (scores + either).logsumexp(-2)
         last = _number(state.last)[..., None] - 1  # (..., 1); -1: no token yet
