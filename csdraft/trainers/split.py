@@ -8,9 +8,10 @@ hidden states it was given.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,10 +22,13 @@ from transformers.utils import ModelOutput
 from csdraft.decoding.names import name_of
 from csdraft.models import base_model
 
-__all__ = ["head_of", "hidden_of", "states_of"]
+__all__ = ["head_of", "hidden_of", "logits_of", "states_of"]
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
 """Allowed difference relative to the largest logit; 0.05 in other dtypes. A missing step in a head differs more."""
+
+MASKED = 1e30
+"""A logit beyond it stands for a token that the model never predicts; nan and infinity are beyond it."""
 
 _splits: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 """Model -> whether its body and head together compute the same as the model."""
@@ -72,24 +76,67 @@ def states_of(model: nn.Module, taps: Collection[int], **inputs: Any) -> tuple[T
     return hidden, {tap: output.hidden_states[tap] for tap in taps}
 
 
+def logits_of(tokens: Tensor, head: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The function from hidden states to the logits of these tokens alone, (positions, tokens).
+
+    Args:
+        tokens: (tokens,) ids; the same in every call with a head.
+        head: of a frozen model, see `head_of`.
+    """
+    if isinstance(head, LmHead):
+        return partial(head.some, tokens)
+    return lambda hidden: head(hidden)[:, tokens.to(hidden.device)]
+
+
 @dataclass(frozen=True)
 class LmHead:
     """See `head_of`.
 
     Args:
         model: its parts are looked up in each call, since wrappers replace them.
+        parts: the name of the output layer -> the rows of some tokens, see `some`; empty where rows do not suffice.
     """
 
     model: nn.Module
+    parts: dict[str, nn.Module] | None = field(default=None, compare=False)
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        modules: dict[str, Any] = dict(self.model._modules)
+    def some(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """(positions, tokens) logits of some tokens, by their rows of the output layer alone where that is enough.
+
+        It is not where a family treats tokens differently, so both ways are compared first.
+        """
+        few, own = hidden[:2], tokens.to(hidden.device)
+        if self.parts is None and len(few):
+            parts = _rows_of_output_layer(self.model, own)
+            if parts and not _close(self(few, parts), self(few)[:, own]):
+                parts.clear()
+            object.__setattr__(self, "parts", parts)
+        return self(hidden, self.parts) if self.parts else self(hidden)[:, own]
+
+    def __call__(self, hidden: Tensor, parts: Mapping[str, nn.Module] | None = None) -> Tensor:
+        modules: dict[str, Any] = {**self.model._modules, **(parts or {})}
         for name in _bodies(self.model):
             modules[name] = Given(hidden[None], modules[name])
         stand_in = object.__new__(type(self.model))
         stand_in.__dict__.update(self.model.__dict__, _modules=modules)
         # The class's forward: a forward set on the model (by accelerate's hooks) would run the model itself.
         return type(self.model).forward(stand_in, return_dict=True).logits[0]
+
+
+def _rows_of_output_layer(model: nn.Module, tokens: Tensor) -> dict[str, nn.Module]:
+    """Name -> an output layer with a copy of these rows; empty if it is no plain layer, or its weights are sharded."""
+    for name, layer in model._modules.items():
+        if type(layer) is nn.Linear and layer is model.get_output_embeddings():  # type: ignore[operator]
+            weight, bias = layer.weight, layer.bias
+            whole = type(weight.data) is Tensor and weight.shape == (layer.out_features, layer.in_features)
+            hooked = "forward" in vars(layer) or layer._forward_pre_hooks or layer._forward_hooks  # offloaded, sharded
+            if whole and not weight.is_meta and not hooked:
+                part = nn.Linear(layer.in_features, len(tokens), bias is not None, device="meta")
+                part.weight = nn.Parameter(weight.detach()[tokens.to(weight.device)], requires_grad=False)
+                if bias is not None:
+                    part.bias = nn.Parameter(bias.detach()[tokens.to(weight.device)], requires_grad=False)
+                return {name: part}
+    return {}
 
 
 class Given:
@@ -172,12 +219,17 @@ def _difference(model: nn.Module) -> str | None:
             parts = LmHead(inner)(_run_body(inner, **inputs).last_hidden_state[0])[None]
         except Exception as error:  # any family's code may fail in its own way
             return f"its body and head cannot be run apart ({type(error).__name__}: {error})"
-    whole, parts = whole.float(), parts.float().to(whole.device)
-    tolerance = TOLERANCE.get(inner.dtype, 0.05)
-    largest = float(whole.nan_to_num(0, 0, 0).abs().max())
-    if whole.shape == parts.shape and torch.allclose(parts, whole, tolerance, tolerance * largest, equal_nan=True):
-        return None
-    return "its body and head, run apart, give other logits than it does"
+    return None if _close(parts, whole) else "its body and head, run apart, give other logits than it does"
+
+
+def _close(found: Tensor, wanted: Tensor) -> bool:
+    """Whether the logits are the same, rounding apart."""
+    tolerance = TOLERANCE.get(wanted.dtype, 0.05)
+    found, wanted = found.detach().float().to(wanted.device), wanted.detach().float()
+    largest = float(wanted.where(wanted.abs() < MASKED, 0).abs().max())
+    return found.shape == wanted.shape and torch.allclose(
+        found, wanted, tolerance, tolerance * largest, equal_nan=True
+    )
 
 
 def _probe(model: Any) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from csdraft.losses.cross_entropy import cross_entropy
 from csdraft.losses.forward_kl import forward_kl
 from csdraft.losses.jsd import jsd
 from csdraft.trainers.objective import Objective, head_of, hidden_of, losses
+from csdraft.trainers.split import logits_of
 from tests.tiny import COMMON, ENCODER_DECODERS, FAMILIES, REFUSED, fresh, noisy, tiny
 
 MIXED = {"forward_kl": 1.0, "cross_entropy": 0.1, "jsd": {"weight": 0.5, "beta": 0.3}}
@@ -197,6 +198,42 @@ def test_sharded_weights_are_not_tried():
     model.lm_head.weight.data = weight
     hidden = torch.randn(4, 32)
     assert torch.equal(head(hidden), model.lm_head(hidden))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", *(name for name in MORE if name != "bart")])
+def test_some_tokens_need_only_their_rows_of_the_output_layer(family):
+    model, tokens = model_of(family), torch.tensor([3, 90, 7, 12])
+    head = head_of(model.requires_grad_(False))
+    some, hidden = logits_of(tokens, head), torch.randn(5, 32)
+    assert some(hidden[:0]).shape == (0, 4)
+    torch.testing.assert_close(some(hidden), head(hidden)[:, tokens])
+    with torch.no_grad():  # what it reads from now on is a copy
+        model.get_output_embeddings().weight.zero_()
+    assert some(hidden).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("masked", [-5.0, torch.finfo(torch.float32).min, -torch.inf])
+def test_a_family_that_treats_tokens_differently_computes_all(masked):
+    class Masked(transformers.LlamaForCausalLM):
+        def forward(self, *args, **options):
+            found = super().forward(*args, **options)
+            logits = torch.cat([found.logits[..., :7].clamp(max=masked), found.logits[..., 7:]], -1)
+            return found.__class__(logits=logits)
+
+    head, tokens, hidden = head_of(Masked(tiny("llama").config).eval()), torch.tensor([3, 90]), torch.randn(5, 32)
+    some = logits_of(tokens, head)
+    assert torch.equal(some(hidden), head(hidden)[:, tokens])
+    assert head.parts == {}
+
+
+def test_an_output_layer_with_hooks_computes_all():
+    """They may bring its weights, or bring the hidden states to its device."""
+    model, seen = fresh("llama"), []
+    model.lm_head.register_forward_hook(lambda *_: seen.append("head"))
+    head = head_of(model)
+    seen.clear()
+    logits_of(torch.tensor([3]), head)(torch.randn(5, 32))
+    assert seen == ["head"]
 
 
 # Heads without models.

@@ -24,6 +24,7 @@ from csdraft.heads.stored_head import StoredHead, head_at
 from csdraft.heads.tied import Lender
 from csdraft.models import base_model
 from csdraft.stored import fit
+from csdraft.trainers.split import logits_of
 from csdraft.trainers.students._student import Compared, Counts, Logits, Student, check_names, students
 from csdraft.trainers.students.scratch import new_config
 
@@ -108,10 +109,7 @@ class HeadKind(Student):
         numbers[drafted] = torch.arange(len(drafted), device=labels.device)
         labels = torch.where(labels == IGNORED, labels, numbers[labels.clamp(min=0)])
         weights = [decay**step for step in range(steps)]
-
-        def of_drafted(chosen: Tensor) -> Tensor:
-            return target_logits(chosen)[:, drafted.to(chosen.device)]
-
+        of_drafted = logits_of(drafted, target_logits)
         features = head.fuse(states)
         for step, (weight, output) in enumerate(
             zip(weights, head.unrolled(ids, positions, features, steps), strict=True)
