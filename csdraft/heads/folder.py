@@ -45,6 +45,8 @@ BROKEN_CONFIG = (
 INIT = "csdraft_init"
 """Key of config.json: how csdraft trained a head, in the words of a recipe's `init`. Engines do not read it."""
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+NOT_READ = "rotary_emb.inv_freq"
+"""The end of the name of a tensor that old folders hold: it follows from the config, and no engine reads it."""
 INDEX = "model.safetensors.index.json"
 """Says which of several files holds which weights; those of a head are in one file."""
 QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
@@ -115,7 +117,7 @@ def read_tensors(path: str, names: Sequence[str] = WEIGHTS, **options: Any) -> d
     named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
     if not named or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{file} holds other things than tensors by name; get {names[0]}")
-    return state
+    return {name: tensor for name, tensor in state.items() if not name.endswith(NOT_READ)}
 
 
 def read_chosen(path: str, chosen: Callable[[str], bool], **options: Any) -> dict[str, Tensor]:

@@ -24,11 +24,15 @@ from csdraft.heads.folder import BROKEN_CONFIG, check_drafted
 from csdraft.heads.kinds.eagle3 import Eagle3, Eagle3Options
 from csdraft.stored import fit, shown
 
-__all__ = ["LAYERS", "NORMS", "SPECULATORS", "eagle3_faults", "named_layers", "speculators_document"]
+__all__ = [
+    "LAYERS", "NORMS", "OLD_FLAG", "SPECULATORS", "eagle3_faults", "named_layers", "of_norm", "speculators_document",
+]  # fmt: skip
 
 LAYERS = "eagle_aux_hidden_state_layer_ids"
 SPECULATORS = "transformer_layer_config"
 NORMS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+OLD_FLAG, OLD_NAMES = "use_aux_norm", ("aux_norm_low.", "aux_norm_mid.", "aux_norm_high.")
+"""What `fc_norm` and its three norms were once called; SGLang reads them still."""
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 TAKEN = {"vllm": (ARCHITECTURE, "Eagle3LlamaForCausalLM"), "sglang": (ARCHITECTURE,)}
 """The architectures that an engine takes in the original layout."""
@@ -51,6 +55,13 @@ NOT_OF_SGLANG = ("attention_bias", "mlp_bias", "bias", "tie_word_embeddings", "n
 """Flags that SGLang ignores in such a head."""
 MOST_STATES = 1000
 """Hidden states that a config may ask for."""
+
+
+def of_norm(name: str) -> str:
+    """A tensor's name, with the old name of a norm replaced."""
+    for number, old in enumerate(OLD_NAMES):
+        name = name.replace(old, f"fc_norm.{number}.")
+    return name
 
 
 def named_layers(document: Mapping[str, Any], at: str = "config.json") -> tuple[int, ...]:
@@ -309,8 +320,11 @@ def _renamed(seen: Seen) -> dict[str, Tensor]:
     """The tensors by the names that the engine gives them."""
     if seen.engine == "speculators":
         return dict(seen.tensors)
-    prefix = "model." if seen.engine == "sglang" else ""
-    return {name.replace("midlayer.", "layers.0.").removeprefix(prefix): t for name, t in seen.tensors.items()}
+    names = {name: name.replace("midlayer.", "layers.0.") for name in seen.tensors}
+    if seen.engine == "sglang":  # which does not look for an output layer inside of the model
+        names = {name: of_norm(new) for name, new in names.items()}
+        names = {name: new if "lm_head" in new else new.removeprefix("model.") for name, new in names.items()}
+    return {names[name]: tensor for name, tensor in seen.tensors.items()}
 
 
 def _wanted(seen: Seen) -> dict[str, tuple[int, ...]]:
@@ -323,6 +337,7 @@ def _wanted(seen: Seen) -> dict[str, tuple[int, ...]]:
     sizes |= {"head_dim": seen.number("head_dim", seen.width // max(heads, 1))}
     sizes |= {key: seen.flag(key) for key in ("attention_bias", "mlp_bias")}
     norms = {key: seen.flag(key) for key in NORMS}
+    norms["fc_norm"] |= seen.engine == "sglang" and seen.flag(OLD_FLAG)
     options = Eagle3Options((0,) * seen.count, seen.target_width, seen.rows, **norms)
     try:
         with torch.device("meta"):

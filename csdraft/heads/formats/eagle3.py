@@ -11,17 +11,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from csdraft.heads.engines import SIZED_ROTARY, ServedTarget
+from csdraft.heads.engines import EMBEDDING, SIZED_ROTARY, ServedTarget, with_embedding, without_embedding
 from csdraft.heads.folder import INIT, Names, read_layer, read_tensors
 from csdraft.heads.formats._eagle3_engines import (
     LAYERS,
     NORMS,
+    OLD_FLAG,
     SPECULATORS,
     eagle3_faults,
     named_layers,
+    of_norm,
     speculators_document,
 )
 from csdraft.heads.head import HeadOptions
@@ -31,7 +32,6 @@ from csdraft.stored import fit
 
 __all__ = ["Eagle3Head"]
 
-EMBEDDING = "embed_tokens.weight"
 NOT_READ = {"t2d", "verifier_norm.weight", "verifier_lm_head.weight"}
 """What `d2t` says, and copies of the target's tensors that speculators may leave in a folder."""
 
@@ -84,11 +84,7 @@ class Eagle3Head(StoredHead):
             document["max_position_embeddings"] = max(document["max_position_embeddings"], target.positions)
         if engine == "speculators":
             return speculators_document(document, target, tokens), with_embedding(numbered(tensors), target)
-        if EMBEDDING in tensors:
-            own, theirs = tensors[EMBEDDING], target.embedding()
-            if own.shape == theirs.shape and torch.equal(own, theirs.to(own)):
-                del tensors[EMBEDDING]
-        return document, tensors
+        return document, without_embedding(tensors, target)
 
     def faults(
         self, engine: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: ServedTarget | None = None
@@ -160,16 +156,9 @@ def numbered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.replace("midlayer.", "layers.0."): tensor for name, tensor in tensors.items()}
 
 
-def with_embedding(tensors: dict[str, Tensor], target: ServedTarget) -> dict[str, Tensor]:
-    """Tensors with the target's embedding, if they have none."""
-    if EMBEDDING not in tensors:
-        tensors[EMBEDDING] = target.embedding().to(tensors["fc.weight"].dtype, copy=True)
-    return tensors
-
-
 def _own_name(name: str) -> str:
     """A tensor's name in `Eagle3`; engines also read it with `model.` in front, and the layer with its number."""
-    name = name.removeprefix("model.")
+    name = of_norm(name.removeprefix("model."))
     return f"midlayer.{name.removeprefix('layers.0.')}" if name.startswith("layers.0.") else name
 
 
@@ -185,6 +174,7 @@ def _options(document: Mapping[str, Any], state: Mapping[str, Tensor], at: str, 
             f"hidden states after blocks {', '.join(map(str, layers))}"
         )
     flags = {key: fit(document.get(key, eagle.get(key, False)) or False, bool, f"{at}: {key}") for key in NORMS}
+    flags["fc_norm"] |= fit(document.get(OLD_FLAG) or False, bool, f"{at}: {OLD_FLAG}")
     if SPECULATORS in document and "norm_before_residual" not in document:
         assumed.append("norm_before_residual is open: taken is false, as speculators does and vLLM does not")
     vocab = fit(document.get("vocab_size"), int, f"{at}: vocab_size")

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from csdraft.heads.engines import ServedTarget
+from csdraft.heads.engines import ServedTarget, with_embedding
 from csdraft.heads.folder import Names
 from csdraft.heads.formats._eagle3_engines import LAYERS, NORMS, SPECULATORS
-from csdraft.heads.formats.eagle3 import Eagle3Head, numbered, with_embedding
+from csdraft.heads.formats.eagle3 import Eagle3Head, numbered
 from csdraft.heads.kinds.eagle3 import Eagle3Options, default_layers
 from csdraft.heads.kinds.parallel import Parallel, ParallelOptions
 from csdraft.heads.stored_head import LAYER_KEYS, StoredHead
