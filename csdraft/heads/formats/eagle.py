@@ -99,9 +99,7 @@ class EagleHead(OwnHead):
         self, engine: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: ServedTarget | None = None
     ) -> list[str]:
         found = _refusals(engine, config, tensors)
-        with torch.device("meta"):
-            whole = self.network()
-        wanted = {name: tuple(t.shape) for name, t in whole.state_dict().items() if name not in ("d2t", OUTPUT_LAYER)}
+        wanted = {name: shape for name, shape in self.shapes().items() if name not in ("d2t", OUTPUT_LAYER)}
         bias = {"fc.bias": wanted["fc.weight"][:1]}  # `_refusals` says whether there may be one
         if engine in TAKEN:  # which put `model.` in front of the names themselves
             found += tensor_faults(tensors, wanted | bias, {EMBEDDING, *bias}, IGNORED[engine])
