@@ -65,6 +65,15 @@ class FeatureModel:
         """
         raise NotImplementedError
 
+    def resumed(self, features: Tensor, before: Tensor) -> Tensor:
+        """(queries, width) features of tokens of the text, if it also reads its own output at the token before.
+
+        Args:
+            features: (queries, width) from `fuse`.
+            before: (width,) its own output at the token before the first of them, which was read earlier.
+        """
+        return features
+
     def along(self, states: Mapping[int, Tensor], input_ids: Tensor, position_ids: Tensor, mask: Tensor) -> Tensor:
         """(rows, length, vocab) logits of every next token of texts that the target has read, without drafting.
 
@@ -196,8 +205,13 @@ class FeatureSession(Session):
 
     def _features_of(self, row: int, plan: Plan) -> Tensor:
         """(queries, width) the feature beside each token of a plan."""
+        start = plan.slots[0]
         if plan.positions[0] < plan.length:
-            return self._of_target(row, plan.slots[0], plan.slots[-1] + 1)
+            features = self._of_target(row, start, plan.slots[-1] + 1)
+            if not start:
+                return features
+            model: Any = self.model
+            return model.resumed(features, self.reader.cache.features[OWN][self.place(row), start - 1])
         own = self.reader.cache.features[OWN][self.place(row)]  # (capacity, width)
         return own[torch.tensor(_parents(plan), device=own.device)]
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "ENGINES", "SIZED_ROTARY", "WHOLE", "ServedTarget", "context_fault", "serve_command", "target_faults",
-    "tensor_faults",
+    "EMBEDDING", "ENGINES", "SIZED_ROTARY", "WHOLE", "ServedTarget", "context_fault", "serve_command", "target_faults",
+    "tensor_faults", "with_embedding", "without_embedding",
 ]  # fmt: skip
 
 ENGINES = {"vllm": "vLLM", "sglang": "SGLang", "speculators": "speculators"}
@@ -26,6 +26,8 @@ WHOLE = {"vllm": "draft_model", "sglang": "STANDALONE"}
 """What engines call drafting with a whole model."""
 SIZED_ROTARY = ("default", "linear", "llama3")
 """Kinds of rotary embedding where `max_position_embeddings` only limits the length of a text."""
+
+EMBEDDING = "embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,22 @@ def serve_command(engine: str, method: str, target: str, drafter: str, tokens: i
         f"--speculative-draft-model-path {shlex.quote(drafter)} --speculative-num-steps {tokens} "
         f"--speculative-eagle-topk 1 --speculative-num-draft-tokens {tokens + 1}"
     )
+
+
+def with_embedding(tensors: dict[str, Tensor], target: ServedTarget) -> dict[str, Tensor]:
+    """Tensors with the target's embedding, if they have none."""
+    if EMBEDDING not in tensors:
+        tensors[EMBEDDING] = target.embedding().to(tensors["fc.weight"].dtype, copy=True)
+    return tensors
+
+
+def without_embedding(tensors: dict[str, Tensor], target: ServedTarget) -> dict[str, Tensor]:
+    """Tensors without an embedding that is the target's."""
+    if EMBEDDING in tensors:
+        own, theirs = tensors[EMBEDDING], target.embedding()
+        if own.shape == theirs.shape and torch.equal(own, theirs.to(own)):
+            del tensors[EMBEDDING]
+    return tensors
 
 
 def tensor_faults(

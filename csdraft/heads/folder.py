@@ -20,9 +20,11 @@ from csdraft.stored import fit, is_hub_id, read_object, shown
 __all__ = [
     "BROKEN_CONFIG",
     "INIT",
+    "QWEN",
     "SWITCHING",
     "WEIGHTS",
     "Names",
+    "as_llama",
     "check_drafted",
     "check_tensors",
     "config_at",
@@ -45,6 +47,10 @@ BROKEN_CONFIG = (
 INIT = "csdraft_init"
 """Key of config.json: how csdraft trained a head, in the words of a recipe's `init`. Engines do not read it."""
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+QWEN = {"head_dim": 128}
+"""Where the defaults of a Qwen 3 config differ from those of a Llama one."""
+NOT_READ = "rotary_emb.inv_freq"
+"""The end of the name of a tensor that old folders hold: it follows from the config, and no engine reads it."""
 INDEX = "model.safetensors.index.json"
 """Says which of several files holds which weights; those of a head are in one file."""
 QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
@@ -115,7 +121,7 @@ def read_tensors(path: str, names: Sequence[str] = WEIGHTS, **options: Any) -> d
     named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
     if not named or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{file} holds other things than tensors by name; get {names[0]}")
-    return state
+    return {name: tensor for name, tensor in state.items() if not name.endswith(NOT_READ)}
 
 
 def read_chosen(path: str, chosen: Callable[[str], bool], **options: Any) -> dict[str, Tensor]:
@@ -188,6 +194,27 @@ def check_drafted(state: Mapping[str, Tensor], vocab: int, path: str) -> None:
             f"{path!r}: d2t must hold offsets (target token - draft token) that lead to different tokens below "
             f"{vocab}; they lead to {int(ids.min())} to {int(ids.max())}, {len(ids.unique())} of {len(ids)} different"
         )
+
+
+def as_llama(document: Mapping[str, Any], path: str, default: str = "llama") -> dict[str, Any]:
+    """A head's config.json with its layers' family and kinds taken out, as `read_layer` reads it.
+
+    Layers of Qwen 3 are those of Llama with normed queries and keys, and have another default.
+
+    Args:
+        default: the family if config.json names none.
+
+    Raises:
+        ValueError: layers of another family, or with another attention than that to all earlier tokens.
+    """
+    at, family = f"{path}/config.json", document.get("model_type", default)
+    if family not in ("llama", "qwen3"):
+        raise ValueError(f"{at}: model_type={shown(family)}; csdraft reads heads with layers of llama and qwen3")
+    kinds = fit(document.get("layer_types") or [], list[Any], f"{at}: layer_types")
+    if any(kind != "full_attention" for kind in kinds):
+        raise ValueError(f"{at}: layer_types={shown(kinds)}; csdraft reads full_attention alone")
+    keys = {key: value for key, value in document.items() if key != "layer_types"}  # which has one entry a layer
+    return {**(QWEN if family == "qwen3" else {}), **keys, "model_type": "llama"}
 
 
 def read_layer(document: Mapping[str, Any], path: str) -> Any:

@@ -32,11 +32,12 @@ from csdraft.heads.folder import (
     tensor_names,
     write_tensors,
 )
+from csdraft.heads.formats._speculators import MODEL_TYPE
 from csdraft.heads.head import EMBEDDING, OUTPUT, Head
 from csdraft.heads.layers import embeddings
 from csdraft.heads.on_target import OnTarget, called, frozen, set_parameter
 from csdraft.heads.self_draft import HEAD, Lender, read_document, write_document
-from csdraft.stored import check_config, fit
+from csdraft.stored import check_config, fit, shown
 
 __all__ = ["StoredHead", "head_at", "kind_at"]
 
@@ -118,6 +119,13 @@ class StoredHead(OnTarget):
     def details(self) -> dict[str, str]:
         """More of what `csdraft inspect` prints, by topic."""
         return {}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors of the complete head that a folder may hold, by their names there."""
+        with torch.device("meta"):
+            whole = self.network()
+        full = len(whole.d2t) == self.config.vocab_size
+        return {name: tuple(t.shape) for name, t in whole.state_dict().items() if name != "d2t" or not full}
 
     def refusals(self, engine: str, config: Mapping[str, Any]) -> list[str]:
         """Why an engine would not load its folder, or load it as another head, whatever the target.
@@ -352,6 +360,15 @@ def kind_at(path: str, config: Mapping[str, Any], **options: Any) -> type[Stored
     Args:
         config: its config.json.
         options: of the Hub: revision, token, ...
+
+    Raises:
+        ValueError: it is a head in the layout of speculators, of a kind that csdraft does not know.
     """
     names = cache(lambda: tensor_names(path, **options))
-    return next((kind for kind in all_formats() if kind.recognises(config, names)), None)
+    found = next((kind for kind in all_formats() if kind.recognises(config, names)), None)
+    if found is None and MODEL_TYPE in config:
+        raise ValueError(
+            f"{path}/config.json: {MODEL_TYPE}={shown(config[MODEL_TYPE])}; of the heads of speculators csdraft reads "
+            "eagle3, peagle and dflash"
+        )
+    return found

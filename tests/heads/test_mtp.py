@@ -38,13 +38,17 @@ SLIDING = {"mtp_layer_types": ["sliding_attention"], "sliding_window": 8}
 SLIDING |= {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3": ("DeepseekV3", EXPERTS | LATENT | {"n_routed_experts": 4, "n_group": 2, "topk_group": 1}),
+    "deepseek_v3 of three": (
+        "DeepseekV3",
+        EXPERTS | LATENT | {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_mtp_layers": 3},
+    ),
     "glm4_moe": ("Glm4Moe", EXPERTS | {"n_routed_experts": 4, "head_dim": 8}),
     "mellum": ("Mellum", COMMON | MELLUM),
     "mellum sliding": ("Mellum", COMMON | MELLUM | SLIDING),
 }
 LAYERS, PROMPTS = 2, (20, 3, 11)
 FOLDERS = TemporaryDirectory()
-OF_EACH = pytest.mark.parametrize("family", FAMILIES)
+OF_EACH = pytest.mark.parametrize("family", [name for name in FAMILIES if "of three" not in name])
 OF_TWO = pytest.mark.parametrize("family", ["deepseek_v3", "mellum sliding"])
 """One of each layout of the folder, with a different cache and mask."""
 TREES = pytest.mark.parametrize("tree", [None, BestFirst(3, 9)], ids=["chain", "tree"])
@@ -52,10 +56,10 @@ INNER = {"enorm": "pre_fc_norm_embedding", "hnorm": "pre_fc_norm_hidden", "eh_pr
 """DeepSeek-V3's names of what a module has beside its layer, and Qwen3-Next's."""
 
 
-def module_name(family: str, name: str) -> str:
+def module_name(family: str, name: str, number: int = 0) -> str:
     """A tensor's name in the folder, of its name beside a decoder layer's in DeepSeek-V3."""
     if not family.startswith("mellum"):
-        return f"model.layers.{LAYERS}.{name}"
+        return f"model.layers.{LAYERS + number}.{name}"
     part = name.rpartition(".")[0]
     return f"mtp.{INNER[part]}.weight" if part in INNER else f"mtp.layers.0.{name}"
 
@@ -64,9 +68,10 @@ def module_name(family: str, name: str) -> str:
 def folder(family: str) -> Path:
     """A target with a random module, as such checkpoints are published: in two files, experts one by one."""
     name, options = FAMILIES[family]
+    modules = range(options.get("num_mtp_layers", 1))
     torch.manual_seed(0)
     made = getattr(transformers, f"{name}ForCausalLM")._from_config(
-        getattr(transformers, f"{name}Config")(**(options | {"num_hidden_layers": LAYERS + 1}))
+        getattr(transformers, f"{name}Config")(**(options | {"num_hidden_layers": LAYERS + len(modules)}))
     )
     path = Path(FOLDERS.name, family)
     with torch.no_grad():
@@ -74,15 +79,17 @@ def folder(family: str) -> Path:
             parameter.add_((0.2 if "norm" in key else 0.05) * torch.randn_like(parameter))
     made.save_pretrained(path)
     state = load_file(path / "model.safetensors")
-    layer = {key: state.pop(key) for key in list(state) if key.startswith(f"model.layers.{LAYERS}.")}
-    own = {module_name(family, key.removeprefix(f"model.layers.{LAYERS}.")): value for key, value in layer.items()}
-    width = COMMON["hidden_size"]
-    for part in ("enorm", "hnorm", "shared_head.norm"):
-        own[module_name(family, f"{part}.weight")] = 1 + 0.2 * torch.randn(width)
-    own[module_name(family, "eh_proj.weight")] = 0.3 * torch.randn(width, 2 * width)
-    if not family.startswith("mellum"):  # whose copies DeepSeek-V3 has
-        own[module_name(family, "embed_tokens.weight")] = state["model.embed_tokens.weight"].clone()
-        own[module_name(family, "shared_head.head.weight")] = state["lm_head.weight"].clone()
+    own, width = {}, COMMON["hidden_size"]
+    for number in modules:
+        prefix = f"model.layers.{LAYERS + number}."
+        layer = {key: state.pop(key) for key in list(state) if key.startswith(prefix)}
+        own |= {module_name(family, key.removeprefix(prefix), number): value for key, value in layer.items()}
+        for part in ("enorm", "hnorm", "shared_head.norm"):
+            own[module_name(family, f"{part}.weight", number)] = 1 + 0.2 * torch.randn(width)
+        own[module_name(family, "eh_proj.weight", number)] = 0.3 * torch.randn(width, 2 * width)
+        if not family.startswith("mellum"):  # whose copies DeepSeek-V3 has
+            own[module_name(family, "embed_tokens.weight", number)] = state["model.embed_tokens.weight"].clone()
+            own[module_name(family, "shared_head.head.weight", number)] = state["lm_head.weight"].clone()
     write(path, state, own)
     (path / "model.safetensors").unlink()
     config = json.loads((path / "config.json").read_text()) | {"num_hidden_layers": LAYERS}
@@ -123,8 +130,8 @@ def learned(family: str) -> Any:
     positions = torch.arange(ids.shape[1]).expand_as(ids)
     with torch.no_grad():
         features = target(family)(ids, output_hidden_states=True).hidden_states[-1]
-    made.module.requires_grad_(True)
-    optimizer = torch.optim.AdamW(made.module.parameters(), 0.01)
+    made.mtp.requires_grad_(True)
+    optimizer = torch.optim.AdamW(made.mtp.parameters(), 0.01)
     for _ in range(60):
         logits = made(ids[:, 1:], features[:, :-1], positions[:, 1:] - 1).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 2:].flatten())
@@ -375,7 +382,10 @@ def test_targets_without_a_module_are_told(tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "value", "says"),
-    [("num_mtp_layers", 2, "num_mtp_layers=2"), ("mtp_layer_types", ["linear_attention"], "kind linear_attention")],
+    [
+        ("num_mtp_layers", 2, "num_mtp_layers=2 and mtp_layer_types"),
+        ("mtp_layer_types", ["linear_attention"], "kind linear_attention"),
+    ],
 )
 def test_modules_that_csdraft_cannot_draft_with_are_told(key, value, says):
     made = AutoModelForCausalLM.from_config(copy.deepcopy(target("mellum").config))

@@ -10,7 +10,6 @@ block that computes it. So a folder for both has different numbers in the two pl
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,37 +19,43 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from csdraft.heads.engines import ServedTarget, context_fault, target_faults, tensor_faults
-from csdraft.heads.folder import BROKEN_CONFIG, check_drafted
+from csdraft.heads.folder import BROKEN_CONFIG, QWEN, check_drafted
+from csdraft.heads.formats._speculators import LAYER, MODEL_TYPE, PLANS, VERSION, layout_faults, plan, t2d_fault
 from csdraft.heads.kinds.eagle3 import Eagle3, Eagle3Options
 from csdraft.stored import fit, shown
 
-__all__ = ["LAYERS", "NORMS", "SPECULATORS", "eagle3_faults", "named_layers", "speculators_document"]
+__all__ = [
+    "FAMILIES", "LAYERS", "NORMS", "OLD_FLAG", "eagle3_faults", "named_layers", "of_norm", "speculators_document",
+]  # fmt: skip
 
 LAYERS = "eagle_aux_hidden_state_layer_ids"
-SPECULATORS = "transformer_layer_config"
 NORMS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
-ARCHITECTURE = "LlamaForCausalLMEagle3"
-TAKEN = {"vllm": (ARCHITECTURE, "Eagle3LlamaForCausalLM"), "sglang": (ARCHITECTURE,)}
-"""The architectures that an engine takes in the original layout."""
+OLD_FLAG, OLD_NAMES = "use_aux_norm", ("aux_norm_low.", "aux_norm_mid.", "aux_norm_high.")
+"""What `fc_norm` and its three norms were once called; SGLang reads them still."""
+FAMILIES = {"llama": "LlamaForCausalLMEagle3", "qwen3": "Eagle3Qwen3ForCausalLM"}
+"""Families of the layer -> the architecture that is written. Qwen 3 norms queries and keys."""
+TAKEN = {
+    ("vllm", "llama"): (FAMILIES["llama"], "Eagle3LlamaForCausalLM"),
+    ("vllm", "qwen3"): (FAMILIES["qwen3"],),
+    ("sglang", "llama"): (FAMILIES["llama"],),
+}
+"""Engine and family -> the architectures that it takes in the original layout."""
 OF_HEAD = ("draft_vocab_size", "target_hidden_size", *NORMS, LAYERS)
 """Keys that stand outside of `transformer_layer_config`."""
 NOT_OF_LAYER = (*OF_HEAD, "eagle_config", "architectures", "rope_theta", "dtype", "transformers_version")
-VERSION = "0.9.0"
-"""The version of speculators whose layout is written."""
-NEEDED = ("speculators_config.proposal_methods[0].speculative_tokens", "speculators_config.verifier.name_or_path")
-"""Places in config.json that vLLM reads in the layout of speculators."""
-OF_PACKAGE = {
-    "speculators_config.algorithm": "eagle3",
-    "speculators_config.default_proposal_method": "greedy",
-    "speculators_config.proposal_methods[0].proposal_type": "greedy",
-}
-"""Places that the package speculators reads as well, and what they must hold."""
-OF_LAYER = {"model_type": "llama", "num_hidden_layers": 1, "hidden_act": "silu"}
+OF_LAYER = {"num_hidden_layers": 1, "hidden_act": "silu"}
 """Keys of the layer and their only value; the last one may be missing."""
 NOT_OF_SGLANG = ("attention_bias", "mlp_bias", "bias", "tie_word_embeddings", "norm_before_residual")
 """Flags that SGLang ignores in such a head."""
 MOST_STATES = 1000
 """Hidden states that a config may ask for."""
+
+
+def of_norm(name: str) -> str:
+    """A tensor's name, with the old name of a norm replaced."""
+    for number, old in enumerate(OLD_NAMES):
+        name = name.replace(old, f"fc_norm.{number}.")
+    return name
 
 
 def named_layers(document: Mapping[str, Any], at: str = "config.json") -> tuple[int, ...]:
@@ -76,17 +81,12 @@ def speculators_document(document: Mapping[str, Any], target: ServedTarget, toke
         "architectures": ["Eagle3DraftModel"],
         "dtype": document["dtype"],
         "embed_requires_grad": False,
-        "speculators_config": {
-            "algorithm": "eagle3",
-            "default_proposal_method": "greedy",
-            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": tokens}],
-            "verifier": {"architectures": list(target.architectures), "name_or_path": target.name},
-        },
-        "speculators_model_type": "eagle3",
+        PLANS: plan("eagle3", target.name, target.architectures, tokens),
+        MODEL_TYPE: "eagle3",
         "speculators_version": VERSION,
         "tie_word_embeddings": False,
         # It keeps num_aux_hidden_states, without which vLLM takes 3 hidden states.
-        SPECULATORS: {key: value for key, value in document.items() if key not in NOT_OF_LAYER},
+        LAYER: {key: value for key, value in document.items() if key not in NOT_OF_LAYER},
     }
 
 
@@ -102,26 +102,21 @@ class Seen:
     @property
     def nested(self) -> bool:
         """Whether it has the layout of speculators, with the layer's keys in a document of their own."""
-        return SPECULATORS in self.config or "speculators_model_type" in self.config
+        return LAYER in self.config or MODEL_TYPE in self.config
 
     @property
     def layer(self) -> Mapping[str, Any]:
         """The keys of its layer."""
-        return fit(self.config.get(SPECULATORS), dict[str, Any], SPECULATORS) if self.nested else self.config
+        return fit(self.config.get(LAYER), dict[str, Any], LAYER) if self.nested else self.config
+
+    @property
+    def family(self) -> Any:
+        """What its layer is called by transformers."""
+        return self.layer.get("model_type", "llama")
 
     @property
     def eagle(self) -> Mapping[str, Any]:
         return fit(self.config.get("eagle_config") or {}, dict[str, Any], "eagle_config")
-
-    def at(self, place: str) -> Any:
-        """The value at a place of config.json such as `a.b[0].c`; None if there is none."""
-        found: Any = self.config
-        for key in re.findall(r"\w+", place):
-            if isinstance(found, list):
-                found = dict(enumerate(found)).get(int(key)) if key.isdigit() else None
-            else:
-                found = found.get(key) if isinstance(found, Mapping) else None
-        return found
 
     def _value(self, key: str) -> Any:
         found = self.config.get(key)
@@ -172,9 +167,9 @@ def eagle3_faults(
     """
     seen = Seen(engine, config, tensors, target)
     if seen.nested and engine == "sglang":
-        return [f"{SPECULATORS}: it reads no folders of speculators; export with --to sglang"]
+        return [f"{LAYER}: it reads no folders of speculators; export with --to sglang"]
     if not seen.nested and engine == "speculators":
-        return [f"{SPECULATORS} is missing: the folder has another layout; export with --to speculators"]
+        return [f"{LAYER} is missing: the folder has another layout; export with --to speculators"]
     found: list[str] = []
     for rule in (_speculators if seen.nested else _original, _layer, _head, _sglang, _hidden_states, _tensors):
         try:
@@ -188,11 +183,12 @@ def eagle3_faults(
 
 def _original(seen: Seen) -> Iterator[str]:
     """Keys of the original layout."""
-    names = fit(seen.config.get("architectures") or [], list[str], "architectures")
+    names, family = fit(seen.config.get("architectures") or [], list[str], "architectures"), seen.family
+    taken = TAKEN.get((seen.engine, family), ())
     # vLLM takes its first architecture, and puts Eagle3 in front of other names.
     first = [name if name.startswith("Eagle3") or name.endswith("Eagle3") else f"Eagle3{name}" for name in names[:1]]
-    if (names if seen.engine == "sglang" else first) not in [[name] for name in TAKEN[seen.engine]]:
-        yield f"architectures={names} is not [{ARCHITECTURE!r}]"
+    if taken and (names if seen.engine == "sglang" else first) not in [[name] for name in taken]:
+        yield f"architectures={names} is not [{taken[0]!r}], with model_type={family!r}"
     before = seen.eagle.get("norm_before_fc")
     if before is not None and before != seen.flag("norm_before_fc"):
         yield f"norm_before_fc={before} in eagle_config, which it follows, and {seen.flag('norm_before_fc')} outside"
@@ -202,19 +198,11 @@ def _original(seen: Seen) -> Iterator[str]:
 
 def _speculators(seen: Seen) -> Iterator[str]:
     """Keys of the layout of speculators. vLLM refuses a folder without one, or the engines' defaults differ."""
-    wanted = {"speculators_model_type": "eagle3"} | (OF_PACKAGE if seen.engine == "speculators" else {})
-    for place, value in wanted.items():
-        if (found := seen.at(place)) != value:
-            yield f"{place}={shown(found)} is not {value!r}"
-    yield from (f"{place} is missing" for place in NEEDED if seen.at(place) is None)
+    yield from layout_faults("eagle3", seen.engine, seen.config)
     if "norm_before_residual" not in seen.config:
         yield "norm_before_residual is missing: vLLM takes true, speculators false"
     if seen.engine != "speculators":
         return
-    if not isinstance(seen.at("speculators_config.verifier.architectures"), list):
-        yield "speculators_config.verifier.architectures is missing"
-    if "draft_vocab_size" not in seen.config:
-        yield "draft_vocab_size is missing: it takes 32000"
     if seen.flag("norm_before_fc") and seen.flag("fc_norm"):
         yield "norm_before_fc and fc_norm are both true, and it takes one of them; use vLLM's layout (--to vllm)"
     if seen.target_width != seen.width:
@@ -226,12 +214,16 @@ def _speculators(seen: Seen) -> Iterator[str]:
 
 def _layer(seen: Seen) -> Iterator[str]:
     """Keys of its decoder layer."""
-    layer = seen.layer
+    layer, families = seen.layer, [family for family in FAMILIES if seen.engine != "sglang" or family == "llama"]
+    if "model_type" not in layer:
+        yield "model_type is missing; write 'llama'"
+    elif seen.family not in families:
+        yield f"model_type={shown(layer['model_type'])} is not {' or '.join(map(repr, families))}"
     for key, wanted in OF_LAYER.items():
         if key not in layer and key != "hidden_act":
             yield f"{key} is missing; write {wanted!r}"
         elif layer.get(key, wanted) != wanted:
-            yield f"{key}={layer[key]!r} is not {wanted!r}, which it has in every EAGLE-3 head of a Llama layer"
+            yield f"{key}={layer[key]!r} is not {wanted!r}, which it has in every EAGLE-3 head"
     if quantised := layer.get("quantization_config"):
         yield f"quantization_config={shown(quantised)}; export weights that are not quantised"
     rotary = fit(layer.get("rope_parameters") or {}, dict[str, Any], "rope_parameters")
@@ -300,17 +292,18 @@ def _tensors(seen: Seen) -> Iterator[str]:
     if "d2t" in wanted and "d2t" in names and names["d2t"].dtype == torch.int64:
         check_drafted(names, vocab, "the folder")
         if seen.engine == "speculators" and names["d2t"].shape == wanted["d2t"]:
-            drafted, t2d = names["d2t"] + torch.arange(seen.rows), names.get("t2d")  # (draft vocab,), (vocab,)
-            if t2d is None or t2d.shape != (vocab,) or t2d.nonzero()[:, 0].tolist() != drafted.sort().values.tolist():
-                yield f"t2d must be true for the {seen.rows} tokens of d2t, of {vocab}"
+            yield from t2d_fault(names, vocab)
 
 
 def _renamed(seen: Seen) -> dict[str, Tensor]:
     """The tensors by the names that the engine gives them."""
     if seen.engine == "speculators":
         return dict(seen.tensors)
-    prefix = "model." if seen.engine == "sglang" else ""
-    return {name.replace("midlayer.", "layers.0.").removeprefix(prefix): t for name, t in seen.tensors.items()}
+    names = {name: name.replace("midlayer.", "layers.0.") for name in seen.tensors}
+    if seen.engine == "sglang":  # which does not look for an output layer inside of the model
+        names = {name: of_norm(new) for name, new in names.items()}
+        names = {name: new if "lm_head" in new else new.removeprefix("model.") for name, new in names.items()}
+    return {names[name]: tensor for name, tensor in seen.tensors.items()}
 
 
 def _wanted(seen: Seen) -> dict[str, tuple[int, ...]]:
@@ -320,10 +313,12 @@ def _wanted(seen: Seen) -> dict[str, tuple[int, ...]]:
     heads = seen.number("num_attention_heads")
     sizes: dict[str, Any] = {key: seen.number(key) for key in ("vocab_size", "hidden_size", "intermediate_size")}
     sizes |= {"num_attention_heads": heads, "num_key_value_heads": seen.number("num_key_value_heads", heads)}
-    sizes |= {"head_dim": seen.number("head_dim", seen.width // max(heads, 1))}
+    qwen = seen.family == "qwen3"
+    sizes |= {"head_dim": seen.number("head_dim", QWEN["head_dim"] if qwen else seen.width // max(heads, 1))}
     sizes |= {key: seen.flag(key) for key in ("attention_bias", "mlp_bias")}
     norms = {key: seen.flag(key) for key in NORMS}
-    options = Eagle3Options((0,) * seen.count, seen.target_width, seen.rows, **norms)
+    norms["fc_norm"] |= seen.engine == "sglang" and seen.flag(OLD_FLAG)
+    options = Eagle3Options((0,) * seen.count, seen.target_width, seen.rows, **norms, qk_norm=qwen)
     try:
         with torch.device("meta"):
             head = Eagle3(LlamaConfig(**sizes), options)

@@ -1,7 +1,8 @@
-"""DFlash's published layout, which vLLM, SGLang and speculators' converter read.
+"""DFlash's published layout, which vLLM, SGLang and speculators' converter read, and that of speculators.
 
-`config.json` holds a Qwen 3 layer's config, `block_size` and `dflash_config`. model.safetensors holds the head without
-the embedding, and without the output layer if it drafts all tokens: both are the target's.
+csdraft writes the published one. `config.json` holds a Qwen 3 layer's config, `block_size` and `dflash_config`.
+model.safetensors holds the head without the embedding, and without the output layer if it drafts all tokens: both are
+the target's.
 """
 
 from __future__ import annotations
@@ -11,25 +12,41 @@ from typing import Any
 
 from torch import Tensor
 
-from csdraft.heads.folder import Names, read_layer, read_tensors
+from csdraft.heads.engines import EMBEDDING, ServedTarget, tensor_faults, without_embedding
+from csdraft.heads.folder import Names, as_llama, read_layer, read_tensors
+from csdraft.heads.formats._speculators import (
+    COPIES,
+    LAYER,
+    MODEL_TYPE,
+    PLANS,
+    VERSION,
+    layout_faults,
+    plan,
+    t2d_fault,
+)
 from csdraft.heads.kinds.dflash import Dflash, DflashOptions
-from csdraft.heads.stored_head import StoredHead
+from csdraft.heads.stored_head import LAYER_KEYS, StoredHead
 from csdraft.stored import fit, shown
 
 __all__ = ["DflashHead"]
 
-KEYS = "dflash_config"
-LIKE_QWEN = {"head_dim": 128}
-"""Where the defaults of a Qwen 3 config differ from those of a Llama one."""
-OTHER = {"causal": False, "use_swa": False}
-"""Variants that csdraft cannot read, with the values of the layout that it reads."""
+KEYS, IDS, NOT_CAUSAL = "dflash_config", "aux_hidden_state_layer_ids", "sliding_window_non_causal"
+OUTPUT_LAYER = "lm_head.weight"
+OTHER = {
+    "causal": False, "is_causal": False, "use_swa": False, "is_neox_style": True, "use_gemma_norm": False,
+    "attention_sink_bias": False, "add_swa_attention_sink_bias": False, "attention_value_scale": 1.0,
+    "final_logit_softcapping": 0.0, "output_multiplier": 1.0, "conv_kernel_size": 0, "selector_rank": 0,
+    "projector_type": None,
+}  # fmt: skip
+"""Keys of variants that csdraft cannot read, with the values of the layout that it reads."""
+WRITTEN = {"causal": False, "use_swa": False}
 
 
 class DflashHead(StoredHead):
     """A DFlash head without its target."""
 
     what = "DFlash head"
-    methods = {"vllm": "dflash", "sglang": "DFLASH"}  # noqa: RUF012 - never written to
+    methods = {"vllm": "dflash", "sglang": "DFLASH", "speculators": "dflash"}  # noqa: RUF012 - never written to
 
     @property
     def read_layers(self) -> tuple[int, ...]:
@@ -53,9 +70,65 @@ class DflashHead(StoredHead):
         }
 
     def refusals(self, engine: str, config: Mapping[str, Any]) -> list[str]:
-        if engine == "sglang" and config.get("draft_vocab_size", config.get("vocab_size")) != config.get("vocab_size"):
-            return ["it drafts some tokens alone, by d2t"]
-        return super().refusals(engine, config)
+        nested, options = MODEL_TYPE in config, self.options
+        if nested and engine == "sglang":
+            return [f"{LAYER}: it reads no folders of speculators; export with --to sglang"]
+        if not nested and engine == "speculators":
+            return [f"{LAYER} is missing: the folder has another layout; export with --to speculators"]
+        widths = f"target_hidden_size={options.target_width} is not hidden_size={self.config.hidden_size}"
+        reasons = {
+            "it drafts some tokens alone, by d2t": (
+                engine == "sglang" and options.draft_vocab != self.config.vocab_size
+            ),
+            f"{widths}, which it takes for both; use --to vllm": (
+                engine != "vllm" and options.target_width != self.config.hidden_size
+            ),
+            "sample_from_anchor is true, and it drafts from placeholders alone": options.from_anchor,
+            f"{NOT_CAUSAL} is false, and it would take that for all layers; write true": (
+                nested and engine == "vllm" and not config.get(NOT_CAUSAL, True)
+            ),
+        }
+        found = list(layout_faults("dflash", engine, config)) if nested else []
+        return found + [reason for reason, applies in reasons.items() if applies]
+
+    def faults(
+        self, engine: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: ServedTarget | None = None
+    ) -> list[str]:
+        found, wanted = super().faults(engine, config, tensors, target), self.shapes()
+        if (MODEL_TYPE in config) != (engine == "speculators") and (engine, MODEL_TYPE in config) != ("vllm", True):
+            return found  # the layout is not the engine's
+        lent = {EMBEDDING} | ({OUTPUT_LAYER} if "d2t" not in wanted else set())
+        if engine == "sglang":
+            tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+        found += tensor_faults(tensors, wanted, lent, COPIES if engine == "speculators" else {"t2d"})
+        if engine != "vllm":
+            theirs = sorted(lent & tensors.keys())
+            found += [f"{name}: it takes the target's instead; use --to vllm" for name in theirs]
+        if engine == "speculators" and "d2t" in wanted and "d2t" in tensors:
+            found += t2d_fault(tensors, self.config.vocab_size)
+        if engine == "speculators" and not found:  # vLLM reads the same folder
+            found = [f"vLLM: {fault}" for fault in self.faults("vllm", config, tensors, target)]
+        return found
+
+    def exported(self, engine: str, target: ServedTarget, tokens: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The published layout, or that of speculators; without an embedding that is the target's."""
+        document, tensors = self.document(), without_embedding(self.written(), target)
+        if engine != "speculators":
+            return document, tensors
+        own = ("block_size", "draft_vocab_size", "target_hidden_size", "dtype", "tie_word_embeddings")
+        layer = {key: document[key] for key in (*LAYER_KEYS, "num_hidden_layers", "layer_types")}
+        return {key: document[key] for key in own} | {
+            "architectures": ["DFlashSpeculator"],
+            MODEL_TYPE: "dflash",
+            "speculators_version": VERSION,
+            PLANS: plan("dflash", target.name, target.architectures, tokens),
+            LAYER: layer,
+            IDS: list(self.options.layers),
+            "mask_token_id": self.options.mask_token,
+            "sample_from_anchor": self.options.from_anchor,
+            # The package reads it of other layers only; to vLLM false would mean causal attention in all.
+            NOT_CAUSAL: True,
+        }, tensors
 
     def document(self) -> dict[str, Any]:
         options = self.options
@@ -71,27 +144,37 @@ class DflashHead(StoredHead):
                 "mask_token_id": options.mask_token,
                 "target_layer_ids": [layer - 1 for layer in options.layers],
                 "sample_from_anchor": options.from_anchor,
-                **OTHER,
+                **WRITTEN,
             },
         }
 
     @classmethod
     def recognises(cls, config: Mapping[str, Any], names: Names) -> bool:
-        return "speculators_model_type" not in config and (
-            config.get("architectures") == ["DFlashDraftModel"] or KEYS in config
-        )
+        if MODEL_TYPE in config:
+            return config[MODEL_TYPE] == "dflash"
+        return config.get("architectures") == ["DFlashDraftModel"] or KEYS in config
 
     @classmethod
     def load(cls, path: str, config: Mapping[str, Any], **options: Any) -> DflashHead:
-        if (family := config.get("model_type", "qwen3")) not in ("qwen3", "llama"):
-            at = f"{path}/config.json"
-            raise ValueError(f"{at}: model_type={shown(family)}; csdraft reads DFlash heads with layers of qwen3")
         state = {name.removeprefix("model."): tensor for name, tensor in read_tensors(path, **options).items()}
-        state.pop("t2d", None)
-        defaults = LIKE_QWEN if family == "qwen3" else {}
-        layer_keys = {key: value for key, value in config.items() if key != "layer_types"}  # one entry a layer
-        layer = read_layer({**defaults, **layer_keys, "model_type": "llama"}, path)
+        ignored = {"t2d"}
+        if MODEL_TYPE in config:
+            config = _published(config, f"{path}/config.json")
+            ignored = {*COPIES, EMBEDDING} | ({OUTPUT_LAYER} if "d2t" not in state else set())  # copies, too
+        state = {name: tensor for name, tensor in state.items() if name not in ignored}
+        layer = read_layer(as_llama(config, path, "qwen3"), path)
         return cls.checked(path, layer, _options(config, state, layer.vocab_size, path), state, **options)
+
+
+def _published(config: Mapping[str, Any], at: str) -> dict[str, Any]:
+    """The config.json of the published layout, from one of speculators."""
+    layer = fit(config.get(LAYER), dict[str, Any], f"{at}: {LAYER}")
+    layers = fit(config.get(IDS), tuple[int, ...], f"{at}: {IDS}")
+    if 0 in layers:
+        raise ValueError(f"{at}: {IDS}={list(layers)}; csdraft reads no DFlash heads that read the embeddings, 0")
+    keys = {key: config[key] for key in ("mask_token_id", "sample_from_anchor") if key in config}
+    own = {key: config[key] for key in ("block_size", "draft_vocab_size", "target_hidden_size") if key in config}
+    return {**layer, **own, KEYS: {**keys, "target_layer_ids": [number - 1 for number in layers]}}
 
 
 def _options(config: Mapping[str, Any], state: Mapping[str, Tensor], vocab: int, path: str) -> DflashOptions:
@@ -99,22 +182,22 @@ def _options(config: Mapping[str, Any], state: Mapping[str, Tensor], vocab: int,
     at = f"{path}/config.json"
     keys = fit(config.get(KEYS) or {}, dict[str, Any], f"{at}: {KEYS}")
     for key, wanted in OTHER.items():
-        if keys.get(key, wanted) != wanted:
-            raise ValueError(f"{at}: {KEYS}.{key}={shown(keys[key])}; csdraft reads DFlash heads with {wanted} there")
-    if any(kind != "full_attention" for kind in fit(config.get("layer_types") or [], list[Any], f"{at}: layer_types")):
-        raise ValueError(f"{at}: layer_types={shown(config['layer_types'])}; csdraft reads full_attention alone")
+        if (found := keys.get(key, config.get(key))) not in (None, wanted):
+            raise ValueError(f"{at}: {key}={shown(found)}; csdraft reads DFlash heads with {wanted} there")
     length = fit(config.get("block_size") or keys.get("block_size"), int, f"{at}: block_size")
     layers = fit(keys.get("target_layer_ids"), tuple[int, ...], f"{at}: {KEYS}.target_layer_ids")
     mask = fit(keys.get("mask_token_id"), int, f"{at}: {KEYS}.mask_token_id")
     anchor = fit(keys.get("sample_from_anchor", False), bool, f"{at}: {KEYS}.sample_from_anchor")
     blocks = fit(config.get("num_hidden_layers"), int, f"{at}: num_hidden_layers")
     width = fit(config.get("target_hidden_size") or config.get("hidden_size"), int, f"{at}: target_hidden_size")
-    rows, steps = len(state["d2t"]) if "d2t" in state else vocab, length - (not anchor)
-    if min(steps, blocks, width) < 1 or not layers or min(layers) < 0 or not 0 <= mask < vocab:
+    rows = fit(config.get("draft_vocab_size"), int | None, f"{at}: draft_vocab_size")
+    rows = (len(state["d2t"]) if "d2t" in state else vocab) if rows is None else rows
+    steps = length - (not anchor)
+    if min(steps, blocks, width, rows) < 1 or not layers or min(layers) < 0 or not 0 <= mask < vocab:
         raise ValueError(
             f"{at}: block_size={length}, num_hidden_layers={blocks}, target_layer_ids={list(layers)}, "
-            f"mask_token_id={mask}; blocks have a placeholder or more, layers are counted from 0, and the mask token "
-            f"is below {vocab}"
+            f"mask_token_id={mask}, draft_vocab_size={rows}; blocks have a placeholder or more, layers are counted "
+            f"from 0, and the mask token is below {vocab}"
         )
     numbers = tuple(layer + 1 for layer in layers)
     return DflashOptions(numbers, width, rows, mask, blocks, steps, from_anchor=anchor)

@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csdraft.heads.engines import ServedTarget, context_fault, target_faults, tensor_faults
+from csdraft.heads.engines import (
+    EMBEDDING,
+    ServedTarget,
+    context_fault,
+    target_faults,
+    tensor_faults,
+    without_embedding,
+)
 from csdraft.heads.folder import INIT, Names, read_layer, read_tensors
 from csdraft.heads.formats.own import KIND, OwnHead, head_kinds
 from csdraft.heads.kinds.eagle import EagleOptions
@@ -27,6 +34,8 @@ ORDINARY, OF_VLLM, OF_SGLANG = "LlamaForCausalLM", "EagleLlamaForCausalLM", "Lla
 TAKEN = {"vllm": (ORDINARY, OF_VLLM), "sglang": (OF_SGLANG,)}
 """The architectures that an engine takes, the one that is written first."""
 OUTPUT_LAYER = "lm_head.weight"
+IGNORED = {"vllm": {"d2t"}, "sglang": {OUTPUT_LAYER, "d2t", "t2d"}}
+"""Tensors that an engine does not read; `_refusals` speaks of d2t. vLLM raises an error for any others."""
 
 
 class EagleHead(OwnHead):
@@ -66,12 +75,15 @@ class EagleHead(OwnHead):
         return document | named | {INIT: trained}
 
     def details(self) -> dict[str, str]:
-        own = "embed_tokens.weight" in self.names
+        own = EMBEDDING in self.names
         return super().details() | {"embedding": "its own" if own else "the target's"}
 
     def exported(self, engine: str, target: ServedTarget, tokens: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Leaves out a bias of zeros for vLLM, which takes none, and adds one for SGLang, which wants one."""
-        document, tensors = self.document(), self.written()
+        """Leaves out a bias of zeros for vLLM, which takes none, and adds one for SGLang, which wants one.
+
+        An embedding that is the target's is left out, too: SGLang takes the target's in any case.
+        """
+        document, tensors = self.document(), without_embedding(self.written(), target)
         if engine == "vllm" and "fc.bias" in tensors and not tensors["fc.bias"].any():
             del tensors["fc.bias"]
         if engine == "sglang" and "fc.bias" not in tensors:
@@ -87,16 +99,15 @@ class EagleHead(OwnHead):
         self, engine: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: ServedTarget | None = None
     ) -> list[str]:
         found = _refusals(engine, config, tensors)
-        with torch.device("meta"):
-            whole = self.network()
-        wanted = {name: tuple(t.shape) for name, t in whole.state_dict().items() if name not in ("d2t", OUTPUT_LAYER)}
-        here = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+        wanted = {name: shape for name, shape in self.shapes().items() if name not in ("d2t", OUTPUT_LAYER)}
         bias = {"fc.bias": wanted["fc.weight"][:1]}  # `_refusals` says whether there may be one
-        found += tensor_faults(here, wanted | bias, {"embed_tokens.weight", *bias}, {OUTPUT_LAYER, "d2t", "t2d"})
+        if engine in TAKEN:  # which put `model.` in front of the names themselves
+            found += tensor_faults(tensors, wanted | bias, {EMBEDDING, *bias}, IGNORED[engine])
         if target is not None:
             sizes = (fit(config.get(key), int, key) for key in ("hidden_size", "vocab_size"))
             found += target_faults(target, *sizes, layers=())
         if engine == "sglang":
+            found += [f"{EMBEDDING}: it takes the target's embedding instead; use vLLM"] * (EMBEDDING in tensors)
             found += context_fault(config.get("max_position_embeddings"), target)
         return found
 
@@ -127,7 +138,7 @@ def _architecture(config: Mapping[str, Any]) -> str:
 def _read(path: str, assumed: list[str], **options: Any) -> dict[str, Tensor]:
     """The tensors of a folder by their names in `Eagle`; engines also read names with `model.` in front."""
     state = {name.removeprefix("model."): tensor for name, tensor in read_tensors(path, **options).items()}
-    ignored = {name for name in state if name == "t2d" or name.endswith("rotary_emb.inv_freq")}
+    ignored = {"t2d"}
     if OUTPUT_LAYER in state and "d2t" not in state:
         assumed.append(f"{OUTPUT_LAYER} is not read: the output layer of an EAGLE-1 head is the target's")
         ignored.add(OUTPUT_LAYER)

@@ -11,19 +11,21 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from csdraft.heads.engines import SIZED_ROTARY, ServedTarget
-from csdraft.heads.folder import INIT, Names, read_layer, read_tensors
+from csdraft.heads.engines import EMBEDDING, SIZED_ROTARY, ServedTarget, with_embedding, without_embedding
+from csdraft.heads.folder import INIT, Names, as_llama, read_layer, read_tensors
 from csdraft.heads.formats._eagle3_engines import (
+    FAMILIES,
     LAYERS,
     NORMS,
-    SPECULATORS,
+    OLD_FLAG,
     eagle3_faults,
     named_layers,
+    of_norm,
     speculators_document,
 )
+from csdraft.heads.formats._speculators import COPIES, LAYER
 from csdraft.heads.head import HeadOptions
 from csdraft.heads.kinds.eagle3 import Eagle3, Eagle3Options, default_layers
 from csdraft.heads.stored_head import StoredHead
@@ -31,9 +33,9 @@ from csdraft.stored import fit
 
 __all__ = ["Eagle3Head"]
 
-EMBEDDING = "embed_tokens.weight"
-NOT_READ = {"t2d", "verifier_norm.weight", "verifier_lm_head.weight"}
-"""What `d2t` says, and copies of the target's tensors that speculators may leave in a folder."""
+
+NESTED = "nested"
+"""Says to `options_of` that the keys of the layer stood in a document of their own."""
 
 
 class Eagle3Head(StoredHead):
@@ -72,7 +74,7 @@ class Eagle3Head(StoredHead):
     def details(self) -> dict[str, str]:
         layers, flags = self.options.layers, [name for name in NORMS if getattr(self.options, name)]
         return {
-            "norms": ", ".join(flags) or "as in the paper",
+            "norms": ", ".join([*flags, *["queries and keys"] * self.options.qk_norm]) or "as in the paper",
             "hidden states": f"after blocks {', '.join(map(str, layers))}" if layers else "the paper's (not said)",
             "embedding": "its own" if EMBEDDING in self.names else "the target's",
         }
@@ -84,11 +86,7 @@ class Eagle3Head(StoredHead):
             document["max_position_embeddings"] = max(document["max_position_embeddings"], target.positions)
         if engine == "speculators":
             return speculators_document(document, target, tokens), with_embedding(numbered(tensors), target)
-        if EMBEDDING in tensors:
-            own, theirs = tensors[EMBEDDING], target.embedding()
-            if own.shape == theirs.shape and torch.equal(own, theirs.to(own)):
-                del tensors[EMBEDDING]
-        return document, tensors
+        return document, without_embedding(tensors, target)
 
     def faults(
         self, engine: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: ServedTarget | None = None
@@ -102,8 +100,10 @@ class Eagle3Head(StoredHead):
             layers: the hidden states, if `options` leaves them open.
         """
         options, layers = self.options, self.options.layers or layers
+        family = "qwen3" if options.qk_norm else "llama"
         document = self.layer_document() | {
-            "architectures": ["LlamaForCausalLMEagle3"],
+            "model_type": family,
+            "architectures": [FAMILIES[family]],
             "draft_vocab_size": options.draft_vocab,
             "target_hidden_size": options.target_width,
             "num_hidden_layers": 1,
@@ -132,12 +132,13 @@ class Eagle3Head(StoredHead):
     @classmethod
     def load(cls, path: str, config: Mapping[str, Any], **options: Any) -> Eagle3Head:
         at, assumed = f"{path}/config.json", []
-        layer_keys = fit(config.get(SPECULATORS) or {}, dict[str, Any], f"{at}: {SPECULATORS}")
-        document = {**layer_keys, **{key: value for key, value in config.items() if key != SPECULATORS}}
+        layer_keys = fit(config.get(LAYER) or {}, dict[str, Any], f"{at}: {LAYER}")
+        document = {**layer_keys, **{key: value for key, value in config.items() if key != LAYER}}
         state = {_own_name(name): tensor for name, tensor in read_tensors(path, **options).items()}
-        state = {name: tensor for name, tensor in state.items() if name not in NOT_READ}
-        described = cls.options_of(document, state, at, assumed)
-        return cls.checked(path, read_layer(document, path), described, state, assumed, **options)
+        state = {name: tensor for name, tensor in state.items() if name not in COPIES}
+        described = cls.options_of({**document, NESTED: LAYER in config}, state, at, assumed)
+        layer = read_layer(as_llama(document, path), path)
+        return cls.checked(path, layer, described, state, assumed, **options)
 
     @classmethod
     def options_of(
@@ -160,16 +161,9 @@ def numbered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.replace("midlayer.", "layers.0."): tensor for name, tensor in tensors.items()}
 
 
-def with_embedding(tensors: dict[str, Tensor], target: ServedTarget) -> dict[str, Tensor]:
-    """Tensors with the target's embedding, if they have none."""
-    if EMBEDDING not in tensors:
-        tensors[EMBEDDING] = target.embedding().to(tensors["fc.weight"].dtype, copy=True)
-    return tensors
-
-
 def _own_name(name: str) -> str:
     """A tensor's name in `Eagle3`; engines also read it with `model.` in front, and the layer with its number."""
-    name = name.removeprefix("model.")
+    name = of_norm(name.removeprefix("model."))
     return f"midlayer.{name.removeprefix('layers.0.')}" if name.startswith("layers.0.") else name
 
 
@@ -185,7 +179,8 @@ def _options(document: Mapping[str, Any], state: Mapping[str, Tensor], at: str, 
             f"hidden states after blocks {', '.join(map(str, layers))}"
         )
     flags = {key: fit(document.get(key, eagle.get(key, False)) or False, bool, f"{at}: {key}") for key in NORMS}
-    if SPECULATORS in document and "norm_before_residual" not in document:
+    flags["fc_norm"] |= fit(document.get(OLD_FLAG) or False, bool, f"{at}: {OLD_FLAG}")
+    if document.get(NESTED) and "norm_before_residual" not in document:
         assumed.append("norm_before_residual is open: taken is false, as speculators does and vLLM does not")
     vocab = fit(document.get("vocab_size"), int, f"{at}: vocab_size")
     rows = document.get("draft_vocab_size")
@@ -199,4 +194,5 @@ def _options(document: Mapping[str, Any], state: Mapping[str, Tensor], at: str, 
         )
     trained = fit(document.get(INIT) or {}, dict[str, Any], f"{at}: {INIT}").get("eagle3") or {}
     how = fit(trained, HeadOptions, f"{at}: {INIT}.eagle3")
-    return Eagle3Options(layers, width, rows, **flags, steps=how.steps, decay=how.decay)
+    qwen = document.get("model_type") == "qwen3"
+    return Eagle3Options(layers, width, rows, **flags, steps=how.steps, decay=how.decay, qk_norm=qwen)

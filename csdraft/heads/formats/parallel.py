@@ -11,10 +11,21 @@ from typing import Any
 
 from torch import Tensor
 
-from csdraft.heads.engines import ServedTarget
+from csdraft.heads.engines import EMBEDDING, ServedTarget, tensor_faults, with_embedding
 from csdraft.heads.folder import Names
-from csdraft.heads.formats._eagle3_engines import LAYERS, NORMS, SPECULATORS
-from csdraft.heads.formats.eagle3 import Eagle3Head, numbered, with_embedding
+from csdraft.heads.formats._eagle3_engines import LAYERS, NORMS
+from csdraft.heads.formats._speculators import (
+    COPIES,
+    LAYER,
+    MODEL_TYPE,
+    PLANS,
+    VERSION,
+    layout_faults,
+    plan,
+    t2d_fault,
+    value_at,
+)
+from csdraft.heads.formats.eagle3 import Eagle3Head, numbered
 from csdraft.heads.kinds.eagle3 import Eagle3Options, default_layers
 from csdraft.heads.kinds.parallel import Parallel, ParallelOptions
 from csdraft.heads.stored_head import LAYER_KEYS, StoredHead
@@ -22,7 +33,8 @@ from csdraft.stored import fit
 
 __all__ = ["ParallelHead"]
 
-MODEL_TYPE, PLANS = "speculators_model_type", "speculators_config"
+OF_LAYER = ("num_aux_hidden_states", "fc_norm", "norm_output")
+"""Keys that vLLM looks for beside those of the layer: it does not take them from outside for this kind of head."""
 
 
 class ParallelHead(Eagle3Head):
@@ -31,7 +43,6 @@ class ParallelHead(Eagle3Head):
     what = "parallel head"
     methods = {"vllm": "eagle3", "speculators": "eagle3"}  # noqa: RUF012 - never written to
     complete = Parallel
-    faults = StoredHead.faults
 
     @property
     def title(self) -> str:
@@ -42,7 +53,36 @@ class ParallelHead(Eagle3Head):
         return super().details() | {"layers": f"{options.blocks}, token {options.mask_token} as placeholder"}
 
     def refusals(self, engine: str, config: Mapping[str, Any]) -> list[str]:
-        return [] if engine in self.methods else ["it reads no folders of speculators"]
+        if engine not in self.methods:
+            return ["it reads no folders of speculators"]
+        found = list(layout_faults("peagle", engine, config))
+        layers, count = config.get(LAYERS) or (0, 0, 0), value_at(config, f"{LAYER}.num_aux_hidden_states")
+        if engine == "vllm" and not self.options.qk_norm and (count or 3) != len(layers):
+            found.append(f"{LAYER}.num_aux_hidden_states is {count or 3} to it, and {LAYERS} names {len(layers)}")
+        if engine == "vllm" and self.options.fc_norm and value_at(config, f"{LAYER}.fc_norm") is not True:
+            found.append(f"{LAYER}.fc_norm is missing, where it looks for it: write true")
+        if engine == "speculators" and self.options.fc_norm and self.options.norm_before_fc:
+            found.append("norm_before_fc and fc_norm are both true, and it takes one of them; use --to vllm")
+        if engine == "speculators" and self.options.target_width != self.config.hidden_size:
+            found.append(f"target_hidden_size={self.options.target_width} is not hidden_size; use --to vllm")
+        return found
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name.replace("midlayer.", "layers.0."): shape for name, shape in super().shapes().items()}
+
+    def faults(
+        self, engine: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: ServedTarget | None = None
+    ) -> list[str]:
+        found = StoredHead.faults(self, engine, config, tensors, target)
+        if engine not in self.methods:
+            return found
+        # As of EAGLE-3 heads, the package does not load the target's embedding as it means to.
+        found += tensor_faults(tensors, self.shapes(), {EMBEDDING} if engine == "vllm" else (), COPIES)
+        if engine == "speculators" and "d2t" in tensors:
+            found += t2d_fault(tensors, self.config.vocab_size)
+        if engine == "speculators" and not found:  # vLLM reads the same folder
+            found = [f"vLLM: {fault}" for fault in self.faults("vllm", config, tensors, target)]
+        return found
 
     @property
     def deepest(self) -> int:
@@ -50,17 +90,14 @@ class ParallelHead(Eagle3Head):
 
     def document(self, layers: tuple[int, ...] = ()) -> dict[str, Any]:
         options, document = self.options, super().document(layers)
-        plan = {"proposal_type": "greedy", "speculative_tokens": options.steps}
+        keys = {key: document[key] for key in (*LAYER_KEYS, *OF_LAYER)}
         return {
             MODEL_TYPE: "peagle",
             "architectures": ["PEagleSpeculator"],
-            PLANS: {
-                "algorithm": "peagle",
-                "default_proposal_method": "greedy",
-                "proposal_methods": [plan | {"verifier_accept_k": 1, "accept_tolerance": 0.0}],
-                "verifier": {"name_or_path": self.target_name, "architectures": []},
-            },
-            SPECULATORS: {key: document[key] for key in LAYER_KEYS} | {"num_hidden_layers": options.blocks},
+            "speculators_version": VERSION,
+            "tie_word_embeddings": False,
+            PLANS: plan("peagle", self.target_name, (), options.steps),
+            LAYER: keys | {"num_hidden_layers": options.blocks},
             LAYERS: document.get(LAYERS),
             "mask_token_id": options.mask_token,
             "embed_requires_grad": False,
@@ -76,8 +113,7 @@ class ParallelHead(Eagle3Head):
         A head stays the same if it drafts fewer tokens: placeholders do not see later ones.
         """
         document, tensors = self.document(self.options.layers or default_layers(target.layers)), self.written()
-        document[PLANS]["proposal_methods"][0]["speculative_tokens"] = tokens
-        document[PLANS]["verifier"] = {"name_or_path": target.name, "architectures": list(target.architectures)}
+        document[PLANS] = plan("peagle", target.name, target.architectures, tokens)
         return document, with_embedding(tensors, target) if engine == "speculators" else tensors
 
     @classmethod
@@ -89,8 +125,8 @@ class ParallelHead(Eagle3Head):
         cls, document: Mapping[str, Any], state: Mapping[str, Tensor], at: str, assumed: list[str]
     ) -> ParallelOptions:
         shared = super().options_of({**document, "num_hidden_layers": 1}, state, at, assumed)
-        plan = fit(document.get(PLANS) or {}, dict[str, Any], f"{at}: {PLANS}")
-        plans = fit(plan.get("proposal_methods") or [{}], list[dict[str, Any]], f"{at}: {PLANS}: proposal_methods")
+        said = fit(document.get(PLANS) or {}, dict[str, Any], f"{at}: {PLANS}")
+        plans = fit(said.get("proposal_methods") or [{}], list[dict[str, Any]], f"{at}: {PLANS}: proposal_methods")
         steps = fit(plans[0].get("speculative_tokens"), int, f"{at}: {PLANS}: speculative_tokens")
         blocks = fit(document.get("num_hidden_layers", 1), int, f"{at}: num_hidden_layers")
         mask = fit(document.get("mask_token_id"), int, f"{at}: mask_token_id")

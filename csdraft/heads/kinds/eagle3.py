@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from csdraft.decoding.cache_names import cache_name
 from csdraft.heads.head import Head
 
-__all__ = ["Eagle3", "Eagle3Options", "default_layers"]
+__all__ = ["Eagle3", "Eagle3Options", "attention", "default_layers"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Eagle3Options:
         norm_before_fc: whether the hidden states are normed together before they are fused.
         fc_norm: whether each hidden state is normed before they are fused.
         norm_output: whether the feature for the next entry is normed.
+        qk_norm: whether queries and keys are normed, as in layers of Qwen 3.
         steps, decay: how it is trained, see `HeadOptions`.
     """
 
@@ -50,6 +52,7 @@ class Eagle3Options:
     norm_output: bool = False
     steps: int = 4
     decay: float = 0.8
+    qk_norm: bool = False
 
 
 def default_layers(count: int) -> tuple[int, int, int]:
@@ -62,13 +65,18 @@ def default_layers(count: int) -> tuple[int, int, int]:
     return 2, count // 2, count - 3
 
 
+def attention(config: LlamaConfig, number: int, qk_norm: bool) -> nn.Module:
+    """The attention of a layer of Llama, or of Qwen 3, which norms queries and keys."""
+    return Qwen3Attention(config, number) if qk_norm else LlamaAttention(config, number)  # type: ignore[arg-type]
+
+
 class Layer(nn.Module):
     """The one decoder layer: attention reads the embedding and the feature side by side."""
 
-    def __init__(self, config: LlamaConfig, norm_before_residual: bool):
+    def __init__(self, config: LlamaConfig, norm_before_residual: bool, qk_norm: bool = False):
         super().__init__()
         width, self.norm_before_residual = config.hidden_size, norm_before_residual
-        self.self_attn = LlamaAttention(config, 0)
+        self.self_attn = attention(config, 0, qk_norm)
         for name in ("q_proj", "k_proj", "v_proj"):
             old = getattr(self.self_attn, name)
             setattr(self.self_attn, name, nn.Linear(2 * width, old.out_features, bias=old.bias is not None))
@@ -76,7 +84,7 @@ class Layer(nn.Module):
         self.input_layernorm, self.hidden_norm, self.post_attention_layernorm = (
             LlamaRMSNorm(width, config.rms_norm_eps) for _ in range(3)
         )
-        self._cache_name = cache_name(LlamaAttention.forward) or ""
+        self._cache_name = cache_name(type(self.self_attn).forward) or ""
 
     def forward(
         self, embedded: Tensor, features: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: Any
@@ -110,7 +118,7 @@ class Eagle3(Head):
             norms = (LlamaRMSNorm(options.target_width, config.rms_norm_eps) for _ in range(count))
             self.fc_norm = nn.ModuleList(norms)
         self.fc = nn.Linear(count * options.target_width, width, bias=False)
-        self.midlayer = Layer(self.config, options.norm_before_residual)  # type: ignore[arg-type]
+        self.midlayer = Layer(self.config, options.norm_before_residual, options.qk_norm)  # type: ignore[arg-type]
         self.norm = LlamaRMSNorm(width, config.rms_norm_eps)
         self.post_init()
 

@@ -6,7 +6,10 @@ state is the one after the target's last norm. In a draft it is the module's own
 Transformers' `generate(use_mtp=True)` does the same. One module can draft any number of tokens this way, although it
 was mostly trained for the first.
 
-The module is transformers' `MtpLayer`. Its weights are in the target's own folder, where the target's class leaves
+A target may have several modules. Then module k drafts token k alone, and reads the output of module k - 1 in place of
+the target's hidden state; see `Modules`.
+
+A module is transformers' `MtpLayer`. Its weights are in the target's own folder, where the target's class leaves
 them unread: in `model.layers.N` with N from the number of the target's layers on (DeepSeek-V3, GLM-4.5), or in `mtp`
 (Mellum, in the layout of Qwen3-Next). Transformers' `MtpModel` converts names and experts. The embedding and the
 output layer are the target's; copies of them in the folder are not read.
@@ -15,7 +18,7 @@ output layer are the target's; copies of them in the folder are not read.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,8 @@ __all__ = ["OWN", "Mtp", "OwnModule"]
 
 SOME = 4
 """Names of tensors that a message lists."""
+TEXT, RESUMED = -1, -2
+"""Marks of features from the target: the entry before is of the same forward, or was read earlier."""
 NUMBERED = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
@@ -41,8 +46,8 @@ class Mtp(Head):
     """A target's module as a head.
 
     Args:
-        config: of the module; its class is the target's, and it has one layer.
-        module: a `MtpLayer`.
+        config: of the module; its class is the target's, and it has one layer for each module.
+        modules: `MtpLayer`s; this class has one.
         rotary: makes the rotary embedding, of the target's class.
         kind: the layer's kind of attention, if the rotary embedding depends on it.
         window: how many entries it sees, itself included; None: all. A draft must be less deep than that.
@@ -51,12 +56,16 @@ class Mtp(Head):
     attention_layers = 1
     frozen_output = True
 
-    def __init__(self, config: Any, module: nn.Module, rotary: nn.Module, kind: str | None, window: int | None):
-        super().__init__(config, HeadOptions())
+    def __init__(self, config: Any, modules: Any, rotary: nn.Module, kind: str | None, window: int | None):
+        super().__init__(config, HeadOptions(steps=len(modules)))
         if window is not None:  # `near` applies it, not the cache
             self.config.layer_types = self.config.sliding_window = None
-        self.module, self.rotary, self.kind, self.window = module, rotary, kind, window
-        self._cache_name = cache_name(type(module).forward) or ""
+        self.mtp, self.rotary, self.kind, self.window = nn.ModuleList(modules), rotary, kind, window
+        self._cache_name = cache_name(type(modules[0]).forward) or ""
+
+    @classmethod
+    def layers_of(cls, options: HeadOptions) -> int:
+        return options.steps
 
     @property
     def deepest(self) -> int | None:
@@ -77,18 +86,81 @@ class Mtp(Head):
         self, input_ids: Tensor, position_ids: Tensor, features: Tensor, mask: Tensor | None, cache: Any
     ) -> Tensor:
         embedded = self.embed_tokens(input_ids).to(features.dtype)
-        kind = {} if self.kind is None else {"layer_type": self.kind}
         mask = mask if self.window is None else near(mask, position_ids, cache, self.window)
+        return self.run(0, embedded, features, position_ids, mask, cache)
+
+    def run(
+        self, number: int, embedded: Tensor, hidden: Tensor, position_ids: Tensor, mask: Tensor | None, cache: Any
+    ) -> Tensor:
+        """(rows, queries, width) output of one module, from embeddings and hidden states of the same shape."""
+        kind = {} if self.kind is None else {"layer_type": self.kind}
         rotary = self.rotary(embedded, position_ids=position_ids, **kind)
         places = {"position_ids": position_ids, self._cache_name: cache}
-        return self.module(embedded, features, position_embeddings=rotary, attention_mask=mask, **places)
+        return self.mtp[number](embedded, hidden, position_embeddings=rotary, attention_mask=mask, **places)
 
     def draft_logits(self, output: Tensor) -> Tensor:
         return self.lm_head(output)
 
 
-def near(mask: Tensor | None, positions: Tensor, cache: Any, window: int) -> Tensor:
-    """(rows, 1, queries, slots) bool: what entries see within the window.
+class Modules(Mtp):
+    """Several modules as one head, which drafts as many tokens.
+
+    Module k at entry i joins token i + 1 with the output of module k - 1 at entry i - 1, or for k = 0 with the
+    target's hidden state of token i, and predicts token i + 2. So after a text module 0 drafts the first token; module
+    1 reads that token beside the output of module 0, and drafts the second. All modules read all of the text, each
+    with keys and values of its own. Module k has no entry before entry k, so nothing sees those.
+
+    A feature has one hidden state for each module, and a mark. In one from the target these are the target's and those
+    that the modules have made of the entry before, which may be of the same forward. In a head's own output they are
+    the modules' own, and the mark is how many tokens have been drafted, from 1 on. In a draft, modules that have
+    drafted already run with the others, on states that mean nothing, and nothing reads what they make.
+    """
+
+    @property
+    def deepest(self) -> int:
+        return len(self.mtp) if self.window is None else min(len(self.mtp), self.window - 1)
+
+    @property
+    def feature_width(self) -> int:
+        return len(self.mtp) * self.config.hidden_size + 1
+
+    def fuse(self, states: Mapping[int, Tensor]) -> Tensor:
+        hidden = super().fuse(states)
+        padded = nn.functional.pad(hidden, (0, self.feature_width - hidden.shape[-1]))
+        padded[..., -1] = TEXT
+        return padded
+
+    def resumed(self, features: Tensor, before: Tensor) -> Tensor:
+        width = self.config.hidden_size
+        features = features.clone()
+        features[0, width:-1], features[0, -1] = before[: -1 - width], RESUMED
+        return features
+
+    def output(
+        self, input_ids: Tensor, position_ids: Tensor, features: Tensor, mask: Tensor | None, cache: Any
+    ) -> Tensor:
+        width, mark, count = self.config.hidden_size, features[..., -1:], len(self.mtp)
+        embedded = self.embed_tokens(input_ids).to(features.dtype)
+        drafted = nn.functional.pad(features[..., : -1 - width], (width, 0))  # module k reads what k - 1 has made
+        states = torch.where(mark > 0, drafted, features[..., :-1]).split(width, -1)
+        masks = [near(mask, position_ids, cache, self.window, first) for first in range(count)]
+        outputs: list[Tensor] = []
+        for number, hidden in enumerate(states):
+            if number:
+                before = torch.cat([hidden[:, :1], outputs[-1][:, :-1]], 1)  # of this forward
+                hidden = torch.where(mark == TEXT, before, hidden)
+            outputs.append(self.run(number, embedded, hidden, position_ids, masks[number], cache))
+        return torch.cat([*outputs, mark.clamp(min=0) + 1], -1)
+
+    def draft_logits(self, output: Tensor) -> Tensor:
+        number = output[..., -1].long().clamp(1, len(self.mtp)) - 1  # (...)
+        states = output[..., :-1].unflatten(-1, (len(self.mtp), -1))  # (..., modules, width)
+        index = number[..., None, None].expand(*number.shape, 1, states.shape[-1])
+        return self.lm_head(states.gather(-2, index)[..., 0, :])
+
+
+def near(mask: Tensor | None, positions: Tensor, cache: Any, window: int | None, first: int = 0) -> Tensor:
+    """(rows, 1, queries, slots) bool: what entries see within the window, from the first entry of a module on.
 
     Slot i holds entry i of the text. Slots of drafted entries may lie behind their positions, but never too far, since
     the window is longer than a draft.
@@ -98,7 +170,9 @@ def near(mask: Tensor | None, positions: Tensor, cache: Any, window: int) -> Ten
         slots = cache.get_mask_sizes(positions.shape[1], 0)[0] if mask is None else mask.shape[-1]
         keys = torch.arange(slots, device=positions.device)[None, None]
     mask = (keys <= own)[:, None] if mask is None else mask
-    seen = mask & (keys > own - window)[:, None]
+    seen = mask & (keys >= first)[:, None]
+    if window is not None:
+        seen = seen & (keys > own - window)[:, None]
     return seen | (~seen.any(-1, keepdim=True) & mask)  # a padding query must see something
 
 
@@ -119,10 +193,11 @@ class OwnModule(OnTarget):
                 f"{called(target)} has no next-token modules that transformers knows: its config has no "
                 f"num_mtp_layers; draft with another drafter than {MTP!r}"
             )
-        if count > 1:
+        kinds = getattr(config, "mtp_layer_types", None) or [FULL] * count
+        if len(set(kinds)) > 1 or len(kinds) != count:
             raise ValueError(
-                f"{called(target)} has num_mtp_layers={count}, one module for each drafted token; csdraft drafts with "
-                "one module that is used again and again"
+                f"{called(target)} has num_mtp_layers={count} and mtp_layer_types={list(kinds)}; csdraft drafts with "
+                "modules that are all of one kind"
             )
         if (kind := _kind(config)) not in (FULL, SLIDING):
             raise ValueError(
@@ -142,7 +217,10 @@ class OwnModule(OnTarget):
         kind = _kind(target.config.get_text_config(decoder=True))
         window = made.config.sliding_window if kind == SLIDING else None
         with torch.device("meta"):
-            head = Mtp(made.config, made.layers[0], rotary, kind if made.has_per_layer_rope else None, window)
+            kind_of_head = Mtp if len(made.layers) == 1 else Modules
+            head = kind_of_head(
+                made.config, list(made.layers), rotary, kind if made.has_per_layer_rope else None, window
+            )
         head.d2t = torch.zeros(len(head.d2t), dtype=torch.long, device=table.device)
         head.lent = EMBEDDING | OUTPUT
         for name, source in head.lent.items():
@@ -175,7 +253,8 @@ def _read(target: Any, dtype: torch.dtype, device: torch.device) -> Any:
     from transformers.modeling_utils import LoadStateDictConfig
     from transformers.utils.generic import ContextManagers
 
-    path, count = target.config.name_or_path, target.config.get_text_config(decoder=True).num_hidden_layers
+    text, path = target.config.get_text_config(decoder=True), target.config.name_or_path
+    count = text.num_hidden_layers
     if not path:
         raise ValueError(f"{called(target)} does not say where it was loaded from: load it by from_pretrained")
     state = read_chosen(path, lambda name: _chosen(name, count), revision=getattr(target.config, "_commit_hash", None))
@@ -186,7 +265,7 @@ def _read(target: Any, dtype: torch.dtype, device: torch.device) -> Any:
         )
     contexts: list[Any] = MtpModel.get_init_context(dtype, False, False, None)
     with ContextManagers(contexts):
-        made: Any = MtpModel(target, 1)
+        made: Any = MtpModel(target, text.num_mtp_layers)
     made.config._attn_implementation = "sdpa"  # which reads csdraft's masks
     how = LoadStateDictConfig(weight_mapping=made.get_weight_conversions(target), device_map={"": device}, dtype=dtype)
     found, _ = convert_and_load_state_dict_in_model(model=made, state_dict=state, load_config=how)

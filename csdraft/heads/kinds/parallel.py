@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 
 from csdraft.decoding.cache_names import cache_name
 from csdraft.heads.head import Steps, step_masks, text_mask
-from csdraft.heads.kinds.eagle3 import Eagle3, Eagle3Options
+from csdraft.heads.kinds.eagle3 import Eagle3, Eagle3Options, attention
 from csdraft.heads.stack import Beside, Stack, beside_mask
 
 __all__ = ["Parallel", "ParallelOptions"]
@@ -35,7 +35,7 @@ class ParallelOptions(Eagle3Options):
 
     Args:
         mask_token: the token whose embedding the placeholders have.
-        blocks: how many decoder layers it has; the first is EAGLE-3's, the others are Llama's.
+        blocks: how many decoder layers it has; the first is EAGLE-3's, the others are ordinary ones.
         steps: how many tokens it drafts.
         decay: weight of a token in the loss, relative to the one before.
     """
@@ -53,6 +53,8 @@ class Parallel(Stack, Eagle3):
         super().__init__(config, options)
         numbers = range(1, options.blocks)
         self.layers = nn.ModuleDict({str(i): LlamaDecoderLayer(self.config, i) for i in numbers})  # type: ignore[arg-type]
+        for number, layer in self.layers.items():
+            layer.self_attn = attention(self.config, int(number), options.qk_norm)  # type: ignore[arg-type]
         self.mask_hidden = nn.Parameter(torch.randn(1, 1, len(options.layers) * options.target_width))
         self._cache_name = cache_name(LlamaAttention.forward) or ""
 
