@@ -1,9 +1,10 @@
 """Exact, batched speculative decoding with cascades of drafters, for `generate` of Hugging Face transformers.
 
 Importing csdraft adds the keyword `assistant` to every model's `generate`: `model.generate(**inputs,
-assistant=drafter)`. Calls without it go to transformers unchanged. The import changes nothing else. With the
-environment variable CSDRAFT_NO_PATCH=1 it changes nothing at all. Then `csdraft.enable(model)` adds the keyword to one
-model and `csdraft.install()` to all models; `custom_generate=csdraft.decode` needs neither.
+assistant=drafter)`. The fields of `csdraft.Options` are keywords, too. Calls without any of these go to transformers
+unchanged. The import changes nothing else. With the environment variable CSDRAFT_NO_PATCH=1 it changes nothing at all.
+Then `csdraft.enable(model)` adds the keywords to one model and `csdraft.install()` to all models;
+`custom_generate=csdraft.decode` needs neither.
 
 After a call, `drafter.report` says how drafting went. `csdraft.report(x)` does the same for the target and for
 anything that was passed as `assistant`, such as a model, a path or "auto". Nothing is set on a user's model.
