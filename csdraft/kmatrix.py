@@ -23,7 +23,7 @@ from csdraft.stored import kind_of, shown
 __all__ = ["AUTO", "KMatrix", "build", "check_k_matrix", "first_guess", "spread_lenience"]
 
 KMatrix = tuple[tuple[int, ...], ...]
-"""Its rows."""
+"""The rows of a K matrix."""
 
 AUTO = "auto"
 """In place of a K matrix, it lets the planner choose one at the first call with a target."""

@@ -109,15 +109,11 @@ def sampling(temperature: float, **warpers: float | None) -> dict[str, Any]:
     return {"do_sample": True, "temperature": temperature, **{k: v for k, v in warpers.items() if v is not None}}
 
 
-def _chat_format(args: argparse.Namespace) -> ChatFormat:
-    return ChatFormat.read(args.chat_template, args.chat_template_options)
-
-
 def chat_of_text(args: argparse.Namespace) -> ChatFormat | None:
     """The chat format for prompts that are plain text; None without --chat."""
     if not args.chat and (args.chat_template is not None or args.chat_template_options is not None):
         raise ValueError("--chat-template and --chat-template-options have no effect on text without --chat: add it")
-    return _chat_format(args) if args.chat else None
+    return ChatFormat.read(args.chat_template, args.chat_template_options) if args.chat else None
 
 
 def encode(opened: Opened, prompt: str, chat: ChatFormat | None = None) -> dict[str, torch.Tensor]:
@@ -146,4 +142,5 @@ def prompts_of_file(
     opened: Opened, source: str, args: argparse.Namespace, limit: int | None = None
 ) -> list[list[int]]:
     """Token ids of a source's prompts. The chat template is applied to conversations; with --chat, to all prompts."""
-    return read_prompts(source, opened.tokenizer, limit, None, "train", _chat_format(args), args.chat)
+    format = ChatFormat.read(args.chat_template, args.chat_template_options)
+    return read_prompts(source, opened.tokenizer, limit, None, "train", format, args.chat)
