@@ -18,7 +18,7 @@ import torch
 
 from csdraft import ModelDrafter
 from csdraft.data.shards import write_whole
-from csdraft.metrics.intervals import bootstrap_mean
+from csdraft.metrics.intervals import bootstrap_ratio
 from csdraft.schedules.fixed import Fixed
 from csdraft.trainers.arguments import make_arguments, read_values
 from csdraft.trainers.command import one_line_errors, recipe_parser
@@ -196,7 +196,7 @@ def table(done: Mapping[str, Figures], baseline: str) -> str:
     ]
     for name, arm in done.items():
         kinds = ("greedy", "sampled")
-        cells = [str(bootstrap_mean(arm[kind])) for kind in kinds]
+        cells = [mean(arm[kind]) for kind in kinds]
         cells += [ratios(arm[kind], done[baseline][kind]) if baseline in done else "" for kind in kinds]
         cells += [f"{arm[key]:.3f}" for key in ("acceptance", "agreement")]
         cells += [f"{arm['parameters'] / 1e6:.2f} M", f"{arm['price']:.2f}", f"{arm['speed']:.2f}"]
@@ -205,7 +205,12 @@ def table(done: Mapping[str, Figures], baseline: str) -> str:
 
 
 def ratios(values: Sequence[float], base: Sequence[float]) -> str:
-    return str(bootstrap_mean([value / other for value, other in zip(values, base, strict=True)]))
+    return mean([value / other for value, other in zip(values, base, strict=True)])
+
+
+def mean(values: Sequence[float]) -> str:
+    """With its bootstrap interval."""
+    return str(bootstrap_ratio(values, [1.0] * len(values)))
 
 
 def main(argv: Sequence[str]) -> None:

@@ -13,7 +13,8 @@ from csdraft.bench import Cell, Method, Prompt, encode
 from csdraft.cascade import CascadeDrafter
 from csdraft.drafters.max_gram import MaxGram
 from csdraft.drafters.model import ModelDrafter
-from csdraft.planner.expect import KMatrix, expect
+from csdraft.kmatrix import KMatrix
+from csdraft.planner.expect import expect
 from csdraft.planner.search import search
 from csdraft.planner.trace import measure_drafters
 from csdraft.schedules.fixed import Fixed

@@ -1,6 +1,6 @@
-"""Times ways to generate side by side: what `csdraft bench` shows and what `csdraft tune` chooses by.
+"""Times ways to generate side by side, for `csdraft bench` and `csdraft tune`.
 
-All methods take turns on the same prompts in one process, so that other work on the machine slows all of them alike.
+All methods take turns on the same prompts in one process, so other work on the machine slows all of them alike.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ Text = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class Setup:
-    """What all methods of a run share.
+    """What all methods of a run have in common.
 
     Attributes:
         target: the loaded model.
-        options: keywords that every `generate` gets (length, temperature).
-        clock: wall time; or the process's CPU time, which other programs on the machine disturb less.
+        options: keywords of every `generate` (length, temperature).
+        clock: wall time, or the process's CPU time, which other programs disturb less.
     """
 
     target: PreTrainedModel
@@ -48,9 +48,9 @@ class Method:
     """One way to generate.
 
     Attributes:
-        name: in tables.
+        name: its name in tables.
         options: keywords of `generate`.
-        before: called before each call, outside the time.
+        before: called before each call; it is not timed.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Method:
 
     @property
     def drafted(self) -> bool:
-        """Whether csdraft decodes (else transformers does)."""
+        """Whether csdraft decodes, and not transformers."""
         return "assistant" in self.options
 
 
@@ -77,12 +77,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Sample:
-    """One timed repetition of one cell on one group of prompts.
+    """A timed repetition of a cell on a group of prompts.
 
     Attributes:
-        seconds: of `generate`, from call to return, summed over the group's calls.
-        first: seconds to the first token, mean over the calls; None for batches, which have no streamer.
-        tokens: generated.
+        seconds: from call to return of `generate`, summed over the group's calls.
+        first: seconds to the first token, mean over the calls; None for batches, which take no streamer.
+        tokens: number of generated tokens.
     """
 
     cell: str
@@ -99,10 +99,10 @@ class Sample:
 
 @dataclass
 class Run:
-    """All that was measured.
+    """The measurements.
 
     Attributes:
-        texts: (cell, group) -> all distinct texts, as the new tokens of each row.
+        texts: (cell, group) -> the different texts that it gave, each as the new tokens of each row.
     """
 
     samples: list[Sample] = field(default_factory=list)
@@ -118,7 +118,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Result:
-    """One run of one cell on one group of prompts; the fields are those of `Sample`."""
+    """What a cell gave for a group of prompts; see `Sample` for the times."""
 
     seconds: float
     first: float | None
@@ -126,7 +126,7 @@ class Result:
 
 
 class Stopwatch(BaseStreamer):
-    """Notes when the first new token arrives."""
+    """A streamer that notes when the first new token arrives."""
 
     def __init__(self, clock: Callable[[], float]):
         self.clock, self.first, self._prompt_seen = clock, 0.0, False
@@ -150,13 +150,14 @@ def measure(
 ) -> Run:
     """Times all cells on all prompts.
 
-    The order of the cells is rotated from one prompt and repetition to the next, so that none always follows the
-    same one. Before anything is timed, every cell has run once on the first prompt, and `look` on each.
+    The order of the cells is rotated from one prompt and repetition to the next, so no cell always follows the same
+    one. First, every cell runs once on the first prompts without being timed.
 
     Args:
         repetitions: timed passes over the prompts.
-        progress: called with what is being done and the share of the work that is done.
-        look: called with each cell, group of prompts and its number in a pass of its own, which is not timed.
+        progress: called with the current task and the share of the work that is done.
+        look: if given, it is called with each cell, each group of prompts and the group's number in a first pass,
+            which is not timed.
     """
     size = max(cell.rows for cell in cells)
     groups = [list(prompts[i : i + size]) for i in range(0, len(prompts), size)]
@@ -179,7 +180,7 @@ def measure(
 
 
 def generate(setup: Setup, cell: Cell, group: Sequence[Prompt]) -> Result:
-    """Runs `generate` as often as the group needs at the cell's batch size."""
+    """Runs `generate` on a group of prompts, in batches of the cell's size."""
     target, method, clock = cast(Any, setup.target), cell.method, setup.clock
     seconds, firsts, rows = 0.0, [], []
     for i in range(0, len(group), cell.rows):
@@ -187,7 +188,7 @@ def generate(setup: Setup, cell: Cell, group: Sequence[Prompt]) -> Result:
         stopwatch = Stopwatch(clock) if cell.rows == 1 else None
         if method.before is not None:
             method.before()
-        fresh = {"reuse": False} if method.drafted else {}  # prompts are read again, as in plain `generate`
+        fresh = {"reuse": False} if method.drafted else {}  # reads prompts again, as plain `generate` does
         torch.manual_seed(0)
         synchronize(target.device)
         started = clock()
@@ -211,7 +212,7 @@ def encode(setup: Setup, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
 
 
 def configured(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
-    """A copy of the model, sharing weights and hooks, with other defaults in its `generation_config`."""
+    """A copy of the model with other defaults in its `generation_config`. It shares weights and hooks."""
     twin = copy.copy(model)
     twin.generation_config = copy.deepcopy(model.generation_config)
     for key, value in options.items():
@@ -235,7 +236,7 @@ def synchronize(device: torch.device) -> None:
 
 def ratio(run: Run, cell: str, over: str) -> Interval:
     """Tokens a second of `cell` over those of `over`, paired by prompt and repetition."""
-    rates: dict[tuple[str, int, int], float] = {(s.cell, s.group, s.repetition): s.rate for s in run.samples}
+    rates = {(s.cell, s.group, s.repetition): s.rate for s in run.samples}
     table: dict[int, list[float]] = {}
     for (name, group, repetition), rate in rates.items():
         if name == cell:
@@ -244,7 +245,7 @@ def ratio(run: Run, cell: str, over: str) -> Interval:
 
 
 def equality(texts: dict[tuple[str, int], list[Text]], cell: str, reference: str) -> tuple[int, tuple[int, ...]]:
-    """The number of prompt groups that always gave the reference's text, and the groups that did not."""
+    """How many groups of prompts always gave the reference's text, and which groups did not."""
     groups = sorted(group for name, group in texts if name == cell)
     different = [g for g in groups if texts[cell, g] != texts[reference, g][:1]]
     return len(groups) - len(different), tuple(different)
@@ -252,11 +253,9 @@ def equality(texts: dict[tuple[str, int], list[Text]], cell: str, reference: str
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """A table; the first row is the head. The first column is aligned left, the others right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
+        "  ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]).rstrip()  # rjust takes cell and width
         for row in rows
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -1,4 +1,4 @@
-"""Texts saved with a cascade: its model card, and the shim with which plain transformers runs it."""
+"""Texts that are saved with a cascade: its model card, and the shim for `custom_generate` of transformers."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ Made with {", ".join(f"{k} {v}" for k, v in versions.items())}.
 
 
 def _measured(figures: dict[str, Any]) -> str:
-    """What the cascade did before it was saved."""
+    """The figures of the cascade's calls before it was saved."""
     return f"""
 Measured in use, before saving:
 

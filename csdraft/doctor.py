@@ -1,4 +1,4 @@
-"""What `csdraft doctor` finds out: the machine, the versions, and what csdraft can do with each model."""
+"""What `csdraft doctor` reports: the machine, the versions, and what csdraft can do with each model."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ __all__ = ["Machine", "ModelState", "Package", "examine", "machine", "packages"]
 WIDTHS = (1, 4, 8, 16)
 """Tokens of the forwards that are timed."""
 UNITS = ("amx_bf16", "avx512_bf16", "amx_int8", "avx512f", "avx2", "bf16", "i8mm", "asimd")
-"""Flags of /proc/cpuinfo for fast arithmetic."""
+"""Flags in /proc/cpuinfo of units for fast arithmetic."""
 BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16", "bf16")
 LEAST_PASSES, MOST_PASSES, ENOUGH = 3, 10, 4.0
 """The fewest and the most passes over all widths, and the seconds after which no new pass starts."""
 STEADY = 1.5
-"""On an idle machine, the median pass takes at most this many times as long as the fastest."""
+"""If the median pass takes more than this many times as long as the fastest, the machine is busy."""
 CHEAP, EXPENSIVE = 1.5, 3.0
-"""Cost of a forward of 8 tokens over one of 1 token: cheap up to the first, expensive above the second."""
+"""Time of a forward of 8 tokens over that of 1 token: cheap up to CHEAP, expensive above EXPENSIVE."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Package:
 
     Attributes:
         name: of the package, or "python".
-        version: that is installed; None if it is missing.
+        version: the installed one; None if the package is missing.
         bounds: the versions that csdraft supports, such as "<5.25,>=5.23"; empty for any.
         fits: whether the version is within the bounds.
     """
@@ -69,11 +69,11 @@ class Machine:
     """Where forwards run.
 
     Attributes:
-        system: operating system and its architecture.
-        cpu: its name, as far as the system tells.
-        cores: that this process may use.
-        threads: of torch.
-        units: instructions for fast arithmetic; empty if the system does not tell.
+        system: operating system and architecture.
+        cpu: its name.
+        cores: how many this process may use.
+        threads: how many torch uses.
+        units: units for fast arithmetic; empty if unknown.
         accelerators: one line each.
     """
 
@@ -112,10 +112,10 @@ class ModelState:
         name: as the user gave it.
         described: class, size, dtype and device.
         refused: why drafts are not possible; None if they are.
-        padded_refused: why batches of texts of several lengths are not; None if they are.
+        padded_refused: why batches of texts of different lengths are not possible; None if they are.
         why_not_captured: why forwards run eagerly; None if they are recorded and replayed.
-        milliseconds: of a forward, by the number of its tokens; the fastest of several. Empty if it was not timed.
-        busy: whether the times varied so much that they cannot be compared.
+        milliseconds: of a forward, by its number of tokens; the fastest of several. Empty if not timed.
+        busy: whether the times varied too much to be compared.
     """
 
     name: str
@@ -132,10 +132,8 @@ class ModelState:
         if not self.milliseconds:
             return "not timed"
         if self.busy:
-            return (
-                "unknown: other work kept the machine busy and the times vary; run it again when it has nothing to do"
-            )
-        costs = {width: seconds / self.milliseconds[1] for width, seconds in self.milliseconds.items()}
+            return "unknown: other work kept the machine busy and the times vary; run it again on an idle machine"
+        costs = {width: time / self.milliseconds[1] for width, time in self.milliseconds.items()}
         price = f"reading 8 tokens costs {costs[8]:.1f} times one token, 16 tokens {costs[16]:.1f} times"
         if costs[8] <= CHEAP:
             advice = "wide drafts pay: long drafts and trees cost little, even if few of their tokens are kept"
@@ -149,45 +147,38 @@ class ModelState:
         return asdict(self) | {"expected": self.expected}
 
     def __str__(self) -> str:
-        lines = [f"{self.name}: {self.described}"]
+        head = f"{self.name}: {self.described}"
         if self.refused is not None:
-            return "\n".join([*lines, f"  exact with drafts   NO: {self.refused}"])
-        lines.append("  exact with drafts   yes")
-        padded = "yes" if self.padded_refused is None else f"NO: {self.padded_refused}"
-        lines.append(f"  padded batches      {padded}")
-        captured = "yes" if self.why_not_captured is None else f"no: {self.why_not_captured}"
-        lines.append(f"  forwards captured   {captured}")
-        if self.milliseconds:
-            times = ", ".join(f"{width}: {seconds:.2f} ms" for width, seconds in self.milliseconds.items())
-            lines.append(f"  a forward of        {times}")
-        return "\n".join([*lines, f"  what to expect      {self.expected}"])
+            return f"{head}\n  exact with drafts   NO: {self.refused}"
+        lines = {
+            "exact with drafts": "yes",
+            "padded batches": "yes" if self.padded_refused is None else f"NO: {self.padded_refused}",
+            "forwards captured": "yes" if self.why_not_captured is None else f"no: {self.why_not_captured}",
+            "a forward of": ", ".join(f"{width}: {time:.2f} ms" for width, time in self.milliseconds.items()),
+            "what to expect": self.expected,
+        }
+        return "\n".join([head, *(f"  {topic:<18}  {text}" for topic, text in lines.items() if text)])
 
 
 def packages() -> list[Package]:
-    """Python, csdraft and its required packages, with the bounds in csdraft's metadata."""
+    """Python, csdraft and the packages that it requires, with the bounds from csdraft's metadata."""
     from csdraft import __version__
 
     try:
         wanted = [Requirement(line) for line in requires("csdraft") or ()]
         python = metadata("csdraft").get("Requires-Python") or ""
-    except PackageNotFoundError:  # a folder on the path that was never installed
+    except PackageNotFoundError:  # csdraft is on the path, but not installed
         wanted, python = [Requirement(name) for name in ("torch", "transformers")], ""
-    found = [Package("csdraft", __version__, "", True), _package("python", platform.python_version(), python)]
-    for one in wanted:
-        if one.marker is None:
-            found.append(_package(one.name, _version(one.name), str(one.specifier)))
-    return found
+    found = [Package("csdraft", __version__, "", True), _package("python", python)]
+    return found + [_package(one.name, str(one.specifier)) for one in wanted if one.marker is None]
 
 
-def _version(name: str) -> str | None:
+def _package(name: str, bounds: str) -> Package:
     try:
-        return version(name)
+        found = platform.python_version() if name == "python" else version(name)
     except PackageNotFoundError:
-        return None
-
-
-def _package(name: str, found: str | None, bounds: str) -> Package:
-    return Package(name, found, bounds, found is not None and SpecifierSet(bounds).contains(found, prereleases=True))
+        return Package(name, None, bounds, False)
+    return Package(name, found, bounds, SpecifierSet(bounds).contains(found, prereleases=True))
 
 
 def machine() -> Machine:
@@ -213,17 +204,17 @@ def _accelerators() -> list[str]:
 
 
 def examine(name: str, model: nn.Module, progress: Callable[[str, float], None]) -> ModelState:
-    """What csdraft can do with a model: some short forwards, and four shapes timed.
+    """What csdraft can do with a model. Runs short forwards and times four shapes.
 
     Args:
         name: as the user gave it.
         model: on its device, in its dtype.
-        progress: called with what is being done and the share that is done.
+        progress: called with the current task and the share that is done.
     """
     model = model.eval()
     if isinstance(model, OnTarget):
-        alone = f"it {model.use} and cannot run alone; name that target here, and this folder as its drafter"
-        return ModelState(name, f"{model.what} of a target", refused=alone)
+        incomplete = f"it {model.use} and cannot run alone; name that target here, and this folder as its drafter"
+        return ModelState(name, f"{model.what} of a target", refused=incomplete)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     first = next(model.parameters())
     dtype = str(first.dtype).removeprefix("torch.")
@@ -243,7 +234,10 @@ def examine(name: str, model: nn.Module, progress: Callable[[str, float], None])
 def _timed(
     name: str, model: nn.Module, shapes: Sequence[tuple[int, int]], progress: Callable[[str, float], None]
 ) -> tuple[Ready, dict[int, list[float]]]:
-    """The last pass, and the milliseconds of each width in every pass, so that a disturbance meets all widths."""
+    """The result of the last pass, and by width the milliseconds in each pass.
+
+    Each pass times all widths, so that other work on the machine disturbs all of them alike.
+    """
     times: dict[int, list[float]] = {}
     started = time.monotonic()
     for done in range(MOST_PASSES):

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import warnings
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -37,7 +38,8 @@ from csdraft.version import __version__
 if TYPE_CHECKING:
     from csdraft.cascade import CascadeDrafter
 
-__all__ = ["DOCUMENT", "FORMAT", "Target", "command", "fingerprint", "save", "vocab_size", "without_folders"]
+__all__ = ["DOCUMENT", "FORMAT", "Target", "command", "fingerprint", "run_record", "save", "vocab_size",
+           "without_folders"]  # fmt: skip
 
 DOCUMENT, FORMAT = "cascade.json", 1
 OWN_FOLDERS = ("models", "tables", "tokenizers", "custom_generate")
@@ -47,7 +49,7 @@ SECRET = re.compile(r"(token|secret|password|api[-_]?key|credentials?)(=|$)", re
 
 @dataclass(frozen=True)
 class Target:
-    """What is saved about the model that a cascade drafts for. Its weights are never saved."""
+    """What is saved about a cascade's target. Its weights are never saved."""
 
     name: str
     revision: str | None
@@ -66,7 +68,7 @@ def vocab_size(model: nn.Module) -> int:
 
 
 def public_name(model: nn.Module) -> str:
-    """The model's Hub id, or the last part of its path: the rest means nothing on another machine."""
+    """The model's Hub id; for a model from a folder, the folder's name, since its path holds on this machine only."""
     path = str(getattr(model.config, "_name_or_path", ""))
     return path if is_hub_id(path) else name_of(model)
 
@@ -88,9 +90,11 @@ def save(
     copy_models: bool,
     repo_id: str | None = None,
 ) -> None:
-    """Writes a cascade to a folder; an earlier save there stays until the new one is complete.
+    """Writes a cascade to a folder. A cascade that was saved there before is replaced when the new one is complete.
 
-    The arguments are those of `save_pretrained`; `repo_id` is where the folder will be uploaded, for its card.
+    Args:
+        cascade, path, tokenizer, target, copy_models: see `CascadeDrafter.save_pretrained`.
+        repo_id: where the folder will be uploaded, for its model card.
     """
     clash = [name for name in OWN_FOLDERS if (path / name).exists()]
     if path.is_file() or (clash and not (path / DOCUMENT).exists()):
@@ -136,7 +140,7 @@ def save(
 
 
 def _write_model(model: nn.Module, folder: str, scratch: Path, target: Target | None, copy_models: bool) -> dict:
-    """Saves a model; returns its entry in the document: a folder, a Hub id with revision, or the target itself."""
+    """Saves a model; returns its entry in cascade.json: a folder, a Hub id with its revision, or the target itself."""
     if target is not None and target.model() is model:
         return {"target": True}
     stored: Any = stored_form(model)
@@ -158,7 +162,7 @@ def _write_model(model: nn.Module, folder: str, scratch: Path, target: Target | 
 
 
 def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Copies a tokenizer, or loads it from its path first: the path means nothing on another machine."""
+    """Saves a copy of a tokenizer, which may be given by its path."""
     if isinstance(tokenizer, str | os.PathLike):
         tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     tokenizer.save_pretrained(folder)
@@ -176,7 +180,7 @@ def _cached_revision(repo: str) -> str | None:
 
 
 def _write_adapter(model: nn.Module, adapters: dict[str, Any], folder: Path) -> None:
-    """Saves an adapter as a PEFT folder, which names its base but does not include it."""
+    """Saves an adapter as a PEFT folder, which names its base model but does not contain it."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
@@ -190,7 +194,7 @@ def _write_adapter(model: nn.Module, adapters: dict[str, Any], folder: Path) -> 
     base = options.base_model_name_or_path or getattr(model.config, "_name_or_path", "")
     if not base:
         raise ValueError(
-            f"the base of adapter {name!r} has no path or Hub id, and a PEFT folder does not include it: save the "
+            f"the base of adapter {name!r} has no path or Hub id, and a PEFT folder does not contain it: save the "
             "base and load it from there, or merge the adapter (merge_and_unload)"
         )
     if os.path.exists(base):
@@ -209,7 +213,7 @@ def _write_adapter(model: nn.Module, adapters: dict[str, Any], folder: Path) -> 
 
 
 def _provenance(models: dict[str, nn.Module], cascade: CascadeDrafter) -> dict[str, Any]:
-    """How the cascade and its models were made, and its figures in use. No texts, no paths."""
+    """How the cascade and its models were made, and the figures of its calls, without texts and paths."""
     report = cascade.report
     described = {
         name: {
@@ -226,14 +230,15 @@ def _provenance(models: dict[str, nn.Module], cascade: CascadeDrafter) -> dict[s
     if report is not None and report.rounds:
         figures = ("calls", "emitted", "rounds", "target_calls", "block_efficiency", "acceptance_rate")
         measured = {figure: getattr(report, figure) for figure in figures}
-    return {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command(),
-        "versions": {"csdraft": __version__, "python": platform.python_version()}
-        | {package: version(package) for package in ("torch", "transformers")},
-        "models": described,
-        "measured": measured,
-    }
+    return {**run_record(("torch", "transformers")), "models": described, "measured": measured}
+
+
+def run_record(packages: Iterable[str]) -> dict[str, Any]:
+    """The first keys of every provenance.json: time, command, and versions of csdraft, Python and these packages."""
+    versions = {"csdraft": __version__, "python": platform.python_version()}
+    versions |= {name: version(name) for name in packages}
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"created": created, "command": command(), "versions": versions}
 
 
 def _trained(model: nn.Module) -> dict[str, Any] | None:
@@ -246,13 +251,13 @@ def _trained(model: nn.Module) -> dict[str, Any] | None:
 
 
 def command() -> str:
-    """The running program and its arguments, without possible secrets and without this machine's folders."""
+    """The running program and its arguments, without possible secrets and without folders of this machine."""
     kept, words = [Path(sys.argv[0]).name], iter(sys.argv[1:])
     for word in words:
         if not SECRET.search(word):
             kept.append(re.sub(r"\bhf_\w+", "hf_...", without_folders(word)))
         elif "=" not in word and word.startswith("-"):
-            next(words, None)  # its value
+            next(words, None)  # the secret itself
     return " ".join(kept)
 
 
@@ -266,7 +271,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _move_in(scratch: Path, path: Path) -> None:
-    """Replaces an earlier save, the document last. A model card that was edited by hand is kept."""
+    """Replaces an earlier save; cascade.json comes last. A model card that was edited by hand is kept."""
     for name in OWN_FOLDERS:
         shutil.rmtree(path / name, ignore_errors=True)
     card = path / "README.md"

@@ -20,12 +20,13 @@ from csdraft.drafters.model import ModelDrafter
 from csdraft.drafters.vertical import Vertical
 from csdraft.stored import kind_of, shown
 
-__all__ = ["AUTO", "build", "check_k_matrix", "first_guess", "spread_lenience"]
+__all__ = ["AUTO", "KMatrix", "build", "check_k_matrix", "first_guess", "spread_lenience"]
 
 KMatrix = tuple[tuple[int, ...], ...]
+"""The rows of a K matrix."""
 
 AUTO = "auto"
-"""Given instead of a K matrix: the planner chooses one at the first call with a target."""
+"""In place of a K matrix, it lets the planner choose one at the first call with a target."""
 
 
 def check_k_matrix(k_matrix: Any, drafters: Sequence[Drafter]) -> KMatrix:
@@ -64,12 +65,13 @@ def check_k_matrix(k_matrix: Any, drafters: Sequence[Drafter]) -> KMatrix:
 
 
 def first_guess(drafters: Sequence[Drafter]) -> KMatrix:
-    """The matrix used until the planner has chosen one: each drafter a little, all models token by token."""
+    """The matrix until the planner has chosen one: each drafter drafts a few tokens, and models review nothing."""
     row = tuple(min(drafter.depth, 5) if drafter.models() else drafter.depth for drafter in drafters)
     return row, *((0,) * len(row) for _ in row[1:])
 
 
 def _rows(k_matrix: Any, n: int) -> list[Sequence[Any]]:
+    """All rows of a matrix in one of the forms that users give; their entries are not checked yet."""
     if isinstance(k_matrix, str):
         raise ValueError(
             f"k_matrix={shown(k_matrix)} is not a matrix: give 'auto', or numbers, such as 5, {[5] * n} (tokens per "
@@ -92,7 +94,7 @@ def _rows(k_matrix: Any, n: int) -> list[Sequence[Any]]:
 def spread_lenience(
     lenience: float | Sequence[float], drafters: Sequence[Drafter], k_matrix: Sequence[Sequence[int]]
 ) -> list[float]:
-    """One number for each drafter: the given ones for models that review, 1 for all others."""
+    """One number for each drafter: the given numbers for models that review, 1 for all others."""
     reviewing = [j for j in range(len(drafters) - 1) if any(k_matrix[j + 1])]
     given = [lenience] * len(reviewing) if isinstance(lenience, Real) else list(lenience)  # type: ignore[arg-type]
     if len(given) != len(reviewing):
@@ -110,11 +112,8 @@ def build(
     drafters: Sequence[Drafter], k_matrix: Sequence[Sequence[int]], lenience: Sequence[float], row: int = 0
 ) -> Horizontal:
     """The horizontal cascade of one row; its models review the cascades of their own rows."""
-    stages: list[Drafter] = []
-    for j in range(row, len(drafters)):
-        drafter = drafters[j]
-        below = k_matrix[j + 1] if j + 1 < len(drafters) else ()
-        if isinstance(drafter, ModelDrafter) and any(below):
-            drafter = Vertical(drafter.network, build(drafters, k_matrix, lenience, j + 1), lenience[j])
-        stages.append(drafter)
+    stages = list(drafters[row:])
+    for j, reviewed in enumerate(k_matrix[row + 1 :], row):
+        if isinstance(drafter := drafters[j], ModelDrafter) and any(reviewed):
+            stages[j - row] = Vertical(drafter.network, build(drafters, k_matrix, lenience, j + 1), lenience[j])
     return Horizontal(tuple(stages), tuple(k_matrix[row][row:]))

@@ -1,7 +1,7 @@
-"""A saved cascade, read back: cascade.json, and the models, tables and tokenizers in its folder.
+"""Loads a saved cascade: cascade.json, and the models, tables and tokenizers in its folder.
 
-Strangers may have written all of it. Any fault raises a ValueError that names the file and the key. Only the folder
-and models of the Hub are opened, and no code from them is run.
+The files may come from strangers. Any fault raises a ValueError that names the file and the key. Only the folder and
+models of the Hub are opened, and none of their code is run.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ KINDS: dict[str, Any] = {
     "verifier": Any,
     "schedule": Any,
 }
-"""The keys of cascade.json."""
+"""The keys of cascade.json, with their types."""
 OPTIONAL: dict[str, Any] = {"options": dict[str, Any]}
-"""Keys that it may lack."""
+"""Further keys, which may be missing."""
 MOST_DRAFTERS = 64
-"""Of one cascade; each row of its K matrix has as many entries."""
+"""The most drafters of a cascade."""
 
 
 @dataclass(frozen=True)
 class SavedTarget:
-    """The model that a cascade was saved for, as cascade.json describes it."""
+    """What cascade.json says about the model that the cascade was saved for."""
 
     name: str | None = None
     revision: str | None = None
@@ -59,7 +59,7 @@ class SavedTarget:
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """Where a model is: in a folder of the cascade, on the Hub, or the target itself. Exactly one is given."""
+    """Where a model is: in a folder of the cascade, on the Hub (`id`), or it is the target. Exactly one is given."""
 
     folder: str | None = None
     id: str | None = None
@@ -68,7 +68,7 @@ class ModelEntry:
 
 
 def find_cascade(path: str, **options: Any) -> Path | None:
-    """The local folder of a saved cascade, downloaded if `path` is a Hub id; None if it is something else."""
+    """The local folder of a saved cascade, downloaded if `path` is a Hub id; None if `path` has no cascade."""
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -91,8 +91,8 @@ def load(
     """The arguments of the CascadeDrafter that `folder` holds.
 
     Args:
-        local_bases: whether adapters may name paths of this machine as their bases.
-        options: of transformers' `from_pretrained`; a revision has been used for the folder and is not passed on.
+        local_bases: whether the bases of adapters may be paths of this machine.
+        options: of transformers' `from_pretrained`. A revision is the folder's, and is not used for the models.
     """
     document = read(folder)
     check_target(fit(document["target"], SavedTarget, f"{DOCUMENT}: target"), target, tokenizer)
@@ -104,7 +104,7 @@ def load(
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """cascade.json, checked for its format, its keys and their kinds."""
+    """The content of cascade.json, after checks of its format, its keys and their types."""
     Folder(folder).find(DOCUMENT)
     document = read_object(folder / DOCUMENT, DOCUMENT)
     found = document.get("format")
@@ -121,7 +121,7 @@ def read(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{DOCUMENT} lacks {', '.join(missing)}; save the cascade again")
     document = {key: fit(value, kinds[key], f"{DOCUMENT}: {key}") for key, value in document.items()}
     if len(document["drafters"]) > MOST_DRAFTERS:
-        raise ValueError(f"{DOCUMENT}: drafters has {len(document['drafters'])} entries, at most {MOST_DRAFTERS} go")
+        raise ValueError(f"{DOCUMENT}: drafters has {len(document['drafters'])} entries; at most {MOST_DRAFTERS} fit")
     return document
 
 
@@ -132,10 +132,10 @@ def check_target(saved: SavedTarget, target: nn.Module | None, tokenizer: PreTra
     if compared and (own := fingerprint(tokenizer)) != saved.tokenizer:  # type: ignore[arg-type]
         raise ValueError(
             f"{DOCUMENT}: target.tokenizer: the tokenizer has fingerprint {own}, the cascade was saved for {name} "
-            f"with {saved.tokenizer}; drafts would be other words: use a target with the same tokenizer, or train "
-            "drafters with this one"
+            f"with {saved.tokenizer}; drafted ids would stand for other words: use a target with the same tokenizer, "
+            "or train drafters with this one"
         )
-    # Models of one tokenizer may differ in padding rows; without tokenizers to compare, only equality is safe.
+    # Models with the same tokenizer may have different padding. If tokenizers are unknown, sizes must be equal.
     slack = MOST_VOCABULARY_PADDING if compared else 0
     if target is not None and wanted is not None and abs(vocab_size(target) - wanted) > slack:
         raise ValueError(
@@ -151,7 +151,7 @@ class _Reader:
 
     Args:
         folder: of the cascade.
-        target: what it is to draft for.
+        target: the model to draft for.
         options: of `load_model`.
     """
 
@@ -177,23 +177,21 @@ class _Reader:
         }
 
     def _inside(self, name: str, pattern: str) -> dict[str, Path]:
-        """The files in a part of the folder, by the names that cascade.json uses for them."""
+        """The files in a subfolder, by the names that cascade.json uses for them."""
         found = sorted(self.folder.path.glob(f"{name}/{pattern}"))
         with naming(DOCUMENT):
             return {f"{name}/{path.name}": _closed(self.folder.find(f"{name}/{path.name}")) for path in found}
 
     def _model(self, name: str, value: Any) -> nn.Module:
-        """A model of the table, on the target's device unless a device_map says otherwise."""
+        """A model of cascade.json, on the target's device unless there is a device_map."""
         at, target = f"{DOCUMENT}: models.{name}", self.target
-        entry = fit(value, ModelEntry, at) if isinstance(value, dict) else None
-        given = entry and [key for key in ("folder", "id", "target") if getattr(entry, key) is not None]
-        if entry is None or given is None or len(given) != 1 or entry.target is False:
-            raise ValueError(
-                f"{at} is {shown(value)}; give a folder, an id of the Hub (and revision), or target: true"
-            )
+        entry = fit(value, ModelEntry, at) if isinstance(value, dict) else ModelEntry()
+        given = [key for key in ("folder", "id", "target") if getattr(entry, key) is not None]
+        if len(given) != 1 or entry.target is False:
+            raise ValueError(f"{at} is {shown(value)}; give a folder, a Hub id (and revision), or target: true")
         if entry.target:
             if target is None:
-                raise ValueError(f"{at} is the target itself: pass target=, the model that is to be decoded")
+                raise ValueError(f"{at} is the target itself: pass target=, the model to decode with")
             return target
         model = self._loaded(entry, f"{at}.{given[0]}")
         if isinstance(model, OnTarget) and target is not None:
@@ -207,7 +205,7 @@ class _Reader:
         options, path = self.options, self.folder.path
         with naming(at):
             if entry.id is not None and not is_hub_id(entry.id):
-                raise ValueError(f"{shown(entry.id)} is no id of the Hub; a folder of the cascade is given as folder")
+                raise ValueError(f"{shown(entry.id)} is not a Hub id; for a folder of the cascade use the key folder")
             if entry.folder is not None:
                 path = _closed(self.folder.find(entry.folder))
                 if not path.is_dir():
@@ -216,20 +214,20 @@ class _Reader:
             if entry.id is not None:
                 return load_model(entry.id, **options, revision=entry.revision)
             return load_model(str(path), **options)
-        except (ImportError, MemoryError, torch.OutOfMemoryError):  # the machine's fault, not the document's
+        except (ImportError, MemoryError, torch.OutOfMemoryError):  # these are not faults of the file
             raise
-        except Exception as error:  # transformers raises all kinds about a config.json that is wrong
+        except Exception as error:  # for a wrong config.json, transformers raises errors of many types
             raise ValueError(f"{at}: {error}") from error
 
 
 def _closed(path: Path) -> Path:
-    """The same folder, or file; ValueError if a document in it names files by a path, which could lie anywhere."""
+    """The same folder, or file. Raises ValueError if a file in it names others by a path, which could be anywhere."""
     for index in sorted(path.glob("*.index.json")):
         for name in fit(read_object(index).get("weight_map"), dict[str, str], f"{index}: weight_map").values():
             if os.path.basename(name) != name:
-                raise ValueError(f"{index} names {shown(name)}; a part of the weights lies beside it")
+                raise ValueError(f"{index} names {shown(name)}; name a file in the same folder, without a path")
     config = path / "tokenizer_config.json"
     for key, value in read_object(config).items() if config.is_file() else ():
         if key.endswith(("_file", "_files")) and value is not None:
-            raise ValueError(f"{config}: {key}={shown(value)}; a tokenizer's files have their usual names")
+            raise ValueError(f"{config}: {key}={shown(value)}; remove the key: a tokenizer's files have usual names")
     return path

@@ -48,34 +48,35 @@ SOME = 4
 
 
 def load_model(path: str, local_base: bool = True, **options: Any) -> nn.Module:
-    """Loads a model folder, a PEFT folder on top of its base, or a Hub id, with the auto class its config asks for.
+    """Loads a model from a folder or Hub id, or an adapter (a PEFT folder) with its base.
 
-    A self-drafting adapter, a student tied to its target, or a head is not complete: it comes as an `OnTarget`, which
-    waits for a target.
+    A self-drafting adapter, a student that is tied to its target, or a head is incomplete: it is returned as an
+    `OnTarget`, which has to be bound to a target.
 
     Args:
-        path: folder or Hub id; "mtp" is the next-token module that the target carries itself.
-        local_base: whether an adapter may name a path of this machine as its base; else it must be a Hub id.
-        options: of `from_pretrained`: dtype, device_map, revision, ...; trust_remote_code is False unless given.
+        path: folder or Hub id; "mtp" is the target's own next-token module.
+        local_base: whether an adapter's base may be a path of this machine; otherwise it must be a Hub id.
+        options: of `from_pretrained`: dtype, device_map, revision, ...; trust_remote_code is False by default.
 
     Raises:
-        ValueError: weights are missing, of another shape or cut short; the folder and the first names are given.
+        ValueError: weights are missing, of another shape or cut short; the message names the folder and the first few.
     """
     from transformers.utils import find_adapter_config_file
 
     hub = {key: value for key, value in options.items() if key in HUB_OPTIONS}
     if path == MTP and not Path(path).exists():
         return OWN
-    adapter, document = find_adapter_config_file(path, **hub), read_document(path, **hub)
-    if document is not None and document["kind"] == MTP:
+    adapter, document = find_adapter_config_file(path, **hub), read_document(path, **hub) or {}
+    kind = document.get("kind")
+    if kind == MTP:
         return OWN
-    if document is not None and document["kind"] == TIED:
+    if kind == TIED:
         return TiedDraft.load(path, document, options.get("dtype"), **hub)
-    if document is not None and document["kind"] == KANGAROO:
+    if kind == KANGAROO:
         return KangarooDraft.load(path, document, **hub)
     if adapter is None:
         return head_at(path, **hub) or _load_whole(path, options)
-    if document is not None and document["kind"] == SELF_DRAFT:
+    if kind == SELF_DRAFT:
         return SelfDraft.load(path, document, **hub)
     if Path(path, "config.json").is_file():
         raise ValueError(
@@ -93,15 +94,15 @@ def load_model(path: str, local_base: bool = True, **options: Any) -> nn.Module:
 
 
 def _base_of(adapter: str, local_base: bool) -> tuple[str, str | None]:
-    """What an adapter_config.json names as the base, and its revision."""
+    """The base that an adapter_config.json names, and its revision."""
     document = read_object(adapter)
     base, revision = document.get("base_model_name_or_path"), document.get("revision")
     if not isinstance(base, str) or not base:
         raise ValueError(f"{adapter}: base_model_name_or_path={shown(base)}; expected the base's Hub id or path")
     if not local_base and not is_hub_id(base):
         raise ValueError(
-            f"{adapter}: base_model_name_or_path={shown(base)} is a path of some machine, which a cascade must not "
-            "open by itself; if it is yours, pass local_bases=True to CascadeDrafter.from_pretrained"
+            f"{adapter}: base_model_name_or_path={shown(base)} is a path, which csdraft does not open for a cascade "
+            "from elsewhere; if the path is yours, pass local_bases=True to CascadeDrafter.from_pretrained"
         )
     return base, revision if isinstance(revision, str) else None
 
@@ -133,9 +134,8 @@ def _load_whole(path: str, options: dict[str, Any]) -> nn.Module:
         ) from error
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
-            f"{path!r} lacks {len(missing)} weight{'s' * (len(missing) > 1)}, such as {', '.join(missing[:SOME])}: "
-            "a model with random numbers "
-            "in their place would be of no use; save it whole"
+            f"{path!r} lacks {len(missing)} weight{'s' * (len(missing) > 1)}, such as {', '.join(missing[:SOME])}; "
+            "transformers would put random numbers in their place: save the whole model"
         )
     if wrong := sorted(found["mismatched_keys"]):
         shapes = [f"{name} of shape {tuple(stored)}, not {tuple(own)}" for name, stored, own in wrong[:SOME]]
@@ -146,9 +146,9 @@ def _load_whole(path: str, options: dict[str, Any]) -> nn.Module:
 
 
 def _check_sizes(path: str, config: Any) -> None:
-    """Raises ValueError if a folder's config.json speaks of more than its weights can hold, before it is built.
+    """Raises ValueError if a folder's config.json describes a larger model than its weights, before it is built.
 
-    A model of a billion layers, or tokens, would take all time, or memory, until its weights are found to be missing.
+    A model of a billion layers or tokens would use up time or memory before its weights are found to be missing.
     """
     count, largest = 0, 1
     for file in sorted(Path(path).glob("*.safetensors")):
@@ -160,13 +160,13 @@ def _check_sizes(path: str, config: Any) -> None:
         value = getattr(config, key, None)
         if isinstance(value, int) and value > limit:
             raise ValueError(
-                f"{path!r}: {key}={value} of its config.json, but its weights are {count} tensors, the largest size "
-                f"among them {largest}"
+                f"{path!r}: its config.json has {key}={value}, but its weights are {count} tensors with sizes up to "
+                f"{largest}; get the files again, or correct the key"
             )
 
 
 def _broken_file(path: str) -> str:
-    """The first of a folder's weight files that cannot be read; the folder or Hub id if there is none."""
+    """The first weight file in a folder that cannot be read; the folder or Hub id if there is none."""
     for file in sorted(Path(path).glob("*.safetensors")):
         try:
             with safe_open(file, "pt"):
@@ -186,7 +186,7 @@ def base_model(model: nn.Module) -> nn.Module:
 def check_reviewer(model: nn.Module, call: Call) -> None:
     """Raises ValueError if `model` cannot draft or review for this call's target."""
     if isinstance(model, OnTarget):
-        model()  # which says that it is not bound
+        model()  # raises an error that says so
     if reason := refusal(model):
         raise ValueError(reason)
     target = call.target

@@ -1,4 +1,4 @@
-"""Makes a target and its drafters ready before the first text: forwards of fixed shape, recorded and timed."""
+"""Prepares a target and its drafters before the first text: records and times forwards of fixed shapes."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from csdraft.progress import Progress
 __all__ = ["Prepared", "Ready", "measured", "prepare"]
 
 TIMES = 3
-"""How often a forward is timed, after it has run once; the fastest counts."""
+"""How often a forward is timed after its first run; the fastest time counts."""
 
 
 @dataclass(frozen=True)
 class Ready:
-    """One model, made ready.
+    """A prepared model.
 
     Attributes:
         name: of the model.
-        costs: seconds of a forward by shape.
-        recorded: how many of these shapes are replayed from a recording.
-        why_not: why they are not, if they are not.
-        bytes: that its cache holds.
+        costs: seconds of a forward, by shape.
+        recorded: number of these shapes that are replayed from a recording.
+        why_not: why forwards are not recorded; None if they are.
+        bytes: size of its cache.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Prepared:
 
     Attributes:
         models: the target, then the drafters' models.
-        seconds: that it took.
+        seconds: how long it took.
     """
 
     models: list[Ready] = field(default_factory=list)
@@ -63,7 +63,7 @@ class Prepared:
 
     @property
     def why_not_captured(self) -> dict[str, str]:
-        """By the name of a model, why its forwards run eagerly; empty if all are recorded."""
+        """Model name -> why its forwards run eagerly; empty if all are recorded."""
         return {model.name: model.why_not for model in self.models if model.why_not is not None}
 
     def __str__(self) -> str:
@@ -88,20 +88,19 @@ def prepare(
     progress: Callable[[str, float], None] | None = None,
     options: Options | None = None,
 ) -> Prepared:
-    """Records, or compiles, and times the forwards of a target and of its drafters' models, for calls to come.
+    """Records (or compiles) and times forwards of a target and of its drafters' models, for later calls.
 
-    Without it, `generate` records a shape when it is asked for the third time. What is prepared is kept as long as
-    the model lives, until `csdraft.release`. On a CPU nothing can be recorded: forwards are timed, and compiled if
-    that is asked for.
+    Without it, `generate` records a shape at its third use. Recordings are kept until `csdraft.release`, or as long as
+    the model lives. On a CPU nothing can be recorded: forwards are only timed, and compiled if `compile` is True.
 
     Args:
         target: the model that will call `generate`.
         assistant: the drafter, as `generate` takes it.
         rows: batch size of the calls.
-        slots: tokens of the longest text, answer included.
-        compile: compile each shape first; half a minute each. Calls must then say `graphs="compile"`.
-        progress: called with what is being done and the share that is done; a line on stderr if None.
-        options: of the calls to come; `graphs` says how forwards run, the others change nothing here.
+        slots: tokens of the longest text, with its answer.
+        compile: compile each shape first, which takes half a minute each. Calls must then have `graphs="compile"`.
+        progress: called with the current task and the share that is done; None writes a line to stderr.
+        options: of the later calls; only `graphs` matters here, which says how forwards run.
 
     Raises:
         ValueError: for a model that csdraft cannot decode exactly, a size below 1, or compile=True with other graphs.
@@ -118,7 +117,7 @@ def prepare(
     for name, model in named:
         if reason := refusal(model):
             raise ValueError(f"{name} {reason}")
-    for name, model in reversed(named):  # the target last: where memory is short, who waits longest is dropped first
+    for name, model in reversed(named):  # the target last: if memory is short, the oldest recordings are dropped
         shapes = [(width, seen) for seen in _doublings(FEWEST_SLOTS, bucket(slots)) for width in _doublings(1, WIDEST)]
         taps = drafter.taps() if drafter is not None and model is target else frozenset[int]()
         ready.append(measured(name, model, rows, shapes, graphs, progress, taps))
@@ -126,7 +125,7 @@ def prepare(
 
 
 def _graphs(compile: bool, options: Options) -> Mode:
-    """How the forwards of the calls to come run; ValueError if that is said twice, in two ways."""
+    """How the forwards of later calls run; raises ValueError if both arguments say so and disagree."""
     if compile and options.graphs not in (None, "compile"):
         raise ValueError(f"compile=True and options.graphs={options.graphs!r} are two ways to run; give one of them")
     if compile:
@@ -147,28 +146,28 @@ def measured(
     """Times forwards of one model, and records or compiles them.
 
     Args:
-        name: of the model, as `progress` is told.
+        name: of the model, for `progress`.
         rows: batch size.
-        shapes: tokens that a forward reads, and slots of the cache that it sees.
+        shapes: (tokens that a forward reads, slots of the cache that it sees).
         mode: how forwards run, see `csdraft.decoding.graphs`.
-        progress: called with what is being done and the share that is done.
-        taps: the hidden states that it will have to keep.
+        progress: called with the current task and the share that is done.
+        taps: hidden states of the model that drafters will read.
     """
     if model.config.is_encoder_decoder:  # type: ignore[union-attr]
-        return Ready(name, {}, 0, "an encoder-decoder reads another source in every call", 0)
+        return Ready(name, {}, 0, "an encoder-decoder reads a different source in each call", 0)
     slots = max(seen for _, seen in shapes)
     if isinstance(model, FeatureModel) and model.feature_width != model.config.hidden_size:  # type: ignore[attr-defined]
-        return Ready(name, {}, 0, "what this head reads says what a forward is for, which only a call knows", 0)
+        return Ready(name, {}, 0, "only a call knows what a forward of this head is for", 0)
     if isinstance(model, FeatureModel):
         taps, mode = frozenset({OWN}), mode and "auto"
     reader, _ = borrow(model, rows, slots, [()] * rows, taps)
     if isinstance(model, FeatureModel):
         reader.features = partial(_no_features, model, reader)
     reader.begin(None, False, mode)
-    reader.reserve(slots + 2 * BUCKET)  # as much as a call will ask for, so that the cache stays where it is
+    reader.reserve(slots + 2 * BUCKET)  # as many as a call will reserve, so that the cache need not move
     reader.read([_plan(2, 4)] * rows, 1)  # makes the cache's buffers
     costs = {}
-    longest_first = sorted(shapes, key=lambda shape: -shape[1])  # of too many the first are dropped
+    longest_first = sorted(shapes, key=lambda shape: -shape[1])  # if there are too many, the first are dropped
     for done, (width, seen) in enumerate(longest_first):
         progress(f"{name}: {width} tokens, {seen} slots", done / len(shapes))
         seen = min(seen, reader.cache.capacity)
@@ -185,26 +184,26 @@ def measured(
 
 
 def _no_features(model: FeatureModel, reader: Reader, inputs: Inputs) -> Tensor:
-    """(rows, queries, width) zeros, for a head to read beside its tokens."""
+    """(rows, queries, width) zeros, which a head reads in place of hidden states."""
     return torch.zeros(*inputs.ids.shape, model.feature_width, dtype=reader.dtype, device=reader.device)
 
 
 def _plan(width: int, seen: int) -> Plan:
-    """The last `width` tokens of a text that fills `seen` slots; all are token 0."""
+    """Reads the last `width` tokens of a text that fills `seen` slots; every token is 0."""
     slots = range(seen - width, seen)
     return Plan([0] * width, slots, slots, [slot + 1 for slot in slots], None, seen, seen)
 
 
 def _doublings(first: int, last: int) -> list[int]:
+    """`first` and its doublings up to `last`."""
     return [first << i for i in range((last // first).bit_length() or 1)]
 
 
 def _seconds(reader: Reader, plans: list[Plan]) -> float:
-    """Of a warm forward."""
-    best = float("inf")
-    for run in range(TIMES + 1):
+    """The shortest time of a forward, without its first run."""
+    times = []
+    for _ in range(TIMES + 1):
         started = time.perf_counter()
         float(reader.read(plans, 1, at_once=True)[0, 0, 0])  # waits for the device
-        if run:
-            best = min(best, time.perf_counter() - started)
-    return best
+        times.append(time.perf_counter() - started)
+    return min(times[1:])

@@ -1,4 +1,4 @@
-"""Shows what a long command is doing and how long it will still take, on the standard error by default."""
+"""Shows what a long command is doing and how long it will take, on the standard error by default."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import TextIO
 __all__ = ["Progress"]
 
 PAUSE = 10.0
-"""Seconds between lines where the stream is a file."""
+"""Seconds between two lines, if the stream is a file."""
 
 
 class Progress:
-    """Call it with the current task and the share that is done: one moving line in a terminal, a few lines in a file.
+    """Call it with the current task and the share that is done. A terminal shows one line, a file gets a few lines.
 
-    A share below the last one starts another task, with a clock of its own.
+    A share below the last one starts another task, with its own clock.
     """
 
     def __init__(self, stream: TextIO | None = None):
@@ -42,12 +42,12 @@ class Progress:
         self.stream.flush()
 
     def restart(self, share: float = 0.0) -> None:
-        """Begins another task, of which a share has been done before."""
+        """Begins another task, of which `share` is done already."""
         self._started = self._last = time.monotonic()
         self._share = self._begun = share
 
     def finish(self, what: str, share: float = 1.0) -> None:
-        """Writes a task's last line, which stays, in a terminal as well."""
+        """Writes a task's last line, which stays also in a terminal."""
         self._share = share
         clear = "\r\x1b[K" if self.moving else ""
         self.stream.write(f"{clear}{what}: {share:.0%}\n")

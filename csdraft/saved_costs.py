@@ -1,6 +1,6 @@
-"""The costs table of a saved cascade: seconds of forwards and drafts, by target and device.
+"""The cost table of a saved cascade: seconds of forwards and of drafted tokens, by target and device.
 
-A cascade starts from it when it is loaded on the same device. On other devices the table is kept but not used.
+On the same device, a loaded cascade starts from these costs. On other devices the table is kept, but not used.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NAME, FORMAT = "tables/costs.json", 1
 
 
 def save_costs(memory: Memory, folder: Path) -> None:
-    """Writes the costs that a drafter has learned or was loaded with; no file if there are none."""
+    """Writes the costs that a drafter has learned or was loaded with. Writes no file if there are none."""
     tables = {at: {tuple(line[:3]): line[3] for line in table} for at, table in memory.saved.items()}
     for target, _, learned in memory.entries():
         if isinstance(learned, Learned):
@@ -37,7 +37,7 @@ def load_costs(folder: Path) -> dict[str, Any]:
     """The costs of a saved cascade, by target and device; empty if it has none.
 
     Raises:
-        ValueError: the file is not such a table; the message names the file and the key.
+        ValueError: the file is not a cost table; the message names the file and the key.
     """
     with naming(NAME):
         path = Folder(folder).find(NAME)

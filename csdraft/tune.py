@@ -1,8 +1,9 @@
 """Finds the best cascade of some drafters for a target and prompts, within a time limit.
 
-There are three steps. The target writes texts and drafters are compared with it (at most half of the time), K matrices
-are replayed on these texts (at most 30 % of the rest), and the best plans are timed until the time is up. If the time
-is short, texts are shorter, and fewer prompts and plans are used. Each candidate says what was timed.
+There are three steps. First the target writes texts, and the drafters are compared with it (at most half of the
+time). Then K matrices are replayed on these texts (at most 30 % of the rest). Last, the best plans are timed until the
+time is up. If time is short, texts are shorter, and fewer prompts and plans are used. Each candidate says what was
+timed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ __all__ = ["Allowance", "Candidate", "preferred", "tune"]
 
 SCHEDULES = ("cost_model", "fixed")
 AS_GOOD = 0.97
-"""Candidates with this share of the best speed-up count as equally fast."""
+"""Candidates with at least this share of the best speed-up count as equally fast."""
 OBSERVING, SEARCHING = 0.5, 0.3
 """Shares of the remaining time for observing, and then for replaying."""
 FEW_PROMPTS = 4
@@ -35,11 +36,11 @@ LENGTH = 96
 SHORTEST = 16
 """The fewest tokens of a text."""
 TRUSTED = 2.0
-"""When time is planned, no plan is expected to be faster than this many times plain decoding."""
+"""To plan the time, a plan counts as at most this many times as fast as plain decoding."""
 ALMOST = 0.99
 """The largest share of progress that is reported before the end."""
 LEAST_COMPARED = 3
-"""With fewer prompts, no candidate is called slower than the fastest."""
+"""With fewer prompts, no candidate is said to be slower than the fastest."""
 
 Times = dict[str, list[list[float]]]
 """Seconds by the name of a cell: (prompts, repetitions)."""
@@ -54,11 +55,11 @@ class Candidate:
         k_matrix: the matrix for these drafters.
         options: lenience and schedule.
         expected: figures for the whole matrix every round, at lenience 1.
-        measured: speed-up over plain `generate`, median over pairs of the same prompt and repetition.
+        measured: speed-up over plain `generate`: the median over pairs of the same prompt and repetition.
         cascade: the cascade, with a report of the timed calls.
         prompts, repetitions: how many were timed.
-        tokens: the most tokens of a text.
-        behind: its time over that of the fastest candidate, paired in the same way; 1 for the fastest itself.
+        tokens: the greatest length of a text.
+        behind: its time over the fastest candidate's, paired in the same way; 1 for the fastest itself.
     """
 
     kept: Sequence[int]
@@ -80,11 +81,11 @@ class Candidate:
 
 @dataclass
 class Allowance:
-    """Measures the seconds of work that has several parts.
+    """Measures the time of work that has several parts.
 
     Args:
-        seconds: the most that the whole may take; infinity for no limit.
-        say: called with what is being done and the share of the time that has passed.
+        seconds: the most that all parts together may take; infinity for no limit.
+        say: called with the current task and the share of the time that has passed.
         now: the clock.
     """
 
@@ -107,9 +108,9 @@ class Allowance:
         return max(self.seconds - self.passed, 0.0)
 
     def tell(self, what: str, left: float) -> None:
-        """Reports the share of the time that has passed; `left` is an estimate of the seconds that remain.
+        """Reports the share of the time that has passed; `left` estimates the seconds that remain.
 
-        The share never falls: a falling share would look like the start of other work.
+        The share never falls, because `Progress` would take that for the start of another task.
         """
         passed, left = self.passed, min(left, self.remaining)
         share = passed / (passed + left) if passed + left > 0 else 0.0
@@ -135,9 +136,9 @@ def tune(
         drafters: largest first; drafters that do not pay are left out.
         prompts: token ids.
         finalists: the most plans to time, each with the cost model and with the whole matrix every round.
-        leniences: values to try on plans with inner reviewers.
+        leniences: values to try for plans with inner reviewers.
         repetitions: the most timed passes.
-        progress: called with what is being done and the share of the expected time that has passed.
+        progress: called with the current task and the share of the expected time that has passed.
         minutes: the time limit; at least one prompt is observed and timed, even if that takes longer.
         options: options of `generate`.
 
@@ -171,16 +172,16 @@ def tune(
 
 
 def passes(drafters: Sequence[Drafter]) -> int:
-    """About how many times as long as plain `generate` it takes to observe one prompt with all drafters."""
+    """Estimated time to observe one prompt with all drafters, in times of plain `generate`."""
     return 3 + sum(2 * len(drafter.models()) for drafter in drafters)
 
 
 def affordable_length(
     setup: Setup, drafters: Sequence[Drafter], prompts: Sequence[Prompt], allowance: Allowance
 ) -> tuple[int, float]:
-    """The length of texts for which two prompts can be observed in half of the time, and a text's rough seconds.
+    """The length of texts with which two prompts can be observed in half of the time, and about how long a text takes.
 
-    To find out, a short text is written twice; the first time warms up.
+    It writes a short text twice; the first time warms up.
     """
     wanted, few = setup.options["max_new_tokens"], min(SHORTEST, setup.options["max_new_tokens"])
     options = encode(setup, prompts[:1]) | setup.options | {"max_new_tokens": few, "min_new_tokens": few}
@@ -202,7 +203,7 @@ def observed(
     """Measures the drafters on as many prompts as half of the time allows.
 
     Args:
-        later: how many texts will be written to time candidates, to estimate the remaining time.
+        later: how many texts will be written to time candidates; used to estimate the remaining time.
     """
     until = OBSERVING * allowance.seconds
 
@@ -220,7 +221,7 @@ def observed(
 def affordable(
     plans: Sequence[Plan], leniences: Sequence[float], plain: float, prompts: int, allowance: Allowance
 ) -> Sequence[Plan]:
-    """As many of the first plans as can be timed on a few prompts each in the remaining time; at least one.
+    """The first plans, as many as can be timed on a few prompts each in the remaining time; at least one.
 
     Args:
         plain: seconds in which plain `generate` writes a text.
@@ -237,10 +238,10 @@ def affordable(
 def timed(
     setup: Setup, cells: Sequence[Cell], prompts: Sequence[Prompt], repetitions: int, allowance: Allowance
 ) -> Times:
-    """Times every cell on every prompt; stops when the time is up, and returns whole repetitions only.
+    """Times every cell on every prompt until the time is up. Only whole repetitions are returned.
 
-    Within the first repetition, prompts that were not reached are left out. The order of the cells rotates, so that no
-    cell always follows the same one.
+    If even the first repetition is not whole, the prompts that it did not reach are left out. The order of the cells
+    rotates, so no cell always follows the same one.
     """
     for cell in cells:
         generate(setup, cell, prompts[:1])  # warms up
@@ -282,7 +283,7 @@ def _paired(times: list[list[float]], others: list[list[float]]) -> Interval:
 
 
 def preferred(found: Sequence[Candidate]) -> Candidate:
-    """The fastest candidate; among equally fast ones, preferably one with lenience 1 and the cost model."""
+    """The fastest candidate. Among equally fast ones, lenience 1 comes first, then the cost model."""
     bar = AS_GOOD * max(candidate.measured.median for candidate in found)
     return min(
         (candidate for candidate in found if candidate.measured.median >= bar),

@@ -1,7 +1,7 @@
-"""What was changed on a model since it was made: hooks, forwards put in place, modules of another kind.
+"""Finds what was changed on a model after it was made: hooks, replaced forwards, modules of other classes.
 
-What is known of a class says nothing of such a model. What libraries put there to place, cast or capture (accelerate,
-transformers, torch) leaves what a model computes as it is, and does not count.
+What csdraft knows of a class need not hold for a changed model. Changes by accelerate, transformers and torch, such as
+hooks that move tensors between devices, do not count: they leave the results as they are.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from torch.nn.modules import module as shared
 __all__ = ["alterations", "described"]
 
 HARMLESS = {"accelerate", "torch", "transformers"}
-"""Packages whose hooks, and whose forwards around a model's own, do not count."""
+"""Packages whose hooks and wrapped forwards do not count."""
 LAYERS = {
     *(nn.Linear, nn.Identity, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Dropout),
     *(nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict),
     *(nn.SiLU, nn.GELU, nn.ReLU, nn.Tanh, nn.Sigmoid),
 }
-"""Modules of torch that treat each position by itself."""
+"""Modules of torch that compute each position separately."""
 ELSEWHERE = ("transformers.activations", "transformers.pytorch_utils", "peft.")
-"""Where other modules of a stock model come from, besides its own family."""
+"""Python modules whose classes an unchanged model may use besides those of its own family."""
 INNER = ("_old_forward", "_original_forward")
-"""What accelerate calls the forward that it has put its own around."""
+"""Attributes in which accelerate keeps the forward that it wraps."""
 OF_CLASS = "a module of class "
 
 Alteration = tuple[str, nn.Module, Hashable]
-"""What it is, where, and a key that no other alteration of this process has."""
+"""A change: a description, the module, and a key that no other change in this process has."""
 
 
 def alterations(model: nn.Module) -> list[Alteration]:
-    """Everything changed, but for the class of the model itself and an encoder, which runs once either way.
+    """All changes below the model's own class, except in an encoder, which runs once with or without drafts.
 
-    About a microsecond a module. The keys keep nothing alive.
+    It takes about a microsecond a module. The keys keep no object alive.
     """
     families = frozenset(_package(made) for made in type(model).__mro__)
     everywhere = shared._global_forward_hooks, shared._global_forward_pre_hooks
@@ -63,7 +63,7 @@ def alterations(model: nn.Module) -> list[Alteration]:
 
 
 def _hooks(module: nn.Module) -> list[Alteration]:
-    """Its handles are numbered through, and no number comes twice in a process."""
+    """The module's own hooks. As keys they have torch's handle ids, which are unique in a process."""
     hooks = (("hook", module._forward_hooks), ("pre-hook", module._forward_pre_hooks))
     return [
         (f"a forward {what}", module, handle)
@@ -74,21 +74,22 @@ def _hooks(module: nn.Module) -> list[Alteration]:
 
 
 def described(model: nn.Module) -> str:
-    """Where it has been changed, for a message, such as 'a forward hook on model.layers.0.mlp'; empty if nowhere.
+    """The changes for a message, such as 'a forward hook on model.layers.0.mlp'; empty if there are none.
 
-    Without the parts that its own class may have brought along, such as the Llama of a vision-language model.
+    Modules from HARMLESS packages are left out, since the model's class may have made them: the Llama in a
+    vision-language model.
     """
     names = {module: name for name, module in model.named_modules()}
-    made = [
+    changes = [
         f"{what} on {names[module] or type(module).__name__}"
         for what, module, _ in alterations(model)
         if not what.startswith(OF_CLASS) or type(module).__module__.partition(".")[0] not in HARMLESS
     ]
-    return ", ".join(made[:3]) + (", ..." if len(made) > 3 else "")
+    return ", ".join(changes[:3]) + (", ..." if len(changes) > 3 else "")
 
 
 def _innermost(module: nn.Module, forward: Any) -> Any:
-    """The forward that a library's one is put around; None if that is what the class has."""
+    """The forward inside those that HARMLESS packages wrap around it; None if it is the class's own."""
     while forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
         if _root(forward) not in HARMLESS:
             return forward
@@ -97,13 +98,13 @@ def _innermost(module: nn.Module, forward: Any) -> Any:
 
 
 def _root(function: Any) -> str:
-    """The package in whose code a function, method, partial or callable object is written, whatever it wraps."""
+    """The package that contains the code of a function, method, partial or callable object."""
     while isinstance(function, partial):
         function = function.func
     function = getattr(function, "__func__", function)
-    written = getattr(function, "__globals__", None)
-    place = type(function).__module__ if written is None else written.get("__name__", "")
-    return place.partition(".")[0]
+    namespace = getattr(function, "__globals__", None)
+    module = type(function).__module__ if namespace is None else namespace.get("__name__", "")
+    return module.partition(".")[0]
 
 
 @cache
@@ -120,13 +121,13 @@ def _is_stock(made: type, families: frozenset[str]) -> bool:
 
 @cache
 def _is_own(made: type, forward: Any) -> bool:
-    """Whether the forward of a class is written where the class, or one that it inherits from, is."""
+    """Whether a class's forward comes from the package of the class or of one that it inherits from."""
     return _root(forward) in {above.__module__.partition(".")[0] for above in made.__mro__}
 
 
 def _reference(something: Any) -> Hashable:
-    """As good a key as the object itself, without holding it."""
+    """A key for an object that does not keep it alive."""
     try:
         return weakref.ref(something)
-    except TypeError:  # of a class with slots
+    except TypeError:  # its class has slots
         return id(something)

@@ -1,7 +1,7 @@
-"""What becomes of each option of `generate` under `assistant=`: carried, without effect, or refused by its name.
+"""What happens to each option of `generate` with `assistant=`: it is carried out, has no effect, or is refused.
 
-Options reach csdraft in two ways: through processors and criteria, which `generate` has made of them, and through the
-generation config. An option that is in none of the lists here is one of a newer transformers: set, it is refused.
+Options reach csdraft in two ways: as processors and criteria that `generate` has made of them, and in the generation
+config. An option that is on none of the lists here comes from a newer transformers. If it is set, it is refused.
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ CARRIED = _names(
     "bos_token_id decoder_start_token_id do_sample num_return_sequences output_logits output_scores pad_token_id "
     "return_dict_in_generate"
 )
-"""Heeded as plain `generate` does."""
+"""Options that do the same as in plain `generate`."""
 
 WITHOUT_EFFECT = _names(
-    # of transformers' own drafting, which only another option or an assistant_model turns on
+    # options of transformers' own drafting, which has to be turned on by another option or an assistant_model
     "assistant_confidence_threshold assistant_ensemble_weight assistant_lookbehind is_assistant "
     "max_matching_ngram_size num_assistant_tokens num_assistant_tokens_schedule speculation_type target_lookbehind "
-    # of beams and contrastive search
+    # options of beam search and contrastive search
     "diversity_penalty early_stopping length_penalty low_memory num_beam_groups "
-    # of how plain generate reads, where csdraft has ways of its own
+    # options for how plain generate runs forwards, which csdraft does in its own way
     "compile_config continuous_batching_config disable_compile max_cache_len prefill_chunk_size "
     "_from_model_config transformers_version"
 )
-"""They change no text that csdraft writes."""
+"""Options that do not change the text that csdraft writes."""
 
 
 @dataclass(frozen=True)
 class Refused:
-    """An option that asks for what csdraft does not do.
+    """An option for something that csdraft does not do.
 
     Attributes:
-        neutral: values that ask for nothing.
-        reason: what it asks for.
+        neutral: values with which the option is off.
+        reason: why other values are refused.
     """
 
     neutral: tuple[Any, ...]
@@ -61,8 +61,8 @@ class Refused:
 
 
 OTHER_DRAFTING = "asks transformers to draft, and assistant= is another way to draft"
-OTHER_SEARCH = "asks for another search than csdraft reproduces, which is greedy search and sampling"
-NOT_KEPT = "asks for what drafted decoding does not keep"
+OTHER_SEARCH = "asks for another search, and csdraft does greedy search and sampling only"
+NOT_KEPT = "asks for tensors that drafted decoding does not keep"
 REFUSED = {
     "use_mtp": Refused((None, False), OTHER_DRAFTING),
     "prompt_lookup_num_tokens": Refused((None,), OTHER_DRAFTING),
@@ -81,12 +81,11 @@ REFUSED = {
     "output_hidden_states": Refused((None, False), NOT_KEPT),
     "cache_implementation": Refused(
         (None, "dynamic", "static", "hybrid", "sliding_window", "hybrid_chunked"),
-        "asks for a cache that computes otherwise or lies elsewhere: csdraft brings its own preallocated one",
+        "asks for a cache of another kind, and csdraft has its own preallocated one",
     ),
-    "cache_config": Refused((None,), "is of another cache: csdraft brings its own preallocated one"),
+    "cache_config": Refused((None,), "configures another cache, and csdraft has its own preallocated one"),
 }
-"""Refused unless neutral."""
-
+"""Options that are refused unless their value is neutral."""
 
 PLAIN = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 BEFORE_DECODING = (
@@ -97,41 +96,41 @@ BEFORE_DECODING = (
     "cache_implementation",
     "cache_config",
 )
-"""Refused options that `generate` acts upon before any decoding begins."""
+"""Refused options that `generate` acts on before csdraft is called."""
 
 
 def check_early(keywords: Mapping[str, Any], config: GenerationConfig | None, own: GenerationConfig) -> None:
-    """Raises ValueError for an option on which `generate` itself would fail, for a reason that is not the true one.
+    """Raises ValueError for a refused option with which `generate` itself would fail with a misleading message.
 
     Args:
         keywords: of the call.
         config: the generation config that was passed, if any.
-        own: the model's.
+        own: the model's generation config.
     """
     for name in BEFORE_DECODING:
         _check(name, effective(name, keywords, config, own))
 
 
 def check_options(config: GenerationConfig) -> None:
-    """Raises ValueError for an option that cannot be heeded, by its name.
+    """Raises ValueError, which names the option, for one that csdraft cannot carry out.
 
     Args:
-        config: the options of a call, those of the model's own generation config filled in.
+        config: the options of a call, completed from the model's own generation config.
     """
     for name in REFUSED:
-        ours = REFUSED[name].reason == OTHER_SEARCH and config.get_generation_mode() in PLAIN
-        if not ours:  # penalty_alpha, say, is no search of its own without a top_k
+        plain = REFUSED[name].reason == OTHER_SEARCH and config.get_generation_mode() in PLAIN
+        if not plain:  # some options, such as penalty_alpha without a top_k, do not change the search by themselves
             _check(name, getattr(config, name, None))
     for name in vars(GenerationConfig()).keys() - (CARRIED | WITHOUT_EFFECT | REFUSED.keys()):
         if (value := getattr(config, name, None)) not in (None, False):
             raise ValueError(
-                f"{name}={value!r} is an option of transformers {__version__} that this csdraft does not know, so "
-                f"that the text might differ; {_way_out(name)}"
+                f"{name}={value!r} is an option of transformers {__version__} that this csdraft does not know, so the "
+                f"text might differ from plain generate's; {_way_out(name)}"
             )
 
 
 def effective(name: str, keywords: Mapping[str, Any], config: GenerationConfig | None, own: GenerationConfig) -> Any:
-    """The value of an option of a call: the keyword's, the given config's, or that of the model's own config."""
+    """The value of a call's option: the keyword, else the given config's, else that of the model's own config."""
     for value in (keywords.get(name), getattr(config, name, None), getattr(own, name, None)):
         if value is not None:
             return value

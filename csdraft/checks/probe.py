@@ -1,9 +1,12 @@
-"""Asks a model whether drafts would change its text: ragged rows and a tree read from a cache, against plain reads.
+"""Tests with short forwards whether drafts would change a model's text.
 
-Class and config do not tell everything: some families mask by slot inside their own attention, count positions
-themselves, or share state between rows. Such a model gives other logits here, and is refused instead of writing
-another text. The answer is remembered, by class and config, for as long as the process lives. Of a model with hooks,
-or otherwise changed since its class made it, it is remembered for the model and these changes alone.
+Rows of different lengths and a tree of drafted tokens are read from a cache, and the logits are compared with those of
+plain reads. Class and config do not tell everything: some families mask by slot inside their own attention, count
+positions themselves, or share state between rows. Such a model has other logits here and is refused; without this test
+it would write another text.
+
+The process remembers the answer for each class and config. For a model that was changed after it was made, such as by
+a hook, the answer holds for this model and these changes only.
 """
 
 from __future__ import annotations
@@ -52,19 +55,19 @@ KNOWN_EXACT = {
     "StableLmForCausalLM",
     "Starcoder2ForCausalLM",
 }
-"""Classes of transformers that `make families` finds exact, and that are used most: they are not asked as they are."""
+"""Much used classes of transformers that `make families` finds exact. They are not tested unless they were changed."""
 
 LONGEST_SPAN = 64
-"""A window or chunk up to which the probe's texts reach beyond it."""
+"""If a model's window or chunk is at most this long, the test's texts are longer than it."""
 
 STEPS = 3
 """Tokens that plain `generate` writes for a comparison."""
 
 TREE = Draft((11, 12, 13, 14), (ROOT, ROOT, 1, 2), (0,) * 4, (float("nan"),) * 4)
-"""Two branches, of which the second continues."""
+"""Two branches; the second has two more tokens."""
 
 STEPPED = 1
-"""Of the texts that are compared, which one is also read in steps: the first row's, and its draft's first branch."""
+"""Index of the text that is also read token by token: the first row's, with its draft's first branch."""
 
 _LOCK = threading.Lock()
 _answers: dict[str, str | None] = {}
@@ -72,21 +75,21 @@ _models: WeakKeyDictionary[nn.Module, dict[Question, tuple[object, str | None]]]
 
 
 def difference(model: nn.Module) -> str | None:
-    """Why drafts would change what `model` writes; None if they do not. A few short forwards, at a model's first use.
+    """Why drafts would change what `model` writes; None if they would not. A model's first use takes a few forwards.
 
-    A model in training mode is not asked: dropout makes its text another one each time anyway. Nor is an
-    encoder-decoder: those that are not refused are known.
+    A model in training mode is not tested, since its text varies anyway (dropout). Nor is an encoder-decoder: csdraft
+    accepts only families that are known to be exact.
     """
     return _answer(model, _compare)
 
 
 def padding_difference(model: nn.Module) -> str | None:
-    """Why a padded row of `model` is read otherwise in plain `generate` than with drafts; None if it is not."""
+    """Why plain `generate` reads a padded row of `model` differently than drafted decoding; None if it does not."""
     return _answer(model, _compare_padded)
 
 
 def _answer(model: nn.Module, question: Question) -> str | None:
-    """Asked once for each model class and config; once for each model and each state that it was put in."""
+    """The answer to a question, computed once for a class and config, or for a changed model and its changes."""
     state = [key for _, _, key in alterations(model)]
     stock = type(model).__name__ in KNOWN_EXACT and type(model).__module__.startswith("transformers.")
     if not state and stock and _causal(model):
@@ -108,14 +111,14 @@ def _answer_of_class(model: nn.Module, question: Question) -> str | None:
 
 
 def _causal(model: nn.Module) -> bool:
-    """Whether its config asks for nothing but attention to earlier tokens."""
+    """Whether the config allows attention to earlier tokens only."""
     text: Any = model.config.get_text_config(decoder=True)  # type: ignore[operator,union-attr]
     both_ways = any(value for key, value in vars(text).items() if "bidirectional" in key or "prefix_lm" in key)
     return not both_ways and getattr(text, "is_causal", True) is not False
 
 
 def _described(model: nn.Module) -> str:
-    """The model's config, attention and dtype, without the names of the place it came from."""
+    """The model's config, attention and dtype, without where it was loaded from."""
     config: Any = model.config
     options = {key: value for key, value in config.to_dict().items() if not key.startswith("_")}
     attention = config.get_text_config(decoder=True)._attn_implementation
@@ -124,45 +127,44 @@ def _described(model: nn.Module) -> str:
 
 @torch.no_grad()
 def _compare(model: nn.Module) -> str | None:
-    name = type(model).__name__
-    changes = f" (with {changed})" if (changed := described(model)) else ""
+    name = type(model).__name__ + (f" (with {changes})" if (changes := described(model)) else "")
     try:
         found, alone, stepped = _logits(model)
     except NoCache as error:
         return str(error)
-    except Exception as error:  # whatever a model does with what it cannot read
+    except Exception as error:  # a model may raise anything about inputs that it does not support
         return (
-            f"{name}{changes} fails ({type(error).__name__}) when it reads rows of different lengths, and the "
-            "branches of a draft, together from its cache, as drafted decoding does; call generate without assistant="
+            f"{name} fails ({type(error).__name__}) when it reads rows of different lengths, and the branches of a "
+            "draft, together from its cache, as drafted decoding does; call generate without assistant="
         )
-    most = torch.finfo(model.dtype).eps ** 0.5  # type: ignore[arg-type]
-    if (off := _off(found, alone)) > most:
-        return (
-            f"{name}{changes} computes other logits (off by {off:.1%} of their range) when it reads rows of different "
-            "lengths, and the branches of a draft, together from its cache than when it reads each text alone, so "
-            "that drafts would change its text; call generate without assistant="
-        )
-    if stepped is not None and (off := _off(found[STEPPED], stepped)) > most:
-        return (
-            f"{name}{changes} computes other logits (off by {off:.1%} of their range) for a token that it reads by "
-            "itself, as plain generate does, than for the same token among others, so that drafts would change its "
-            "text; call generate without assistant="
-        )
-    return None
+    off, when = _difference(found, alone), "rows of different lengths and branches of a draft together, from its cache"
+    if off <= _tolerance(model) and stepped is not None:
+        off, when = _difference(found[STEPPED], stepped), "a token together with others, not one token at a time"
+    if off <= _tolerance(model):
+        return None
+    return (
+        f"{name} computes other logits (off by {off:.1%} of their range) when it reads {when}, so drafts would change "
+        "its text; call generate without assistant="
+    )
 
 
-def _off(found: Tensor, wanted: Tensor) -> float:
+def _difference(found: Tensor, wanted: Tensor) -> float:
     """The largest difference of logits, as a share of their range; infinite if one of them is nan."""
     off = float((found - wanted).abs().max() / (wanted.max() - wanted.min()))
     return math.inf if math.isnan(off) else off
 
 
+def _tolerance(model: nn.Module) -> float:
+    """The largest difference that rounding explains."""
+    return torch.finfo(model.dtype).eps ** 0.5  # type: ignore[arg-type]
+
+
 @torch.no_grad()
 def _compare_padded(model: nn.Module) -> str | None:
-    """Of two rows, one with padding before it: the first logits of plain `generate`, and those of each row alone."""
+    """Compares plain `generate`'s first logits of two rows, one of them padded, with those of each row alone."""
     tokens = _tokens(model, 8)
     prompts = [tokens, tokens[3:]]
-    ids = torch.tensor([tokens, [tokens[0]] * 3 + tokens[3:]], device=_home(model))
+    ids = torch.tensor([tokens, [tokens[0]] * 3 + tokens[3:]], device=home(model)[0])
     mask = torch.ones_like(ids)
     mask[1, :3] = 0
     options = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False, "pad_token_id": 0}
@@ -172,21 +174,22 @@ def _compare_padded(model: nn.Module) -> str | None:
     for row, prompt in enumerate(prompts):
         for step, logits in enumerate(output.logits):
             wanted = _alone(model, [*prompt, *output.sequences[row, 8 : 8 + step].tolist()]).float()
-            worst = max(worst, _off(logits[row].to(wanted), wanted))
-    if worst <= torch.finfo(model.dtype).eps ** 0.5:  # type: ignore[arg-type]
+            worst = max(worst, _difference(logits[row].to(wanted), wanted))
+    if worst <= _tolerance(model):
         return None
     return (
-        f"plain generate computes other logits (off by {worst:.1%} of their range) for the rows of a padded batch of "
-        f"{type(model).__name__} than for each row alone, as which drafted decoding reads them; call generate row by "
+        f"plain generate computes other logits (off by {worst:.1%} of their range) for {type(model).__name__} when a "
+        "row is padded than when it is not, and drafted decoding reads rows without padding; call generate row by "
         "row, or without assistant="
     )
 
 
 def _logits(model: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    """float32 logits: as drafted decoding reads texts, as the model reads each alone, and of one in single steps.
+    """float32 logits after some texts, read in three ways.
 
     Returns:
-        (compared, vocab) twice, and (vocab,) of number STEPPED of them; None if the model hands no cache out.
+        (texts, vocab) as drafted decoding reads them; (texts, vocab) each text read alone; (vocab,) text number
+        STEPPED with its last token read by itself, or None if the model returns no cache.
     """
     span = traits_of(model).longest_span
     tokens = _tokens(model, (span if span <= LONGEST_SPAN else 0) + 9)
@@ -200,7 +203,7 @@ def _logits(model: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     draft = Draft(tuple(tokens[2 * node] for node in range(4)), TREE.parents, TREE.levels, TREE.confidence)
     texts[1].append(tokens[:2])
     scores = session.score([Request(row, text, draft) for row, text in enumerate(texts)], choose=False)
-    texts[0].append([draft.tokens[1]])  # the second branch is accepted: its slots move
+    texts[0].append([draft.tokens[1]])  # the second branch is accepted, so its keys and values move
     later = session.score([Request(0, texts[0], Draft())], choose=False)
     found = [view.raw(node) for view in scores for node in (ROOT, 0, 3)] + [later[0].raw(ROOT)]
     paths = [[*text, *path] for text in (tokens, [*tokens[3:], *tokens[:2]]) for path in _paths(draft)]
@@ -214,14 +217,14 @@ def _paths(draft: Draft) -> list[list[int]]:
 
 
 def _alone(model: Any, tokens: Sequence[int]) -> Tensor:
-    """(vocab,) logits after `tokens`, read in one forward without a cache, with the inputs that `generate` gives."""
+    """(vocab,) logits after `tokens`, read in one forward without a cache, with the inputs that `generate` passes."""
     return model(**_inputs(model, tokens, use_cache=False, is_first_iteration=True)).logits[0, -1]
 
 
 def _stepped(model: Any, tokens: Sequence[int]) -> Tensor | None:
     """(vocab,) float32 logits after `tokens`, the last of them read by itself, as plain `generate` reads it.
 
-    None if the model hands out no cache by itself.
+    None if the model returns no cache.
     """
     before = model(**_inputs(model, tokens[:-1], use_cache=True, is_first_iteration=True))
     cache = before.get(cache_name(before.__init__))
@@ -232,8 +235,8 @@ def _stepped(model: Any, tokens: Sequence[int]) -> Tensor | None:
 
 
 def _inputs(model: Any, tokens: Sequence[int], use_cache: bool, **options: Any) -> dict[str, Any]:
-    """What `generate` would give the model's forward."""
-    ids = torch.tensor([tokens], device=_home(model))
+    """What `generate` would pass to the model's forward."""
+    ids = torch.tensor([tokens], device=home(model)[0])
     given = {"attention_mask": torch.ones_like(ids), "use_cache": use_cache, **options}
     if model.config.is_encoder_decoder:
         inputs = model.prepare_inputs_for_generation(ids, **given | {"attention_mask": None})
@@ -245,16 +248,12 @@ def _inputs(model: Any, tokens: Sequence[int], use_cache: bool, **options: Any) 
 
 
 def _source(model: nn.Module) -> Tensor:
-    """(1, 6) ids that an encoder reads, the same for all texts of the probe."""
-    return torch.tensor([_tokens(model, 6)], device=_home(model))
-
-
-def _home(model: nn.Module) -> torch.device:
-    return home(model)[0]
+    """(1, 6) ids for an encoder, the same for all texts."""
+    return torch.tensor([_tokens(model, 6)], device=home(model)[0])
 
 
 def _tokens(model: nn.Module, count: int) -> list[int]:
-    """Ordinary token ids, all different where the vocabulary allows: none that stands for an image, or an end."""
+    """`count` ids of ordinary tokens, not those of images or ends; all different if the vocabulary is large enough."""
     config: Any = model.config
     special = set()
     for part in (config, config.get_text_config(decoder=True)):

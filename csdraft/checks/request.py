@@ -1,4 +1,4 @@
-"""Everything that is refused, before any model runs: each message names the value, the expectation and the way out."""
+"""Checks a request before any model runs. Each error names the value, what is expected, and a way out."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def check_request(
 
     Args:
         inputs: what `generate` would pass to the model's forward.
-        given: the keywords that the user passed to `generate`; None if that is not known.
+        given: the keywords that the user passed to `generate`; None if unknown.
         criteria: the stopping criteria that `generate` prepared.
     """
     _check_model(model)
@@ -64,15 +64,15 @@ def check_request(
 def _check_model(model: Any) -> None:
     if reason := refusal(model):
         raise ValueError(reason)
-    if getattr(model.prepare_inputs_for_generation, "__self__", model) is not model:  # PEFT has put its own in place
+    if getattr(model.prepare_inputs_for_generation, "__self__", model) is not model:  # PEFT has replaced it
         raise ValueError(
-            f"{type(model).__name__} runs under a prompt-learning PEFT adapter, whose virtual tokens drafted decoding "
-            "would not see; use an adapter on the weights (such as LoRA), or leave assistant= out"
+            f"{type(model).__name__} has a prompt-learning PEFT adapter, whose virtual tokens drafted decoding would "
+            "not see; use an adapter on the weights (such as LoRA), or leave assistant= out"
         )
 
 
 def ask_model(model: Any, inputs: Mapping[str, Any]) -> None:
-    """Raises ValueError for what only short forwards of the model tell; after all that can be told without."""
+    """Raises ValueError if short forwards show that drafts would change the model's text. It is the last check."""
     mask = inputs.get("attention_mask")
     padded = not model.config.is_encoder_decoder and mask is not None and not bool(mask.all())
     if reason := difference(model) or (padding_difference(model) if padded else None):
@@ -80,27 +80,29 @@ def ask_model(model: Any, inputs: Mapping[str, Any]) -> None:
 
 
 def _check_inputs(model: Any, input_ids: Tensor, inputs: Mapping[str, Any], given: Collection[str] | None) -> None:
-    """Refuses inputs besides the text; those that `generate` adds and leaves empty say nothing and pass."""
-    text_only = {"mm_token_type_ids"} | ({"token_type_ids"} if model.config.model_type.startswith("gemma") else set())
-    unknown = {
-        key: value
-        for key, value in inputs.items()
-        if key not in KNOWN_INPUTS and not _is_empty(value, zeros=key in text_only)
-    }
-    for key, value in unknown.items():
+    """Refuses inputs besides the text. Inputs that `generate` adds and leaves empty pass."""
+    zeros_pass = {"mm_token_type_ids"} | ({"token_type_ids"} if model.config.model_type.startswith("gemma") else set())
+    for key, value in inputs.items():
+        if key in KNOWN_INPUTS or _is_empty(value, zeros=key in zeros_pass):
+            continue
         takes = inspect.signature(model.forward).parameters.keys() - KNOWN_INPUTS - {"input_ids"}
         passed = sorted(takes & set(given or ())) or ([key] if given is None else [])
-        source = f"comes of {', '.join(passed)}, which generate was given" if passed else "is what generate adds"
+        source = f"comes from {', '.join(passed)}, passed to generate" if passed else "is added by generate"
+        kind = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else kind_of(value)
         raise ValueError(
-            f"{type(model).__name__}'s input {key} ({_shown(value)}) {source}; csdraft decodes text from input_ids "
-            "and an attention_mask (images, audio and inputs_embeds not yet): leave assistant= out"
+            f"{type(model).__name__}'s input {key} ({kind}) {source}; csdraft decodes text from input_ids and an "
+            "attention_mask (images, audio and inputs_embeds not yet): leave assistant= out"
         )
     if input_ids.numel() == 0:
         raise ValueError("the prompt is empty: give at least one token, such as the tokenizer's bos_token")
 
 
 def _is_empty(value: Any, zeros: bool) -> bool:
-    """Whether an input says nothing; `zeros`: whether zeros say so, as of token types that tell images from text."""
+    """Whether an input has no content.
+
+    Args:
+        zeros: whether zeros are no content, as in token types that tell images from text.
+    """
     if value is None or value is False:
         return True
     if isinstance(value, Tensor):
@@ -108,12 +110,8 @@ def _is_empty(value: Any, zeros: bool) -> bool:
     return isinstance(value, Sized) and len(value) == 0
 
 
-def _shown(value: Any) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else kind_of(value)
-
-
 def _check_length(model: Any, input_ids: Tensor, config: Any) -> None:
-    """Models that compute otherwise from some length of a text on."""
+    """Refuses long texts for models whose computation changes above some length."""
     switch, text = traits_of(model).switch, model.config.get_text_config(decoder=True)
     name, longest = type(model).__name__, max(config.max_length or 0, input_ids.shape[1])
     scale = getattr(text, "floor_scale", None) if getattr(text, "attn_temperature_tuning", False) else None
@@ -144,7 +142,7 @@ def _check_positions(model: Any, input_ids: Tensor, inputs: Mapping[str, Any]) -
     mask = (torch.ones_like(input_ids) if mask is None else mask).to(positions.device)
     width = min(positions.shape[-1], mask.shape[1])
     usual, counts = (mask.long().cumsum(-1) - 1)[:, -width:], mask[:, -width:].bool()
-    if bool(((positions[..., -width:] != usual) & counts).any()):  # of M-RoPE one row an axis: alike without images
+    if bool(((positions[..., -width:] != usual) & counts).any()):  # M-RoPE has a row for each axis; for text all agree
         raise ValueError(
             f"position_ids of shape {tuple(positions.shape)} are not 0, 1, 2, ... along each row's tokens, as "
             "drafted decoding counts them; drop them, or leave assistant= out"
@@ -156,7 +154,7 @@ def _check_rows(
 ) -> None:
     if synced_gpus:
         raise ValueError(
-            "synced_gpus=True (ZeRO-3 or FSDP with several processes) is not supported: ranks would run different "
+            "synced_gpus=True (ZeRO-3 or FSDP with several processes) is not supported: processes would run different "
             "numbers of forwards; gather the parameters first"
         )
     if streamer is not None and rows > 1:
@@ -184,8 +182,8 @@ def _check_mask(model: Any, input_ids: Tensor, inputs: Mapping[str, Any]) -> Non
     text = model.config.get_text_config(decoder=True)
     if bool(holes.any()) and bool(mask[:, -1].all()) and (encoder_decoder or getattr(text, "sliding_window", None)):
         raise ValueError(
-            f"row {int(holes.nonzero()[0])} has masked tokens between others, across which {type(model).__name__} "
-            "measures distances differently; leave them out and pad on the left"
+            f"row {int(holes.nonzero()[0])} has masked tokens between others, and {type(model).__name__} counts them "
+            "when it measures distances; leave them out and pad on the left"
         )
     ends = mask[:, -1].bool()
     if not bool(ends.all()):
@@ -203,28 +201,28 @@ def _check_cache(model: Any, input_ids: Tensor, config: Any, cache: Any) -> None
         return
     if not holds(cache):
         raise ValueError(
-            f"{GENERATE_CACHE} is {kind_of(cache)} whose layers cannot be taken over; pass a DynamicCache, a "
+            f"{GENERATE_CACHE} is {kind_of(cache)} whose layers csdraft cannot read; pass a DynamicCache, a "
             "StaticCache, an EncoderDecoderCache of these, or none"
         )
     slots = slots_of(cache, getattr(model.config.get_text_config(decoder=True), "sliding_window", None))
     if slots is not None and slots < config.max_length - 1:
         raise ValueError(
-            f"{GENERATE_CACHE} has max_cache_len={slots}, and the text may have {config.max_length} tokens, of which "
-            f"all but the last are cached; give it max_cache_len={config.max_length - 1}"
+            f"{GENERATE_CACHE} has max_cache_len={slots}, but the text may have {config.max_length} tokens, and all "
+            f"but the last are cached; give it max_cache_len={config.max_length - 1}"
         )
     seen, length = int(cache.get_seq_length()), input_ids.shape[1]
     if seen and (seen >= length or getattr(config, "_mask_length", length) != length):
         raise ValueError(
-            f"{GENERATE_CACHE} holds {seen} tokens and input_ids has {length}: pass the whole text, the cached part "
-            "included, and at least one token more (drafters read it too)"
+            f"{GENERATE_CACHE} holds {seen} tokens and input_ids has {length}: pass the whole text with the cached "
+            "part, which drafters read too, and at least one more token"
         )
 
 
 def check_processors(verifier: Verifier, processing: Processing) -> None:
-    """Raises ValueError if a rule would show a stateful logits processor tokens that are never emitted."""
+    """Raises ValueError if the verifier would call a stateful logits processor with tokens that are never emitted."""
     if verifier.looks_ahead and processing.stateful:
         names = ", ".join(type(processor).__name__ for processor in processing.stateful)
         raise ValueError(
-            f"verifier {type(verifier).__name__} asks for distributions beyond the accepted tokens, but {names} may "
+            f"verifier {type(verifier).__name__} needs distributions after tokens that it may reject, but {names} may "
             "keep state from call to call; use verifier='match' or 'rejection', which call processors once a token"
         )

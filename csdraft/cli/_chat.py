@@ -41,11 +41,11 @@ class Chat:
     report: Report | None = None
 
     def answer(self, line: str) -> str:
-        """Writes the answer to the user's line; returns its speed, and what was reused, in one line.
+        """Writes the answer to the user's line; returns one line with its speed and the number of reused tokens.
 
         Raises:
-            ValueError: the chat template cannot write the conversation, or it is too long for the model. The
-                conversation is then unchanged.
+            ValueError: the chat template cannot write the conversation, or the conversation is too long for the model.
+                In both cases it stays as it was.
         """
         tokenizer, target = self.opened.tokenizer, self.opened.target
         asked = [*self.messages, {"role": "user", "content": line}]
@@ -66,15 +66,13 @@ class Chat:
         text = str(tokenizer.decode(new, skip_special_tokens=True))
         self.messages = [*asked, {"role": "assistant", "content": text}]
         count = len(new)
-        said = (
-            f"{count} tokens, {count / seconds:.1f} tokens/s, {count / made.report.rounds:.1f} tokens a round; "
-            f"{printer.reused} of {len(ids)} prompt tokens reused"
-        )
-        return f"{said}; {printer.legend}" if printer.legend else said
+        speed = f"{count} tokens, {count / seconds:.1f} tokens/s, {count / made.report.rounds:.1f} tokens a round"
+        reused = f"{printer.reused} of {len(ids)} prompt tokens reused"
+        return "; ".join(filter(None, (speed, reused, printer.legend)))
 
 
 def chat_with(opened: Opened, format: ChatFormat, args: argparse.Namespace) -> int:
-    """Chats until /quit or the end of the input. Hints and figures go to the standard error."""
+    """Chats until /quit or the end of the input. Hints and figures are written to the standard error."""
     check_template(opened.tokenizer, "--chat without a prompt is a chat", format)
     assistant = opened.assistant or as_drafter("auto", opened.target)
     warpers = sampling(args.temperature, top_k=args.top_k, top_p=args.top_p)
@@ -87,7 +85,7 @@ def chat_with(opened: Opened, format: ChatFormat, args: argparse.Namespace) -> i
             chat.messages = []
             _tell("a new conversation")
         elif line.startswith("/"):
-            _tell(f"{line} is no command; {COMMANDS}")
+            _tell(f"{line} is no command: {COMMANDS}")
         elif line:
             _turn(chat, line)
     if chat.report is not None:
@@ -99,6 +97,7 @@ def chat_with(opened: Opened, format: ChatFormat, args: argparse.Namespace) -> i
 
 
 def _turn(chat: Chat, line: str) -> None:
+    """Answers one line. Errors are written, and the chat continues."""
     try:
         _tell(f"[{chat.answer(line)}]")
     except Unusable as error:
@@ -110,7 +109,7 @@ def _turn(chat: Chat, line: str) -> None:
 
 
 def _lines() -> Iterator[str]:
-    """The user's lines up to /quit, stripped."""
+    """The user's lines up to /quit, without blanks around them."""
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)

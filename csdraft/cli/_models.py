@@ -1,4 +1,4 @@
-"""What commands that run models share: the models and prompts that the arguments name."""
+"""Shared parts of commands that run models: they load the models and prompts that the arguments name."""
 
 from __future__ import annotations
 
@@ -23,24 +23,16 @@ from csdraft.drafters.model import ModelDrafter, bound
 from csdraft.heads.on_target import OnTarget
 from csdraft.models import load_model
 
-__all__ = [
-    "Opened",
-    "as_inputs",
-    "chat_of_text",
-    "encode",
-    "label",
-    "open_models",
-    "prompts_of_file",
-    "sampling",
-]
+__all__ = ["Opened", "as_inputs", "chat_of_text", "encode", "label", "open_models", "prompts_of_file", "sampling"]
 
 
 @dataclass(frozen=True)
 class Opened:
-    """What a command works with.
+    """The models of a command.
 
     Attributes:
-        options: keywords of `generate` besides `assistant`: verifier and schedule, if the user named one.
+        assistant: the named drafter, or a cascade of several; None if no drafter was named.
+        options: further keywords of `generate`: verifier and schedule, if they were named.
     """
 
     target: Any
@@ -50,8 +42,8 @@ class Opened:
 
 
 def open_models(args: argparse.Namespace) -> Opened:
-    """Loads the models that the arguments name. A target without a padding token gets the tokenizer's."""
-    shape = _shape(args)  # checked before anything is loaded
+    """Loads the models that the arguments name. If the target has no padding token, it gets the tokenizer's."""
+    cascade_options = _cascade_options(args)  # checked first, since loading takes long
     transformers.utils.logging.disable_progress_bar()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -68,16 +60,16 @@ def open_models(args: argparse.Namespace) -> Opened:
         own = tokenizer.pad_token_id
         target.generation_config.pad_token_id = tokenizer.eos_token_id if own is None else own
     options = _given(args, "verifier", "schedule")
-    return Opened(target, tokenizer, bound(_assistant(args, target, shape), target), options)
+    return Opened(target, tokenizer, bound(_assistant(args, target, cascade_options), target), options)
 
 
 def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Those of the arguments that the command has and the user gave."""
+    """The arguments among `names` that the command has and the user gave."""
     return {name: value for name in names if (value := getattr(args, name, None)) is not None}
 
 
-def _shape(args: argparse.Namespace) -> dict[str, Any]:
-    """Options of the cascade to build. Raises ValueError if there are some, but no drafters to build it from."""
+def _cascade_options(args: argparse.Namespace) -> dict[str, Any]:
+    """K matrix and lenience, if given. Raises ValueError if there are no drafters to build a cascade from."""
     given = _given(args, "k_matrix", "lenience")
     if given and not args.drafter:
         flags = " and ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
@@ -86,17 +78,17 @@ def _shape(args: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
-def _assistant(args: argparse.Namespace, target: nn.Module, shape: dict[str, Any]) -> Drafter | None:
+def _assistant(args: argparse.Namespace, target: nn.Module, options: dict[str, Any]) -> Drafter | None:
     if args.cascade:
         return CascadeDrafter.from_pretrained(args.cascade, target=target, dtype=args.dtype)
     if not args.drafter:
         return None
     drafters = [_drafter(name, args.dtype, args.device) for name in args.drafter]
-    return CascadeDrafter(drafters, **shape) if shape or len(drafters) > 1 else drafters[0]
+    return CascadeDrafter(drafters, **options) if options or len(drafters) > 1 else drafters[0]
 
 
 def _drafter(name: str, dtype: str, device: str) -> Drafter:
-    """A drafter of the type `name`, unless there is a folder of that name; else a model."""
+    """The drafter of type `name` if there is such a type, and no folder of that name; else a model."""
     if name in spec.types("drafters") and not Path(name).exists():
         return spec.resolve("drafters", name)
     return ModelDrafter(drafter_model(name, dtype=dtype).to(device))
@@ -111,28 +103,24 @@ def label(drafter: Drafter) -> str:
 
 
 def sampling(temperature: float, **warpers: float | None) -> dict[str, Any]:
-    """Keywords of `generate`: greedy search at temperature 0, else sampling with the warpers that are not None."""
+    """Keywords of `generate`: greedy search for temperature 0, else sampling with those warpers that are not None."""
     if not temperature:
         return {"do_sample": False}
     return {"do_sample": True, "temperature": temperature, **{k: v for k, v in warpers.items() if v is not None}}
 
 
-def _chat_format(args: argparse.Namespace) -> ChatFormat:
-    return ChatFormat.read(args.chat_template, args.chat_template_options)
-
-
 def chat_of_text(args: argparse.Namespace) -> ChatFormat | None:
-    """How prompts that are text go through the chat template; None if they do not."""
+    """The chat format for prompts that are plain text; None without --chat."""
     if not args.chat and (args.chat_template is not None or args.chat_template_options is not None):
-        raise ValueError("--chat-template and --chat-template-options do nothing to a text without --chat: add it")
-    return _chat_format(args) if args.chat else None
+        raise ValueError("--chat-template and --chat-template-options have no effect on text without --chat: add it")
+    return ChatFormat.read(args.chat_template, args.chat_template_options) if args.chat else None
 
 
 def encode(opened: Opened, prompt: str, chat: ChatFormat | None = None) -> dict[str, torch.Tensor]:
     """A prompt as `generate` takes it, on the target's device.
 
     Args:
-        chat: puts the prompt into the chat template, as a user's turn; None leaves it unchanged.
+        chat: if given, the prompt becomes a user's turn in this chat format.
     """
     if chat is None:
         ids = list(opened.tokenizer(prompt)["input_ids"])
@@ -153,5 +141,6 @@ def as_inputs(opened: Opened, ids: Sequence[int]) -> dict[str, torch.Tensor]:
 def prompts_of_file(
     opened: Opened, source: str, args: argparse.Namespace, limit: int | None = None
 ) -> list[list[int]]:
-    """Token ids of a source's prompts. Conversations go through the chat template; with --chat, all prompts do."""
-    return read_prompts(source, opened.tokenizer, limit, None, "train", _chat_format(args), args.chat)
+    """Token ids of a source's prompts. The chat template is applied to conversations; with --chat, to all prompts."""
+    format = ChatFormat.read(args.chat_template, args.chat_template_options)
+    return read_prompts(source, opened.tokenizer, limit, None, "train", format, args.chat)

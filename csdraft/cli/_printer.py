@@ -1,4 +1,4 @@
-"""Writes text to the terminal while it is generated, each token in the colour of the level that drafted it."""
+"""Writes text to the terminal while it is generated; each token can have the colour of the level that drafted it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from csdraft.reports.detokenizer import Detokenizer
 __all__ = ["Printer"]
 
 COLOURS = (("36", "cyan"), ("33", "yellow"), ("35", "magenta"), ("32", "green"), ("34", "blue"))
-"""ANSI codes by level, from level 1 on. The terminal's theme decides how they look on its background."""
+"""ANSI codes and names by level, from level 1 on. The terminal's theme chooses the shades."""
 
 
 class Printer(RoundStreamer):
@@ -26,22 +26,22 @@ class Printer(RoundStreamer):
         colour: whether to colour tokens by level.
 
     Attributes:
-        reused: prompt tokens that the target did not read again, because an earlier call had read them.
+        reused: prompt tokens that the target did not read in this call, since it had read them in an earlier one.
     """
 
     def __init__(self, opened: Opened, colour: bool):
         self.tokenizer, self.colour = opened.tokenizer, colour
         self.encoder_decoder = opened.target.config.is_encoder_decoder
-        self.pieces: Detokenizer | None = None
+        self.detokenizer: Detokenizer | None = None
         self.names: list[str] = []
         self.counts: Counter[int] = Counter()
         self.reused = 0
 
     def put(self, value: Tensor) -> None:
-        """Takes the prompt first, which is not written; then, if nothing drafts, single tokens."""
-        if self.pieces is None:
+        """Takes the prompt first, which is not written; then, if there is no drafter, single tokens."""
+        if self.detokenizer is None:
             prompt = [] if self.encoder_decoder else value.view(-1).tolist()
-            self.pieces = Detokenizer(self.tokenizer, after=prompt)
+            self.detokenizer = Detokenizer(self.tokenizer, after=prompt)
             return
         for token in value.view(-1).tolist():
             self._write(token, 0)
@@ -59,8 +59,8 @@ class Printer(RoundStreamer):
         sys.stdout.flush()
 
     def _write(self, token: int, level: int) -> None:
-        assert self.pieces is not None
-        sys.stdout.write(self._painted(self.pieces.push(token), level))
+        assert self.detokenizer is not None  # the prompt came first
+        sys.stdout.write(self._painted(self.detokenizer.push(token), level))
 
     def _painted(self, text: str, level: int) -> str:
         if not (self.colour and level and text):
@@ -68,7 +68,7 @@ class Printer(RoundStreamer):
         return f"\x1b[{COLOURS[(level - 1) % len(COLOURS)][0]}m{text}\x1b[0m"
 
     def end(self) -> None:
-        print(self.pieces.flush() if self.pieces is not None else "", flush=True)
+        print(self.detokenizer.flush() if self.detokenizer is not None else "", flush=True)
 
     @property
     def legend(self) -> str:

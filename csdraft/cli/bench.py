@@ -1,4 +1,4 @@
-"""`csdraft bench`: times every way to generate that the named models allow."""
+"""`csdraft bench`: times all ways to generate that the named models allow."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from csdraft.progress import Progress
 __all__ = ["run"]
 
 LOOKUP_LENGTH = 10
-"""Tokens a round of transformers' prompt lookup, as in its documentation."""
+"""Tokens that transformers' prompt lookup drafts each round; the number in its documentation."""
 HEAD = ("method", "tokens/s", "first ms", "speed-up [95 %]", "tokens/round", "text")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the table. Returns 1 if a greedy text is not plain generate's."""
-    logging.set_verbosity_error()  # advice about the options of transformers' own methods
+    logging.set_verbosity_error()  # hides warnings about the options of transformers' own methods
     opened = open_models(args)
     prompts: list[Prompt] = [tuple(ids) for ids in prompts_of_file(opened, args.prompts, args, args.limit)]
     options = sampling(args.temperature, top_k=0, top_p=1.0) | {"max_new_tokens": args.max_new_tokens}
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def methods(opened: Opened, rows: int) -> list[Method]:
-    """All methods that these models allow. Transformers' own drafting takes single prompts only."""
+    """All methods that these models allow. Transformers' own drafting supports single prompts only."""
     assistant = opened.assistant
     named: list[Drafter] = [] if assistant is None else [assistant]
     if isinstance(assistant, CascadeDrafter):
@@ -70,13 +70,13 @@ def methods(opened: Opened, rows: int) -> list[Method]:
 
 
 def show(run: Run, cells: Sequence[Cell], efficiency: dict[str, float], greedy: bool) -> int:
-    """Prints one line a method. Returns 1 if a greedy text is not plain generate's."""
-    plain, other = cells[0].name, False
+    """Prints one line for each method. Returns 1 if a greedy text is not plain generate's."""
+    plain, unequal = cells[0].name, False
     rows: list[tuple[str, ...]] = [HEAD]
     for cell in cells:
         samples: list[Any] = [sample for sample in run.samples if sample.cell == cell.name]
         same, different = equality(run.texts, cell.name, plain)
-        other = other or (greedy and bool(different))
+        unequal = unequal or (greedy and bool(different))
         text = f"{same}/{same + len(different)} equal" + (" DIFFERENT" if different else "")
         firsts = [1000 * sample.first for sample in samples if sample.first is not None]
         rows.append(
@@ -90,6 +90,6 @@ def show(run: Run, cells: Sequence[Cell], efficiency: dict[str, float], greedy: 
             )
         )
     print(aligned(rows))
-    if other:
-        print("\nSome texts differ from plain generate's. `csdraft check` says whether these are ties of rounding.")
-    return 1 if other else 0
+    if unequal:
+        print("\nSome texts differ from plain generate's. `csdraft check` says whether rounding explains it.")
+    return int(unequal)

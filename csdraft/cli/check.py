@@ -1,4 +1,4 @@
-"""`csdraft check`: greedy texts and samples with the assistant against those of plain generate."""
+"""`csdraft check`: compares greedy texts and samples with those of plain generate."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ PROMPTS = (
 SAMPLED_PROMPTS = 2
 TOP_K = 4
 LEAST_COUNT = 10
-"""Cells of a chi-square table with fewer counts than this, both samples together, are pooled."""
+"""Cells of the chi-square table with fewer counts than this in both samples together are pooled."""
 SMALLEST_P = 1e-3
+"""A test passes if its p is larger."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     opened = open_models(args)
     if opened.assistant is None:
         raise ValueError("there is nothing to check: name an assistant with --cascade or --drafter")
-    opened.target.generation_config = _bare(opened.target.generation_config)  # no penalty, no warper
+    opened.target.generation_config = _bare(opened.target.generation_config)
     passed = True
     for outcome in _outcomes(opened, _prompts(opened, args), args):
         print(outcome, flush=True)
@@ -98,12 +99,12 @@ def greedy(opened: Opened, inputs: dict[str, Tensor], length: int, name: str) ->
     same, at = torch.equal(plain, ours), _first_difference(plain, ours)
     steps = single_steps(target, inputs, ours)  # (tokens, vocab)
     best = steps.max(-1).values  # (tokens,)
-    # These two forwards may agree where a third kernel rounds the last bit differently.
+    # Even if these forwards agree, another kernel may round the last bit differently.
     least = torch.finfo(target.dtype).eps * float(best.abs().max())
     rounding = max(float((steps - one_forward(target, inputs, ours)).abs().max()), least)
     gaps = best - steps.gather(-1, ours.to(steps.device)[:, None])[:, 0]  # (tokens,)
     flips, widest = int((gaps > 0).sum()), float(gaps.max())
-    tied = at <= min(len(plain), len(ours)) and widest <= 2 * rounding  # a text cut short is not a near-tie
+    tied = at <= min(len(plain), len(ours)) and widest <= 2 * rounding  # a shorter text is not a near-tie
     text = "same text" if same else f"leaves plain generate's text at token {at}"
     ties = (
         "no near-ties" if not flips else f"{flips} of {len(ours)} tokens below the top logit, by {widest:.2g} at most"
@@ -112,7 +113,7 @@ def greedy(opened: Opened, inputs: dict[str, Tensor], length: int, name: str) ->
 
 
 def _first_difference(plain: Tensor, ours: Tensor) -> int:
-    """The first token in which they differ, counted from 1; one past the shorter text if the other continues it."""
+    """The number of the first token that differs, from 1; if one text continues the other, one past the shorter."""
     shorter = min(len(plain), len(ours))
     differing = (plain[:shorter] != ours[:shorter]).nonzero()
     return int(differing[0]) + 1 if len(differing) else shorter + 1
@@ -148,7 +149,7 @@ def one_forward(target: Any, inputs: dict[str, Tensor], tokens: Tensor) -> Tenso
 
 
 def distribution(opened: Opened, inputs: dict[str, Tensor], args: argparse.Namespace, name: str) -> Iterator[Outcome]:
-    """Compares plain generate's first sampled tokens with those of the assistant, and with its own as a control."""
+    """Compares plain generate's first sampled tokens with a second sample of its own (control) and the assistant's."""
     drafting = {"assistant": opened.assistant, "strict": True, **opened.options}
     plain, control, ours = (_sample(opened, inputs, args, extra) for extra in ({}, {}, drafting))
     for label, other in (("control", control), ("sampling", ours)):
@@ -178,7 +179,7 @@ def _sample(
 
 
 def chi_square(first: Counter, second: Counter) -> tuple[float, int, float]:
-    """Tests whether both samples follow one distribution: (statistic, degrees of freedom, p)."""
+    """Tests whether both samples have the same distribution; returns (statistic, degrees of freedom, p)."""
     cells = [(first[key], second[key]) for key in first.keys() | second.keys()]
     full = [cell for cell in cells if sum(cell) >= LEAST_COUNT]
     rest = [cell for cell in cells if sum(cell) < LEAST_COUNT]

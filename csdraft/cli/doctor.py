@@ -1,4 +1,4 @@
-"""`csdraft doctor`: prints what it finds out about machine, versions and models."""
+"""`csdraft doctor`: describes the machine, the versions and the named models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`csdraft generate`: streams a text, or chats."""
+"""`csdraft generate`: streams a text, or runs a chat."""
 
 from __future__ import annotations
 

@@ -15,7 +15,9 @@ __all__ = ["run"]
 def run(args: argparse.Namespace) -> int:
     head = head_at(args.folder)
     if head is None:
-        raise ValueError(f"{args.folder!r} holds no head that csdraft knows, or is not there; try `csdraft doctor`")
+        raise ValueError(
+            f"{args.folder!r} does not exist or holds no head that csdraft knows; for a model, try `csdraft doctor`"
+        )
     lines, target = head.described(), None if args.target is None else served_target(args.target)
     config, tensors = config_at(args.folder) or {}, head.weights(args.folder)
     for engine, name in ENGINES.items():

@@ -1,4 +1,4 @@
-"""`csdraft report`: shows a saved report, or makes a page of it."""
+"""`csdraft report`: shows a saved report, or writes it as a web page."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     if dropped:
         print(f"left out: {', '.join(dropped)}")
     if any(one.expected.speedup > one.expected.tokens_per_round for one in found):
-        print("expected speed-ups above tokens a round: the machine was busy meanwhile, do not believe them")
+        print("some expected speed-ups are above tokens a round: the machine was busy, so they are wrong")
     if best.measured.median <= 1:
         print("nothing beats plain generate on these prompts: leave assistant= out")
     if args.save:
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def candidates(opened: Opened, tree_nodes: Sequence[int]) -> list[Drafter]:
-    """The named drafters, and each model again with each size of tree."""
+    """The named drafters, and for each model further ones that draft trees of these sizes."""
     assistant = opened.assistant
     if assistant is None:
         raise ValueError("nothing to tune: name drafters with --drafter, largest first")
@@ -57,7 +57,7 @@ def candidates(opened: Opened, tree_nodes: Sequence[int]) -> list[Drafter]:
 
 
 def how_sure(found: Sequence[Candidate], prompts: int) -> str:
-    """Says what was timed, and which rows of the table may be as fast as the first.
+    """A line that says what was timed, and which rows of the table may be as fast as the first.
 
     Args:
         found: the fastest first.
@@ -65,18 +65,18 @@ def how_sure(found: Sequence[Candidate], prompts: int) -> str:
     """
     first, *others = found
     times = "once" if first.repetitions == 1 else f"{first.repetitions} times"
-    said = f"timed on {first.prompts} of {prompts} prompts, {times} each, up to {first.tokens} tokens"
+    timed = f"timed on {first.prompts} of {prompts} prompts, {times} each, up to {first.tokens} tokens"
     if not others:
-        return f"{said}; there was one candidate"
+        return f"{timed}; there was one candidate"
     same = [str(row) for row, one in enumerate(others, 2) if not one.told_apart]
     if not same:
-        return f"{said}; row 1 is faster than every other row"
+        return f"{timed}; row 1 is faster than every other row"
     rows = f"row{'s' if len(same) > 1 else ''} {', '.join(same)}"
-    return f"{said}; {rows} cannot be told apart from row 1: more --minutes, --repetitions or prompts could"
+    return f"{timed}; {rows} cannot be told apart from row 1: more --minutes, --repetitions or prompts could"
 
 
 def table(found: Sequence[Candidate], labels: Sequence[str]) -> str:
-    """A Markdown table, the fastest first. Expected figures are for the whole matrix each round, at lenience 1."""
+    """A Markdown table, the fastest first. Expected figures are for drafts of the whole matrix at lenience 1."""
     lines = [
         "| drafters | k_matrix | lenience | schedule | tokens a round, expected | speed-up expected | measured |",
         "|---|---|---|---|---|---|---|",

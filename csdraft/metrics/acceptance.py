@@ -22,8 +22,8 @@ except ImportError as error:
 
 __all__ = ["Acceptance"]
 
-DESCRIPTION = """How often a target accepts what a drafter drafts: the sum over tokens of the smaller of both
-probabilities (drafts that are sampled), and the share of equal most probable tokens (greedy drafts)."""
+DESCRIPTION = """How often a target accepts drafted tokens. For sampled drafts it is the sum over tokens of the smaller
+probability, for greedy drafts the share of positions where both models have the same most probable token."""
 
 INPUTS = """
 predictions: (count, vocab) logits of the drafter.

@@ -18,12 +18,12 @@ except ImportError as error:
 
 __all__ = ["BlockEfficiency"]
 
-DESCRIPTION = """Tokens that one call of the target yields, over all texts together; plain decoding has 1. Papers also
-call it mean acceptance length."""
+DESCRIPTION = """Tokens a call of the target, over all texts together; plain decoding has 1. Papers also call it mean
+acceptance length."""
 
 INPUTS = """
 predictions: (texts,) tokens emitted.
-references: (texts,) calls of the target that they took.
+references: (texts,) calls of the target.
 """
 
 CITATION = "Leviathan, Kalman, Matias: Fast Inference from Transformers via Speculative Decoding, arXiv 2211.17192."

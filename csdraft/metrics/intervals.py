@@ -1,4 +1,4 @@
-"""Medians, means and ratios with bootstrap intervals over prompts and their repetitions."""
+"""Medians and ratios with bootstrap intervals over prompts and their repetitions."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Interval", "bootstrap_mean", "bootstrap_median", "bootstrap_ratio"]
+__all__ = ["Interval", "bootstrap_median", "bootstrap_ratio"]
 
 DRAWS = 4000
 
 
 class Interval(NamedTuple):
-    """A median (or mean, or ratio, see the function) and its 95 % bootstrap interval."""
+    """A median (from `bootstrap_ratio`, a ratio) and its 95 % bootstrap interval."""
 
     median: float
     low: float
@@ -24,7 +24,7 @@ class Interval(NamedTuple):
 
 
 def bootstrap_median(values: Sequence[Sequence[float]], draws: int = DRAWS, seed: int = 0) -> Interval:
-    """The median of all values, and its interval: draws prompts with replacement, then repetitions of each prompt.
+    """The median of all values, and its interval. Draws prompts with replacement, then repetitions of each prompt.
 
     Repetitions of one prompt are similar, so drawing single values would make the interval too narrow.
 
@@ -44,15 +44,8 @@ def bootstrap_median(values: Sequence[Sequence[float]], draws: int = DRAWS, seed
     return _interval(np.median(table), medians)
 
 
-def bootstrap_mean(values: Sequence[float], draws: int = DRAWS, seed: int = 0) -> Interval:
-    """The mean over prompts, and its interval; draws prompts with replacement."""
-    line = np.asarray(values, dtype=float)
-    chosen = np.random.default_rng(seed).integers(len(line), size=(draws, len(line)))
-    return _interval(line.mean(), line[chosen].mean(axis=1))
-
-
 def bootstrap_ratio(parts: Sequence[float], wholes: Sequence[float], draws: int = DRAWS, seed: int = 0) -> Interval:
-    """Sum of parts / sum of wholes, and its interval; draws prompts, each with its part and whole."""
+    """Sum of parts / sum of wholes, and its interval. Draws prompts, each with its part and its whole."""
     pairs = np.asarray([parts, wholes], dtype=float)  # (2, prompts)
     chosen = np.random.default_rng(seed).integers(pairs.shape[1], size=(draws, pairs.shape[1]))
     sums = pairs[:, chosen].sum(axis=2)  # (2, draws)

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from csdraft.kmatrix import KMatrix
 from csdraft.planner.trace import Measured, Proposal, Trace
 
-__all__ = ["Expectation", "KMatrix", "expect"]
-
-KMatrix = tuple[tuple[int, ...], ...]
+__all__ = ["Expectation", "expect"]
 
 
 @dataclass(frozen=True)

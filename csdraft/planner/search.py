@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from itertools import product
 from math import prod
 
-from csdraft.planner.expect import Expectation, KMatrix, expect
+from csdraft.kmatrix import KMatrix
+from csdraft.planner.expect import Expectation, expect
 from csdraft.planner.trace import Measured
 
 __all__ = ["Plan", "alternatives", "search"]

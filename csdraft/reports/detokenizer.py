@@ -1,4 +1,4 @@
-"""Turns token ids into text, token by token, and never writes half a character."""
+"""Turns token ids into text, token by token, and never returns half a character."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ if TYPE_CHECKING:
 __all__ = ["Detokenizer"]
 
 CONTEXT = 8
+"""The most tokens before the text that are decoded with it."""
 
 
 class Detokenizer:
-    """Decodes a growing text. A token that ends inside a character adds nothing; the one that completes it, all of it.
+    """Decodes a growing text. A character that consists of several tokens is returned with the last of them.
 
     Args:
         tokenizer: the target's.
-        after: tokens that stand before the text (a tokenizer may write a word's first space only after something).
+        after: tokens before the text. Some tokenizers write a word's first space only if something precedes it.
         special: whether to show special tokens.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, after: Sequence[int] = (), special: bool = False):
         self.tokenizer, self.special = tokenizer, special
-        self._ids = list(after)[-CONTEXT:]  # a window over the text: enough to decode its end
+        self._ids = list(after)[-CONTEXT:]  # the last tokens, enough to decode what follows
         self._shown = len(self._ids)
 
     def push(self, token: int) -> str:
-        """What the text gains by `token`."""
+        """The characters that `token` adds to the text."""
         self._ids.append(token)
         gained = self._gained()
         if not gained or gained.endswith("\ufffd"):
@@ -38,7 +39,7 @@ class Detokenizer:
         return gained
 
     def flush(self) -> str:
-        """The rest at the end: a character that was never completed."""
+        """What is left at the end of the text: a character that was not completed."""
         gained = self._gained()
         self._shown = len(self._ids)
         return gained
@@ -49,5 +50,5 @@ class Detokenizer:
 
     def _decode(self, ids: list[int]) -> str:
         text = self.tokenizer.decode(ids, skip_special_tokens=not self.special, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)  # one text, not a list of them
+        assert isinstance(text, str)  # a list only for a batch
         return text

@@ -1,6 +1,6 @@
-"""A report as a page and in a notebook: a sentence, the text coloured by drafting level, its rounds, the tables.
+"""A report as a web page and in a notebook: a sentence, the text coloured by level, its rounds, and the tables.
 
-The page needs nothing else: no script, no file, no network.
+The page needs no script, no other file and no network.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ __all__ = ["fragment", "page"]
 
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
 LINES = ("solid", "dashed", "dotted", "double")
-"""Okabe and Ito's colours, which colour-blind readers can tell apart; the kind of underline repeats the level."""
+"""Each level has a colour and a kind of underline. The colours are Okabe and Ito's, for colour-blind readers too."""
 MOST_ROUNDS, MOST_CELLS = 120, 40
-"""Rounds of the strip, and tokens of one of them."""
+"""The most rounds that are drawn, and the most tokens of one round."""
 IN_A_NOTEBOOK = 400
-"""Tokens of a row that a notebook shows: it keeps what it shows in its file."""
+"""Tokens of a row that a notebook shows. It stores what it shows, so all of a long text would make its file large."""
 
 STYLE = """
 .csdraft { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; --line: #8886; }
@@ -72,12 +72,12 @@ body {{ margin: 1.5rem auto; max-width: 60rem; padding: 0 1rem; background: var(
 
 
 def fragment(report: Report) -> str:
-    """The same for a notebook, which has no tokenizer at hand: token ids, and of a long text the beginning."""
+    """The part of a page that a notebook shows: token ids instead of text, and only the beginning of a long text."""
     return _body(report, None, IN_A_NOTEBOOK)
 
 
 def page(report: Report, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
-    """A page of its own, with all of the last call's text."""
+    """A whole page, with all of the last call's text."""
     return PAGE.format(body=_body(report, tokenizer, None))
 
 
@@ -97,10 +97,10 @@ def _body(report: Report, tokenizer: PreTrainedTokenizerBase | None, most: int |
 
 
 def _basis(report: Report) -> str:
-    """What the sentence's first figure rests on."""
-    said = report.speedup_from
+    """What the sentence's first figure is computed from."""
+    source = report.speedup_from
     counts = f"{count(report.emitted, 'token')}, {count(report.target_calls, 'call')} of the target"
-    return f"{said[0].upper()}{said[1:]} ({counts})."
+    return f"{source[0].upper()}{source[1:]} ({counts})."
 
 
 def _html_table(table: Table) -> str:
@@ -116,7 +116,7 @@ def _cell(cell: str | Bar) -> str:
 
 
 def _level_style(report: Report) -> str:
-    """Each level's colour, lighter where the page is dark."""
+    """CSS with each level's colour, lighter on a dark page."""
     rules, dark = [], []
     for level in range(1, len(report.level_names)):
         colour, line = PALETTE[(level - 1) % len(PALETTE)], LINES[(level - 1) % len(LINES)]
@@ -140,7 +140,7 @@ def _legend(report: Report) -> str:
 
 
 def _coloured(report: Report, row: int, tokenizer: PreTrainedTokenizerBase | None, most: int | None) -> str:
-    """One row's text as one span a token, at most so many."""
+    """One row's text, with a span for each of its first `most` tokens; for all tokens if `most` is None."""
     tokens = report.tokens[row]
     depths = ((place, length) for length in report.lengths[row] for place in range(1, length + 1))
     spans = []
@@ -157,10 +157,10 @@ def _coloured(report: Report, row: int, tokenizer: PreTrainedTokenizerBase | Non
 def _texts(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
     if tokenizer is None:
         return [f"{token} " for token in tokens]
-    pieces = Detokenizer(tokenizer, special=True)
-    texts = [pieces.push(token) for token in tokens]
+    detokenizer = Detokenizer(tokenizer, special=True)
+    texts = [detokenizer.push(token) for token in tokens]
     if texts:
-        texts[-1] += pieces.flush()
+        texts[-1] += detokenizer.flush()
     return texts
 
 
@@ -168,7 +168,7 @@ def _texts(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase | None) -> 
 
 
 def _rounds(report: Report) -> Iterator[tuple[int, list[int], list[tuple[int, int]]]]:
-    """(row, levels of the drafted tokens that were kept, (level, tokens) of those that were not) of each round."""
+    """Of each round: its row, the levels of the drafted tokens that were kept, and (level, tokens) of the others."""
     for row, (levels, lengths, rejected) in enumerate(
         zip(report.levels, report.lengths, report.rejected, strict=True)
     ):
@@ -179,18 +179,18 @@ def _rounds(report: Report) -> Iterator[tuple[int, list[int], list[tuple[int, in
 
 
 def _strip(report: Report) -> str:
-    """One block a round, one cell a drafted token: filled if it was kept, in the colour of its level."""
+    """A block for each round with a cell for each drafted token, in its level's colour; filled if it was kept."""
     blocks = []
     for number, (row, kept, lost) in enumerate(islice(_rounds(report), MOST_ROUNDS), 1):
         where = f"row {row}, " if len(report.tokens) > 1 else ""
         drafted = len(kept) + sum(tokens for _, tokens in lost)
         title = f"round {number}: {where}{drafted} drafted, {len(kept)} kept"
         cells = [f'<i class="l{level}"></i>' for level in kept[:MOST_CELLS]]
-        for level, tokens in lost:  # a file may claim any number of them
+        for level, tokens in lost:  # limited, since a file may state any number
             cells += [f'<i class="l{level} no"></i>'] * min(tokens, MOST_CELLS - len(cells))
         more = f"+{drafted - len(cells)}" if drafted > len(cells) else ""
         blocks.append(f'<span class="round" title="{escape(title)}">{"".join(cells)}{more}</span>')
     left = sum(map(len, report.lengths)) - len(blocks)
-    said = "A block a round, a cell for each drafted token: filled if the target kept it, hollow if not."
+    key = "Each block is a round, each cell a drafted token: filled if the target kept it, hollow if not."
     more = f"<p>and {count(left, 'more round')}</p>" if left else ""
-    return f'<p>{said}</p><div class="strip">{"".join(blocks)}</div>{more}'
+    return f'<p>{key}</p><div class="strip">{"".join(blocks)}</div>{more}'

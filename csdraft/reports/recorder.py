@@ -1,4 +1,4 @@
-"""The ledger that becomes a report: beside what a call takes, it counts what its reviewers decide."""
+"""A ledger that also counts what the reviewers of a call decide, and makes a report of it."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ __all__ = ["Recorder"]
 
 
 class Recorder(Ledger):
-    """Counts one call's rounds; `report` says what they came to.
+    """Counts the rounds of one call; `report` sums them up.
 
     Args:
         rows: batch size.
-        diagnose: whether to compare the distributions of target and drafts at every judged token.
+        diagnose: whether to compare the target's and the draft's distribution at every token that is judged.
     """
 
     def __init__(self, rows: int, diagnose: bool = False):
         super().__init__()
-        self.tallies: defaultdict[int, Tally] = defaultdict(Tally)  # what each reviewer decided, by its level
+        self.tallies: defaultdict[int, Tally] = defaultdict(Tally)  # by the reviewer's level
         self.rejections = Rejections() if diagnose else None
         self.target_calls = 0
         self.tokens, self.levels, self.lengths, self.rejected = ([[] for _ in range(rows)] for _ in range(4))
 
     def check(self, sampler: Sampler) -> None:
-        """Raises ValueError if draws as the call makes them cannot be diagnosed."""
+        """Raises ValueError if the call's draws cannot be diagnosed."""
         if self.rejections is not None and (sampler.greedy or sampler.coupled):
             raise ValueError(
-                "diagnose=True compares distributions, which greedy and coupled draws have none of; pass "
-                "do_sample=True and a verifier of independent draws, such as 'rejection'"
+                "diagnose=True compares distributions, and greedy and coupled draws have none; pass do_sample=True "
+                "and a verifier of independent draws, such as 'rejection'"
             )
 
     def count(self, level: int, rounds: Sequence[Round]) -> None:
-        """A few microseconds a row."""
+        """Counts finished rounds of the reviewer at `level`; a few microseconds a row."""
         self.tallies[level].add(rounds)
         if level:
             return
@@ -58,14 +58,14 @@ class Recorder(Ledger):
             self.rejected[row].append([] if kept_whole else _rejected(finished))
 
     def report(self, call: Call) -> Report:
-        """What a call that has ended came to."""
-        names = call.level_names
+        """The report of a finished call."""
+        names, plain_seconds = call.level_names, self._plain_seconds()
         return Report(
             target_calls=self.target_calls,
             cut=self.cut,
             seconds=self.seconds,
             reviews={names[level]: self.tallies[level].named(names) for level in sorted(self.tallies)},
-            models={_listed(call, session.model): session.use for session in call.sessions},
+            models={_model_name(call, session.model): session.use for session in call.sessions},
             failures=Counter([self.failure] if self.failure else ()),
             rejections=self.rejections,
             why=self.why,
@@ -75,26 +75,27 @@ class Recorder(Ledger):
             level_names=names,
             rejected=self.rejected,
             drafting=self.drafting,
-            plain_seconds=self._plain_seconds(),
-            compared_seconds=self.seconds if self._plain_seconds() else 0.0,
+            plain_seconds=plain_seconds,
+            compared_seconds=self.seconds if plain_seconds else 0.0,
         )
 
     def _plain_seconds(self) -> float:
-        """What plain decoding would have taken for the only row: the prompt as it was read, and a step a token."""
+        """Estimated seconds of plain decoding for a single row: its first round, and a plain step for each further
+        token. 0 if there are more rows, or no plain step was measured."""
         if len(self.tokens) > 1 or not self.plain_step or self.first is None:
             return 0.0
         return self.first + self.plain_step * (len(self.tokens[0]) - 1)
 
 
 def _rejected(finished: Round) -> list[tuple[int, int]]:
-    """(level, tokens) of what was drafted and not kept."""
+    """How many tokens of each level were drafted and not kept, as (level, tokens)."""
     drafted, kept = finished.draft.levels, finished.levels[: finished.accepted]
     counts = [(level, drafted.count(level) - kept.count(level)) for level in dict.fromkeys(drafted)]
     return [(level, tokens) for level, tokens in counts if tokens]
 
 
-def _listed(call: Call, model: Any) -> str:
-    """The name by which a report lists a session's model: that of its level."""
+def _model_name(call: Call, model: Any) -> str:
+    """A model's name in the report: that of its level."""
     owners = call.level_owners
     if model is call.target or model not in owners:
         return "target" if model is call.target else name_of(model)

@@ -1,10 +1,10 @@
-"""Expected rejections beside measured ones: whether the drafter or the rule is the limit.
+"""Compares expected with measured rejections, to tell whether the drafter or the verifier limits the drafts.
 
-Yin et al. (arXiv 2411.00841): rejection sampling rejects, at each position that it judges, with the total variation
-between the target's distribution and the draft's, and no unbiased rule that decides token by token rejects less. So
-the sum of total variations is what a drafter costs under the best such rule. Measured rejections above it are the
-rule's fault; below it, siblings in a tree or a joint test of a block have saved some; close to it, only a better
-drafter helps.
+At each position that it judges, rejection sampling rejects with a probability equal to the total variation between the
+target's distribution and the draft's. No unbiased rule that decides token by token rejects less (Yin et al., arXiv
+2411.00841). So the sum of total variations is the number of rejections to expect with the best such rule. If more are
+measured, the rule is at fault. If fewer are, siblings in a tree or a joint test of a block saved some. If the numbers
+agree, only a better drafter helps.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from csdraft.decoding.interfaces import Round, ScoresView
 __all__ = ["Rejections"]
 
 DEVIATIONS = 2.0
+"""Fewer standard deviations than this between both numbers count as agreement."""
 
 
 @dataclass
 class Rejections:
-    """Counts over positions at which a verifier had a drafted token to judge; of siblings the first is meant.
+    """Counts over positions at which a verifier had a drafted token to judge.
 
     Attributes:
         judged: positions.
-        measured: those at which nothing drafted was kept.
-        expected: sum of the total variations there.
-        variance: of the number of rejections, were each position's total variation its chance of one.
+        measured: positions at which no drafted token was kept.
+        expected: sum of their total variations, that of siblings being the first sibling's.
+        variance: of the number of rejections, if each position rejects with its total variation as probability.
     """
 
     judged: int = 0
@@ -37,7 +38,7 @@ class Rejections:
     variance: float = 0.0
 
     def add(self, rounds: Sequence[Round]) -> None:
-        """Counts finished rounds of independent draws, before their scores are gone: O(vocabulary) a judged token."""
+        """Counts finished rounds of independent draws, while they still have scores: O(vocabulary) a judged token."""
         for finished in rounds:
             draft, kept = finished.draft, finished.verdict.accepted
             ended = finished.verdict.next_token is None
@@ -62,16 +63,19 @@ class Rejections:
 
     @property
     def limit(self) -> str:
-        """What keeps drafts from being longer, in words."""
+        """What limits the length of accepted drafts, in words."""
         if self.deviations > DEVIATIONS:
-            return "more than the distributions ask for: the rule is the limit"
+            return "more than the distributions explain: the rule is the limit"
         if self.deviations < -DEVIATIONS:
-            return "fewer than token by token: siblings or a joint test help"
-        return "as many as the distributions ask for: the drafter is the limit"
+            return "fewer than with a test of single tokens: siblings or a joint test help"
+        return "as many as the distributions explain: the drafter is the limit"
 
 
 def total_variation(draft: Draft, child: int, scores: ScoresView, node: int) -> float:
-    """Between the reviewer's distribution after `node` and the one that `child` was drawn from, or its point mass."""
+    """Between the reviewer's distribution after `node` and the one that `child` was drawn from.
+
+    A child without a known distribution counts as a point mass.
+    """
     target_probs = scores.probs(node)
     draft_probs = None if draft.probs is None else draft.probs.rows[child]
     if draft_probs is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,14 +27,14 @@ MOST_FAILURES = 16
 
 @dataclass(frozen=True)
 class Planned:
-    """What the planner expected of the cascade that it chose (`k_matrix="auto"`), its whole matrix every round.
+    """What the planner expects of the cascade that it chose (`k_matrix="auto"`) if each round drafts all of it.
 
     Attributes:
-        drafters: the names of those it kept.
-        k_matrix: of these.
+        drafters: names of the drafters that it kept.
+        k_matrix: for these drafters.
         tokens_per_round: block efficiency.
         speedup: over plain `generate`, one text at a time.
-        plain_seconds: a token of plain `generate`, as timed while planning.
+        plain_seconds: of a token of plain `generate`, timed during planning.
     """
 
     drafters: list[str]
@@ -50,23 +50,23 @@ class Report:
 
     Attributes:
         calls: calls to `generate`.
-        target_calls: forwards of the target, whatever the batch.
-        cut: draft tokens that a K matrix asks for and that the budget, or the room in the text, did not allow.
-        seconds: in the decoding loop, from the first round to the last, without what a streamer took.
+        target_calls: forwards of the target; the forward of a whole batch counts once.
+        cut: draft tokens that the K matrix asks for, but the budget or the text's greatest length did not allow.
+        seconds: of the decoding loop, from the first round to the last, without the streamer's.
         reviews: what each reviewer decided, by its name; "target" is the target.
         models: what each model did, by its name; "target" is the target.
         failures: how often a drafter failed and was left out, by message.
-        rejections: the target's, expected and measured, of the calls that asked for them (`diagnose=True`).
-        planned: what was expected of the last call's cascade, if a planner chose it.
-        why: of the last call, the schedule's reasons in a sentence.
-        tokens: of the last call, per row, the emitted tokens.
+        rejections: the target's, expected and measured, in calls with `diagnose=True`.
+        planned: what the planner expected of the last call's cascade, if it chose that cascade.
+        why: the schedule's reasons in the last call, in one sentence.
+        tokens: per row, the tokens that the last call emitted.
         levels: per row, the level of each emitted token, an index into `level_names`.
         lengths: per row, the tokens that each round emitted.
         level_names: "target", then the drafters.
-        rejected: per row, of each round the (level, tokens) that were drafted and not kept; empty if it was not noted.
-        drafting: of `seconds`, those that went into drafting.
-        plain_seconds: that plain decoding would have taken for the texts of the calls of one row whose schedule had
-            measured a plain step, and `compared_seconds` that these calls took.
+        rejected: per row and round, how many tokens were drafted and not kept, as (level, tokens); empty if unknown.
+        drafting: the part of `seconds` that was spent drafting.
+        plain_seconds: what plain decoding would have taken for the same texts. It is known for calls with one row
+            whose schedule measured a plain step; `compared_seconds` is what these calls took.
     """
 
     calls: int = 1
@@ -97,12 +97,12 @@ class Report:
 
     @property
     def rounds(self) -> int:
-        """Rounds, counted per row: how often the target was called for some row's text."""
+        """Rounds, counted for each row: a forward of the target for three rows is three rounds."""
         return self.target.rounds
 
     @property
     def plain_rounds(self) -> int:
-        """Rounds for which nothing was drafted."""
+        """Rounds without a draft."""
         return self.target.plain
 
     @property
@@ -114,8 +114,7 @@ class Report:
     def block_efficiency(self) -> float:
         """Emitted tokens a round: what one target call yields for a row; plain decoding has 1.
 
-        Nothing is left out: a row's first round reads the prompt and reviews a draft in one forward, so it counts as
-        a call like any other, and what it emits counts too.
+        First rounds count too: such a round reads the prompt and reviews a draft in one forward.
         """
         return self.emitted / self.rounds if self.rounds else 0.0
 
@@ -132,20 +131,20 @@ class Report:
 
     @property
     def speedup(self) -> float | None:
-        """About how many times as fast as plain decoding it was, as `speedup_from` says; None if it is not known."""
+        """An estimate of how many times as fast as plain decoding it was; None if unknown. See `speedup_from`."""
         if self.compared_seconds:
             return self.plain_seconds / self.compared_seconds
-        if self.planned is not None and len(self.tokens) == 1 and self.seconds:  # a batch is another matter
+        if self.planned is not None and len(self.tokens) == 1 and self.seconds:  # planned for one row
             return self.planned.plain_seconds * self.emitted / self.seconds
         return None
 
     @property
     def speedup_from(self) -> str:
-        """What the speedup is an estimate from."""
+        """What `speedup` is estimated from."""
         if self.compared_seconds:
             return (
                 f"plain decoding would have taken about {self.plain_seconds:.2f} s instead of "
-                f"{self.compared_seconds:.2f} s, by the price of a plain step that the schedule measured"
+                f"{self.compared_seconds:.2f} s, by the cost of a plain step that the schedule measured"
             )
         if self.speedup is not None:
             return "compared with plain decoding as it was timed when the cascade was planned"
@@ -159,29 +158,15 @@ class Report:
     # Accumulating.
 
     def merged(self, other: Report) -> Report:
-        """The counts of both; the text of `other`, or this one's if that has none."""
-        last = other if other.calls else self
+        """The counts of both; the text is that of `other`, or this one's if `other` has no calls."""
         failures, own, others = self.failures + other.failures, self.rejections, other.rejections
-        rejections = own.merged(others) if own and others else own or others
-        return Report(
-            self.calls + other.calls,
-            self.target_calls + other.target_calls,
-            self.cut + other.cut,
-            self.seconds + other.seconds,
-            _merged(self.reviews, other.reviews),
-            _merged(self.models, other.models),
-            Counter(dict(failures.most_common(MOST_FAILURES))),
-            rejections,
-            last.planned,
-            last.why,
-            last.tokens,
-            last.levels,
-            last.lengths,
-            last.level_names,
-            last.rejected,
-            self.drafting + other.drafting,
-            self.plain_seconds + other.plain_seconds,
-            self.compared_seconds + other.compared_seconds,
+        return replace(
+            other if other.calls else self,
+            **{name: getattr(self, name) + getattr(other, name) for name in ADDED},
+            reviews=_merged(self.reviews, other.reviews),
+            models=_merged(self.models, other.models),
+            failures=Counter(dict(failures.most_common(MOST_FAILURES))),
+            rejections=own.merged(others) if own and others else own or others,
         )
 
     __add__ = merged
@@ -189,16 +174,11 @@ class Report:
     # Saving.
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as numbers, strings, lists and dictionaries; `summary` is for readers, `from_dict` skips it."""
-        derived = ("rounds", "emitted", "block_efficiency", "acceptance_rate", "tokens_per_second", "loop_seconds")
-        plain = ("calls", "target_calls", "cut", "seconds", "why", "tokens", "levels", "lengths", "level_names")
+        """Everything as numbers, strings, lists and dictionaries. `summary` is for people; `from_dict` skips it."""
         return {
             "csdraft_report": FORMAT,
-            "summary": {
-                **{name: getattr(self, name) for name in (*derived, "speedup")},
-                "by_depth": self.target.by_depth,
-            },
-            **{name: getattr(self, name) for name in (*plain, *NEWER)},
+            "summary": {name: getattr(self, name) for name in SUMMARY} | {"by_depth": self.target.by_depth},
+            **{name: getattr(self, name) for name in STORED},
             "reviews": {name: tally.to_dict() for name, tally in self.reviews.items()},
             "models": {name: asdict(use) for name, use in self.models.items()},
             "failures": dict(self.failures),
@@ -208,11 +188,11 @@ class Report:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Report:
-        """The inverse of `to_dict`; ValueError for anything else, which names the key."""
+        """The inverse of `to_dict`; raises a ValueError that names the key for anything else."""
         found = data.get("csdraft_report") if isinstance(data, Mapping) else None
         if found is True or found != FORMAT:
             raise ValueError(f"csdraft_report={shown(found)}, expected {FORMAT}; is this a report that csdraft saved?")
-        given = {"rejections": None, "planned": None, "why": "", **NEWER, **data}
+        given = {**NEWER, **data}
         check_keys(given, (*STORED, "csdraft_report", "summary"), "the report")
         if missing := [key for key in STORED if key not in given]:
             raise ValueError(f"the report lacks {', '.join(missing)}")
@@ -242,7 +222,7 @@ class Report:
         self._check_rejected()
 
     def _check_rejected(self) -> None:
-        """Raises ValueError unless each round says what of its draft was not kept, or none does."""
+        """Raises ValueError unless `rejected` is empty or has an entry for every round."""
         if self.rejected and list(map(len, self.rejected)) != list(map(len, self.lengths)):
             raise ValueError("rejected must have the rows and rounds of lengths, or be empty")
         pairs = [pair for row in self.rejected for found in row for pair in found]
@@ -255,7 +235,7 @@ class Report:
 
     @classmethod
     def load(cls, path: str | Path) -> Report:
-        """A report from the JSON that `save` wrote; ValueError that names the file for any other."""
+        """The report in a file that `save` wrote; raises a ValueError that names any other file."""
         with naming(path):
             return cls.from_dict(read_object(path))
 
@@ -272,19 +252,24 @@ class Report:
         return fragment(self)
 
     def to_html(self, path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        """Writes a page of its own: a sentence, the last call's text coloured by level, its rounds, and the tables.
+        """Writes a web page: a sentence, the last call's text coloured by level, its rounds, and the tables.
 
         Args:
-            tokenizer: turns tokens into text; None shows their ids.
+            tokenizer: turns tokens into text; if None, the page shows their ids.
         """
         from csdraft.reports.page import page
 
         Path(path).write_text(page(self, tokenizer), encoding="utf-8")
 
 
-NEWER: dict[str, Any] = {"rejected": [], "drafting": 0.0, "plain_seconds": 0.0, "compared_seconds": 0.0}
-"""What reports of earlier versions lack, and what it is then."""
-
+SUMMARY = ("rounds", "emitted", "block_efficiency", "acceptance_rate", "tokens_per_second", "loop_seconds", "speedup")
+ADDED = ("calls", "target_calls", "cut", "seconds", "drafting", "plain_seconds", "compared_seconds")
+"""Counts and times that are added when reports are merged."""
+NEWER: dict[str, Any] = {
+    **{"rejections": None, "planned": None, "why": "", "rejected": []},
+    **dict.fromkeys(("drafting", "plain_seconds", "compared_seconds"), 0.0),
+}
+"""Keys that files of earlier versions lack, with their values for such a file."""
 STORED: dict[str, Any] = {
     **dict.fromkeys(("calls", "target_calls", "cut"), int),
     "seconds": float,
@@ -299,12 +284,9 @@ STORED: dict[str, Any] = {
     "rejected": list[list[list[tuple[int, int]]]],
     **dict.fromkeys(("drafting", "plain_seconds", "compared_seconds"), float),
 }
-"""What `Report.to_dict` writes."""
+"""The fields that `Report.to_dict` writes, with their types."""
 
 
 def _merged(own: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Key by key."""
-    merged = dict(own)
-    for name, value in other.items():
-        merged[name] = merged[name].merged(value) if name in merged else value
-    return merged
+    """The values of both; where both have a key, its two values are merged."""
+    return own | {name: own[name].merged(value) if name in own else value for name, value in other.items()}

@@ -1,11 +1,11 @@
-"""What a reviewer made of the drafts it was shown: counts by the level that drafted and by depth."""
+"""Counts of what a reviewer decided about the drafts that it judged, by the level that drafted and by depth."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from itertools import zip_longest
+from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate, zip_longest
 from typing import Any
 
 from csdraft.decoding.interfaces import Round
@@ -18,15 +18,18 @@ __all__ = ["Tally"]
 class Tally:
     """Counts of one reviewer's rounds; a round is one row's draft, judged in one forward.
 
-    A drafted token is *tried* if all before it were kept, so that the reviewer had to decide about it. Of siblings in
-    a tree one is tried: the one that was kept, or else the first. Levels are numbers during a call, names afterwards.
+    A drafted token is *tried* if all tokens before it were kept, so that the reviewer had to decide about it. Of
+    siblings in a tree one is tried: the kept one, or the first if none was kept. Levels are numbers during a call, and
+    names afterwards.
 
     Attributes:
-        rounds: rounds, and `plain` those of them for which nothing was drafted.
-        emitted: tokens the rounds added, the reviewer's own corrections and bonus tokens included.
-        drafted, tried, accepted: tokens by the level whose choice they were.
-        outcomes: how many rounds accepted and tried so many tokens, by (accepted, tried).
-        ranks: of trees, how often which child of a node was kept, by (children, its rank among them or -1 for none).
+        rounds: all rounds.
+        plain: rounds without a draft.
+        emitted: tokens that the rounds added, with the reviewer's own corrections and bonus tokens.
+        drafted, tried, accepted: tokens by the level that chose them.
+        outcomes: number of rounds by (tokens accepted, tokens tried).
+        ranks: for nodes of trees, how often each child was kept, by (number of children, rank of the kept one, or -1
+            if none was).
     """
 
     rounds: int = 0
@@ -52,7 +55,7 @@ class Tally:
             accepted = tried = finished.levels[: len(kept)]
             if verdict.next_token is not None and (refused := draft.children(kept[-1] if kept else context.tip)):
                 tried = [*accepted, draft.levels[refused[0]]]
-            for level in set(new):  # `count` and few levels: a fifth of the time of Counter.update
+            for level in set(new):  # with few levels, `count` takes a fifth of the time of Counter.update
                 self.drafted[level] += new.count(level)
                 self.tried[level] += tried.count(level)
                 self.accepted[level] += accepted.count(level)
@@ -61,54 +64,47 @@ class Tally:
                 self.ranks.update(_ranks(finished))
 
     def named(self, names: Sequence[str]) -> Tally:
-        """The same counts, by the levels' names."""
-        drafted, tried, accepted = (
-            Counter({names[level]: n for level, n in sorted(counter.items())})
-            for counter in (self.drafted, self.tried, self.accepted)
-        )
-        return Tally(
-            self.rounds, self.plain, self.emitted, drafted, tried, accepted, self.outcomes.copy(), self.ranks.copy()
-        )
+        """A copy whose counts go by the levels' names."""
+        counts = {
+            key: Counter({names[level]: n for level, n in sorted(getattr(self, key).items())}) for key in BY_LEVEL
+        }
+        return replace(self, **counts, outcomes=self.outcomes.copy(), ranks=self.ranks.copy())
 
     def merged(self, other: Tally) -> Tally:
-        """Both together."""
+        """The counts of both."""
         return Tally(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
     @property
     def own(self) -> int:
-        """Tokens that the reviewer wrote itself: corrections and bonus tokens."""
+        """Tokens that the reviewer itself chose: corrections and bonus tokens."""
         return self.emitted - self.accepted.total()
 
     @property
     def by_depth(self) -> list[tuple[int, int]]:
-        """(tried, accepted) at each depth, the first draft token first."""
-        deepest = max((tried for _, tried in self.outcomes), default=0)
-        table = [[0, 0] for _ in range(deepest)]
+        """How many tokens were tried and accepted at each depth, as (tried, accepted), the first draft token first."""
+        reached: list[Counter[int]] = [Counter(), Counter()]  # rounds by the deepest token that was tried, or accepted
         for (accepted, tried), rounds in self.outcomes.items():
-            for column, length in enumerate((tried, accepted)):
-                if length:
-                    table[length - 1][column] += rounds
-        for depth in reversed(range(deepest - 1)):  # a round that got further was here too
-            table[depth] = [here + further for here, further in zip(table[depth], table[depth + 1], strict=True)]
-        return [(tried, accepted) for tried, accepted in table]
+            reached[0][tried] += rounds
+            reached[1][accepted] += rounds
+        depths = range(max(reached[0], default=0), 0, -1)  # a round that got deeper counts at each depth on the way
+        columns = [accumulate([counts[depth] for depth in depths]) for counts in reached]
+        return list(zip(*columns, strict=True))[::-1]
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers, strings, lists and dictionaries only."""
-        counts = {name: dict(getattr(self, name)) for name in ("drafted", "tried", "accepted")}
-        outcomes = [[accepted, tried, rounds] for (accepted, tried), rounds in sorted(self.outcomes.items())]
-        ranks = [[children, rank, times] for (children, rank), times in sorted(self.ranks.items())]
-        sums = {"rounds": self.rounds, "plain": self.plain, "emitted": self.emitted}
-        return {**sums, **counts, "outcomes": outcomes, "ranks": ranks}
+        counts = {key: dict(getattr(self, key)) for key in BY_LEVEL}
+        pairs = {key: [[*pair, n] for pair, n in sorted(getattr(self, key).items())] for key in BY_PAIR}
+        return {"rounds": self.rounds, "plain": self.plain, "emitted": self.emitted, **counts, **pairs}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], at: str = "tally") -> Tally:
         """The inverse of `to_dict`.
 
         Args:
-            at: its name in messages.
+            at: the tally's name in messages.
 
         Raises:
-            ValueError: a key is missing or unknown, or its value is of another kind.
+            ValueError: a key is missing or unknown, or has a value of another type.
         """
         data = {"ranks": [], **data}
         check_keys(data, STORED, at)
@@ -117,26 +113,25 @@ class Tally:
         read = {key: fit(data[key], kind, f"{at}.{key}") for key, kind in STORED.items()}
         if not all(0 <= accepted <= tried <= MOST_DEPTH for accepted, tried, _ in read["outcomes"]):
             raise ValueError(f"{at}.outcomes: 0 <= accepted <= tried <= {MOST_DEPTH} does not hold everywhere")
-        pairs = {key: {(one, other): times for one, other, times in read[key]} for key in ("outcomes", "ranks")}
-        counts = {key: Counter(read[key]) for key in ("drafted", "tried", "accepted")}
-        return cls(
-            read["rounds"], read["plain"], read["emitted"], **counts, **{k: Counter(v) for k, v in pairs.items()}
-        )
+        counts = {key: Counter(read[key]) for key in BY_LEVEL}
+        pairs = {key: Counter({(one, other): n for one, other, n in read[key]}) for key in BY_PAIR}
+        return cls(**{**read, **counts, **pairs})
 
 
+BY_LEVEL, BY_PAIR = ("drafted", "tried", "accepted"), ("outcomes", "ranks")
 STORED: dict[str, Any] = {
     **dict.fromkeys(("rounds", "plain", "emitted"), int),
-    **dict.fromkeys(("drafted", "tried", "accepted"), dict[str, int]),
-    **dict.fromkeys(("outcomes", "ranks"), list[tuple[int, int, int]]),
+    **dict.fromkeys(BY_LEVEL, dict[str, int]),
+    **dict.fromkeys(BY_PAIR, list[tuple[int, int, int]]),
 }
-"""What `Tally.to_dict` writes."""
+"""The fields that `Tally.to_dict` writes, with their types."""
 MOST_DEPTH = 1 << 20
 
 
 def _ranks(finished: Round) -> list[tuple[int, int]]:
-    """(children, rank of the kept child or -1) for every node of a tree at which the reviewer had to choose.
+    """(number of children, rank of the kept one or -1) for each node of a tree at which the reviewer had to choose.
 
-    The tip's siblings are left out if they were reordered so that a chain can continue from the tip.
+    The tip and its siblings are left out if they were reordered so that a chain can continue from the tip.
     """
     draft, verdict = finished.draft, finished.verdict
     nodes = [finished.context.tip, *verdict.accepted]

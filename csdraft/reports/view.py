@@ -1,4 +1,4 @@
-"""A report in words and tables, and as a terminal shows them."""
+"""A report in sentences and tables, and as text for a terminal."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Bar", "Table", "count", "headlines", "percent", "ratio", "tables", "terminal"]
 
-WIDTH = 100
-BAR_WIDTH = 24
+WIDTH, BAR_WIDTH = 100, 24
+"""Columns of a terminal, and of a full bar."""
 DEPTHS_SHOWN = 16
 EIGHTHS = " ▏▎▍▌▋▊▉"
 
@@ -34,14 +34,14 @@ class Bar:
 
 @dataclass(frozen=True)
 class Table:
-    """A titled table; the first column and bars stand left, numbers right."""
+    """A table with a title. The first column and bars are aligned left, numbers right."""
 
     title: str
     head: tuple[str, ...]
     rows: list[tuple[str | Bar, ...]]
 
 
-# What there is to say, once for all ways to show it.
+# The content, for the terminal and for pages.
 
 
 def headlines(report: Report) -> list[str]:
@@ -62,10 +62,10 @@ def headlines(report: Report) -> list[str]:
         if use.recorded:
             lines.append(f"{count(use.recorded, 'recorded shape')} of {name} took {size_text(use.recorded_bytes)}")
     if report.cut:
-        lines.append(f"{count(report.cut, 'draft token')} of the K matrix cut by the schedule or for want of room")
+        lines.append(f"{count(report.cut, 'draft token')} of the K matrix cut by the schedule or the text's end")
     if (plan := report.planned) is not None:
         measured = f"{report.block_efficiency:.2f}"
-        if len(report.tokens) == 1:  # a batch is another matter
+        if len(report.tokens) == 1:  # the plan is for one row
             measured += f" and {plan.plain_seconds * ratio(report.emitted, report.seconds):.2f} x"
         lines += [
             f"planned: k_matrix {plan.k_matrix} of {', '.join(plan.drafters)}",
@@ -81,22 +81,16 @@ def headlines(report: Report) -> list[str]:
 
 
 def tables(report: Report) -> list[Table]:
-    """All tables that have something in them."""
+    """All tables that are not empty."""
     inner = [review(name, tally) for name, tally in report.reviews.items() if name != "target"]
     found = [review("target", report.target), depths(report.target), *inner, models(report)]
     return [table for table in found if table.rows]
 
 
 def review(reviewer: str, tally: Tally) -> Table:
-    """Acceptance by the level that drafted, under one reviewer."""
-    head = (
-        "level",
-        "drafted",
-        "tried",
-        "accepted",
-        "acceptance",
-        "of the text" if reviewer == "target" else "handed up",
-    )
+    """What one reviewer accepted, by the level that drafted it."""
+    share = "of the text" if reviewer == "target" else "handed up"
+    head = ("level", "drafted", "tried", "accepted", "acceptance", share)
     rows: list[tuple[str | Bar, ...]] = []
     for name, drafted in tally.drafted.items():
         tried, accepted = tally.tried[name], tally.accepted[name]
@@ -108,7 +102,7 @@ def review(reviewer: str, tally: Tally) -> Table:
 
 
 def depths(tally: Tally) -> Table:
-    """Acceptance by depth; depths beyond a screenful share a row."""
+    """Acceptance by depth; all depths after the first `DEPTHS_SHOWN` share one row."""
     rows: list[tuple[str | Bar, ...]] = []
     table = tally.by_depth
     groups = [(str(depth + 1), [pair]) for depth, pair in enumerate(table[:DEPTHS_SHOWN])]
@@ -118,13 +112,12 @@ def depths(tally: Tally) -> Table:
         tried, accepted = (sum(values) for values in zip(*pairs, strict=True))
         share = ratio(accepted, tried)
         rows.append((name, f"{tried:,}", f"{accepted:,}", percent(share), Bar(share)))
-    return Table(
-        "by depth in the draft (tried: all before it were kept)", ("depth", "tried", "accepted", "rate", ""), rows
-    )
+    head = ("depth", "tried", "accepted", "rate", "")
+    return Table("by depth in the draft (tried: all before it were kept)", head, rows)
 
 
 def models(report: Report) -> Table:
-    """What each model did, and what the rest of the loop took."""
+    """What each model did, and how long the rest of the loop took."""
     rows: list[tuple[str | Bar, ...]] = []
     for name, use in report.models.items():
         label = name if use.name in (name, "") else f"{name} ({use.name})"

@@ -1,4 +1,4 @@
-"""The tables that the process keeps for each target, until the target is gone."""
+"""Tables that the process keeps for each target as long as the target lives."""
 
 from __future__ import annotations
 

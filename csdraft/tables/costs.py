@@ -1,8 +1,8 @@
-"""What forwards and drafted tokens cost, from warm measurements, and how likely drafts are to be kept.
+"""What forwards and drafted tokens cost, by warm measurements, and how likely drafted tokens are to be kept.
 
-A drafter's memory holds one `Learned` for each target and way of decoding. Noise only makes a measurement longer, so a
-shape's price is the lower quartile of its last few measurements. A shape that was never run is priced like the nearest
-one that was.
+A drafter's memory holds one `Learned` for each target and way of decoding. Noise only makes a measurement longer, so
+the price of a shape is the lower quartile of its last few measurements. A shape without measurements gets its price
+from the nearest shape that has some.
 """
 
 from __future__ import annotations
@@ -21,32 +21,33 @@ from csdraft.stored import fit
 __all__ = ["STREAK", "Costs", "Learned", "Survival", "Widths", "check_costs"]
 
 KEPT = 12
-"""Measurements kept of each shape."""
+"""Measurements that are kept for each shape."""
 SLOPE = 0.02
-"""Assumed cost of one more query, as a share of a step: low, since the weights are read once for all queries."""
+"""Assumed cost of one more query, as a share of a step. It is low, since all queries share one read of the weights."""
 DOUBT = 1.25
-"""A single measurement counts for at most this many times its neighbours' price, until it is repeated."""
+"""A single measurement counts as at most this many times its neighbours' price, until it is repeated."""
 BELIEVED = 2
 """The price of a shape is settled after this many measurements."""
 SHORT = 9
 """Up to 2 ** SHORT slots are one bucket; above that, each power of two is a bucket."""
 FADE = 0.98
-"""Each round multiplies the earlier counts by this: a memory of about 50 rounds."""
+"""Each round multiplies the earlier counts by this, so about the last 50 rounds count."""
 PRIOR, PRIOR_WEIGHT = (0.6, 0.3, 0.45, 0.65, 0.8), 2.0
-"""Prior chance that a draft's first token is kept, by evidence (longer matches are kept more), and its weight."""
-GOES_ON, TAIL = 0.75, 6.0
+"""Prior chance that a draft's first token is kept, by evidence (the longer a match, the higher), and its weight."""
+LATER_PRIOR, LATER_WEIGHT = 0.75, 6.0
 """Prior chance that a token after a kept one is kept too, and its weight in tokens."""
 REMEMBERED = 4.0
 """An optimistic estimate counts at most this many failed rounds, since texts change."""
 CHAIN, SPARED = 4, 0.8
 """Prior: a tree of CHAIN nodes fails as often as a chain; each doubling of its nodes multiplies that by SPARED."""
-KIN = 16.0
-"""The results of trees of other sizes count for at most this many rounds."""
+MOST_BORROWED = 16.0
+"""The results of trees of other sizes count as at most this many rounds."""
 STREAK, AFTER_STREAK = 8, 0.85
 """STREAK is added to the evidence of a row that kept all of its last draft; AFTER_STREAK is its prior survival."""
 
 
 def _quartile(samples: deque[float]) -> float:
+    """The lower quartile."""
     return sorted(samples)[(len(samples) - 1) // 4]
 
 
@@ -81,14 +82,14 @@ class Widths:
         return len(self.samples.get(width, ()))
 
     def first_run(self, width: int) -> float:
-        """Extra seconds that the first run of this width is likely to take; 0 if it has run, or nothing is known."""
+        """Expected extra seconds of the first run of this width; 0 if it has run, or nothing is known."""
         if width in self.samples or width in self.bounds:
             return 0.0
         excess = [self.bounds[w] - _quartile(kept) for w, kept in self.samples.items() if w in self.bounds]
         return max(median_high(excess), 0.0) if excess else 0.0
 
     def seconds(self, width: int) -> float:
-        """The price: measured, or from the nearest widths; at most a wider one's. In steps if no width is known."""
+        """The price: measured, or from the nearest widths; at most a wider forward's. In steps if none is known."""
         if width not in self._priced:
             self._points = self._points or self._known_points()
             self._priced[width] = _between(self._points, width)
@@ -111,11 +112,12 @@ class Widths:
 
 
 def _steps(width: int) -> float:
+    """The assumed cost of this many queries, in steps."""
     return 1 + SLOPE * (width - 1)
 
 
 def _between(points: Mapping[int, float], width: int) -> float:
-    """Interpolates between known widths, and extrapolates with a gentle slope. In steps if no width is known."""
+    """Interpolates between known widths, and extrapolates with SLOPE. In steps if no width is known."""
     if not points:
         return _steps(width)
     known = sorted(points)
@@ -151,11 +153,11 @@ class Costs:
     stages: dict[int, deque[float]] = field(default_factory=dict)
 
     def add(self, rows: int, queries: int, slots: int, seconds: float, warm: bool) -> None:
-        """Adds one forward of the target; `seconds` are those of the whole round without drafting."""
+        """Adds one forward of the target; `seconds` is the time of its round without drafting."""
         self.groups.setdefault((rows, _bucket(slots)), Widths()).add(queries, seconds, warm)
 
     def add_prepared(self, costs: Iterable[tuple[tuple[int, int, int, int], float]]) -> None:
-        """Adds what `prepare` measured, (shape, seconds), for shapes that no text has used yet."""
+        """Adds measurements of `prepare`, as (shape, seconds), for shapes that no text has used yet."""
         for (rows, queries, slots, _), seconds in costs:
             widths = self.groups.setdefault((rows, _bucket(slots)), Widths())
             if not widths.known(queries):
@@ -235,7 +237,7 @@ class Survival:
     """Results of drafts made in one way, by position in the draft: which tokens were offered, and which were kept."""
 
     prior: float = PRIOR[0]  # prior chance that the first token is kept
-    goes_on: float = GOES_ON  # prior chance that a token after a kept one is kept too
+    later_prior: float = LATER_PRIOR  # prior chance that a token after a kept one is kept too
     weight: float = PRIOR_WEIGHT  # weight of the priors, in rounds
     failing: float = 1.0  # share of a chain's failures that happen in trees of this size too
     tried: list[float] = field(default_factory=list)  # rounds that kept the first i tokens and asked for one more
@@ -257,7 +259,7 @@ class Survival:
                 self.kept[i] += i < accepted
 
     def fade(self, share: float) -> None:
-        """Multiplies the counts of kept tokens by `share`, since texts change. What a stage can offer does not."""
+        """Multiplies the counts of kept tokens by `share`, since texts change. The share of offered tokens stays."""
         for column in (self.tried, self.kept):
             column[:] = [share * count for count in column]
 
@@ -276,36 +278,27 @@ class Survival:
         if optimistic:
             share = min(1.0, REMEMBERED / max(tried[0], 1.0))
             tried, kept = [share * count for count in tried], [share * count for count in kept]
-            prior, goes_on, weight, tail = 1.0, 1.0, PRIOR_WEIGHT, PRIOR_WEIGHT
-        else:
-            prior, goes_on = self._unknown(self.prior), self._unknown(self.goes_on)
-            weight, tail = self.weight, max(self.weight, TAIL)
+            prior, later_prior, weight, later_weight = 1.0, 1.0, PRIOR_WEIGHT, PRIOR_WEIGHT
+        else:  # a larger tree fails less often than the chain that the priors are for
+            prior, later_prior = (1 - self.failing * (1 - chance) for chance in (self.prior, self.later_prior))
+            weight, later_weight = self.weight, max(self.weight, LATER_WEIGHT)
         first = (kept[0] + weight * prior) / (tried[0] + weight)
-        pooled = (sum(kept[1:]) + tail * max(first, goes_on)) / (sum(tried[1:]) + tail)
+        pooled = (sum(kept[1:]) + later_weight * max(first, later_prior)) / (sum(tried[1:]) + later_weight)
         later = [(k + weight * pooled) / (t + weight) for k, t in zip(kept[1:depth], tried[1:], strict=False)]
         found = [first, *later, *[pooled] * (depth - 1 - len(later))]
         return [min(pair) for pair in zip(found, self.shares_offered(depth), strict=True)] if optimistic else found
 
-    @property
-    def shown(self) -> float:
-        """Rounds in which a first token was drafted, not only asked for."""
-        return self.tried[0] * self.shares_offered(1)[0] if self.tried else 0.0
-
-    def lean_on(self, kin: Sequence[Survival]) -> None:
+    def borrow_priors(self, others: Sequence[Survival]) -> None:
         """Takes its priors from the results of trees of other sizes, converted to a chain."""
 
-        def chance(tries: Callable[[list[float]], float], usual: float) -> float:
-            expected = sum(other.failing * tries(other.tried) for other in kin)
-            failed = sum(tries(other.tried) - tries(other.kept) for other in kin)
+        def chance(count: Callable[[list[float]], float], usual: float) -> float:
+            expected = sum(other.failing * count(other.tried) for other in others)
+            failed = sum(count(other.tried) - count(other.kept) for other in others)
             return max(1 - (failed + PRIOR_WEIGHT * (1 - usual)) / (expected + PRIOR_WEIGHT), 0.0)
 
         self.prior = chance(lambda counts: counts[0], PRIOR[0])
-        self.goes_on = chance(lambda counts: sum(counts[1:]), GOES_ON)
-        self.weight = PRIOR_WEIGHT + min(sum(other.tried[0] for other in kin), KIN)
-
-    def _unknown(self, chance: float) -> float:
-        """Converts the chance that a chain's token is kept to trees of this size."""
-        return 1 - self.failing * (1 - chance)
+        self.later_prior = chance(lambda counts: sum(counts[1:]), LATER_PRIOR)
+        self.weight = PRIOR_WEIGHT + min(sum(other.tried[0] for other in others), MOST_BORROWED)
 
     def shares_offered(self, depth: int) -> list[float]:
         """(depth,) the share of rounds in which each token was drafted when it was asked for."""
@@ -324,19 +317,21 @@ class Learned:
         """The results with this evidence and this way; its priors come from other sizes, or from other evidence."""
         known = self.survivals.setdefault((evidence, way), Survival())
         known.failing = SPARED ** math.log2(max(way.size or CHAIN, CHAIN) / CHAIN)
-        others = [(w, s) for (e, w), s in self.survivals.items() if e == evidence and w != way and s.tried]
-        if kin := [s for w, s in others if w.skip == way.skip]:
-            known.lean_on(kin)
+        tried = [(e, w, s) for (e, w), s in self.survivals.items() if s.tried]
+        if other_sizes := [s for e, w, s in tried if e == evidence and w != way and w.skip == way.skip]:
+            known.borrow_priors(other_sizes)
             return known
         usual = _prior(evidence)
-        same = [(_prior(e), other) for (e, w), other in self.survivals.items() if w == way and e != evidence]
-        kept = sum(sum(other.kept[:1]) for _, other in same) + PRIOR_WEIGHT * usual
-        expected = sum(prior * other.shown for prior, other in same) + PRIOR_WEIGHT * usual
+        kept = expected = PRIOR_WEIGHT * usual  # first tokens
+        for other_evidence, other in [(e, s) for e, w, s in tried if w == way and e != evidence]:
+            kept += other.kept[0]
+            expected += _prior(other_evidence) * other.tried[0] * other.shares_offered(1)[0]
         known.prior = min(usual * kept / expected, AFTER_STREAK)
         return known
 
 
 def _prior(evidence: int) -> float:
+    """The prior chance that a draft's first token is kept."""
     if evidence >= STREAK:
         return AFTER_STREAK
     return PRIOR[evidence] if 0 <= evidence < len(PRIOR) else PRIOR[0]

@@ -45,8 +45,8 @@ class OutputTable:
     Threads may share one.
 
     Args:
-        max_tokens: the most tokens that it holds, each about 140 bytes. Of one output it keeps at most half as many,
-            from the end.
+        max_tokens: the most tokens that it holds; each takes about 140 bytes. Of an output it keeps the last
+            tokens, at most half as many.
 
     Attributes:
         lock: held while it changes.
@@ -129,13 +129,10 @@ class OutputTable:
         self, tokens: Sequence[int], rule: Rule, path: Sequence[int] = (), place: Place | None = None
     ) -> Speculation:
         """The best proposal of what follows the text `tokens` and the drafted `path`; `place` as in `match`."""
-        best = NOTHING
         with self.lock:
-            for automaton, state, matched in self._moved(tokens, place or Place()):
-                tried = rule.best(automaton, *automaton.advance(state, matched, path))
-                if tried.score > best.score:
-                    best = tried
-        return best
+            found = self._moved(tokens, place or Place())
+            tried = [rule.best(a, *a.advance(state, matched, path)) for a, state, matched in found]
+        return max([NOTHING, *tried], key=lambda speculation: speculation.score)
 
     def _moved(self, tokens: Sequence[int], place: Place) -> list[tuple[SuffixAutomaton, int, int]]:
         """Brings `place` up to date: extends known matches, and searches the automata that it does not know."""

@@ -1,4 +1,4 @@
-"""How often a guess was the target's next token, by the kind of guess: so guesses of several kinds can be compared."""
+"""How often a guess was the target's next token, by the kind of guess, to compare guesses of several kinds."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from csdraft.tables._kept import kept_for
 __all__ = ["Copy", "SourceRates"]
 
 LENGTHS = (2, 3, 5, 9, 17)
-"""Bounds of the match lengths: each begins the next kind of copy."""
+"""Match lengths are grouped: from each of these lengths on, a copy is of the next kind."""
 COPIED = (0.1, 0.2, 0.3, 0.5, 0.7, 0.85)
 """Prior share of copied tokens that are right, by kind of match length."""
 EARLIER, UNSEEN, SECOND, FIRST = 0.6, 0.6, 0.9, 0.6
-"""Factors on that share for a copy from an earlier output, and for a copied token that is not among the remembered
-successors, or is one of them but not the first. If it is the first, FIRST multiplies the share that is wrong."""
+"""EARLIER multiplies that share for a copy from an earlier output. UNSEEN does for a token that is not among the
+remembered successors, SECOND for one that is, but not first. For the first one, FIRST multiplies the share of errors.
+"""
 RANKED = (0.4, 0.13, 0.07, 0.05, 0.04, 0.03, 0.02, 0.02)
 """Prior chance that a remembered successor occurs again, by its rank, where no copy was right."""
 COPIES, RANKS = 8.0, 40.0
 """The weights of these two priors, in tokens."""
 FADE = 0.998
-"""Each token multiplies the earlier counts by this: a memory of about 500 tokens."""
+"""Each token multiplies the earlier counts by this, so about the last 500 tokens count."""
 
 
 class Copy(NamedTuple):

@@ -18,7 +18,9 @@ JUNCTION = -1
 """A token between documents. No query contains it, so no match spans two documents."""
 NO_TOKEN = -2
 MOST_LINKS = 32
+"""See `SuffixAutomaton`."""
 MOST_COMPARED = 64
+"""See `SuffixAutomaton.likeliest`."""
 LINKS = range(MOST_LINKS)
 
 
@@ -26,8 +28,8 @@ class SuffixAutomaton:
     """A state stands for a set of strings that end at the same places; `START` stands for the empty string.
 
     Every new token is one more occurrence of all endings of the sequence. Counts and places are updated only for the
-    `MOST_LINKS` longest endings that occurred before. So both are exact unless more endings nest, as in loops; then
-    those of the shortest endings are out of date.
+    `MOST_LINKS` longest endings that occurred before. If there are more, as in loops, counts and places of the
+    shortest endings are out of date; otherwise all are exact.
 
     Attributes:
         length: (states,) tokens of a state's longest string.

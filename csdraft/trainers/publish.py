@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Mapping
 from dataclasses import fields
-from datetime import UTC, datetime
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,11 +23,10 @@ from csdraft.heads.engines import ENGINES, ServedTarget, serve_command
 from csdraft.heads.folder import config_at
 from csdraft.heads.layers import embeddings
 from csdraft.heads.stored_head import head_at
-from csdraft.hub import command, public_name, without_folders
+from csdraft.hub import public_name, run_record, without_folders
 from csdraft.models import base_model
 from csdraft.stored import is_hub_id
 from csdraft.trainers.students import added_share
-from csdraft.version import __version__
 
 if TYPE_CHECKING:
     from csdraft.trainers.distill import DrafterTrainer
@@ -91,10 +87,7 @@ def provenance(trainer: DrafterTrainer) -> dict[str, Any]:
     if args.load_best_model_at_end and trainer.state.best_global_step is not None:
         measured = [entry for entry in measured if entry.get("step") == _kept_step(trainer)]
     return {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command(),
-        "versions": {"python": platform.python_version(), "csdraft": __version__}
-        | {name: version(name) for name in PACKAGES if find_spec(name)},
+        **run_record(filter(find_spec, PACKAGES)),
         "target": {"name": public_name(target), "revision": getattr(target.config, "_commit_hash", None)},
         "license": {"license": args.license} if args.license else license_of(args.target, args.target_revision),
         "data": described_data(trainer),

@@ -150,7 +150,7 @@ def test_generate_tune_and_check_read_chats(folder, capsys):
     own = ["--chat", "--chat-template", str(folder / "own.jinja")]
     assert main(["generate", *target, "--prompt", "w2 w3", *own, "--max-new-tokens", "6"]) == 0
     assert main(["generate", *target, "--prompt", "w2", *options]) == 2
-    assert "do nothing to a text without --chat" in capsys.readouterr().err
+    assert "have no effect on text without --chat" in capsys.readouterr().err
     assert main(["generate", *target, "--prompt", "w2", "--chat", "--chat-template-options", '{"thinking": 1}']) == 2
     assert "has thinking, which the chat template does not read" in capsys.readouterr().err
     drafting = [*target, "--drafter", "max_gram", "--prompts", str(folder / "chats.jsonl"), *options]

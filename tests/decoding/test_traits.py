@@ -132,7 +132,7 @@ def test_an_image_is_named_with_who_gave_it() -> None:
     config = transformers.LlavaConfig(**SEEING["Llava"])
     model = transformers.LlavaForConditionalGeneration(config).eval()
     inputs = tiny.prompt() | {"pixel_values": torch.zeros(1, 3, 8, 8)}
-    with pytest.raises(ValueError, match=r"comes of pixel_values, which generate was given"):
+    with pytest.raises(ValueError, match=r"comes from pixel_values, passed to generate"):
         model.generate(**inputs, max_new_tokens=4, assistant=MaxGram())
 
 
@@ -145,7 +145,7 @@ def test_an_input_that_generate_adds_is_not_blamed_on_the_user(monkeypatch) -> N
         return ids, inputs | {"tone": torch.ones(1), "moods": {}, "nothing": torch.empty(0)}
 
     monkeypatch.setattr(model, "_expand_inputs_for_generation", adds)
-    with pytest.raises(ValueError, match=r"input tone \(a tensor of shape \(1,\)\) is what generate adds"):
+    with pytest.raises(ValueError, match=r"input tone \(a tensor of shape \(1,\)\) is added by generate"):
         model.generate(**tiny.prompt(), max_new_tokens=4, assistant=MaxGram())
 
 
@@ -263,7 +263,7 @@ def test_known_families_would_pass(family: str, monkeypatch) -> None:
 
 @pytest.mark.parametrize(
     ("family", "reason"),
-    [("lfm2", "layers of kind conv, whose state cannot be rolled back"), ("bloom", "takes no position_ids")],
+    [("lfm2", "layers of type conv, whose state cannot be rolled back"), ("bloom", "takes no position_ids")],
 )
 def test_a_model_is_refused_for_this_reason(family: str, reason: str) -> None:
     assert reason in (refusal(tiny.fresh(family)) or "")

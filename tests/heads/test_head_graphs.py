@@ -52,7 +52,7 @@ def test_every_head_is_prepared_or_says_why_not(name):
     head = new(name)
     ready = csdraft.prepare(target(), ModelDrafter(head), slots=64, progress=lambda what, share: None)
     assert ready.models[0].costs
-    assert bool(ready.models[1].costs) != ("says what a forward is for" in (ready.models[1].why_not or ""))
+    assert bool(ready.models[1].costs) != ("what a forward of this head is for" in (ready.models[1].why_not or ""))
     assert bool(ready.models[1].costs) == (name in ("eagle", "eagle3", "fspad", "hass"))
 
 

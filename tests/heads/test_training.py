@@ -375,4 +375,4 @@ def test_what_a_folder_holds_is_printed(stored, capsys):
     assert main(["inspect", str(stored / "nowhere")]) == 2
     assert "there is no folder" in capsys.readouterr().err
     assert main(["inspect", str(stored.parent)]) == 2
-    assert "holds no head that csdraft knows, or is not there" in capsys.readouterr().err
+    assert "does not exist or holds no head that csdraft knows" in capsys.readouterr().err

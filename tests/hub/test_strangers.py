@@ -370,9 +370,9 @@ def absurd(**sizes: Any) -> Callable[[Path], None]:
 
 
 DAMAGE = [
-    (absurd(num_hidden_layers=10**9), r"num_hidden_layers=1000000000 of its config.json"),
-    (absurd(vocab_size=10**10), r"vocab_size=10000000000 of its config.json"),
-    (absurd(intermediate_size=10**10), r"intermediate_size=10000000000 of its config.json"),
+    (absurd(num_hidden_layers=10**9), r"config.json has num_hidden_layers=1000000000"),
+    (absurd(vocab_size=10**10), r"config.json has vocab_size=10000000000"),
+    (absurd(intermediate_size=10**10), r"config.json has intermediate_size=10000000000"),
     (lose("layers.0.mlp.up_proj"), r"lacks 1 weight, such as model.layers.0.mlp.up_proj"),
     (lose("lm_head"), r"lacks 1 weight, such as lm_head"),
     (absurd(num_hidden_layers=-1), r"config.json: num_hidden_layers=-1; a model has at least 1"),
