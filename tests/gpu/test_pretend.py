@@ -155,7 +155,8 @@ def test_lenient_reviewers_of_nothing_with_a_processor_that_reads_the_text(devic
 # Heads and training.
 
 
-STEPS = dict.fromkeys(("clover2", "ctc", "dflash", "parallel"), 1) | dict.fromkeys(("chimera", "hydra", "medusa"), 4)
+STEPS = dict.fromkeys(("clover2", "ctc", "dflash", "falcon", "parallel"), 1)
+STEPS |= dict.fromkeys(("chimera", "hydra", "medusa"), 4)
 """Kinds that ask the device which step of a draft a forward is of, and how often; the others wait once a round."""
 
 

@@ -10,7 +10,7 @@ from tests.decoding.tape import stand_in
 from tests.heads.kinds import NAMES, learned, new
 from tests.heads.learned import target, texts
 
-EAGER = {"chimera", "clover2", "ctc", "dflash", "hydra", "medusa", "parallel"}
+EAGER = {"chimera", "clover2", "ctc", "dflash", "falcon", "hydra", "medusa", "parallel"}
 """Heads that ask the host what a forward is for: which output layer is next, whether text is read or a draft."""
 FAST = ("eagle3", "medusa")
 WANTED = {
