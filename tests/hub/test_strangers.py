@@ -259,7 +259,7 @@ def test_models_that_lie_elsewhere(tmp_path, monkeypatch, entry):
     monkeypatch.chdir(tmp_path)
     tiny("llama").save_pretrained(tmp_path / "elsewhere")
     entry = {key: value.format(tmp_path / "elsewhere") for key, value in entry.items()}
-    says = r"cascade\.json: models\.LlamaForCausalLM\.(id|folder): .*(id of the Hub|outside)"
+    says = r"cascade\.json: models\.LlamaForCausalLM\.(id|folder): .*(not a Hub id|outside)"
     with pytest.raises(ValueError, match=says):
         CascadeDrafter.from_pretrained(simple(tmp_path / "c", models={"LlamaForCausalLM": entry}))
 
