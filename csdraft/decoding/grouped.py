@@ -62,18 +62,17 @@ def _attention(
     """transformers' sdpa attention: (rows, heads, queries, head_dim) query, keys and values of fewer heads."""
     ours = _compiled if torch.compiler.is_compiling() else getattr(_here, "grouped", False)
     groups = getattr(module, "num_key_value_groups", 1)
-    plain = options.get("softcap") is None and options.get("position_bias") is None
-    if ours and plain and query.shape[1] == groups * key.shape[1]:
-        found = None
-        if _is_slow(query) and (attention_mask is None or attention_mask.shape[1] == 1):
-            found = _one_query(query, key, value, attention_mask, dropout, scaling, groups)
-        elif groups > 1 and attention_mask is not None:
-            found = sdpa(query, key, value, attention_mask, dropout, scale=scaling, enable_gqa=True)
-        if found is not None:
-            return found.transpose(1, 2).contiguous(), None
-    return sdpa_attention_forward(
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
-    )
+    more = options.get("softcap") is not None or options.get("position_bias") is not None
+    fits = ours and not more and query.shape[1] == groups * key.shape[1]
+    if fits and _is_slow(query, groups) and (attention_mask is None or attention_mask.shape[1] == 1):
+        found = _one_query(query, key, value, attention_mask, dropout, scaling, groups)
+    elif fits and groups > 1 and attention_mask is not None:
+        found = sdpa(query, key, value, attention_mask, dropout, scale=scaling, enable_gqa=True)
+    else:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+        )
+    return found.transpose(1, 2).contiguous(), None
 
 
 def logits_to_read(keep: int, queries: int, device: torch.device, dtype: torch.dtype) -> int:
@@ -85,9 +84,11 @@ def logits_to_read(keep: int, queries: int, device: torch.device, dtype: torch.d
     return queries if dtype == torch.bfloat16 and device.type == "cpu" and queries <= FEW else keep
 
 
-def _is_slow(query: Tensor) -> bool:
-    """Whether PyTorch's kernel (2.13) reads these queries one number at a time: one query, on a CPU, in 16 bits."""
-    return query.shape[2] == 1 and query.device.type == "cpu" and query.element_size() == 2
+def _is_slow(query: Tensor, groups: int) -> bool:
+    """Whether `_one_query` is faster (PyTorch 2.13): one query, on a CPU, in bfloat16, or in float16 with groups."""
+    if query.shape[2] != 1 or query.device.type != "cpu":
+        return False
+    return query.dtype == torch.bfloat16 or (query.dtype == torch.float16 and groups > 1)
 
 
 def _one_query(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -88,17 +88,17 @@ def logits_of(tokens: Tensor, head: Callable[[Tensor], Tensor]) -> Callable[[Ten
     return lambda hidden: head(hidden)[:, tokens.to(hidden.device)]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class LmHead:
     """See `head_of`.
 
     Args:
         model: its parts are looked up in each call, since wrappers replace them.
-        parts: the name of the output layer -> the rows of some tokens, see `some`; empty where rows do not suffice.
+        parts: name of the output layer -> its rows of some tokens, kept by `some`; empty where rows do not suffice.
     """
 
     model: nn.Module
-    parts: dict[str, nn.Module] | None = field(default=None, compare=False)
+    parts: dict[str, nn.Module] | None = None
 
     def some(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """(positions, tokens) logits of some tokens, by their rows of the output layer alone where that is enough.
@@ -110,7 +110,7 @@ class LmHead:
             parts = _rows_of_output_layer(self.model, own)
             if parts and not _close(self(few, parts), self(few)[:, own]):
                 parts.clear()
-            object.__setattr__(self, "parts", parts)
+            self.parts = parts
         return self(hidden, self.parts) if self.parts else self(hidden)[:, own]
 
     def __call__(self, hidden: Tensor, parts: Mapping[str, nn.Module] | None = None) -> Tensor:
@@ -124,13 +124,13 @@ class LmHead:
 
 
 def _rows_of_output_layer(model: nn.Module, tokens: Tensor) -> dict[str, nn.Module]:
-    """Name -> an output layer with a copy of these rows; empty if it is no plain layer, or its weights are sharded."""
+    """Name -> an output layer with a copy of these rows; empty if they are all, or it is not plain and whole."""
     for name, layer in model._modules.items():
         if type(layer) is nn.Linear and layer is model.get_output_embeddings():  # type: ignore[operator]
             weight, bias = layer.weight, layer.bias
             whole = type(weight.data) is Tensor and weight.shape == (layer.out_features, layer.in_features)
             hooked = "forward" in vars(layer) or layer._forward_pre_hooks or layer._forward_hooks  # offloaded, sharded
-            if whole and not weight.is_meta and not hooked:
+            if whole and not weight.is_meta and not hooked and len(tokens) < layer.out_features:
                 part = nn.Linear(layer.in_features, len(tokens), bias is not None, device="meta")
                 part.weight = nn.Parameter(weight.detach()[tokens.to(weight.device)], requires_grad=False)
                 if bias is not None:

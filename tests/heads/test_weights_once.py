@@ -49,6 +49,6 @@ def test_of_heads(name, rows):
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_of_models(rows):
-    """Beyond a long prompt, where the logits of all tokens would take longer than the copy."""
+    """With short prompts: the output layer is copied after a long one, where all its logits would take longer."""
     drafter, goal = (fresh("llama", seed=seed).requires_grad_(False).eval().bfloat16() for seed in (1, 0))
     check(ModelDrafter(drafter), goal, ragged_batch((9, 3, 5)[:rows]), drafter, goal)

@@ -226,6 +226,12 @@ def test_a_family_that_treats_tokens_differently_computes_all(masked):
     assert head.parts == {}
 
 
+def test_all_tokens_need_no_copy_of_the_output_layer():
+    head, hidden = head_of(tiny("llama")), torch.randn(5, 32)
+    assert torch.equal(logits_of(torch.arange(97), head)(hidden), head(hidden))
+    assert head.parts == {}
+
+
 def test_an_output_layer_with_hooks_computes_all():
     """They may bring its weights, or bring the hidden states to its device."""
     model, seen = fresh("llama"), []
