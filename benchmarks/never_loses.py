@@ -22,6 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from csdraft import CascadeDrafter, Drafter, MaxGram, ModelDrafter
+from csdraft.models import load_model
 from csdraft.schedules.fixed import Fixed
 
 FIELDS = ("turns", "prompt", "question", "problem", "article", "instruction", "text")
@@ -103,7 +104,7 @@ def main(argv: Sequence[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--target", required=True, help="a causal model's folder")
-    parser.add_argument("--drafter", help="a smaller one of the same tokenizer; without it only Max-Gram drafts")
+    parser.add_argument("--drafter", help="a smaller one of the same tokenizer, or a head; else only Max-Gram drafts")
     parser.add_argument("--prompts", nargs="+", required=True, metavar="KIND=FILE", help="JSON lines, also .xz")
     parser.add_argument("--count", type=int, default=4, help="prompts of each kind (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens a prompt (default: %(default)s)")
@@ -117,7 +118,8 @@ def main(argv: Sequence[str]) -> None:
     torch.set_num_threads(options.threads)
     tokenizer = AutoTokenizer.from_pretrained(options.target)
     load = lambda path: AutoModelForCausalLM.from_pretrained(path, dtype=options.dtype).eval()  # noqa: E731
-    target, drafter = load(options.target), load(options.drafter) if options.drafter else None
+    target = load(options.target)
+    drafter = load_model(options.drafter, dtype=getattr(torch, options.dtype)).eval() if options.drafter else None
     files = dict(pair.split("=", 1) for pair in options.prompts)
     prompts = [
         (kind, encode(tokenizer, kind, text, options.longest))

@@ -16,7 +16,7 @@ from torch import nn
 
 from csdraft import spec
 from csdraft.decoding.names import name_of
-from csdraft.decoding.reader import home
+from csdraft.decoding.states import home
 from csdraft.heads.on_target import OnTarget
 from csdraft.hub import DOCUMENT, FORMAT, fingerprint, vocab_size
 from csdraft.models import MOST_VOCABULARY_PADDING, base_model, load_model

@@ -27,8 +27,9 @@ class Options:
     Args:
         verifier: acceptance rule at the target, by name or as an object. Default: "match".
         schedule: how much to draft each round, by name or as an object. Default: "cost_model".
-        graphs: how forwards of drafted tokens run. "auto" (default) records them on devices with graphs (CUDA).
-            "compile" also compiles each shape, which takes half a minute per shape. False runs them eagerly.
+        graphs: how forwards run. "auto" (default) records those of drafted tokens on devices with graphs (CUDA). On a
+            CPU it makes a second copy of large weights, in the layout that the kernels read; `csdraft.release()`
+            frees it. "compile" compiles each shape, which takes half a minute. False: the model's own forward.
         reuse: True (default) lets models continue from text that they read in earlier calls, such as a chat's last
             turn, and keeps what they read now; `csdraft.release()` frees it.
         strict: True raises an error when a drafter fails; False (default) continues without the drafter.

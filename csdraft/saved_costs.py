@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from csdraft.decoding.memory import Memory
-from csdraft.decoding.reader import place
+from csdraft.decoding.states import place
 from csdraft.stored import Folder, check_keys, naming, read_object
 from csdraft.tables.costs import Learned, check_costs
 

@@ -27,10 +27,11 @@ from csdraft.decoding.cache_names import GENERATE_CACHE, cache_name
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Request
 from csdraft.decoding.processing import Processing
-from csdraft.decoding.reader import Sources, home
+from csdraft.decoding.reader import Sources
 from csdraft.decoding.sampling import Sampler
 from csdraft.decoding.scores import TokenChooser
 from csdraft.decoding.session import Session
+from csdraft.decoding.states import home
 from csdraft.decoding.stopping import Stopping
 from csdraft.decoding.text import Text
 from csdraft.decoding.traits import traits_of

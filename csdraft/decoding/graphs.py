@@ -31,7 +31,7 @@ MOST_COMPILED = 1024
 """The most shapes that torch.compile keeps for one function; by default it falls back to eager after 8."""
 
 Mode = Literal["auto", "compile", False]
-"""How forwards of fixed shape run: recorded where the device can, also compiled, or eagerly."""
+"""How forwards run: recorded where the device can, on a CPU with packed weights; compiled; or the model's own."""
 Replay = Callable[[], Tensor]
 Record = Callable[[Replay], Replay]
 Forward = Callable[[nn.Module, dict[str, Any]], Any]

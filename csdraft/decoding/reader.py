@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,10 +18,11 @@ from csdraft.decoding.graphs import FEWEST_SLOTS, Forward, Graphs, Mode, bucket,
 from csdraft.decoding.grouped import grouped_heads, logits_to_read
 from csdraft.decoding.inputs import Inputs, Plan, Shape
 from csdraft.decoding.ledger import ModelUse
-from csdraft.decoding.names import name_of
+from csdraft.decoding.packed import packed
+from csdraft.decoding.states import home
 from csdraft.decoding.traits import Span, traits_of
 
-__all__ = ["Reader", "Sources", "home", "place"]
+__all__ = ["Reader", "Sources"]
 
 WIDEST = 64
 """Inputs with at most this many queries are kept for the next forward of their shape, and may be of fixed shape."""
@@ -54,6 +54,7 @@ class Reader:
         size, rows: the batch size of its cache, and that of its forwards, which leave out rows that have ended.
         use: the call's counts of its forwards and their seconds.
         shape, warm: the shape of the last forward, and whether the model had run that shape before in the same way.
+        runs: what runs the forwards: the model, or on a CPU its twin, see `packed`.
         costs: shape -> seconds of a warm forward, for shapes that were recorded or prepared.
         features: gives a drafting head what it reads beside its tokens, (rows, queries, width); see `FeatureSession`.
     """
@@ -93,13 +94,14 @@ class Reader:
         Args:
             sources: the encoder's inputs of an encoder-decoder; they are encoded now if they were not yet.
             lacks_tokens: whether it may get token ids beyond its vocabulary, as other models pad theirs differently.
-            graphs: how forwards of fixed shape run, see `graphs`. `use`: the call's counts.
+            graphs: how forwards run, see `Mode`. `use`: the call's counts.
         """
         graphs = graphs if sources is None else False  # recorded forwards cannot use each call's encoder output
         self.rows = self.size
         if graphs != self.mode:
             self.mode, self.graphs = graphs, make_graphs(self, graphs)
             self.reserve(self.cache.capacity)
+        self.runs = packed(self.model) if graphs == "auto" and self.graphs is None else self.model
         if self.graphs is not None and lacks_tokens != self.lacks_tokens:
             self.graphs.clear()  # ids are clamped within the forward
         self.use, self.sources, self.lacks_tokens = use or ModelUse(), sources, lacks_tokens
@@ -248,7 +250,7 @@ class Reader:
         if self.taps:
             arguments["output_hidden_states"] = True
         with grouped_heads(self.mode == "compile"):
-            output = forward(self.model, arguments)
+            output = forward(self.runs, arguments)
         if self.taps:
             self.cache.note(self.taps, output.hidden_states)
         return output.logits[:, -keep:]
@@ -379,22 +381,3 @@ def _spanned(allowed: Tensor, span: Span, positions: Tensor, standing: Any) -> T
     if span.chunk is not None and allowed.shape[-1] > span.chunk:
         return allowed & (standing[:, None] // span.chunk == positions[..., None] // span.chunk)
     return allowed
-
-
-def home(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """The device where a model takes its token ids, and the dtype that it computes in."""
-    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-    device = embeddings.weight.device
-    if device.type == "meta":  # offloaded: accelerate loads the weights to this device for each forward
-        device = torch.device(embeddings._hf_hook.execution_device)
-    return device, model.dtype  # type: ignore[return-value]
-
-
-def place(model: nn.Module) -> str:
-    """A label for measured costs: the model's name and dtype, and the accelerator or the CPU with its threads."""
-    device, dtype = home(model)
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = f"{device.type} {platform.machine()} with {torch.get_num_threads()} threads"
-    return f"{name_of(model)} in {str(dtype).removeprefix('torch.')} on {name}"

@@ -8,19 +8,18 @@ and values. Its recorded forwards are only replayed while the parameters are at 
 
 from __future__ import annotations
 
-import math
-import os
 import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from csdraft.decoding.graphs import Mode
+from csdraft.decoding.packed import release_packed
 from csdraft.decoding.reader import Reader
+from csdraft.decoding.states import memory_of, setting_of, state_of
 
 __all__ = ["ALONE", "ReadingOptions", "borrow", "held", "release", "take_back"]
 
@@ -38,7 +37,7 @@ class ReadingOptions:
 
     Attributes:
         reuse: whether it continues from what it read of these texts in earlier calls, and keeps what it reads now.
-        graphs: how forwards of fixed shape run, see `csdraft.decoding.graphs`.
+        graphs: how forwards run, see `csdraft.decoding.graphs.Mode`.
         taps: the hidden states that it keeps, see `Drafter.taps`.
     """
 
@@ -139,7 +138,7 @@ def take_back(reader: Reader, texts: Sequence[Sequence[int]]) -> None:
         return
     held = [list(text) for text in texts]
     waiting = Waiting(weakref.ref(model, _forget), reader, held, state, setting)
-    reader.model = None  # type: ignore[assignment]
+    reader.model = reader.runs = None  # type: ignore[assignment]
     with _LOCK:
         _waiting.append(waiting)
         del _waiting[:-MOST]
@@ -153,69 +152,18 @@ def _make_room(device: torch.device) -> None:
         _waiting.remove(there.pop(0))
 
 
-def memory_of(device: torch.device) -> float:
-    """Bytes of memory that a device has; infinity if unknown."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[1])
-    if device.type == "cpu" and os.name == "posix":
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    return math.inf
-
-
 def release(model: nn.Module | None = None) -> int:
-    """Frees the caches that are kept between calls, of one model or of all; returns their bytes."""
+    """Frees the caches and packed weights that are kept between calls, of one model or of all; returns their bytes."""
     with _LOCK:
         gone = [w for w in _waiting if model is None or w.model() in (model, None)]
         _waiting[:] = [w for w in _waiting if w not in gone]
-    return sum(w.reader.cache.bytes for w in gone)
+    return sum(w.reader.cache.bytes for w in gone) + release_packed(model)
 
 
 def held(model: nn.Module | None = None) -> int:
     """Bytes of the caches that are kept between calls, of one model or of all."""
     with _LOCK:
         return sum(w.reader.cache.bytes for w in _waiting if model is None or w.model() is model)
-
-
-def state_of(model: nn.Module) -> tuple | None:
-    """A value that changes when the model's parameters do: their addresses, and how often they were written to.
-
-    None if changes cannot be noticed: in training mode, or with inference tensors, which do not count writes.
-    """
-    if model.training:
-        return None
-    tensors: list[Any] = [*model.parameters(), *model.buffers()]
-    if any(tensor.is_inference() for tensor in tensors):
-        return None
-    return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
-
-
-def setting_of(model: nn.Module) -> tuple:
-    """The settings that decide which operators a forward runs: numbers, names and hooks of config and modules."""
-    config: Any = model.config
-    found: list[Any] = [_plain(vars(part)) for part in (config, config.get_text_config(decoder=True))]
-    for module in model.modules():
-        own = vars(module)
-        found.append(id(module))
-        found += [tuple(own[hooks]) for hooks in HOOKS if own[hooks]]
-        found += [value if type(value) in PLAIN else _plain(value) for key, value in own.items() if key not in OF_ALL]
-    return tuple(found)
-
-
-PLAIN = (bool, int, float, str, type(None))
-HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-OF_ALL = frozenset(vars(nn.Module()))
-"""The attributes that every module has: parameters and buffers, modules, hooks."""
-
-
-def _plain(value: Any) -> Any:
-    """A setting as a value that can be compared later; an object of another type becomes its id."""
-    if type(value) in PLAIN:
-        return value
-    if isinstance(value, dict):
-        return tuple((key, _plain(own)) for key, own in value.items())
-    if isinstance(value, list | tuple | set):
-        return tuple(map(_plain, value))
-    return id(value)
 
 
 def _places(state: tuple | None) -> list[int]:

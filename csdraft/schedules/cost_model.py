@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 from csdraft.decoding.call import Call
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Schedule
-from csdraft.decoding.reader import place
+from csdraft.decoding.states import place
 from csdraft.schedules._plans import MARGIN, Group, Plan, plans_by_depth, reason
 from csdraft.schedules._prices import UNREAD, Prices
 from csdraft.tables.costs import STREAK, Costs, Learned, Survival, Way

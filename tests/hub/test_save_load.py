@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 import csdraft
 from csdraft import cascade as cascade_module
 from csdraft import hub, loading
-from csdraft.decoding.reader import place
+from csdraft.decoding.states import place
 from csdraft.drafters.suffix import Suffix
 from csdraft.reports.report import Report
 from csdraft.schedules.stop_head import StopHead

@@ -1,0 +1,85 @@
+"""What a model is now: its parameters, the settings of its modules, and the device that it runs on."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from typing import Any
+
+import torch
+from torch import nn
+
+from csdraft.decoding.names import name_of
+
+__all__ = ["home", "memory_of", "place", "setting_of", "state_of"]
+
+
+def state_of(model: nn.Module) -> tuple | None:
+    """A value that changes when the model's parameters do: their addresses, and how often they were written to.
+
+    None if changes cannot be noticed: in training mode, or with inference tensors, which do not count writes.
+    """
+    if model.training:
+        return None
+    tensors: list[Any] = [*model.parameters(), *model.buffers()]
+    if any(tensor.is_inference() for tensor in tensors):
+        return None
+    return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+
+
+def setting_of(model: nn.Module) -> tuple:
+    """The settings that decide which operators a forward runs: numbers, names and hooks of config and modules."""
+    config: Any = model.config
+    found: list[Any] = [_plain(vars(part)) for part in (config, config.get_text_config(decoder=True))]
+    for module in model.modules():
+        own = vars(module)
+        found.append(id(module))
+        found += [tuple(own[hooks]) for hooks in HOOKS if own[hooks]]
+        found += [value if type(value) in PLAIN else _plain(value) for key, value in own.items() if key not in OF_ALL]
+    return tuple(found)
+
+
+PLAIN = (bool, int, float, str, type(None))
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+OF_ALL = frozenset(vars(nn.Module()))
+"""The attributes that every module has: parameters and buffers, modules, hooks."""
+
+
+def _plain(value: Any) -> Any:
+    """A setting as a value that can be compared later; an object of another type becomes its id."""
+    if type(value) in PLAIN:
+        return value
+    if isinstance(value, dict):
+        return tuple((key, _plain(own)) for key, own in value.items())
+    if isinstance(value, list | tuple | set):
+        return tuple(map(_plain, value))
+    return id(value)
+
+
+def memory_of(device: torch.device) -> float:
+    """Bytes of memory that a device has; infinity if unknown."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[1])
+    if device.type == "cpu" and os.name == "posix":
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return math.inf
+
+
+def home(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """The device where a model takes its token ids, and the dtype that it computes in."""
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    device = embeddings.weight.device
+    if device.type == "meta":  # offloaded: accelerate loads the weights to this device for each forward
+        device = torch.device(embeddings._hf_hook.execution_device)
+    return device, model.dtype  # type: ignore[return-value]
+
+
+def place(model: nn.Module) -> str:
+    """A label for measured costs: the model's name and dtype, and the accelerator or the CPU with its threads."""
+    device, dtype = home(model)
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{device.type} {platform.machine()} with {torch.get_num_threads()} threads"
+    return f"{name_of(model)} in {str(dtype).removeprefix('torch.')} on {name}"
