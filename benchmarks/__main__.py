@@ -19,6 +19,7 @@ COMMANDS = {
     "tasks": "tasks",
     "replay": "replays",
     "gpu": "gpu",
+    "forwards": "forwards",
 }
 """Command -> the module of this folder that has its `main(argv)`, which returns the exit status."""
 

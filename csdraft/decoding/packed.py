@@ -168,7 +168,9 @@ def _bytes(tensor: Tensor) -> int:
 def held_packed(model: nn.Module | None = None) -> int:
     """Bytes of the packed weights of one model, or of all."""
     with _LOCK:
-        twins = [twin.module for of, twin in _twins.items() if twin.module is not None and (model is None or of is model)]
+        twins = [
+            twin.module for of, twin in _twins.items() if twin.module is not None and (model is None or of is model)
+        ]
     return sum(_bytes(module.weight) for twin in twins for module in twin.modules() if type(module) is PackedLinear)
 
 
