@@ -96,10 +96,10 @@ class Reader:
             lacks_tokens: whether it may get token ids beyond its vocabulary, as other models pad theirs differently.
             graphs: how forwards run, see `Mode`. `use`: the call's counts.
         """
-        graphs = graphs if sources is None else False  # recorded forwards cannot use each call's encoder output
+        fixed = graphs if sources is None else False  # recorded forwards cannot use each call's encoder output
         self.rows = self.size
-        if graphs != self.mode:
-            self.mode, self.graphs = graphs, make_graphs(self, graphs)
+        if fixed != self.mode:
+            self.mode, self.graphs = fixed, make_graphs(self, fixed)
             self.reserve(self.cache.capacity)
         self.runs = packed(self.model) if graphs == "auto" and self.graphs is None else self.model
         if self.graphs is not None and lacks_tokens != self.lacks_tokens:
@@ -344,7 +344,7 @@ class Reader:
         sources = self.sources
         if not self.encoder_decoder or sources is None or sources.encoder_outputs is not None:
             return
-        encoder = self.model.get_encoder()  # type: ignore[operator]
+        encoder = self.runs.get_encoder()  # type: ignore[operator]
         sources.encoder_outputs = encoder(
             input_ids=sources.input_ids.to(self.device),  # type: ignore[union-attr]
             attention_mask=sources.attention_mask,

@@ -143,7 +143,7 @@ def test_packed_weights_go_with_their_model():
     assert held_packed() == 0
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "qwen3", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "qwen3", "phi3", "t5", "flan"])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_texts_are_those_of_generate(family, rows, multiplied):
     target, inputs = fresh(family), inputs_of(family, rows)
