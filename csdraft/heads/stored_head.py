@@ -39,7 +39,7 @@ from csdraft.heads.on_target import OnTarget, called, frozen, set_parameter
 from csdraft.heads.self_draft import HEAD, Lender, read_document, write_document
 from csdraft.stored import check_config, fit, shown
 
-__all__ = ["StoredHead", "head_at", "kind_at"]
+__all__ = ["StoredHead", "all_formats", "head_at", "kind_at"]
 
 LAYER_KEYS = (
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",

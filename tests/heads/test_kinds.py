@@ -29,7 +29,7 @@ from csdraft.heads.head import LAST
 from csdraft.models import load_model
 from csdraft.trainers.distillation import Distillation
 from csdraft.trainers.students import check_student, make_student, save_student
-from csdraft.trainers.students._student import student_of
+from csdraft.trainers.students._kind import student_of
 from csdraft.trees.best_first import BestFirst
 from csdraft.trees.sampled import Sampled
 from tests.heads.kinds import NAMES, OBJECTIVE, OPTIONS, batch, learned, new, weights_in, write_weights

@@ -17,7 +17,7 @@ from csdraft.trainers.arguments import make_arguments
 from csdraft.trainers.command import one_line_errors, recipe_parser
 from csdraft.trainers.distill_arguments import DistillArguments
 from csdraft.trainers.keys import help_of, keys_of, markdown
-from csdraft.trainers.students._student import students
+from csdraft.trainers.students._kind import students
 from recipes.smol.pretrain import PretrainArguments
 from recipes.smol.train_tokenizer import TokenizerArguments
 

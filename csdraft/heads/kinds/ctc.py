@@ -75,6 +75,7 @@ class Ctc(Parallel):
     """A CTC head. Modules have the names of a parallel head's."""
 
     Options: Any = CtcOptions
+    layout = "own"
 
     def __init__(self, config: LlamaConfig, options: CtcOptions, draft_vocab: int | None = None):
         super().__init__(config, options)

@@ -53,6 +53,7 @@ class Medusa(Numbered, Head):
     """Medusa-1. Modules have the names of published checkpoints."""
 
     Options = MedusaOptions
+    layout = "medusa"
     output_layer = False
 
     def __init__(self, config: LlamaConfig, options: MedusaOptions, draft_vocab: int | None = None):

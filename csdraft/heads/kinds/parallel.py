@@ -47,6 +47,7 @@ class ParallelOptions(Eagle3Options):
 class Parallel(Stack, Eagle3):
     """A parallel head. Modules have the names of speculators, except `midlayer`, which is its layers.0."""
 
+    layout = "parallel"
     _no_split_modules = ["Layer", "LlamaDecoderLayer"]  # noqa: RUF012 - transformers' own way
 
     def __init__(self, config: LlamaConfig, options: ParallelOptions):

@@ -1,4 +1,4 @@
-"""Students are the models that are distilled. Each kind is a file of this folder; see `Student`, and `HeadKind`."""
+"""Students are the models that are distilled. Each kind is a file of this folder, or a head; see `Student`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from csdraft.heads.self_draft import KANGAROO, SELF_DRAFT, TIED, read_document, 
 from csdraft.heads.stored_head import kind_at
 from csdraft.heads.tied import borrowed
 from csdraft.models import base_model, load_model
-from csdraft.trainers.students._kind import HeadKind, kinds
-from csdraft.trainers.students._student import Counts, Student, student_of, students
+from csdraft.trainers.students._kind import HeadKind, kinds, student_of, students
+from csdraft.trainers.students._student import Counts, Student
 from csdraft.trainers.students.lora import check_lora
 from csdraft.trainers.students.self_draft import check_engine
 

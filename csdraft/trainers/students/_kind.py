@@ -1,13 +1,16 @@
-"""The base of drafting heads as students. The key of `init` is the name of the head's file in this folder.
+"""Drafting heads as students. The key of `init` is the name of the head's file in `csdraft/heads/kinds`.
 
-A kind defines its options, how a head is made from a target, and what a training step compares. `csdraft/heads` stores
-heads (`StoredHead`), and a head's session drafts with it. A new kind edits no other file here.
+`HeadKind` trains every kind of head that has its own class of options. A kind that needs more has a file here.
 """
 
 from __future__ import annotations
 
+import importlib
+import os
+import pkgutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,39 +19,45 @@ from torch import Tensor, nn
 from csdraft import spec
 from csdraft.data.packing import IGNORED
 from csdraft.heads.folder import SWITCHING
-from csdraft.heads.formats.own import OwnHead
+from csdraft.heads.formats.own import head_kinds
 from csdraft.heads.head import Head
 from csdraft.heads.layers import embeddings, fingerprint
 from csdraft.heads.self_draft import model_name
-from csdraft.heads.stored_head import StoredHead, head_at
+from csdraft.heads.stored_head import all_formats, head_at
 from csdraft.heads.tied import Lender
 from csdraft.models import base_model
 from csdraft.stored import fit
 from csdraft.trainers.split import logits_of
-from csdraft.trainers.students._student import Compared, Counts, Logits, Student, check_names, students
+from csdraft.trainers.students._student import Compared, Counts, Logits, Student, check_names
 from csdraft.trainers.students.scratch import new_config
 
-__all__ = ["Compared", "Counts", "HeadKind", "Logits", "kinds"]
+__all__ = ["HeadKind", "kinds", "student_of", "students"]
 
 LIKE_TARGET = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "rms_norm_eps")
 """Settings of the layer that come from the target's config, if it has them."""
 
 
 class HeadKind(Student):
-    """One kind of drafting head. Most kinds set `trains` only.
+    """One kind of drafting head.
 
     Attributes:
         trains: the class of its heads.
-        options: the dataclass of its options; None is that of `trains`.
-        stored_by: the class that stores its heads.
+        options: the dataclass of the keys of `init`; None is that of `trains`.
     """
 
     trains: type[Head]
     options: Any = None
-    stored_by: type[StoredHead] = OwnHead
 
     rate = 3e-4
     reads_features = needs_target = True
+
+    def __init__(self, trains: type[Head] | None = None):
+        if trains is not None:
+            self.trains = trains
+
+    @property
+    def name(self) -> str:
+        return self.trains.__module__.rpartition(".")[2]
 
     def is_of(self, model: nn.Module) -> bool:
         """True for the most derived kind: one kind may be a subclass of another."""
@@ -81,7 +90,7 @@ class HeadKind(Student):
             head.embed_tokens.weight.copy_(theirs["input.weight"])
             head.start(rows[drafted.to(rows.device)].cpu())
         head.d2t.copy_(drafted - torch.arange(len(drafted)))
-        head.stored_by, head.lent = self.stored_by, head.lendable()
+        head.stored_by, head.lent = stored_by(head), head.lendable()
         for name in head.lent:
             head.get_parameter(name).requires_grad_(False)
         revision = getattr(target.config, "_commit_hash", None)
@@ -123,16 +132,8 @@ class HeadKind(Student):
             own, theirs = output[:, :length][counted], slice(1 + step, 1 + step + length)  # (positions, width)
             at = hidden[:, theirs][counted.to(hidden.device)]  # (positions, width of the target)
             yield Compared(weight, own, at, wanted[counted], head.draft_logits, of_drafted)
-            if (further := self.further(head, own, features[:, theirs][counted])) is not None:
+            if (further := head.feature_loss(own, features[:, theirs][counted])) is not None:
                 yield weight * further
-
-    def further(self, head: Any, outputs: Tensor, features: Tensor) -> Tensor | None:
-        """The sum of an additional loss of one drafting step, such as the error of its features; None by default.
-
-        Args:
-            outputs: (positions, feature width) computed by the head.
-            features: (positions, feature width) the target's at the same places.
-        """
 
     def unrolling(self, head: Any) -> tuple[int, float]:
         """How many drafting steps training unrolls, and the weight of each relative to the one before."""
@@ -176,6 +177,27 @@ class HeadKind(Student):
         head.load_state_dict(stored.state, strict=False)  # type: ignore[union-attr] - else it was refused
 
 
+def stored_by(head: Head) -> Any:
+    """The class that stores such a head."""
+    return next(kind for kind in all_formats() if kind.__module__.endswith(f".{head.layout}"))
+
+
+@cache
+def students() -> dict[str, Student]:
+    """Every kind of student by its name: that of its file here, or of a head's file."""
+    found: dict[str, Student] = {name: HeadKind(head) for name, head in head_kinds().items()}
+    for module in pkgutil.iter_modules([os.path.dirname(__file__)]):
+        if not module.name.startswith("_"):
+            made = importlib.import_module(f"{__package__}.{module.name}")
+            found[module.name] = getattr(made, made.__all__[0])()
+    return found
+
+
 def kinds() -> dict[str, HeadKind]:
-    """File name -> kind of head."""
+    """The kinds of heads, by name."""
     return {name: kind for name, kind in students().items() if isinstance(kind, HeadKind)}
+
+
+def student_of(model: Any) -> Student:
+    """The kind of a student in training."""
+    return next((kind for kind in students().values() if kind.is_of(base_model(model))), students()["whole"])

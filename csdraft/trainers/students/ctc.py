@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from csdraft.heads.formats.own import OwnHead
 from csdraft.heads.kinds.ctc import Ctc, CtcOptions
 from csdraft.trainers.students import parallel
 
@@ -31,4 +30,4 @@ class Options(parallel.Options):
 class CtcStudent(parallel.ParallelStudent):
     """See `HeadKind`."""
 
-    trains, options, stored_by, head_options = Ctc, Options, OwnHead, CtcOptions
+    trains, options, head_options = Ctc, Options, CtcOptions

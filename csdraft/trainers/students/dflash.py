@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from csdraft.heads.formats.dflash import DflashHead
 from csdraft.heads.kinds.dflash import Dflash, DflashOptions
 from csdraft.trainers.students import parallel
 
@@ -19,7 +18,7 @@ __all__ = ["DflashStudent"]
 class DflashStudent(parallel.ParallelStudent):
     """See `HeadKind`; its options are those of a parallel head."""
 
-    trains, stored_by, head_options = Dflash, DflashHead, DflashOptions
+    trains, head_options = Dflash, DflashOptions
 
     def check(self, config: Any, options: Any) -> None:
         super().check(config, options)

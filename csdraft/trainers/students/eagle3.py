@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from csdraft.heads.formats.eagle3 import Eagle3Head
 from csdraft.heads.head import HeadOptions
 from csdraft.heads.kinds.eagle3 import Eagle3, Eagle3Options, default_layers
 from csdraft.stored import naming
@@ -37,7 +36,7 @@ class Eagle3Student(HeadKind):
         head_options: the dataclass of the head's own options.
     """
 
-    trains, options, stored_by = Eagle3, Options, Eagle3Head
+    trains, options = Eagle3, Options
     head_options: Any = Eagle3Options
 
     def check(self, config: Any, options: Mapping[str, Any]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from csdraft.heads.formats.parallel import ParallelHead
 from csdraft.heads.kinds.parallel import Parallel, ParallelOptions
 from csdraft.trainers.students import eagle3
 
@@ -32,7 +31,7 @@ class Options(eagle3.Options):
 class ParallelStudent(eagle3.Eagle3Student):
     """See `HeadKind`."""
 
-    trains, options, stored_by, head_options = Parallel, Options, ParallelHead, ParallelOptions
+    trains, options, head_options = Parallel, Options, ParallelOptions
 
     def check(self, config: Any, options: Any) -> None:
         super().check(config, options)
