@@ -1,8 +1,8 @@
 """Checkpoints of a run: which are whole, which is the newest, and what a whole one notes in its `run.json`.
 
 `run.json` is written last and lists every file with its size and checksum. A kill, a full disk or a power failure can
-leave a checkpoint without it, or with a file that is missing or differs. Such a checkpoint is passed over. Checksums
-need every file read, so they are compared only for the checkpoint to resume from.
+leave a checkpoint without it, or with a file that is missing or differs. Such a checkpoint is passed over. Checkpoints
+are looked at from the newest on, up to the first whole one.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from transformers.trainer_utils import sort_checkpoints
 
 from csdraft.data.shards import write_whole
 
-__all__ = ["chosen_checkpoint", "flaw", "has_checkpoint", "last_checkpoint", "mark_whole", "passed_over", "read_mark"]
+__all__ = ["UNREADABLE", "chosen_checkpoint", "flaw", "last_checkpoint", "mark_whole", "passed_over", "read_mark"]
 
-MARK, STATE = "run.json", "trainer_state.json"
-NOTED = {"files": dict, "written": int | float, "options": dict, "unlogged": list, "evaluation": dict}
-"""Keys of every `run.json`, and their types."""
+MARK = "run.json"
 BLOCK = 1 << 22
 """Bytes read at once for a checksum."""
+UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OSError)
+"""Errors of reading a file that is cut or damaged."""
 
 
 def chosen_checkpoint(args: TrainingArguments) -> str | None:
@@ -42,7 +42,7 @@ def chosen_checkpoint(args: TrainingArguments) -> str | None:
     if named is False:
         return None
     if named is not None and named is not True:
-        if reason := flaw(Path(named)) or damage(Path(named)):
+        if reason := flaw(Path(named)):
             raise ValueError(
                 f"resume_from_checkpoint={named!r} holds no whole checkpoint: {reason}. Name a folder checkpoint-N, "
                 "or leave it out for the newest of output_dir"
@@ -63,21 +63,15 @@ def last_checkpoint(output_dir: str) -> str | None:
 
     This is not always the one with the most steps: a run that was begun again in its folder may have fewer.
     """
-    whole = [folder for folder in _folders(output_dir) if flaw(folder) is None]
-    whole.sort(key=lambda folder: read_mark(folder)["written"], reverse=True)
-    return next((str(folder) for folder in whole if damage(folder) is None), None)
-
-
-def has_checkpoint(output_dir: str) -> bool:
-    """Whether there is a checkpoint to resume from. Checksums are not compared."""
-    return any(flaw(folder) is None for folder in _folders(output_dir))
+    newest_first = sorted(_folders(output_dir), key=_written, reverse=True)
+    return next((str(folder) for folder in newest_first if flaw(folder) is None), None)
 
 
 def passed_over(output_dir: str) -> dict[str, str]:
     """Name -> reason, of the broken checkpoints with more steps than the one to resume from."""
     newest = last_checkpoint(output_dir)
     later = takewhile(lambda folder: str(folder) != newest, _folders(output_dir))
-    found = {folder.name: flaw(folder) or damage(folder) for folder in later}
+    found = {folder.name: flaw(folder) for folder in later}
     return {name: reason for name, reason in found.items() if reason is not None}
 
 
@@ -111,50 +105,35 @@ def read_mark(folder: str | Path) -> dict[str, Any]:
 
 
 def flaw(folder: Path) -> str | None:
-    """Why a checkpoint is not whole; None if it is. Looks at `run.json` and at the files' names and sizes."""
+    """Why a checkpoint is not whole; None if it is. Compares names, sizes and checksums of all files."""
     try:
         mark = read_mark(folder)
+        noted = {name: (size, mark["checksums"][name]) for name, size in mark["files"].items()}
+        if mark["weights_only"]:
+            return "it holds weights alone (save_only_model=true)"
     except (FileNotFoundError, NotADirectoryError):
         return f"{MARK} is missing, which is written last"
-    except (ValueError, OSError):
+    except UNREADABLE:
         return f"{MARK} cannot be read"
-    if reason := _odd(mark):
-        return reason
-    sizes = {name: path.stat().st_size for name, path in _files(folder)}
-    for name, size in mark["files"].items():
-        if name not in sizes:
+    found = {name: (path, path.stat()) for name, path in _files(folder)}
+    for name, (size, _) in noted.items():
+        if name not in found:
             return f"{name} is missing"
-        if sizes[name] != size:
-            return f"{name} has {sizes[name]:,} of {size:,} bytes"
-    return None
-
-
-def _odd(mark: Any) -> str | None:
-    """Why the checkpoint with this `run.json` cannot be resumed; None if it can."""
-    if not isinstance(mark, dict):
-        return f"{MARK} holds no object of JSON"
-    if wrong := [key for key, kind in NOTED.items() if not isinstance(mark.get(key), kind)]:
-        return f"{MARK} lacks {', '.join(wrong)}, or has it with another type"
-    sizes, checksums = mark["files"].values(), mark.get("checksums", {})
-    if not all(isinstance(size, int) for size in sizes) or not isinstance(checksums, dict):
-        return f"{MARK} has sizes or checksums of another type"
-    if len(mark["unlogged"]) != 2 or not isinstance(mark.get("data", {}), dict):
-        return f"{MARK} has losses or data of another form"
-    if mark.get("weights_only"):
-        return "it holds weights alone (save_only_model=true)"
-    return None if STATE in mark["files"] else f"{STATE} is missing"
-
-
-def damage(folder: Path) -> str | None:
-    """Which file's content has changed since the checkpoint was written; None if no file's has. `flaw` must be None.
-
-    Reads every file once. Checkpoints of older versions have no checksums: their files are not compared.
-    """
-    noted = read_mark(folder).get("checksums", {})
-    for name, path in _files(folder):
-        if name in noted and noted[name] != _known_checksum(path, path.stat().st_size, path.stat().st_mtime_ns):
+        if (own := found[name][1].st_size) != size:
+            return f"{name} has {own:,} of {size:,} bytes"
+    for name, (size, checksum) in noted.items():
+        path, stat = found[name]
+        if _known_checksum(path, size, stat.st_mtime_ns) != checksum:
             return f"{name} is damaged: its checksum differs"
     return None
+
+
+def _written(folder: Path) -> float:
+    """When a checkpoint was completed; 0 if that is not known."""
+    try:
+        return float(read_mark(folder)["written"])
+    except UNREADABLE:
+        return 0.0
 
 
 def _checksum(path: Path) -> str:

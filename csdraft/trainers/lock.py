@@ -15,15 +15,14 @@ __all__ = ["only_run"]
 
 LOCK = "_lock"
 """The lock's file in the run's folder. transformers does not upload files whose names begin with _."""
-HELD: set[Path] = set()
-"""Lock files that this process holds: a block inside such a block may do what it likes in the folder."""
 
 
 @contextmanager
 def only_run(folder: str | None) -> Iterator[None]:
     """Keeps other runs out of a folder while this block runs. The system frees the lock of a killed process.
 
-    Does nothing on other processes than the first of a run, and in folders that cannot be written or locked.
+    Does nothing on other processes than the first of a run, and in folders that cannot be written or locked. A block
+    inside such a block may write to the folder too.
 
     Raises:
         ValueError: another run is writing to the folder.
@@ -31,13 +30,12 @@ def only_run(folder: str | None) -> Iterator[None]:
     file = Path(folder or "").resolve() / LOCK
     with ExitStack() as stack:
         try:
-            if Part.of_environment().rank == 0 and file not in HELD:
+            if Part.of_environment().rank == 0:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(FileLock(file, blocking=False))
-                HELD.add(file)
-                stack.callback(HELD.discard, file)
-                stack.callback(file.unlink, missing_ok=True)  # before it is unlocked
-                file.write_text(str(os.getpid()), encoding="utf-8")
+                lock = stack.enter_context(FileLock(file, blocking=False, is_singleton=True))
+                if lock.lock_counter == 1:
+                    stack.callback(file.unlink, missing_ok=True)  # before it is unlocked
+                    file.write_text(str(os.getpid()), encoding="utf-8")
         except Timeout:
             process = file.read_text(encoding="utf-8").strip()
             raise ValueError(

@@ -96,7 +96,7 @@ def test_a_script_says_in_one_line_what_the_user_can_put_right(tmp_path, capsys)
     assert said == "error: key 'init.eagle3.layers' has a dot; give the whole of init, such as \"init={...}\"\n"
     status, said = ended(lambda: fails(OSError(errno.ENOSPC, "No space left on device")))
     assert (status, said[:30]) == (1, f"error: {tmp_path} cannot be written"[:30])
-    assert "Make room and give the same command again" in said
+    assert "Make room, or raise the limit that was reached" in said
     assert ended(lambda: fails(KeyboardInterrupt())) == (
         130, "stopped at once; the same command continues from what is there\n"
     )  # fmt: skip
