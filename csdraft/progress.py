@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TextIO
 
 from tqdm import tqdm
@@ -20,15 +21,17 @@ class Progress:
     """
 
     def __init__(self, stream: TextIO | None = None):
-        self.stream = stream
+        self.stream = sys.stderr if stream is None else stream
         self.bar: tqdm | None = None
 
     def __call__(self, what: str, share: float = 0.0) -> None:
         if self.bar is None or share < self.bar.n:
             self.close()
-            self.bar = tqdm(total=1.0, file=self.stream, bar_format=FORMAT, leave=False)
-            if not self.bar.fp.isatty():
-                self.bar.mininterval = PAUSE
+            moving = self.stream.isatty()
+            pause = 0.1 if moving else PAUSE
+            self.bar = tqdm(
+                total=1.0, desc=what, file=self.stream, bar_format=FORMAT, leave=not moving, mininterval=pause
+            )
         self.bar.set_description_str(what, refresh=False)
         self.bar.update(share - self.bar.n)
         if share >= 1:

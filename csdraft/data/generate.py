@@ -21,9 +21,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from csdraft.data.changes import check_unchanged
 from csdraft.data.engine import Engine, checked_url, each, up_to_end
-from csdraft.data.shards import Place, Shard, batches, finished, store, stored, write_whole
+from csdraft.data.shards import Place, Shard, batches, check_unchanged, finished, store, stored, write_whole
 from csdraft.data.sources import open_source, prompts_of, texts_of
 from csdraft.data.tally import Counted, Tally
 from csdraft.data.target import TargetArguments

@@ -24,8 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from csdraft.amounts import size_text
-from csdraft.data.changes import check_unchanged
-from csdraft.data.shards import Part, batches, write_whole
+from csdraft.data.shards import Part, batches, check_unchanged, write_whole
 from csdraft.data.sources import read_rows
 from csdraft.data.target import TargetArguments
 

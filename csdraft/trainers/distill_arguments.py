@@ -6,10 +6,10 @@ import importlib.util
 from dataclasses import dataclass
 
 from csdraft.data.chat import chat_of
+from csdraft.trainers.arguments import RunArguments, option
 from csdraft.trainers.engines import uses
 from csdraft.trainers.evaluation import check_figure
 from csdraft.trainers.objective import Objective
-from csdraft.trainers.run_arguments import RunArguments, option
 from csdraft.trainers.students import kind_asked
 from csdraft.trainers.students._student import Student
 

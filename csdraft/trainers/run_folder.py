@@ -11,8 +11,7 @@ from typing import Any
 
 from transformers import TrainerState, TrainingArguments
 
-from csdraft.data.changes import check_unchanged
-from csdraft.data.shards import Part, write_whole
+from csdraft.data.shards import Part, check_unchanged, write_whole
 from csdraft.trainers.base import BaseTrainer
 from csdraft.trainers.checkpoints import UNREADABLE, chosen_checkpoint, last_checkpoint, passed_over, read_mark
 from csdraft.trainers.lock import only_run

@@ -14,9 +14,8 @@ from csdraft.data.feature_cache import FeatureArguments
 from csdraft.data.generate import GenerateArguments
 from csdraft.data.target_cache import CacheArguments
 from csdraft.trainers.arguments import make_arguments
-from csdraft.trainers.command import one_line_errors, recipe_parser
+from csdraft.trainers.command import help_of, keys_of, markdown, one_line_errors, recipe_parser
 from csdraft.trainers.distill_arguments import DistillArguments
-from csdraft.trainers.keys import help_of, keys_of, markdown
 from csdraft.trainers.students._kind import students
 from recipes.smol.pretrain import PretrainArguments
 from recipes.smol.train_tokenizer import TokenizerArguments

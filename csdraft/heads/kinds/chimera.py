@@ -31,7 +31,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from csdraft.heads.head import LAST, Head, HeadOptions
-from csdraft.heads.numbered import Numbered
+from csdraft.heads.parts import Numbered
 
 __all__ = ["Chimera", "ChimeraOptions"]
 

@@ -26,7 +26,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from csdraft.heads.head import Head, HeadOptions, regression
-from csdraft.heads.text_layer import TextLayer
+from csdraft.heads.parts import TextLayer
 
 __all__ = ["Clover2", "Clover2Options"]
 

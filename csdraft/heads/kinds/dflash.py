@@ -24,7 +24,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, rotate_half
 
 from csdraft.heads.head import Head, text_mask
-from csdraft.heads.stack import Stack
+from csdraft.heads.parts import Stack
 
 __all__ = ["Dflash", "DflashOptions"]
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from csdraft.heads.head import Head, HeadOptions
-from csdraft.heads.numbered import Numbered
+from csdraft.heads.parts import Numbered
 
 __all__ = ["Medusa", "MedusaOptions"]
 

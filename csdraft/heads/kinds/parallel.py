@@ -24,7 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 from csdraft.decoding.cache_names import cache_name
 from csdraft.heads.head import Steps, step_masks, text_mask
 from csdraft.heads.kinds.eagle3 import Eagle3, Eagle3Options, attention
-from csdraft.heads.stack import Beside, Stack, beside_mask
+from csdraft.heads.parts import Beside, Stack, beside_mask
 
 __all__ = ["Parallel", "ParallelOptions"]
 

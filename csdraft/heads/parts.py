@@ -1,8 +1,11 @@
-"""What heads share that draft several tokens from one forward: a stack of outputs, and placeholders after the text.
+"""Parts that several kinds of heads share.
 
-The feature of an entry is a mark and a stack of k hidden states. For an entry of the text these are the target's fused
-state and zeros. The last entry of a text is read with placeholders for further tokens, and its output is the stack of
-all k hidden states. A drafted entry takes the first one off the stack, so it costs only an output layer.
+* `Numbered`: each drafted token has an output layer of its own (Medusa, Hydra, Chimera).
+* `TextLayer`: a decoder layer that reads the text only (Hydra++, Clover-2).
+* `Stack`: several tokens are drafted from one forward (parallel heads, CTC, DFlash). The feature of an entry is a mark
+  and a stack of k hidden states. For an entry of the text these are the target's fused state and zeros. The last entry
+  of a text is read with placeholders for further tokens, and its output is the stack of all k hidden states. A drafted
+  entry takes the first one off the stack, so it costs only an output layer.
 """
 
 from __future__ import annotations
@@ -12,11 +15,70 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
-__all__ = ["Beside", "Stack", "beside_mask"]
+from csdraft.decoding.cache_names import cache_name
+
+__all__ = ["Beside", "Numbered", "Stack", "TextLayer", "beside_mask"]
 
 TEXT, DRAFTED = 1, 2
 """Marks of entries; the mark of padding is 0."""
+
+
+class Numbered:
+    """A mixin of heads that draft `options.steps` tokens, each with another output layer.
+
+    The last number of a head's output says how many tokens have been read since the text, and chooses the layer.
+    """
+
+    options: Any
+    d2t: Tensor
+
+    @property
+    def deepest(self) -> int:
+        return self.options.steps
+
+    def logits_of(self, number: int, output: Tensor) -> Tensor:
+        """(positions, draft vocab) logits of one output layer.
+
+        Args:
+            number: of the layer, from 0.
+            output: (positions, feature width).
+        """
+        raise NotImplementedError
+
+    def draft_logits(self, output: Tensor) -> Tensor:
+        number = output[..., -1].long().clamp(max=self.deepest) - 1  # (...)
+        logits = output.new_empty(*output.shape[:-1], len(self.d2t))
+        for one in number.unique().tolist():
+            logits[number == one] = self.logits_of(one, output[number == one])
+        return logits
+
+
+class TextLayer(nn.Module):
+    """A Llama layer and a norm, over the entries of the text; it keeps keys and values of these alone."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.layer = LlamaDecoderLayer(config, 0)
+        self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self._cache_name = cache_name(LlamaDecoderLayer.forward) or ""
+
+    def forward(
+        self, hidden: Tensor, drafted: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: Any
+    ) -> Tensor:
+        """(rows, queries, width) the layer's output for entries of the text, and `hidden` itself for drafted ones.
+
+        Args:
+            hidden: (rows, queries, width).
+            drafted: (rows, queries, 1) bool, whether an entry is of a draft. The text's entries must not see those.
+            rotary, mask, cache: see `Head.output`.
+        """
+        if bool(drafted.all()):
+            return hidden
+        read = self.layer(hidden, mask, position_embeddings=rotary, **{self._cache_name: cache})
+        return torch.where(drafted, hidden, self.norm(read))
 
 
 class Stack:
