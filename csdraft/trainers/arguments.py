@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from transformers import TrainingArguments
 
-__all__ = ["RunArguments", "make_arguments", "option", "read_arguments", "read_values"]
+from csdraft.data.target import option
+
+__all__ = ["RunArguments", "make_arguments", "read_arguments", "read_values"]
 
 T = TypeVar("T")
-
-
-def option(default: Any, help: str) -> Any:
-    """A field of a dataclass of arguments; `help` goes into the script's `--help` and the docs."""
-    if isinstance(default, dict):
-        return field(default_factory=default.copy, metadata={"help": help})
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass

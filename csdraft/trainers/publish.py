@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import metadata_load
 from huggingface_hub.utils import yaml_dump
-from jinja2 import Environment, StrictUndefined
 from transformers import TrainingArguments
 from transformers.utils import cached_file
 from yaml import YAMLError
 
+from csdraft.card import filled
 from csdraft.data.packing import Packed, Padded
 from csdraft.data.row_arrays import checksum
 from csdraft.data.sources import revision_of, tally_of
@@ -154,13 +154,10 @@ def card(name: str, origin: dict[str, Any], served: Mapping[str, str] | None = N
     if ids := [model for model in (target, origin["arguments"].get("student")) if model and "/" in model]:
         metadata["base_model"] = list(dict.fromkeys(ids))
     metadata["tags"] = ["csdraft", "speculative-decoding", "drafter"]
-    environment = Environment(
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
-    )
-    return environment.from_string(CARD.read_text(encoding="utf-8")).render(
-        origin,
+    return filled(
+        CARD,
+        **origin | {"target": target},
         name=name,
-        target=target,
         losses=json.dumps(origin["arguments"]["losses"]),
         metadata=yaml_dump(metadata, sort_keys=False),
         served=served,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from functools import partial
 from typing import Any
@@ -107,7 +106,6 @@ def prepare(args: DistillArguments) -> tuple[PreTrainedConfig, PreTrainedTokeniz
 
 def check(args: DistillArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises ValueError for mistakes that can be found without weights and data."""
-    check_installed(args)
     _ = args.objective  # checks the losses
     if args.eval_prompts is None and (args.eval_strategy != "no" or args.eval_on_start):
         raise ValueError(
@@ -130,28 +128,6 @@ def check(args: DistillArguments, config: PreTrainedConfig, tokenizer: PreTraine
     if args.student is not None:
         check_context(args)
         check_tokenizers(args.student, args.target, tokenizer)
-
-
-def check_installed(args: DistillArguments) -> None:
-    """Raises ValueError if a package that the arguments need is not installed."""
-    needed = {"datasets": "csdraft[train]"}
-    if args.peft:
-        needed["peft"] = "csdraft[train]"
-    if "tensorboard" in (args.report_to or ()):
-        needed["tensorboard"] = "csdraft[train]"
-    if args.target_sharded:
-        needed["deepspeed"] = "csdraft[deepspeed]"
-    if args.target_quantization is not None:
-        method = args.target_quantization.get("quant_method")
-        if method is None:
-            raise ValueError(
-                f"target_quantization={args.target_quantization} lacks quant_method, such as bitsandbytes"
-            )
-        if method == "bitsandbytes":
-            needed[method] = method
-    for package, source in needed.items():
-        if importlib.util.find_spec(package) is None:
-            raise ValueError(f"{package} is needed and not installed: pip install {source}")
 
 
 def check_engines(args: DistillArguments) -> None:

@@ -133,7 +133,7 @@ def test_the_forecast_is_what_the_files_take(tmp_path, capsys):
     write_target_cache(lambda: printed.append(capsys.readouterr().out) or load_target(), ROWS, tmp_path, "tiny", K)
     files = [path for path in tmp_path.iterdir() if path.suffix not in (".npy", ".json")]
     taken = sum(path.stat().st_size for path in files)
-    assert f"x {K} logits: {taken / 1000:.3g} KB in {tmp_path}" in printed[0]  # before the target is loaded
+    assert f"positions: {taken / 1000:.3g} KB in {tmp_path}" in printed[0]  # before the target is loaded
 
 
 def test_readers_of_other_processes_open_the_files_themselves(cache):
@@ -145,9 +145,9 @@ def test_readers_of_other_processes_open_the_files_themselves(cache):
 def test_too_small_a_disk_is_noticed_before_the_target_is_loaded(tmp_path, monkeypatch, capsys):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(1, 0, 20000))
-    with pytest.raises(ValueError, match=r"take 1\S+ KB, but 20 KB are free in .* a k of at most 1\d instead of 90"):
+    with pytest.raises(ValueError, match=r"take 1\S+ KB, but 20 KB are free in .*, or a smaller k"):
         write_target_cache(lambda: pytest.fail("was loaded"), ROWS, tmp_path, "tiny", 90)
-    assert "20 rows, " in capsys.readouterr().out
+    assert "logits of 20 rows, " in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 

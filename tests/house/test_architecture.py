@@ -52,6 +52,7 @@ MAY_IMPORT = {
         "tables",
         "hub",
         "models",
+        "card",
         "progress",
     },
 }
