@@ -1,4 +1,4 @@
-"""Saves a cascade: cascade.json, models, tables, provenance, model card and the shim for `custom_generate`."""
+"""Saves a cascade: cascade.json, models, tables, provenance, model card, shim for `custom_generate`; uploads it."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
 import transformers
+from huggingface_hub.utils import HFValidationError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -38,8 +39,10 @@ from csdraft.version import __version__
 if TYPE_CHECKING:
     from csdraft.cascade import CascadeDrafter
 
-__all__ = ["DOCUMENT", "FORMAT", "Target", "command", "fingerprint", "run_record", "save", "vocab_size",
-           "without_folders"]  # fmt: skip
+__all__ = [
+    "DOCUMENT", "FORMAT", "Target", "command", "fingerprint", "run_record", "save", "upload", "vocab_size",
+    "without_folders",
+]  # fmt: skip
 
 DOCUMENT, FORMAT = "cascade.json", 1
 OWN_FOLDERS = ("models", "tables", "tokenizers", "custom_generate")
@@ -279,3 +282,38 @@ def _move_in(scratch: Path, path: Path) -> None:
         (scratch / card.name).unlink()
     for entry in sorted(scratch.iterdir(), key=lambda entry: entry.name == DOCUMENT):
         os.replace(entry, path / entry.name)
+
+
+def upload(
+    folder: Path,
+    repo_id: str,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload with csdraft",
+) -> str:
+    """Commits every file of `folder` to a repository, which is created if needed.
+
+    Args:
+        repo_id: "user/name".
+        token: a token with write access; None uses the one that `hf auth login` stored.
+        private: whether a new repository is private; None uses the account's default.
+        revision: branch to commit to, created if needed; None is "main".
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        ValueError: `repo_id` is not a valid Hub id.
+    """
+    api = huggingface_hub.HfApi(token=token)
+    try:
+        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    except HFValidationError as error:
+        raise ValueError(f"repo_id={repo_id!r} is not a Hub id, give 'user/name': {error}") from error
+    if revision is not None and not revision.startswith("refs/"):  # the branch of a pull request exists
+        api.create_branch(repo, branch=revision, exist_ok=True)
+    done = api.upload_folder(
+        repo_id=repo, folder_path=folder, revision=revision, commit_message=commit_message, repo_type="model"
+    )
+    return str(done.commit_url)

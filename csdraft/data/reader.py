@@ -12,15 +12,8 @@ from csdraft.data.opening import GIVEN, TOOLS, Source
 from csdraft.data.tally import Tally, Unusable, attempt
 
 __all__ = [
-    "OUTCOME",
-    "Encoded",
-    "RowReader",
-    "conversation_of",
-    "count",
-    "opened",
-    "text_of",
-    "tokens_of",
-]
+    "OUTCOME", "Encoded", "RowReader", "conversation_of", "count", "opened", "text_of", "tokens_of",
+]  # fmt: skip
 
 OUTCOME = ("source_row", "cut", "left_out", "detail")
 """Columns with the outcome of reading an example; see `RowReader`."""

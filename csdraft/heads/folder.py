@@ -18,23 +18,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from csdraft.stored import fit, is_hub_id, read_object, shown
 
 __all__ = [
-    "BROKEN_CONFIG",
-    "INIT",
-    "QWEN",
-    "SWITCHING",
-    "WEIGHTS",
-    "Names",
-    "as_llama",
-    "check_drafted",
-    "check_tensors",
-    "config_at",
-    "file_at",
-    "read_chosen",
-    "read_layer",
-    "read_tensors",
-    "tensor_names",
-    "write_tensors",
-]
+    "BROKEN_CONFIG", "INIT", "QWEN", "SWITCHING", "WEIGHTS", "Names", "as_llama", "check_drafted", "check_tensors",
+    "config_at", "file_at", "read_chosen", "read_layer", "read_tensors", "tensor_names", "write_tensors",
+]  # fmt: skip
 
 SWITCHING = ("dynamic", "longrope")
 """Kinds of rotary embedding that change with the length of a text."""

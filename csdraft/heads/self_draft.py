@@ -25,23 +25,9 @@ from csdraft.stored import fit, is_hub_id, naming, read_object, shown
 from csdraft.version import __version__
 
 __all__ = [
-    "DOCUMENT",
-    "FULL",
-    "HEAD",
-    "KANGAROO",
-    "MTP",
-    "SELF_DRAFT",
-    "TIED",
-    "Base",
-    "Lender",
-    "SelfDraft",
-    "adapter_state",
-    "model_name",
-    "own_layers",
-    "peft_package",
-    "read_document",
-    "write_document",
-]
+    "DOCUMENT", "FULL", "HEAD", "KANGAROO", "MTP", "SELF_DRAFT", "TIED", "Base", "Lender", "SelfDraft",
+    "adapter_state", "model_name", "own_layers", "peft_package", "read_document", "write_document",
+]  # fmt: skip
 
 DOCUMENT, FORMAT = "drafter.json", 1
 KINDS = FULL, SELF_DRAFT, TIED, HEAD, KANGAROO, MTP = "full", "self_draft", "tied", "head", "kangaroo", "mtp"

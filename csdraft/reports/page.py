@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from csdraft.reports.detokenizer import Detokenizer
-from csdraft.reports.sentence import sentence
-from csdraft.reports.view import count, headlines, tables
+from csdraft.reports.view import count, headlines, sentence, tables
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

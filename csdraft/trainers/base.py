@@ -3,22 +3,84 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 
-from csdraft.trainers.checkpoints import last_checkpoint, read_mark
+from csdraft.data.packing import IGNORED
+from csdraft.trainers.checkpoints import SavingTrainer, last_checkpoint, read_mark
 from csdraft.trainers.interrupt import Interrupt
 from csdraft.trainers.options import EVALUATION
-from csdraft.trainers.order import Filled, Shuffled
-from csdraft.trainers.saving import SavingTrainer
 from csdraft.trainers.stops import NonFinite, first_non_finite, shown
 
-__all__ = ["BaseTrainer"]
+__all__ = ["BaseTrainer", "Filled", "Shuffled"]
+
+
+class Shuffled(Sampler):
+    """All indices of a data set, in a new order every epoch, and then indices past its end; see `Filled`.
+
+    The trainer itself sets the epoch (`set_epoch`). accelerate (1.15) cannot: with several processes, its loader that
+    skips the batches a resumed run has read hides the sampler.
+
+    Args:
+        size: items of the data set.
+        seed: of the order.
+        multiple: rows that the processes read together. The order is filled up to a multiple of it; otherwise
+            accelerate would fill it up with rows that have been read already.
+    """
+
+    def __init__(self, size: int, seed: int, multiple: int = 1):
+        self.size, self.seed, self.epoch = size, seed, 0
+        self.missing = -size % multiple
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size + self.missing
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices())
+
+    def indices(self) -> list[int]:
+        """(len(self),) the order of this epoch."""
+        order = random.Random(f"{self.seed} {self.epoch}").sample(range(self.size), self.size)
+        return [*order, *range(self.size, len(self))]
+
+    def batch(self, number: int, rows: int) -> list[int]:
+        """The items of the data set in one batch of this epoch.
+
+        Args:
+            number: of the batch, from 0, counted over all processes, which take batches in turn.
+            rows: of a batch.
+        """
+        return [index for index in self.indices()[number * rows : (number + 1) * rows] if index < self.size]
+
+
+class Filled(Dataset):
+    """A data set with any number of extra items that have no labels to learn.
+
+    Args:
+        data: items have `labels`.
+    """
+
+    def __init__(self, data: Any):
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if index < len(self.data):
+            return self.data[index]
+        item = self.data[0]
+        return item | {"labels": torch.full_like(item["labels"], IGNORED)}
+
 
 MOST_SKIPPED = 100
 """Steps in a row that fp16's loss scaling may skip while it searches for a scale."""

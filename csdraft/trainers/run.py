@@ -22,11 +22,10 @@ from csdraft.trainers.distill import DrafterTrainer, evaluation_of
 from csdraft.trainers.distill_arguments import DistillArguments
 from csdraft.trainers.engines import chosen_engine, load_sharded, placed_here, uses, whole_models
 from csdraft.trainers.evaluation import Evaluation, pad_of
-from csdraft.trainers.lock import only_run
 from csdraft.trainers.muon import MuonAdamW
 from csdraft.trainers.progress import Line
 from csdraft.trainers.publish import identity
-from csdraft.trainers.run_folder import RunFolder, say
+from csdraft.trainers.run_folder import RunFolder, only_run, say
 from csdraft.trainers.students import check_engine, check_student, load_student_weights, make_student
 from csdraft.trainers.students._student import Counts
 

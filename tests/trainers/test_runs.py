@@ -18,10 +18,9 @@ from transformers import TrainingArguments
 from csdraft.trainers import checkpoints
 from csdraft.trainers import run as run_module
 from csdraft.trainers.distill_arguments import DistillArguments
-from csdraft.trainers.lock import LOCK, only_run
 from csdraft.trainers.options import FREE
 from csdraft.trainers.run import distill
-from csdraft.trainers.run_folder import RunFolder, is_finished
+from csdraft.trainers.run_folder import LOCK, RunFolder, is_finished, only_run
 from recipes.smol.pretrain import PretrainArguments
 from tests.trainers.launch import ROOT
 from tests.trainers.pair import arguments, make_pair, settings

@@ -138,7 +138,7 @@ def as_torch_says_it(*args: object, **options: object) -> None:
         ("torch.save", no_space),
         ("torch.save", as_torch_says_it),
         ("transformers.TrainerState.save_to_json", no_space),
-        ("csdraft.trainers.saving.mark_whole", no_space),
+        ("csdraft.trainers.checkpoints.mark_whole", no_space),
     ],
 )
 def test_a_full_disk_is_one_error_and_no_half_checkpoint(folder, monkeypatch, what, writer):
