@@ -2,6 +2,7 @@
 
 On disk it is an ordinary PEFT folder with `drafter.json` beside `adapter_config.json`. PEFT alone would put the
 adapter on all layers of a second copy of the base; `drafter.json` says which layers of which model it belongs on.
+Functions that read a `path`, a folder or Hub id, take options of the Hub as `hub`: revision, token, ...
 """
 
 from __future__ import annotations
@@ -145,23 +146,13 @@ class SelfDraft(OnTarget):
         write_document(folder, SELF_DRAFT, {**layers, "base": described})
 
     @classmethod
-    def load(cls, path: str, document: Mapping[str, Any], **options: Any) -> SelfDraft:
-        """Reads what `save` wrote.
-
-        Args:
-            path: folder or Hub id.
-            document: its drafter.json.
-            options: of the Hub: revision, token, ...
-        """
-        return cls(_base(document, DOCUMENT), *read_adapter(path, **options), path).eval()
+    def load(cls, path: str, document: Mapping[str, Any], **hub: Any) -> SelfDraft:
+        """Reads what `save` wrote."""
+        return cls(_base(document, DOCUMENT), *read_adapter(path, **hub), path).eval()
 
 
-def read_adapter(path: str, **options: Any) -> tuple[Any, dict[str, Tensor]]:
+def read_adapter(path: str, **hub: Any) -> tuple[Any, dict[str, Tensor]]:
     """The config and the tensors of a PEFT folder.
-
-    Args:
-        path: folder or Hub id.
-        options: of the Hub: revision, token, ...
 
     Raises:
         ValueError: one of its files is broken.
@@ -170,11 +161,11 @@ def read_adapter(path: str, **options: Any) -> tuple[Any, dict[str, Tensor]]:
 
     peft, where = peft_package(), f"adapter_config.json of {path!r}"
     try:
-        config = peft.PeftConfig.from_pretrained(path, **options)
+        config = peft.PeftConfig.from_pretrained(path, **hub)
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # PEFT does not check the file's values
         raise ValueError(f"{where} is no adapter's config ({type(error).__name__}: {error})") from error
     try:
-        return config, peft.load_peft_weights(path, device="cpu", **options)
+        return config, peft.load_peft_weights(path, device="cpu", **hub)
     except SafetensorError as error:
         file = Path(path, "adapter_model.safetensors")
         raise ValueError(f"{file} cannot be read ({error}); it may be cut short: get it again") from error
@@ -228,13 +219,9 @@ def write_document(
     Path(folder, DOCUMENT).write_text(text, encoding="utf-8")
 
 
-def read_document(path: str, **options: Any) -> dict[str, Any] | None:
-    """drafter.json of a folder or Hub id; None if it has none.
-
-    Args:
-        options: of the Hub: revision, token, ...
-    """
-    file = file_at(path, DOCUMENT, **options)
+def read_document(path: str, **hub: Any) -> dict[str, Any] | None:
+    """drafter.json of a folder or Hub id; None if it has none."""
+    file = file_at(path, DOCUMENT, **hub)
     if file is None:
         return None
     document = read_object(file)

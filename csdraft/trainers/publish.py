@@ -16,7 +16,7 @@ from transformers.utils import cached_file
 from yaml import YAMLError
 
 from csdraft.card import filled
-from csdraft.data.packing import Packed, Padded
+from csdraft.data.packing import Texts
 from csdraft.data.row_arrays import checksum
 from csdraft.data.sources import revision_of, tally_of
 from csdraft.heads.engines import ENGINES, ServedTarget, serve_command
@@ -128,7 +128,7 @@ def described_data(trainer: DrafterTrainer) -> dict[str, Any] | None:
     `read`, `left_out` and `cut` count rows of the source: those read, left out by reason, and cut to `max_length`.
     """
     texts: Any = trainer.train_dataset and trainer.train_dataset.data  # type: ignore[union-attr]
-    if not isinstance(texts, Packed | Padded):
+    if not isinstance(texts, Texts):
         return None
     args: Any = trainer.args
     source = {"name": without_folders(args.dataset), "split": args.split, "revision": revision_of(texts.rows)}
@@ -137,7 +137,7 @@ def described_data(trainer: DrafterTrainer) -> dict[str, Any] | None:
     return source | (trainer.noted.get("data") or identity(texts)) | counts
 
 
-def identity(texts: Packed | Padded) -> dict[str, Any]:
+def identity(texts: Texts) -> dict[str, Any]:
     """Numbers that tell one set of rows from another."""
     return {"rows": len(texts.rows), "tokens": texts.tokens, "checksum": checksum(texts.rows)}
 

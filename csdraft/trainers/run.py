@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from csdraft.data.chat import chat_of
 from csdraft.data.feature_cache import FeatureCache
-from csdraft.data.packing import IGNORED, Packed, Padded, check_packing, collate, collate_seq2seq
+from csdraft.data.packing import IGNORED, Texts, check_packing, collate, collate_seq2seq
 from csdraft.data.sources import read_prompts, read_rows
 from csdraft.data.target import check_writable, load_weights, read_target, target_name
 from csdraft.data.target_cache import TargetCache
@@ -205,16 +205,16 @@ def make_batches(
     if config.is_encoder_decoder:
         if args.target_cache:
             raise ValueError("target_cache is for decoder-only targets; leave it out")
-        texts = Padded(rows, args.max_length, pad, config.decoder_start_token_id)
+        texts = Texts(rows, args.max_length, pad, decoder_start=config.decoder_start_token_id)
         return {"train_dataset": texts, "data_collator": partial(collate_seq2seq, pad=pad)}
     if args.target_cache:  # the target's hidden states for a head, its logits for a model
         cache = (FeatureCache if args.kind.reads_features else TargetCache)(args.target_cache)
         cache.check_target(target_name(args))
-    texts = (Packed if args.packing else Padded)(rows, args.max_length, pad, cache=cache)
+    texts = Texts(rows, args.max_length, pad, args.packing, cache=cache)
     return {"train_dataset": texts, "data_collator": partial(collate, pad=pad)}
 
 
-def counts_of(texts: Packed | Padded, config: PreTrainedConfig) -> Tensor:
+def counts_of(texts: Texts, config: PreTrainedConfig) -> Tensor:
     """(vocab,) how often each token is a label in the training text."""
     counts = torch.zeros(config.get_text_config(decoder=True).vocab_size, dtype=torch.long)
     for index in range(len(texts)):
