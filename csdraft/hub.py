@@ -106,7 +106,7 @@ def save(
     models: dict[str, nn.Module] = {}
     tables: dict[str, Any] = {}
     places: dict[str, Any] = {}
-    write = partial(spec.to_json, models=models, tables=tables, places=places)
+    write = partial(spec.to_json, names=spec.Names(models, tables, places))
     document: dict[str, Any] = {"format": FORMAT, "csdraft": __version__, "target": {}, "models": {}}
     document["drafters"] = [write(drafter) for drafter in cascade.drafters]
     document |= {"k_matrix": cascade.k_matrix, "lenience": cascade.lenience}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import (
@@ -20,7 +20,7 @@ from transformers import (
 from csdraft.data.chat import ChatFormat, chat_of
 from csdraft.data.shards import Part
 
-__all__ = ["NamesTarget", "TargetArguments", "check_writable", "load_weights", "option", "read_target", "target_name"]
+__all__ = ["TargetArguments", "check_writable", "load_weights", "option", "read_target", "target_name"]
 
 
 def option(default: Any, help: str) -> Any:
@@ -30,27 +30,20 @@ def option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
-class NamesTarget(Protocol):
-    """Arguments that name a target."""
-
-    target: str
-    target_revision: str | None
-
-
-def read_target(args: NamesTarget) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
-    """The target's config and tokenizer, which are small; most checks need nothing else."""
+def read_target(args: Any) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """The config and tokenizer of `args.target`, which are small; most checks need nothing else."""
     options = {"revision": args.target_revision} if args.target_revision else {}
     return AutoConfig.from_pretrained(args.target, **options), AutoTokenizer.from_pretrained(args.target, **options)
 
 
-def load_weights(args: NamesTarget, config: PreTrainedConfig, **options: Any) -> Any:
+def load_weights(args: Any, config: PreTrainedConfig, **options: Any) -> Any:
     """The target, loaded with these options of `from_pretrained`; options that are None are left out."""
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     options = {"revision": args.target_revision, **options}
     return auto.from_pretrained(args.target, **{key: value for key, value in options.items() if value is not None})
 
 
-def target_name(args: NamesTarget) -> str:
+def target_name(args: Any) -> str:
     """The target's unique name on this machine: a folder's absolute path, or a Hub id and its revision."""
     if Path(args.target).is_dir():
         return str(Path(args.target).resolve())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -90,7 +90,7 @@ class Head(PreTrainedModel, FeatureModel):
         stored_by: the class that stores it.
     """
 
-    Options: ClassVar[type[HeadOptions]] = HeadOptions
+    Options: ClassVar[Any] = HeadOptions
     layout: ClassVar[str] = "own"
     attention_layers: ClassVar[int] = 0
     output_layer: ClassVar[bool] = True
@@ -125,6 +125,15 @@ class Head(PreTrainedModel, FeatureModel):
     def layers_of(cls, options: Any) -> int:
         """How many of its layers keep keys and values; a kind overrides it where the options decide."""
         return cls.attention_layers
+
+    @classmethod
+    def fitted(cls, options: Any, text: Any, draft_vocab: int) -> Any:
+        """The options of a head for a target: those that were asked for, completed; ValueError if it cannot have them.
+
+        Args:
+            text: the target's text config.
+        """
+        return replace(options, draft_vocab=draft_vocab)
 
     @property
     def taps(self) -> tuple[int, ...]:

@@ -87,6 +87,17 @@ class Stack:
     config: Any
     options: Any
 
+    @staticmethod
+    def placeholder(options: Any, text: Any) -> int:
+        """The token whose embedding placeholders have, the target's padding token by default; checks `blocks` too."""
+        token = (getattr(text, "pad_token_id", None) or 0) if options.mask_token is None else options.mask_token
+        if options.blocks < 1 or not 0 <= token < text.vocab_size:
+            raise ValueError(
+                f"blocks={options.blocks}, mask_token={token}; give at least 1 block, and one of the target's "
+                f"{text.vocab_size} tokens"
+            )
+        return token
+
     def fused(self, states: Mapping[int, Tensor]) -> Tensor:
         """(..., width) what the head reads of the target's hidden states."""
         raise NotImplementedError

@@ -313,4 +313,4 @@ def test_a_tree_is_an_object() -> None:
 
 def test_shapes_come_through_json() -> None:
     tree = Template(((0, 0), (1,)))
-    assert spec.from_json("trees", spec.to_json(tree, {})) == tree
+    assert spec.from_json("trees", spec.to_json(tree, spec.Names({}, {}))) == tree

@@ -1,7 +1,4 @@
-"""Drafting heads as students. The key of `init` is the name of the head's file in `csdraft/heads/kinds`.
-
-`HeadKind` trains every kind of head that has its own class of options. A kind that needs more has a file here.
-"""
+"""Drafting heads as students. The key of `init` is the name of the head's file in `csdraft/heads/kinds`."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import importlib
 import os
 import pkgutil
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -26,7 +22,7 @@ from csdraft.heads.self_draft import model_name
 from csdraft.heads.stored_head import all_formats, head_at
 from csdraft.heads.tied import Lender
 from csdraft.models import base_model
-from csdraft.stored import fit
+from csdraft.stored import fit, naming
 from csdraft.trainers.split import logits_of
 from csdraft.trainers.students._student import Compared, Counts, Logits, Student, check_names
 from csdraft.trainers.students.scratch import new_config
@@ -40,20 +36,15 @@ LIKE_TARGET = ("num_attention_heads", "num_key_value_heads", "head_dim", "interm
 class HeadKind(Student):
     """One kind of drafting head.
 
-    Attributes:
-        trains: the class of its heads.
-        options: the dataclass of the keys of `init`; None is that of `trains`.
+    Args:
+        trains: the class of its heads; None: any.
     """
-
-    trains: type[Head]
-    options: Any = None
 
     rate = 3e-4
     reads_features = needs_target = True
 
     def __init__(self, trains: type[Head] | None = None):
-        if trains is not None:
-            self.trains = trains
+        self.trains: Any = trains
 
     @property
     def name(self) -> str:
@@ -78,6 +69,8 @@ class HeadKind(Student):
                 "tokens"
             )
         self.layer_config(text, asked)
+        with naming(f"init.{self.name}"):
+            self.trains.fitted(asked, text, text.vocab_size)
 
     def make(self, target: Any, options: Mapping[str, Any], counts: Counts | None) -> nn.Module:
         """A new head for a target, in float32."""
@@ -99,7 +92,8 @@ class HeadKind(Student):
 
     def new(self, text: Any, asked: Any, draft_vocab: int) -> Head:
         """A random head for a target of this config."""
-        return self.trains(self.layer_config(text, asked), replace(asked, draft_vocab=draft_vocab), draft_vocab)
+        options = self.trains.fitted(asked, text, draft_vocab)
+        return self.trains(self.layer_config(text, asked), options, draft_vocab)
 
     def compared(
         self,
@@ -151,7 +145,7 @@ class HeadKind(Student):
 
     def _asked(self, options: Mapping[str, Any]) -> Any:
         try:
-            return fit(options, self.options or self.trains.Options, f"init.{self.name}")
+            return fit(options, self.trains.Options, f"init.{self.name}")
         except ValueError as error:
             at = f"init.{self.name}"
             raise ValueError(str(error) if at in str(error) else f"{at}: {error}") from error
