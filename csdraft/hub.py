@@ -31,6 +31,7 @@ from csdraft import spec
 from csdraft.card import SHIM, SIGNATURE, model_card
 from csdraft.decoding.names import name_of
 from csdraft.heads.on_target import stored_form
+from csdraft.heads.self_draft import model_name
 from csdraft.models import base_model
 from csdraft.saved_costs import save_costs
 from csdraft.stored import is_hub_id, read_object
@@ -62,18 +63,12 @@ class Target:
     @classmethod
     def of(cls, model: nn.Module) -> Target:
         model = base_model(model)
-        return cls(public_name(model), _own_revision(model), vocab_size(model), weakref.ref(model))
+        return cls(model_name(model), _own_revision(model), vocab_size(model), weakref.ref(model))
 
 
 def vocab_size(model: nn.Module) -> int:
     """The size of the model's vocabulary, padding included."""
     return model.config.get_text_config(decoder=True).vocab_size  # type: ignore[union-attr,operator]
-
-
-def public_name(model: nn.Module) -> str:
-    """The model's Hub id; for a model from a folder, the folder's name, since its path holds on this machine only."""
-    path = str(getattr(model.config, "_name_or_path", ""))
-    return path if is_hub_id(path) else name_of(model)
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -153,7 +148,7 @@ def _write_model(model: nn.Module, folder: str, scratch: Path, target: Target | 
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"{type(model).__name__} is not a transformers model, so its weights cannot be saved")
     adapters = getattr(model, "peft_config", None)
-    source = public_name(model)
+    source = model_name(model)
     revision = None if copy_models or adapters else _own_revision(model) or _cached_revision(source)
     if revision is not None:
         return {"id": source, "revision": revision}
@@ -173,7 +168,7 @@ def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 def _own_revision(model: nn.Module) -> str | None:
     """The Hub commit that a model was loaded from."""
-    return getattr(model.config, "_commit_hash", None) if is_hub_id(public_name(model)) else None
+    return getattr(model.config, "_commit_hash", None) if is_hub_id(model_name(model)) else None
 
 
 def _cached_revision(repo: str) -> str | None:
@@ -220,7 +215,7 @@ def _provenance(models: dict[str, nn.Module], cascade: CascadeDrafter) -> dict[s
     report = cascade.report
     described = {
         name: {
-            "source": public_name(model),
+            "source": model_name(model),
             "revision": _own_revision(model),
             "trained": _trained(model),
             "class": type(model).__name__,

@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from csdraft.bench import Cell, Method, Prompt, Setup, encode, generate
+from csdraft.bench import Cell, Method, Prompt, Run, Setup, encode, measure, ratio
 from csdraft.cascade import CascadeDrafter
 from csdraft.decoding.interfaces import Drafter
-from csdraft.metrics.intervals import Interval, bootstrap_median
+from csdraft.metrics.intervals import Interval
 from csdraft.planner.expect import Expectation
 from csdraft.planner.search import Plan, alternatives, search
 from csdraft.planner.trace import Measured, measure_drafters
@@ -42,9 +42,6 @@ ALMOST = 0.99
 LEAST_COMPARED = 3
 """With fewer prompts, no candidate is said to be slower than the fastest."""
 
-Times = dict[str, list[list[float]]]
-"""Seconds by the name of a cell: (prompts, repetitions)."""
-
 
 @dataclass(frozen=True)
 class Candidate:
@@ -57,7 +54,8 @@ class Candidate:
         expected: figures for the whole matrix every round, at lenience 1.
         measured: speed-up over plain `generate`: the median over pairs of the same prompt and repetition.
         cascade: the cascade, with a report of the timed calls.
-        prompts, repetitions: how many were timed.
+        prompts: how many were timed.
+        repetitions: how often each at most.
         tokens: the greatest length of a text.
         behind: its time over the fastest candidate's, paired in the same way; 1 for the fastest itself.
     """
@@ -159,8 +157,8 @@ def tune(
     }
     cells = [Cell(Method("plain", {}))]
     cells += [Cell(Method(name, {"assistant": cascade})) for name, (_, _, cascade) in made.items()]
-    times = timed(setup, cells, prompts, repetitions, allowance)
-    return ranked(made, times, setup.options["max_new_tokens"])
+    run = timed(setup, cells, prompts, repetitions, allowance)
+    return ranked(made, run, setup.options["max_new_tokens"])
 
 
 def passes(drafters: Sequence[Drafter]) -> int:
@@ -218,48 +216,35 @@ def affordable(
 
 def timed(
     setup: Setup, cells: Sequence[Cell], prompts: Sequence[Prompt], repetitions: int, allowance: Allowance
-) -> Times:
-    """Times every cell on every prompt until the time is up. Only whole repetitions are returned.
-
-    If even the first repetition is not whole, the prompts that it did not reach are left out. The order of the cells
-    rotates, so no cell always follows the same one.
-    """
-    for cell in cells:
-        generate(setup, cell, prompts[:1])  # warms up
-    times: Times = {cell.name: [[] for _ in prompts] for cell in cells}
-    steps = [(repetition, place) for repetition in range(repetitions) for place in range(len(prompts))]
-    began, each = allowance.passed, 0.0
-    for number, (repetition, place) in enumerate(steps, 1):
-        if each > allowance.remaining:
-            break
-        turn = (repetition + place) % len(cells)
-        for cell in [*cells[turn:], *cells[:turn]]:
-            times[cell.name][place].append(generate(setup, cell, [prompts[place]]).seconds)
-        each = (allowance.passed - began) / number
-        allowance.tell(f"timing {len(cells) - 1} candidates, repetition {repetition + 1} of {repetitions}")
+) -> Run:
+    """Times the cells side by side on each prompt until the time is up."""
+    what = f"timing {len(cells) - 1} candidates"
+    run = measure(
+        setup,
+        cells,
+        prompts,
+        repetitions,
+        progress=lambda task, share: allowance.tell(f"{what}, {task}"),
+        over=lambda seconds: seconds > allowance.remaining,
+    )
     allowance.say("timed", 1.0)
-    whole = max(min(map(len, times[cells[0].name])), 1)
-    return {name: [row[:whole] for row in table if len(row) >= whole] for name, table in times.items()}
+    return run
 
 
 def ranked(
-    made: Mapping[str, tuple[Plan, Mapping[str, Any], CascadeDrafter]], times: Times, tokens: int
+    made: Mapping[str, tuple[Plan, Mapping[str, Any], CascadeDrafter]], run: Run, tokens: int
 ) -> list[Candidate]:
     """The candidates, the fastest first, each compared with plain `generate` and with the fastest candidate."""
-    measured = {name: _paired(times["plain"], times[name]) for name in made}
+    measured = {name: ratio(run, name, "plain") for name in made}
     fastest = max(measured, key=lambda name: measured[name].median)
+    prompts = len({sample.group for sample in run.samples})
+    repetitions = len({sample.repetition for sample in run.samples})
     found = []
     for name, (plan, extra, cascade) in made.items():
-        prompts, repetitions = len(times[name]), len(times[name][0])
-        behind = Interval(1.0, 1.0, 1.0) if name == fastest else _paired(times[name], times[fastest])
+        behind = Interval(1.0, 1.0, 1.0) if name == fastest else ratio(run, fastest, name)
         own = (plan.kept, plan.trimmed(), extra, plan.expected, measured[name], cascade)
         found.append(Candidate(*own, prompts, repetitions, tokens, behind))
     return sorted(found, key=lambda candidate: -candidate.measured.median)
-
-
-def _paired(times: list[list[float]], others: list[list[float]]) -> Interval:
-    """Median of `times` over `others`, paired by prompt and repetition."""
-    return bootstrap_median([[a / b for a, b in zip(*rows, strict=True)] for rows in zip(times, others, strict=True)])
 
 
 def preferred(found: Sequence[Candidate]) -> Candidate:

@@ -19,6 +19,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from csdraft.decoding.names import name_of
 from csdraft.heads.folder import file_at, write_tensors
 from csdraft.heads.layers import fingerprint, shared_layers
 from csdraft.heads.on_target import OnTarget, name_only
@@ -49,8 +50,8 @@ class Lender:
 
     @classmethod
     def of(cls, model: Any, fingerprint: str, **more: Any) -> Self:
-        config = model.config
-        return cls(model_name(model), getattr(config, "_commit_hash", None), fingerprint, config.vocab_size, **more)
+        vocab = model.config.get_text_config(decoder=True).vocab_size
+        return cls(model_name(model), getattr(model.config, "_commit_hash", None), fingerprint, vocab, **more)
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,9 @@ def own_layers(target: Any, layers: Sequence[int], encoder_layers: Sequence[int]
 
 
 def model_name(model: Any) -> str:
-    """A model's Hub id, or the last part of its folder, or its class."""
+    """A model's Hub id, or else the last part of its folder, since a path holds on this machine only, or its class."""
     path = str(getattr(model.config, "_name_or_path", ""))
-    return path if is_hub_id(path) else os.path.basename(path.rstrip("/")) or type(model).__name__
+    return path if is_hub_id(path) else name_of(model)
 
 
 class SelfDraft(OnTarget):

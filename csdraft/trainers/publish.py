@@ -22,8 +22,9 @@ from csdraft.data.sources import revision_of, tally_of
 from csdraft.heads.engines import ENGINES, ServedTarget, serve_command
 from csdraft.heads.folder import config_at
 from csdraft.heads.layers import embeddings
+from csdraft.heads.self_draft import model_name
 from csdraft.heads.stored_head import head_at
-from csdraft.hub import public_name, run_record, without_folders
+from csdraft.hub import run_record, without_folders
 from csdraft.models import base_model
 from csdraft.stored import is_hub_id
 from csdraft.trainers.students import added_share
@@ -65,7 +66,7 @@ def serving(name: str, folder: Path, target: Any) -> dict[str, str]:
     """
     if not (folder / "config.json").is_file() or (head := head_at(str(folder))) is None:
         return {}
-    served = ServedTarget.of(public_name(target), target.config, lambda: embeddings(target)["input.weight"].detach())
+    served = ServedTarget.of(model_name(target), target.config, lambda: embeddings(target)["input.weight"].detach())
     document, tensors = config_at(str(folder)) or {}, head.weights(str(folder))
     taken = [engine for engine in head.methods if not head.faults(engine, document, tensors, served)]
     tokens = DRAFTED if head.deepest is None else min(DRAFTED, head.deepest)
@@ -88,7 +89,7 @@ def provenance(trainer: DrafterTrainer) -> dict[str, Any]:
         measured = [entry for entry in measured if entry.get("step") == _kept_step(trainer)]
     return {
         **run_record(filter(find_spec, PACKAGES)),
-        "target": {"name": public_name(target), "revision": getattr(target.config, "_commit_hash", None)},
+        "target": {"name": model_name(target), "revision": getattr(target.config, "_commit_hash", None)},
         "license": {"license": args.license} if args.license else license_of(args.target, args.target_revision),
         "data": described_data(trainer),
         "arguments": {k: without_folders(v) if isinstance(v, str) else v for k, v in own.items()}

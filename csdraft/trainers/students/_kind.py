@@ -18,7 +18,6 @@ from csdraft.heads.folder import SWITCHING
 from csdraft.heads.formats.own import head_kinds
 from csdraft.heads.head import Head
 from csdraft.heads.layers import embeddings, fingerprint
-from csdraft.heads.self_draft import model_name
 from csdraft.heads.stored_head import all_formats, head_at
 from csdraft.heads.tied import Lender
 from csdraft.models import base_model
@@ -86,8 +85,7 @@ class HeadKind(Student):
         head.stored_by, head.lent = stored_by(head), head.lendable()
         for name in head.lent:
             head.get_parameter(name).requires_grad_(False)
-        revision = getattr(target.config, "_commit_hash", None)
-        head.base = Lender(model_name(target), revision, fingerprint(target), text.vocab_size)
+        head.base = Lender.of(target, fingerprint(target))
         return head
 
     def new(self, text: Any, asked: Any, draft_vocab: int) -> Head:

@@ -8,13 +8,12 @@ target, see `stored_form`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from csdraft.data.packing import IGNORED
+from csdraft.heads.folder import read_chosen
 from csdraft.heads.self_draft import PREFIX
 from csdraft.heads.tied import borrowed
 from csdraft.models import base_model
@@ -111,7 +110,7 @@ class Student:
     def put_back(self, student: Any, folder: str) -> None:
         """Loads stored weights; see `load_student_weights`."""
         model: Any = base_model(student)
-        state, own = _read_weights(folder), model.state_dict()
+        state, own = read_chosen(folder, lambda name: True), model.state_dict()
         stored = {own[key].data_ptr() for key in state if key in own}
         tied = {key for key, tensor in own.items() if key not in state and tensor.data_ptr() in stored}
         tied |= borrowed(model).keys()
@@ -129,10 +128,3 @@ def check_names(state: Mapping[str, Tensor], own: Mapping[str, Tensor], folder: 
             f"{folder} holds another student: {len(other)} tensors differ, such as {key.removeprefix(PREFIX)}, of "
             f"shape {shapes[0]} there and {shapes[1]} here; resume with the options it was trained with"
         )
-
-
-def _read_weights(folder: str) -> dict[str, Tensor]:
-    files = sorted(Path(folder).glob("model*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder} holds no student: it lacks model.safetensors; give a folder that a run has saved")
-    return {key: tensor for file in files for key, tensor in load_file(file).items()}
