@@ -87,7 +87,7 @@ def _rows(examples: Any, reader: RowReader, tally: Tally) -> Any:
     if isinstance(examples, list):
         starts = range(0, len(examples), BATCH)
         read = (reader.read(examples[start : start + BATCH], range(start, start + BATCH)) for start in starts)
-        rows = concatenate_datasets([Dataset.from_dict(columns, features) for columns in read])
+        rows: Any = concatenate_datasets([Dataset.from_dict(columns, features) for columns in read])
     else:
         rows = examples.map(
             reader,
@@ -97,11 +97,11 @@ def _rows(examples: Any, reader: RowReader, tally: Tally) -> Any:
             features=features,
             desc=reader.source.name,
         )
-    left_out: list[str] = []
-    for batch in rows.select_columns(list(OUTCOME)).iter(10_000):
+    left_out, outcome = [], [*map(str, OUTCOME)]
+    for batch in rows.select_columns(outcome).iter(10_000):
         count(tally, batch)
         left_out += batch["left_out"]
-    rows = rows.remove_columns(list(OUTCOME))
+    rows = rows.remove_columns(outcome)
     rows = rows.select([i for i, what in enumerate(left_out) if not what]) if any(left_out) else rows
     rows = rows if "index" in reader.columns else rows.add_column("index", np.arange(len(rows)))
     rows.tally = tally

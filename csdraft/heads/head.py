@@ -78,7 +78,8 @@ class Head(PreTrainedModel, FeatureModel):
         draft_vocab: how many tokens it can draft; None: all.
 
     Attributes:
-        Options: the dataclass of the kind's options; its fields are the keys of `init.NAME`.
+        Options: the dataclass of the kind's options in csdraft's own layout; its fields are the keys of `init.NAME`.
+        InitOptions: the same for kinds that have another layout.
         layout: the file of `csdraft/heads/formats` that stores such heads.
         attention_layers: how many of its layers keep keys and values.
         output_layer: whether it has an output layer, `lm_head`.
@@ -91,6 +92,7 @@ class Head(PreTrainedModel, FeatureModel):
     """
 
     Options: ClassVar[Any] = HeadOptions
+    InitOptions: ClassVar[Any] = HeadOptions
     layout: ClassVar[str] = "own"
     attention_layers: ClassVar[int] = 0
     output_layer: ClassVar[bool] = True

@@ -136,7 +136,7 @@ def _attended(
 class Dflash(Stack, Head):
     """A DFlash head. Its embedding is mostly the target's, and so is the output layer if it drafts all tokens."""
 
-    Options = DflashOptions
+    InitOptions = DflashOptions
     layout = "dflash"
     frozen_output = True
     _no_split_modules = ["Block"]  # noqa: RUF012 - transformers' own way

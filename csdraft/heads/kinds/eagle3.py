@@ -118,7 +118,7 @@ class Eagle3(Head):
         options: see `Eagle3Options`.
     """
 
-    Options = Eagle3Options
+    InitOptions = Eagle3Options
     layout = "eagle3"
     attention_layers = 1
     _no_split_modules = ["Layer"]  # noqa: RUF012 - transformers' own way

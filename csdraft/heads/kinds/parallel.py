@@ -48,7 +48,7 @@ class ParallelOptions(Eagle3Options):
 class Parallel(Stack, Eagle3):
     """A parallel head. Modules have the names of speculators, except `midlayer`, which is its layers.0."""
 
-    Options: Any = ParallelOptions
+    InitOptions = ParallelOptions
     layout = "parallel"
     _no_split_modules = ["Layer", "LlamaDecoderLayer"]  # noqa: RUF012 - transformers' own way
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from csdraft import spec
 from csdraft.data.packing import IGNORED
+from csdraft.heads import kinds as heads
 from csdraft.heads.folder import SWITCHING
-from csdraft.heads.formats.own import head_kinds
-from csdraft.heads.head import Head
+from csdraft.heads.head import Head, HeadOptions
 from csdraft.heads.layers import embeddings, fingerprint
 from csdraft.heads.stored_head import all_formats, head_at
 from csdraft.heads.tied import Lender
@@ -44,6 +44,12 @@ class HeadKind(Student):
 
     def __init__(self, trains: type[Head] | None = None):
         self.trains: Any = trains
+
+    @property
+    def options(self) -> Any:
+        """The dataclass of its keys of `init`."""
+        own = self.trains.Options
+        return self.trains.InitOptions if own is HeadOptions else own
 
     @property
     def name(self) -> str:
@@ -143,7 +149,7 @@ class HeadKind(Student):
 
     def _asked(self, options: Mapping[str, Any]) -> Any:
         try:
-            return fit(options, self.trains.Options, f"init.{self.name}")
+            return fit(options, self.options, f"init.{self.name}")
         except ValueError as error:
             at = f"init.{self.name}"
             raise ValueError(str(error) if at in str(error) else f"{at}: {error}") from error
@@ -176,13 +182,23 @@ def stored_by(head: Head) -> Any:
 
 @cache
 def students() -> dict[str, Student]:
-    """Every kind of student by its name: that of its file here, or of a head's file."""
-    found: dict[str, Student] = {name: HeadKind(head) for name, head in head_kinds().items()}
-    for module in pkgutil.iter_modules([os.path.dirname(__file__)]):
+    """Every kind of student by the name of its file, here or among the kinds of heads."""
+    found: dict[str, Student] = {}
+    for name, module in _modules(heads.__path__, heads.__name__):
+        for made in vars(module).values():
+            if isinstance(made, type) and issubclass(made, Head) and made.__module__ == module.__name__:
+                found |= {name: kind} if (kind := HeadKind(made)).options is not HeadOptions else {}
+    return found | {
+        name: getattr(module, module.__all__[0])()
+        for name, module in _modules([os.path.dirname(__file__)], __package__)
+    }
+
+
+def _modules(path: Iterable[str], package: str) -> Iterator[tuple[str, Any]]:
+    """The files of a folder that do not begin with _, by name."""
+    for module in pkgutil.iter_modules(path):
         if not module.name.startswith("_"):
-            made = importlib.import_module(f"{__package__}.{module.name}")
-            found[module.name] = getattr(made, made.__all__[0])()
-    return found
+            yield module.name, importlib.import_module(f"{package}.{module.name}")
 
 
 def kinds() -> dict[str, HeadKind]:
