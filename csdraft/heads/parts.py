@@ -2,6 +2,7 @@
 
 * `Numbered`: each drafted token has an output layer of its own (Medusa, Hydra, Chimera).
 * `TextLayer`: a decoder layer that reads the text only (Hydra++, Clover-2).
+* `CrossLayer`: a decoder layer whose queries and keys are of different entries (Chimera, Falcon, DFlash).
 * `Stack`: several tokens are drafted from one forward (parallel heads, CTC, DFlash). The feature of an entry is a mark
   and a stack of k hidden states. For an entry of the text these are the target's fused state and zeros. The last entry
   of a text is read with placeholders for further tokens, and its output is the stack of all k hidden states. A drafted
@@ -16,14 +17,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaMLP,
+    LlamaRMSNorm,
+    repeat_kv,
+    rotate_half,
+)
 
 from csdraft.decoding.cache_names import cache_name
 
-__all__ = ["Beside", "Numbered", "Stack", "TextLayer", "beside_mask"]
+__all__ = ["Beside", "CrossLayer", "Numbered", "Rotary", "Stack", "TextLayer", "beside_mask"]
 
 TEXT, DRAFTED = 1, 2
 """Marks of entries; the mark of padding is 0."""
+Rotary = tuple[Tensor, Tensor]
+"""Factors of a rotary embedding, (rows, queries, head size) each."""
 
 
 class Numbered:
@@ -79,6 +89,56 @@ class TextLayer(nn.Module):
             return hidden
         read = self.layer(hidden, mask, position_embeddings=rotary, **{self._cache_name: cache})
         return torch.where(drafted, hidden, self.norm(read))
+
+
+class CrossLayer(nn.Module):
+    """A Llama layer in parts: a kind of head says which queries meet which keys.
+
+    Args:
+        number: by which a cache knows the layer.
+        qk_norm: whether queries and keys are normed, as in layers of Qwen 3.
+    """
+
+    def __init__(self, config: LlamaConfig, number: int = 0, qk_norm: bool = False):
+        super().__init__()
+        self.self_attn: Any = LlamaAttention(config, number)
+        self.mlp = LlamaMLP(config)
+        self.self_attn.q_norm, self.self_attn.k_norm = (
+            LlamaRMSNorm(self.self_attn.head_dim, config.rms_norm_eps) if qk_norm else nn.Identity() for _ in range(2)
+        )
+        self.input_layernorm, self.post_attention_layernorm = (
+            LlamaRMSNorm(config.hidden_size, config.rms_norm_eps) for _ in range(2)
+        )
+
+    def queries(self, hidden: Tensor, rotary: Rotary) -> Tensor:
+        """(rows, heads, queries, head size) from hidden states, (rows, queries, width)."""
+        return _rotated(self.self_attn.q_norm(self._heads(self.self_attn.q_proj(hidden))), rotary)
+
+    def keys_and_values(self, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """(rows, heads, slots, head size) each, from hidden states, (rows, slots, width)."""
+        keys, values = (self._heads(layer(hidden)) for layer in (self.self_attn.k_proj, self.self_attn.v_proj))
+        return _rotated(self.self_attn.k_norm(keys), rotary), values
+
+    def attended(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """(rows, queries, heads x head size) attention; the mask is (rows, 1, queries, slots) bool."""
+        keys, values = (repeat_kv(part, self.self_attn.num_key_value_groups) for part in (keys, values))
+        scale = self.self_attn.scaling
+        mixed = nn.functional.scaled_dot_product_attention(queries, keys, values, mask, scale=scale)
+        return mixed.transpose(1, 2).flatten(-2)
+
+    def finished(self, hidden: Tensor, mixed: Tensor) -> Tensor:
+        """(rows, queries, width) the layer's output, from what it reads and what attention gives."""
+        hidden = hidden + self.self_attn.o_proj(mixed)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        return projected.unflatten(-1, (-1, self.self_attn.head_dim)).transpose(1, 2)
+
+
+def _rotated(states: Tensor, rotary: Rotary) -> Tensor:
+    """(rows, heads, queries, head size) states after rotation."""
+    cos, sin = (factor[:, None] for factor in rotary)
+    return states * cos + rotate_half(states) * sin
 
 
 class Stack:

@@ -24,15 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, rotate_half
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from csdraft.heads.head import Head, HeadOptions, text_mask
 from csdraft.heads.kinds.eagle3 import fused_layers
-from csdraft.heads.parts import Stack
+from csdraft.heads.parts import CrossLayer, Rotary, Stack
 
 __all__ = ["Dflash", "DflashOptions"]
-
-Rotary = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -64,23 +62,11 @@ class DflashOptions:
     __post_init__ = HeadOptions.__post_init__
 
 
-class Block(nn.Module):
+class Block(CrossLayer):
     """One decoder layer. A block of tokens reads itself, and keys and values made from the target's features."""
 
     def __init__(self, config: LlamaConfig, number: int):
-        super().__init__()
-        self.self_attn = LlamaAttention(config, number)
-        self.size = self.self_attn.head_dim
-        self.self_attn.q_norm, self.self_attn.k_norm = (LlamaRMSNorm(self.size, config.rms_norm_eps) for _ in range(2))
-        self.mlp = LlamaMLP(config)
-        self.input_layernorm, self.post_attention_layernorm = (
-            LlamaRMSNorm(config.hidden_size, config.rms_norm_eps) for _ in range(2)
-        )
-
-    def project(self, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-        """(rows, heads, queries, head size) keys and values from (rows, queries, width)."""
-        keys, values = (self._heads(hidden, name) for name in ("k_proj", "v_proj"))
-        return _rotated(self.self_attn.get_submodule("k_norm")(keys), rotary), values
+        super().__init__(config, number, qk_norm=True)
 
     def forward(self, hidden: Tensor, rotary: Rotary, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """(rows, blocks x length, width) its output.
@@ -91,20 +77,10 @@ class Block(nn.Module):
             mask: (rows, 1, blocks, slots) bool: which slots of the text each block sees; None: all, one block a row.
         """
         normed = self.input_layernorm(hidden)
-        queries = _rotated(self.self_attn.get_submodule("q_norm")(self._heads(normed, "q_proj")), rotary)
+        queries, own = self.queries(normed, rotary), self.keys_and_values(normed, rotary)
         blocks = 1 if mask is None else mask.shape[2]
-        mixed = _attended(queries, *self.project(normed, rotary), keys, values, mask, blocks, self.self_attn.scaling)
-        hidden = hidden + self.self_attn.o_proj(mixed)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
-
-    def _heads(self, hidden: Tensor, name: str) -> Tensor:
-        return getattr(self.self_attn, name)(hidden).unflatten(-1, (-1, self.size)).transpose(1, 2)
-
-
-def _rotated(states: Tensor, rotary: Rotary) -> Tensor:
-    """(rows, heads, queries, head size) states after rotation by factors of (rows, queries, head size)."""
-    cos, sin = (factor[:, None] for factor in rotary)
-    return states * cos + rotate_half(states) * sin
+        mixed = _attended(queries, *own, keys, values, mask, blocks, self.self_attn.scaling)
+        return self.finished(hidden, mixed)
 
 
 def _attended(
@@ -208,7 +184,7 @@ class Dflash(Stack, Head):
         hidden = self.embed_tokens(ids.flatten(1)).to(features.dtype)
         of_text, of_blocks = self.rotary(hidden, position_ids), self.rotary(hidden, places.flatten(1))
         for number, layer in enumerate(self.layers):
-            keys, values = layer.project(features, of_text)  # type: ignore[operator]
+            keys, values = layer.keys_and_values(features, of_text)  # type: ignore[operator]
             if cache is not None:
                 keys, values = cache.update(keys, values, number)
             hidden = layer(hidden, of_blocks, keys, values, mask)
