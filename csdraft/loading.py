@@ -60,7 +60,7 @@ class Document:
     format: int
     csdraft: str
     target: SavedTarget
-    models: dict[str, ModelEntry]
+    models: dict[str, Any]
     drafters: list[Any]
     k_matrix: Any
     lenience: float | tuple[float, ...]
@@ -158,7 +158,7 @@ class _Reader:
     options: dict[str, Any]
 
     def arguments(self, document: Document) -> dict[str, Any]:
-        models = {name: self._model(name, entry) for name, entry in document.models.items()}
+        models = {name: self._model(name, value) for name, value in document.models.items()}
         tables = {name: str(path) for name, path in self._inside("tables", "*.safetensors").items()}
         places = {name: str(path) for name, path in self._inside("tokenizers", "*").items()}
         names = spec.Names(models, tables, places)
@@ -181,12 +181,13 @@ class _Reader:
         with naming(DOCUMENT):
             return {f"{name}/{path.name}": _closed(self.folder.find(f"{name}/{path.name}")) for path in found}
 
-    def _model(self, name: str, entry: ModelEntry) -> nn.Module:
+    def _model(self, name: str, value: Any) -> nn.Module:
         """A model of cascade.json, on the target's device unless there is a device_map."""
         at, target = f"{DOCUMENT}: models.{name}", self.target
+        entry = fit(value, ModelEntry, at) if isinstance(value, dict) else ModelEntry()
         given = [key for key in ("folder", "id", "target") if getattr(entry, key) is not None]
         if len(given) != 1 or entry.target is False:
-            raise ValueError(f"{at} has {given or 'nothing'}; give a folder, a Hub id (and revision), or target: true")
+            raise ValueError(f"{at} is {shown(value)}; give a folder, a Hub id (and revision), or target: true")
         if entry.target:
             if target is None:
                 raise ValueError(f"{at} is the target itself: pass target=, the model to decode with")

@@ -34,6 +34,7 @@ class Progress:
             )
         self.bar.set_description_str(what, refresh=False)
         self.bar.update(share - self.bar.n)
+        self.bar.n = share  # without the rounding of a sum
         if share >= 1:
             self.close()
 

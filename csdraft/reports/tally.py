@@ -101,7 +101,7 @@ BY_LEVEL, BY_PAIR = ("drafted", "tried", "accepted"), ("outcomes", "ranks")
 
 def counted(value: Any, arms: Sequence[Any], at: str) -> Any:
     """Reads counters for `csdraft.stored.fit`: those by name from an object, those by pair from [one, other, n]."""
-    if Counter in map(get_origin, arms):
+    if any(get_origin(arm) is Counter for arm in arms):
         return Counter({(one, other): n for one, other, n in fit(value, list[tuple[int, int, int]], at)})
     return Counter(fit(value, dict[str, int], at)) if Counter in arms else UNFIT
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import psutil
 import torch
 from transformers import PrinterCallback, ProgressCallback
 
@@ -38,6 +39,13 @@ class Line(ProgressCallback):
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(cls(trainer))
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The steps of a run that is resumed took no time now."""
+        super().on_train_begin(args, state, control, **kwargs)
+        self.current_step = state.global_step
+        if self.training_bar is not None:
+            self.training_bar.initial = self.training_bar.n = state.global_step
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_step_end(args, state, control, **kwargs)
         self._show()
@@ -56,4 +64,6 @@ class Line(ProgressCallback):
             figures = [f"loss {steps.loss:.3f}", f"{speed:,.0f} tokens/s"]
             if device.type == "cuda":
                 figures.append(f"{size_text(torch.cuda.max_memory_allocated(device))} on the GPU")
+            else:
+                figures.append(f"{size_text(psutil.Process().memory_info().rss)} of memory")
             self.training_bar.set_postfix_str(", ".join([*figures, *self.evaluated.values()]))

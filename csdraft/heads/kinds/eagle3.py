@@ -54,7 +54,7 @@ class Eagle3Options:
     steps: int = 4
     decay: float = 0.8
     qk_norm: bool = False
-    config: dict[str, Any] | None = None
+    config: Any = None
 
     __post_init__ = HeadOptions.__post_init__
 

@@ -143,9 +143,10 @@ class HeadKind(Student):
         rotary = getattr(text, "rope_parameters", None) or {}
         if "rope_theta" in rotary and rotary.get("rope_type") not in SWITCHING:
             like["rope_parameters"] = {key: rotary[key] for key in rotary if key != "partial_rotary_factor"}
-        spec.check_keys(asked.config or {}, sorted({*LIKE_TARGET, "rope_parameters"}), f"init.{self.name}.config")
+        given = fit(asked.config or {}, dict[str, Any], f"init.{self.name}.config")
+        spec.check_keys(given, sorted({*LIKE_TARGET, "rope_parameters"}), f"init.{self.name}.config")
         like |= {"model_type": "llama", "hidden_size": text.hidden_size, "num_hidden_layers": 1}
-        return new_config(text, {**like, **(asked.config or {})})
+        return new_config(text, {**like, **given})
 
     def _asked(self, options: Mapping[str, Any]) -> Any:
         try:
