@@ -119,7 +119,7 @@ def make_student(
             `{"config": {...}}`: random weights. Options of a config; the others have the class's defaults, and
                 `model_type` is the target's by default;
             `{"kangaroo": {"layers": 2}}`: an adapter after this many of the target's own first layers;
-            `{"eagle3": {...}}`, or another head: see the options in its file of this folder.
+            `{"eagle3": {...}}`, or another head: see the options in its file in `csdraft/heads/kinds`.
         peft: options of `peft.LoraConfig`, for LoRA on `student` or on shared layers. Its patterns see the layers'
             new numbers, from 0.
         counts: how often each token is a label in the training text, for heads that draft only some tokens.
