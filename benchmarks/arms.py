@@ -7,6 +7,7 @@ python -m benchmarks arms --config recipes/smol/heads.yaml
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from csdraft.trainers.command import one_line_errors, recipe_parser
 from csdraft.trainers.distill import DistillArguments
 from csdraft.trainers.evaluation import Evaluation
 from csdraft.trainers.run import check, distill, load_models, make_evaluation, read_target
-from csdraft.trainers.run_folder import forget
+from csdraft.trainers.run_folder import FINISHED
 from csdraft.trainers.students import added_share
 
 __all__ = ["compare_arms"]
@@ -131,7 +132,9 @@ class Arm:
     def run(self) -> Figures:
         """From start to figures."""
         if self.record is None or self.record["settings"] != self.settings:
-            forget(self.folder)
+            for checkpoint in self.checkpoints():
+                shutil.rmtree(checkpoint)
+            (self.folder / FINISHED).unlink(missing_ok=True)
             self.note(None)
         figures = self.examined()
         self.note(figures)

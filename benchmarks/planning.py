@@ -48,7 +48,8 @@ def check_planner(
     """
     drafters = [ModelDrafter(setup.drafter), MaxGram()]
     encoded = [encode(setup, [prompt]) for prompt in prompts]
-    seen = measure_drafters(setup.target, drafters, encoded, progress, **setup.options)
+    progress("watching the target", 0.0)
+    seen = measure_drafters(setup.target, drafters, encoded, **setup.options)
     pick = search(seen)[0].k_matrix
     progress("timing what was expected", 0.0)
     plain, measured = speeds(setup, EXPECTED, prompts, repetitions, progress)

@@ -219,7 +219,6 @@ def answered(
     progress, made = Progress(), []
     warm = Question("", "", as_prompt(tokenizer, "", WARM, options.longest))
     measured(target, warm, 0, options.tokens, options.drafter)
-    progress.restart()
     for turn, (number, question) in enumerate(missing, 1):
         found = measured(target, question, number, options.tokens, options.drafter)
         with options.out.open("a", encoding="utf-8") as file:

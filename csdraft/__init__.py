@@ -28,23 +28,9 @@ from csdraft.reports.report import Report
 from csdraft.version import __version__ as __version__
 
 __all__ = [
-    "Auto",
-    "CascadeDrafter",
-    "Drafter",
-    "Horizontal",
-    "MaxGram",
-    "ModelDrafter",
-    "Options",
-    "PromptLookup",
-    "Report",
-    "Vertical",
-    "decode",
-    "enable",
-    "install",
-    "prepare",
-    "release",
-    "report",
-]
+    "Auto", "CascadeDrafter", "Drafter", "Horizontal", "MaxGram", "ModelDrafter", "Options", "PromptLookup",
+    "Report", "Vertical", "decode", "enable", "install", "prepare", "release", "report",
+]  # fmt: skip
 
 if os.environ.get("CSDRAFT_NO_PATCH", "") in ("", "0"):
     install()

@@ -147,6 +147,7 @@ def measure(
     repetitions: int,
     progress: Callable[[str, float], None] = lambda what, share: None,
     look: Callable[[Cell, Sequence[Prompt], int], None] | None = None,
+    over: Callable[[float], bool] = lambda seconds: False,
 ) -> Run:
     """Times all cells on all prompts.
 
@@ -158,16 +159,20 @@ def measure(
         progress: called with the current task and the share of the work that is done.
         look: if given, it is called with each cell, each group of prompts and the group's number in a first pass,
             which is not timed.
+        over: called before each group of prompts but the first, with the mean seconds that a group takes; True ends
+            the run.
     """
     size = max(cell.rows for cell in cells)
     groups = [list(prompts[i : i + size]) for i in range(0, len(prompts), size)]
     run = Run()
     for cell in cells:
         generate(setup, cell, groups[0])
-    looks = look is not None
+    looks, began = look is not None, setup.clock()
     passes = repetitions + looks
     for number in range(passes):
         for index, group in enumerate(groups):
+            if (done := number * len(groups) + index) and over((setup.clock() - began) / done):
+                return run
             turn = (number + index) % len(cells)
             for cell in [*cells[turn:], *cells[:turn]]:
                 if look is not None and number == 0:
@@ -175,7 +180,7 @@ def measure(
                 else:
                     run.add(cell.name, index, number - looks, generate(setup, cell, group))
             what = f"repetition {number + 1 - looks} of {repetitions}" if number or not looks else "untimed pass"
-            progress(what, (number * len(groups) + index + 1) / (passes * len(groups)))
+            progress(what, (done + 1) / (passes * len(groups)))
     return run
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
-__all__ = ["SHIM", "SIGNATURE", "model_card"]
+__all__ = ["SHIM", "SIGNATURE", "filled", "model_card"]
 
+CARD = Path(__file__).with_name("cascade_card.md")
+"""Template of the model card."""
 SIGNATURE = "<!-- Written by csdraft. Delete this line to keep your own text when the cascade is saved again. -->"
 
 SHIM = '''"""Runs this cascade: generate(..., custom_generate="here", assistant="here", trust_remote_code=True)."""
@@ -24,6 +27,16 @@ def generate(inputs=None, *args, model, assistant=None, **kwargs):
 '''
 
 
+def filled(template: Path, **values: Any) -> str:
+    """A Jinja template with these values; one that is missing is an error."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
+    )
+    return environment.from_string(template.read_text(encoding="utf-8")).render(values)
+
+
 def model_card(document: dict[str, Any], provenance: dict[str, Any], name: str, lossless: bool) -> str:
     """The README.md of a saved cascade.
 
@@ -33,61 +46,6 @@ def model_card(document: dict[str, Any], provenance: dict[str, Any], name: str, 
         name: the folder's name or Hub id.
         lossless: whether its verifier is lossless.
     """
-    target, versions, figures = document["target"]["name"], provenance["versions"], provenance["measured"]
-    base = f"base_model: {target}\n" if target and "/" in target else ""
-    promise = (
-        "It drafts tokens, the target checks them: what `generate` writes stays the target's own."
-        if lossless
-        else "It changes what `generate` writes: its verifier is not lossless."
-    )
-    drafters = "\n".join(
-        f"| {i} | {drafter['type']} | {', '.join(f'{k}={v}' for k, v in drafter.items() if k != 'type' and v)} |"
-        for i, drafter in enumerate(document["drafters"])
-    )
-    return f"""---
-library_name: csdraft
-{base}tags:
-- csdraft
-- speculative-decoding
-- custom_generate
----
-
-{SIGNATURE}
-
-# {name}
-
-A cascade of drafters for speculative decoding{f" of {target}" if target else ""}, made with csdraft. {promise}
-
-```python
-import csdraft  # pip install csdraft
-
-output = model.generate(**inputs, assistant="{name}")  # this folder's path or Hub id
-```
-
-or, through transformers alone (csdraft must be installed):
-
-```python
-output = model.generate(**inputs, custom_generate="{name}", assistant="{name}", trust_remote_code=True)
-```
-
-| | drafter | options |
-|---|---|---|
-{drafters}
-
-k_matrix `{json.dumps(document["k_matrix"])}`, lenience `{json.dumps(document["lenience"])}`, \
-verifier `{document["verifier"]["type"]}`, schedule `{document["schedule"]["type"]}`. \
-Made with {", ".join(f"{k} {v}" for k, v in versions.items())}.
-{_measured(figures) if figures else ""}"""
-
-
-def _measured(figures: dict[str, Any]) -> str:
-    """The figures of the cascade's calls before it was saved."""
-    return f"""
-Measured in use, before saving:
-
-| calls | tokens | block efficiency | acceptance rate |
-|---|---|---|---|
-| {figures["calls"]} | {figures["emitted"]} | {figures["block_efficiency"]:.2f} | {figures["acceptance_rate"]:.2f} |
-
-Block efficiency is tokens a target call (1 without drafts).
-"""
+    matrix = {key: json.dumps(document[key]) for key in ("k_matrix", "lenience")}
+    given = {**document, **provenance, **matrix, "target": document["target"]["name"]}
+    return filled(CARD, **given, name=name, lossless=lossless, signature=SIGNATURE)

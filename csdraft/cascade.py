@@ -28,16 +28,16 @@ from csdraft.decoding.states import home
 from csdraft.drafters.horizontal import Horizontal
 from csdraft.drafters.model import ModelDrafter, bound
 from csdraft.heads.self_draft import MTP
+from csdraft.hub import upload
 from csdraft.kmatrix import AUTO, build, check_k_matrix, first_guess, spread_lenience
 from csdraft.models import HUB_OPTIONS, load_model
 from csdraft.options import SCHEDULE, VERIFIER, Options, split
-from csdraft.planner.auto import plan_on
+from csdraft.planner.search import plan_on
 from csdraft.reports.report import Planned
 from csdraft.saved_costs import load_costs
 from csdraft.schedules.cost_model import CostModel
 from csdraft.schedules.fixed import Fixed
 from csdraft.stored import kind_of, naming
-from csdraft.upload import upload
 from csdraft.verifiers._lenience import check_lenience
 from csdraft.verifiers.match import Match
 
@@ -200,7 +200,7 @@ class CascadeDrafter(Drafter):
         Args:
             repo_id: "user/name"; created if needed.
             tokenizer, target, copy_models: see `save_pretrained`.
-            options: token, private, revision, commit_message; see `csdraft.upload.upload`.
+            options: token, private, revision, commit_message; see `csdraft.hub.upload`.
         """
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch, repo_id.split("/")[-1])

@@ -26,7 +26,7 @@ from csdraft.decoding.graphs import FEWEST_SLOTS
 from csdraft.heads.on_target import OnTarget
 from csdraft.prepare import Ready, measured
 
-__all__ = ["Machine", "ModelState", "Package", "examine", "machine", "packages"]
+__all__ = ["ModelState", "Package", "examine", "fast_dtype", "machine", "packages"]
 
 WIDTHS = (1, 4, 8, 16)
 """Tokens of the forwards that are timed."""
@@ -62,46 +62,6 @@ class Package:
         if not self.bounds:
             return f"{self.name:<16} {found}"
         return f"{self.name:<16} {found:<14} {'within' if self.fits else 'NOT WITHIN'} {self.bounds}"
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where forwards run.
-
-    Attributes:
-        system: operating system and architecture.
-        cpu: its name.
-        cores: how many this process may use.
-        threads: how many torch uses.
-        units: units for fast arithmetic; empty if unknown.
-        accelerators: one line each.
-    """
-
-    system: str
-    cpu: str
-    cores: int
-    threads: int
-    units: list[str]
-    accelerators: list[str]
-
-    @property
-    def bfloat16(self) -> str:
-        """Which dtype to use on the CPU."""
-        if not self.units:
-            return "unknown whether the CPU has units for bfloat16: time both dtypes"
-        found = [unit for unit in BFLOAT16_UNITS if unit in self.units]
-        if found:
-            return f"the CPU has units for bfloat16 ({', '.join(found)}): --dtype bfloat16 is usually faster"
-        return "the CPU has no units for bfloat16: --dtype float32 is usually faster"
-
-    def __str__(self) -> str:
-        lines = [
-            f"{'system':<16} {self.system}",
-            f"{'CPU':<16} {self.cpu}, {self.cores} cores, torch uses {self.threads} threads",
-            f"{'CPU units':<16} {', '.join(self.units) or 'unknown'}",
-            f"{'':<16} {self.bfloat16}",
-        ]
-        return "\n".join([*lines, *(f"{'accelerator':<16} {line}" for line in self.accelerators or ["none found"])])
 
 
 @dataclass(frozen=True)
@@ -181,15 +141,30 @@ def _package(name: str, bounds: str) -> Package:
     return Package(name, found, bounds, SpecifierSet(bounds).contains(found, prereleases=True))
 
 
-def machine() -> Machine:
-    """This machine."""
+def machine() -> dict[str, Any]:
+    """This machine, by topic: where forwards run, and which dtype is fast on its CPU."""
     text = Path("/proc/cpuinfo").read_text(errors="replace") if Path("/proc/cpuinfo").is_file() else ""
     named = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", text, re.MULTILINE)
     flags = set((re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE) or ["", ""])[1].split())
-    cpu = named[1] if named else platform.processor() or platform.machine()
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     units = [unit for unit in UNITS if unit in flags]
-    return Machine(platform.platform(), cpu.strip(), cores, torch.get_num_threads(), units, _accelerators())
+    return {
+        "system": platform.platform(),
+        "cpu": (named[1] if named else platform.processor() or platform.machine()).strip(),
+        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "units": units,
+        "bfloat16": fast_dtype(units),
+        "accelerators": _accelerators(),
+    }
+
+
+def fast_dtype(units: Sequence[str]) -> str:
+    """Which dtype to use on a CPU with these units for fast arithmetic."""
+    if not units:
+        return "unknown whether the CPU has units for bfloat16: time both dtypes"
+    if found := [unit for unit in BFLOAT16_UNITS if unit in units]:
+        return f"the CPU has units for it ({', '.join(found)}): --dtype bfloat16 is usually faster"
+    return "the CPU has no units for it: --dtype float32 is usually faster"
 
 
 def _accelerators() -> list[str]:

@@ -1,4 +1,4 @@
-"""Saves a cascade: cascade.json, models, tables, provenance, model card and the shim for `custom_generate`."""
+"""Saves a cascade: cascade.json, models, tables, provenance, model card, shim for `custom_generate`; uploads it."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
 import transformers
+from huggingface_hub.utils import HFValidationError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -30,6 +31,7 @@ from csdraft import spec
 from csdraft.card import SHIM, SIGNATURE, model_card
 from csdraft.decoding.names import name_of
 from csdraft.heads.on_target import stored_form
+from csdraft.heads.self_draft import model_name
 from csdraft.models import base_model
 from csdraft.saved_costs import save_costs
 from csdraft.stored import is_hub_id, read_object
@@ -38,8 +40,10 @@ from csdraft.version import __version__
 if TYPE_CHECKING:
     from csdraft.cascade import CascadeDrafter
 
-__all__ = ["DOCUMENT", "FORMAT", "Target", "command", "fingerprint", "run_record", "save", "vocab_size",
-           "without_folders"]  # fmt: skip
+__all__ = [
+    "DOCUMENT", "FORMAT", "Target", "command", "fingerprint", "run_record", "save", "upload", "vocab_size",
+    "without_folders",
+]  # fmt: skip
 
 DOCUMENT, FORMAT = "cascade.json", 1
 OWN_FOLDERS = ("models", "tables", "tokenizers", "custom_generate")
@@ -59,18 +63,12 @@ class Target:
     @classmethod
     def of(cls, model: nn.Module) -> Target:
         model = base_model(model)
-        return cls(public_name(model), _own_revision(model), vocab_size(model), weakref.ref(model))
+        return cls(model_name(model), _own_revision(model), vocab_size(model), weakref.ref(model))
 
 
 def vocab_size(model: nn.Module) -> int:
     """The size of the model's vocabulary, padding included."""
     return model.config.get_text_config(decoder=True).vocab_size  # type: ignore[union-attr,operator]
-
-
-def public_name(model: nn.Module) -> str:
-    """The model's Hub id; for a model from a folder, the folder's name, since its path holds on this machine only."""
-    path = str(getattr(model.config, "_name_or_path", ""))
-    return path if is_hub_id(path) else name_of(model)
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -103,7 +101,7 @@ def save(
     models: dict[str, nn.Module] = {}
     tables: dict[str, Any] = {}
     places: dict[str, Any] = {}
-    write = partial(spec.to_json, models=models, tables=tables, places=places)
+    write = partial(spec.to_json, names=spec.Names(models, tables, places))
     document: dict[str, Any] = {"format": FORMAT, "csdraft": __version__, "target": {}, "models": {}}
     document["drafters"] = [write(drafter) for drafter in cascade.drafters]
     document |= {"k_matrix": cascade.k_matrix, "lenience": cascade.lenience}
@@ -150,7 +148,7 @@ def _write_model(model: nn.Module, folder: str, scratch: Path, target: Target | 
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"{type(model).__name__} is not a transformers model, so its weights cannot be saved")
     adapters = getattr(model, "peft_config", None)
-    source = public_name(model)
+    source = model_name(model)
     revision = None if copy_models or adapters else _own_revision(model) or _cached_revision(source)
     if revision is not None:
         return {"id": source, "revision": revision}
@@ -170,7 +168,7 @@ def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 def _own_revision(model: nn.Module) -> str | None:
     """The Hub commit that a model was loaded from."""
-    return getattr(model.config, "_commit_hash", None) if is_hub_id(public_name(model)) else None
+    return getattr(model.config, "_commit_hash", None) if is_hub_id(model_name(model)) else None
 
 
 def _cached_revision(repo: str) -> str | None:
@@ -217,7 +215,7 @@ def _provenance(models: dict[str, nn.Module], cascade: CascadeDrafter) -> dict[s
     report = cascade.report
     described = {
         name: {
-            "source": public_name(model),
+            "source": model_name(model),
             "revision": _own_revision(model),
             "trained": _trained(model),
             "class": type(model).__name__,
@@ -279,3 +277,38 @@ def _move_in(scratch: Path, path: Path) -> None:
         (scratch / card.name).unlink()
     for entry in sorted(scratch.iterdir(), key=lambda entry: entry.name == DOCUMENT):
         os.replace(entry, path / entry.name)
+
+
+def upload(
+    folder: Path,
+    repo_id: str,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload with csdraft",
+) -> str:
+    """Commits every file of `folder` to a repository, which is created if needed.
+
+    Args:
+        repo_id: "user/name".
+        token: a token with write access; None uses the one that `hf auth login` stored.
+        private: whether a new repository is private; None uses the account's default.
+        revision: branch to commit to, created if needed; None is "main".
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        ValueError: `repo_id` is not a valid Hub id.
+    """
+    api = huggingface_hub.HfApi(token=token)
+    try:
+        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    except HFValidationError as error:
+        raise ValueError(f"repo_id={repo_id!r} is not a Hub id, give 'user/name': {error}") from error
+    if revision is not None and not revision.startswith("refs/"):  # the branch of a pull request exists
+        api.create_branch(repo, branch=revision, exist_ok=True)
+    done = api.upload_folder(
+        repo_id=repo, folder_path=folder, revision=revision, commit_message=commit_message, repo_type="model"
+    )
+    return str(done.commit_url)

@@ -7,7 +7,7 @@ models of the Hub are opened, and none of their code is run.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from csdraft.heads.on_target import OnTarget
 from csdraft.hub import DOCUMENT, FORMAT, fingerprint, vocab_size
 from csdraft.models import MOST_VOCABULARY_PADDING, base_model, load_model
 from csdraft.options import Options
-from csdraft.stored import Folder, check_keys, fit, is_hub_id, naming, read_object, shown
+from csdraft.stored import Folder, fit, is_hub_id, naming, read_object, shown
 from csdraft.version import __version__
 
 if TYPE_CHECKING:
@@ -29,20 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = ["find_cascade", "load", "read"]
 
-KINDS: dict[str, Any] = {
-    "format": int,
-    "csdraft": str,
-    "target": dict[str, Any],
-    "models": dict[str, Any],
-    "drafters": list[Any],
-    "k_matrix": Any,
-    "lenience": float | tuple[float, ...],
-    "verifier": Any,
-    "schedule": Any,
-}
-"""The keys of cascade.json, with their types."""
-OPTIONAL: dict[str, Any] = {"options": dict[str, Any]}
-"""Further keys, which may be missing."""
 MOST_DRAFTERS = 64
 """The most drafters of a cascade."""
 
@@ -65,6 +51,22 @@ class ModelEntry:
     id: str | None = None
     revision: str | None = None
     target: bool | None = None
+
+
+@dataclass(frozen=True)
+class Document:
+    """The content of cascade.json."""
+
+    format: int
+    csdraft: str
+    target: SavedTarget
+    models: dict[str, Any]
+    drafters: list[Any]
+    k_matrix: Any
+    lenience: float | tuple[float, ...]
+    verifier: Any
+    schedule: Any
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def find_cascade(path: str, **options: Any) -> Path | None:
@@ -95,7 +97,7 @@ def load(
         options: of transformers' `from_pretrained`. A revision is the folder's, and is not used for the models.
     """
     document = read(folder)
-    check_target(fit(document["target"], SavedTarget, f"{DOCUMENT}: target"), target, tokenizer)
+    check_target(document.target, target, tokenizer)
     options.pop("revision", None)
     try:
         return _Reader(Folder(folder), target, {**options, "local_base": local_bases}).arguments(document)
@@ -103,7 +105,7 @@ def load(
         raise ValueError(f"{DOCUMENT}: its drafters are nested too deep") from error
 
 
-def read(folder: Path) -> dict[str, Any]:
+def read(folder: Path) -> Document:
     """The content of cascade.json, after checks of its format, its keys and their types."""
     Folder(folder).find(DOCUMENT)
     document = read_object(folder / DOCUMENT, DOCUMENT)
@@ -115,14 +117,10 @@ def read(folder: Path) -> dict[str, Any]:
             f"{DOCUMENT} has format {shown(found)}, written by csdraft {str(document.get('csdraft'))[:40]}; csdraft "
             f"{__version__} reads formats up to {FORMAT}: pip install -U csdraft"
         )
-    kinds = KINDS | OPTIONAL
-    check_keys(document, kinds, DOCUMENT)
-    if missing := [key for key in KINDS if key not in document]:
-        raise ValueError(f"{DOCUMENT} lacks {', '.join(missing)}; save the cascade again")
-    document = {key: fit(value, kinds[key], f"{DOCUMENT}: {key}") for key, value in document.items()}
-    if len(document["drafters"]) > MOST_DRAFTERS:
-        raise ValueError(f"{DOCUMENT}: drafters has {len(document['drafters'])} entries; at most {MOST_DRAFTERS} fit")
-    return document
+    made = fit(document, Document, DOCUMENT)
+    if len(made.drafters) > MOST_DRAFTERS:
+        raise ValueError(f"{DOCUMENT}: drafters has {len(made.drafters)} entries; at most {MOST_DRAFTERS} fit")
+    return made
 
 
 def check_target(saved: SavedTarget, target: nn.Module | None, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -159,21 +157,22 @@ class _Reader:
     target: nn.Module | None
     options: dict[str, Any]
 
-    def arguments(self, document: dict[str, Any]) -> dict[str, Any]:
-        models = {name: self._model(name, entry) for name, entry in document["models"].items()}
+    def arguments(self, document: Document) -> dict[str, Any]:
+        models = {name: self._model(name, value) for name, value in document.models.items()}
         tables = {name: str(path) for name, path in self._inside("tables", "*.safetensors").items()}
         places = {name: str(path) for name, path in self._inside("tokenizers", "*").items()}
+        names = spec.Names(models, tables, places)
 
         def made(family: str, value: Any, key: str) -> Any:
-            return spec.from_json(family, value, models, tables, places, f"{DOCUMENT}: {key}")
+            return spec.from_json(family, value, names, f"{DOCUMENT}: {key}")
 
         return {
-            "drafters": [made("drafters", one, f"drafters[{i}]") for i, one in enumerate(document["drafters"])],
-            "k_matrix": document["k_matrix"],
-            "lenience": document["lenience"],
-            "verifier": made("verifiers", document["verifier"], "verifier"),
-            "schedule": made("schedules", document["schedule"], "schedule"),
-            "options": Options.from_json(document.get("options", {}), f"{DOCUMENT}: options"),
+            "drafters": [made("drafters", one, f"drafters[{i}]") for i, one in enumerate(document.drafters)],
+            "k_matrix": document.k_matrix,
+            "lenience": document.lenience,
+            "verifier": made("verifiers", document.verifier, "verifier"),
+            "schedule": made("schedules", document.schedule, "schedule"),
+            "options": Options.from_json(document.options, f"{DOCUMENT}: options"),
         }
 
     def _inside(self, name: str, pattern: str) -> dict[str, Path]:

@@ -22,7 +22,7 @@ from csdraft.decoding.interfaces import Drafter, Schedule, Tree, Verifier
 from csdraft.decoding.names import name_of
 from csdraft.stored import UNFIT, check_keys, fit, is_hub_id, kind_of, naming, nearest, shown
 
-__all__ = ["FAMILIES", "check_keys", "find", "from_json", "nearest", "resolve", "to_json", "type_of", "types"]
+__all__ = ["FAMILIES", "Names", "check_keys", "find", "from_json", "nearest", "resolve", "to_json", "type_of", "types"]
 
 FAMILIES: dict[str, type] = {"drafters": Drafter, "trees": Tree, "verifiers": Verifier, "schedules": Schedule}
 """Folder of methods -> their base class."""
@@ -31,6 +31,8 @@ FAMILIES: dict[str, type] = {"drafters": Drafter, "trees": Tree, "verifiers": Ve
 @dataclass(frozen=True)
 class Names:
     """What the names in a JSON document stand for. None: a method takes the name itself, as a path or Hub id.
+
+    Writing adds to these dictionaries.
 
     Attributes:
         models: name -> model.
@@ -72,25 +74,13 @@ def type_of(method: Any) -> tuple[str, str]:
     return family, type
 
 
-def to_json(
-    method: Any,
-    models: MutableMapping[str, nn.Module],
-    tables: MutableMapping[str, Any] | None = None,
-    places: MutableMapping[str, Any] | None = None,
-) -> dict[str, Any]:
+def to_json(method: Any, names: Names) -> dict[str, Any]:
     """A method with all its options, so that a later change of a default does not change what was saved.
 
     Args:
         method: a drafter, tree, verifier or schedule.
-        models: name -> model; the method's models are added.
-        tables: file to save it as, relative to the document -> table; the method's tables are added.
-        places: folder to save it in, relative to the document -> what the method loads from a path of this machine;
-            added too. None keeps these paths unchanged.
+        names: its models, tables and places are added; without `places`, paths of this machine stay as they are.
     """
-    return _method_json(method, Names(models, {} if tables is None else tables, places))
-
-
-def _method_json(method: Any, names: Names) -> dict[str, Any]:
     _, type = type_of(method)
     assert is_dataclass(method)
     hints, options = get_type_hints(method.__class__), {}
@@ -102,29 +92,17 @@ def _method_json(method: Any, names: Names) -> dict[str, Any]:
     return {"type": type, **options}
 
 
-def from_json(
-    family: str,
-    spec: str | Mapping[str, Any],
-    models: MutableMapping[str, nn.Module] | None = None,
-    tables: MutableMapping[str, Any] | None = None,
-    places: MutableMapping[str, Any] | None = None,
-    at: str = "",
-) -> Any:
+def from_json(family: str, spec: Any, names: Names = Names(), at: str = "") -> Any:
     """The method that `spec` describes.
 
     Args:
         family: one of `FAMILIES`.
         spec: a type and its options, or a type alone.
-        models, tables, places: see `Names`.
         at: the file and key that `spec` was read from; messages begin with it.
 
     Raises:
         ValueError: an unknown type, key or name, or a value of the wrong type.
     """
-    return _method(family, spec, Names(models, tables, places), at)
-
-
-def _method(family: str, spec: Any, names: Names, at: str) -> Any:
     spec = {"type": spec} if isinstance(spec, str) else spec
     prefix = f"{at}: " if at else ""
     if not isinstance(spec, Mapping) or "type" not in spec:
@@ -162,7 +140,7 @@ def _write(value: Any, names: Names, where: str) -> Any:
     if _is_table(value.__class__):
         return _enter(value, names.tables, value.__class__.__module__.rpartition(".")[2], "tables/{}.safetensors")
     if isinstance(value, tuple(FAMILIES.values())):
-        return _method_json(value, names)
+        return to_json(value, names)
     if isinstance(value, PurePath):
         return str(value)
     if isinstance(value, tuple | list):
@@ -220,7 +198,7 @@ def _named(names: Names, document: bool, value: Any, arms: Sequence[Any], at: st
     kinds = [arm for arm in arms if isinstance(arm, type)]
     family = next((f for f, base in FAMILIES.items() if any(issubclass(kind, base) for kind in kinds)), None)
     if family is not None and isinstance(value, str | Mapping):
-        return _method(family, value, names, at if document else "")
+        return from_json(family, value, names, at if document else "")
     if not isinstance(value, str):
         return UNFIT
     if any(map(_is_table, kinds)):

@@ -19,18 +19,9 @@ from pathlib import Path, PurePath
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 __all__ = [
-    "UNFIT",
-    "Folder",
-    "check_config",
-    "check_keys",
-    "fit",
-    "is_hub_id",
-    "kind_of",
-    "naming",
-    "nearest",
-    "read_object",
-    "shown",
-]
+    "UNFIT", "Folder", "check_config", "check_keys", "fit", "is_hub_id", "kind_of", "naming", "nearest",
+    "read_object", "shown",
+]  # fmt: skip
 
 LARGEST = 1 << 63
 """Whole numbers of a document must be smaller, so that they fit into 64 bits."""

@@ -11,13 +11,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
-from csdraft.bench import Cell, Method, Prompt, Setup, encode, generate
+from csdraft.bench import Cell, Method, Prompt, Run, Setup, encode, measure, ratio
 from csdraft.cascade import CascadeDrafter
 from csdraft.decoding.interfaces import Drafter
-from csdraft.metrics.intervals import Interval, bootstrap_median
+from csdraft.metrics.intervals import Interval
 from csdraft.planner.expect import Expectation
 from csdraft.planner.search import Plan, alternatives, search
 from csdraft.planner.trace import Measured, measure_drafters
@@ -38,12 +38,9 @@ SHORTEST = 16
 TRUSTED = 2.0
 """To plan the time, a plan counts as at most this many times as fast as plain decoding."""
 ALMOST = 0.99
-"""The largest share of progress that is reported before the end."""
+"""The largest share of the time that is reported before the end."""
 LEAST_COMPARED = 3
 """With fewer prompts, no candidate is said to be slower than the fastest."""
-
-Times = dict[str, list[list[float]]]
-"""Seconds by the name of a cell: (prompts, repetitions)."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,8 @@ class Candidate:
         expected: figures for the whole matrix every round, at lenience 1.
         measured: speed-up over plain `generate`: the median over pairs of the same prompt and repetition.
         cascade: the cascade, with a report of the timed calls.
-        prompts, repetitions: how many were timed.
+        prompts: how many were timed.
+        repetitions: how often each at most.
         tokens: the greatest length of a text.
         behind: its time over the fastest candidate's, paired in the same way; 1 for the fastest itself.
     """
@@ -92,7 +90,6 @@ class Allowance:
     seconds: float
     say: Callable[[str, float], None]
     now: Callable[[], float] = time.monotonic
-    _share: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
         self._started = self.now()
@@ -107,15 +104,9 @@ class Allowance:
         """Seconds that are left, at least 0."""
         return max(self.seconds - self.passed, 0.0)
 
-    def tell(self, what: str, left: float) -> None:
-        """Reports the share of the time that has passed; `left` estimates the seconds that remain.
-
-        The share never falls, because `Progress` would take that for the start of another task.
-        """
-        passed, left = self.passed, min(left, self.remaining)
-        share = passed / (passed + left) if passed + left > 0 else 0.0
-        self._share = min(max(self._share, share), ALMOST)
-        self.say(what, self._share)
+    def tell(self, what: str) -> None:
+        """Reports the share of the time that has passed."""
+        self.say(what, min(self.passed / self.seconds, ALMOST))
 
 
 def tune(
@@ -138,7 +129,7 @@ def tune(
         finalists: the most plans to time, each with the cost model and with the whole matrix every round.
         leniences: values to try for plans with inner reviewers.
         repetitions: the most timed passes.
-        progress: called with the current task and the share of the expected time that has passed.
+        progress: called with the current task and the share of the time that has passed.
         minutes: the time limit; at least one prompt is observed and timed, even if that takes longer.
         options: options of `generate`.
 
@@ -152,14 +143,13 @@ def tune(
         raise ValueError(f"minutes={minutes} leaves no time to tune in; give a number above 0, such as 3")
     setup = Setup(target, {"max_new_tokens": LENGTH, **options})
     allowance = Allowance(60 * minutes, progress)
-    setup.options["max_new_tokens"], each = affordable_length(setup, drafters, prompts, allowance)
-    most = 1 + finalists * len(SCHEDULES) * len(leniences)  # the most cells to time, plain `generate` included
-    allowance.tell("observing the target", len(prompts) * (each * (passes(drafters) + repetitions * most)))
-    measured = observed(setup, drafters, prompts, allowance, most * (1 + repetitions * len(prompts)))
-    plain = sum(trace.plain for trace in measured.traces) / len(measured.traces)
-    allowance.tell("replaying K matrices", most * plain * (1 + repetitions * len(prompts)))
+    setup.options["max_new_tokens"] = affordable_length(setup, drafters, prompts, allowance)
+    allowance.tell("observing the target")
+    measured = observed(setup, drafters, prompts, allowance)
+    allowance.tell("replaying K matrices")
     until = allowance.passed + SEARCHING * allowance.remaining
     plans = alternatives(search(measured, lambda: allowance.passed > until), finalists)
+    plain = sum(trace.plain for trace in measured.traces) / len(measured.traces)
     plans = affordable(plans, leniences, plain, len(prompts), allowance)
     made = {
         f"{n}": (plan, extra, CascadeDrafter([drafters[j] for j in plan.kept], k_matrix=plan.trimmed(), **extra))
@@ -167,8 +157,8 @@ def tune(
     }
     cells = [Cell(Method("plain", {}))]
     cells += [Cell(Method(name, {"assistant": cascade})) for name, (_, _, cascade) in made.items()]
-    times = timed(setup, cells, prompts, repetitions, allowance)
-    return ranked(made, times, setup.options["max_new_tokens"])
+    run = timed(setup, cells, prompts, repetitions, allowance)
+    return ranked(made, run, setup.options["max_new_tokens"])
 
 
 def passes(drafters: Sequence[Drafter]) -> int:
@@ -178,8 +168,8 @@ def passes(drafters: Sequence[Drafter]) -> int:
 
 def affordable_length(
     setup: Setup, drafters: Sequence[Drafter], prompts: Sequence[Prompt], allowance: Allowance
-) -> tuple[int, float]:
-    """The length of texts with which two prompts can be observed in half of the time, and about how long a text takes.
+) -> int:
+    """The length of texts with which two prompts can be observed in half of the time.
 
     It writes a short text twice; the first time warms up.
     """
@@ -191,28 +181,17 @@ def affordable_length(
     target.generate(**options)
     each = (allowance.passed - began) / few
     if math.isinf(allowance.seconds):
-        return wanted, each * wanted
+        return wanted
     fits = OBSERVING * allowance.seconds / (2 * passes(drafters) * each)
-    length = max(min(wanted, int(fits)), few)
-    return length, each * length
+    return max(min(wanted, int(fits)), few)
 
 
-def observed(
-    setup: Setup, drafters: Sequence[Drafter], prompts: Sequence[Prompt], allowance: Allowance, later: int
-) -> Measured:
-    """Measures the drafters on as many prompts as half of the time allows.
-
-    Args:
-        later: how many texts will be written to time candidates; used to estimate the remaining time.
-    """
-    until = OBSERVING * allowance.seconds
+def observed(setup: Setup, drafters: Sequence[Drafter], prompts: Sequence[Prompt], allowance: Allowance) -> Measured:
+    """Measures the drafters on as many prompts as half of the time allows."""
 
     def enough(done: int) -> bool:
-        passed = allowance.passed
-        each = passed / done
-        before = min(each * (len(prompts) - done), max(until - passed, 0.0))
-        allowance.tell(f"observed {done} of {len(prompts)} prompts", before + later * each / passes(drafters))
-        return passed + each > until
+        allowance.tell(f"observed {done} of {len(prompts)} prompts")
+        return allowance.passed * (done + 1) / done > OBSERVING * allowance.seconds
 
     encoded = [encode(setup, [prompt]) for prompt in prompts]
     return measure_drafters(setup.target, drafters, encoded, enough=enough, **setup.options)
@@ -237,49 +216,35 @@ def affordable(
 
 def timed(
     setup: Setup, cells: Sequence[Cell], prompts: Sequence[Prompt], repetitions: int, allowance: Allowance
-) -> Times:
-    """Times every cell on every prompt until the time is up. Only whole repetitions are returned.
-
-    If even the first repetition is not whole, the prompts that it did not reach are left out. The order of the cells
-    rotates, so no cell always follows the same one.
-    """
-    for cell in cells:
-        generate(setup, cell, prompts[:1])  # warms up
-    times: Times = {cell.name: [[] for _ in prompts] for cell in cells}
-    steps = [(repetition, place) for repetition in range(repetitions) for place in range(len(prompts))]
-    began, each = allowance.passed, 0.0
-    for number, (repetition, place) in enumerate(steps, 1):
-        if each > allowance.remaining:
-            break
-        turn = (repetition + place) % len(cells)
-        for cell in [*cells[turn:], *cells[:turn]]:
-            times[cell.name][place].append(generate(setup, cell, [prompts[place]]).seconds)
-        each = (allowance.passed - began) / number
-        what = f"timing {len(cells) - 1} candidates, repetition {repetition + 1} of {repetitions}"
-        allowance.tell(what, each * (len(steps) - number))
+) -> Run:
+    """Times the cells side by side on each prompt until the time is up."""
+    what = f"timing {len(cells) - 1} candidates"
+    run = measure(
+        setup,
+        cells,
+        prompts,
+        repetitions,
+        progress=lambda task, share: allowance.tell(f"{what}, {task}"),
+        over=lambda seconds: seconds > allowance.remaining,
+    )
     allowance.say("timed", 1.0)
-    whole = max(min(map(len, times[cells[0].name])), 1)
-    return {name: [row[:whole] for row in table if len(row) >= whole] for name, table in times.items()}
+    return run
 
 
 def ranked(
-    made: Mapping[str, tuple[Plan, Mapping[str, Any], CascadeDrafter]], times: Times, tokens: int
+    made: Mapping[str, tuple[Plan, Mapping[str, Any], CascadeDrafter]], run: Run, tokens: int
 ) -> list[Candidate]:
     """The candidates, the fastest first, each compared with plain `generate` and with the fastest candidate."""
-    measured = {name: _paired(times["plain"], times[name]) for name in made}
+    measured = {name: ratio(run, name, "plain") for name in made}
     fastest = max(measured, key=lambda name: measured[name].median)
+    prompts = len({sample.group for sample in run.samples})
+    repetitions = len({sample.repetition for sample in run.samples})
     found = []
     for name, (plan, extra, cascade) in made.items():
-        prompts, repetitions = len(times[name]), len(times[name][0])
-        behind = Interval(1.0, 1.0, 1.0) if name == fastest else _paired(times[name], times[fastest])
+        behind = Interval(1.0, 1.0, 1.0) if name == fastest else ratio(run, fastest, name)
         own = (plan.kept, plan.trimmed(), extra, plan.expected, measured[name], cascade)
         found.append(Candidate(*own, prompts, repetitions, tokens, behind))
     return sorted(found, key=lambda candidate: -candidate.measured.median)
-
-
-def _paired(times: list[list[float]], others: list[list[float]]) -> Interval:
-    """Median of `times` over `others`, paired by prompt and repetition."""
-    return bootstrap_median([[a / b for a, b in zip(*rows, strict=True)] for rows in zip(times, others, strict=True)])
 
 
 def preferred(found: Sequence[Candidate]) -> Candidate:

@@ -176,7 +176,7 @@ def keys_of_scripts() -> dict[str, type]:
 
 def with_keys(text: str) -> str:
     """A page with fresh tables between its marks `<!-- keys of SCRIPT -->` and `<!-- /keys -->`."""
-    from csdraft.trainers.keys import markdown
+    from csdraft.trainers.command import markdown
 
     for script, kind in keys_of_scripts().items():
         pattern = rf"(<!-- keys of {re.escape(script)} -->\n).*?(<!-- /keys -->)"

@@ -109,7 +109,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     cells = [Cell(method) for method in methods]
     chosen = prompts[:: max(len(prompts) // count, 1)][:count]
     introduce(setup, options, len(chosen), len(cells))
-    progress.restart()
     run = measure(setup, cells, chosen, REPETITIONS, progress)
 
     found = [figures(run, cell.name, "plain", "plain") for cell in cells]

@@ -164,7 +164,7 @@ def ask(
             progress("asking", asked if count is not None else min(max(asked, spent / SECONDS), 1.0))
         if count is None and (time.perf_counter() - began) * (turn + 2) / (turn + 1) > SECONDS:
             break
-    progress.finish("asking")
+    progress.close()
     return made
 
 

@@ -24,13 +24,17 @@ def run(args: argparse.Namespace) -> int:
     models = [_examined(name, args) for name in args.models]
     if args.json:
         document = {
-            "machine": asdict(here) | {"bfloat16": here.bfloat16},
+            "machine": here,
             "versions": [asdict(package) for package in versions],
             "models": [model.as_json() for model in models],
         }
         print(json.dumps(document, indent=2))
     else:
-        print("\n".join(["Machine", str(here), "", "Versions", *map(str, versions)]))
+        told = {
+            topic: ", ".join(value) or "none" if isinstance(value, list) else value for topic, value in here.items()
+        }
+        lines = [f"{topic:<16} {value}" for topic, value in told.items()]
+        print("\n".join(["Machine", *lines, "", "Versions", *map(str, versions)]))
         for part in models or ["Name models to examine them: csdraft doctor MODEL ..."]:
             print(f"\n{part}")
     good = all(package.fits for package in versions) and all(model.refused is None for model in models)

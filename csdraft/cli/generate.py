@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 
 from csdraft.cascade import as_drafter
-from csdraft.cli._chat import chat_with
+from csdraft.cli._chat import Printer, chat_with
 from csdraft.cli._models import chat_of_text, encode, open_models, sampling
-from csdraft.cli._printer import Printer
 
 __all__ = ["run"]
 

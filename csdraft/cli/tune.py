@@ -64,7 +64,7 @@ def how_sure(found: Sequence[Candidate], prompts: int) -> str:
         prompts: number of all prompts.
     """
     first, *others = found
-    times = "once" if first.repetitions == 1 else f"{first.repetitions} times"
+    times = "once" if first.repetitions == 1 else f"up to {first.repetitions} times"
     timed = f"timed on {first.prompts} of {prompts} prompts, {times} each, up to {first.tokens} tokens"
     if not others:
         return f"{timed}; there was one candidate"

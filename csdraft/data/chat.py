@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from csdraft.data.messages import Message, as_tools, in_parts, says_something, text_of_parts
 from csdraft.data.tally import Unusable
 
-__all__ = ["ChatFormat", "NamesChat", "chat_of", "chat_prompt", "check_template", "scored_chat"]
+__all__ = ["ChatFormat", "chat_of", "chat_prompt", "check_template", "scored_chat"]
 
 T = TypeVar("T")
 Tools = Sequence[Mapping[str, Any]] | None
@@ -30,13 +30,6 @@ PROBE = "csdraft7probe"
 TAKEN = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
 OURS = {"messages", *TAKEN} - {"tools", "documents", "kwargs"}
 """Arguments of `apply_chat_template` that users cannot set as options."""
-
-
-class NamesChat(Protocol):
-    """Arguments that say how conversations become tokens."""
-
-    chat_template: str | None
-    chat_template_options: dict | None
 
 
 @dataclass(frozen=True)
@@ -88,8 +81,8 @@ class ChatFormat:
         return self.options.get("tools") if tools is None else tools
 
 
-def chat_of(args: NamesChat) -> ChatFormat:
-    """The format that command-line arguments describe."""
+def chat_of(args: Any) -> ChatFormat:
+    """The format that arguments describe by `chat_template` and `chat_template_options`."""
     return ChatFormat.read(args.chat_template, args.chat_template_options)
 
 

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import threading
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,11 +67,13 @@ class Failed(Exception):
         self.pause = pause
 
 
-class _Direct(urllib.request.HTTPRedirectHandler):
-    """Follows no redirect, because that would send the key to another server."""
+class _Direct(urllib.request.HTTPErrorProcessor):
+    """Returns answers of every status. So it follows no redirect, which would send the key to another server."""
 
-    def redirect_request(self, *_: Any) -> None:
-        return None
+    def http_response(self, request: Any, response: Any) -> Any:
+        return response
+
+    https_response = http_response
 
 
 def checked_url(url: str) -> str:
@@ -121,7 +122,7 @@ class Engine:
         """Finds the model's name, and a way to ask that works for this prompt; returns both in a sentence."""
         if self.model is None:
             served = self.ask("models")
-            known = [str(model["id"]) for model in _objects(served, "data") if "id" in model]
+            known = _names(served)
             if not known or (len(known) > 1 and self.target not in known):
                 raise EngineError(
                     f"{self.url}/models names {', '.join(known) or 'no model'} ({_quoted(served)}); say which one is "
@@ -147,22 +148,17 @@ class Engine:
             temperature: 0 is greedy.
         """
         in_tokens = not self.way.startswith("text")
-        answer = self.ask(
-            "completions",
-            {
-                "model": self.model,
-                "prompt": list(prompt) if in_tokens else self._text_of(prompt),
-                "max_tokens": new_tokens,
-                "temperature": temperature,
-                "top_p": 1.0,
-                "seed": seed,
-                **WAYS[self.way],
-            },
-            _check_completion,
-        )
-        choice = _objects(answer, "choices")[0]
+        body = {
+            "model": self.model,
+            "prompt": list(prompt) if in_tokens else self._text_of(prompt),
+            "max_tokens": new_tokens,
+            "temperature": temperature,
+            "top_p": 1.0,
+            "seed": seed,
+        }
+        choice = self.ask("completions", body | WAYS[self.way], _continuation)
         ids = self._ids_of(choice) if in_tokens else self._tokens_of(choice["text"], prompt)
-        read = choice.get("prompt_token_ids") or answer.get("prompt_token_ids")
+        read = choice.get("prompt_token_ids")
         if in_tokens and read is not None and read != list(prompt):
             raise EngineError(f"{self.url}/completions has read other tokens than were sent: {_quoted(read)}")
         if choice["finish_reason"] == "stop" and not self.ends.intersection(ids):
@@ -180,10 +176,10 @@ class Engine:
         """A continuation's token ids."""
         found = choice.get("token_ids")
         if "logprobs" in WAYS[self.way]:
-            logprobs = choice.get("logprobs")
-            names = logprobs.get("tokens") if isinstance(logprobs, Mapping) else None
-            matches = [NUMBERED.fullmatch(str(name)) for name in names] if isinstance(names, list) else []
-            found = [int(match[1]) for match in matches if match] if all(matches) else None
+            try:
+                found = [int(NUMBERED.fullmatch(name)[1]) for name in choice["logprobs"]["tokens"]]  # type: ignore[index]
+            except (KeyError, TypeError):
+                found = None
         if not isinstance(found, list) or not found:
             raise Unanswered(f"{self.url}/completions sent no token ids: {_quoted(choice)}")
         if wrong := [token for token in found if type(token) is not int or not 0 <= token < self.vocab]:
@@ -208,19 +204,18 @@ class Engine:
 
     # Requests.
 
-    def ask(self, path: str, body: Mapping[str, Any] | None = None, check: Callable[[Any], None] | None = None) -> Any:
-        """The server's answer, after as many attempts as `PAUSES` allows.
+    def ask(
+        self, path: str, body: Mapping[str, Any] | None = None, read: Callable[[Any], Any] = lambda answer: answer
+    ) -> Any:
+        """What `read` makes of the server's answer, after as many attempts as `PAUSES` allows.
 
         Args:
-            check: raises Failed if it cannot use an answer.
+            read: raises Failed if it cannot use an answer.
         """
         where = f"{self.url}/{path}"
         for pause in (*PAUSES, None):
             try:
-                answer = self._once(where, body)
-                if check is not None:
-                    check(answer)
-                return answer
+                return read(self._once(where, body))
             except Failed as error:
                 if pause is None or self.stopped.wait(min(max(pause, error.pause), LONGEST_PAUSE)):
                     raise Unanswered(
@@ -237,44 +232,39 @@ class Engine:
         request = urllib.request.Request(where, None if body is None else json.dumps(body).encode(), headers)
         try:
             with urllib.request.build_opener(_Direct).open(request, timeout=self.timeout) as response:
-                content = response.read(LONGEST_ANSWER)
-        except urllib.error.HTTPError as error:
-            said = f"status {error.code}, {_quoted(_body_of(error))}"
-            if error.code in BUSY or error.code >= 500:
-                pause = error.headers.get("Retry-After", "")
-                raise Failed(said, float(pause) if pause.isdecimal() else 0) from error
-            advice = f" It wants a key: put it into {KEY}." if error.code in (401, 403) else ""
-            raise Unanswered(f"{where}: {said}.{advice}") from error
+                content = response.read(LONGEST_ANSWER).decode(errors="replace")
         except (OSError, HTTPException) as error:  # among them URLError and timeouts
             raise Failed(f"{type(error).__name__}: {getattr(error, 'reason', error)}") from error
+        said = f"status {response.status}, {_quoted(content)}"
+        if response.status in BUSY or response.status >= 500:
+            pause = response.headers.get("Retry-After", "")
+            raise Failed(said, float(pause) if pause.isdecimal() else 0)
+        if response.status != 200:
+            advice = f" It wants a key: put it into {KEY}." if response.status in (401, 403) else ""
+            raise Unanswered(f"{where}: {said}.{advice}")
         try:
             return json.loads(content)
         except (ValueError, RecursionError) as error:
-            raise Failed(f"no JSON in the answer {_quoted(content.decode(errors='replace'))}") from error
+            raise Failed(f"no JSON in the answer {_quoted(content)}") from error
 
 
-def _check_completion(answer: Any) -> None:
-    """Raises Failed unless an answer has exactly one continuation, which is finished."""
-    choices = _objects(answer, "choices")
-    text = choices[0].get("text") if len(choices) == 1 else None
-    if not isinstance(text, str) or is_broken(text):
-        raise Failed(f"no continuation in the answer {_quoted(answer)}")
-    if choices[0].get("finish_reason") not in ("stop", "length"):
-        raise Failed(f"a text that was not finished, in the answer {_quoted(answer)}")
-
-
-def _objects(answer: Any, key: str) -> list[Mapping[str, Any]]:
-    """The objects in the list under an answer's `key`; empty if there is no such list."""
-    found = answer.get(key) if isinstance(answer, Mapping) else None
-    return [entry for entry in found if isinstance(entry, Mapping)] if isinstance(found, list) else []
-
-
-def _body_of(error: urllib.error.HTTPError) -> str:
-    """The text that a server sent with a status; empty if the connection broke."""
+def _names(served: Any) -> list[str]:
+    """The names of the models in a server's list; empty if it is no such list."""
     try:
-        return error.read(LONGEST_ANSWER).decode(errors="replace")
-    except (OSError, HTTPException):
-        return ""
+        return [str(model["id"]) for model in served["data"]]
+    except (KeyError, TypeError):
+        return []
+
+
+def _continuation(answer: Any) -> dict[str, Any]:
+    """The one finished continuation in an answer, with the prompt's token ids if there are any; else raises Failed."""
+    try:
+        (choice,) = answer["choices"]
+        if choice["finish_reason"] in ("stop", "length") and not is_broken(choice["text"]):
+            return {"prompt_token_ids": answer.get("prompt_token_ids"), **choice}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        pass
+    raise Failed(f"no finished continuation in the answer {_quoted(answer)}")
 
 
 def _quoted(answer: Any) -> str:

@@ -34,20 +34,12 @@ class FeatureCache(RowArrays):
 
     what = "features"
     document = "features.json"
+    smaller = "fewer layers"
 
     @staticmethod
     def columns(description: Mapping[str, Any]) -> dict[str, np.dtype]:
         width = len(description["taps"]) * description["width"]
         return {FEATURES: np.dtype((np.int16, (width,)))}  # numpy has no bfloat16: these are its bits
-
-    @staticmethod
-    def numbers(description: Mapping[str, Any]) -> str:
-        return f"{len(description['taps'])} x {description['width']}"
-
-    @staticmethod
-    def advice(description: Mapping[str, Any], bytes_left: int) -> str:
-        fitting = bytes_left // (2 * description["width"])
-        return f"at most {max(fitting - 1, 0)} layers instead of {len(description['taps']) - 1}"
 
     @staticmethod
     def sizes_of(rows: Any) -> np.ndarray:

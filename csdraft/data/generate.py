@@ -11,7 +11,7 @@ import importlib.util
 import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,11 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from csdraft.data.changes import check_unchanged
 from csdraft.data.engine import Engine, checked_url, each, up_to_end
-from csdraft.data.shards import Place, Shard, batches, finished, store, stored, write_whole
+from csdraft.data.shards import Place, Shard, batches, check_unchanged, finished, store, stored, write_whole
 from csdraft.data.sources import open_source, prompts_of, texts_of
 from csdraft.data.tally import Counted, Tally
-from csdraft.data.target import TargetArguments
+from csdraft.data.target import TargetArguments, option
 from csdraft.data.text import END
 
 __all__ = ["GenerateArguments", "beginnings", "generate"]
@@ -43,32 +42,25 @@ OF_A_RUN = ("rank", "world_size", "threads", "engine", "engine_timeout")
 class GenerateArguments(TargetArguments):
     """What a target writes, and after what."""
 
-    count: int | None = field(
-        default=None, metadata={"help": "Rows to write; none is one for each example of the data."}
+    count: int | None = option(None, "Rows to write; none is one for each example of the data.")
+    begin: int = option(128, "Tokens of a beginning; prompts are used as they are.")
+    max_new_tokens: int = option(128, "Tokens that the target adds at most.")
+    sampled: float = option(0.5, "Share of the rows written at `temperature`, not greedily.")
+    temperature: float = option(1.0, "Temperature at which the target will be used.")
+    seed: int = option(0, "Seed of the choice of beginnings, and of sampling.")
+    assistant: Any = option(
+        "max_gram", "Drafter, for speed alone: a type, {type: ..., options}, a folder or a Hub id."
     )
-    begin: int = field(default=128, metadata={"help": "Tokens of a beginning; prompts are used as they are."})
-    max_new_tokens: int = field(default=128, metadata={"help": "Tokens that the target adds at most."})
-    sampled: float = field(default=0.5, metadata={"help": "Share of the rows written at `temperature`, not greedily."})
-    temperature: float = field(default=1.0, metadata={"help": "Temperature at which the target will be used."})
-    seed: int = field(default=0, metadata={"help": "Seed of the choice of beginnings, and of sampling."})
-    assistant: Any = field(
-        default="max_gram",
-        metadata={"help": "Drafter, for speed alone: a type, {type: ..., options}, a folder or a Hub id."},
+    text_file: str | None = option(None, "File for the same texts as plain text, for pretrain.py.")
+    engine: str | None = option(
+        None,
+        "Address of an OpenAI-compatible server that writes in place of this process, such as "
+        "http://localhost:8000/v1; `batch_size` requests at once, no `assistant`.",
     )
-    text_file: str | None = field(
-        default=None, metadata={"help": "File for the same texts as plain text, for pretrain.py."}
+    engine_model: str | None = option(
+        None, "The target's name on that server; none is the only one there, or `target`."
     )
-    engine: str | None = field(
-        default=None,
-        metadata={
-            "help": "Address of an OpenAI-compatible server that writes in place of this process, such as "
-            "http://localhost:8000/v1; `batch_size` requests at once, no `assistant`."
-        },
-    )
-    engine_model: str | None = field(
-        default=None, metadata={"help": "The target's name on that server; none is the only one there, or `target`."}
-    )
-    engine_timeout: float = field(default=600, metadata={"help": "Seconds that the server may be silent."})
+    engine_timeout: float = option(600, "Seconds that the server may be silent.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,7 +123,7 @@ def read_starts(args: GenerateArguments, config: Any, tokenizer: Any) -> Counted
     """Token ids of what the target continues: prompts, or beginnings of texts."""
     context = getattr(config, "max_position_embeddings", None)
     longest = None if config.is_encoder_decoder or not context else context - args.max_new_tokens
-    opened = open_source(args.dataset, args.split, args.dataset_limit, in_memory=True)
+    opened = open_source(args.dataset, args.split, args.dataset_limit)
     if opened.kind == "text":
         if longest is not None and args.begin > longest:
             raise ValueError(

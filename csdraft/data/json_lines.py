@@ -11,15 +11,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["OPENERS", "first_line", "is_lines", "read_objects"]
+__all__ = ["read_objects"]
 
 OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 BOM = b"\xef\xbb\xbf"
-
-
-def is_lines(path: Path) -> bool:
-    """Whether this is a file with one object per line, judging by its name."""
-    return path.suffix == ".jsonl" and path.is_file()
 
 
 def read_objects(path: str | Path, limit: int | None = None) -> list[dict[str, Any]]:
@@ -33,13 +28,13 @@ def read_objects(path: str | Path, limit: int | None = None) -> list[dict[str, A
         ValueError: a line is not JSON, not an object or not UTF-8; it names file, line (from 1) and row (from 0).
     """
     path = Path(path)
-    values = _listed(path) if first_line(path).startswith(b"[") else _on_lines(path)
+    values = _listed(path) if _first_line(path).startswith(b"[") else _on_lines(path)
     return [_object(value, where, path) for where, value in islice(values, limit)]
 
 
-def first_line(path: str | Path) -> bytes:
+def _first_line(path: Path) -> bytes:
     """The first line that is not blank; empty if there is none."""
-    with _opened(Path(path)) as file:
+    with _opened(path) as file:
         return next((line for line in _lines(file) if line), b"")
 
 

@@ -1,7 +1,8 @@
 """Opens a source of rows (a corpus, a file, a saved data set, or a Hub id) and finds out what its rows hold.
 
-Columns are recognised by name. The first of these columns that some row fills decides: `input_ids` (and
-`prompt_length`) are tokens, `messages` conversations, `prompt` (and `response`) prompts, `text` texts.
+JSON files and corpora are read into memory, all else by `datasets`. Columns are recognised by name. The first of these
+columns that some row fills decides: `input_ids` (and `prompt_length`) are tokens, `messages` conversations, `prompt`
+(and `response`) prompts, `text` texts.
 """
 
 from __future__ import annotations
@@ -9,15 +10,14 @@ from __future__ import annotations
 import lzma
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from csdraft.data.json_lines import OPENERS, first_line, is_lines, read_objects
+from csdraft.data.json_lines import read_objects
 from csdraft.data.text import LIBRARIES, TEXT_SUFFIXES, read_corpus
 from csdraft.data.text import split as parted
 
-__all__ = ["GIVEN", "TOOLS", "Kind", "Source", "named", "open_source"]
+__all__ = ["GIVEN", "TOOLS", "Kind", "Source", "open_source"]
 
 Kind = Literal["tokens", "chat", "prompt", "text"]
 
@@ -35,8 +35,8 @@ GIVEN = ("prompt_length", "scored", "index")
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 SAVED = ("dataset_info.json", "dataset_dict.json")
 """Files that `save_to_disk` writes into a folder."""
-UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, lzma.LZMAError)
-"""Errors of reading damaged files, besides those that `datasets` defines."""
+DAMAGED = (OSError, EOFError, lzma.LZMAError)
+"""Errors of reading damaged files."""
 
 
 class Source(NamedTuple):
@@ -67,18 +67,15 @@ class Source(NamedTuple):
         return {name: _without_nulls(value, self.features[name]) for name, value in example.items()}
 
 
-def open_source(source: str, split: str = "train", limit: int | None = None, in_memory: bool = False) -> Source:
-    """Opens a source and finds out what it holds.
-
-    Args:
-        source, split, limit: as for `csdraft.data.sources.read_rows`.
-        in_memory: reads a local file of JSON lines without `datasets`; for prompts, which are few.
+def open_source(source: str, split: str = "train", limit: int | None = None) -> Source:
+    """Opens a source and finds out what it holds; for the arguments see `csdraft.data.sources.read_rows`.
 
     Raises:
         ValueError: the source cannot be read, is empty, or has no column with a known name.
     """
-    if in_memory and is_lines(Path(source)):
-        examples: Any = read_objects(source, limit)
+    path = Path(source)
+    if path.is_file() and _suffix(path) in (".json", ".jsonl"):
+        examples = _objects(path, limit)
     else:
         examples = _corpus(source, split) if _is_corpus(source) else _dataset(source, split)
     if not len(examples):
@@ -87,18 +84,7 @@ def open_source(source: str, split: str = "train", limit: int | None = None, in_
         examples = (
             examples[:limit] if isinstance(examples, list) else examples.select(range(min(limit, len(examples))))
         )
-    with named(source):
-        return _described(source, examples)
-
-
-@contextmanager
-def named(source: str) -> Iterator[None]:
-    """Names the file and line of text that is not UTF-8; Arrow stores such text, and fails only when it is read."""
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        _name_broken_line(Path(source))
-        raise ValueError(f"{source!r} has text that is not UTF-8 ({error}); convert it, or remove that row") from error
+    return _described(source, examples)
 
 
 def _without_nulls(value: Any, feature: Any) -> Any:
@@ -204,6 +190,17 @@ def _corpus(source: str, split: str) -> list[dict[str, str]]:
     return [{"text": document.text} for document in random.Random(0).sample(documents, len(documents))]
 
 
+def _objects(path: Path, limit: int | None) -> list[dict[str, Any]]:
+    try:
+        return read_objects(path, limit)
+    except DAMAGED as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"the file {str(path)!r} cannot be read: {_reason(error)}; give another file, or write it again")
+
+
 def _dataset(source: str, split: str) -> Any:
     try:
         import datasets
@@ -212,34 +209,15 @@ def _dataset(source: str, split: str) -> Any:
     path = Path(source)
     if not path.exists() and path.suffix in BUILDERS:
         raise ValueError(f"there is no file {source!r}; give an existing file or folder, or a Hub id")
-    by_hand = path.is_file() and path.suffix in (".json", ".jsonl", *OPENERS) and _suffix(path) in (".json", ".jsonl")
     try:
-        if by_hand and first_line(path) in (b"", b"null"):  # pyarrow 26 ends the process if the first row is null
-            return read_objects(path)
         return _loaded(source, split, datasets)
-    except (*UNREADABLE, datasets.exceptions.DatasetsError) as error:
-        failure = error
-    try:
-        if by_hand and not isinstance(failure, OSError):  # reads what `datasets` cannot, or names the broken line
-            return read_objects(path)
-        _name_broken_line(path)
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        failure = error
-    if path.is_file():
+    except (*DAMAGED, ValueError, datasets.exceptions.DatasetsError) as error:
+        if path.is_file():
+            raise _unreadable(path, error) from error
         raise ValueError(
-            f"the file {source!r} cannot be read: {_reason(failure)}; give another file, or write it again"
-        ) from failure
-    raise ValueError(
-        f"split {split!r} of the data set {source!r} cannot be read: {_reason(failure)}. Where it has others, "
-        "choose with split= (eval_split= of evaluation prompts)"
-    ) from failure
-
-
-def _name_broken_line(path: Path) -> None:
-    """Raises ValueError if a file of JSON lines, or one in a folder of them, has a broken line."""
-    for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
-        if is_lines(file):
-            read_objects(file)
+            f"split {split!r} of the data set {source!r} cannot be read: {_reason(error)}. Where it has others, "
+            "choose with split= (eval_split= of evaluation prompts)"
+        ) from error
 
 
 def _suffix(path: Path) -> str | None:

@@ -19,56 +19,32 @@ from torch.utils.data import Dataset
 
 from csdraft.data.row_arrays import RowArrays, lengths_of, prompt_lengths_of
 
-__all__ = ["IGNORED", "Packed", "Padded", "best_fit", "check_packing", "collate", "collate_seq2seq"]
+__all__ = ["IGNORED", "Texts", "best_fit", "check_packing", "collate", "collate_seq2seq"]
 
 IGNORED = -100
 """The label of a token that does not count for the loss."""
 
 
-class Packed(Dataset):
-    """Blocks of texts, all of the same length.
+class Texts(Dataset):
+    """Rows of token ids as items: blocks of several texts, or one text each.
 
-    Each item has `input_ids`, `position_ids` and `labels`, all (max_length,) int64. A label is the token itself if its
-    prediction counts, else `IGNORED`; a text's first token never counts. Padding comes last in a block; it has
-    positions of its own and no labels.
+    An item has `input_ids`, `position_ids` and `labels`, all (length,) int64. A label is the token itself if its
+    prediction counts, else `IGNORED`; a text's first token never counts. A block has `max_length` tokens; its padding
+    comes last and has positions of its own and no labels. An encoder-decoder's items are `input_ids` (source,) for the
+    encoder, from the prompt, and `decoder_input_ids` and `labels` (text,), from what follows it.
 
     Args:
         rows: each with `input_ids`, `prompt_length` and, optionally, `scored`; see `csdraft.data.sources.read_rows`.
-        max_length: tokens in a block.
+        max_length: the most tokens of a row, and the tokens of a block.
         pad: token id for padding.
-        cache: what the target computed along these rows; items then have `cached`, (max_length, width), too.
+        packing: whether items are blocks.
+        decoder_start: an encoder-decoder's first token (`config.decoder_start_token_id`), which is not packed; None if
+            decoder-only.
+        cache: what the target computed along these rows; items then have `cached`, (length, width), too.
 
     Raises:
-        ValueError: there are no rows, one is longer than a block, or the cache belongs to other rows.
-    """
-
-    def __init__(self, rows: Any, max_length: int, pad: int = 0, cache: RowArrays | None = None):
-        lengths = _checked(rows, max_length, cache)
-        self.rows, self.max_length, self.pad, self.cache = rows, max_length, pad, cache
-        self.blocks = best_fit(lengths, max_length)
-        self.tokens = sum(lengths)
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        texts = [_example(self.rows[row], row, self.cache) for row in self.blocks[index]]
-        whole = {name: torch.cat([text[name] for text in texts]) for name in texts[0]}
-        return _filled(whole, self.max_length, self.pad)
-
-
-class Padded(Dataset):
-    """One text per item, at its own length; `collate` and `collate_seq2seq` pad batches.
-
-    Items are like those of `Packed`. An encoder-decoder's items are `input_ids` (source,) for the encoder, from the
-    prompt, and `decoder_input_ids` and `labels` (text,), from what follows it.
-
-    Args:
-        rows, max_length, pad, cache: as for `Packed`.
-        decoder_start: an encoder-decoder's first token (`config.decoder_start_token_id`); None if decoder-only.
-
-    Raises:
-        ValueError: as for `Packed`; or an encoder-decoder's row has no prompt, or nothing after it.
+        ValueError: there are no rows, one is longer than `max_length`, or the cache belongs to other rows; or an
+            encoder-decoder's row has no prompt, or nothing after it.
     """
 
     def __init__(
@@ -76,37 +52,34 @@ class Padded(Dataset):
         rows: Any,
         max_length: int,
         pad: int = 0,
+        packing: bool = True,
         decoder_start: int | None = None,
         cache: RowArrays | None = None,
     ):
-        lengths = _checked(rows, max_length, cache)
+        lengths = lengths_of(rows).tolist()
+        if not lengths:
+            raise ValueError("there are no rows to train on; give a data set that is not empty")
+        if (longest := max(lengths)) > max_length:
+            row = lengths.index(longest)
+            raise ValueError(f"row {row} has {longest} tokens, blocks have {max_length}; cut it, or raise max_length")
+        if cache is not None:
+            cache.check(rows)
         if decoder_start is not None:
-            if cache is not None:
-                raise ValueError("logits are cached for decoder-only models, and decoder_start says encoder-decoder")
             _check_prompts(rows, lengths)
+        packing = packing and decoder_start is None
         self.rows, self.pad, self.decoder_start, self.cache = rows, pad, decoder_start, cache
-        self.tokens = sum(lengths)
+        self.blocks = best_fit(lengths, max_length) if packing else [[row] for row in range(len(rows))]
+        self.least, self.tokens = max_length if packing else 0, sum(lengths)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.blocks)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        if self.decoder_start is None:
-            return _example(self.rows[index], index, self.cache)
-        return _seq2seq(self.rows[index], self.decoder_start)
-
-
-def _checked(rows: Any, max_length: int, cache: RowArrays | None) -> list[int]:
-    """Each row's number of tokens, at most `max_length`."""
-    lengths = lengths_of(rows).tolist()
-    if not lengths:
-        raise ValueError("there are no rows to train on; give a data set that is not empty")
-    if max(lengths) > max_length:
-        row = lengths.index(max(lengths))
-        raise ValueError(f"row {row} has {lengths[row]} tokens, blocks have {max_length}; cut it, or raise max_length")
-    if cache is not None:
-        cache.check(rows)
-    return lengths
+        if self.decoder_start is not None:
+            return _seq2seq(self.rows[index], self.decoder_start)
+        texts = [_example(self.rows[row], row, self.cache) for row in self.blocks[index]]
+        whole = {name: torch.cat([text[name] for text in texts]) for name in texts[0]}
+        return _filled(whole, max(self.least, len(whole["input_ids"])), self.pad)
 
 
 def _check_prompts(rows: Any, lengths: Sequence[int]) -> None:

@@ -12,15 +12,8 @@ from csdraft.data.opening import GIVEN, TOOLS, Source
 from csdraft.data.tally import Tally, Unusable, attempt
 
 __all__ = [
-    "OUTCOME",
-    "Encoded",
-    "RowReader",
-    "conversation_of",
-    "count",
-    "opened",
-    "text_of",
-    "tokens_of",
-]
+    "OUTCOME", "Encoded", "RowReader", "conversation_of", "count", "opened", "text_of", "tokens_of",
+]  # fmt: skip
 
 OUTCOME = ("source_row", "cut", "left_out", "detail")
 """Columns with the outcome of reading an example; see `RowReader`."""
@@ -134,16 +127,19 @@ class RowReader:
         return ["input_ids", "prompt_length", *scored, *given]
 
     def __call__(self, batch: Mapping[str, list], numbers: Sequence[int]) -> dict[str, list]:
-        columns = {name: batch[name] for name in self.source.columns}
-        examples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        rows = list(self.rows(examples, numbers))
+        columns = [batch[name] for name in self.source.columns]
+        examples = [dict(zip(self.source.columns, values, strict=True)) for values in zip(*columns, strict=True)]
+        return self.read(examples, numbers)
+
+    def read(self, examples: Sequence[Mapping[str, Any]], numbers: Sequence[int]) -> dict[str, list]:
+        """The examples' rows, in order, as columns: all of `columns` and `OUTCOME`."""
+        rows = list(self._rows(examples, numbers))
         return {name: [row[name] for row in rows] for name in (*self.columns, *OUTCOME)}
 
-    def rows(self, examples: Sequence[Mapping[str, Any]], numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
-        """The examples' rows, in order, with all of `columns` and `OUTCOME`."""
-        values = [attempt(self._checked, pair) for pair in zip(examples, numbers, strict=True)]
+    def _rows(self, examples: Sequence[Mapping[str, Any]], numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+        values = [attempt(self._checked, pair) for pair in zip(examples, numbers, strict=False)]
         encoded = iter(self._encoded([value for value in values if not isinstance(value, Unusable)]))
-        for number, value in zip(numbers, values, strict=True):
+        for number, value in zip(numbers, values, strict=False):
             try:
                 if isinstance(value, Unusable):
                     raise value

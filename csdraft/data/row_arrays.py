@@ -12,7 +12,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,10 +24,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from csdraft.amounts import size_text
-from csdraft.data.changes import check_unchanged
-from csdraft.data.shards import Part, batches, write_whole
+from csdraft.data.shards import Part, batches, check_unchanged, write_whole
 from csdraft.data.sources import read_rows
-from csdraft.data.target import TargetArguments
+from csdraft.data.target import TargetArguments, option
 
 __all__ = ["RowArguments", "RowArrays", "checksum", "lengths_of", "prompt_lengths_of", "write_rows"]
 
@@ -44,6 +43,7 @@ class RowArrays:
     Attributes:
         what: the name of the stored values in messages.
         document: the file that describes the others.
+        smaller: what to ask for if the disk is too small.
 
     Raises:
         ValueError: the folder holds no such files, or rows are missing because a writer was stopped.
@@ -52,6 +52,7 @@ class RowArrays:
     folder: str | os.PathLike[str]
     what: ClassVar[str]
     document: ClassVar[str]
+    smaller: ClassVar[str]
 
     def __post_init__(self) -> None:
         if not Path(self.folder, self.document).is_file():
@@ -71,16 +72,6 @@ class RowArrays:
     @staticmethod
     def columns(description: Mapping[str, Any]) -> dict[str, np.dtype]:
         """Each file's name, and the type of one position's entry."""
-        raise NotImplementedError
-
-    @staticmethod
-    def numbers(description: Mapping[str, Any]) -> str:
-        """How many numbers each position has, for messages."""
-        raise NotImplementedError
-
-    @staticmethod
-    def advice(description: Mapping[str, Any], bytes_left: int) -> str:
-        """What would fit into `bytes_left` per position; completes "give ..., or"."""
         raise NotImplementedError
 
     @staticmethod
@@ -163,7 +154,7 @@ class RowArrays:
 class RowArguments(TargetArguments):
     """A target, and the rows that it reads."""
 
-    max_length: int = field(default=512, metadata={"help": "Tokens in a row at most; as when training."})
+    max_length: int = option(512, "Tokens in a row at most; as when training.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -271,13 +262,13 @@ def _check_disk(
     total, needed_text, free_text = map(size_text, (int(sizes.sum()) * each + len(sizes), needed, free))
     if part.rank == 0:
         print(
-            f"{len(sizes):,} rows, {int(sizes.sum()):,} positions x {kind.numbers(description)} {kind.what}: {total} "
-            f"in {folder}, {needed_text} still to write; {free_text} free"
+            f"{kind.what} of {len(sizes):,} rows, {int(sizes.sum()):,} positions: {total} in {folder}, {needed_text} "
+            f"still to write; {free_text} free"
         )
     if needed > free:
         raise ValueError(
             f"the {kind.what} take {needed_text}, but {free_text} are free in {folder}; give another folder, fewer "
-            f"rows, or {kind.advice(description, free // max(int(left.sum()), 1))}"
+            f"rows, or {kind.smaller}"
         )
 
 

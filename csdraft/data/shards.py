@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-__all__ = ["Part", "Place", "Shard", "batches", "finished", "store", "stored", "write_whole"]
+__all__ = ["Part", "Place", "Shard", "batches", "check_unchanged", "finished", "store", "stored", "write_whole"]
 
 WINDOW = 32
 """Number of batches whose rows are sorted by length together."""
@@ -56,6 +56,21 @@ def batches(lengths: Sequence[int], size: int, kinds: Sequence[Any] | None = Non
             rows = sorted((row for row in window if kinds[row] == kind), key=lambda row: lengths[row])
             plan += [rows[i : i + size] for i in range(0, len(rows), size)]
     return plan
+
+
+def check_unchanged(begun: str, before: Mapping[str, Any], now: Mapping[str, Any], way_out: str) -> None:
+    """Raises ValueError if a key that both have has another value now.
+
+    Args:
+        begun: the beginning of the message, which continues with "key=value".
+        before: the options as they were noted; see `plain`.
+        now: the options of this call.
+        way_out: what the user can do, as a sentence without its full stop.
+    """
+    other = [key for key in before if key in now and before[key] != now[key]]
+    if other:
+        differences = "; ".join(f"{key}={before[key]!r}, now it is {now[key]!r}" for key in other)
+        raise ValueError(f"{begun} {differences}. {way_out}")
 
 
 @contextmanager

@@ -7,18 +7,19 @@ Rows that cannot be used are left out and counted by reason: one line on standar
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from csdraft.data.chat import ChatFormat, chat_prompt, check_template
 from csdraft.data.messages import as_tools
-from csdraft.data.opening import TOOLS, Source, named, open_source
+from csdraft.data.opening import TOOLS, Source, open_source
 from csdraft.data.reader import OUTCOME, RowReader, conversation_of, count, opened, text_of, tokens_of
 from csdraft.data.tally import Counted, Tally, Unusable, tally_of
 
 __all__ = ["Source", "open_source", "prompts_of", "read_prompts", "read_rows", "revision_of", "tally_of", "texts_of"]
 
-BATCH = 256
+BATCH = 1000
+"""Examples that are read together."""
 
 
 def read_rows(
@@ -29,7 +30,7 @@ def read_rows(
     limit: int | None = None,
     chat: ChatFormat | None = None,
 ) -> Any:
-    """Texts as rows of token ids: a list of dicts, or a `datasets.Dataset` if the source is one.
+    """Texts as rows of token ids: a `datasets.Dataset`.
 
     A long text is split into pieces of `max_length`, each of them a row; what follows a prompt is cut to fit. A prompt
     without a response is a text. A text starts with the tokenizer's begin-of-text token and ends with its end-of-text
@@ -37,8 +38,8 @@ def read_rows(
 
     Args:
         source: 'stdlib' or 'stdlib-tests' (this Python's library, and its unit tests); a folder or .txt(.xz) file, as
-            `read_corpus` reads them; a .jsonl, .json, .parquet or .csv file; a folder of those, or of `save_to_disk`;
-            or a Hub id, `name[:config][@revision]`.
+            `read_corpus` reads them; a .jsonl or .json file, which is read into memory; a .parquet or .csv file; a
+            folder of those, or of `save_to_disk`; or a Hub id, `name[:config][@revision]`.
         split: of the source. 'stdlib' and 'stdlib-tests' have 'train' and 'test', split by file name; a plain file is
             the whole of any split.
         limit: the most texts, prompts or conversations to read.
@@ -57,8 +58,7 @@ def read_rows(
         check_template(tokenizer, f"{source!r} holds conversations", chat)
     reader = RowReader(found._replace(examples=None), tokenizer, max_length, chat)
     tally = Tally(source, len(found.examples), max_length)
-    with named(source):
-        rows = (_listed if isinstance(found.examples, list) else _mapped)(found.examples, reader, tally)
+    rows = _rows(found.examples, reader, tally)
     if not len(rows):
         raise ValueError(
             f"{source!r} holds {found.kind} rows, but none with a token to train on: {tally.read:,} read, "
@@ -68,21 +68,10 @@ def read_rows(
     return rows
 
 
-def _listed(examples: Sequence[Mapping[str, Any]], reader: RowReader, tally: Tally) -> Counted:
-    rows = []
-    for start in range(0, len(examples), BATCH):
-        batch = examples[start : start + BATCH]
-        for row in reader.rows(batch, range(start, start + len(batch))):
-            count(tally, {name: [row.pop(name)] for name in OUTCOME})
-            if row["input_ids"]:
-                rows.append(row if "index" in reader.columns else row | {"index": len(rows)})
-    return Counted(rows, tally)
-
-
-def _mapped(examples: Any, reader: RowReader, tally: Tally) -> Any:
-    """A `datasets.Dataset` of the reader's rows, computed once and then read from the cache of `datasets`."""
+def _rows(examples: Any, reader: RowReader, tally: Tally) -> Any:
+    """A `datasets.Dataset` of the reader's rows; if the examples are one, `datasets` caches them."""
     import numpy as np
-    from datasets import Features, List, Value
+    from datasets import Dataset, Features, List, Value, concatenate_datasets
 
     types = {
         "input_ids": List(Value("int32")),
@@ -95,19 +84,24 @@ def _mapped(examples: Any, reader: RowReader, tally: Tally) -> Any:
         "detail": Value("string"),
     }
     features = Features({name: types[name] for name in (*reader.columns, *OUTCOME)})
-    rows = examples.map(
-        reader,
-        batched=True,
-        with_indices=True,
-        remove_columns=examples.column_names,
-        features=features,
-        desc=reader.source.name,
-    )
-    left_out: list[str] = []
-    for batch in rows.select_columns(list(OUTCOME)).iter(10_000):
+    if isinstance(examples, list):
+        starts = range(0, len(examples), BATCH)
+        read = (reader.read(examples[start : start + BATCH], range(start, start + BATCH)) for start in starts)
+        rows: Any = concatenate_datasets([Dataset.from_dict(columns, features) for columns in read])
+    else:
+        rows = examples.map(
+            reader,
+            batched=True,
+            with_indices=True,
+            remove_columns=examples.column_names,
+            features=features,
+            desc=reader.source.name,
+        )
+    left_out, outcome = [], [*map(str, OUTCOME)]
+    for batch in rows.select_columns(outcome).iter(10_000):
         count(tally, batch)
         left_out += batch["left_out"]
-    rows = rows.remove_columns(list(OUTCOME))
+    rows = rows.remove_columns(outcome)
     rows = rows.select([i for i, what in enumerate(left_out) if not what]) if any(left_out) else rows
     rows = rows if "index" in reader.columns else rows.add_column("index", np.arange(len(rows)))
     rows.tally = tally
@@ -138,8 +132,7 @@ def read_prompts(
         longest: tokens in a prompt; a text is cut to that, a longer prompt is an error.
         wrapped: whether prompts that are texts go through the chat template, as a user's turn.
     """
-    found = open_source(source, split, limit, in_memory=True)
-    return prompts_of(found, tokenizer, longest, chat, wrapped)
+    return prompts_of(open_source(source, split, limit), tokenizer, longest, chat, wrapped)
 
 
 def prompts_of(
@@ -212,12 +205,11 @@ def texts_of(source: Source, tokenizer: Any, longer_than: int) -> Counted:
 def _usable(source: Source, ids_of: Callable[[Mapping[str, Any], int], list[int]]) -> Counted:
     """The token ids of each example, given with its number; reports those that are `Unusable` unless all are."""
     found = Counted([], Tally(source.name, len(source.examples)))
-    with named(source.name):
-        for number, example in enumerate(source.examples):
-            try:
-                found.append(ids_of(example, number))
-            except Unusable as why:
-                found.tally.leave_out(number, why)
+    for number, example in enumerate(source.examples):
+        try:
+            found.append(ids_of(example, number))
+        except Unusable as why:
+            found.tally.leave_out(number, why)
     if found:
         found.tally.show()
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import (
@@ -20,30 +20,30 @@ from transformers import (
 from csdraft.data.chat import ChatFormat, chat_of
 from csdraft.data.shards import Part
 
-__all__ = ["NamesTarget", "TargetArguments", "check_writable", "load_weights", "read_target", "target_name"]
+__all__ = ["TargetArguments", "check_writable", "load_weights", "option", "read_target", "target_name"]
 
 
-class NamesTarget(Protocol):
-    """Arguments that name a target."""
+def option(default: Any, help: str) -> Any:
+    """A field of a dataclass of arguments; `help` goes into the script's `--help` and the docs."""
+    if isinstance(default, dict):
+        return field(default_factory=default.copy, metadata={"help": help})
+    return field(default=default, metadata={"help": help})
 
-    target: str
-    target_revision: str | None
 
-
-def read_target(args: NamesTarget) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
-    """The target's config and tokenizer, which are small; most checks need nothing else."""
+def read_target(args: Any) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """The config and tokenizer of `args.target`, which are small; most checks need nothing else."""
     options = {"revision": args.target_revision} if args.target_revision else {}
     return AutoConfig.from_pretrained(args.target, **options), AutoTokenizer.from_pretrained(args.target, **options)
 
 
-def load_weights(args: NamesTarget, config: PreTrainedConfig, **options: Any) -> Any:
+def load_weights(args: Any, config: PreTrainedConfig, **options: Any) -> Any:
     """The target, loaded with these options of `from_pretrained`; options that are None are left out."""
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     options = {"revision": args.target_revision, **options}
     return auto.from_pretrained(args.target, **{key: value for key, value in options.items() if value is not None})
 
 
-def target_name(args: NamesTarget) -> str:
+def target_name(args: Any) -> str:
     """The target's unique name on this machine: a folder's absolute path, or a Hub id and its revision."""
     if Path(args.target).is_dir():
         return str(Path(args.target).resolve())
@@ -65,37 +65,22 @@ def check_writable(folder: str | None) -> Path:
 class TargetArguments:
     """A target and its data, named as in `csdraft.trainers.distill.DistillArguments`."""
 
-    target: str = field(default="models/smol-target", metadata={"help": "Folder or Hub id of the target."})
-    target_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the target."})
-    target_dtype: str = field(default="auto", metadata={"help": "dtype of the target's weights."})
-    target_device_map: str | None = field(
-        default=None, metadata={"help": "Where the target's layers go, such as 'auto'; none is one device."}
+    target: str = option("models/smol-target", "Folder or Hub id of the target.")
+    target_revision: str | None = option(None, "Branch, tag or commit of the target.")
+    target_dtype: str = option("auto", "dtype of the target's weights.")
+    target_device_map: str | None = option(None, "Where the target's layers go, such as 'auto'; none is one device.")
+    dataset: str = option("stdlib", "Data: a Hub id, a file, a folder, or 'stdlib'.")
+    dataset_limit: int | None = option(None, "Texts, prompts or conversations that are read at most; none is all.")
+    split: str = option("train", "Split of the data set.")
+    chat_template: str | None = option(None, "Chat template: a file, its text or its name; none is the tokenizer's.")
+    chat_template_options: dict | None = option(
+        None, "What the template reads besides messages, such as {enable_thinking: false}, or tools."
     )
-    dataset: str = field(default="stdlib", metadata={"help": "Data: a Hub id, a file, a folder, or 'stdlib'."})
-    dataset_limit: int | None = field(
-        default=None, metadata={"help": "Texts, prompts or conversations that are read at most; none is all."}
-    )
-    split: str = field(default="train", metadata={"help": "Split of the data set."})
-    chat_template: str | None = field(
-        default=None, metadata={"help": "Chat template: a file, its text or its name; none is the tokenizer's."}
-    )
-    chat_template_options: dict | None = field(
-        default=None,
-        metadata={"help": "What the template reads besides messages, such as {enable_thinking: false}, or tools."},
-    )
-    output_dir: str = field(
-        default="", metadata={"help": "Folder for the results; a run continues from what it holds."}
-    )
-    batch_size: int = field(default=8, metadata={"help": "Rows that are decoded or read at once."})
-    threads: int | None = field(
-        default=None, metadata={"help": "Threads of torch on the CPU; none leaves torch's default."}
-    )
-    rank: int | None = field(
-        default=None, metadata={"help": "Number of this process; none asks accelerate's environment."}
-    )
-    world_size: int | None = field(
-        default=None, metadata={"help": "How many processes share the rows; none asks accelerate's environment."}
-    )
+    output_dir: str = option("", "Folder for the results; a run continues from what it holds.")
+    batch_size: int = option(8, "Rows that are decoded or read at once.")
+    threads: int | None = option(None, "Threads of torch on the CPU; none leaves torch's default.")
+    rank: int | None = option(None, "Number of this process; none asks accelerate's environment.")
+    world_size: int | None = option(None, "How many processes share the rows; none asks accelerate's environment.")
 
     def __post_init__(self) -> None:
         self.check_at_least(1, "batch_size")

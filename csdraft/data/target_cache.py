@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from csdraft.data.row_arrays import RowArguments, RowArrays, lengths_of, prompt_lengths_of, write_rows
 from csdraft.data.shards import Part
-from csdraft.data.target import target_name
+from csdraft.data.target import option, target_name
 
 __all__ = ["CacheArguments", "TargetCache", "TopK", "cache_logits", "dense", "write_target_cache"]
 
@@ -71,20 +71,13 @@ class TargetCache(RowArrays):
 
     what = "logits"
     document = "target_cache.json"
+    smaller = "a smaller k"
 
     @staticmethod
     def columns(description: Mapping[str, Any]) -> dict[str, np.dtype]:
         k = description["k"]
         types = {LOG_PROBS: (np.float16, (k,)), IDS: (np.int32, (k,)), LOGSUMEXP: np.float32}
         return {name: np.dtype(of) for name, of in types.items()}
-
-    @staticmethod
-    def numbers(description: Mapping[str, Any]) -> str:
-        return str(description["k"])
-
-    @staticmethod
-    def advice(description: Mapping[str, Any], bytes_left: int) -> str:
-        return f"a k of at most {max((bytes_left - 4) // 6, 0)} instead of {description['k']}"
 
     @staticmethod
     def sizes_of(rows: Any) -> np.ndarray:
@@ -153,7 +146,7 @@ def write_target_cache(
 class CacheArguments(RowArguments):
     """Which target's logits to keep, over which rows, and how many."""
 
-    k: int = field(default=64, metadata={"help": "Logits kept at each position."})
+    k: int = option(64, "Logits kept at each position.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

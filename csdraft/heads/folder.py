@@ -1,4 +1,7 @@
-"""Reads the folder of a drafting head: its config, the names of its tensors, and the tensors themselves."""
+"""Reads the folder of a drafting head: its config, the names of its tensors, and the tensors themselves.
+
+`path` is a folder or Hub id here, and `hub` are options of the Hub: revision, token, ...
+"""
 
 from __future__ import annotations
 
@@ -18,23 +21,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from csdraft.stored import fit, is_hub_id, read_object, shown
 
 __all__ = [
-    "BROKEN_CONFIG",
-    "INIT",
-    "QWEN",
-    "SWITCHING",
-    "WEIGHTS",
-    "Names",
-    "as_llama",
-    "check_drafted",
-    "check_tensors",
-    "config_at",
-    "file_at",
-    "read_chosen",
-    "read_layer",
-    "read_tensors",
-    "tensor_names",
-    "write_tensors",
-]
+    "BROKEN_CONFIG", "INIT", "QWEN", "SWITCHING", "WEIGHTS", "Names", "as_llama", "check_drafted", "check_tensors",
+    "config_at", "file_at", "read_chosen", "read_layer", "read_tensors", "tensor_names", "write_tensors",
+]  # fmt: skip
 
 SWITCHING = ("dynamic", "longrope")
 """Kinds of rotary embedding that change with the length of a text."""
@@ -58,33 +47,29 @@ Names = Callable[[], Collection[str]]
 """Reads the names of a folder's tensors."""
 
 
-def file_at(path: str, name: str, **options: Any) -> str | None:
-    """Where a file of a folder or Hub id lies on this machine; None if there is no such file.
-
-    Args:
-        options: of the Hub: revision, token, ...
-    """
+def file_at(path: str, name: str, **hub: Any) -> str | None:
+    """Where a file of a folder or Hub id lies on this machine; None if there is no such file."""
     from transformers.utils import cached_file
 
-    return cached_file(path, name, **options, **QUIET)
+    return cached_file(path, name, **hub, **QUIET)
 
 
-def config_at(path: str, **options: Any) -> dict[str, Any] | None:
+def config_at(path: str, **hub: Any) -> dict[str, Any] | None:
     """The config.json of a folder or Hub id; None if it has none, OSError if it can be neither."""
     if not os.path.exists(path) and not is_hub_id(path):
         raise OSError(f"there is no folder {path!r}")
-    file = file_at(path, "config.json", **options)
+    file = file_at(path, "config.json", **hub)
     return None if file is None else read_object(file)
 
 
-def weights_at(path: str, names: Sequence[str] = WEIGHTS, **options: Any) -> str | None:
+def weights_at(path: str, names: Sequence[str] = WEIGHTS, **hub: Any) -> str | None:
     """The first of these files that a folder or Hub id has; None if it has none."""
-    return next((file for name in names if (file := file_at(path, name, **options)) is not None), None)
+    return next((file for name in names if (file := file_at(path, name, **hub)) is not None), None)
 
 
-def tensor_names(path: str, **options: Any) -> frozenset[str]:
+def tensor_names(path: str, **hub: Any) -> frozenset[str]:
     """The names of the tensors of a folder or Hub id; none if they are in several files, or cannot be read."""
-    file = None if file_at(path, INDEX, **options) else weights_at(path, **options)
+    file = None if file_at(path, INDEX, **hub) else weights_at(path, **hub)
     if file is None:
         return frozenset()
     try:
@@ -96,19 +81,18 @@ def tensor_names(path: str, **options: Any) -> frozenset[str]:
         return frozenset()  # loading the file says what is wrong with it
 
 
-def read_tensors(path: str, names: Sequence[str] = WEIGHTS, **options: Any) -> dict[str, Tensor]:
+def read_tensors(path: str, names: Sequence[str] = WEIGHTS, **hub: Any) -> dict[str, Tensor]:
     """The tensors of a folder or Hub id that keeps them in one file.
 
     Args:
         names: possible names of the file, the preferred one first.
-        options: of the Hub: revision, token, ...
 
     Raises:
         ValueError: there is no such file, or it cannot be read.
     """
     from safetensors.torch import load_file
 
-    file = weights_at(path, names, **options)
+    file = weights_at(path, names, **hub)
     if file is None:
         raise ValueError(f"{path!r} has none of {', '.join(names)}; get its weights too")
     try:
@@ -124,23 +108,22 @@ def read_tensors(path: str, names: Sequence[str] = WEIGHTS, **options: Any) -> d
     return {name: tensor for name, tensor in state.items() if not name.endswith(NOT_READ)}
 
 
-def read_chosen(path: str, chosen: Callable[[str], bool], **options: Any) -> dict[str, Tensor]:
+def read_chosen(path: str, chosen: Callable[[str], bool], **hub: Any) -> dict[str, Tensor]:
     """Some tensors of a folder or Hub id, which may keep them in several safetensors files; it reads no others.
 
     Args:
         chosen: whether a tensor of this name is wanted.
-        options: of the Hub: revision, token, ...
 
     Raises:
         ValueError: there are no safetensors files, or one cannot be read.
     """
-    index, names = file_at(path, INDEX, **options), {WEIGHTS[0]}
+    index, names = file_at(path, INDEX, **hub), {WEIGHTS[0]}
     if index is not None:
         parts = fit(read_object(index).get("weight_map"), dict[str, str], f"{index}: weight_map")
         names = {part for name, part in parts.items() if chosen(name)}
     state: dict[str, Tensor] = {}
     for name in sorted(names):
-        file = file_at(path, name, **options)
+        file = file_at(path, name, **hub)
         if file is None:
             raise ValueError(f"{path!r} has no {name}; get its safetensors files too")
         try:

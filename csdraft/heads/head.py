@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import smooth_l1_loss
 from transformers import LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import ModelOutput
@@ -22,8 +23,8 @@ from transformers.utils import ModelOutput
 from csdraft.decoding.feature_session import FeatureModel
 
 __all__ = [
-    "EMBEDDING", "LAST", "OUTPUT", "OUTSIDE", "Head", "HeadOptions", "HeadOutput", "Steps", "compact", "step_masks",
-    "text_mask",
+    "EMBEDDING", "LAST", "OUTPUT", "OUTSIDE", "Head", "HeadOptions", "HeadOutput", "Steps", "compact", "regression",
+    "step_masks", "text_mask",
 ]  # fmt: skip
 
 LAST = -1
@@ -77,7 +78,9 @@ class Head(PreTrainedModel, FeatureModel):
         draft_vocab: how many tokens it can draft; None: all.
 
     Attributes:
-        Options: the dataclass of the kind's options; its fields are the keys of `init.NAME`.
+        Options: the dataclass of the kind's options in csdraft's own layout; its fields are the keys of `init.NAME`.
+        InitOptions: the same for kinds that have another layout.
+        layout: the file of `csdraft/heads/formats` that stores such heads.
         attention_layers: how many of its layers keep keys and values.
         output_layer: whether it has an output layer, `lm_head`.
         frozen_output: whether the target lends `lm_head` to a head that drafts all tokens.
@@ -88,7 +91,9 @@ class Head(PreTrainedModel, FeatureModel):
         stored_by: the class that stores it.
     """
 
-    Options: ClassVar[type[HeadOptions]] = HeadOptions
+    Options: ClassVar[Any] = HeadOptions
+    InitOptions: ClassVar[Any] = HeadOptions
+    layout: ClassVar[str] = "own"
     attention_layers: ClassVar[int] = 0
     output_layer: ClassVar[bool] = True
     frozen_output: ClassVar[bool] = False
@@ -122,6 +127,15 @@ class Head(PreTrainedModel, FeatureModel):
     def layers_of(cls, options: Any) -> int:
         """How many of its layers keep keys and values; a kind overrides it where the options decide."""
         return cls.attention_layers
+
+    @classmethod
+    def fitted(cls, options: Any, text: Any, draft_vocab: int) -> Any:
+        """The options of a head for a target: those that were asked for, completed; ValueError if it cannot have them.
+
+        Args:
+            text: the target's text config.
+        """
+        return replace(options, draft_vocab=draft_vocab)
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -163,6 +177,14 @@ class Head(PreTrainedModel, FeatureModel):
         """
         if self.output_layer and rows.shape == self.lm_head.weight.shape:
             self.lm_head.weight.copy_(rows)
+
+    def feature_loss(self, outputs: Tensor, features: Tensor) -> Tensor | None:
+        """The sum of an additional loss of one drafting step in training; None: there is none.
+
+        Args:
+            outputs: (positions, feature width) computed by the head.
+            features: (positions, feature width) the target's at the same places.
+        """
 
     # What all kinds share.
 
@@ -241,6 +263,14 @@ class Head(PreTrainedModel, FeatureModel):
 def compact(states: Tensor) -> Tensor:
     """A copy of a view of larger states: PyTorch multiplies a frozen weight by such a view once for each row."""
     return states.clone(memory_format=torch.contiguous_format)
+
+
+def regression(weight: float, outputs: Tensor, features: Tensor) -> Tensor | None:
+    """Smooth L1 between two (positions, width), a mean over the width; None if its weight is 0."""
+    if not weight:
+        return None
+    off = smooth_l1_loss(outputs.float(), features.float(), reduction="none")  # (positions, width)
+    return weight * off.mean(-1).sum()
 
 
 class Steps:

@@ -2,6 +2,7 @@
 
 On disk it is an ordinary PEFT folder with `drafter.json` beside `adapter_config.json`. PEFT alone would put the
 adapter on all layers of a second copy of the base; `drafter.json` says which layers of which model it belongs on.
+Functions that read a `path`, a folder or Hub id, take options of the Hub as `hub`: revision, token, ...
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from csdraft.decoding.names import name_of
 from csdraft.heads.folder import file_at, write_tensors
 from csdraft.heads.layers import fingerprint, shared_layers
 from csdraft.heads.on_target import OnTarget, name_only
@@ -25,23 +27,9 @@ from csdraft.stored import fit, is_hub_id, naming, read_object, shown
 from csdraft.version import __version__
 
 __all__ = [
-    "DOCUMENT",
-    "FULL",
-    "HEAD",
-    "KANGAROO",
-    "MTP",
-    "SELF_DRAFT",
-    "TIED",
-    "Base",
-    "Lender",
-    "SelfDraft",
-    "adapter_state",
-    "model_name",
-    "own_layers",
-    "peft_package",
-    "read_document",
-    "write_document",
-]
+    "DOCUMENT", "FULL", "HEAD", "KANGAROO", "MTP", "SELF_DRAFT", "TIED", "Base", "Lender", "SelfDraft",
+    "adapter_state", "model_name", "own_layers", "peft_package", "read_document", "write_document",
+]  # fmt: skip
 
 DOCUMENT, FORMAT = "drafter.json", 1
 KINDS = FULL, SELF_DRAFT, TIED, HEAD, KANGAROO, MTP = "full", "self_draft", "tied", "head", "kangaroo", "mtp"
@@ -62,8 +50,8 @@ class Lender:
 
     @classmethod
     def of(cls, model: Any, fingerprint: str, **more: Any) -> Self:
-        config = model.config
-        return cls(model_name(model), getattr(config, "_commit_hash", None), fingerprint, config.vocab_size, **more)
+        vocab = model.config.get_text_config(decoder=True).vocab_size
+        return cls(model_name(model), getattr(model.config, "_commit_hash", None), fingerprint, vocab, **more)
 
 
 @dataclass(frozen=True)
@@ -84,9 +72,9 @@ def own_layers(target: Any, layers: Sequence[int], encoder_layers: Sequence[int]
 
 
 def model_name(model: Any) -> str:
-    """A model's Hub id, or the last part of its folder, or its class."""
+    """A model's Hub id, or else the last part of its folder, since a path holds on this machine only, or its class."""
     path = str(getattr(model.config, "_name_or_path", ""))
-    return path if is_hub_id(path) else os.path.basename(path.rstrip("/")) or type(model).__name__
+    return path if is_hub_id(path) else name_of(model)
 
 
 class SelfDraft(OnTarget):
@@ -159,23 +147,13 @@ class SelfDraft(OnTarget):
         write_document(folder, SELF_DRAFT, {**layers, "base": described})
 
     @classmethod
-    def load(cls, path: str, document: Mapping[str, Any], **options: Any) -> SelfDraft:
-        """Reads what `save` wrote.
-
-        Args:
-            path: folder or Hub id.
-            document: its drafter.json.
-            options: of the Hub: revision, token, ...
-        """
-        return cls(_base(document, DOCUMENT), *read_adapter(path, **options), path).eval()
+    def load(cls, path: str, document: Mapping[str, Any], **hub: Any) -> SelfDraft:
+        """Reads what `save` wrote."""
+        return cls(_base(document, DOCUMENT), *read_adapter(path, **hub), path).eval()
 
 
-def read_adapter(path: str, **options: Any) -> tuple[Any, dict[str, Tensor]]:
+def read_adapter(path: str, **hub: Any) -> tuple[Any, dict[str, Tensor]]:
     """The config and the tensors of a PEFT folder.
-
-    Args:
-        path: folder or Hub id.
-        options: of the Hub: revision, token, ...
 
     Raises:
         ValueError: one of its files is broken.
@@ -184,11 +162,11 @@ def read_adapter(path: str, **options: Any) -> tuple[Any, dict[str, Tensor]]:
 
     peft, where = peft_package(), f"adapter_config.json of {path!r}"
     try:
-        config = peft.PeftConfig.from_pretrained(path, **options)
+        config = peft.PeftConfig.from_pretrained(path, **hub)
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # PEFT does not check the file's values
         raise ValueError(f"{where} is no adapter's config ({type(error).__name__}: {error})") from error
     try:
-        return config, peft.load_peft_weights(path, device="cpu", **options)
+        return config, peft.load_peft_weights(path, device="cpu", **hub)
     except SafetensorError as error:
         file = Path(path, "adapter_model.safetensors")
         raise ValueError(f"{file} cannot be read ({error}); it may be cut short: get it again") from error
@@ -242,13 +220,9 @@ def write_document(
     Path(folder, DOCUMENT).write_text(text, encoding="utf-8")
 
 
-def read_document(path: str, **options: Any) -> dict[str, Any] | None:
-    """drafter.json of a folder or Hub id; None if it has none.
-
-    Args:
-        options: of the Hub: revision, token, ...
-    """
-    file = file_at(path, DOCUMENT, **options)
+def read_document(path: str, **hub: Any) -> dict[str, Any] | None:
+    """drafter.json of a folder or Hub id; None if it has none."""
+    file = file_at(path, DOCUMENT, **hub)
     if file is None:
         return None
     document = read_object(file)

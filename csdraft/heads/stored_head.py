@@ -39,7 +39,7 @@ from csdraft.heads.on_target import OnTarget, called, frozen, set_parameter
 from csdraft.heads.self_draft import HEAD, Lender, read_document, write_document
 from csdraft.stored import check_config, fit, shown
 
-__all__ = ["StoredHead", "head_at", "kind_at"]
+__all__ = ["StoredHead", "all_formats", "head_at", "kind_at"]
 
 LAYER_KEYS = (
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
@@ -84,14 +84,8 @@ class StoredHead(OnTarget):
         raise NotImplementedError
 
     @classmethod
-    def load(cls, path: str, config: Mapping[str, Any], **options: Any) -> StoredHead:
-        """Reads a folder; ValueError for tensors that are missing, unknown or of another shape.
-
-        Args:
-            path: folder or Hub id.
-            config: its config.json.
-            options: of the Hub: revision, token, ...
-        """
+    def load(cls, path: str, config: Mapping[str, Any], **hub: Any) -> StoredHead:
+        """Reads a folder; ValueError for tensors that are missing, unknown or of another shape."""
         raise NotImplementedError
 
     @classmethod
@@ -262,13 +256,9 @@ class StoredHead(OnTarget):
         return made.eval()
 
     @staticmethod
-    def base_of(path: str, **options: Any) -> Lender | None:
-        """The target that a folder's drafter.json names, if it has one.
-
-        Args:
-            options: of the Hub: revision, token, ...
-        """
-        noted = (read_document(path, **options) or {}).get("base")
+    def base_of(path: str, **hub: Any) -> Lender | None:
+        """The target that a folder's drafter.json names, if it has one."""
+        noted = (read_document(path, **hub) or {}).get("base")
         return None if noted is None else fit(noted, Lender, f"{path}/drafter.json: base")
 
     # Writing.
@@ -341,30 +331,22 @@ def all_formats() -> tuple[type[StoredHead], ...]:
     return tuple(kind for kind in classes if issubclass(kind, StoredHead))
 
 
-def head_at(path: str, **options: Any) -> StoredHead | None:
-    """The drafting head in a folder or at a Hub id; None if that holds something else.
-
-    Args:
-        options: of the Hub: revision, token, ...
-    """
-    config = config_at(path, **options)
-    if config is None or (kind := kind_at(path, config, **options)) is None:
+def head_at(path: str, **hub: Any) -> StoredHead | None:
+    """The drafting head in a folder or at a Hub id; None if that holds something else."""
+    config = config_at(path, **hub)
+    if config is None or (kind := kind_at(path, config, **hub)) is None:
         return None
     check_config(config, f"{path}/config.json")
-    return kind.load(path, config, **options)
+    return kind.load(path, config, **hub)
 
 
-def kind_at(path: str, config: Mapping[str, Any], **options: Any) -> type[StoredHead] | None:
+def kind_at(path: str, config: Mapping[str, Any], **hub: Any) -> type[StoredHead] | None:
     """The format of the head in a folder or at a Hub id; None if that holds something else.
-
-    Args:
-        config: its config.json.
-        options: of the Hub: revision, token, ...
 
     Raises:
         ValueError: it is a head in the layout of speculators, of a kind that csdraft does not know.
     """
-    names = cache(lambda: tensor_names(path, **options))
+    names = cache(lambda: tensor_names(path, **hub))
     found = next((kind for kind in all_formats() if kind.recognises(config, names)), None)
     if found is None and MODEL_TYPE in config:
         raise ValueError(

@@ -126,20 +126,19 @@ class TiedDraft(OnTarget):
         write_document(folder, TIED, {"base": asdict(self.lender), "borrowed": self.borrowed})
 
     @classmethod
-    def load(cls, path: str, document: Mapping[str, Any], dtype: Any = None, **options: Any) -> TiedDraft:
+    def load(cls, path: str, document: Mapping[str, Any], dtype: Any = None, **hub: Any) -> TiedDraft:
         """Reads what `save` wrote.
 
         Args:
             path: folder or Hub id.
             document: its drafter.json.
             dtype: of its tensors; None or 'auto': as they are stored.
-            options: of the Hub: revision, token, ...
         """
         from transformers import AutoConfig, PreTrainedConfig
 
-        check_config(PreTrainedConfig.get_config_dict(path, **options)[0], f"{path}/config.json")
-        config = AutoConfig.from_pretrained(path, **options)
-        state = read_chosen(path, lambda name: True, **options)
+        check_config(PreTrainedConfig.get_config_dict(path, **hub)[0], f"{path}/config.json")
+        config = AutoConfig.from_pretrained(path, **hub)
+        state = read_chosen(path, lambda name: True, **hub)
         if isinstance(dtype, str) and dtype != "auto":
             dtype = getattr(torch, dtype)
         if isinstance(dtype, torch.dtype):

@@ -119,7 +119,6 @@ def measure_drafters(
     target: Any,
     drafters: Sequence[Drafter],
     prompts: Sequence[Mapping[str, Tensor]],
-    progress: Callable[[str, float], None] = lambda what, share: None,
     enough: Callable[[int], bool] = lambda done: False,
     **options: Any,
 ) -> Measured:
@@ -129,14 +128,12 @@ def measure_drafters(
         target: the model.
         drafters: largest first.
         prompts: encoded prompts of one row each.
-        progress: called with what is being done and the share that is done.
         enough: called after each prompt with the number of prompts that are done; True skips the rest.
         options: options of `generate`: max_new_tokens, do_sample, temperature, ...
     """
     own, costs, traces = Costs(), [Costs() for _ in drafters], []
     fresh = {"strict": True, "reuse": False, **options}
     for i, prompt in enumerate(prompts):
-        progress("watching the target", i / len(prompts))
         plain, began = plain_seconds(target, prompt, options), time.perf_counter()
         reviews = TargetTimer(own, drafters, costs)
         taps = frozenset(tap for drafter in drafters for tap in drafter.taps())

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from csdraft.decoding.ledger import ModelUse
 from csdraft.reports.rejections import Rejections
-from csdraft.reports.tally import Tally
-from csdraft.stored import check_keys, fit, naming, read_object, shown
+from csdraft.reports.tally import Tally, counted
+from csdraft.stored import fit, naming, read_object, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["ModelUse", "Planned", "Report"]
 
 FORMAT = 1
-MOST_TOKENS = 1 << 31
+MOST_TOKENS, MOST_DEPTH = 1 << 31, 1 << 20
+"""What a file may state: ids of tokens, and depths, are below."""
 MOST_FAILURES = 16
 """Different messages that an accumulated report keeps."""
 
@@ -75,7 +76,7 @@ class Report:
     seconds: float = 0.0
     reviews: dict[str, Tally] = field(default_factory=dict)
     models: dict[str, ModelUse] = field(default_factory=dict)
-    failures: Counter[str] = field(default_factory=Counter)
+    failures: Counter = field(default_factory=Counter)
     rejections: Rejections | None = None
     planned: Planned | None = None
     why: str = ""
@@ -178,10 +179,9 @@ class Report:
         return {
             "csdraft_report": FORMAT,
             "summary": {name: getattr(self, name) for name in SUMMARY} | {"by_depth": self.target.by_depth},
-            **{name: getattr(self, name) for name in STORED},
+            **{field.name: getattr(self, field.name) for field in fields(self)},
             "reviews": {name: tally.to_dict() for name, tally in self.reviews.items()},
             "models": {name: asdict(use) for name, use in self.models.items()},
-            "failures": dict(self.failures),
             "rejections": None if self.rejections is None else asdict(self.rejections),
             "planned": None if self.planned is None else asdict(self.planned),
         }
@@ -192,20 +192,16 @@ class Report:
         found = data.get("csdraft_report") if isinstance(data, Mapping) else None
         if found is True or found != FORMAT:
             raise ValueError(f"csdraft_report={shown(found)}, expected {FORMAT}; is this a report that csdraft saved?")
-        given = {**NEWER, **data}
-        check_keys(given, (*STORED, "csdraft_report", "summary"), "the report")
-        if missing := [key for key in STORED if key not in given]:
-            raise ValueError(f"the report lacks {', '.join(missing)}")
-        values = {key: fit(given[key], kind, key) for key, kind in STORED.items()}
-        values["reviews"] = {
-            name: Tally.from_dict(tally, f"reviews.{name}") for name, tally in values["reviews"].items()
-        }
-        report = cls(**{**values, "failures": Counter(values["failures"])})
+        given = {key: value for key, value in data.items() if key not in ("csdraft_report", "summary")}
+        report = fit(given, cls, "report", counted)
         report._check_texts()
         return report
 
     def _check_texts(self) -> None:
-        """Raises ValueError unless every token has a level and belongs to a round."""
+        """Raises ValueError unless every token has a level and belongs to a round, and counts are possible."""
+        for name, tally in self.reviews.items():
+            if not all(0 <= accepted <= tried <= MOST_DEPTH for accepted, tried in tally.outcomes):
+                raise ValueError(f"reviews.{name}.outcomes: 0 <= accepted <= tried <= {MOST_DEPTH} does not hold")
         if not len(self.tokens) == len(self.levels) == len(self.lengths):
             raise ValueError("tokens, levels and lengths of a report must have equally many rows")
         for row, (tokens, levels, lengths) in enumerate(zip(self.tokens, self.levels, self.lengths, strict=True)):
@@ -265,26 +261,6 @@ class Report:
 SUMMARY = ("rounds", "emitted", "block_efficiency", "acceptance_rate", "tokens_per_second", "loop_seconds", "speedup")
 ADDED = ("calls", "target_calls", "cut", "seconds", "drafting", "plain_seconds", "compared_seconds")
 """Counts and times that are added when reports are merged."""
-NEWER: dict[str, Any] = {
-    **{"rejections": None, "planned": None, "why": "", "rejected": []},
-    **dict.fromkeys(("drafting", "plain_seconds", "compared_seconds"), 0.0),
-}
-"""Keys that files of earlier versions lack, with their values for such a file."""
-STORED: dict[str, Any] = {
-    **dict.fromkeys(("calls", "target_calls", "cut"), int),
-    "seconds": float,
-    "why": str,
-    **dict.fromkeys(("tokens", "levels", "lengths"), list[list[int]]),
-    "level_names": list[str],
-    "reviews": dict[str, dict[str, Any]],
-    "models": dict[str, ModelUse],
-    "failures": dict[str, int],
-    "rejections": Rejections | None,
-    "planned": Planned | None,
-    "rejected": list[list[list[tuple[int, int]]]],
-    **dict.fromkeys(("drafting", "plain_seconds", "compared_seconds"), float),
-}
-"""The fields that `Report.to_dict` writes, with their types."""
 
 
 def _merged(own: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate, zip_longest
-from typing import Any
+from typing import Any, get_origin
 
 from csdraft.decoding.interfaces import Round
-from csdraft.stored import check_keys, fit
+from csdraft.stored import UNFIT, fit
 
-__all__ = ["Tally"]
+__all__ = ["Tally", "counted"]
 
 
 @dataclass
@@ -91,41 +91,19 @@ class Tally:
         return list(zip(*columns, strict=True))[::-1]
 
     def to_dict(self) -> dict[str, Any]:
-        """Numbers, strings, lists and dictionaries only."""
-        counts = {key: dict(getattr(self, key)) for key in BY_LEVEL}
+        """Numbers, strings, lists and dictionaries only; `counted` reads its counters."""
         pairs = {key: [[*pair, n] for pair, n in sorted(getattr(self, key).items())] for key in BY_PAIR}
-        return {"rounds": self.rounds, "plain": self.plain, "emitted": self.emitted, **counts, **pairs}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any], at: str = "tally") -> Tally:
-        """The inverse of `to_dict`.
-
-        Args:
-            at: the tally's name in messages.
-
-        Raises:
-            ValueError: a key is missing or unknown, or has a value of another type.
-        """
-        data = {"ranks": [], **data}
-        check_keys(data, STORED, at)
-        if missing := [key for key in STORED if key not in data]:
-            raise ValueError(f"{at} lacks {', '.join(missing)}")
-        read = {key: fit(data[key], kind, f"{at}.{key}") for key, kind in STORED.items()}
-        if not all(0 <= accepted <= tried <= MOST_DEPTH for accepted, tried, _ in read["outcomes"]):
-            raise ValueError(f"{at}.outcomes: 0 <= accepted <= tried <= {MOST_DEPTH} does not hold everywhere")
-        counts = {key: Counter(read[key]) for key in BY_LEVEL}
-        pairs = {key: Counter({(one, other): n for one, other, n in read[key]}) for key in BY_PAIR}
-        return cls(**{**read, **counts, **pairs})
+        return {field.name: getattr(self, field.name) for field in fields(self)} | pairs
 
 
 BY_LEVEL, BY_PAIR = ("drafted", "tried", "accepted"), ("outcomes", "ranks")
-STORED: dict[str, Any] = {
-    **dict.fromkeys(("rounds", "plain", "emitted"), int),
-    **dict.fromkeys(BY_LEVEL, dict[str, int]),
-    **dict.fromkeys(BY_PAIR, list[tuple[int, int, int]]),
-}
-"""The fields that `Tally.to_dict` writes, with their types."""
-MOST_DEPTH = 1 << 20
+
+
+def counted(value: Any, arms: Sequence[Any], at: str) -> Any:
+    """Reads counters for `csdraft.stored.fit`: those by name from an object, those by pair from [one, other, n]."""
+    if any(get_origin(arm) is Counter for arm in arms):
+        return Counter({(one, other): n for one, other, n in fit(value, list[tuple[int, int, int]], at)})
+    return Counter(fit(value, dict[str, int], at)) if Counter in arms else UNFIT
 
 
 def _ranks(finished: Round) -> list[tuple[int, int]]:

@@ -1,16 +1,44 @@
-"""Reads a dataclass from a flat YAML file and `key=value` overrides. Unknown keys are errors."""
+"""Arguments of trainings and of scripts: a dataclass read from a flat YAML file and `key=value` overrides."""
+
+from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import Field, fields
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from transformers import TrainingArguments
 
-__all__ = ["make_arguments", "read_arguments", "read_values"]
+from csdraft.data.target import option
+
+__all__ = ["RunArguments", "make_arguments", "read_arguments", "read_values"]
 
 T = TypeVar("T")
+
+
+@dataclass
+class RunArguments(TrainingArguments):
+    """`transformers.TrainingArguments`, and the options that every training here has in addition."""
+
+    muon: bool = option(
+        False, "Muon for the weight matrices, AdamW for embeddings and output layers, instead of `optim`."
+    )
+    threads: int | None = option(None, "Threads of torch on the CPU; none leaves torch's default.")
+    logging_nan_inf_filter: bool = option(False, "Without effect: a loss that is not finite stops the run.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(
+                f"max_steps={self.max_steps} leaves nothing to train: give at least 1, or leave it out and give "
+                "num_train_epochs"
+            )
+        if self.max_steps < 0 and self.num_train_epochs <= 0:
+            raise ValueError(
+                f"num_train_epochs={self.num_train_epochs} leaves nothing to train: give more than 0, or max_steps"
+            )
 
 
 def read_arguments(cls: type[T], config: str | None, overrides: list[str]) -> T:

@@ -1,33 +1,41 @@
-"""Checkpoints of a run: which are whole, which is the newest, and what a whole one notes in its `run.json`.
+"""Checkpoints of a run: which are whole, which is the newest, and a trainer that writes whole ones only.
 
 `run.json` is written last and lists every file with its size and checksum. A kill, a full disk or a power failure can
-leave a checkpoint without it, or with a file that is missing or differs. Such a checkpoint is passed over. Checksums
-need every file read, so they are compared only for the checkpoint to resume from.
+leave a checkpoint without it, or with a file that is missing or differs. Such a checkpoint is passed over. Checkpoints
+are looked at from the newest on, up to the first whole one.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
-from transformers.trainer_utils import sort_checkpoints
+from accelerate.utils import gather_object
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 
 from csdraft.data.shards import write_whole
+from csdraft.trainers.options import options_of
+from csdraft.trainers.stops import NonFinite, Stopped, Unwritable, first_non_finite, writing
 
-__all__ = ["chosen_checkpoint", "flaw", "has_checkpoint", "last_checkpoint", "mark_whole", "passed_over", "read_mark"]
+__all__ = [
+    "UNREADABLE", "SavingTrainer", "chosen_checkpoint", "flaw", "last_checkpoint", "mark_whole", "passed_over",
+    "read_mark",
+]  # fmt: skip
 
-MARK, STATE = "run.json", "trainer_state.json"
-NOTED = {"files": dict, "written": int | float, "options": dict, "unlogged": list, "evaluation": dict}
-"""Keys of every `run.json`, and their types."""
+MARK = "run.json"
 BLOCK = 1 << 22
 """Bytes read at once for a checksum."""
+UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OSError)
+"""Errors of reading a file that is cut or damaged."""
 
 
 def chosen_checkpoint(args: TrainingArguments) -> str | None:
@@ -42,7 +50,7 @@ def chosen_checkpoint(args: TrainingArguments) -> str | None:
     if named is False:
         return None
     if named is not None and named is not True:
-        if reason := flaw(Path(named)) or damage(Path(named)):
+        if reason := flaw(Path(named)):
             raise ValueError(
                 f"resume_from_checkpoint={named!r} holds no whole checkpoint: {reason}. Name a folder checkpoint-N, "
                 "or leave it out for the newest of output_dir"
@@ -63,21 +71,15 @@ def last_checkpoint(output_dir: str) -> str | None:
 
     This is not always the one with the most steps: a run that was begun again in its folder may have fewer.
     """
-    whole = [folder for folder in _folders(output_dir) if flaw(folder) is None]
-    whole.sort(key=lambda folder: read_mark(folder)["written"], reverse=True)
-    return next((str(folder) for folder in whole if damage(folder) is None), None)
-
-
-def has_checkpoint(output_dir: str) -> bool:
-    """Whether there is a checkpoint to resume from. Checksums are not compared."""
-    return any(flaw(folder) is None for folder in _folders(output_dir))
+    newest_first = sorted(_folders(output_dir), key=_written, reverse=True)
+    return next((str(folder) for folder in newest_first if flaw(folder) is None), None)
 
 
 def passed_over(output_dir: str) -> dict[str, str]:
     """Name -> reason, of the broken checkpoints with more steps than the one to resume from."""
     newest = last_checkpoint(output_dir)
     later = takewhile(lambda folder: str(folder) != newest, _folders(output_dir))
-    found = {folder.name: flaw(folder) or damage(folder) for folder in later}
+    found = {folder.name: flaw(folder) for folder in later}
     return {name: reason for name, reason in found.items() if reason is not None}
 
 
@@ -111,50 +113,35 @@ def read_mark(folder: str | Path) -> dict[str, Any]:
 
 
 def flaw(folder: Path) -> str | None:
-    """Why a checkpoint is not whole; None if it is. Looks at `run.json` and at the files' names and sizes."""
+    """Why a checkpoint is not whole; None if it is. Compares names, sizes and checksums of all files."""
     try:
         mark = read_mark(folder)
+        noted = {name: (size, mark["checksums"][name]) for name, size in mark["files"].items()}
+        if mark["weights_only"]:
+            return "it holds weights alone (save_only_model=true)"
     except (FileNotFoundError, NotADirectoryError):
         return f"{MARK} is missing, which is written last"
-    except (ValueError, OSError):
+    except UNREADABLE:
         return f"{MARK} cannot be read"
-    if reason := _odd(mark):
-        return reason
-    sizes = {name: path.stat().st_size for name, path in _files(folder)}
-    for name, size in mark["files"].items():
-        if name not in sizes:
+    found = {name: (path, path.stat()) for name, path in _files(folder)}
+    for name, (size, _) in noted.items():
+        if name not in found:
             return f"{name} is missing"
-        if sizes[name] != size:
-            return f"{name} has {sizes[name]:,} of {size:,} bytes"
-    return None
-
-
-def _odd(mark: Any) -> str | None:
-    """Why the checkpoint with this `run.json` cannot be resumed; None if it can."""
-    if not isinstance(mark, dict):
-        return f"{MARK} holds no object of JSON"
-    if wrong := [key for key, kind in NOTED.items() if not isinstance(mark.get(key), kind)]:
-        return f"{MARK} lacks {', '.join(wrong)}, or has it with another type"
-    sizes, checksums = mark["files"].values(), mark.get("checksums", {})
-    if not all(isinstance(size, int) for size in sizes) or not isinstance(checksums, dict):
-        return f"{MARK} has sizes or checksums of another type"
-    if len(mark["unlogged"]) != 2 or not isinstance(mark.get("data", {}), dict):
-        return f"{MARK} has losses or data of another form"
-    if mark.get("weights_only"):
-        return "it holds weights alone (save_only_model=true)"
-    return None if STATE in mark["files"] else f"{STATE} is missing"
-
-
-def damage(folder: Path) -> str | None:
-    """Which file's content has changed since the checkpoint was written; None if no file's has. `flaw` must be None.
-
-    Reads every file once. Checkpoints of older versions have no checksums: their files are not compared.
-    """
-    noted = read_mark(folder).get("checksums", {})
-    for name, path in _files(folder):
-        if name in noted and noted[name] != _known_checksum(path, path.stat().st_size, path.stat().st_mtime_ns):
+        if (own := found[name][1].st_size) != size:
+            return f"{name} has {own:,} of {size:,} bytes"
+    for name, (size, checksum) in noted.items():
+        path, stat = found[name]
+        if _known_checksum(path, size, stat.st_mtime_ns) != checksum:
             return f"{name} is damaged: its checksum differs"
     return None
+
+
+def _written(folder: Path) -> float:
+    """When a checkpoint was completed; 0 if that is not known."""
+    try:
+        return float(read_mark(folder)["written"])
+    except UNREADABLE:
+        return 0.0
 
 
 def _checksum(path: Path) -> str:
@@ -178,3 +165,96 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name != MARK and not path.name.startswith("."):
             yield name, path
+
+
+class SavingTrainer(Trainer):
+    """`transformers.Trainer` with safe writing.
+
+    Attributes:
+        noted: what every checkpoint's `run.json` says about the run; see `csdraft.trainers.run_folder`.
+    """
+
+    def __init__(self, model: nn.Module, args: Any, **options: Any):
+        super().__init__(model, args, **options)
+        self.noted: dict[str, Any] = {"options": options_of(args)}
+
+    def note(self) -> dict[str, Any]:
+        """What the `run.json` of a checkpoint written now says."""
+        return {**self.noted, "weights_only": self.args.save_only_model}
+
+    def trained(self) -> nn.Module:
+        """The model that is saved."""
+        return self.model  # type: ignore[return-value]
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        def write() -> None:
+            self.check_weights()
+            super(SavingTrainer, self).save_model(output_dir, _internal_call)
+
+        self.together(output_dir or self.args.output_dir or "", write)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Older checkpoints are removed only when the new one is marked as whole."""
+        folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        if self.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed or begun again
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            self.together(folder, lambda: super(SavingTrainer, self)._save_checkpoint(model, trial))
+        except Unwritable:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            self.args.save_total_limit = limit
+        if not self.args.push_to_hub:
+            self._complete(folder)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self._complete(Path(checkpoint_folder))
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _complete(self, folder: Path) -> None:
+        """Marks a checkpoint as whole once every process has written its part."""
+
+        def mark() -> None:
+            if self.args.should_save:
+                mark_whole(folder, self.note())
+                best = self.state.best_model_checkpoint
+                rotate_checkpoints(str(folder.parent), self.args.save_total_limit, best, use_mtime=True)
+
+        self.accelerator.wait_for_everyone()
+        self.together(folder, mark)
+
+    def check_weights(self) -> None:
+        """Raises NonFinite if the weights of the model to save are not finite."""
+        if name := first_non_finite(self.trained().named_parameters()):
+            raise NonFinite(
+                f"step {self.state.global_step}: weights are not finite ({name}), and nothing was saved. "
+                f"{self.last_whole()}. Try a smaller learning_rate or more warmup_steps, in another output_dir"
+            )
+
+    def last_whole(self) -> str:
+        """Words for messages about the last whole checkpoint."""
+        last = last_checkpoint(self.args.output_dir or "")
+        return f"The last whole checkpoint is {last}" if last else "There is no checkpoint yet"
+
+    def together(self, folder: str | Path, write: Callable[[], None]) -> None:
+        """Calls `write` on every process. If one of them cannot write, all raise its error, so that none waits.
+
+        Under DeepSpeed and FSDP the processes talk while they write: there, the failing process raises at once.
+        """
+        stopped: Stopped | None = None
+        try:
+            with writing(folder):
+                write()
+        except Stopped as error:
+            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+                raise
+            stopped = error
+        others = gather_object([stopped and (type(stopped), str(stopped))])
+        if stopped is not None:
+            raise stopped
+        for kind, message in filter(None, others):
+            raise kind(message)

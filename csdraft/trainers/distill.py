@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from csdraft.data.feature_cache import FeatureCache
-from csdraft.data.packing import IGNORED, Packed, Padded
+from csdraft.data.packing import IGNORED, Texts
 from csdraft.models import base_model
 from csdraft.trainers.base import BaseTrainer
 from csdraft.trainers.distill_arguments import DistillArguments
@@ -92,7 +92,7 @@ class DrafterTrainer(BaseTrainer):
 
     def rows_of(self, item: int) -> list[int]:
         texts: Any = self.train_dataset.data  # type: ignore[union-attr]
-        return texts.blocks[item] if isinstance(texts, Packed) else [item]
+        return texts.blocks[item]
 
     def begin_of(self, row: int) -> str:
         texts: Any = self.train_dataset.data  # type: ignore[union-attr]
@@ -215,7 +215,7 @@ class DrafterTrainer(BaseTrainer):
 
 def with_features(texts: Any) -> bool:
     """Whether a data set has cached hidden states of the target, for a head."""
-    return isinstance(texts, Packed | Padded) and isinstance(texts.cache, FeatureCache)
+    return isinstance(texts, Texts) and isinstance(texts.cache, FeatureCache)
 
 
 def evaluation_of(

@@ -6,10 +6,11 @@ import importlib.util
 from dataclasses import dataclass
 
 from csdraft.data.chat import chat_of
+from csdraft.data.target import option
+from csdraft.trainers.arguments import RunArguments
 from csdraft.trainers.engines import uses
 from csdraft.trainers.evaluation import check_figure
 from csdraft.trainers.objective import Objective
-from csdraft.trainers.run_arguments import RunArguments, option
 from csdraft.trainers.students import kind_asked
 from csdraft.trainers.students._student import Student
 
@@ -85,7 +86,9 @@ class DistillArguments(RunArguments):
     remove_unused_columns: bool = option(False, "Without effect: batches hold what the trainer needs.")
 
     def __post_init__(self) -> None:
-        if (self.deepspeed or uses("DeepSpeed")) and importlib.util.find_spec("deepspeed") is None:
+        if (self.deepspeed or self.target_sharded or uses("DeepSpeed")) and importlib.util.find_spec(
+            "deepspeed"
+        ) is None:
             raise ValueError("deepspeed is needed and not installed: pip install csdraft[deepspeed]")
         if self.student is not None and self.init is not None:
             raise ValueError(

@@ -14,7 +14,7 @@ from csdraft.decoding.feature_session import taps_of
 from csdraft.models import base_model
 from csdraft.trainers.objective import Objective, head_of
 from csdraft.trainers.split import states_of
-from csdraft.trainers.students._student import student_of
+from csdraft.trainers.students._kind import student_of
 
 __all__ = ["Distillation"]
 

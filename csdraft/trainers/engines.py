@@ -18,15 +18,9 @@ from transformers import PreTrainedConfig, Trainer
 from transformers.integrations import deepspeed
 
 __all__ = [
-    "chosen_engine",
-    "copy_whole",
-    "is_sharded",
-    "keeps_parts",
-    "load_sharded",
-    "placed_here",
-    "uses",
+    "chosen_engine", "copy_whole", "is_sharded", "keeps_parts", "load_sharded", "placed_here", "uses",
     "whole_models",
-]
+]  # fmt: skip
 
 ENGINES = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
 """Engine -> the variable that `accelerate launch` sets for it."""

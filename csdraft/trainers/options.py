@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
-from csdraft.data.changes import check_unchanged, plain
+from csdraft.data.shards import check_unchanged
 from csdraft.trainers.engines import chosen_engine
 
 __all__ = ["EVALUATION", "check_options", "options_of"]
@@ -53,7 +56,7 @@ def options_of(args: TrainingArguments) -> dict[str, Any]:
     free = {key for keys in FREE.values() for key in keys.split()}
     kept = {field.name: getattr(args, field.name) for field in fields(args) if field.name not in free}
     engine = chosen_engine(args.deepspeed, args.fsdp)
-    return plain(kept) | {"processes": args.world_size, "engine": engine}
+    return _plain(kept) | {"processes": args.world_size, "engine": engine}
 
 
 def check_options(folder: str, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -79,3 +82,14 @@ def check_options(folder: str, before: dict[str, Any], now: dict[str, Any]) -> N
 def rows_a_step(options: dict[str, Any]) -> int:
     """Rows that all processes read in one step."""
     return math.prod(options[key] for key in CUTS)
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as JSON stores them. Only the last part of an existing path is kept, because folders may be moved."""
+    return {key: json.loads(json.dumps(_name(value), default=str)) for key, value in options.items()}
+
+
+def _name(value: Any) -> Any:
+    if isinstance(value, str) and value and Path(value).exists():
+        return Path(value).resolve().name
+    return value

@@ -11,19 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import metadata_load
 from huggingface_hub.utils import yaml_dump
-from jinja2 import Environment, StrictUndefined
 from transformers import TrainingArguments
 from transformers.utils import cached_file
 from yaml import YAMLError
 
-from csdraft.data.packing import Packed, Padded
+from csdraft.card import filled
+from csdraft.data.packing import Texts
 from csdraft.data.row_arrays import checksum
 from csdraft.data.sources import revision_of, tally_of
 from csdraft.heads.engines import ENGINES, ServedTarget, serve_command
 from csdraft.heads.folder import config_at
 from csdraft.heads.layers import embeddings
+from csdraft.heads.self_draft import model_name
 from csdraft.heads.stored_head import head_at
-from csdraft.hub import public_name, run_record, without_folders
+from csdraft.hub import run_record, without_folders
 from csdraft.models import base_model
 from csdraft.stored import is_hub_id
 from csdraft.trainers.students import added_share
@@ -65,7 +66,7 @@ def serving(name: str, folder: Path, target: Any) -> dict[str, str]:
     """
     if not (folder / "config.json").is_file() or (head := head_at(str(folder))) is None:
         return {}
-    served = ServedTarget.of(public_name(target), target.config, lambda: embeddings(target)["input.weight"].detach())
+    served = ServedTarget.of(model_name(target), target.config, lambda: embeddings(target)["input.weight"].detach())
     document, tensors = config_at(str(folder)) or {}, head.weights(str(folder))
     taken = [engine for engine in head.methods if not head.faults(engine, document, tensors, served)]
     tokens = DRAFTED if head.deepest is None else min(DRAFTED, head.deepest)
@@ -88,7 +89,7 @@ def provenance(trainer: DrafterTrainer) -> dict[str, Any]:
         measured = [entry for entry in measured if entry.get("step") == _kept_step(trainer)]
     return {
         **run_record(filter(find_spec, PACKAGES)),
-        "target": {"name": public_name(target), "revision": getattr(target.config, "_commit_hash", None)},
+        "target": {"name": model_name(target), "revision": getattr(target.config, "_commit_hash", None)},
         "license": {"license": args.license} if args.license else license_of(args.target, args.target_revision),
         "data": described_data(trainer),
         "arguments": {k: without_folders(v) if isinstance(v, str) else v for k, v in own.items()}
@@ -128,7 +129,7 @@ def described_data(trainer: DrafterTrainer) -> dict[str, Any] | None:
     `read`, `left_out` and `cut` count rows of the source: those read, left out by reason, and cut to `max_length`.
     """
     texts: Any = trainer.train_dataset and trainer.train_dataset.data  # type: ignore[union-attr]
-    if not isinstance(texts, Packed | Padded):
+    if not isinstance(texts, Texts):
         return None
     args: Any = trainer.args
     source = {"name": without_folders(args.dataset), "split": args.split, "revision": revision_of(texts.rows)}
@@ -137,7 +138,7 @@ def described_data(trainer: DrafterTrainer) -> dict[str, Any] | None:
     return source | (trainer.noted.get("data") or identity(texts)) | counts
 
 
-def identity(texts: Packed | Padded) -> dict[str, Any]:
+def identity(texts: Texts) -> dict[str, Any]:
     """Numbers that tell one set of rows from another."""
     return {"rows": len(texts.rows), "tokens": texts.tokens, "checksum": checksum(texts.rows)}
 
@@ -154,13 +155,10 @@ def card(name: str, origin: dict[str, Any], served: Mapping[str, str] | None = N
     if ids := [model for model in (target, origin["arguments"].get("student")) if model and "/" in model]:
         metadata["base_model"] = list(dict.fromkeys(ids))
     metadata["tags"] = ["csdraft", "speculative-decoding", "drafter"]
-    environment = Environment(
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
-    )
-    return environment.from_string(CARD.read_text(encoding="utf-8")).render(
-        origin,
+    return filled(
+        CARD,
+        **origin | {"target": target},
         name=name,
-        target=target,
         losses=json.dumps(origin["arguments"]["losses"]),
         metadata=yaml_dump(metadata, sort_keys=False),
         served=served,

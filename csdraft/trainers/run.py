@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from functools import partial
 from typing import Any
@@ -13,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from csdraft.data.chat import chat_of
 from csdraft.data.feature_cache import FeatureCache
-from csdraft.data.packing import IGNORED, Packed, Padded, check_packing, collate, collate_seq2seq
+from csdraft.data.packing import IGNORED, Texts, check_packing, collate, collate_seq2seq
 from csdraft.data.sources import read_prompts, read_rows
 from csdraft.data.target import check_writable, load_weights, read_target, target_name
 from csdraft.data.target_cache import TargetCache
@@ -23,11 +22,10 @@ from csdraft.trainers.distill import DrafterTrainer, evaluation_of
 from csdraft.trainers.distill_arguments import DistillArguments
 from csdraft.trainers.engines import chosen_engine, load_sharded, placed_here, uses, whole_models
 from csdraft.trainers.evaluation import Evaluation, pad_of
-from csdraft.trainers.lock import only_run
 from csdraft.trainers.muon import MuonAdamW
 from csdraft.trainers.progress import Line
 from csdraft.trainers.publish import identity
-from csdraft.trainers.run_folder import RunFolder, say
+from csdraft.trainers.run_folder import RunFolder, only_run, say
 from csdraft.trainers.students import check_engine, check_student, load_student_weights, make_student
 from csdraft.trainers.students._student import Counts
 
@@ -107,7 +105,6 @@ def prepare(args: DistillArguments) -> tuple[PreTrainedConfig, PreTrainedTokeniz
 
 def check(args: DistillArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises ValueError for mistakes that can be found without weights and data."""
-    check_installed(args)
     _ = args.objective  # checks the losses
     if args.eval_prompts is None and (args.eval_strategy != "no" or args.eval_on_start):
         raise ValueError(
@@ -130,28 +127,6 @@ def check(args: DistillArguments, config: PreTrainedConfig, tokenizer: PreTraine
     if args.student is not None:
         check_context(args)
         check_tokenizers(args.student, args.target, tokenizer)
-
-
-def check_installed(args: DistillArguments) -> None:
-    """Raises ValueError if a package that the arguments need is not installed."""
-    needed = {"datasets": "csdraft[train]"}
-    if args.peft:
-        needed["peft"] = "csdraft[train]"
-    if "tensorboard" in (args.report_to or ()):
-        needed["tensorboard"] = "csdraft[train]"
-    if args.target_sharded:
-        needed["deepspeed"] = "csdraft[deepspeed]"
-    if args.target_quantization is not None:
-        method = args.target_quantization.get("quant_method")
-        if method is None:
-            raise ValueError(
-                f"target_quantization={args.target_quantization} lacks quant_method, such as bitsandbytes"
-            )
-        if method == "bitsandbytes":
-            needed[method] = method
-    for package, source in needed.items():
-        if importlib.util.find_spec(package) is None:
-            raise ValueError(f"{package} is needed and not installed: pip install {source}")
 
 
 def check_engines(args: DistillArguments) -> None:
@@ -230,16 +205,16 @@ def make_batches(
     if config.is_encoder_decoder:
         if args.target_cache:
             raise ValueError("target_cache is for decoder-only targets; leave it out")
-        texts = Padded(rows, args.max_length, pad, config.decoder_start_token_id)
+        texts = Texts(rows, args.max_length, pad, decoder_start=config.decoder_start_token_id)
         return {"train_dataset": texts, "data_collator": partial(collate_seq2seq, pad=pad)}
     if args.target_cache:  # the target's hidden states for a head, its logits for a model
         cache = (FeatureCache if args.kind.reads_features else TargetCache)(args.target_cache)
         cache.check_target(target_name(args))
-    texts = (Packed if args.packing else Padded)(rows, args.max_length, pad, cache=cache)
+    texts = Texts(rows, args.max_length, pad, args.packing, cache=cache)
     return {"train_dataset": texts, "data_collator": partial(collate, pad=pad)}
 
 
-def counts_of(texts: Packed | Padded, config: PreTrainedConfig) -> Tensor:
+def counts_of(texts: Texts, config: PreTrainedConfig) -> Tensor:
     """(vocab,) how often each token is a label in the training text."""
     counts = torch.zeros(config.get_text_config(decoder=True).vocab_size, dtype=torch.long)
     for index in range(len(texts)):

@@ -1,25 +1,62 @@
-"""A run is one training in its folder. The same command, given again, resumes it, or finds that it is finished."""
+"""A run is one training in its folder. The same command, given again, resumes it, or finds that it is finished.
+
+Only one run writes to a folder: the first process of a run holds a file lock on it.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import platform
-import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from transformers import TrainerState, TrainingArguments
 
-from csdraft.data.changes import check_unchanged
-from csdraft.data.shards import Part, write_whole
+from csdraft.data.shards import Part, check_unchanged, write_whole
 from csdraft.trainers.base import BaseTrainer
-from csdraft.trainers.checkpoints import chosen_checkpoint, has_checkpoint, passed_over, read_mark
-from csdraft.trainers.lock import only_run
+from csdraft.trainers.checkpoints import UNREADABLE, chosen_checkpoint, last_checkpoint, passed_over, read_mark
 from csdraft.trainers.options import check_options, options_of
 
-__all__ = ["RunFolder", "forget", "is_finished", "say"]
+__all__ = ["FINISHED", "RunFolder", "is_finished", "only_run", "say"]
+
+LOCK = "_lock"
+"""The lock's file in the run's folder. transformers does not upload files whose names begin with _."""
+
+
+@contextmanager
+def only_run(folder: str | None) -> Iterator[None]:
+    """Keeps other runs out of a folder while this block runs. The system frees the lock of a killed process.
+
+    Does nothing on other processes than the first of a run, and in folders that cannot be written or locked. A block
+    inside such a block may write to the folder too.
+
+    Raises:
+        ValueError: another run is writing to the folder.
+    """
+    file = Path(folder or "").resolve() / LOCK
+    with ExitStack() as stack:
+        try:
+            if Part.of_environment().rank == 0:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context(FileLock(file, blocking=False, is_singleton=True))
+                if lock.lock_counter == 1:
+                    stack.callback(file.unlink, missing_ok=True)  # before it is unlocked
+                    file.write_text(str(os.getpid()), encoding="utf-8")
+        except Timeout:
+            process = file.read_text(encoding="utf-8").strip()
+            raise ValueError(
+                f"another run{f' (process {process})' if process else ''} is writing to {file.parent}: wait for it, "
+                "end it, or give another output_dir"
+            ) from None
+        except (OSError, NotImplementedError):
+            pass  # no lock here; `check_writable` says why
+        yield
+
 
 FINISHED = "finished.json"
 STATE = ("global_step", "max_steps", "epoch", "log_history", "best_metric", "best_global_step")
@@ -32,13 +69,6 @@ def say(text: str) -> None:
     """Prints on the first process."""
     if Part.of_environment().rank == 0:
         print(text, flush=True)
-
-
-def forget(folder: Path) -> None:
-    """Removes what a run in a folder would be resumed from: its checkpoints, and the note that it is finished."""
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
-    (folder / FINISHED).unlink(missing_ok=True)
 
 
 def is_finished(args: TrainingArguments) -> bool:
@@ -93,7 +123,7 @@ class RunFolder:
         self.args, self.folder, self.options = args, Path(args.output_dir or ""), options_of(args)
         self._files, self._has_read_data = stamp_of(args), False
         begins_again = args.resume_from_checkpoint is False
-        self._done, self._is_odd = (None, False) if begins_again else _read(self.folder / FINISHED)
+        self._done = None if begins_again else _read(self.folder / FINISHED)
         self.finished = self._done is not None and self._is_all(self._done)
         self.checkpoint = None if self.finished else chosen_checkpoint(args)
         self._before = self._done if self.checkpoint is None else read_mark(self.checkpoint)
@@ -136,8 +166,6 @@ class RunFolder:
         if self.finished:
             say(self._end())
             return
-        if self._is_odd:
-            say(f"passed over {self.folder / FINISHED}, which cannot be read: the run is taken as not finished")
         if self.args.resume_from_checkpoint in (None, True):
             for name, reason in passed_over(str(self.folder)).items():
                 say(f"passed over {self.folder / name}, which is not whole: {reason}")
@@ -151,7 +179,7 @@ class RunFolder:
         compared = self._has_read_data or None not in (self._done.get("files"), self._files)
         doubt = "" if compared else " Its data were not read: whether they have changed is not known."
         further = "To train further raise max_steps or num_train_epochs"
-        if not has_checkpoint(str(self.folder)):
+        if last_checkpoint(str(self.folder)) is None:
             further += " (from the first step: no checkpoint is left)"
             if any(self.folder.glob("checkpoint-*")):
                 further = (
@@ -212,14 +240,10 @@ class RunFolder:
         say(f"the result is in {self.folder}")
 
 
-def _read(path: Path) -> tuple[dict[str, Any] | None, bool]:
-    """The note of a finished run if there is one, and whether there is one that `finish` has not written."""
+def _read(path: Path) -> dict[str, Any] | None:
+    """The note of a finished run; None if there is none that can be read."""
     try:
         note = json.loads(path.read_text(encoding="utf-8"))
-        if {"options", "checkpoint"} <= note.keys() and set(note["state"]) == set(STATE):
-            return note, False
-    except (FileNotFoundError, NotADirectoryError):
-        return None, False
-    except (ValueError, AttributeError, KeyError, TypeError):
-        pass
-    return None, True
+        return note if {"options", "checkpoint"} <= note.keys() and set(note["state"]) == set(STATE) else None
+    except UNREADABLE:
+        return None

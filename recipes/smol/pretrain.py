@@ -24,12 +24,11 @@ from transformers import (
 )
 
 from csdraft.data.text import END, Document, read_corpus, split
+from csdraft.trainers.arguments import RunArguments
 from csdraft.trainers.base import BaseTrainer
 from csdraft.trainers.command import run_script
-from csdraft.trainers.lock import only_run
 from csdraft.trainers.muon import MuonAdamW
-from csdraft.trainers.run_arguments import RunArguments
-from csdraft.trainers.run_folder import RunFolder, is_finished
+from csdraft.trainers.run_folder import RunFolder, is_finished, only_run
 from csdraft.trainers.students import save_tokenizer
 
 __all__ = ["Blocks", "PretrainArguments", "pretrain"]

@@ -9,7 +9,7 @@ import pytest
 
 from csdraft import doctor
 from csdraft.cli import main
-from csdraft.doctor import Machine, ModelState, Package
+from csdraft.doctor import ModelState, Package, fast_dtype
 from tests.tiny import fresh, tiny
 
 
@@ -74,7 +74,7 @@ def test_what_to_expect_goes_by_the_price_of_eight_tokens(eight, advice):
 
 def test_which_dtype_a_cpu_is_fast_in():
     def said(*units: str) -> str:
-        return Machine("", "", 1, 1, list(units), []).bfloat16
+        return fast_dtype(units)
 
     assert "--dtype bfloat16 is usually" in said("avx2", "amx_bf16")
     assert "--dtype float32 is usually" in said("avx2")

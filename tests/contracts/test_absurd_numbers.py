@@ -108,7 +108,7 @@ def test_a_huge_k_matrix_costs_nothing(schedule, huge):
 
 def test_a_plan_of_huge_drafters_is_bounded(monkeypatch):
     """The planner asks for no more than its own deepest draft."""
-    monkeypatch.setattr("csdraft.planner.auto.TOKENS", NEW)
+    monkeypatch.setattr("csdraft.planner.search.TOKENS", NEW)
     small = tiny.drafter_of("llama")
     nest = Vertical(small, MaxGram(depth=10**9), depth=10**9)
     cascade = CascadeDrafter([nest, ModelDrafter(small, depth=10**9, tree=BestFirst(2, 4))], "auto")

@@ -124,7 +124,7 @@ def test_two_threads_share_a_drafter() -> None:
 
 
 def test_what_a_planner_tries_is_in_no_report(monkeypatch) -> None:
-    monkeypatch.setattr("csdraft.planner.auto.TOKENS", 4)
+    monkeypatch.setattr("csdraft.planner.search.TOKENS", 4)
     target = copy.deepcopy(tiny.tiny("llama"))
     cascade = csdraft.CascadeDrafter([tiny.drafter_of("llama"), MaxGram()], "auto")
     report = decoded(cascade, target)

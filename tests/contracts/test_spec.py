@@ -91,8 +91,8 @@ def test_round_trip(family, name, changed):
     method = made(family, name, changed)
     models: dict[str, nn.Module] = {}
     tables: dict[str, Any] = {}
-    text = json.dumps(spec.to_json(method, models, tables))
-    assert same(spec.from_json(family, json.loads(text), models, tables), method)
+    text = json.dumps(spec.to_json(method, spec.Names(models, tables)))
+    assert same(spec.from_json(family, json.loads(text), spec.Names(models, tables)), method)
     assert spec.type_of(method) == (family, name)
     assert list(json.loads(text))[1:] == [f.name for f in fields(method) if f.init]  # all options, always
 
@@ -109,25 +109,25 @@ def test_a_nest_and_a_model_used_twice():
         (5, 3, 2),
     )
     models: dict[str, nn.Module] = {}
-    written = json.loads(json.dumps(spec.to_json(nest, models)))
+    written = json.loads(json.dumps(spec.to_json(nest, spec.Names(models, {}))))
     assert models == {"LlamaForCausalLM": small, "LlamaForCausalLM-2": twin}
     assert written["drafters"][0]["reviewer"] == written["drafters"][1]["model"] == "LlamaForCausalLM"
-    back = spec.from_json("drafters", written, models)
+    back = spec.from_json("drafters", written, spec.Names(models))
     assert same(back, nest)
 
 
 def test_a_table_is_written_as_a_file_name(tmp_path):
     table = BigramTable.build([[3, 4, 5, 3, 4]], 10)
     tables: dict[str, Any] = {}
-    written = spec.to_json(csdraft.MaxGram(bigram=table), {}, tables)
+    written = spec.to_json(csdraft.MaxGram(bigram=table), spec.Names({}, tables))
     assert written["bigram"] == "tables/bigram.safetensors"
     assert tables == {"tables/bigram.safetensors": table}
-    assert spec.from_json("drafters", written, {}, tables).bigram is table
+    assert spec.from_json("drafters", written, spec.Names({}, tables)).bigram is table
     table.save(tmp_path / "bigram.safetensors")
     stored = {"tables/bigram.safetensors": tmp_path / "bigram.safetensors"}
-    assert spec.from_json("drafters", written, {}, stored).bigram == table
+    assert spec.from_json("drafters", written, spec.Names({}, stored)).bigram == table
     with pytest.raises(ValueError, match=r"names 'tables/bigram.safetensors', which does not exist: known: none"):
-        spec.from_json("drafters", written, {}, {})
+        spec.from_json("drafters", written, spec.Names({}, {}))
 
 
 def test_a_name_alone_is_a_type():
@@ -176,7 +176,7 @@ def test_a_type_is_a_file():
 )
 def test_what_is_not_understood_is_refused(family, written, message):
     with pytest.raises(ValueError, match=message):
-        spec.from_json(family, written, {"small": drafter_of("llama")})
+        spec.from_json(family, written, spec.Names({"small": drafter_of("llama")}))
 
 
 def test_a_class_outside_the_folders_is_refused():
@@ -185,13 +185,13 @@ def test_a_class_outside_the_folders_is_refused():
         depth: int = 5
 
     with pytest.raises(ValueError, match=r"Mine .*cannot be written as JSON: .*put the class there"):
-        spec.to_json(Mine(), {})
+        spec.to_json(Mine(), spec.Names({}, {}))
     with pytest.raises(ValueError, match="CascadeDrafter"):
-        spec.to_json(csdraft.CascadeDrafter([csdraft.MaxGram()]), {})
+        spec.to_json(csdraft.CascadeDrafter([csdraft.MaxGram()]), spec.Names({}, {}))
 
 
 def test_a_value_that_json_has_no_word_for_is_refused():
     drafter = csdraft.MaxGram()
     object.__setattr__(drafter, "depth", types.SimpleNamespace())
     with pytest.raises(ValueError, match=r"max_gram.depth, a SimpleNamespace, cannot be written"):
-        spec.to_json(drafter, {})
+        spec.to_json(drafter, spec.Names({}, {}))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from csdraft.data.feature_cache import LAST, FeatureArguments, FeatureCache, cache_features, write_features
-from csdraft.data.packing import Packed, collate
+from csdraft.data.packing import Texts, collate
 from tests.tiny import CAUSAL, tiny
 
 ROWS = [{"input_ids": [3 + (i * k) % 60 for i in range(5 + k)], "prompt_length": k} for k in range(1, 6)]
@@ -31,7 +31,7 @@ def test_batches_carry_them_beside_their_tokens(tmp_path):
     target = tiny("llama")
     write_features(lambda: target, ROWS, tmp_path, "tiny", [0], target.config.hidden_size)
     cache = FeatureCache(tmp_path)
-    texts = Packed(ROWS, 24, cache=cache)
+    texts = Texts(ROWS, 24, cache=cache)
     batch = collate([texts[i] for i in range(len(texts))])
     embedded = batch["cached"].float().chunk(2, -1)[0]
     wanted = target.get_input_embeddings()(batch["input_ids"])
@@ -47,7 +47,7 @@ def test_another_cache_is_not_continued_and_a_layer_that_is_not_there_is_refused
     with pytest.raises(ValueError, match="holds the cache"):
         write_features(lambda: target, ROWS, tmp_path, "tiny", [0, 1], width)
     with pytest.raises(ValueError, match=r"the features in .* of other texts"):
-        Packed(ROWS[1:], 24, cache=FeatureCache(tmp_path))
+        Texts(ROWS[1:], 24, cache=FeatureCache(tmp_path))
     asked = {"target": "models/smol-target", "dataset": "no/such-data", "output_dir": str(tmp_path / "other")}
     with pytest.raises(ValueError, match="max_length=1 must be"):
         FeatureArguments(**asked, max_length=1)

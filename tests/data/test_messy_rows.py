@@ -119,9 +119,6 @@ def test_a_row_that_cannot_be_used_is_left_out_and_counted(name, order, tmp_path
     number = 1 if order == 1 else 0
     assert f"{source}: 2 rows read; 1 left out (1 has {reason}, row {number}" in capsys.readouterr().err
     assert rows[0]["index"] == 0
-    (again,) = read_rows(source, make_tokenizer(STRICT), 32)  # from the cache of `datasets`
-    assert again["input_ids"] == rows[0]["input_ids"]
-    assert f"1 has {reason}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", OUT)
@@ -180,22 +177,10 @@ def test_a_broken_line_is_named(name, tmp_path):
     content, message = BROKEN[name]
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder/rows.jsonl").write_bytes(content)
-    readings = [lambda: read_rows(str(path), make_tokenizer(), 8), lambda: read_prompts(str(path), make_tokenizer())]
-    if name not in ("blank", "no columns"):
-        readings.append(lambda: read_rows(str(tmp_path / "folder"), make_tokenizer(), 8))
-    for read in readings:
+    for read in (lambda: read_rows(str(path), make_tokenizer(), 8), lambda: read_prompts(str(path), make_tokenizer())):
         with pytest.raises(ValueError, match=message) as error:
             read()
         assert "rows.jsonl" in str(error.value)
-
-
-def test_what_datasets_cannot_read_is_read_all_the_same(tmp_path):
-    """A row that is null, where a column's values differ in kind: `datasets` 5.2 ends with an AttributeError."""
-    rows = [GOOD | {"tools": 5}, None, GOOD | {"tools": []}]
-    rows = read_rows(write_lines(tmp_path / "rows.jsonl", rows), make_tokenizer(PLAIN), 16)
-    assert reasons(rows) == {"a number in place of a list of tools": 1, "a null conversation": 1}
 
 
 def test_a_corpus_that_is_not_text_is_named(tmp_path):

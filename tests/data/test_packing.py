@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from csdraft.data.packing import IGNORED, Packed, Padded, best_fit, collate, collate_seq2seq
+from csdraft.data.packing import IGNORED, Texts, best_fit, collate, collate_seq2seq
 from tests.tiny import VOCAB, tiny
 
 
@@ -41,7 +41,7 @@ def test_best_fit_places_each_text_once_within_the_size(seed):
 
 def test_every_token_is_packed_once_with_its_own_label():
     rows = rows_of([5, 30, 1, 17, 32, 9], [0, 10, 0, 17, 1, 4])
-    packed = Packed(rows, 32, pad=7)
+    packed = Texts(rows, 32, pad=7)
     batch = collate([packed[i] for i in range(len(packed))])
     found = {}
     for row, start, stop in texts_in(batch):
@@ -57,7 +57,7 @@ def test_every_token_is_packed_once_with_its_own_label():
 
 def test_tokens_that_nobody_scored_have_no_label():
     row = rows_of([6], [2])[0] | {"scored": [0, 0, 1, 0, 1, 1]}
-    assert (Packed([row], 8)[0]["labels"] != IGNORED).tolist() == [False, False, True, False, True, True, False, False]
+    assert (Texts([row], 8)[0]["labels"] != IGNORED).tolist() == [False, False, True, False, True, True, False, False]
 
 
 FAMILIES = [
@@ -73,7 +73,7 @@ def test_a_packed_text_has_the_logits_that_it_has_alone(family, attention, packi
     """Longer than the window of those that have one; filling makes no difference either."""
     model = tiny(family, attention)
     rows = rows_of([40, 3, 23, 35, 1, 18, 64])
-    data = Packed(rows, 64) if packing else Padded(rows, 64)
+    data = Texts(rows, 64, packing=packing)
     batch = collate([data[i] for i in range(len(data))], pad=5)
     del batch["labels"]
     logits = model(**batch, use_cache=False).logits
@@ -90,7 +90,7 @@ def test_a_packed_text_has_the_logits_that_it_has_alone(family, attention, packi
 def test_an_encoder_decoder_reads_the_prompt_and_is_scored_on_the_rest():
     model = tiny("t5")
     rows = rows_of([12, 7, 20], [5, 6, 9])
-    data = Padded(rows, 32, decoder_start=0)
+    data = Texts(rows, 32, decoder_start=0)
     batch = collate_seq2seq([data[i] for i in range(3)])
     labels = batch.pop("labels")
     logits = model(**batch, use_cache=False).logits
@@ -106,8 +106,8 @@ def test_an_encoder_decoder_reads_the_prompt_and_is_scored_on_the_rest():
 
 def test_what_cannot_be_packed():
     with pytest.raises(ValueError, match="no rows to train on"):
-        Packed([], 8)
+        Texts([], 8)
     with pytest.raises(ValueError, match="row 1 has 9 tokens, blocks have 8"):
-        Packed(rows_of([3, 9]), 8)
+        Texts(rows_of([3, 9]), 8)
     with pytest.raises(ValueError, match="row 0 has a prompt of 0 tokens and 4 after it"):
-        Padded(rows_of([4]), 8, decoder_start=0)[0]
+        Texts(rows_of([4]), 8, decoder_start=0)[0]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from csdraft.data.packing import IGNORED, Packed, Padded, collate
+from csdraft.data.packing import IGNORED, Texts, collate
 from csdraft.data.shards import Part
 from csdraft.data.target_cache import CacheArguments, TargetCache, cache_logits, dense, write_target_cache
 from csdraft.losses.forward_kl import forward_kl
@@ -105,7 +105,7 @@ def test_dense_logits_are_normalised_and_spread_the_rest_evenly(cache):
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_batches_carry_the_logits_of_their_tokens(cache, packing):
-    data = Packed(ROWS, 32, cache=cache) if packing else Padded(ROWS, 32, cache=cache)
+    data = Texts(ROWS, 32, packing=packing, cache=cache)
     batch = collate([data[i] for i in range(len(data))])
     assert batch["cached"].shape == (*batch["input_ids"].shape, 2 * K)
     counts = batch["labels"][:, 1:] != IGNORED
@@ -133,7 +133,7 @@ def test_the_forecast_is_what_the_files_take(tmp_path, capsys):
     write_target_cache(lambda: printed.append(capsys.readouterr().out) or load_target(), ROWS, tmp_path, "tiny", K)
     files = [path for path in tmp_path.iterdir() if path.suffix not in (".npy", ".json")]
     taken = sum(path.stat().st_size for path in files)
-    assert f"x {K} logits: {taken / 1000:.3g} KB in {tmp_path}" in printed[0]  # before the target is loaded
+    assert f"positions: {taken / 1000:.3g} KB in {tmp_path}" in printed[0]  # before the target is loaded
 
 
 def test_readers_of_other_processes_open_the_files_themselves(cache):
@@ -145,18 +145,18 @@ def test_readers_of_other_processes_open_the_files_themselves(cache):
 def test_too_small_a_disk_is_noticed_before_the_target_is_loaded(tmp_path, monkeypatch, capsys):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(1, 0, 20000))
-    with pytest.raises(ValueError, match=r"take 1\S+ KB, but 20 KB are free in .* a k of at most 1\d instead of 90"):
+    with pytest.raises(ValueError, match=r"take 1\S+ KB, but 20 KB are free in .*, or a smaller k"):
         write_target_cache(lambda: pytest.fail("was loaded"), ROWS, tmp_path, "tiny", 90)
-    assert "20 rows, " in capsys.readouterr().out
+    assert "logits of 20 rows, " in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
 def test_another_cache_is_neither_read_nor_continued(cache, tmp_path):
     with pytest.raises(ValueError, match="of other texts"):
-        Packed(ROWS[1:], 32, cache=cache)
+        Texts(ROWS[1:], 32, cache=cache)
     longer = [row | {"prompt_length": row["prompt_length"] + (number == 5)} for number, row in enumerate(ROWS)]
     with pytest.raises(ValueError, match=r"are of \d+ positions of row 5, which has \d+ after its prompt"):
-        Packed(longer, 32, cache=cache)
+        Texts(longer, 32, cache=cache)
     cache.check_target("tiny")
     with pytest.raises(ValueError, match="of the target tiny, not of other"):
         cache.check_target("other")

@@ -295,7 +295,7 @@ def test_a_users_mistake_is_no_failure(target):
 
 
 def test_a_drafter_that_fails_while_a_plan_is_made(target, plain, monkeypatch):
-    monkeypatch.setattr("csdraft.planner.auto.TOKENS", 4)
+    monkeypatch.setattr("csdraft.planner.search.TOKENS", 4)
     with pytest.warns(RuntimeWarning, match="left out"):
         out = target.generate(
             PROMPT, assistant=CascadeDrafter([failing("propose", KeyError("lost"))], "auto"), **WANTED

@@ -66,10 +66,10 @@ def test_texts_are_encoded() -> None:
 
 def test_it_is_saved_with_a_cascade(tmp_path) -> None:
     drafter, tables = Reference([[1, 2, 3], [], [2, 5]], depth=7), {}
-    written = spec.to_json(drafter, {}, tables)
+    written = spec.to_json(drafter, spec.Names({}, tables))
     ((name, table),) = tables.items()
     table.save(tmp_path / "documents.safetensors")
-    loaded = spec.from_json("drafters", written, {}, {name: str(tmp_path / "documents.safetensors")})
+    loaded = spec.from_json("drafters", written, spec.Names({}, {name: str(tmp_path / "documents.safetensors")}))
     assert loaded.depth == 7
     for text in ([1], [2], [1, 2], [5], [3]):
         assert proposed(loaded, StandInCall([text])) == proposed(drafter, StandInCall([text]))

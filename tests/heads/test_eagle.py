@@ -12,7 +12,7 @@ from csdraft import ModelDrafter
 from csdraft.trainers.distillation import Distillation
 from csdraft.trainers.objective import Objective
 from csdraft.trainers.students import check_student, make_student
-from csdraft.trainers.students._student import student_of
+from csdraft.trainers.students._kind import student_of
 from tests.heads.kinds import OBJECTIVE, batch, new
 from tests.heads.learned import PROMPTS, target, texts
 from tests.heads.spied import FIXED, GREEDY

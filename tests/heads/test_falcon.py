@@ -12,7 +12,6 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from csdraft.heads.kinds.falcon import FalconOptions
 from csdraft.trainers.distillation import Distillation
 from csdraft.trainers.students import check_student
-from csdraft.trainers.students._student import student_of
 from csdraft.trees.best_first import BestFirst
 from tests.heads import spied as spied_module
 from tests.heads import test_kinds
@@ -260,11 +259,11 @@ def test_noise_is_on_the_features_of_training_alone(monkeypatch):
 def test_the_loss_compares_the_first_guess_with_the_feature():
     head = new("falcon", noise=0, glance=0)
     outputs, features = torch.randn(5, head.feature_width), torch.randn(5, head.feature_width)
-    found = student_of(head).further(head, outputs, features)
+    found = head.feature_loss(outputs, features)
     wanted = nn.functional.smooth_l1_loss(outputs[:, 1 : 1 + WIDTH], features[:, 1 : 1 + WIDTH]) * 5
     assert torch.allclose(found, wanted)
     head.options = FalconOptions(regression=0)
-    assert student_of(head).further(head, outputs, features) is None
+    assert head.feature_loss(outputs, features) is None
 
 
 def test_the_first_pass_of_training_has_no_gradient():

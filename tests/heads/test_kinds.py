@@ -29,7 +29,6 @@ from csdraft.heads.head import LAST
 from csdraft.models import load_model
 from csdraft.trainers.distillation import Distillation
 from csdraft.trainers.students import check_student, make_student, save_student
-from csdraft.trainers.students._student import student_of
 from csdraft.trees.best_first import BestFirst
 from csdraft.trees.sampled import Sampled
 from tests.heads.kinds import NAMES, OBJECTIVE, OPTIONS, batch, learned, new, weights_in, write_weights
@@ -151,11 +150,11 @@ def test_a_step_changes_the_heads_own_weights_alone(name):
 @OF_EACH
 def test_a_head_that_computes_what_the_target_does_has_no_loss(monkeypatch, name):
     """And one that is a token off has."""
-    head, kind = new(name), student_of(new(name))
+    head = new(name)
     with torch.no_grad():
         hidden = target()(texts(), output_hidden_states=True).hidden_states[-1]
     rows = target().get_output_embeddings().weight.detach()[head.drafted]
-    monkeypatch.setattr(kind, "further", lambda *_: None, raising=False)
+    monkeypatch.setattr(head, "feature_loss", lambda *_: None)
 
     def loss(shift: int) -> float:
         def oracle(ids: Any, positions: Any, features: Any, steps: int) -> Any:

@@ -21,7 +21,7 @@ from csdraft.heads.formats.eagle3 import Eagle3Head
 from csdraft.models import load_model
 from csdraft.trainers.run import distill
 from csdraft.trainers.students import check_student, load_student_weights, make_student
-from csdraft.trainers.students._student import student_of
+from csdraft.trainers.students._kind import student_of
 from tests.heads.learned import LAYERS, new_head, target
 from tests.tiny import ragged_batch
 

@@ -104,16 +104,21 @@ def test_python_blocks_run(page, folder, tmp_path):
 
 
 def as_run(block: Block) -> str:
-    """A block at its line of the page; one that the reader saves as a file becomes the module of that file."""
+    """A block at its line of the page. A block that the reader saves as a file is saved, as a part of the package."""
     code = "\n" * (block.line - 1) + block.code
     if block.saved_as is None:
         return code
-    name = block.saved_as.removesuffix(".py").replace("/", ".")
-    made = f"import sys, types; made = sys.modules[{name!r}] = types.ModuleType({name!r})"
-    return f"{made}; exec(compile({code!r}, {name_of(block.page)!r}, 'exec'), made.__dict__)"
+    file = Path(block.saved_as)
+    package, folder = ".".join(file.parent.parts), str(file.parent)
+    return (
+        f"import importlib, pathlib; pathlib.Path({folder!r}).mkdir(parents=True, exist_ok=True); "
+        f"pathlib.Path({block.saved_as!r}).write_text({code!r}, 'utf-8'); "
+        f"importlib.import_module({package!r}).__path__.append({folder!r}); "
+        f"importlib.import_module({package + '.' + file.stem!r})"
+    )
 
 
-def test_a_block_that_is_saved_does_not_borrow_from_the_page(tmp_path):
+def test_a_block_that_is_saved_does_not_borrow_from_the_page(folder, tmp_path):
     """It has what it imports, as its file would have."""
     page = ROOT / "page.md"
     saved, reads = Block(page, 1, "python", "made = one", None, "csdraft/made.py"), "from csdraft.made import made"

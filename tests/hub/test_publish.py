@@ -16,12 +16,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import csdraft
-from csdraft.hub import command
+from csdraft.hub import command, upload
 from csdraft.trainers.arguments import read_values
 from csdraft.trainers.publish import card, provenance
 from csdraft.trainers.run import distill
 from csdraft.trainers.students import added_share, make_student
-from csdraft.upload import upload
 from tests.hub.standin import Hub, standin
 from tests.tiny import on_target
 from tests.trainers.pair import arguments, make_pair, settings
@@ -34,7 +33,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from csdraft.trainers.distill import DistillArguments
 from csdraft.trainers.run import distill
-from csdraft.upload import upload
+from csdraft.hub import upload
 folder = sys.argv[1]
 for name in ("first", "second"):
     upload(Path(folder, name), "me/new", revision="v2")

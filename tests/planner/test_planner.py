@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from csdraft import CascadeDrafter, MaxGram, ModelDrafter, Report
+from csdraft import CascadeDrafter, MaxGram, ModelDrafter, Report, bench
 from csdraft import tune as tuning
 from csdraft.bench import Cell, Method, Result, Setup
 from csdraft.cli.tune import how_sure
@@ -199,18 +199,12 @@ class Clock:
         return self.time
 
 
-def test_an_allowance_never_reports_more_than_is_left():
+def test_an_allowance_reports_the_share_that_has_passed():
     clock, said = Clock(), []
     allowance = Allowance(100.0, lambda what, share: said.append(share), clock)
-    allowance.tell("a", 1000.0)
-    clock.time = 20.0
-    allowance.tell("a", 1000.0)  # 80 s at most
-    clock.time = 40.0
-    allowance.tell("b", 10.0)
-    allowance.tell("b", 50.0)  # a share never falls
-    clock.time = 120.0
-    allowance.tell("c", 5.0)
-    assert said == [0.0, 0.2, 0.8, 0.8, 0.99]
+    for clock.time in (0.0, 20.0, 120.0):
+        allowance.tell("a")
+    assert said == [0.0, 0.2, 0.99]
     assert allowance.remaining == 0
 
 
@@ -222,22 +216,21 @@ def fake_generate(monkeypatch, clock: Clock, seconds: dict[str, float]) -> list[
         del setup, group
         asked.append(cell.name)
         clock.time += seconds[cell.name]
-        return Result(seconds[cell.name], None, ())
+        return Result(seconds[cell.name], None, ((1, 2),))
 
-    monkeypatch.setattr(tuning, "generate", generate)
+    monkeypatch.setattr(bench, "generate", generate)
     return asked
 
 
-@pytest.mark.parametrize(
-    ("seconds", "prompts", "repetitions"), [(1000.0, 4, 2), (30.0, 4, 1), (13.0, 2, 1), (1.0, 1, 1)]
-)
-def test_timing_ends_in_time_with_whole_repetitions(monkeypatch, seconds, prompts, repetitions):
+@pytest.mark.parametrize(("seconds", "steps"), [(1000.0, 8), (30.0, 6), (13.0, 2), (1.0, 1)])
+def test_timing_ends_in_time_with_whole_turns(monkeypatch, seconds, steps):
+    """All cells have run on a prompt, or none."""
     clock, said = Clock(), []
     asked = fake_generate(monkeypatch, clock, {"plain": 3.0, "0": 1.0})
     allowance = Allowance(seconds, lambda what, share: said.append(share), clock)
     cells = [Cell(Method("plain", {})), Cell(Method("0", {}))]
-    times = timed(None, cells, [(1,), (2,), (3,), (4,)], 2, allowance)
-    assert times == {"plain": [[3.0] * repetitions] * prompts, "0": [[1.0] * repetitions] * prompts}
+    run = timed(Setup(None, clock=clock), cells, [(1,), (2,), (3,), (4,)], 2, allowance)
+    assert [sum(sample.cell == name for sample in run.samples) for name in ("plain", "0")] == [steps, steps]
     assert clock.time <= max(seconds, 8.0)
     assert asked[:6] == ["plain", "0", "plain", "0", "0", "plain"][: len(asked)]  # warmed up, then in turns
     assert said[-1] == 1.0
@@ -247,7 +240,12 @@ def candidates_of(times: dict[str, list[list[float]]]) -> list[Candidate]:
     plan = search(made_measurements(0.05))[0]
     made = {name: (plan, {"lenience": 1.0, "schedule": "fixed"}, CascadeDrafter([MaxGram()], 4)) for name in times}
     del made["plain"]
-    return ranked(made, times, 32)
+    run = bench.Run()
+    for name, table in times.items():
+        for group, row in enumerate(table):
+            for repetition, seconds in enumerate(row):
+                run.add(name, group, repetition, Result(seconds, None, ((1, 2),)))
+    return ranked(made, run, 32)
 
 
 def test_a_result_names_rows_that_may_be_equally_fast():
@@ -257,7 +255,7 @@ def test_a_result_names_rows_that_may_be_equally_fast():
     found = candidates_of({"plain": plain, "a": slow, "b": [[1.0, 1.0]] * 4, "c": noisy})
     assert [one.told_apart for one in found] == [False, False, True]
     said = how_sure(found, 12)
-    assert "timed on 4 of 12 prompts, 2 times each, up to 32 tokens" in said
+    assert "timed on 4 of 12 prompts, up to 2 times each, up to 32 tokens" in said
     assert "row 2 cannot be told apart from row 1" in said
     few = candidates_of({"plain": plain[:2], "a": slow[:2], "b": [[1.0, 1.0]] * 2})
     assert not few[1].told_apart, "two prompts prove nothing"
@@ -274,10 +272,9 @@ def test_short_times_allow_short_texts_and_few_plans():
         return clock.time
 
     drafters = [ModelDrafter(drafter), MaxGram()]
-    length, each = affordable_length(setup, drafters, [(3, 5, 7)], Allowance(60.0, lambda *_: None, ticking))
-    assert (length, each) == (48, 3.0)  # twice five passes of it fill half of a minute
-    assert affordable_length(setup, drafters, [(3, 5, 7)], Allowance(1.0, lambda *_: None, ticking))[0] == 16
-    assert affordable_length(setup, drafters, [(3, 5, 7)], Allowance(math.inf, lambda *_: None, ticking))[0] == 96
+    for seconds, length in ((60.0, 48), (1.0, 16), (math.inf, 96)):  # twice five passes of 48 fill half of a minute
+        allowance = Allowance(seconds, lambda *_: None, ticking)
+        assert affordable_length(setup, drafters, [(3, 5, 7)], allowance) == length
     plans = search(made_measurements(0.05))[:4]
     for seconds, count in ((1000.0, 4), (0.0, 1)):
         assert len(affordable(plans, (1.0,), 1.0, 12, Allowance(seconds, lambda *_: None, Clock()))) == count

@@ -11,8 +11,8 @@ from csdraft import CascadeDrafter, MaxGram, ModelDrafter, Report, decode
 from csdraft.reports import page as page_module
 from csdraft.reports.page import fragment, page
 from csdraft.reports.report import Planned
-from csdraft.reports.sentence import endings, sentence
 from csdraft.reports.tally import Tally
+from csdraft.reports.view import endings, sentence
 from csdraft.schedules.fixed import Fixed
 from csdraft.trees.best_first import BestFirst
 from tests.tiny import drafter_of, prompt, ragged_batch, tiny, tokenizer

@@ -207,8 +207,8 @@ def test_a_head_is_saved_and_named_in_json(tmp_path):
     assert again.head == head
     assert again.head(0.3, 1.0, 2) == head(0.3, 1.0, 2)
     tables: dict = {}
-    document = spec.to_json(StopHead(head), {}, tables)
-    assert spec.from_json("schedules", document, {}, tables).head is head
+    document = spec.to_json(StopHead(head), spec.Names({}, tables))
+    assert spec.from_json("schedules", document, spec.Names({}, tables)).head is head
     (tmp_path / "other.safetensors").write_bytes(b"nothing of the kind")
     with pytest.raises(ValueError, match=r"csdraft\.trainers\.stop_head"):
         AcceptanceHead.load(tmp_path / "other.safetensors")

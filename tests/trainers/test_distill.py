@@ -279,7 +279,6 @@ WRONG = {
     "logits of nothing": ({"target_cache": "{folder}/texts.jsonl"}, "holds no cached logits"),
     "a target shared with no other process": ({"target_sharded": True}, "no other process could share the weights"),
     "a target shared and on one device": ({"target_sharded": True, "target_device_map": "auto"}, "leave out"),
-    "no way to quantise": ({"target_quantization": {"load_in_8bit": True}}, "lacks quant_method"),
     "Muon on parts": ({"muon": True, "fsdp": True}, "which FSDP cuts up"),
     "no checkpoint": ({"resume_from_checkpoint": "{folder}/texts.jsonl"}, "holds no whole checkpoint"),
     "no number": ({"learning_rate": "fast"}, "learning_rate='fast' must be a number, such as learning_rate=2e-5"),

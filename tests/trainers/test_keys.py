@@ -14,10 +14,9 @@ from csdraft.data.feature_cache import FeatureArguments
 from csdraft.data.generate import GenerateArguments
 from csdraft.data.target_cache import CacheArguments
 from csdraft.trainers.arguments import make_arguments
-from csdraft.trainers.command import one_line_errors, recipe_parser
+from csdraft.trainers.command import help_of, keys_of, markdown, one_line_errors, recipe_parser
 from csdraft.trainers.distill_arguments import DistillArguments
-from csdraft.trainers.keys import help_of, keys_of, markdown
-from csdraft.trainers.students._student import students
+from csdraft.trainers.students._kind import students
 from recipes.smol.pretrain import PretrainArguments
 from recipes.smol.train_tokenizer import TokenizerArguments
 
@@ -96,7 +95,7 @@ def test_a_script_says_in_one_line_what_the_user_can_put_right(tmp_path, capsys)
     assert said == "error: key 'init.eagle3.layers' has a dot; give the whole of init, such as \"init={...}\"\n"
     status, said = ended(lambda: fails(OSError(errno.ENOSPC, "No space left on device")))
     assert (status, said[:30]) == (1, f"error: {tmp_path} cannot be written"[:30])
-    assert "Make room and give the same command again" in said
+    assert "Make room, or raise the limit that was reached" in said
     assert ended(lambda: fails(KeyboardInterrupt())) == (
         130, "stopped at once; the same command continues from what is there\n"
     )  # fmt: skip

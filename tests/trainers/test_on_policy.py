@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from csdraft.data.packing import IGNORED, Padded, collate_seq2seq
+from csdraft.data.packing import IGNORED, Texts, collate_seq2seq
 from csdraft.trainers.on_policy import _chosen, rewritten, texts_of
 from csdraft.trainers.run import distill
 from csdraft.trainers.students import save_student
@@ -26,7 +26,7 @@ NO_END = 1 << 20
 
 
 def batch_of(*rows: int) -> dict[str, Tensor]:
-    items = Padded(ROWS, 20, decoder_start=START)
+    items = Texts(ROWS, 20, decoder_start=START)
     return collate_seq2seq([items[row] for row in rows])
 
 

@@ -18,10 +18,9 @@ from transformers import TrainingArguments
 from csdraft.trainers import checkpoints
 from csdraft.trainers import run as run_module
 from csdraft.trainers.distill_arguments import DistillArguments
-from csdraft.trainers.lock import LOCK, only_run
 from csdraft.trainers.options import FREE
 from csdraft.trainers.run import distill
-from csdraft.trainers.run_folder import RunFolder, is_finished
+from csdraft.trainers.run_folder import LOCK, RunFolder, is_finished, only_run
 from recipes.smol.pretrain import PretrainArguments
 from tests.trainers.launch import ROOT
 from tests.trainers.pair import arguments, make_pair, settings
@@ -244,30 +243,11 @@ def without(key: str):
     return change
 
 
-def replaced(key: str, value: object):
-    def change(path: Path) -> None:
-        path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-
-    return change
-
-
 BROKEN = {
     "zeros for half the weights": ("model.safetensors", second_half, "model.safetensors is damaged: its checksum"),
     "zeros for half the optimiser": ("optimizer.pt", second_half, "optimizer.pt is damaged: its checksum"),
-    "a mark of another kind": ("run.json", lambda path: path.write_text("[1]"), "run.json holds no object of JSON"),
-    "a mark without options": ("run.json", without("options"), "run.json lacks options, or"),
-    "a mark with odd files": ("run.json", lambda path: path.write_text('{"files": 3}'), "run.json lacks files, "),
-    "a mark with odd sizes": (
-        "run.json",
-        replaced("files", {"trainer_state.json": "3"}),
-        "run.json has sizes or checksums",
-    ),
-    "a mark with odd checksums": (
-        "run.json",
-        replaced("checksums", [1]),
-        "run.json has sizes or checksums",
-    ),
-    "a mark with odd losses": ("run.json", replaced("unlogged", []), "run.json has losses or data of another form"),
+    "a mark of another kind": ("run.json", lambda path: path.write_text("[1]"), "run.json cannot be read"),
+    "a mark without files": ("run.json", without("files"), "run.json cannot be read"),
     "cut weights": ("model.safetensors", cut, r"model.safetensors has [\d,]+ of [\d,]+ bytes"),
     "no optimiser": ("optimizer.pt", Path.unlink, "optimizer.pt is missing"),
     "half an optimiser": ("optimizer.pt", cut, "optimizer.pt has"),
@@ -303,13 +283,6 @@ def test_a_broken_checkpoint_is_passed_over_with_its_reason(folder, copied, what
         distill(arguments(folder, copied.name, resume_from_checkpoint=str(copied / "checkpoint-2")))
 
 
-def test_a_checkpoint_of_an_older_version_has_no_checksums(folder, copied, capsys):
-    (copied / "finished.json").unlink()
-    without("checksums")(copied / "checkpoint-4/run.json")
-    distill(arguments(folder, copied.name, max_steps=5))
-    assert f"resumed from {copied}/checkpoint-4" in capsys.readouterr().out
-
-
 def test_only_the_checkpoint_to_resume_from_is_read(folder, copied, monkeypatch):
     (copied / "finished.json").unlink()
     read, checksum = [], checkpoints._checksum
@@ -325,9 +298,7 @@ def test_an_odd_note_of_a_finished_run_is_passed_over(folder, copied, content, c
     (copied / "finished.json").write_text(content)
     assert not is_finished(arguments(folder, copied.name))
     distill(arguments(folder, copied.name))
-    said = capsys.readouterr().out
-    assert said.count(f"passed over {copied}/finished.json, which") == 1
-    assert "the run is taken as not finished" in said
+    assert "resumed from" in capsys.readouterr().out
     assert is_finished(arguments(folder, copied.name))
 
 

@@ -18,7 +18,8 @@ from csdraft.decoding.sampling import Sampler
 from csdraft.decoding.tree import Growth, _lead_last
 from csdraft.drafters.model import ModelDrafter
 from csdraft.reports.report import Report
-from csdraft.reports.tally import Tally
+from csdraft.reports.tally import Tally, counted
+from csdraft.stored import fit
 from csdraft.trees.best_first import BestFirst
 from csdraft.trees.gsd import Gsd
 from csdraft.trees.lead import Lead
@@ -172,7 +173,7 @@ def test_sequoia_measures_the_acceptance_of_each_rank() -> None:
     tree = Sequoia.measured(report, nodes=7)
     assert tree.acceptance == pytest.approx((70 / 100, 6 / 80, 5 / 50))
     assert tree.nodes == 7
-    assert Tally.from_dict(report.reviews["target"].to_dict()).ranks == ranks
+    assert fit(report.reviews["target"].to_dict(), Tally, "tally", counted).ranks == ranks
     report.reviews["target"] = Tally()
     with pytest.raises(ValueError, match="measure with a tree"):
         Sequoia.measured(report)
@@ -312,4 +313,4 @@ def test_a_tree_is_an_object() -> None:
 
 def test_shapes_come_through_json() -> None:
     tree = Template(((0, 0), (1,)))
-    assert spec.from_json("trees", spec.to_json(tree, {})) == tree
+    assert spec.from_json("trees", spec.to_json(tree, spec.Names({}, {}))) == tree

@@ -22,22 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
-    LlamaMLP,
-    LlamaRMSNorm,
-    apply_rotary_pos_emb,
-    repeat_kv,
-)
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from csdraft.heads.head import LAST, Head, HeadOptions
-from csdraft.heads.numbered import Numbered
+from csdraft.heads.parts import CrossLayer, Numbered, Rotary
 
 __all__ = ["Chimera", "ChimeraOptions"]
 
 EMBEDDING = 0
 """The tap of the target's embedded tokens."""
-Rotary = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -62,15 +55,8 @@ class NGram(nn.Module):
         return self.join(joined + nn.functional.silu(self.linear(joined)))
 
 
-class ContextLayer(nn.Module):
+class ContextLayer(CrossLayer):
     """A Llama layer with queries from one sequence and keys from another."""
-
-    def __init__(self, config: LlamaConfig):
-        super().__init__()
-        self.self_attn, self.mlp = LlamaAttention(config, 0), LlamaMLP(config)
-        self.input_layernorm, self.post_attention_layernorm = (
-            LlamaRMSNorm(config.hidden_size, config.rms_norm_eps) for _ in range(2)
-        )
 
     def forward(
         self, grams: Tensor, states: Tensor, at_gram: Rotary, at_state: Rotary, mask: Tensor | None, cache: Any
@@ -80,31 +66,18 @@ class ContextLayer(nn.Module):
         Args:
             at_gram, at_state: rotary embeddings of their positions; those of the states are one lower.
         """
-        attention, gram, state = self.self_attn, self.input_layernorm(grams), self.input_layernorm(states)
-        query, own_key = (self._heads(project(gram)) for project in (attention.q_proj, attention.k_proj))
-        query, own_key = apply_rotary_pos_emb(query, own_key, *at_gram)
-        key, value, own_value = (
-            self._heads(part) for part in (attention.k_proj(state), attention.v_proj(state), attention.v_proj(gram))
-        )
-        key, _ = apply_rotary_pos_emb(key, key, *at_state)
+        gram = self.input_layernorm(grams)
+        query, own = self.queries(gram, at_gram), self.keys_and_values(gram, at_gram)
+        past = self.keys_and_values(self.input_layernorm(states), at_state)
         if cache is not None:
-            key, value = cache.update(key, value, attention.layer_idx)
+            past = cache.update(*past, self.self_attn.layer_idx)
         rows, _, queries, _ = query.shape
-        causal = query.new_ones(queries, key.shape[2], dtype=torch.bool).tril(key.shape[2] - queries)
-        past = causal if mask is None else mask
+        slots = past[0].shape[2]
+        causal = query.new_ones(queries, slots, dtype=torch.bool).tril(slots - queries) if mask is None else mask
         itself = torch.eye(queries, dtype=torch.bool, device=query.device)
-        sees = torch.cat([part.expand(rows, 1, -1, -1) for part in (past, itself)], -1)  # (.., slots + queries)
-        keys, values = (
-            repeat_kv(torch.cat(parts, 2), attention.num_key_value_groups)  # (rows, heads, slots + queries, head size)
-            for parts in ((key, own_key), (value, own_value))
-        )
-        mixed = nn.functional.scaled_dot_product_attention(query, keys, values, sees, scale=attention.scaling)
-        output = grams + attention.o_proj(mixed.transpose(1, 2).flatten(-2))
-        return output + self.mlp(self.post_attention_layernorm(output))
-
-    def _heads(self, projected: Tensor) -> Tensor:
-        """(rows, heads, queries, head size)"""
-        return projected.unflatten(-1, (-1, self.self_attn.head_dim)).transpose(1, 2)
+        sees = torch.cat([part.expand(rows, 1, -1, -1) for part in (causal, itself)], -1)  # (.., slots + queries)
+        keys, values = (torch.cat(parts, 2) for parts in zip(past, own, strict=True))
+        return self.finished(grams, self.attended(query, keys, values, sees))
 
 
 class Chimera(Numbered, Head):

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from csdraft.heads.head import Head, HeadOptions
-from csdraft.heads.text_layer import TextLayer
+from csdraft.heads.head import Head, HeadOptions, regression
+from csdraft.heads.parts import TextLayer
 
 __all__ = ["Clover2", "Clover2Options"]
 
@@ -96,6 +96,9 @@ class Clover2(Head):
 
     def draft_logits(self, output: Tensor) -> Tensor:
         return self.lm_head(self.drafts_from(output))
+
+    def feature_loss(self, outputs: Tensor, features: Tensor) -> Tensor | None:
+        return regression(self.options.regression, self.drafts_from(outputs), features[:, : self.config.hidden_size])
 
     def drafts_from(self, features: Tensor) -> Tensor:
         """(..., width) the vector that the output layer reads."""

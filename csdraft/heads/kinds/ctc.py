@@ -12,13 +12,17 @@ end in the last token of y. The head carries it from one drafted token to the ne
 
 The frames are the outputs of a parallel head (`csdraft/heads/kinds/parallel.py`); there are more of them than tokens.
 Each further token costs an output layer of all frames.
+
+The paper trains on the CTC loss of the target's text, the logarithm of a sum over all paths. It equals the sum of the
+logarithms of the tokens' conditional probabilities. Here each conditional distribution is compared with the target's,
+by the recipe's losses: with cross-entropy on the target's own text the sum is the CTC loss.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +41,7 @@ BASE, DIGITS = 256, 3
 
 @dataclass(frozen=True)
 class CtcOptions(ParallelOptions):
-    """What distinguishes one CTC head from another, beside its layers' config.
+    """What distinguishes one CTC head from another; keys of `init.ctc`.
 
     Args:
         frames: how many frames one forward gives; `steps` tokens are drafted from them.
@@ -46,6 +50,7 @@ class CtcOptions(ParallelOptions):
     frames: int = 8
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.frames < self.steps:
             raise ValueError(
                 f"frames={self.frames} of a CTC head that drafts steps={self.steps} tokens: each token needs a frame; "
@@ -74,7 +79,8 @@ class State(NamedTuple):
 class Ctc(Parallel):
     """A CTC head. Modules have the names of a parallel head's."""
 
-    Options: Any = CtcOptions
+    Options = CtcOptions
+    layout = "own"
 
     def __init__(self, config: LlamaConfig, options: CtcOptions, draft_vocab: int | None = None):
         super().__init__(config, options)

@@ -9,70 +9,64 @@ Entry i holds the feature of token i, which every layer projects, and token i + 
 Placeholder j of that block predicts token i + 1 + j. If `from_anchor` is set, the block's first token predicts the
 next one itself, and the block has one placeholder less.
 
+The paper trains on a random sample of a text's tokens, csdraft on all. The paper weighs token j of a block by
+exp(-(j - 1) / gamma), with gamma = 4 for blocks of 8. Here `decay` is the factor from one token to the next.
+
 The layers are Qwen 3's: Llama's with normed queries and keys. Modules have the names of published checkpoints.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, rotate_half
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from csdraft.heads.head import Head, text_mask
-from csdraft.heads.stack import Stack
+from csdraft.heads.head import Head, HeadOptions, text_mask
+from csdraft.heads.kinds.eagle3 import fused_layers
+from csdraft.heads.parts import CrossLayer, Rotary, Stack
 
 __all__ = ["Dflash", "DflashOptions"]
-
-Rotary = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class DflashOptions:
-    """What distinguishes one DFlash head from another, beside its layers' config.
+    """What distinguishes one DFlash head from another; keys of `init.dflash`.
 
     Args:
-        layers: the target's hidden states that are fused; k is the one after k blocks.
+        layers: the target's hidden states that are fused; k is the one after k blocks, from 1 on; None: 2, L/2, L - 3.
         target_width: their width.
         draft_vocab: how many tokens it can draft.
-        mask_token: the token whose embedding the placeholders have.
+        mask_token: the token whose embedding the placeholders have; None: the target's padding token, else 0.
         blocks: how many decoder layers it has.
         steps: how many tokens it drafts.
         decay: weight of a token in the loss, relative to the one before.
         from_anchor: whether the block's first token also predicts one.
+        config: see `HeadOptions`.
     """
 
-    layers: tuple[int, ...]
-    target_width: int
-    draft_vocab: int
-    mask_token: int = 0
+    layers: tuple[int, ...] | None = None
+    target_width: int = 0
+    draft_vocab: int | None = None
+    mask_token: int | None = None
     blocks: int = 1
     steps: int = 4
     decay: float = 0.8
     from_anchor: bool = False
+    config: dict[str, Any] | None = None
+
+    __post_init__ = HeadOptions.__post_init__
 
 
-class Block(nn.Module):
+class Block(CrossLayer):
     """One decoder layer. A block of tokens reads itself, and keys and values made from the target's features."""
 
     def __init__(self, config: LlamaConfig, number: int):
-        super().__init__()
-        self.self_attn = LlamaAttention(config, number)
-        self.size = self.self_attn.head_dim
-        self.self_attn.q_norm, self.self_attn.k_norm = (LlamaRMSNorm(self.size, config.rms_norm_eps) for _ in range(2))
-        self.mlp = LlamaMLP(config)
-        self.input_layernorm, self.post_attention_layernorm = (
-            LlamaRMSNorm(config.hidden_size, config.rms_norm_eps) for _ in range(2)
-        )
-
-    def project(self, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-        """(rows, heads, queries, head size) keys and values from (rows, queries, width)."""
-        keys, values = (self._heads(hidden, name) for name in ("k_proj", "v_proj"))
-        return _rotated(self.self_attn.get_submodule("k_norm")(keys), rotary), values
+        super().__init__(config, number, qk_norm=True)
 
     def forward(self, hidden: Tensor, rotary: Rotary, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """(rows, blocks x length, width) its output.
@@ -83,20 +77,10 @@ class Block(nn.Module):
             mask: (rows, 1, blocks, slots) bool: which slots of the text each block sees; None: all, one block a row.
         """
         normed = self.input_layernorm(hidden)
-        queries = _rotated(self.self_attn.get_submodule("q_norm")(self._heads(normed, "q_proj")), rotary)
+        queries, own = self.queries(normed, rotary), self.keys_and_values(normed, rotary)
         blocks = 1 if mask is None else mask.shape[2]
-        mixed = _attended(queries, *self.project(normed, rotary), keys, values, mask, blocks, self.self_attn.scaling)
-        hidden = hidden + self.self_attn.o_proj(mixed)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
-
-    def _heads(self, hidden: Tensor, name: str) -> Tensor:
-        return getattr(self.self_attn, name)(hidden).unflatten(-1, (-1, self.size)).transpose(1, 2)
-
-
-def _rotated(states: Tensor, rotary: Rotary) -> Tensor:
-    """(rows, heads, queries, head size) states after rotation by factors of (rows, queries, head size)."""
-    cos, sin = (factor[:, None] for factor in rotary)
-    return states * cos + rotate_half(states) * sin
+        mixed = _attended(queries, *own, keys, values, mask, blocks, self.self_attn.scaling)
+        return self.finished(hidden, mixed)
 
 
 def _attended(
@@ -128,16 +112,25 @@ def _attended(
 class Dflash(Stack, Head):
     """A DFlash head. Its embedding is mostly the target's, and so is the output layer if it drafts all tokens."""
 
+    InitOptions = DflashOptions
+    layout = "dflash"
     frozen_output = True
     _no_split_modules = ["Block"]  # noqa: RUF012 - transformers' own way
 
-    def __init__(self, config: LlamaConfig, options: DflashOptions):
+    def __init__(self, config: LlamaConfig, options: DflashOptions, draft_vocab: int | None = None):
         super().__init__(config, options, options.draft_vocab)
-        width = config.hidden_size
-        self.fc = nn.Linear(len(options.layers) * options.target_width, width, bias=False)
+        width, fused = config.hidden_size, len(options.layers) * options.target_width  # type: ignore[arg-type]
+        self.fc = nn.Linear(fused, width, bias=False)
         self.layers = nn.ModuleList(Block(self.config, i) for i in range(options.blocks))  # type: ignore[arg-type]
         self.hidden_norm, self.norm = (LlamaRMSNorm(width, config.rms_norm_eps) for _ in range(2))
         self.post_init()
+
+    @classmethod
+    def fitted(cls, options: Any, text: Any, draft_vocab: int) -> Any:
+        if 0 in (layers := fused_layers(options.layers, text.num_hidden_layers)):
+            raise ValueError(f"layers={list(layers)}; its layout cannot name the embeddings, 0: begin at 1")
+        known = {"layers": layers, "target_width": text.hidden_size, "draft_vocab": draft_vocab}
+        return replace(options, **known, mask_token=cls.placeholder(options, text))
 
     @classmethod
     def layers_of(cls, options: DflashOptions) -> int:
@@ -191,7 +184,7 @@ class Dflash(Stack, Head):
         hidden = self.embed_tokens(ids.flatten(1)).to(features.dtype)
         of_text, of_blocks = self.rotary(hidden, position_ids), self.rotary(hidden, places.flatten(1))
         for number, layer in enumerate(self.layers):
-            keys, values = layer.project(features, of_text)  # type: ignore[operator]
+            keys, values = layer.keys_and_values(features, of_text)  # type: ignore[operator]
             if cache is not None:
                 keys, values = cache.update(keys, values, number)
             hidden = layer(hidden, of_blocks, keys, values, mask)

@@ -25,7 +25,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from csdraft.decoding.cache_names import cache_name
-from csdraft.heads.head import Head, HeadOptions
+from csdraft.heads.head import Head, HeadOptions, regression
 
 __all__ = ["Eagle", "EagleOptions"]
 
@@ -58,6 +58,7 @@ class Eagle(Head):
     """EAGLE-1."""
 
     Options = EagleOptions
+    layout = "eagle"
     attention_layers = 1
     frozen_output = True
     _no_split_modules = ["LlamaDecoderLayer"]  # noqa: RUF012 - transformers' own way
@@ -84,6 +85,9 @@ class Eagle(Head):
 
     def draft_logits(self, output: Tensor) -> Tensor:
         return self.lm_head(output)
+
+    def feature_loss(self, outputs: Tensor, features: Tensor) -> Tensor | None:
+        return regression(self.options.regression, outputs, features)
 
     def unrolled(self, input_ids: Tensor, position_ids: Tensor, features: Tensor, steps: int) -> Iterator[Tensor]:
         if self.training and self.options.noise:

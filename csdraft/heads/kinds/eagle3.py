@@ -3,7 +3,8 @@
 Entry i of the head reads token i + 1 and the feature of token i, and predicts token i + 2. The feature is the
 target's hidden states after three blocks, fused by one matrix. The layer's attention reads [norm(embedding),
 norm(feature)], and its residual is the feature. In a draft the layer's output, before the last norm, is the feature of
-the next entry. The output layer has rows for the draft vocabulary only: all other tokens get probability 0.
+the next entry. The output layer has rows for the draft vocabulary only: all other tokens get probability 0. Training
+unrolls it as in drafting (training-time test), and compares distributions over the draft vocabulary only.
 
 The layer is made of transformers' Llama parts; this file has only what EAGLE-3 changes. Modules have the names of
 published checkpoints, which `csdraft/heads/formats/eagle3.py` reads and writes.
@@ -11,8 +12,8 @@ published checkpoints, which `csdraft/heads/formats/eagle3.py` reads and writes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,30 +23,30 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, L
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from csdraft.decoding.cache_names import cache_name
-from csdraft.heads.head import Head
+from csdraft.heads.head import Head, HeadOptions
 
-__all__ = ["Eagle3", "Eagle3Options", "attention", "default_layers"]
+__all__ = ["Eagle3", "Eagle3Options", "attention", "default_layers", "fused_layers"]
 
 
 @dataclass(frozen=True)
 class Eagle3Options:
-    """What distinguishes one EAGLE-3 head from another, beside its layer's config.
+    """What distinguishes one EAGLE-3 head from another; keys of `init.eagle3`, with those of `HeadOptions`.
 
     Args:
-        layers: the target's hidden states that are fused; k is the one after k blocks.
+        layers: the target's hidden states that are fused; k is the one after k blocks; None: 2, L/2, L - 3.
         target_width: their width.
         draft_vocab: how many tokens it can draft.
         norm_before_residual: whether the residual is the normed feature.
         norm_before_fc: whether the hidden states are normed together before they are fused.
         fc_norm: whether each hidden state is normed before they are fused.
         norm_output: whether the feature for the next entry is normed.
+        steps, decay, config: see `HeadOptions`.
         qk_norm: whether queries and keys are normed, as in layers of Qwen 3.
-        steps, decay: how it is trained, see `HeadOptions`.
     """
 
-    layers: tuple[int, ...]
-    target_width: int
-    draft_vocab: int
+    layers: tuple[int, ...] | None = None
+    target_width: int = 0
+    draft_vocab: int | None = None
     norm_before_residual: bool = False
     norm_before_fc: bool = False
     fc_norm: bool = False
@@ -53,6 +54,17 @@ class Eagle3Options:
     steps: int = 4
     decay: float = 0.8
     qk_norm: bool = False
+    config: Any = None
+
+    __post_init__ = HeadOptions.__post_init__
+
+
+def fused_layers(layers: Sequence[int] | None, count: int) -> tuple[int, ...]:
+    """The hidden states that a head fuses of a target of `count` layers; ValueError if these cannot be."""
+    layers = tuple(layers or default_layers(count))
+    if list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] <= count:
+        raise ValueError(f"layers={list(layers)} must be rising numbers from 0 to {count}, the target's")
+    return layers
 
 
 def default_layers(count: int) -> tuple[int, int, int]:
@@ -106,12 +118,14 @@ class Eagle3(Head):
         options: see `Eagle3Options`.
     """
 
+    InitOptions = Eagle3Options
+    layout = "eagle3"
     attention_layers = 1
     _no_split_modules = ["Layer"]  # noqa: RUF012 - transformers' own way
 
-    def __init__(self, config: LlamaConfig, options: Eagle3Options):
+    def __init__(self, config: LlamaConfig, options: Eagle3Options, draft_vocab: int | None = None):
         super().__init__(config, options, options.draft_vocab)
-        width, count = config.hidden_size, len(options.layers)
+        width, count = config.hidden_size, len(options.layers)  # type: ignore[arg-type] - known by now, see `fitted`
         if options.norm_before_fc:
             self.input_norm = LlamaRMSNorm(count * options.target_width, config.rms_norm_eps)
         if options.fc_norm:
@@ -121,6 +135,11 @@ class Eagle3(Head):
         self.midlayer = Layer(self.config, options.norm_before_residual, options.qk_norm)  # type: ignore[arg-type]
         self.norm = LlamaRMSNorm(width, config.rms_norm_eps)
         self.post_init()
+
+    @classmethod
+    def fitted(cls, options: Any, text: Any, draft_vocab: int) -> Any:
+        layers = fused_layers(options.layers, text.num_hidden_layers)
+        return replace(options, layers=layers, target_width=text.hidden_size, draft_vocab=draft_vocab)
 
     @property
     def taps(self) -> tuple[int, ...]:

@@ -46,6 +46,7 @@ class Fspad(Eagle):
     """FSPAD, reconstructed."""
 
     Options = FspadOptions
+    layout = "own"  # no serving engine has one for it
 
     def __init__(self, config: LlamaConfig, options: FspadOptions, draft_vocab: int | None = None):
         super().__init__(config, options, draft_vocab)

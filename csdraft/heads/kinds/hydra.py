@@ -23,8 +23,7 @@ from transformers import LlamaConfig
 
 from csdraft.heads.head import Head, HeadOptions
 from csdraft.heads.kinds.medusa import Block
-from csdraft.heads.numbered import Numbered
-from csdraft.heads.text_layer import TextLayer
+from csdraft.heads.parts import Numbered, TextLayer
 
 __all__ = ["Hydra", "HydraOptions"]
 

@@ -121,17 +121,11 @@ class KangarooDraft(OnTarget):
         write_document(folder, KANGAROO, {"layers": self.layers, "base": asdict(self.base)})
 
     @classmethod
-    def load(cls, path: str, document: Mapping[str, Any], **options: Any) -> KangarooDraft:
-        """Reads what `save` wrote.
-
-        Args:
-            path: folder or Hub id.
-            document: its drafter.json.
-            options: of the Hub: revision, token, ...
-        """
+    def load(cls, path: str, document: Mapping[str, Any], **hub: Any) -> KangarooDraft:
+        """Reads what `save` wrote."""
         at = f"{path}/{DOCUMENT}"
         layers, base = fit(document.get("layers"), int, f"{at}: layers"), document.get("base")
-        return cls(layers, fit(base, Lender, f"{at}: base"), read_tensors(path, (FILE,), **options), path).eval()
+        return cls(layers, fit(base, Lender, f"{at}: base"), read_tensors(path, (FILE,), **hub), path).eval()
 
 
 class Nothing(nn.Module):

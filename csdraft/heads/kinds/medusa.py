@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from csdraft.heads.head import Head, HeadOptions
-from csdraft.heads.numbered import Numbered
+from csdraft.heads.parts import Numbered
 
 __all__ = ["Medusa", "MedusaOptions"]
 
@@ -53,6 +53,7 @@ class Medusa(Numbered, Head):
     """Medusa-1. Modules have the names of published checkpoints."""
 
     Options = MedusaOptions
+    layout = "medusa"
     output_layer = False
 
     def __init__(self, config: LlamaConfig, options: MedusaOptions, draft_vocab: int | None = None):

@@ -7,13 +7,14 @@ tree takes one forward of the layers; each further token costs only an output la
 
 As in P-EAGLE, the text's last entry itself gives the first token, so k tokens take k - 1 placeholders. Their keys and
 values are never kept. In the papers' attention mask placeholders of one entry do not see those of another; in a draft,
-only those of the last entry are read.
+only those of the last entry are read. One training step compares every placeholder of every entry with the target;
+P-EAGLE leaves some out to save memory, csdraft does not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,39 +25,45 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 from csdraft.decoding.cache_names import cache_name
 from csdraft.heads.head import Steps, step_masks, text_mask
 from csdraft.heads.kinds.eagle3 import Eagle3, Eagle3Options, attention
-from csdraft.heads.stack import Beside, Stack, beside_mask
+from csdraft.heads.parts import Beside, Stack, beside_mask
 
 __all__ = ["Parallel", "ParallelOptions"]
 
 
 @dataclass(frozen=True)
 class ParallelOptions(Eagle3Options):
-    """What distinguishes one parallel head from another, beside its layers' config.
+    """What distinguishes one parallel head from another; keys of `init.parallel`.
 
     Args:
-        mask_token: the token whose embedding the placeholders have.
+        mask_token: the token whose embedding the placeholders have; None: the target's padding token, else 0.
         blocks: how many decoder layers it has; the first is EAGLE-3's, the others are ordinary ones.
         steps: how many tokens it drafts.
         decay: weight of a token in the loss, relative to the one before.
     """
 
-    mask_token: int = 0
+    mask_token: int | None = None
     blocks: int = 1
 
 
 class Parallel(Stack, Eagle3):
     """A parallel head. Modules have the names of speculators, except `midlayer`, which is its layers.0."""
 
+    InitOptions = ParallelOptions
+    layout = "parallel"
     _no_split_modules = ["Layer", "LlamaDecoderLayer"]  # noqa: RUF012 - transformers' own way
 
-    def __init__(self, config: LlamaConfig, options: ParallelOptions):
+    def __init__(self, config: LlamaConfig, options: ParallelOptions, draft_vocab: int | None = None):
         super().__init__(config, options)
         numbers = range(1, options.blocks)
         self.layers = nn.ModuleDict({str(i): LlamaDecoderLayer(self.config, i) for i in numbers})  # type: ignore[arg-type]
         for number, layer in self.layers.items():
             layer.self_attn = attention(self.config, int(number), options.qk_norm)  # type: ignore[arg-type]
-        self.mask_hidden = nn.Parameter(torch.randn(1, 1, len(options.layers) * options.target_width))
+        self.mask_hidden = nn.Parameter(torch.randn(1, 1, self.fc.in_features))
         self._cache_name = cache_name(LlamaAttention.forward) or ""
+
+    @classmethod
+    def fitted(cls, options: Any, text: Any, draft_vocab: int) -> Any:
+        return replace(super().fitted(options, text, draft_vocab), mask_token=cls.placeholder(options, text))
 
     @classmethod
     def layers_of(cls, options: ParallelOptions) -> int:

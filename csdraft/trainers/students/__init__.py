@@ -1,4 +1,4 @@
-"""Students are the models that are distilled. Each kind is a file of this folder; see `Student`, and `HeadKind`."""
+"""Students are the models that are distilled. Each kind is a file of this folder, or a head; see `Student`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from csdraft.heads.self_draft import KANGAROO, SELF_DRAFT, TIED, read_document, 
 from csdraft.heads.stored_head import kind_at
 from csdraft.heads.tied import borrowed
 from csdraft.models import base_model, load_model
-from csdraft.trainers.students._kind import HeadKind, kinds
-from csdraft.trainers.students._student import Counts, Student, student_of, students
+from csdraft.trainers.students._kind import HeadKind, kinds, student_of, students
+from csdraft.trainers.students._student import Counts, Student
 from csdraft.trainers.students.lora import check_lora
 from csdraft.trainers.students.self_draft import check_engine
 
@@ -119,7 +119,7 @@ def make_student(
             `{"config": {...}}`: random weights. Options of a config; the others have the class's defaults, and
                 `model_type` is the target's by default;
             `{"kangaroo": {"layers": 2}}`: an adapter after this many of the target's own first layers;
-            `{"eagle3": {...}}`, or another head: see the options in its file of this folder.
+            `{"eagle3": {...}}`, or another head: see the options in its file in `csdraft/heads/kinds`.
         peft: options of `peft.LoraConfig`, for LoRA on `student` or on shared layers. Its patterns see the layers'
             new numbers, from 0.
         counts: how often each token is a label in the training text, for heads that draft only some tokens.

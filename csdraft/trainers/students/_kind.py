@@ -1,13 +1,12 @@
-"""The base of drafting heads as students. The key of `init` is the name of the head's file in this folder.
-
-A kind defines its options, how a head is made from a target, and what a training step compares. `csdraft/heads` stores
-heads (`StoredHead`), and a head's session drafts with it. A new kind edits no other file here.
-"""
+"""Drafting heads as students. The key of `init` is the name of the head's file in `csdraft/heads/kinds`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+import importlib
+import os
+import pkgutil
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,40 +14,46 @@ from torch import Tensor, nn
 
 from csdraft import spec
 from csdraft.data.packing import IGNORED
+from csdraft.heads import kinds as heads
 from csdraft.heads.folder import SWITCHING
-from csdraft.heads.formats.own import OwnHead
-from csdraft.heads.head import Head
+from csdraft.heads.head import Head, HeadOptions
 from csdraft.heads.layers import embeddings, fingerprint
-from csdraft.heads.self_draft import model_name
-from csdraft.heads.stored_head import StoredHead, head_at
+from csdraft.heads.stored_head import all_formats, head_at
 from csdraft.heads.tied import Lender
 from csdraft.models import base_model
-from csdraft.stored import fit
+from csdraft.stored import fit, naming
 from csdraft.trainers.split import logits_of
-from csdraft.trainers.students._student import Compared, Counts, Logits, Student, check_names, students
+from csdraft.trainers.students._student import Compared, Counts, Logits, Student, check_names
 from csdraft.trainers.students.scratch import new_config
 
-__all__ = ["Compared", "Counts", "HeadKind", "Logits", "kinds"]
+__all__ = ["HeadKind", "kinds", "student_of", "students"]
 
 LIKE_TARGET = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "rms_norm_eps")
 """Settings of the layer that come from the target's config, if it has them."""
 
 
 class HeadKind(Student):
-    """One kind of drafting head. Most kinds set `trains` only.
+    """One kind of drafting head.
 
-    Attributes:
-        trains: the class of its heads.
-        options: the dataclass of its options; None is that of `trains`.
-        stored_by: the class that stores its heads.
+    Args:
+        trains: the class of its heads; None: any.
     """
-
-    trains: type[Head]
-    options: Any = None
-    stored_by: type[StoredHead] = OwnHead
 
     rate = 3e-4
     reads_features = needs_target = True
+
+    def __init__(self, trains: type[Head] | None = None):
+        self.trains: Any = trains
+
+    @property
+    def options(self) -> Any:
+        """The dataclass of its keys of `init`."""
+        own = self.trains.Options
+        return self.trains.InitOptions if own is HeadOptions else own
+
+    @property
+    def name(self) -> str:
+        return self.trains.__module__.rpartition(".")[2]
 
     def is_of(self, model: nn.Module) -> bool:
         """True for the most derived kind: one kind may be a subclass of another."""
@@ -69,6 +74,8 @@ class HeadKind(Student):
                 "tokens"
             )
         self.layer_config(text, asked)
+        with naming(f"init.{self.name}"):
+            self.trains.fitted(asked, text, text.vocab_size)
 
     def make(self, target: Any, options: Mapping[str, Any], counts: Counts | None) -> nn.Module:
         """A new head for a target, in float32."""
@@ -81,16 +88,16 @@ class HeadKind(Student):
             head.embed_tokens.weight.copy_(theirs["input.weight"])
             head.start(rows[drafted.to(rows.device)].cpu())
         head.d2t.copy_(drafted - torch.arange(len(drafted)))
-        head.stored_by, head.lent = self.stored_by, head.lendable()
+        head.stored_by, head.lent = stored_by(head), head.lendable()
         for name in head.lent:
             head.get_parameter(name).requires_grad_(False)
-        revision = getattr(target.config, "_commit_hash", None)
-        head.base = Lender(model_name(target), revision, fingerprint(target), text.vocab_size)
+        head.base = Lender.of(target, fingerprint(target))
         return head
 
     def new(self, text: Any, asked: Any, draft_vocab: int) -> Head:
         """A random head for a target of this config."""
-        return self.trains(self.layer_config(text, asked), replace(asked, draft_vocab=draft_vocab), draft_vocab)
+        options = self.trains.fitted(asked, text, draft_vocab)
+        return self.trains(self.layer_config(text, asked), options, draft_vocab)
 
     def compared(
         self,
@@ -123,16 +130,8 @@ class HeadKind(Student):
             own, theirs = output[:, :length][counted], slice(1 + step, 1 + step + length)  # (positions, width)
             at = hidden[:, theirs][counted.to(hidden.device)]  # (positions, width of the target)
             yield Compared(weight, own, at, wanted[counted], head.draft_logits, of_drafted)
-            if (further := self.further(head, own, features[:, theirs][counted])) is not None:
+            if (further := head.feature_loss(own, features[:, theirs][counted])) is not None:
                 yield weight * further
-
-    def further(self, head: Any, outputs: Tensor, features: Tensor) -> Tensor | None:
-        """The sum of an additional loss of one drafting step, such as the error of its features; None by default.
-
-        Args:
-            outputs: (positions, feature width) computed by the head.
-            features: (positions, feature width) the target's at the same places.
-        """
 
     def unrolling(self, head: Any) -> tuple[int, float]:
         """How many drafting steps training unrolls, and the weight of each relative to the one before."""
@@ -144,13 +143,14 @@ class HeadKind(Student):
         rotary = getattr(text, "rope_parameters", None) or {}
         if "rope_theta" in rotary and rotary.get("rope_type") not in SWITCHING:
             like["rope_parameters"] = {key: rotary[key] for key in rotary if key != "partial_rotary_factor"}
-        spec.check_keys(asked.config or {}, sorted({*LIKE_TARGET, "rope_parameters"}), f"init.{self.name}.config")
+        given = fit(asked.config or {}, dict[str, Any], f"init.{self.name}.config")
+        spec.check_keys(given, sorted({*LIKE_TARGET, "rope_parameters"}), f"init.{self.name}.config")
         like |= {"model_type": "llama", "hidden_size": text.hidden_size, "num_hidden_layers": 1}
-        return new_config(text, {**like, **(asked.config or {})})
+        return new_config(text, {**like, **given})
 
     def _asked(self, options: Mapping[str, Any]) -> Any:
         try:
-            return fit(options, self.options or self.trains.Options, f"init.{self.name}")
+            return fit(options, self.options, f"init.{self.name}")
         except ValueError as error:
             at = f"init.{self.name}"
             raise ValueError(str(error) if at in str(error) else f"{at}: {error}") from error
@@ -176,6 +176,37 @@ class HeadKind(Student):
         head.load_state_dict(stored.state, strict=False)  # type: ignore[union-attr] - else it was refused
 
 
+def stored_by(head: Head) -> Any:
+    """The class that stores such a head."""
+    return next(kind for kind in all_formats() if kind.__module__.endswith(f".{head.layout}"))
+
+
+@cache
+def students() -> dict[str, Student]:
+    """Every kind of student by the name of its file, here or among the kinds of heads."""
+    found: dict[str, Student] = {}
+    for name, module in _modules(heads.__path__, heads.__name__):
+        for made in vars(module).values():
+            if isinstance(made, type) and issubclass(made, Head) and made.__module__ == module.__name__:
+                found |= {name: kind} if (kind := HeadKind(made)).options is not HeadOptions else {}
+    return found | {
+        name: getattr(module, module.__all__[0])()
+        for name, module in _modules([os.path.dirname(__file__)], __package__)
+    }
+
+
+def _modules(path: Iterable[str], package: str) -> Iterator[tuple[str, Any]]:
+    """The files of a folder that do not begin with _, by name."""
+    for module in pkgutil.iter_modules(path):
+        if not module.name.startswith("_"):
+            yield module.name, importlib.import_module(f"{package}.{module.name}")
+
+
 def kinds() -> dict[str, HeadKind]:
-    """File name -> kind of head."""
+    """The kinds of heads, by name."""
     return {name: kind for name, kind in students().items() if isinstance(kind, HeadKind)}
+
+
+def student_of(model: Any) -> Student:
+    """The kind of a student in training."""
+    return next((kind for kind in students().values() if kind.is_of(base_model(model))), students()["whole"])

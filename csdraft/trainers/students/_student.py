@@ -1,4 +1,4 @@
-"""The interface of a kind of student. Every file of this folder is a kind; there is no other list.
+"""The interface of a kind of student. Every file of this folder is a kind, and so is every head that has none here.
 
 A kind defines which options it refuses, how it is made for a target, what a training step compares, and how its stored
 weights are loaded again. The defaults are those of a whole model. `csdraft/heads` stores students that need their
@@ -7,24 +7,19 @@ target, see `stored_form`.
 
 from __future__ import annotations
 
-import importlib
-import os
-import pkgutil
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from csdraft.data.packing import IGNORED
+from csdraft.heads.folder import read_chosen
 from csdraft.heads.self_draft import PREFIX
 from csdraft.heads.tied import borrowed
 from csdraft.models import base_model
 from csdraft.trainers.split import head_of, hidden_of
 
-__all__ = ["Compared", "Counts", "Logits", "Student", "check_names", "student_of", "students"]
+__all__ = ["Compared", "Counts", "Logits", "Student", "check_names"]
 
 Logits = Callable[[Tensor], Tensor]
 """From hidden states, (positions, width), to logits, (positions, vocab)."""
@@ -115,7 +110,7 @@ class Student:
     def put_back(self, student: Any, folder: str) -> None:
         """Loads stored weights; see `load_student_weights`."""
         model: Any = base_model(student)
-        state, own = _read_weights(folder), model.state_dict()
+        state, own = read_chosen(folder, lambda name: True), model.state_dict()
         stored = {own[key].data_ptr() for key in state if key in own}
         tied = {key for key, tensor in own.items() if key not in state and tensor.data_ptr() in stored}
         tied |= borrowed(model).keys()
@@ -133,26 +128,3 @@ def check_names(state: Mapping[str, Tensor], own: Mapping[str, Tensor], folder: 
             f"{folder} holds another student: {len(other)} tensors differ, such as {key.removeprefix(PREFIX)}, of "
             f"shape {shapes[0]} there and {shapes[1]} here; resume with the options it was trained with"
         )
-
-
-def _read_weights(folder: str) -> dict[str, Tensor]:
-    files = sorted(Path(folder).glob("model*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder} holds no student: it lacks model.safetensors; give a folder that a run has saved")
-    return {key: tensor for file in files for key, tensor in load_file(file).items()}
-
-
-@cache
-def students() -> dict[str, Student]:
-    """File name -> kind of student."""
-    found = {}
-    for module in pkgutil.iter_modules([os.path.dirname(__file__)]):
-        if not module.name.startswith("_"):
-            made = importlib.import_module(f"{__package__}.{module.name}")
-            found[module.name] = getattr(made, made.__all__[0])()
-    return found
-
-
-def student_of(model: Any) -> Student:
-    """The kind of a student in training."""
-    return next((kind for kind in students().values() if kind.is_of(base_model(model))), students()["whole"])
