@@ -111,7 +111,7 @@ def head(kind: str, options: dict[str, Any], flags: dict[str, bool]) -> Any:
 
 def model(name: str, folder: Path) -> nn.Module:
     """A whole model that drafts: with the target's sizes, an adapter on one, or tied to the target."""
-    student = noisy(target(), 0.15)
+    student = noisy(target(), 0.08)
     if name == "adapter":
         student.save_pretrained(folder / "base")
         made = make_student(target(), str(folder / "base"), peft={"r": 4, "lora_alpha": 8})
@@ -138,13 +138,19 @@ def verifier(tmp_path_factory) -> str:
     return str(folder)
 
 
-def ours(drafter: str) -> list[list[int]]:
-    """The tokens that each round of csdraft adds to each text."""
+def ours(drafter: str, early: bool) -> list[list[int]]:
+    """The tokens that each round of csdraft adds to each text.
+
+    Args:
+        early: whether the drafter drafts beside the prompt, as whole models do in csdraft and not in vLLM. It starts
+            one token later then, after a round of one token as in vLLM.
+    """
     rounds = []
     for row in texts():
         chain: Any = ModelDrafter(drafter, depth=DEPTH)
-        assert torch.equal(written(row[None, :PROMPT], assistant=chain, schedule="fixed")[0], row)
-        rounds.append(chain.last_report.lengths[0])
+        how = {"assistant": chain, "schedule": "fixed", "max_new_tokens": TOKENS - early}
+        assert torch.equal(written(row[None, : PROMPT + early], **how)[0], row)
+        rounds.append([1] * early + chain.last_report.lengths[0])
     return rounds
 
 
@@ -182,7 +188,7 @@ def test_it_keeps_as_many_drafted_tokens(verifier, tmp_path, name, engine):
     stored, out = str(tmp_path / "stored"), str(tmp_path / "out")
     save_student(head(*HEADS[name]) if name in HEADS else model(name, tmp_path), stored)
     command = export_drafter(stored, out, engine, verifier, DEPTH)
-    wanted, found = ours(stored), theirs(command, tmp_path)
+    wanted, found = ours(stored, early=name in MODELS), theirs(command, tmp_path)
     print(f"{name}, {engine}: {kept(found):.3f} tokens a round in vLLM, {kept(wanted):.3f} in csdraft")
     assert kept(wanted) > 1.1
     assert found == wanted
