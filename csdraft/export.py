@@ -58,11 +58,11 @@ def export_drafter(drafter: str, folder: str | os.PathLike[str], engine: str, ta
         made = os.path.join(private, "made")  # the temporary folder itself is not readable to others
         os.mkdir(made)
         if isinstance(loaded, StoredHead):
-            method = _write_head(loaded, made, engine, served, tokens)
+            method, more = _write_head(loaded, made, engine, served, tokens), loaded.asked_of_vllm
         else:
-            method = _write_whole(loaded, drafter, made, engine, served)
+            method, more = _write_whole(loaded, drafter, made, engine, served), {}
         shutil.copytree(made, out, dirs_exist_ok=True)
-    return serve_command(engine, method, target, str(folder), tokens)
+    return serve_command(engine, method, target, str(folder), tokens, more)
 
 
 def served_target(path: str) -> ServedTarget:

@@ -64,7 +64,9 @@ class ServedTarget:
         )
 
 
-def serve_command(engine: str, method: str, target: str, drafter: str, tokens: int) -> str:
+def serve_command(
+    engine: str, method: str, target: str, drafter: str, tokens: int, more: Mapping[str, Any] | None = None
+) -> str:
     """The shell command that serves a target with a drafter.
 
     Args:
@@ -72,11 +74,12 @@ def serve_command(engine: str, method: str, target: str, drafter: str, tokens: i
         method: the engine's name for this kind of drafting.
         target, drafter: paths or Hub ids.
         tokens: drafted a round.
+        more: keys of vLLM's speculative config beside these.
     """
     if engine == "speculators":
         return f"vllm serve {shlex.quote(drafter)}"
     if engine == "vllm":
-        options = json.dumps({"method": method, "model": drafter, "num_speculative_tokens": tokens})
+        options = json.dumps({"method": method, "model": drafter, "num_speculative_tokens": tokens, **(more or {})})
         return f"vllm serve {shlex.quote(target)} --speculative-config {shlex.quote(options)}"
     return (
         f"python -m sglang.launch_server --model-path {shlex.quote(target)} --speculative-algorithm {method} "

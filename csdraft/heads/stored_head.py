@@ -61,10 +61,12 @@ class StoredHead(OnTarget):
 
     Attributes:
         methods: what serving engines call drafting with such a head, by keys of `ENGINES`.
+        asked_of_vllm: keys that vLLM's speculative config needs beside the method, the folder, and the depth.
     """
 
     what, use = "drafting head", "reads hidden states of a target"
     methods: Mapping[str, str] = {}
+    asked_of_vllm: Mapping[str, Any] = {}
 
     def __init__(self, config: Any, options: Any, state: Mapping[str, Tensor], base: Lender | None = None):
         super().__init__(config, state)

@@ -70,7 +70,8 @@ def serving(name: str, folder: Path, target: Any) -> dict[str, str]:
     document, tensors = config_at(str(folder)) or {}, head.weights(str(folder))
     taken = [engine for engine in head.methods if not head.faults(engine, document, tensors, served)]
     tokens = DRAFTED if head.deepest is None else min(DRAFTED, head.deepest)
-    return {ENGINES[e]: serve_command(e, head.methods[e], served.name, name, tokens) for e in taken}
+    more = head.asked_of_vllm
+    return {ENGINES[e]: serve_command(e, head.methods[e], served.name, name, tokens, more) for e in taken}
 
 
 def provenance(trainer: DrafterTrainer) -> dict[str, Any]:

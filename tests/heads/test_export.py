@@ -202,6 +202,17 @@ def test_more_tokens_than_it_drafts_are_refused(verifier, tmp_path, name):
     assert '"num_speculative_tokens": 2' in serving("me/head", tmp_path / "head", target())["vLLM"]
 
 
+def test_vllm_is_told_that_a_head_drafts_in_one_forward(verifier, tmp_path):
+    """Otherwise it drafts with a parallel head as with an EAGLE-3 head, token after token, and keeps fewer of them."""
+    for name, options in BLOCKS.items():
+        save_student(new(name, **options), tmp_path / name)
+        command = export_drafter(str(tmp_path / name), tmp_path / f"{name}-out", "vllm", verifier, tokens=2)
+        in_card = serving("me/head", tmp_path / name, target())["vLLM"]
+        for said in (command, in_card):
+            assert json.loads(said.split("'")[1]).get("parallel_drafting") is (True if name == "parallel" else None)
+    assert "parallel_drafting" not in serving("me/head", stored(tmp_path / "eagle3"), target())["vLLM"]
+
+
 def test_others_may_read_what_is_written(verifier, tmp_path):
     (tmp_path / "plain").mkdir()
     export_drafter(str(stored(tmp_path / "head")), tmp_path / "out", "vllm", verifier)

@@ -42,6 +42,8 @@ class ParallelHead(Eagle3Head):
 
     what = "parallel head"
     methods = {"vllm": "eagle3", "speculators": "eagle3"}  # noqa: RUF012 - never written to
+    # vLLM finds it out by itself only where the folder is served in place of the target (`vllm serve FOLDER`).
+    asked_of_vllm = {"parallel_drafting": True}  # noqa: RUF012 - never written to
     complete = Parallel
 
     @property
