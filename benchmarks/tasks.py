@@ -33,6 +33,7 @@ from csdraft.cascade import CascadeDrafter
 from csdraft.data.json_lines import read_objects
 from csdraft.decoding import clock
 from csdraft.drafters.max_gram import MaxGram
+from csdraft.drafters.model import ModelDrafter
 from csdraft.metrics.intervals import bootstrap_median
 from csdraft.progress import Progress
 from csdraft.version import __version__
@@ -89,12 +90,18 @@ def as_prompt(tokenizer: Any, kind: str, text: str, longest: int) -> Prompt:
     return tuple(encode(tokenizer, kind, text, longest)[0].tolist())
 
 
-def measured(target: Any, question: Question, number: int, tokens: int, drafter: str | None = None) -> Measured:
-    """Every way answers one prompt."""
-    drafted = {LOOKUP: {"prompt_lookup_num_tokens": LOOKUP_LENGTH}, "MaxGram": {"assistant": MaxGram()}, "auto": AUTO}
+def drafted_ways(drafter: str | None) -> dict[str, dict[str, Any]]:
+    """Way -> its arguments of `generate`. Each has one drafter for all prompts, which learns from them as "auto" does."""
+    ways = {LOOKUP: {"prompt_lookup_num_tokens": LOOKUP_LENGTH}, "MaxGram": {"assistant": MaxGram(), "reuse": False}}
+    ways["auto"] = AUTO
     if drafter is not None:
-        cascade = CascadeDrafter([drafter, MaxGram()])
-        drafted |= {ALONE: {"assistant": drafter, "reuse": False}, BELOW: {"assistant": cascade, "reuse": False}}
+        ways[ALONE] = {"assistant": ModelDrafter(drafter), "reuse": False}
+        ways[BELOW] = {"assistant": CascadeDrafter([drafter, MaxGram()]), "reuse": False}
+    return ways
+
+
+def measured(target: Any, question: Question, number: int, tokens: int, drafted: Mapping[str, Any]) -> Measured:
+    """Every way answers one prompt."""
     found = answers(target, question.ids, in_turns(drafted, number), tokens)
     plain = found[PLAIN].text
     apart = {way: parting(target, question.ids, plain, answer.text) for way, answer in found.items()}
@@ -216,11 +223,11 @@ def answered(
     target: Any, tokenizer: Any, missing: Sequence[tuple[int, Question]], options: argparse.Namespace
 ) -> list[Measured]:
     """Answers what is missing, a line of the file a prompt; every way has run before the first is timed."""
-    progress, made = Progress(), []
+    progress, made, drafted = Progress(), [], drafted_ways(options.drafter)
     warm = Question("", "", as_prompt(tokenizer, "", WARM, options.longest))
-    measured(target, warm, 0, options.tokens, options.drafter)
+    measured(target, warm, 0, options.tokens, drafted)
     for turn, (number, question) in enumerate(missing, 1):
-        found = measured(target, question, number, options.tokens, options.drafter)
+        found = measured(target, question, number, options.tokens, drafted)
         with options.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(found) + "\n")
         made.append(found)
