@@ -91,7 +91,7 @@ def as_prompt(tokenizer: Any, kind: str, text: str, longest: int) -> Prompt:
 
 
 def drafted_ways(drafter: str | None) -> dict[str, dict[str, Any]]:
-    """Way -> its arguments of `generate`. Each has one drafter for all prompts, which learns from them as "auto" does."""
+    """Way -> its arguments of `generate`; each has one drafter for all prompts, which learns as "auto" does."""
     ways = {LOOKUP: {"prompt_lookup_num_tokens": LOOKUP_LENGTH}, "MaxGram": {"assistant": MaxGram(), "reuse": False}}
     ways["auto"] = AUTO
     if drafter is not None:

@@ -36,6 +36,8 @@ PRIOR, PRIOR_WEIGHT = (0.6, 0.3, 0.45, 0.65, 0.8), 2.0
 """Prior chance that a draft's first token is kept, by evidence (the longer a match, the higher), and its weight."""
 LATER_PRIOR, LATER_WEIGHT = 0.75, 6.0
 """Prior chance that a token after a kept one is kept too, and its weight in tokens."""
+TWICE, NEVER_OFFERED = 1.5, 0.05
+"""The chance that a draft's first token is kept, if one was asked for twice with this evidence and there was none."""
 REMEMBERED = 4.0
 """An optimistic estimate counts at most this many failed rounds, since texts change."""
 CHAIN, SPARED = 4, 0.8
@@ -282,7 +284,8 @@ class Survival:
         else:  # a larger tree fails less often than the chain that the priors are for
             prior, later_prior = (1 - self.failing * (1 - chance) for chance in (self.prior, self.later_prior))
             weight, later_weight = self.weight, max(self.weight, LATER_WEIGHT)
-        first = (kept[0] + weight * prior) / (tried[0] + weight)
+        never_offered = bool(self.asked) and self.asked[0] > TWICE and not self.offered[0]  # a copy without a match
+        first = NEVER_OFFERED if never_offered else (kept[0] + weight * prior) / (tried[0] + weight)
         pooled = (sum(kept[1:]) + later_weight * max(first, later_prior)) / (sum(tried[1:]) + later_weight)
         later = [(k + weight * pooled) / (t + weight) for k, t in zip(kept[1:depth], tried[1:], strict=False)]
         found = [first, *later, *[pooled] * (depth - 1 - len(later))]
