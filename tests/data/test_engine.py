@@ -134,26 +134,32 @@ def test_what_fails_for_a_while_is_asked_again(folder, here, server, tmp_path, a
     assert len(server.bodies) == ROWS + 1 + len(failed) > ROWS + 8
 
 
-@pytest.mark.parametrize(
-    ("answer", "says"),
-    [
-        ((500, b"out of memory"), r"/v1/completions: status 500, 'out of memory'\. Asked 3 times"),
-        ((200, b"<html>hello"), r"/v1/completions: no JSON in the answer '<html>hello'"),
-        ((200, b'{"error": "x"}'), r"no finished continuation in the answer '{\"error\": \"x\"}'"),
-        ((404, b'{"detail": "Not Found"}'), r"/v1/completions: status 404, '{\"detail\": \"Not Found\"}'"),
-        ((307, b""), "status 307"),
-        (
-            (200, b'{"choices": [{"text": "x", "finish_reason": "length", "token_ids": [5, 9999]}]}'),
-            r"wrote '9999', and .* has 97 tokens; is another model served there",
-        ),
-        ((200, OTHER_PROMPT), "has read other tokens than were sent"),
-        (
-            (200, b'{"choices": [{"text": "x", "finish_reason": "length", "token_ids": [5, 6]}]}'),
-            r"wrote 2 of 8 tokens .* context is shorter",
-        ),
-    ],
-)
-@pytest.mark.parametrize("after", [0, 9])
+WRONG = [
+    ((500, b"out of memory"), r"/v1/completions: status 500, 'out of memory'\. Asked 3 times"),
+    ((200, b"<html>hello"), r"/v1/completions: no JSON in the answer '<html>hello'"),
+    ((200, b'{"error": "x"}'), r"no finished continuation in the answer '{\"error\": \"x\"}'"),
+    ((404, b'{"detail": "Not Found"}'), r"/v1/completions: status 404, '{\"detail\": \"Not Found\"}'"),
+    ((307, b""), "status 307"),
+    (
+        (200, b'{"choices": [{"text": "x", "finish_reason": "length", "token_ids": [5, 9999]}]}'),
+        r"wrote '9999', and .* has 97 tokens; is another model served there",
+    ),
+    ((200, OTHER_PROMPT), "has read other tokens than were sent"),
+    (
+        (200, b'{"choices": [{"text": "x", "finish_reason": "length", "token_ids": [5, 6]}]}'),
+        r"wrote 2 of 8 tokens .* context is shorter",
+    ),
+]
+"""Answers that fail for good, and what the error says of them."""
+FAILING = [
+    pytest.param(*case, after, marks=pytest.mark.slow if (number + bool(after)) % 2 else [])
+    for number, case in enumerate(WRONG)
+    for after in (0, 9)
+]
+"""Each at the first request or after some rows, by turns; both if slow."""
+
+
+@pytest.mark.parametrize(("answer", "says", "after"), FAILING)
 def test_what_fails_for_good_is_an_error_that_quotes_the_answer(folder, here, server, tmp_path, answer, says, after):
     """At the first request, or after some rows, which are kept: the same command continues."""
     if after == 0 and "context" in says:

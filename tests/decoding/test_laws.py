@@ -250,9 +250,34 @@ def test_the_enumerated_distribution_is_plain_generates(coin, draws: int) -> Non
     assert fits(model.generate(ids, **options | {"temperature": other}), distribution) < 1e-6, "the test has no power"
 
 
-@pytest.mark.parametrize("shape", ["model", "point masses", "tree", "vertical"])
-@pytest.mark.parametrize("verifier", lossless_verifiers(), ids=lambda kind: kind.__name__)
-@DRAWS
+SHAPES_DRAWN = ["model", "point masses", "tree", "vertical"]
+
+
+def drawn_cases() -> list:
+    """(draws, verifier, shape of the draft): every verifier with one shape, every shape with a verifier; all if slow.
+
+    Each verifier is also tested exactly, by enumeration, with many more shapes in tests/verifiers.
+    """
+    found = []
+    for number, verifier in enumerate(lossless_verifiers()):
+        own = SHAPES_DRAWN if not verifier.chains_only else [shape for shape in SHAPES_DRAWN if shape != "tree"]
+        for shape in SHAPES_DRAWN:
+            name = f"{verifier.__name__}-{shape}"
+            if shape == own[number % len(own)] or shape not in own:
+                found.append(pytest.param(600, verifier, shape, id=f"600-{name}"))
+            found.append(pytest.param(1500, verifier, shape, id=f"1500-{name}", marks=pytest.mark.slow))
+    return found
+
+
+def test_every_shape_is_drawn_from() -> None:
+    fast = [case.values for case in drawn_cases() if not case.marks]
+    assert {shape for _, verifier, shape in fast if shape != "tree" or not verifier.chains_only} == {*SHAPES_DRAWN}
+    assert {verifier for _, verifier, shape in fast if shape != "tree" or not verifier.chains_only} == {
+        *lossless_verifiers()
+    }
+
+
+@pytest.mark.parametrize(("draws", "verifier", "shape"), drawn_cases())
 def test_the_distribution_is_the_targets(coin, draws: int, verifier: type[Verifier], shape: str) -> None:
     model, small, ids, distribution = coin
     likely = max(distribution, key=distribution.get)

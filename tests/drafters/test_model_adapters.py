@@ -266,7 +266,7 @@ def test_an_ordinary_adapter_brings_its_base(tmp_path):
 
 
 def test_calls_leave_nothing_behind(folders):
-    """200 calls, alternating between the adapters."""
+    """120 calls, alternating between the adapters."""
     target = base()
     drafters = [ModelDrafter(folder) for folder in folders.values()]
 
@@ -277,7 +277,7 @@ def test_calls_leave_nothing_behind(folders):
         return len(gc.get_objects())  # tensors and modules among them
 
     before = things_after(20)
-    assert things_after(200) - before < 100  # less than any that a call would make, 200 times
+    assert things_after(120) - before < 100  # less than any that a call would make, 120 times
 
 
 def test_neither_keeps_the_other_alive(folders):

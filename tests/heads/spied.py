@@ -16,6 +16,7 @@ from csdraft import ModelDrafter
 from csdraft.decoding import feature_session
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Budget, Context
+from csdraft.trees.best_first import BestFirst
 from tests.heads.learned import PROMPTS, naive, target
 from tests.tiny import ragged_batch
 
@@ -25,6 +26,18 @@ LONG = GREEDY | {"max_new_tokens": 20}
 """Where what was drafted is counted."""
 DRAWS = pytest.mark.parametrize("count", [500, pytest.param(1500, marks=pytest.mark.slow)])
 """Texts that are drawn to see their distribution; many show less of a fault."""
+FORMS = pytest.mark.parametrize(
+    ("tree", "rows"),
+    [
+        pytest.param(None, 1, id="chain-1"),
+        pytest.param(BestFirst(3, 9), 3, id="tree-3"),
+        pytest.param(None, 3, id="chain-3", marks=pytest.mark.slow),
+        pytest.param(BestFirst(3, 9), 1, id="tree-1", marks=pytest.mark.slow),
+    ],
+)
+"""What a head drafts, and for how many rows."""
+EVERY = pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["half", "all"])
+"""Whether all cases of `each_way` are run."""
 SAMPLED = {"max_new_tokens": 12, "do_sample": True, "row_seeds": [5, 6, 7], "top_k": 0, "temperature": 0.9}
 
 
@@ -66,6 +79,12 @@ _KNOWN: WeakKeyDictionary[Any, dict[Any, dict[Any, Any]]] = WeakKeyDictionary()
 
 def written(assistant: Any, rows: int = 3, **options: Any) -> Tensor:
     return target().generate(**ragged_batch(PROMPTS[:rows]), assistant=assistant, **FIXED, **options)
+
+
+def each_way(drafters: Sequence[Any], rows: int, every: bool) -> list[tuple[Any, bool]]:
+    """(drafter, whether its text is drawn): each drafter both ways, or one way for one row and the other for three."""
+    ways = [(number, drafter, drawn) for number, drafter in enumerate(drafters) for drawn in (False, True)]
+    return [(drafter, drawn) for number, drafter, drawn in ways if every or (number + rows // 2 + drawn) % 2 == 0]
 
 
 def wrong_parent(plan: Any) -> list[int]:

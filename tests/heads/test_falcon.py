@@ -139,8 +139,8 @@ def blocks_of_three(monkeypatch):
 @pytest.mark.usefixtures("blocks_of_three")
 def test_larger_blocks_are_as_exact(tmp_path):
     assert new("falcon").options.block == 3
-    for tree in (None, BestFirst(3, 9)):
-        test_kinds.test_drafts_are_those_of_a_naive_forward("falcon", tree)
+    for tree, rows in ((None, 1), (BestFirst(3, 9), 3)):
+        test_kinds.test_drafts_are_those_of_a_naive_forward("falcon", tree, rows)
     test_kinds.test_unrolled_steps_are_what_drafting_computes("falcon")
     test_kinds.test_logits_along_a_text_are_those_of_first_drafted_tokens("falcon")
     test_kinds.test_a_step_changes_the_heads_own_weights_alone("falcon")

@@ -36,12 +36,23 @@ from csdraft.trees.best_first import BestFirst
 from csdraft.trees.sampled import Sampled
 from tests.heads.kinds import OBJECTIVE, batch
 from tests.heads.learned import PROMPTS, target
-from tests.heads.spied import DRAWS, FIXED, GREEDY, LONG, SAMPLED, Spied, drawn_as_the_target, written
+from tests.heads.spied import (
+    DRAWS,
+    EVERY,
+    FIXED,
+    FORMS,
+    GREEDY,
+    LONG,
+    SAMPLED,
+    Spied,
+    drawn_as_the_target,
+    each_way,
+    written,
+)
 from tests.tiny import fresh, prompt, ragged_batch
 
 DEEPER = {"gpt2": {"n_layer": 3, "num_hidden_layers": 3}, "gemma2": {}, "gemma3": {}}
 FAMILIES = ["llama", "qwen3", "gemma2", "gemma3", "gpt2", "gpt_neox", "falcon"]
-TREES = pytest.mark.parametrize("tree", [None, BestFirst(3, 9)], ids=["chain", "tree"])
 ATTENTION = {f"self_attn.{name}_proj.weight" for name in "qkvo"}
 
 
@@ -145,31 +156,31 @@ def test_its_adapter_is_attention_between_two_norms():
 # Drafts never show.
 
 
-@TREES
-def test_drafts_are_those_of_a_naive_forward(tree):
-    """Of one row and of three, with caches dropped at random between rounds: nothing changes but speed."""
-    for rows in (1, 3):
-        kept, dropped = (Watched(learned(), tree=tree, forget=forget) for forget in (False, True))
-        plain = target().generate(**ragged_batch(PROMPTS[:rows]), pad_token_id=0, **LONG)
-        assert torch.equal(written(kept, rows, **LONG), plain)
-        assert torch.equal(written(dropped, rows, **LONG), plain)
-        assert kept.drafts == dropped.drafts
-        assert len(kept.errors) > 10 * rows
-        assert max(kept.errors + dropped.errors) < 1e-4
+@FORMS
+def test_drafts_are_those_of_a_naive_forward(tree, rows):
+    """With caches dropped at random between rounds: nothing changes but speed."""
+    kept, dropped = (Watched(learned(), tree=tree, forget=forget) for forget in (False, True))
+    plain = target().generate(**ragged_batch(PROMPTS[:rows]), pad_token_id=0, **LONG)
+    assert torch.equal(written(kept, rows, **LONG), plain)
+    assert torch.equal(written(dropped, rows, **LONG), plain)
+    assert kept.drafts == dropped.drafts
+    assert len(kept.errors) > 10 * rows
+    assert max(kept.errors + dropped.errors) < 1e-4
 
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("layers", [1, 2])
-def test_the_text_is_the_targets(layers, rows):
+@EVERY
+def test_the_text_is_the_targets(layers, rows, every):
     """As a chain, a tree, a level of a cascade, and as the reviewer of another drafter."""
     made = learned(layers)
     plain = target().generate(**ragged_batch(PROMPTS[:rows]), pad_token_id=0, **GREEDY)
     seeds = {**SAMPLED, "row_seeds": SAMPLED["row_seeds"][:rows]}
     drawn = written(MaxGram(), rows, **seeds)
     cascade = CascadeDrafter([made, MaxGram()])
-    for drafter in (ModelDrafter(made), ModelDrafter(made, tree=BestFirst(3, 12)), cascade, Vertical(made, MaxGram())):
-        assert torch.equal(written(drafter, rows, **GREEDY), plain)
-        assert torch.equal(written(drafter, rows, **seeds), drawn)
+    drafters = (ModelDrafter(made), ModelDrafter(made, tree=BestFirst(3, 12)), cascade, Vertical(made, MaxGram()))
+    for drafter, draws in each_way(drafters, rows, every):
+        assert torch.equal(written(drafter, rows, **(seeds if draws else GREEDY)), drawn if draws else plain)
 
 
 @DRAWS

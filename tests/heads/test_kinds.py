@@ -33,25 +33,35 @@ from csdraft.trees.best_first import BestFirst
 from csdraft.trees.sampled import Sampled
 from tests.heads.kinds import NAMES, OBJECTIVE, OPTIONS, batch, learned, new, weights_in, write_weights
 from tests.heads.learned import PROMPTS, naive, target, texts
-from tests.heads.spied import GREEDY, LONG, SAMPLED, Spied, drawn_as_the_target, written, wrong_parent, wrong_target
+from tests.heads.spied import (
+    EVERY,
+    FORMS,
+    GREEDY,
+    LONG,
+    SAMPLED,
+    Spied,
+    drawn_as_the_target,
+    each_way,
+    written,
+    wrong_parent,
+    wrong_target,
+)
 from tests.tiny import ragged_batch
 
-TREES = pytest.mark.parametrize("tree", [None, BestFirst(3, 9)], ids=["chain", "tree"])
 OF_EACH = pytest.mark.parametrize("name", NAMES)
 
 
 @OF_EACH
-@TREES
-def test_drafts_are_those_of_a_naive_forward(name, tree):
-    """Of one row and of three, with features dropped at random between rounds: nothing changes but speed."""
-    for rows in (1, 3):
-        kept, dropped = (Spied(learned(name), tree=tree, forget=forget) for forget in (False, True))
-        plain = target().generate(**ragged_batch(PROMPTS[:rows]), pad_token_id=0, **LONG)
-        assert torch.equal(written(kept, rows, **LONG), plain)
-        assert torch.equal(written(dropped, rows, **LONG), plain)
-        assert kept.drafts == dropped.drafts
-        assert len(kept.errors) > 10 * rows
-        assert max(kept.errors + dropped.errors) < 1e-4
+@FORMS
+def test_drafts_are_those_of_a_naive_forward(name, tree, rows):
+    """With features dropped at random between rounds: nothing changes but speed."""
+    kept, dropped = (Spied(learned(name), tree=tree, forget=forget) for forget in (False, True))
+    plain = target().generate(**ragged_batch(PROMPTS[:rows]), pad_token_id=0, **LONG)
+    assert torch.equal(written(kept, rows, **LONG), plain)
+    assert torch.equal(written(dropped, rows, **LONG), plain)
+    assert kept.drafts == dropped.drafts
+    assert len(kept.errors) > 10 * rows
+    assert max(kept.errors + dropped.errors) < 1e-4
 
 
 @OF_EACH
@@ -66,16 +76,17 @@ def test_it_continues_what_another_has_drafted(name):
 
 @OF_EACH
 @pytest.mark.parametrize("rows", [1, 3])
-def test_the_text_is_the_targets(name, rows):
+@EVERY
+def test_the_text_is_the_targets(name, rows, every):
     """As a chain, a tree, a level of a cascade, and as the reviewer of another drafter."""
     head = learned(name)
     plain = target().generate(**ragged_batch(PROMPTS[:rows]), pad_token_id=0, **GREEDY)
     seeds = {**SAMPLED, "row_seeds": SAMPLED["row_seeds"][:rows]}
     drawn = written(MaxGram(), rows, **seeds)
     cascade = CascadeDrafter([head, MaxGram()])
-    for drafter in (ModelDrafter(head), ModelDrafter(head, tree=BestFirst(3, 12)), cascade, Vertical(head, MaxGram())):
-        assert torch.equal(written(drafter, rows, **GREEDY), plain)
-        assert torch.equal(written(drafter, rows, **seeds), drawn)
+    drafters = (ModelDrafter(head), ModelDrafter(head, tree=BestFirst(3, 12)), cascade, Vertical(head, MaxGram()))
+    for drafter, draws in each_way(drafters, rows, every):
+        assert torch.equal(written(drafter, rows, **(seeds if draws else GREEDY)), drawn if draws else plain)
 
 
 @OF_EACH

@@ -26,7 +26,19 @@ from csdraft.models import load_model
 from csdraft.trees.best_first import BestFirst
 from csdraft.trees.sampled import Sampled
 from tests.heads import spied
-from tests.heads.spied import DRAWS, FIXED, GREEDY, LONG, SAMPLED, Spied, wrong_parent, wrong_target
+from tests.heads.spied import (
+    DRAWS,
+    EVERY,
+    FIXED,
+    FORMS,
+    GREEDY,
+    LONG,
+    SAMPLED,
+    Spied,
+    each_way,
+    wrong_parent,
+    wrong_target,
+)
 from tests.tiny import COMMON, ragged_batch, tiny
 
 EXPERTS = COMMON | {"moe_intermediate_size": 24, "num_experts_per_tok": 2, "first_k_dense_replace": 1}
@@ -51,7 +63,6 @@ FOLDERS = TemporaryDirectory()
 OF_EACH = pytest.mark.parametrize("family", [name for name in FAMILIES if "of three" not in name])
 OF_TWO = pytest.mark.parametrize("family", ["deepseek_v3", "mellum sliding"])
 """One of each layout of the folder, with a different cache and mask."""
-TREES = pytest.mark.parametrize("tree", [None, BestFirst(3, 9)], ids=["chain", "tree"])
 INNER = {"enorm": "pre_fc_norm_embedding", "hnorm": "pre_fc_norm_hidden", "eh_proj": "fc", "shared_head.norm": "norm"}
 """DeepSeek-V3's names of what a module has beside its layer, and Qwen3-Next's."""
 
@@ -237,17 +248,17 @@ def test_its_first_token_is_that_of_transformers():
 
 
 @OF_TWO
-@TREES
-def test_drafts_are_those_of_a_forward_without_a_cache(monkeypatch, family, tree):
-    """Of one row and of three, with features dropped at random between rounds: nothing changes but speed."""
+@FORMS
+def test_drafts_are_those_of_a_forward_without_a_cache(monkeypatch, family, tree, rows):
+    """With features dropped at random between rounds: nothing changes but speed."""
     monkeypatch.setattr(spied, "naive", lambda *given: without_cache(family, *given))
-    for rows in (1, 3):
-        kept, dropped = (Spied(learned(family), tree=tree, forget=forget) for forget in (False, True))
-        assert torch.equal(written(family, kept, rows, **LONG), greedy(family, rows, LONG))
-        assert torch.equal(written(family, dropped, rows, **LONG), greedy(family, rows, LONG))
-        assert kept.drafts == dropped.drafts
-        assert len(kept.errors) > 10 * rows
-        assert max(kept.errors + dropped.errors) < 1e-4
+    kept, dropped = (Spied(learned(family), tree=tree, forget=forget) for forget in (False, True))
+    plain = greedy(family, rows, LONG)
+    assert torch.equal(written(family, kept, rows, **LONG), plain)
+    assert torch.equal(written(family, dropped, rows, **LONG), plain)
+    assert kept.drafts == dropped.drafts
+    assert len(kept.errors) > 10 * rows
+    assert max(kept.errors + dropped.errors) < 1e-4
 
 
 @OF_TWO
@@ -266,14 +277,20 @@ def test_a_feature_of_the_wrong_position_is_found(monkeypatch, family, mutant):
 
 @OF_TWO
 @pytest.mark.parametrize("rows", [1, 3])
-def test_the_text_is_the_targets(family, rows):
+@EVERY
+def test_the_text_is_the_targets(family, rows, every):
     """Greedily and with coupled noise: by its name, as a chain, a tree, and a level of a cascade."""
     head, seeds = learned(family), {**SAMPLED, "row_seeds": SAMPLED["row_seeds"][:rows]}
-    drawn = written(family, MaxGram(), rows, **seeds)
-    cascade = CascadeDrafter([head, MaxGram()])
-    for drafter in ("mtp", ModelDrafter(head), ModelDrafter(head, tree=BestFirst(3, 12)), cascade):
-        assert torch.equal(written(family, drafter, rows, **GREEDY), greedy(family, rows))
-        assert torch.equal(written(family, drafter, rows, **seeds), drawn)
+    plain, drawn = greedy(family, rows), written(family, MaxGram(), rows, **seeds)
+    drafters = (
+        "mtp",
+        ModelDrafter(head),
+        ModelDrafter(head, tree=BestFirst(3, 12)),
+        CascadeDrafter([head, MaxGram()]),
+    )
+    for drafter, draws in each_way(drafters, rows, every):
+        found = written(family, drafter, rows, **(seeds if draws else GREEDY))
+        assert torch.equal(found, drawn if draws else plain)
 
 
 @OF_TWO

@@ -18,9 +18,19 @@ from csdraft.heads.kinds.mtp import OWN, Modules
 from csdraft.trees.best_first import BestFirst
 from csdraft.trees.sampled import Sampled
 from tests.heads import spied
-from tests.heads.spied import DRAWS, GREEDY, LONG, SAMPLED, Spied, wrong_parent, wrong_target
+from tests.heads.spied import (
+    DRAWS,
+    EVERY,
+    FORMS,
+    GREEDY,
+    LONG,
+    SAMPLED,
+    Spied,
+    each_way,
+    wrong_parent,
+    wrong_target,
+)
 from tests.heads.test_mtp import (
-    TREES,
     folder,
     greedy,
     module_name,
@@ -106,13 +116,13 @@ def test_every_module_has_its_own_tensors():
         assert torch.equal(module.post_norm.weight, state[module_name(FAMILY, "shared_head.norm.weight", number)])
 
 
-@TREES
-@pytest.mark.parametrize("rows", [1, 3])
+@FORMS
 def test_drafts_are_those_of_a_forward_without_a_cache(looked, rows, tree):
     """Features dropped at random between rounds change nothing but speed; no draft is longer than the modules."""
     kept, dropped = (looked(learned(), tree=tree, forget=forget) for forget in (False, True))
-    assert torch.equal(written(FAMILY, kept, rows, **LONG), greedy(FAMILY, rows, LONG))
-    assert torch.equal(written(FAMILY, dropped, rows, **LONG), greedy(FAMILY, rows, LONG))
+    plain = greedy(FAMILY, rows, LONG)
+    assert torch.equal(written(FAMILY, kept, rows, **LONG), plain)
+    assert torch.equal(written(FAMILY, dropped, rows, **LONG), plain)
     assert kept.drafts == dropped.drafts
     assert len(kept.errors) > 10 * rows
     assert max(kept.errors + dropped.errors) < 1e-4
@@ -142,14 +152,20 @@ def test_a_feature_of_the_wrong_position_is_found(monkeypatch, looked, mutant):
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_the_text_is_the_targets(rows):
+@EVERY
+def test_the_text_is_the_targets(rows, every):
     """Greedily and with coupled noise: by its name, as a chain, a tree, and a level of a cascade."""
     head, seeds = learned(), {**SAMPLED, "row_seeds": SAMPLED["row_seeds"][:rows]}
-    drawn = written(FAMILY, MaxGram(), rows, **seeds)
-    cascade = CascadeDrafter([head, MaxGram()])
-    for drafter in ("mtp", ModelDrafter(head), ModelDrafter(head, tree=BestFirst(3, 12)), cascade):
-        assert torch.equal(written(FAMILY, drafter, rows, **GREEDY), greedy(FAMILY, rows))
-        assert torch.equal(written(FAMILY, drafter, rows, **seeds), drawn)
+    plain, drawn = greedy(FAMILY, rows), written(FAMILY, MaxGram(), rows, **seeds)
+    drafters = (
+        "mtp",
+        ModelDrafter(head),
+        ModelDrafter(head, tree=BestFirst(3, 12)),
+        CascadeDrafter([head, MaxGram()]),
+    )
+    for drafter, draws in each_way(drafters, rows, every):
+        found = written(FAMILY, drafter, rows, **(seeds if draws else GREEDY))
+        assert torch.equal(found, drawn if draws else plain)
 
 
 @DRAWS

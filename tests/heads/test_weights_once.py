@@ -12,9 +12,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from csdraft import ModelDrafter
-from csdraft.trees.best_first import BestFirst
 from tests.heads.kinds import NAMES, new
 from tests.heads.learned import PROMPTS, target
+from tests.heads.spied import FORMS
 from tests.tiny import fresh, ragged_batch
 
 
@@ -40,11 +40,10 @@ def check(drafter: Any, goal: Any, inputs: Any, *models: torch.nn.Module) -> Non
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("rows", [1, 3])
-def test_of_heads(name, rows):
+@FORMS
+def test_of_heads(name, tree, rows):
     head = new(name).requires_grad_(False)
-    for tree in (None, BestFirst(3, 9)):
-        check(ModelDrafter(head, tree=tree), target(), ragged_batch(PROMPTS[:rows]), head)
+    check(ModelDrafter(head, tree=tree), target(), ragged_batch(PROMPTS[:rows]), head)
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from csdraft.trainers.arguments import read_values
 from csdraft.trainers.publish import card, provenance
 from csdraft.trainers.run import distill
 from csdraft.trainers.students import added_share, make_student
+from tests import forked
 from tests.hub.standin import Hub, standin
 from tests.tiny import on_target
 from tests.trainers.pair import arguments, make_pair, settings
@@ -28,7 +27,11 @@ from tests.trainers.pair import arguments, make_pair, settings
 ROOT = Path(__file__).parents[2]
 
 UPLOADS = """
-import csdraft, json, sys
+import importlib, json, sys
+import huggingface_hub
+importlib.reload(huggingface_hub.constants)  # what they say of the Hub, this process was forked with
+huggingface_hub.hf_api.api.endpoint = huggingface_hub.constants.ENDPOINT
+import csdraft
 from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from csdraft.trainers.distill import DistillArguments
@@ -58,14 +61,14 @@ def hub() -> Hub:
 
 
 def program(hub: Hub, *command: str) -> str:
-    """Runs Python with the stand-in as the Hub; settings of the Hub are read when it is imported."""
-    environment = os.environ | {
+    """What a script says that runs in a process of its own, with the stand-in as the Hub."""
+    environment = {
         "HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0", "HF_TOKEN": "hf_test",
-        "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
     }  # fmt: skip
-    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    status, said = forked.run(command, environment=environment)
+    assert status == 0, said
+    return said
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +82,8 @@ def said(folder: Path, hub: Hub) -> str:
         eval_prompts=f"{folder}/prompts.jsonl", eval_on_start=True, eval_strategy="steps",
         eval_steps=2, eval_new_tokens=8,
     )  # fmt: skip
-    return program(hub, "-c", UPLOADS, str(folder), json.dumps(options))
+    (folder / "uploads.py").write_text(UPLOADS)
+    return program(hub, str(folder / "uploads.py"), str(folder), json.dumps(options))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

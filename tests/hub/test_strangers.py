@@ -92,6 +92,8 @@ def places(value: Any, at: Keys = ()) -> Iterator[Keys]:
 
 
 DELETED = object()
+EVERY = pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["half", "all"])
+"""Whether each key gets each value, or every second one, the other half for the next key."""
 VALUES = [DELETED, None, [], {}, "x", -1, 10**9, 10**400, math.nan, True, [[[1]]]]
 
 
@@ -108,6 +110,13 @@ def changed(document: Any, at: Keys, value: Any) -> Any:
     return twin
 
 
+def wrong_values(document: Any, every: bool) -> Iterator[tuple[Keys, Any]]:
+    """Each key of a document with wrong values."""
+    for number, at in enumerate(places(document)):
+        for value in VALUES if every else VALUES[number % 2 :: 2]:
+            yield at, value
+
+
 def fault(folder: Path, key: Any) -> str | None:
     """What is wrong with how `folder` is refused; None if it loads, or is refused as it should be."""
     try:
@@ -120,7 +129,8 @@ def fault(folder: Path, key: Any) -> str | None:
     return None
 
 
-def test_every_key_with_every_kind_of_wrong_value(saved, tmp_path, monkeypatch):
+@EVERY
+def test_every_key_with_every_kind_of_wrong_value(saved, tmp_path, monkeypatch, every):
     """Either it works, or one ValueError names cascade.json and the key; neither another exception nor a hang."""
     shutil.copytree(saved, tmp_path / "c")
     small = noisy(tiny("llama"), 0.3)
@@ -134,15 +144,14 @@ def test_every_key_with_every_kind_of_wrong_value(saved, tmp_path, monkeypatch):
     document, file = document_of(saved), tmp_path / "c" / "cascade.json"
     document["models"] |= {"far": {"id": "me/small", "revision": "abc"}, "same": {"target": True}}
     wrong, tried = [], 0
-    for at in places(document):
+    for at, value in wrong_values(document, every):
         if at[:1] == ("k_matrix",) and max(at[1:], default=0) > 1:  # all entries are alike
             continue
         key = next(key for key in reversed(at) if isinstance(key, str))
-        for value in VALUES:
-            file.write_text(json.dumps(changed(document, at, value)))
-            tried += 1
-            if found := fault(tmp_path / "c", key):
-                wrong.append(f"{at} = {'deleted' if value is DELETED else repr(value)[:20]}: {found}")
+        file.write_text(json.dumps(changed(document, at, value)))
+        tried += 1
+        if found := fault(tmp_path / "c", key):
+            wrong.append(f"{at} = {'deleted' if value is DELETED else repr(value)[:20]}: {found}")
     assert tried > 200
     assert not wrong, f"{len(wrong)} faults, such as\n" + "\n".join(wrong[:20])
 
@@ -446,25 +455,27 @@ def test_adapters_that_are_not_whole(tmp_path, damage, says):
 # Other documents, and tables.
 
 
-def test_every_key_of_a_report(tmp_path):
+@EVERY
+def test_every_key_of_a_report(tmp_path, every):
     """A report loads and can be shown, or one ValueError names the file and the key."""
     tiny("llama").generate(**prompt(), assistant=(cascade := CascadeDrafter([MaxGram()])), max_new_tokens=12)
     cascade.report.planned = Planned(["a"], [[3]], 2.0, 1.5, 0.01)
     cascade.report.save(tmp_path / "report.json")
     document, file, wrong = json.loads((tmp_path / "report.json").read_text()), tmp_path / "x.json", []
-    for at in places(document):
+    for at, value in wrong_values(document, every):
+        if at[0] == "summary":
+            continue
         key = next(key for key in reversed(at) if isinstance(key, str))
-        for value in VALUES if at[0] != "summary" else ():
-            file.write_text(json.dumps(changed(document, at, value)))
-            try:
-                loaded = Report.load(file)
-                loaded.to_html(tmp_path / "x.html")
-                str(loaded + cascade.report)
-            except ValueError as error:
-                if str(file) not in str(error) or key not in str(error):
-                    wrong.append(f"{at} = {value!r:.20}: {error}")
-            except Exception as error:  # all others are the fault that is looked for
-                wrong.append(f"{at} = {value!r:.20}: {type(error).__name__}: {error}")
+        file.write_text(json.dumps(changed(document, at, value)))
+        try:
+            loaded = Report.load(file)
+            loaded.to_html(tmp_path / "x.html")
+            str(loaded + cascade.report)
+        except ValueError as error:
+            if str(file) not in str(error) or key not in str(error):
+                wrong.append(f"{at} = {value!r:.20}: {error}")
+        except Exception as error:  # all others are the fault that is looked for
+            wrong.append(f"{at} = {value!r:.20}: {type(error).__name__}: {error}")
     assert not wrong, f"{len(wrong)} faults, such as\n" + "\n".join(wrong[:20])
     for how, content in BROKEN.items():
         file.write_bytes(content)

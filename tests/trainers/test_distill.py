@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -144,18 +145,25 @@ def test_a_resumed_run_is_the_uninterrupted_one(folder):
 
 
 def test_one_signal_may_come_twice(monkeypatch):
-    """A launcher passes on what a scheduler has sent to all; later ones act as ever."""
-    clock = [10.0]
-    monkeypatch.setattr("csdraft.trainers.interrupt.time.monotonic", lambda: clock[0])
+    """A launcher passes on what a scheduler has sent to all; later ones act as ever.
+
+    No signal is sent, which Python may handle later: the handler is called instead.
+    """
+    clock, sent, before = [10.0], [], signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("csdraft.trainers.interrupt.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr("csdraft.trainers.interrupt.signal.raise_signal", sent.append)
     interrupt = Interrupt()
     interrupt.on_train_begin(None, None, None)
     try:
+        handler = signal.getsignal(signal.SIGINT)
         for clock[0] in (10.0, 10.1, 12.9):
-            signal.raise_signal(signal.SIGINT)
+            handler(signal.SIGINT, None)
         assert interrupt.stopped
+        assert not sent
         clock[0] = 13.1
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+        handler(signal.SIGINT, None)
+        assert sent == [signal.SIGINT]
+        assert signal.getsignal(signal.SIGINT) is before
     finally:
         interrupt.restore()
 

@@ -63,7 +63,9 @@ def alone(folder: Path) -> Path:
     return folder / "alone"
 
 
-@pytest.mark.parametrize("step", [3, 5, 8, 12])
+@pytest.mark.parametrize(
+    "step", [pytest.param(3, marks=pytest.mark.slow), 5, 8, pytest.param(12, marks=pytest.mark.slow)]
+)
 def test_one_process_resumes_in_any_epoch(folder, alone, step):
     assert_resumes(folder, "alone", step, lambda name: distill(arguments(folder, name, **RUN)))
 

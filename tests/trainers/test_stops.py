@@ -131,6 +131,13 @@ def as_torch_says_it(*args: object, **options: object) -> None:
     raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
 
 
+@pytest.fixture(scope="module")
+def begun(folder) -> Path:
+    """A run of two steps."""
+    distill(arguments(folder, "begun", max_steps=2))
+    return folder / "begun"
+
+
 @pytest.mark.parametrize(
     ("what", "writer"),
     [
@@ -141,9 +148,9 @@ def as_torch_says_it(*args: object, **options: object) -> None:
         ("csdraft.trainers.checkpoints.mark_whole", no_space),
     ],
 )
-def test_a_full_disk_is_one_error_and_no_half_checkpoint(folder, monkeypatch, what, writer):
+def test_a_full_disk_is_one_error_and_no_half_checkpoint(folder, begun, monkeypatch, what, writer):
     name = f"full-{what}-{writer.__name__}"
-    distill(arguments(folder, name, max_steps=2))
+    shutil.copytree(begun, folder / name)
     monkeypatch.setattr(what, writer)
     with pytest.raises(Unwritable, match=r"cannot be written: .*; [\d.]+ .?B are free in .* give the same command"):
         distill(arguments(folder, name, max_steps=4))

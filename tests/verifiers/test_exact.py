@@ -176,16 +176,18 @@ def test_a_file_is_one_verifier(module):
     assert cls.kinds <= set(KINDS)
 
 
+@pytest.mark.parametrize("more", [0, pytest.param(1, marks=pytest.mark.slow)], ids=["", "more"])
 @pytest.mark.parametrize("name", SCENARIOS)
 @pytest.mark.parametrize("verifier", INDEPENDENT, ids=named)
-def test_text_has_the_targets_distribution(verifier, name):
+def test_text_has_the_targets_distribution(verifier, name, more):
+    """For some tables; each is exact, so that one wrong rule is wrong on nearly all of them."""
     reason = refusal(verifier, name)
     if reason:
         with pytest.raises(ValueError, match=reason) as refused:
             error(verifier, Tables(0), SCENARIOS[name](Tables(100)))
         assert named(verifier) in str(refused.value)
         return
-    for seed in range(2 if name in TREES else 3):
+    for seed in range((1 if name in TREES else 2) + more):
         assert error(verifier, Tables(seed), SCENARIOS[name](Tables(100 + seed)), name) < EXACT
 
 
