@@ -119,3 +119,15 @@ def test_widths_interpolate_and_extrapolate():
     assert widths.seconds(1) == 1.0
     assert widths.seconds(3) == pytest.approx(1.2)
     assert 1.4 < widths.seconds(9) < 1.6, "after the nearest width that was measured"
+
+
+@pytest.mark.parametrize(("cost", "accepted"), [(0.07, 0.5), (0.07, 0.6), (0.15, 0.6)])
+def test_copies_that_are_never_found_do_not_delay_the_drafter_above(cost, accepted):
+    """Found in first calls: a stage that had nothing to copy was asked again for ten rounds, without the one above."""
+    neural = Writer(cost, accepted)
+    cascade = Stages((neural, max_gram(0.9, 0.0)), (5, 15))
+    alone, both = (
+        sum(World(drafter, seed=seed).decode(CostModel(remember=False), 48) for seed in range(6))
+        for drafter in (neural, cascade)
+    )
+    assert both < 1.06 * alone
