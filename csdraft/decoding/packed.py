@@ -1,10 +1,10 @@
 """Linear layers on a CPU, with weights in the layout that oneDNN's kernels read.
 
 PyTorch (2.13) hands oneDNN each weight in its own layout, and oneDNN brings it into the kernels' layout again in every
-forward. So one token of a 135M model in bfloat16 takes twice as long as reading its weights, and in float32 two tokens
-take twice as long as one. Here the model's forwards run on a twin of its modules. The twin has the same parameters and
-buffers, and a second copy of the large weights in that layout (`PackedLinear`). In bfloat16 the results are the same
-bits; in float32 sums are added up in another order, as they are for another number of tokens.
+forward. So a forward of a 135M model takes up to 1.8 times as long as it must (docs/cpu.md). Here the model's forwards
+run on a twin of its modules. The twin has the same parameters and buffers, and a second copy of the large weights in
+that layout (`PackedLinear`). In bfloat16 the results are the same bits; in float32 sums are added up in another order,
+as they are for another number of tokens.
 
 The user's model is not touched. A twin is kept as long as its model, and made again if the model has changed.
 """
@@ -13,17 +13,16 @@ from __future__ import annotations
 
 import platform
 import threading
-from collections import OrderedDict
 from dataclasses import dataclass
-from functools import cache
-from types import MethodType
+from functools import cache, partial
+from types import FunctionType, MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from csdraft.decoding.states import memory_of, setting_of
+from csdraft.decoding.states import OF_ALL, PLAIN, memory_of, setting_of
 
 __all__ = ["held_packed", "packed", "release_packed"]
 
@@ -33,6 +32,8 @@ SHARE = 0.25
 """The share of the memory that all packed weights together may take."""
 QUERIES = 8
 """The number of rows of the input that the layout is chosen for."""
+KNOWN = {"torch", "transformers", "peft", "csdraft", "builtins"}
+"""The packages of whose classes modules and their attributes may be."""
 REPEATED, LONG = 4, 4096
 """In float32 one row is multiplied REPEATED times, which is faster than once; if it is longer than LONG, as ever."""
 
@@ -50,12 +51,13 @@ class PackedLinear(nn.Linear):
         """(..., out_features) from (..., in_features)."""
         if input.dtype != self.weight.dtype or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return super().forward(input)
-        if input.dtype != torch.float32 or input.numel() > self.in_features:
-            return self._multiplied(input)
-        if self.in_features > LONG:
+        width, size = self.weight.shape[1], input.numel()
+        if not size or (input.dtype == torch.float32 and size == width > LONG):
             return super().forward(input)
+        if input.dtype != torch.float32 or size > width:
+            return self._multiplied(input)
         repeated = input.reshape(1, -1).expand(REPEATED, -1)  # (REPEATED, in_features)
-        return self._multiplied(repeated)[:1].reshape(*input.shape[:-1], self.out_features)
+        return self._multiplied(repeated)[0].reshape(*input.shape[:-1], -1)
 
     def _multiplied(self, input: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise.default(input, self.packed, self.bias, "none", [], "")
@@ -76,6 +78,7 @@ class Twin:
     tried: bool = True
 
 
+_LINEAR = nn.Linear.forward
 _twins: WeakKeyDictionary[nn.Module, Twin] = WeakKeyDictionary()
 _LOCK = threading.RLock()  # reentrant: a model may be freed while this thread holds it
 
@@ -83,12 +86,16 @@ _LOCK = threading.RLock()  # reentrant: a model may be freed while this thread h
 def packed(model: nn.Module) -> nn.Module:
     """What runs a model's forwards: its twin with packed weights, or the model itself where that is not possible.
 
-    That is for models on other devices, in training mode, with hooks, or too large for a second copy of their weights.
+    That is for models on other devices, in training mode, with a user's own modules or hooks, or too large for a
+    second copy of their weights.
     """
     if not _has_kernels() or not _is_plain(model):
         return model
     with _LOCK:
-        now, known = (setting_of(model), _places(model), _sums(model)), _twins.get(model)
+        known = _twins.get(model)
+        if (known is None or known.module is None) and not _fits(model):
+            return model
+        now = setting_of(model), _places(model), _sums(model)
         if known is not None and known.made_from != now:
             known = _twins[model] = Twin(now, None, tried=False)
         elif known is None or not known.tried:
@@ -102,63 +109,114 @@ def _has_kernels() -> bool:
     return platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
 
 
-def _places(model: nn.Module) -> list[int]:
-    """The addresses of all parameters and buffers."""
-    return [tensor.data_ptr() for tensor in [*model.parameters(), *model.buffers()]]
+def _fits(model: nn.Module) -> bool:
+    """Whether there is anything to pack, and memory for it."""
+    size = sum(_bytes(module.weight) for module in model.modules() if _is_packable(module))
+    return 0 < size <= SHARE * memory_of(torch.device("cpu")) - held_packed()
+
+
+def _places(model: nn.Module) -> list[tuple[int, int]]:
+    """The addresses of all parameters and buffers, and how often they were written to."""
+    own = [[*module._parameters.values(), *module._buffers.values()] for module in model.modules()]
+    held = [tensor for tensors in own for tensor in tensors if tensor is not None]
+    return [(tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version) for tensor in held]
 
 
 def _sums(model: nn.Module) -> list[int]:
-    """Of each weight that can be packed, the sum of its bits: a write in place, however it was made, changes it."""
-    weights = [module.weight for module in model.modules() if _is_packable(module)]
-    sums = [weight.detach().flatten().view(torch.int64).sum() for weight in weights]
+    """A sum over the bits of each weight that can be packed, by row: writes through `.data` count no version."""
+    sums = []
+    for weight in [module.weight.detach() for module in model.modules() if _is_packable(module)]:
+        rows = weight.view(torch.int64).sum(1)  # (out_features,)
+        sums.append((rows * torch.arange(1, 2 * len(rows), 2)).sum())
     return torch.stack(sums).tolist() if sums else []
 
 
 def _is_plain(model: nn.Module) -> bool:
-    """Whether the forward is that of the model's classes, on one CPU: no hooks, no functions set on a module."""
-    own = [vars(module) for module in model.modules()]
-    changed = any("forward" in of or of["_forward_hooks"] or of["_forward_pre_hooks"] for of in own)
-    return (
-        not changed and not model.training and all(parameter.device.type == "cpu" for parameter in model.parameters())
-    )
+    """Whether a twin would do what the model does: its modules are of known packages and run on one CPU.
+
+    Hooks, functions set on a module, and attributes of other types, which may refer to the model, are not plain.
+    """
+    hooked = nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks
+    if hooked or nn.Linear.forward is not _LINEAR:
+        return False
+    for module in model.modules():
+        own = vars(module)
+        hooks = [*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values()]
+        if module.training or "forward" in own or not _is_known(type(module)) or not all(map(_is_known, hooks)):
+            return False
+        if not all(_is_value(value) for name, value in own.items() if name not in OF_ALL):
+            return False
+    return {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+
+
+def _is_known(made: Any) -> bool:
+    """Whether a class or a hook is of a known package. transformers captures hidden states with hooks."""
+    return str(getattr(made, "__module__", "")).partition(".")[0] in KNOWN
+
+
+def _is_value(value: Any) -> bool:
+    """Whether an attribute cannot refer to the model, except by its modules and their methods."""
+    if isinstance(value, dict):
+        return all(map(_is_value, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_value, value))
+    if isinstance(value, partial):
+        return not isinstance(value.func, MethodType) and _is_value([value.func, *value.args, value.keywords])
+    if isinstance(value, FunctionType):
+        return value.__closure__ is None
+    simple = isinstance(value, PLAIN | set | frozenset | MethodType | type | Tensor | nn.Module)
+    return simple or _is_known(type(value))
 
 
 def _twin(model: nn.Module) -> nn.Module | None:
-    """The model's modules once more, with packed weights; None if there is nothing to pack, or not enough memory."""
-    size = sum(_bytes(module.weight) for module in model.modules() if _is_packable(module))
-    if not size or size + held_packed() > SHARE * memory_of(torch.device("cpu")):
-        return None
+    """The model's modules once more, with packed weights; None if oneDNN cannot pack them."""
     twins: dict[Any, nn.Module] = {module: type(module).__new__(type(module)) for module in model.modules()}
-    for module, twin in twins.items():
-        twin.__dict__.update({name: _in_twin(value, twins) for name, value in vars(module).items()})
-        if _is_packable(module):
-            packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), QUERIES)
-            twin.__class__ = PackedLinear
-            twin.packed = packed  # type: ignore[assignment]
+    try:
+        for module, twin in twins.items():
+            own = vars(module).items()
+            twin.__dict__.update({name: _in_twin(value, twins, name in OF_ALL) for name, value in own})
+            if _is_packable(module):
+                packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), QUERIES)
+                twin.__class__ = PackedLinear
+                twin.packed = packed  # type: ignore[assignment]
+    except (RuntimeError, MemoryError):
+        return None
     return twins[model]
 
 
-def _in_twin(value: Any, twins: dict[Any, nn.Module]) -> Any:
-    """An attribute of a module as its twin has it: modules are twins, and containers belong to one of the two."""
+def _in_twin(value: Any, twins: dict[Any, nn.Module], copied: bool = False) -> Any:
+    """An attribute of a module as its twin has it: modules are twins, and containers of modules are copied.
+
+    Args:
+        copied: whether to copy any container.
+    """
     if isinstance(value, nn.Module):
         return twins.get(value, value)
     if isinstance(value, MethodType):
         return MethodType(value.__func__, _in_twin(value.__self__, twins))
-    if type(value) in (dict, OrderedDict):
-        return type(value)((key, _in_twin(one, twins)) for key, one in value.items())
+    if isinstance(value, dict):
+        found = {key: _in_twin(one, twins) for key, one in value.items()}
+        changed = any(one is not value[key] for key, one in found.items())
+        return type(value)(found) if copied or changed else value
     if type(value) in (list, tuple):
-        return type(value)(_in_twin(one, twins) for one in value)
+        made = [_in_twin(one, twins) for one in value]
+        return type(value)(made) if any(one is not old for one, old in zip(made, value, strict=True)) else value
     return value
 
 
 def _is_packable(module: nn.Module) -> bool:
-    return (
-        type(module) is nn.Linear
-        and module.weight.numel() >= LEAST
-        and module.weight.dtype in (torch.float32, torch.bfloat16)
-        and module.weight.is_contiguous()
-        and module.weight.numel() % 4 == 0  # its bits can be read as int64
-    )
+    if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter:
+        return False
+    weight = module.weight
+    known = weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and _has_bfloat16())
+    whole = weight.layout == torch.strided and weight.is_contiguous()
+    return known and whole and weight.numel() >= LEAST and weight.shape[1] * weight.element_size() % 8 == 0
+
+
+@cache
+def _has_bfloat16() -> bool:
+    """Whether oneDNN computes in bfloat16 on this processor."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,13 +35,13 @@ def setting_of(model: nn.Module) -> tuple:
     found: list[Any] = [_plain(vars(part)) for part in (config, config.get_text_config(decoder=True))]
     for module in model.modules():
         own = vars(module)
-        found.append(id(module))
+        found += [id(module), type(module), module.training, *map(id, own["_modules"].values())]
         found += [tuple(own[hooks]) for hooks in HOOKS if own[hooks]]
-        found += [value if type(value) in PLAIN else _plain(value) for key, value in own.items() if key not in OF_ALL]
+        found += [_plain(value) for key, value in own.items() if key not in OF_ALL]
     return tuple(found)
 
 
-PLAIN = (bool, int, float, str, type(None))
+PLAIN = bool | int | float | str | None
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 OF_ALL = frozenset(vars(nn.Module()))
 """The attributes that every module has: parameters and buffers, modules, hooks."""
@@ -48,7 +49,7 @@ OF_ALL = frozenset(vars(nn.Module()))
 
 def _plain(value: Any) -> Any:
     """A setting as a value that can be compared later; an object of another type becomes its id."""
-    if type(value) in PLAIN:
+    if isinstance(value, PLAIN):
         return value
     if isinstance(value, dict):
         return tuple((key, _plain(own)) for key, own in value.items())
@@ -57,12 +58,24 @@ def _plain(value: Any) -> Any:
     return id(value)
 
 
+LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""Where Linux says how much memory a container may use."""
+
+
+def _limit(file: Path) -> float:
+    """The number of bytes in a file; infinity if there is none."""
+    try:
+        return float(file.read_text())
+    except (OSError, ValueError):  # no such file, or "max"
+        return math.inf
+
+
 def memory_of(device: torch.device) -> float:
     """Bytes of memory that a device has; infinity if unknown."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[1])
     if device.type == "cpu" and os.name == "posix":
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        return min(float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")), *map(_limit, LIMITS))
     return math.inf
 
 

@@ -37,7 +37,8 @@ PRIOR, PRIOR_WEIGHT = (0.6, 0.3, 0.45, 0.65, 0.8), 2.0
 LATER_PRIOR, LATER_WEIGHT = 0.75, 6.0
 """Prior chance that a token after a kept one is kept too, and its weight in tokens."""
 TWICE, NEVER_OFFERED = 1.5, 0.05
-"""The chance that a draft's first token is kept, if one was asked for twice with this evidence and there was none."""
+"""NEVER_OFFERED is the chance that a draft's first token is kept, if one was asked for twice with this evidence (more
+than TWICE, since counts fade) and there was none."""
 REMEMBERED = 4.0
 """An optimistic estimate counts at most this many failed rounds, since texts change."""
 CHAIN, SPARED = 4, 0.8

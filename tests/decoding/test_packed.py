@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -172,3 +173,105 @@ def test_adapters_are_switched(multiplied):
             without = target.generate(**inputs, **WANTED)
             assert torch.equal(target.generate(**inputs, **WANTED, assistant=MaxGram()), without)
     assert not torch.equal(wanted, without)
+
+
+def by_another_class(model):
+    class Twice(type(model.model.layers[0].mlp)):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    Twice.__module__ = "transformers.tests"
+    model.model.layers[0].mlp.__class__ = Twice
+
+
+def by_order(model):
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.lm_head.weight.flip(0).clone())
+
+
+def by_order_of_data(model):
+    model.lm_head.weight.data.copy_(model.lm_head.weight.flip(0).clone())
+
+
+def by_dropout(model):
+    model.model.layers[0].self_attn.attention_dropout = 0.0
+    model.eval()
+
+
+CHANGES = [by_another_class, by_order, by_order_of_data, by_dropout]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_modules_are_noticed(change):
+    model = fresh("llama", tie_word_embeddings=False)
+    ids = prompt()["input_ids"]
+    if change is by_dropout:
+        model.model.layers[0].self_attn.attention_dropout = 0.5
+        model.model.layers[0].train()
+    model.generate(ids, **WANTED, assistant=MaxGram(), reuse=False)
+    change(model)
+    for _ in range(3):
+        wanted = model.generate(ids, **WANTED)
+        assert torch.equal(model.generate(ids, **WANTED, assistant=MaxGram(), reuse=False), wanted)
+
+
+class Own(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *given, **named):
+        return self.inner(*given, **named)
+
+
+def set_module(model):
+    model.model.layers[0].mlp = Own(model.model.layers[0].mlp)
+
+
+def set_partial(model):
+    model.helper = partial(model.get_input_embeddings)
+
+
+def set_closure(model):
+    model.helper = lambda: model
+
+
+def set_subclass(model):
+    class Weight(nn.Parameter):
+        pass
+
+    model.lm_head.weight = Weight(model.lm_head.weight.detach())
+
+
+@pytest.mark.parametrize("change", [set_module, set_partial, set_closure])
+def test_what_may_refer_to_the_model_runs_as_it_is(change):
+    model = fresh("llama")
+    assert packed(model) is not model
+    change(model)
+    assert packed(model) is model
+
+
+@torch.no_grad()
+def test_other_weights_stay_as_they_are():
+    model = fresh("llama", tie_word_embeddings=False)
+    set_subclass(model)
+    assert type(packed(model).lm_head) is nn.Linear
+    twin = packed(fresh("llama", seed=1))
+    assert twin.lm_head(torch.zeros(0, 32)).shape == (0, 97)
+
+
+def test_a_processor_that_cannot_pack_runs_the_model(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("bf16 path needs the cpu support")
+
+    model, ids = fresh("llama"), prompt()["input_ids"]
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", fails)
+    assert packed(model) is model
+    assert torch.equal(model.generate(ids, **WANTED, assistant=MaxGram()), model.generate(ids, **WANTED))
+
+
+def test_captured_hidden_states_do_not_end_packing():
+    model = fresh("llama")
+    with torch.no_grad():
+        model(**prompt(), output_hidden_states=True)
+    assert packed(model) is not model
