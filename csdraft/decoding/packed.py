@@ -16,7 +16,7 @@ import threading
 from dataclasses import dataclass
 from functools import cache, partial
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, TypeGuard
 from weakref import WeakKeyDictionary
 
 import torch
@@ -204,7 +204,7 @@ def _in_twin(value: Any, twins: dict[Any, nn.Module], copied: bool = False) -> A
     return value
 
 
-def _is_packable(module: nn.Module) -> bool:
+def _is_packable(module: nn.Module) -> TypeGuard[nn.Linear]:
     if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter:
         return False
     weight = module.weight
