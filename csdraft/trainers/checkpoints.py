@@ -122,7 +122,7 @@ def flaw(folder: Path) -> str | None:
     except (FileNotFoundError, NotADirectoryError):
         return f"{MARK} is missing, which is written last"
     except UNREADABLE:
-        return f"{MARK} cannot be read"
+        return f"{MARK} cannot be read, or another version of csdraft wrote it"
     found = {name: (path, path.stat()) for name, path in _files(folder)}
     for name, (size, _) in noted.items():
         if name not in found:
