@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from csdraft.decoding.states import OF_ALL, PLAIN, memory_of, setting_of
+from csdraft.decoding.states import OF_ALL, PLAIN, memory_of, setting_of, tensors_of
 
 __all__ = ["held_packed", "packed", "release_packed"]
 
@@ -95,7 +95,7 @@ def packed(model: nn.Module) -> nn.Module:
         known = _twins.get(model)
         if (known is None or known.module is None) and not _fits(model):
             return model
-        now = setting_of(model), _places(model), _sums(model)
+        now = setting_of(model), tensors_of(model), _sums(model)
         if known is not None and known.made_from != now:
             known = _twins[model] = Twin(now, None, tried=False)
         elif known is None or not known.tried:
@@ -113,13 +113,6 @@ def _fits(model: nn.Module) -> bool:
     """Whether there is anything to pack, and memory for it."""
     size = sum(_bytes(module.weight) for module in model.modules() if _is_packable(module))
     return 0 < size <= SHARE * memory_of(torch.device("cpu")) - held_packed()
-
-
-def _places(model: nn.Module) -> list[tuple[int, int]]:
-    """The addresses of all parameters and buffers, and how often they were written to."""
-    own = [[*module._parameters.values(), *module._buffers.values()] for module in model.modules()]
-    held = [tensor for tensors in own for tensor in tensors if tensor is not None]
-    return [(tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version) for tensor in held]
 
 
 def _sums(model: nn.Module) -> list[int]:

@@ -13,20 +13,20 @@ from torch import nn
 
 from csdraft.decoding.names import name_of
 
-__all__ = ["home", "memory_of", "place", "setting_of", "state_of"]
+__all__ = ["home", "memory_of", "place", "setting_of", "state_of", "tensors_of"]
+
+
+def tensors_of(model: nn.Module) -> tuple[tuple[int, int], ...]:
+    """(address, writes) of all parameters and buffers, module by module; -1 writes for those that count none."""
+    own = [[*module._parameters.values(), *module._buffers.values()] for module in model.modules()]
+    held: list[Any] = [tensor for tensors in own for tensor in tensors if tensor is not None]
+    return tuple((tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version) for tensor in held)
 
 
 def state_of(model: nn.Module) -> tuple | None:
-    """A value that changes when the model's parameters do: their addresses, and how often they were written to.
-
-    None if changes cannot be noticed: in training mode, or with inference tensors, which do not count writes.
-    """
-    if model.training:
-        return None
-    tensors: list[Any] = [*model.parameters(), *model.buffers()]
-    if any(tensor.is_inference() for tensor in tensors):
-        return None
-    return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+    """`tensors_of`, or None if changes cannot be noticed: in training mode, or if tensors do not count writes."""
+    state = None if model.training else tensors_of(model)
+    return None if state is None or any(writes < 0 for _, writes in state) else state
 
 
 def setting_of(model: nn.Module) -> tuple:

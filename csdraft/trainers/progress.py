@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isnan
 from typing import Any
 
 import psutil
@@ -9,6 +10,7 @@ import torch
 from transformers import PrinterCallback, ProgressCallback
 
 from csdraft.amounts import size_text
+from csdraft.progress import PAUSE
 from csdraft.trainers.base import BaseTrainer
 
 __all__ = ["Line"]
@@ -45,25 +47,33 @@ class Line(ProgressCallback):
         self.current_step = state.global_step
         if self.training_bar is not None:
             self.training_bar.initial = self.training_bar.n = state.global_step
+            if not self.training_bar.fp.isatty():
+                self.training_bar.mininterval = PAUSE
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._note()
         super().on_step_end(args, state, control, **kwargs)
-        self._show()
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        """Shows no second bar."""
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         self.evaluated |= {name: text.format(metrics[name]) for name, text in EVALUATED.items() if name in metrics}
-        self._show()
+        self._note()
 
     def on_log(self, *args: Any, **kwargs: Any) -> None:
         """Does nothing: the bar has the figures."""
 
-    def _show(self) -> None:
-        if self.training_bar is not None:
-            device, steps = self.trainer.args.device, self.trainer.steps
-            speed = (self.training_bar.format_dict["rate"] or 0) * steps.tokens * self.trainer.args.world_size
-            figures = [f"loss {steps.loss:.3f}", f"{speed:,.0f} tokens/s"]
-            if device.type == "cuda":
-                figures.append(f"{size_text(torch.cuda.max_memory_allocated(device))} on the GPU")
-            else:
-                figures.append(f"{size_text(psutil.Process().memory_info().rss)} of memory")
-            self.training_bar.set_postfix_str(", ".join([*figures, *self.evaluated.values()]))
+    def _note(self) -> None:
+        """Notes the figures that the bar shows when it is next drawn."""
+        if self.training_bar is None:
+            return
+        device, steps = self.trainer.args.device, self.trainer.steps
+        figures = [] if isnan(steps.loss) else [f"loss {steps.loss:.3f}"]  # evaluations may come before the first step
+        if rate := self.training_bar.format_dict["rate"]:
+            figures.append(f"{rate * steps.tokens * self.trainer.args.world_size:,.0f} tokens/s")
+        if device.type == "cuda":
+            figures.append(f"{size_text(torch.cuda.max_memory_allocated(device))} on the GPU")
+        else:
+            figures.append(f"{size_text(psutil.Process().memory_info().rss)} of memory")
+        self.training_bar.set_postfix_str(", ".join([*figures, *self.evaluated.values()]), refresh=False)
