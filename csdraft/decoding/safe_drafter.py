@@ -58,6 +58,7 @@ class SafeDrafter(Drafter):
         try:
             if self.drafter is not None and not self.failure:
                 self.drafter.check(call)
+                self._check_form(self.drafter)
         except ValueError:
             raise
         except Exception as error:  # as above
@@ -119,6 +120,14 @@ class SafeDrafter(Drafter):
         return self.attempt(lambda drafter: schedule.why(), "")
 
     # What it hands up.
+
+    def _check_form(self, drafter: Drafter) -> None:
+        """Raises ValueError if it may draft trees and they are refused: known before a token, whatever the schedule."""
+        if self.verifier.chains_only and drafter.width(drafter.depth) > drafter.depth:
+            raise ValueError(
+                f"{type(drafter).__name__} may draft trees, {type(self.verifier).__name__} judges chains; draft "
+                "chains, or use another verifier"
+            )
 
     def _check(self, drafts: Sequence[Draft], budgets: Sequence[Budget], call: Call) -> None:
         """Raises ValueError for what would be an exception in the round, where it would cost the text."""

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from csdraft import ModelDrafter
 from tests.heads.kinds import NAMES, new
 from tests.heads.learned import PROMPTS, target
-from tests.heads.spied import FORMS
+from tests.heads.spied import FIXED, FORMS
 from tests.tiny import fresh, ragged_batch
 
 
@@ -35,7 +35,7 @@ class Batched(TorchDispatchMode):
 
 def check(drafter: Any, goal: Any, inputs: Any, *models: torch.nn.Module) -> None:
     with Batched(*models) as batched:
-        goal.generate(**inputs, assistant=drafter, max_new_tokens=8, do_sample=False, pad_token_id=0, reuse=False)
+        goal.generate(**inputs, assistant=drafter, max_new_tokens=8, do_sample=False, reuse=False, **FIXED)
     assert not batched.found
 
 
