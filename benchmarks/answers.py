@@ -37,6 +37,10 @@ class Answer:
     text: tuple[int, ...]
     report: Report | None
 
+    def pace(self, clock: str) -> float:
+        """Seconds of a new token: a text that parts at a near-tie may be longer than plain's."""
+        return self.seconds[clock] / len(self.text)
+
 
 def in_turns(drafted: Ways, number: int) -> dict[str, Mapping[str, Any]]:
     """Plain first and last, whose mean is what the others are compared with; of those another one begins each time."""

@@ -6,9 +6,10 @@ python -m benchmarks tasks --target MODEL --drafter HEAD --prompts code=humaneva
 Prompts come from JSON lines files, .xz or not; each `category` of rows is a task of its own, and all rows of several
 turns are the task "multi-turn", of which the first turn is asked. They go through the target's chat template, but for
 the kind "code". All ways answer a prompt greedily, before the next prompt comes: plain first and last, the others in
-turns between. A ratio is the mean of the two plain times over a way's, prompt by prompt; a cell has the median and its
-95 % interval, and the last column is the noise. "auto" keeps what it learns, as it does by default; MaxGram is new for
-each prompt. What was measured is kept in --out; the same command goes on there.
+turns between. A ratio is plain's time of a token (the mean of both) over a way's, prompt by prompt, since a text that
+parts at a near-tie may end elsewhere. A cell has the median and its 95 % interval, and the last column is the noise.
+"auto" and MaxGram keep what they learn from prompt to prompt. What was measured is kept in --out; the same command
+goes on there.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ ALONE, BELOW = "drafter", "drafter and MaxGram"
 """Two more ways, with `--drafter`."""
 WARM = "Say hello, and then tell me in a few words what you can do."
 Measured = dict[str, Any]
-"""Of one prompt: `task`, `id`, `prompt` and `tokens` (lengths), `wall` and `cpu` (seconds by way), `rounds`, and
-`parted`, the texts that are not plain generate's."""
+"""Of one prompt: `task`, `id`, `prompt` (its length), `tokens` of plain and auto, `wall` and `cpu` (seconds of a token
+by way), `rounds`, and `parted`, the texts that are not plain generate's."""
 
 
 @dataclass(frozen=True)
@@ -105,10 +106,10 @@ def measured(target: Any, question: Question, number: int, tokens: int, drafted:
     found = answers(target, question.ids, in_turns(drafted, number), tokens)
     plain = found[PLAIN].text
     apart = {way: parting(target, question.ids, plain, answer.text) for way, answer in found.items()}
-    about = {"task": question.task, "id": question.name, "prompt": len(question.ids), "tokens": len(plain)}
     return {
-        **about,
-        **{by: {way: answer.seconds[by] for way, answer in found.items()} for by in CLOCKS},
+        **{"task": question.task, "id": question.name, "prompt": len(question.ids)},
+        "tokens": {way: len(found[way].text) for way in (PLAIN, "auto")},
+        **{by: {way: answer.pace(by) for way, answer in found.items()} for by in CLOCKS},
         "rounds": {way: answer.report.rounds for way, answer in found.items() if answer.report is not None},
         "parted": {way: asdict(parted) for way, parted in apart.items() if parted is not None},
     }
@@ -131,10 +132,10 @@ def cells(those: Sequence[Measured], by: str) -> list[str]:
     seconds = [one[by] for one in those]
     plain = [(s[PLAIN] + s[AGAIN]) / 2 for s in seconds]
     ratios = {way: [p / s[way] for p, s in zip(plain, seconds, strict=True)] for way in WAYS}
-    tokens, rounds = sum(one["tokens"] for one in those), sum(one["rounds"]["auto"] for one in those)
+    tokens, rounds = (sum(one[what]["auto"] for one in those) for what in ("tokens", "rounds"))
     return [
         f"{len(those)}",
-        f"{tokens / sum(plain):.1f}",
+        f"{len(plain) / sum(plain):.1f}",
         *(interval(ratios[way]) for way in WAYS),
         interval([s[LOOKUP] / s["auto"] for s in seconds]),
         f"{min(ratios['auto']):.2f}",
@@ -204,6 +205,7 @@ def main(argv: Sequence[str]) -> int:
     clock.now = CLOCKS[options.clock]
     files = dict(pair.split("=", 1) for pair in options.prompts)
     about = {key: getattr(options, key) for key in ("dtype", "threads", "tokens", "longest", "clock")}
+    about["compared"] = "by token"
     about |= {"drafter": options.drafter} if options.drafter else {}
     done = kept(options.out, {"target": Path(options.target).name, "csdraft": __version__, **about})
     tokenizer = AutoTokenizer.from_pretrained(options.target)

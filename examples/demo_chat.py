@@ -70,9 +70,9 @@ class Asked:
     found: dict[str, Answer]
 
     def speedup(self, way: str) -> float:
-        """Over the mean of the two plain calls."""
-        plain = (self.found[PLAIN].seconds["wall"] + self.found[AGAIN].seconds["wall"]) / 2
-        return plain / self.found[way].seconds["wall"]
+        """Over the mean of the two plain calls, by the time of a token."""
+        plain = (self.found[PLAIN].pace("wall") + self.found[AGAIN].pace("wall")) / 2
+        return plain / self.found[way].pace("wall")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -185,7 +185,7 @@ def table(asked: Sequence[Asked]) -> str:
     kinds = list(dict.fromkeys(one.kind for one in asked))
     rows: list[list[str]] = [["", "tokens/s", *kinds, "all", "tokens/round"]]
     for way in (way for way in LABELS if way in asked[0].found):
-        speed = statistics.median(len(one.found[way].text) / one.found[way].seconds["wall"] for one in asked)
+        speed = statistics.median(1 / one.found[way].pace("wall") for one in asked)
         means = [mean(asked, way, kind) for kind in kinds] + [mean(asked, way)]
         reports = [report for one in asked if (report := one.found[way].report) is not None]
         rounds = sum(report.rounds for report in reports)

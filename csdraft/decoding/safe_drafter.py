@@ -122,7 +122,7 @@ class SafeDrafter(Drafter):
     # What it hands up.
 
     def _check_form(self, drafter: Drafter) -> None:
-        """Raises ValueError if it may draft trees and they are refused: known before a token, whatever the schedule."""
+        """Raises ValueError if the drafter may draft trees and the verifier judges chains alone."""
         if self.verifier.chains_only and drafter.width(drafter.depth) > drafter.depth:
             raise ValueError(
                 f"{type(drafter).__name__} may draft trees, {type(self.verifier).__name__} judges chains; draft "

@@ -238,6 +238,25 @@ def test_generate_with_an_encoder_decoder(folder, monkeypatch, capsys):
     assert capsys.readouterr().out == tokenizer().decode(ids, skip_special_tokens=True) + "\n"
 
 
+@pytest.mark.parametrize("template", ["", "{{ messages[0].content }}"])
+def test_an_empty_text_is_explained(folder, tmp_path, capsys, template):
+    ends = copy.deepcopy(tiny("llama"))
+    ends.generation_config.eos_token_id = list(range(ends.config.vocab_size))
+    ends.generation_config.suppress_tokens = list(range(SPECIAL + 1, ends.config.vocab_size))
+    ends.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    if template:
+        (tmp_path / "chat_template.jinja").write_text(template)
+    arguments = ["generate", "--target", str(tmp_path), "--prompt", PROMPT]
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    assert printed.out == "\n"
+    assert "ended the text at once" in printed.err
+    assert ("--chat" in printed.err) == bool(template)
+    assert main([*arguments, "--chat"]) == (0 if template else 2)
+    assert "which --chat applies" not in capsys.readouterr().err
+
+
 def test_a_chat_template_is_applied(folder, models, capsys):
     template = (
         "{% for message in messages %}abc{{ message.content }}{% endfor %}{% if add_generation_prompt %}d{% endif %}"
