@@ -6,7 +6,8 @@ python -m benchmarks never-loses --target models/smol-target --drafter models/sm
 Each prompt is decoded greedily by every way in turn, one prompt after the other, so that what else the machine does
 meets all alike. A table line has the seconds of plain decoding and of the best fixed length over those of the default,
 summed over the prompts of a kind; above 1 the default is faster. In a first call the drafter has learned nothing; in a
-later one it has decoded the prompts before. `--busy` runs another program beside it.
+later one it has decoded the prompts before. The last column is the noise: a second drafter's later calls over the
+first's. `--busy` runs another program beside it.
 """
 
 import argparse
@@ -59,10 +60,11 @@ def makers(drafter) -> dict[str, tuple[Callable[[], Drafter], Sequence[int]]]:
 
 def compare(target, make, lengths, prompts, tokens: int, clock) -> dict[str, Counter]:
     """Seconds by way and kind of prompt; every way decodes a prompt before the next prompt comes."""
-    kept, spent = make(), {}
+    kept, again, spent = make(), make(), {}
     fixed = {f"fixed {n}": make() for n in lengths}
     for number, (kind, ids) in enumerate(prompts):
         ways = {"plain": {}, "first": {"assistant": make()}, "later": {"assistant": kept}}
+        ways["again"] = {"assistant": again}
         ways |= {
             name: {"assistant": one, "schedule": Fixed(n)}
             for (name, one), n in zip(fixed.items(), lengths, strict=True)
@@ -82,10 +84,10 @@ def lines(spent: dict[str, Counter], kinds) -> list[str]:
     for kind in (*kinds, "all"):
         seconds = {name: sum(of.values()) if kind == "all" else of[kind] for name, of in spent.items()}
         best = min((name for name in seconds if name.startswith("fixed")), key=lambda name: seconds[name])
-        plain, fixed, first, later = (seconds[name] for name in ("plain", best, "first", "later"))
+        plain, fixed, first, later, again = (seconds[name] for name in ("plain", best, "first", "later", "again"))
         made.append(
             f"{kind:8} first {plain / first:5.2f} x plain {fixed / first:5.2f} x {best:9}"
-            f"  later {plain / later:5.2f} x plain {fixed / later:5.2f} x {best:9}"
+            f"  later {plain / later:5.2f} x plain {fixed / later:5.2f} x {best:9}  again {again / later:5.2f}"
         )
     return made
 

@@ -14,6 +14,8 @@ from csdraft.trainers.arguments import make_arguments, read_values
 from csdraft.trainers.distill import DistillArguments
 from tests.tiny import drafter_of, on_target, tiny, tokenizer
 
+pytestmark = pytest.mark.slow  # it tests what is not part of the wheel
+
 RECIPES = sorted(
     path for path in Path(__file__).parents[2].glob("recipes/*/*.yaml") if path.name.startswith(("arms", "losses"))
 )

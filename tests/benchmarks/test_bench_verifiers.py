@@ -13,6 +13,8 @@ from benchmarks.__main__ import main
 from benchmarks.verifiers import RULES, acceptance, bound, compare, drafts, random_distributions
 from csdraft.verifiers.rejection import Rejection
 
+pytestmark = pytest.mark.slow  # it tests what is not part of the wheel
+
 SLACK = 1e-9
 
 

@@ -25,6 +25,8 @@ from csdraft.progress import Progress
 from csdraft.schedules.fixed import Fixed
 from tests.tiny import drafter_of, fresh, prompt, tiny
 
+pytestmark = pytest.mark.slow  # it tests what is not part of the wheel
+
 NEW = 8
 PROMPTS = [tuple(prompt(length, seed)["input_ids"][0].tolist()) for length, seed in ((20, 0), (12, 1))]
 

@@ -3,7 +3,11 @@
 import json
 import re
 
+import pytest
+
 from benchmarks import gpu
+
+pytestmark = pytest.mark.slow  # it tests what is not part of the wheel
 
 
 def test_rows_are_measured_beside_transformers(tmp_path, capsys) -> None:

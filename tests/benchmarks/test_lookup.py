@@ -10,6 +10,8 @@ import pytest
 
 from benchmarks.lookup import CASES, lookup_claims, lookup_table, measure_lookups
 
+pytestmark = pytest.mark.slow  # it tests what is not part of the wheel
+
 
 def test_every_case_is_measured_and_judged() -> None:
     phrases = [[random.Random(seed).randrange(90) for _ in range(9)] for seed in range(40)]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from benchmarks.loss_memory import loss_memory
 from csdraft.trainers.objective import Objective
+
+pytestmark = pytest.mark.slow  # it tests what is not part of the wheel
 
 VOCAB, WIDTH = 3000, 4
 

@@ -230,7 +230,7 @@ def test_a_key_that_cannot_be_sent_is_not_shown(folder, server, tmp_path, monkey
     "sent",
     [b"Content-Length: 1000\r\n\r\nabc", b"Content-Length: 1000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\nZZ\r\n"],
 )
-@pytest.mark.parametrize("silent", [False, True])
+@pytest.mark.parametrize("silent", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_error_that_breaks_off_is_asked_again(monkeypatch, sent, silent):
     """What a server says beside its status may be cut short, or never come."""
     monkeypatch.setattr(module, "PAUSES", (0.01, 0.02))
@@ -314,6 +314,7 @@ def test_addresses():
     assert checked_url("https://host/serve/v1") == "https://host/serve/v1"
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues(folder, here, server, tmp_path):
     """The script itself, killed among its rows; those that it had are not asked for again."""
     server.fault = slow(0.05)

@@ -147,6 +147,7 @@ def test_an_encoder_decoder_continues_its_source(folder):
         assert text == alone
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_without_losing_or_repeating_a_row(folder):
     changes = {"dataset": str(folder / "texts.jsonl"), "begin": 8, "count": 100000}
     (folder / "killed.yaml").write_text(yaml.safe_dump(settings(folder, "killed", **changes)))

@@ -82,6 +82,7 @@ def test_a_split_and_a_limit_are_read_alone(tmp_path, tokenizer):
     assert ids_of(read_rows(source, tokenizer, 64, limit=2)) == ids_of(read_rows(source, tokenizer, 64))[:2]
 
 
+@pytest.mark.slow
 def test_stdlib_parts_do_not_share_a_document(tokenizer):
     train, test = (read_prompts("stdlib", as_bytes, longest=200, split=split) for split in ("train", "test"))
     assert len(train) > 10 * len(test) > 10

@@ -169,6 +169,7 @@ def test_another_cache_is_neither_read_nor_continued(cache, tmp_path):
         write_target_cache(load_target, ROWS, tmp_path, "tiny", 0)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(tmp_path):
     make_target(tmp_path / "target")
     write_lines(tmp_path / "texts.jsonl", [{"text": sentence(20 + i % 20, i)} for i in range(1000)])

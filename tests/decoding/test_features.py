@@ -64,7 +64,11 @@ class ToyHead(Drafter):
         pytest.param("gpt2", 1, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize(("branches", "forget"), [(1, False), (2, False), (2, True)], ids=["chain", "tree", "dropped"])
+@pytest.mark.parametrize(
+    ("branches", "forget"),
+    [(1, False), pytest.param(2, False, marks=pytest.mark.slow), (2, True)],
+    ids=["chain", "tree", "dropped"],
+)
 def test_features_are_those_of_a_plain_forward(family, rows, branches, forget):
     target, inputs, head = tiny(family), ragged_batch((20, 3, 11)[:rows]), ToyHead(branches=branches, forget=forget)
     plain = target.generate(**inputs, max_new_tokens=24, do_sample=False, pad_token_id=0)

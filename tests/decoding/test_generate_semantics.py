@@ -403,6 +403,7 @@ assert model.generate(**inputs, **options).tolist() == wanted
 """
 
 
+@pytest.mark.slow
 def test_the_environment_variable_and_enable(root) -> None:
     environment = {**os.environ, "CSDRAFT_NO_PATCH": "1", "PYTHONPATH": str(root)}
     done = subprocess.run([sys.executable, "-c", UNPATCHED], env=environment, capture_output=True, text=True)
@@ -436,7 +437,7 @@ def spoken(family: str, output, inputs, more: torch.Tensor) -> dict:
 
 
 @pytest.mark.parametrize("kind", ["configured", "bare", "static"])
-@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("family", CACHED)
 def test_a_users_cache_is_filled_and_continued(family: str, rows: int, kind: str) -> None:
     """Three turns, each by plain generate or by ours, in every order: the texts are those of plain generate alone."""

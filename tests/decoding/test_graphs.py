@@ -117,6 +117,7 @@ def test_a_second_call_replays_at_once(graphs, monkeypatch):
     assert "recorded shapes of target took" in str(output.report)
 
 
+@pytest.mark.slow
 def test_modules_that_are_set_otherwise_are_recorded_anew(graphs, monkeypatch):
     """A recording would go on with an adapter that has been switched off, or without a hook that has been added."""
     rank = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)

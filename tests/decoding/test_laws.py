@@ -90,7 +90,7 @@ SHAPES = list(drafters("llama"))
 
 
 @pytest.mark.parametrize("shape", ["chain", "tree", "vertical", "nested", "horizontal"])
-@pytest.mark.parametrize("family", ["llama", "mistral", "t5"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("mistral", marks=pytest.mark.slow), "t5"])
 def test_dropping_any_cache_changes_nothing(family: str, shape: str) -> None:
     model, inputs = tiny.tiny(family), tiny.inputs_of(family, 3)
     wanted = model.generate(**inputs, **GREEDY)

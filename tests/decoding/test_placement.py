@@ -55,7 +55,7 @@ def cascade(family: str, place=None, folder: Path = Path()) -> CascadeDrafter:
 
 
 @pytest.mark.parametrize("place", [hooked, offloaded, on_disk, wholly_on_disk])
-@pytest.mark.parametrize("family", ["llama", "gemma3", "t5"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma3", marks=pytest.mark.slow), "t5"])
 def test_a_dispatched_target_writes_the_same(family: str, place, tmp_path: Path) -> None:
     inputs = tiny.inputs_of(family, 3)
     target = place(copy.deepcopy(tiny.tiny(family)), tmp_path)

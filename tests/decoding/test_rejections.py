@@ -52,6 +52,7 @@ def test_expected_rejections_of_point_masses_are_measured():
     assert abs(found.deviations) < 3
 
 
+@pytest.mark.slow
 def test_a_worse_rule_rejects_more_than_the_distributions_ask_for():
     found = decoded(Equality()).rejections
     assert found.deviations > 5
@@ -78,6 +79,7 @@ def test_expected_rejections_are_those_counted_by_hand():
     assert (found.judged, found.measured) == (8, 1)
 
 
+@pytest.mark.slow
 def test_reports_keep_it_and_show_it():
     report = decoded("rejection")
     again = Report.from_dict(report.to_dict())

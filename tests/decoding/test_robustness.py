@@ -122,6 +122,7 @@ def test_two_threads_with_two_cascades(target, plain):
     assert all(torch.equal(text, plain) for name in "ab" for text in texts[name])
 
 
+@pytest.mark.slow
 def test_two_hundred_calls_leave_nothing_behind(target):
     """Neither Python objects nor tensors pile up, and every call's text is what a fresh cascade would write."""
     small = fresh("llama", seed=2)

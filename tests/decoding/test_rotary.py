@@ -76,7 +76,16 @@ def assistant_of(kind: str, model: nn.Module, texts: list[list[int]]):
 
 
 @pytest.mark.parametrize("kind", ASSISTANTS)
-@pytest.mark.parametrize("case", ["short", "at", "past", "ragged", "padded"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param("short", marks=pytest.mark.slow),
+        "at",
+        "past",
+        "ragged",
+        pytest.param("padded", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_text_is_plain_generates_across_the_switch(family: str, case: str, kind: str) -> None:
     model, inputs = longrope(family), inputs_of(case)

@@ -12,7 +12,7 @@ CASES = [(family, attention) for family in tiny.FAMILIES for attention in tiny.a
 
 
 @pytest.mark.parametrize("seeds", [1, pytest.param(3, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize(("family", "attention"), CASES)
 def test_a_random_walk_gives_the_logits_of_plain_forwards(family: str, attention: str, rows: int, seeds: int) -> None:
     for seed in range(rows, rows + seeds):

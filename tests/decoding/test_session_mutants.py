@@ -117,7 +117,7 @@ MUTANTS: list[tuple[Callable[[pytest.MonkeyPatch], None], str, str]] = [
     (position_off_by_one, "opt", "sdpa"),
     (no_rollback, "llama", "sdpa"),
     (any_twin, "llama", "sdpa"),
-    (padding_over_cached_slots, "llama", "sdpa"),
+    pytest.param(padding_over_cached_slots, "llama", "sdpa", marks=pytest.mark.slow),  # the longest walk
     (window_by_slot, "mistral", "narrow"),
     (window_by_slot, "gemma3", "narrow"),
     (no_window, "mistral", "sdpa"),

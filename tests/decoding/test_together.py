@@ -108,7 +108,7 @@ def assistants(model, texts):
     }
 
 
-@pytest.mark.parametrize("ends", [EOS, None], ids=["eos", "no eos"])
+@pytest.mark.parametrize("ends", [EOS, pytest.param(None, marks=pytest.mark.slow)], ids=["eos", "no eos"])
 @pytest.mark.parametrize("code", PROCESSORS + CRITERIA)
 def test_code_that_treats_rows_differently(code: type, ends: int | None) -> None:
     model, inputs = tiny.tiny("llama"), tiny.inputs_of("llama", ROWS)

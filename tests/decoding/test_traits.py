@@ -45,7 +45,7 @@ def same_text(model: nn.Module, inputs: dict[str, torch.Tensor], new: int = 26) 
         assert ours.tolist() == wanted.tolist(), assistant
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("fields", LEFT_OVER.values(), ids=LEFT_OVER)
 def test_fields_that_the_code_ignores(fields: dict, rows: int) -> None:
     """A Llama that was a Mistral; plain generate's cache heeds the window that its masks do not."""
@@ -118,7 +118,7 @@ SEEING = {
 }
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("family", SEEING)
 def test_text_to_models_that_also_see(family: str, rows: int) -> None:
     config = getattr(transformers, f"{family}Config")(**SEEING[family])
@@ -273,6 +273,7 @@ def test_a_model_is_refused_for_this_reason(family: str, reason: str) -> None:
 
 
 @torch._dynamo.config.patch(recompile_limit=2)
+@pytest.mark.slow
 def test_wrapped_models_draft_and_are_drafted_for() -> None:
     """Each shape costs seconds to compile; after two of them the rest runs as it is written."""
     model = tiny.fresh("mistral", num_hidden_layers=1)

@@ -265,6 +265,7 @@ def test_an_ordinary_adapter_brings_its_base(tmp_path):
 # Memory.
 
 
+@pytest.mark.slow
 def test_calls_leave_nothing_behind(folders):
     """120 calls, alternating between the adapters."""
     target = base()

@@ -62,7 +62,10 @@ def smol() -> tuple[Any, dict[str, csdraft.Drafter], dict[str, Any], torch.Tenso
 
 @pytest.mark.parametrize(
     ("name", "least"),
-    [("token_recycling", 2.0), ("lookahead", 1.7), ("n_grammys", 2.0), ("ouroboros", 2.8), ("translated", 2.2)],
+    [
+        *(("token_recycling", 2.0), ("lookahead", 1.7), ("ouroboros", 2.8)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("n_grammys", 2.0), ("translated", 2.2))),
+    ],
 )
 def test_accepted_on_the_shipped_model(name: str, least: float) -> None:
     target, drafters, options, plain = smol()

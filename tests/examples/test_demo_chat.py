@@ -20,6 +20,8 @@ from csdraft.trainers.arguments import read_values
 from examples import demo_chat, demo_chat_student
 from recipes.smollm2 import get_model
 
+pytestmark = pytest.mark.slow  # it tests what is not part of the wheel
+
 TEMPLATE = (
     "{% for message in messages %}{{ message.content[-24:] }}{% endfor %}{% if add_generation_prompt %}\n{% endif %}"
 )

@@ -97,7 +97,7 @@ def cases() -> dict[str, tuple[Any, dict, int, int]]:
     }
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize(
     "name",
     [
@@ -131,6 +131,7 @@ class Late(ModelDrafter):
         return [c.draft for c in contexts] if rounds[0] < 6 else super().propose(contexts, budgets)
 
 
+@pytest.mark.slow
 def test_a_drafter_that_begins_after_rows_have_left(device: Pretended) -> None:
     inputs, plainly = tiny.inputs_of("llama", 4), tiny.tiny("llama")
     alone = plainly.generate(**inputs, do_sample=False, max_new_tokens=20)
@@ -144,6 +145,7 @@ def test_a_drafter_that_begins_after_rows_have_left(device: Pretended) -> None:
         assert output.tolist() == wanted.tolist()
 
 
+@pytest.mark.slow
 def test_lenient_reviewers_of_nothing_with_a_processor_that_reads_the_text(device: Pretended) -> None:
     """A review of an empty draft asks for no chance at all."""
     inputs, options = tiny.inputs_of("llama", 1), GREEDY | {"repetition_penalty": 1.3, "max_new_tokens": 12}
@@ -174,7 +176,13 @@ def train_and_save(student: nn.Module, teacher: Any, folder: Path) -> None:
     save_student(student, folder)
 
 
-@pytest.mark.parametrize("name", kinds.NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("ctc", "eagle3", "medusa") else pytest.mark.slow)
+        for name in kinds.NAMES
+    ],
+)
 def test_a_head_drafts_and_is_trained_and_saved(device, rounds, monkeypatch, tmp_path, name: str) -> None:
     """It drafts 60 of the 97 tokens, if its kind can draft some only; which ones is saved with it."""
     monkeypatch.setattr(kinds, "target", there)

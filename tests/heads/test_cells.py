@@ -43,6 +43,7 @@ def prefix(monkeypatch):
 
 
 @pytest.mark.usefixtures("prefix")
+@pytest.mark.slow
 def test_hydra_with_a_prefix_layer_is_as_exact(tmp_path):
     assert new("hydra").config.num_hidden_layers == 1
     for tree in (None, BestFirst(3, 9)):

@@ -137,6 +137,7 @@ def blocks_of_three(monkeypatch):
 
 
 @pytest.mark.usefixtures("blocks_of_three")
+@pytest.mark.slow
 def test_larger_blocks_are_as_exact(tmp_path):
     assert new("falcon").options.block == 3
     for tree, rows in ((None, 1), (BestFirst(3, 9), 3)):

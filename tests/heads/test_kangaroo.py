@@ -258,6 +258,7 @@ def test_a_bfloat16_target(tmp_path):
     assert own == trained(made).keys()
 
 
+@pytest.mark.slow
 def test_the_trainer_trains_it(tmp_path):
     """Partly on its own texts; what it saves drafts for the target as it is loaded again."""
     pair = make_pair(tmp_path)

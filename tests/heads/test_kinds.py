@@ -201,6 +201,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path, name, draft_vocab):
             load_model(str(tmp_path))
 
 
+@pytest.mark.slow
 @OF_EACH
 def test_a_stored_head_that_has_drafted_can_be_copied(tmp_path, name):
     """Also into another process: a copy is bound to its target when it drafts."""

@@ -116,6 +116,7 @@ def test_every_module_has_its_own_tensors():
         assert torch.equal(module.post_norm.weight, state[module_name(FAMILY, "shared_head.norm.weight", number)])
 
 
+@pytest.mark.slow
 @FORMS
 def test_drafts_are_those_of_a_forward_without_a_cache(looked, rows, tree):
     """Features dropped at random between rounds change nothing but speed; no draft is longer than the modules."""

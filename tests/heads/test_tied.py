@@ -146,6 +146,7 @@ def test_mistakes_in_its_options():
             check_student(config, init={"from_target": cut})
 
 
+@pytest.mark.slow
 def test_training_leaves_the_targets_part_alone_and_resumes(tmp_path):
     """From layers of the target to a folder without its embedding; from there, and from a checkpoint, further."""
     folder = make_pair(tmp_path)

@@ -11,6 +11,8 @@ import pytest
 from examples import demo, demo_distill
 from tests.trainers.pair import make_pair
 
+pytestmark = pytest.mark.slow  # it tests what is not part of the wheel
+
 
 @pytest.fixture
 def screen_of_others():

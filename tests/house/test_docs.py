@@ -93,6 +93,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize("page", having("python"))
+@pytest.mark.slow
 def test_python_blocks_run(page, folder, tmp_path):
     """All of a page's blocks, in order, in one namespace."""
     wanted = [block for block in blocks(page, "python") if block.reason is None]
@@ -118,6 +119,7 @@ def as_run(block: Block) -> str:
     )
 
 
+@pytest.mark.slow
 def test_a_block_that_is_saved_does_not_borrow_from_the_page(folder, tmp_path):
     """It has what it imports, as its file would have."""
     page = ROOT / "page.md"
@@ -127,6 +129,7 @@ def test_a_block_that_is_saved_does_not_borrow_from_the_page(folder, tmp_path):
     assert not run_page("page", [as_run(alone), reads], tmp_path / "said")
 
 
+@pytest.mark.slow
 def test_a_page_that_fails_is_found(tmp_path):
     """And one page does not see what another has set."""
     said = tmp_path / "said"
@@ -255,6 +258,7 @@ def test_every_page_is_in_the_site():
     assert not [page.name for page in ROOT.glob("docs/*.md") if f": {page.name}\n" not in text]
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(folder):
     """Its cells in order, by the command that stores their outputs."""
     status, said = forked.run([str(ROOT / "docs" / "notebook.py"), "--out", "fresh.ipynb"], timeout=120)

@@ -210,6 +210,7 @@ def smol(name: str, *overrides: str) -> Any:
     return read(ROOT / "recipes" / "smol" / f"{name}.yaml", *overrides)
 
 
+@pytest.mark.slow
 def test_the_bundled_pair_from_data_to_cascade(folder):
     """All the recipes of `smol` that make drafters, with a few rows and steps."""
     data = smol("data", "count=16", "dataset_limit=8", "begin=32", "max_new_tokens=16")
@@ -253,6 +254,7 @@ def test_a_cascade_says_what_is_wrong(folder):
         made("drafters=[{type: max_gran}]", "k_matrix=5")
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_from_data_to_cascade(folder):
     """The recipes of `flan-t5-xxl` with tiny models in the place of theirs."""
     names = ("target", "base")

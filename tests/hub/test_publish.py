@@ -154,6 +154,7 @@ def test_a_cascade_says_on_what_its_drafters_were_trained(folder):
     assert str(folder) not in json.dumps(told)
 
 
+@pytest.mark.slow
 def test_data_is_told_apart_by_its_rows(folder):
     """Equal rows have an equal checksum, whatever they are called; others have not."""
     found = []
@@ -221,6 +222,7 @@ def test_a_card_names_licence_and_base_models(folder, hub):
     assert "\nbase_model:\n- me/large\n- me/small\ntags:\n" in card("drafter", origin)
 
 
+@pytest.mark.slow
 def test_the_interval_is_that_of_a_bootstrap_over_prompts(folder):
     """By the counts of `Evaluation.block_efficiencies`, which decodes them once more."""
     trainer = distill(arguments(folder, "interval", max_steps=1, save_strategy="no", eval_new_tokens=12,

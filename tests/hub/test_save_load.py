@@ -440,6 +440,7 @@ else:
 """
 
 
+@pytest.mark.slow
 def test_the_shim_runs_under_plain_transformers(saved, tmp_path):
     """Offline, streamer included, in a process that has not imported csdraft, nor lets it patch; then patched too."""
     tiny("llama").save_pretrained(tmp_path / "target")

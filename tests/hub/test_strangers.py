@@ -130,6 +130,7 @@ def fault(folder: Path, key: Any) -> str | None:
 
 
 @EVERY
+@pytest.mark.slow
 def test_every_key_with_every_kind_of_wrong_value(saved, tmp_path, monkeypatch, every):
     """Either it works, or one ValueError names cascade.json and the key; neither another exception nor a hang."""
     shutil.copytree(saved, tmp_path / "c")
@@ -456,6 +457,7 @@ def test_adapters_that_are_not_whole(tmp_path, damage, says):
 
 
 @EVERY
+@pytest.mark.slow
 def test_every_key_of_a_report(tmp_path, every):
     """A report loads and can be shown, or one ValueError names the file and the key."""
     tiny("llama").generate(**prompt(), assistant=(cascade := CascadeDrafter([MaxGram()])), max_new_tokens=12)

@@ -80,7 +80,7 @@ def pair():
 PROMPTS = [{"input_ids": torch.tensor([[3, 5, 7, 3, 5, 7, 3, 5]])}, {"input_ids": torch.tensor([[9, 4, 9, 4, 9]])}]
 
 
-@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("sampled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_replay_counts_the_rounds_that_decoding_takes(sampled):
     """For one drafter the replay is exact; a copying tail is replayed as if the draft before it were text."""
     target, drafter = pair()

@@ -125,7 +125,7 @@ def test_a_batch_counts_rounds_by_row():
     assert report.target_calls == max(map(len, report.lengths)) < report.rounds == sum(map(len, report.lengths))
 
 
-@pytest.mark.parametrize("tree", [None, BestFirst(2, 4)], ids=["chain", "tree"])
+@pytest.mark.parametrize("tree", [pytest.param(None, marks=pytest.mark.slow), BestFirst(2, 4)], ids=["chain", "tree"])
 def test_a_row_is_drafted_for_in_a_batch_as_it_is_alone(tree):
     """Also when others have ended, and their places in the batch are taken."""
     target, inputs = tiny("llama"), ragged_batch((20, 3, 11, 17, 8, 14))

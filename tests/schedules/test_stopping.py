@@ -181,6 +181,7 @@ def test_harvested_labels_are_the_verdicts(tail):
     assert set(found.heard[:, 2]) <= set(range(3 if tail else DEPTH))
 
 
+@pytest.mark.slow
 def test_the_script_trains_a_head_that_the_schedule_takes(tmp_path, monkeypatch, capsys):
     path = tmp_path / "head.safetensors"
     words = "--target models/smol-target --drafter models/smol-drafter --prompts recipes/smol/prompts_tune.jsonl"

@@ -121,6 +121,7 @@ def test_a_step_does_not_depend_on_how_it_is_accumulated(folder, on_policy):
     assert largest_difference(weights(folder / whole), weights(folder / parts)) < 1e-4 * moved
 
 
+@pytest.mark.slow
 def test_on_policy_texts_are_the_students(folder):
     """With a share of 1 the gradient differs from the corpus's, and the same run twice does not."""
     changes = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 1e9}
@@ -217,6 +218,7 @@ def test_the_evaluation_is_the_training_metric(folder):
     assert found == max(seen)
 
 
+@pytest.mark.slow
 def test_curves_reach_tensorboard(folder, monkeypatch):
     """Block efficiency, and the overlap by the place in the text."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -332,6 +334,7 @@ def test_a_checkpoint_of_another_student_is_refused(folder, noted, monkeypatch):
         distill(arguments(folder, f"other-{noted}", max_steps=4, student=str(folder / "target")))
 
 
+@pytest.mark.slow
 def test_a_run_that_was_moved_continues_with_its_student(folder, tmp_path):
     distill(arguments(folder, "moved", max_steps=2))
     for name in ("student", "moved"):
@@ -340,6 +343,7 @@ def test_a_run_that_was_moved_continues_with_its_student(folder, tmp_path):
     assert len(losses(trainer)) == 3
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_chosen(folder):
     """By its folder, or none."""
     whole = distill(arguments(folder, "chosen", max_steps=4))
@@ -390,6 +394,7 @@ def test_words_of_yaml_mean_what_the_default_says():
     assert (args.learning_rate, args.max_steps, args.logging_steps) == (3e-4, 1000, 5)
 
 
+@pytest.mark.slow
 def test_the_start_counts_when_the_best_is_kept(folder, capsys):
     """A rate that ruins the student: no later evaluation is better than the first."""
     run_of = {
@@ -416,6 +421,7 @@ def test_the_start_counts_when_the_best_is_kept(folder, capsys):
     assert losses(again) == losses(trainer), "what is left is no place to resume from"
 
 
+@pytest.mark.slow
 def test_the_best_is_found_where_a_run_was_moved(folder, tmp_path):
     run_of = {
         "eval_strategy": "steps", "eval_steps": 2, "eval_new_tokens": 12, "eval_prompts": f"{folder}/prompts.jsonl",

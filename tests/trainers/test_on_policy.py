@@ -87,6 +87,7 @@ def test_nothing_counts_behind_an_end(student, monkeypatch):
     assert len(first[0]) > 3
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_is_distilled_on_its_own_text(tmp_path):
     """However the step is cut up."""
     for name, model in (("target", tiny("flan")), ("student", drafter_of("flan"))):

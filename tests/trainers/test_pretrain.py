@@ -25,6 +25,8 @@ from recipes.smol.pretrain import Blocks, PretrainArguments, pretrain
 from recipes.smol.train_tokenizer import TokenizerArguments, train_tokenizer
 from tests.forked import Forked
 
+pytestmark = pytest.mark.slow  # it tests what is not part of the wheel
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "recipes/smol/pretrain.py"
 TINY = {

@@ -63,9 +63,7 @@ def alone(folder: Path) -> Path:
     return folder / "alone"
 
 
-@pytest.mark.parametrize(
-    "step", [pytest.param(3, marks=pytest.mark.slow), 5, 8, pytest.param(12, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("step", [8, *(pytest.param(step, marks=pytest.mark.slow) for step in (3, 5, 12))])
 def test_one_process_resumes_in_any_epoch(folder, alone, step):
     assert_resumes(folder, "alone", step, lambda name: distill(arguments(folder, name, **RUN)))
 
@@ -93,6 +91,7 @@ def test_packed_rows_resume_under_two_processes(folder):
     assert_resumes(folder, "packed", 7, lambda name: launch(folder, name, **run))
 
 
+@pytest.mark.slow
 def test_random_numbers_are_restored_too(folder):
     """With dropout in the student, and packed rows; the sum that had not been logged is kept as well."""
     shutil.copytree(folder / "student", folder / "dropping")
@@ -104,6 +103,7 @@ def test_random_numbers_are_restored_too(folder):
     assert_resumes(folder, "drops", 7, lambda name: distill(arguments(folder, name, **run)))
 
 
+@pytest.mark.slow
 def test_logs_and_checkpoints_follow_the_new_options(folder, alone):
     """transformers would go on with the steps that the checkpoint notes."""
     shutil.copytree(alone, folder / "more-often")

@@ -71,6 +71,7 @@ def test_a_finished_run_is_left_as_it_is(folder, copied, checkpoints, capsys):
     assert (folder / f"{copied.name}-again/model.safetensors").read_bytes() == before[f"{copied}/model.safetensors"][1]
 
 
+@pytest.mark.slow
 def test_epochs_are_counted_as_well_as_steps(folder):
     """The last step of an epoch, where transformers would begin another."""
     short = {"max_steps": -1, "num_train_epochs": 1, "dataset_limit": 8, "save_strategy": "epoch"}
@@ -261,7 +262,9 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("what", BROKEN)
+@pytest.mark.parametrize(
+    "what", [pytest.param(what, marks=pytest.mark.slow if n % 2 else []) for n, what in enumerate(BROKEN)]
+)
 def test_a_broken_checkpoint_is_passed_over_with_its_reason(folder, copied, what, capsys):
     name, breaks, reason = BROKEN[what]
     (copied / "finished.json").unlink()

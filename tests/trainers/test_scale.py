@@ -49,6 +49,7 @@ def launch(folder: Path, engine: str, name: str | None = None, **changes: object
     return launched(folder, name or engine, engine, **evaluated | RUN | changes)
 
 
+@pytest.mark.slow
 def test_gradients_do_not_depend_on_how_a_step_is_cut_up(folder, alone, ddp):
     """One step of SGD: 1 process x 8 rows, 2 x 4, and 1 x 1 x 8 accumulated, texts unequal and half of them new."""
     distill(
@@ -68,6 +69,7 @@ def test_gradients_do_not_depend_on_how_a_step_is_cut_up(folder, alone, ddp):
             torch.testing.assert_close(other[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 def test_data_parallel_processes_are_one(folder, alone, ddp):
     assert_same_run(ddp, alone)
     assert shares(ddp) == [{"student": 1, "target": 1}] * 2

@@ -84,6 +84,7 @@ def test_noise_does_not_depend_on_the_width_and_is_never_infinite():
     assert abs(float(huge.double().exp().mean()) - 1) < 0.005  # exponential: mean 1
 
 
+@pytest.mark.slow
 def test_wide_vocabularies_have_the_distribution_too():
     probs = torch.cat([PROBS / 2, torch.full((45,), 0.5 / 45)])
     tokens = choices(Sampler(False, [4], vocab=50), 0, probs)

@@ -92,7 +92,9 @@ def test_traversal_of_a_chain_is_block(kinds):
 
 
 @pytest.mark.parametrize(
-    ("top_down", "kind"), [(Rejection(), "iid"), (WithoutReplacement(), "without_replacement")], ids=str
+    ("top_down", "kind"),
+    [pytest.param(Rejection(), "iid", marks=pytest.mark.slow), (WithoutReplacement(), "without_replacement")],
+    ids=str,
 )
 def test_traversal_keeps_at_least_as_much(top_down, kind):
     for seed in range(4):
