@@ -29,8 +29,8 @@ DRAWS = pytest.mark.parametrize("count", [500, pytest.param(1500, marks=pytest.m
 FORMS = pytest.mark.parametrize(
     ("tree", "rows"),
     [
-        pytest.param(None, 1, id="chain-1"),
         pytest.param(BestFirst(3, 9), 3, id="tree-3"),
+        pytest.param(None, 1, id="chain-1", marks=pytest.mark.slow),
         pytest.param(None, 3, id="chain-3", marks=pytest.mark.slow),
         pytest.param(BestFirst(3, 9), 1, id="tree-1", marks=pytest.mark.slow),
     ],
