@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
         streamer=printer,
         return_dict_in_generate=True,
     ).report
-    if not opened.tokenizer.decode(report.tokens[0], skip_special_tokens=True).strip():
+    if not opened.tokenizer.decode(report.tokens[0], skip_special_tokens=True):
         said_nothing(opened.tokenizer.chat_template is not None and chat is None)
     if printer.legend:
         print(f"\ntokens by level: {printer.legend}")
