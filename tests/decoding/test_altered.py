@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import MethodType
+from typing import Any
 
 import pytest
 import torch
@@ -195,10 +196,21 @@ def test_an_answer_lasts_as_long_as_the_changes(monkeypatch) -> None:
     assert answers(other) == ([False, False], 0)
 
 
+@pytest.fixture
+def accelerator() -> Iterator[Any]:
+    """accelerate's, in bfloat16; a process has one state of it, which a training before this test may have set."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield Accelerator(cpu=True, mixed_precision="bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_models_as_their_classes_make_them(family: str) -> None:
+def test_models_as_their_classes_make_them(accelerator, family: str) -> None:
     """They are known by their class, with what libraries put on them to place, cast and capture too."""
-    from accelerate import Accelerator, cpu_offload
+    from accelerate import cpu_offload
     from peft import LoraConfig, inject_adapter_in_model
 
     model = tiny.fresh(family)
@@ -207,7 +219,7 @@ def test_models_as_their_classes_make_them(family: str) -> None:
     inputs = tiny.inputs_of(family, 1)
     model.generate(**inputs, max_new_tokens=2, output_hidden_states=True, return_dict_in_generate=True)
     inject_adapter_in_model(LoraConfig(target_modules="all-linear"), model)
-    model = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
+    model = accelerator.prepare_model(model)
     assert alterations(model) == []
     cpu_offload(model, torch.device("cpu"))
     assert alterations(model) == []
