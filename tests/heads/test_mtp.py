@@ -383,7 +383,7 @@ def test_targets_without_a_module_are_told(tmp_path):
     with pytest.raises(ValueError, match="no num_mtp_layers"):
         OWN.bind(tiny("llama"))
     family = "glm4_moe"
-    unread = AutoModelForCausalLM.from_config(target(family).config)
+    unread = AutoModelForCausalLM.from_config(copy.deepcopy(target(family).config))
     unread.config.name_or_path = ""
     with pytest.raises(ValueError, match="from_pretrained"):
         OWN.bind(unread)
