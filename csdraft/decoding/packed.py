@@ -36,6 +36,8 @@ KNOWN = {"torch", "transformers", "peft", "csdraft", "builtins"}
 """The packages of whose classes modules and their attributes may be."""
 REPEATED, LONG = 4, 4096
 """In float32 one row is multiplied REPEATED times, which is faster than once; if it is longer than LONG, as ever."""
+CACHED = 24 * 2**20
+"""The bytes of a model that stays in the processor's cache. There one row in float32 is multiplied as ever, too."""
 
 
 class PackedLinear(nn.Linear):
@@ -43,16 +45,18 @@ class PackedLinear(nn.Linear):
 
     Attributes:
         packed: the weight in oneDNN's layout, an opaque tensor.
+        row_as_ever: whether one row in float32 is multiplied by the weight as it is.
     """
 
     packed: Tensor
+    row_as_ever: bool
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., out_features) from (..., in_features)."""
-        if input.dtype != self.weight.dtype or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        width, size = self.in_features, input.numel()
+        if not size or (self.row_as_ever and size == width):
             return super().forward(input)
-        width, size = self.weight.shape[1], input.numel()
-        if not size or (input.dtype == torch.float32 and size == width > LONG):
+        if input.dtype != self.weight.dtype or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return super().forward(input)
         if input.dtype != torch.float32 or size > width:
             return self._multiplied(input)
@@ -164,6 +168,7 @@ def _is_value(value: Any) -> bool:
 def _twin(model: nn.Module) -> nn.Module | None:
     """The model's modules once more, with packed weights; None if oneDNN cannot pack them."""
     twins: dict[Any, nn.Module] = {module: type(module).__new__(type(module)) for module in model.modules()}
+    cached = sum(map(_bytes, model.parameters())) <= CACHED
     try:
         for module, twin in twins.items():
             own = vars(module).items()
@@ -172,6 +177,8 @@ def _twin(model: nn.Module) -> nn.Module | None:
                 packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), QUERIES)
                 twin.__class__ = PackedLinear
                 twin.packed = packed  # type: ignore[assignment]
+                single = module.weight.dtype == torch.float32
+                twin.row_as_ever = single and (cached or module.in_features > LONG)  # type: ignore[assignment]
     except (RuntimeError, MemoryError):
         return None
     return twins[model]

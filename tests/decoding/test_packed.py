@@ -22,8 +22,9 @@ pytestmark = pytest.mark.skipif(not module._has_kernels(), reason="needs oneDNN'
 
 @pytest.fixture(autouse=True)
 def _all_weights(monkeypatch):
-    """All weights are packed, however small."""
+    """All weights are packed and always used, however small they and the model are."""
     monkeypatch.setattr(module, "LEAST", 1)
+    monkeypatch.setattr(module, "CACHED", 0)
     csdraft.release()
     yield
     csdraft.release()
@@ -61,6 +62,23 @@ def test_float32_gives_the_same_numbers(shape, bias, multiplied):
     ids = torch.randint(0, 1024, shape)
     assert torch.allclose(packed(model)(ids).logits, model(ids).logits, atol=1e-5)
     assert len(multiplied) == 15
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.float32, 0), (torch.bfloat16, 15)])
+@torch.no_grad()
+def test_in_a_model_that_fits_the_cache_one_row_of_float32_takes_the_weights_as_they_are(
+    dtype, expected, multiplied, monkeypatch
+):
+    model = wide(dtype)
+    monkeypatch.setattr(module, "CACHED", sum(p.numel() * p.element_size() for p in model.parameters()))
+    twin, ids = packed(model), torch.randint(0, 1024, (1, 2))
+    if dtype == torch.float32:
+        assert torch.equal(twin(ids[:, :1]).logits, model(ids[:, :1]).logits)
+    else:
+        twin(ids[:, :1])
+    assert len(multiplied) == expected
+    twin(ids)
+    assert len(multiplied) == expected + 15
 
 
 def test_the_model_is_left_as_it_was():
