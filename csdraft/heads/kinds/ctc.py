@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 
 from csdraft.heads.head import compact, text_mask
@@ -108,11 +109,19 @@ class Ctc(Parallel):
 
     def begun(self, outputs: Tensor) -> Tensor:
         frames = self.norm(outputs)
-        symbols = torch.cat([self.lm_head(frames), self.blank(frames)], -1).float()  # (..., frames, draft vocab + 1)
-        total = symbols.logsumexp(-1)
-        ended = nn.functional.pad((symbols[..., -1] - total).cumsum(-1), (1, 0))
+        of_blank = _scored(frames, self.blank.weight[0])
+        if torch.is_grad_enabled():  # row by row, and once more in the backward pass: logits of all frames are large
+            rows = zip(frames, of_blank, strict=True)
+            total = torch.stack([checkpoint(self._total, *row, use_reentrant=False) for row in rows])
+        else:
+            total = self._total(frames, of_blank)
+        ended = nn.functional.pad((of_blank - total).cumsum(-1), (1, 0))
         none = frames.new_zeros(*total.shape[:-1], DIGITS)
         return _joined(State(frames, total, torch.full_like(ended, LOW), ended, none))
+
+    def _total(self, frames: Tensor, of_blank: Tensor) -> Tensor:
+        """(..., frames) logarithm of the sum over all symbols, from frames and the logits of their blanks."""
+        return torch.logaddexp(self.lm_head(frames).float().logsumexp(-1), of_blank)
 
     def taken(self, input_ids: Tensor, features: Tensor) -> Tensor:
         state, drafted = self._state(features), self.drafted
