@@ -102,7 +102,7 @@ class Handler(BaseHTTPRequestHandler):
 @contextmanager
 def standin() -> Iterator[Hub]:
     hub = Hub()
-    thread = threading.Thread(target=hub.serve_forever, daemon=True)
+    thread = threading.Thread(target=hub.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
         yield hub
