@@ -197,7 +197,7 @@ def test_another_target_of_a_head_of_several_tokens_is_refused(tmp_path, name, c
 def test_more_tokens_than_it_drafts_are_refused(verifier, tmp_path, name):
     head = new(name, **BLOCKS[name], steps=2)
     save_student(head, tmp_path / "head")
-    with pytest.raises(ValueError, match="drafts 2 a round at most"):
+    with pytest.raises(ValueError, match="drafts at most 2 per round"):
         export_drafter(str(tmp_path / "head"), tmp_path / "out", "vllm", verifier, tokens=3)
     assert '"num_speculative_tokens": 2' in serving("me/head", tmp_path / "head", target())["vLLM"]
 
@@ -539,7 +539,7 @@ def test_a_tied_student_gets_the_targets_embedding(tmp_path, tied):
 def test_what_is_no_model_of_its_own_is_refused(verifier, tmp_path):
     student = make_student(target(), init=on_target([0, 2]), peft={"r": 4})
     save_student(student, tmp_path / "self")
-    with pytest.raises(ValueError, match="an adapter for the target's own layers, which engines do not lend"):
+    with pytest.raises(ValueError, match="an adapter for the target's own layers, which engines do not share"):
         export_drafter(str(tmp_path / "self"), tmp_path / "out", "vllm", verifier)
     CascadeDrafter([ModelDrafter(noisy(target())), MaxGram()]).save_pretrained(tmp_path / "cascade")
     with pytest.raises(ValueError, match=r"is a cascade, which no engine runs; export one of .*/models"):
