@@ -84,7 +84,7 @@ def draft_chain(
     logits, inputs, steps = logits[:, -1], None, 1  # (batch, vocab)
     while True:
         tokens = chains.choose(logits)  # (batch,)
-        if steps == max(wanted) or chains.all_ended:
+        if steps == max(wanted) or all(row.ended for row in rows):  # as far as the host knows
             break
         if inputs is None:
             inputs = session.follow(plans, tokens)
@@ -110,11 +110,6 @@ class Chains:
     def __init__(self, chooser: TokenChooser, rows: Sequence[Row]):
         self.chooser, self.rows = chooser, rows
         self.watched = any(row.stop is not None or row.drawn.confidence is not None for row in rows)
-
-    @property
-    def all_ended(self) -> bool:
-        """Whether all rows have ended, as far as the host knows."""
-        return all(row.ended for row in self.rows)
 
     def choose(self, logits: Tensor) -> Tensor | list[int]:
         """(batch,) the next token of every row, from (batch, vocab) logits; 0 for rows that do not draft.

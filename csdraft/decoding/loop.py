@@ -61,7 +61,7 @@ def run(
         rooms = [_room(call, target, context.row) for context in unpadded]
         allowed = dict(zip(unpadded, safe.budgets(schedule, unpadded, rooms), strict=True))
         budgets = [allowed.get(context, NOTHING) for context in contexts]
-        rounds = run_round(contexts, target, 0, safe, verifier, budgets)
+        rounds = run_round(contexts, target, safe, verifier, budgets)
         with ledger.paused():  # a streamer may take its time
             output.take(rounds)
         of_text = [finished for finished in rounds if finished.context in allowed]

@@ -1,4 +1,4 @@
-"""The round: draft, score, verify, extend. The target and every inner reviewer of a cascade use this code."""
+"""The round: draft, score, verify. The target and every inner reviewer of a cascade share `review`."""
 
 from __future__ import annotations
 
@@ -16,19 +16,17 @@ TARGET = 0
 
 def run_round(
     contexts: Sequence[Context],
-    reviewer: Session,
-    level: int,
+    target: Session,
     drafter: Drafter,
     verifier: Verifier,
     budgets: Sequence[Budget],
-    confidence: bool = False,
 ) -> list[Round]:
-    """One round of every row: `drafter` proposes, `reviewer` scores, `verifier` decides."""
+    """One round of every row: `drafter` proposes, the target scores, `verifier` decides."""
     ledger = contexts[0].call.ledger
     began = ledger.mark()
     drafts = drafter.propose(contexts, budgets)
     ledger.drafted(began, ledger.mark())
-    return review(contexts, drafts, reviewer, level, verifier, confidence)
+    return review(contexts, drafts, target, TARGET, verifier)
 
 
 def review(
