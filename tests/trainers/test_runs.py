@@ -1,4 +1,4 @@
-"""A command that is given again: finished runs stay, changed options are refused, broken checkpoints passed over."""
+"""A command that is given again: finished runs stay, changed options are refused, broken checkpoints skipped."""
 
 from __future__ import annotations
 
