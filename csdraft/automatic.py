@@ -60,7 +60,7 @@ def auto_for(target: nn.Module | None, load: Callable[[str, nn.Module], Drafter]
 
 
 def _beside(target: nn.Module) -> tuple[str, str] | None:
-    """Where a target's saved drafter is, and what says so; None if it has none."""
+    """Where a target's saved drafter is, and where that is stated; None if it has none."""
     folder = Path(str(getattr(target.config, "_name_or_path", "") or os.devnull))
     named = getattr(getattr(target, "generation_config", None), KEY, None)
     file = folder / "generation_config.json"
@@ -84,9 +84,9 @@ def _loaded(path: str, why: str, target: nn.Module, load: Callable[[str, nn.Modu
         drafter = load(path, target)
     except (OSError, ValueError) as error:
         raise ValueError(f"{why}: {error}; fix it, remove it, or name the drafter in assistant=") from error
-    nest = getattr(drafter, "root", drafter)
-    lone = nest.parts()[0] if len(nest.parts()) == 1 else None
-    return lone if isinstance(lone, Auto) else nest
+    root = getattr(drafter, "root", drafter)
+    lone = root.parts()[0] if len(root.parts()) == 1 else None
+    return lone if isinstance(lone, Auto) else root
 
 
 _KEPT: WeakKeyDictionary[nn.Module, tuple[tuple[str, str] | None, Auto]] = WeakKeyDictionary()

@@ -240,7 +240,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def ratio(run: Run, cell: str, over: str) -> Interval:
-    """Tokens a second of `cell` over those of `over`, paired by prompt and repetition."""
+    """Tokens per second of `cell` over those of `over`, paired by prompt and repetition."""
     rates = {(s.cell, s.group, s.repetition): s.rate for s in run.samples}
     table: dict[int, list[float]] = {}
     for (name, group, repetition), rate in rates.items():

@@ -59,7 +59,7 @@ class CascadeDrafter(Drafter):
         lenience: >= 1, for inner reviewers only; one number, or one for each drafter that reviews, largest first.
         verifier: the acceptance rule at the target, by name or as an object.
         schedule: how much of the cascade to use each round, by name or as an object.
-        options: `csdraft.Options` for calls that draft with it; options given to the call come first.
+        options: `csdraft.Options` for calls that draft with it; options given to the call take precedence.
 
     Attributes:
         root: the nested drafters.

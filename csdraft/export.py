@@ -38,7 +38,7 @@ def export_drafter(drafter: str, folder: str | os.PathLike[str], engine: str, ta
         folder: where to write; new or empty.
         engine: vllm, sglang or speculators.
         target: folder or Hub id of the model that it is to draft for. For a head only its config.json is read.
-        tokens: drafted a round.
+        tokens: how many are drafted per round.
 
     Raises:
         ValueError: the engine cannot take it; nothing is written.
@@ -46,7 +46,7 @@ def export_drafter(drafter: str, folder: str | os.PathLike[str], engine: str, ta
     if engine not in ENGINES:
         raise ValueError(f"engine {engine!r} is none of {', '.join(ENGINES)}")
     if tokens < 1:
-        raise ValueError(f"tokens={tokens}; an engine drafts 1 or more a round")
+        raise ValueError(f"tokens={tokens}; an engine drafts 1 or more per round")
     out = Path(folder)
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ValueError(f"{str(out)!r} is there already; give a new folder")
@@ -90,7 +90,9 @@ def _refuse(engine: str, drafter: str, faults: list[str]) -> None:
 def _write_head(head: StoredHead, folder: str, engine: str, target: ServedTarget, tokens: int) -> str:
     name = head.config._name_or_path
     if engine in head.methods and head.deepest is not None and tokens > head.deepest:
-        raise ValueError(f"tokens={tokens}; {name!r} drafts {head.deepest} a round at most: --tokens {head.deepest}")
+        raise ValueError(
+            f"tokens={tokens}; {name!r} drafts at most {head.deepest} per round: use --tokens {head.deepest}"
+        )
     document, tensors = head.exported(engine, target, tokens)
     head.write(folder, document, tensors)
     _refuse(engine, name, head.faults(engine, config_at(folder) or {}, head.weights(folder), target))
@@ -105,8 +107,8 @@ def _write_whole(model: Any, drafter: str, folder: str, engine: str, target: Ser
         raise ValueError(f"speculators has heads only, and {drafter!r} is a model; export it with --to vllm or sglang")
     if isinstance(model, SelfDraft):
         raise ValueError(
-            f"{drafter!r} is an adapter for the target's own layers, which engines do not lend; train a student with "
-            "layers of its own: init: {from_target: {layers: [...]}} without shared"
+            f"{drafter!r} is an adapter for the target's own layers, which engines do not share with a drafter; train "
+            "a student with layers of its own: init: {from_target: {layers: [...]}} without shared"
         )
     if isinstance(model, TiedDraft):
         model = model.bind(load_model(target.name, dtype="auto"))
@@ -115,7 +117,7 @@ def _write_whole(model: Any, drafter: str, folder: str, engine: str, target: Ser
     elif vars(model).get("peft_config"):
         model = _merged(drafter, model)
     tokenizer = AutoTokenizer.from_pretrained(target.name, trust_remote_code=False)
-    faults = [*whole_faults(engine, model.config, target), *_other_words(drafter, tokenizer)]
+    faults = [*whole_faults(engine, model.config, target), *_tokenizer_faults(drafter, tokenizer)]
     _refuse(engine, drafter, faults)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -151,7 +153,7 @@ def _whole_faults(engine: str, config: Any, target: ServedTarget | None) -> Iter
         yield from context_fault(getattr(text, "max_position_embeddings", None), target)
 
 
-def _other_words(drafter: str, tokenizer: Any) -> Iterator[str]:
+def _tokenizer_faults(drafter: str, tokenizer: Any) -> Iterator[str]:
     """How the drafter's tokenizer differs from the target's, which engines use for both."""
     if file_at(drafter, "tokenizer_config.json") is None:
         return

@@ -145,7 +145,7 @@ def _reported(report: Report, assistant: Any, drafter: Any, used: Any, target: n
 
 
 def report(of: Any, last: bool = False) -> Report | None:
-    """What all calls with this assistant or target came to; None if there were none.
+    """The merged report of all calls with this assistant or target; None if there were none.
 
     Nothing is set on a model, and its reports are dropped with it. Drafters also have them as `drafter.report` and
     `drafter.last_report`.
@@ -173,7 +173,7 @@ def _reading(model: PreTrainedModel, drafter: Drafter, options: Options) -> Read
 def _sources(
     model: PreTrainedModel, input_ids: Tensor, encoder_input_ids: Tensor | None, inputs: dict, drafter: Drafter
 ) -> Sources | None:
-    """The encoder's inputs and outputs, a row for each row of the batch; None for a decoder-only model."""
+    """The encoder's inputs and outputs, one row per row of the batch; None for a decoder-only model."""
     if not model.config.is_encoder_decoder:
         return None
     if encoder_input_ids is None and drafter.models():

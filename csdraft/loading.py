@@ -102,7 +102,7 @@ def load(
     try:
         return _Reader(Folder(folder), target, {**options, "local_base": local_bases}).arguments(document)
     except RecursionError as error:
-        raise ValueError(f"{DOCUMENT}: its drafters are nested too deep") from error
+        raise ValueError(f"{DOCUMENT}: its drafters are nested too deeply") from error
 
 
 def read(folder: Path) -> Document:
@@ -130,7 +130,7 @@ def check_target(saved: SavedTarget, target: nn.Module | None, tokenizer: PreTra
     if compared and (own := fingerprint(tokenizer)) != saved.tokenizer:  # type: ignore[arg-type]
         raise ValueError(
             f"{DOCUMENT}: target.tokenizer: the tokenizer has fingerprint {own}, the cascade was saved for {name} "
-            f"with {saved.tokenizer}; drafted ids would stand for other words: use a target with the same tokenizer, "
+            f"with {saved.tokenizer}; drafted ids would mean other tokens: use a target with the same tokenizer, "
             "or train drafters with this one"
         )
     # Models with the same tokenizer may have different padding. If tokenizers are unknown, sizes must be equal.

@@ -34,7 +34,7 @@ class Options:
             turn, and keeps what they read now; `csdraft.release()` frees it.
         strict: True raises an error when a drafter fails; False (default) continues without the drafter.
         diagnose: True compares expected with measured rejections in the report; False is the default. It works with
-            verifiers of independent draws, and compares two distributions for each judged token.
+            verifiers of independent draws, and compares two distributions at each verified token.
         row_seeds: one whole number per row, which decides what is sampled. Default: drawn from torch's CPU generator.
 
     Raises:
@@ -61,7 +61,7 @@ class Options:
                 seeds = tuple(int(seed) for seed in self.row_seeds)
             except (TypeError, ValueError) as error:
                 given = f"row_seeds={shown(self.row_seeds)} is {kind_of(self.row_seeds)}"
-                raise ValueError(f"{given}; give one whole number a row") from error
+                raise ValueError(f"{given}; give one whole number per row") from error
             object.__setattr__(self, "row_seeds", seeds)
 
     @classmethod

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from csdraft.decoding.memory import Memory
-from csdraft.decoding.states import place
+from csdraft.decoding.states import cost_label
 from csdraft.stored import Folder, check_keys, naming, read_object
 from csdraft.tables.costs import Learned, check_costs
 
@@ -25,7 +25,7 @@ def save_costs(memory: Memory, folder: Path) -> None:
     for target, _, learned in memory.entries():
         if isinstance(learned, Learned):
             found = {(rows, bucket, width): seconds for rows, bucket, width, seconds in learned.costs.to_list()}
-            tables.setdefault(place(target), {}).update(found)
+            tables.setdefault(cost_label(target), {}).update(found)
     costs = {at: [[*shape, seconds] for shape, seconds in table.items()] for at, table in tables.items()}
     if costs:
         path = folder / NAME

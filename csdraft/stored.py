@@ -69,9 +69,9 @@ def read_object(path: str | os.PathLike[str], name: object = None) -> dict[str, 
         text = Path(path).read_bytes().decode("utf-8-sig")  # some editors write a byte order mark
         found = json.loads(text, object_pairs_hook=_object)
     except RecursionError as error:
-        raise ValueError(f"{name} is nested too deep") from error
+        raise ValueError(f"{name} is nested too deeply") from error
     except ValueError as error:  # not UTF-8, not JSON, or a key twice
-        raise ValueError(f"{name} is no JSON document: {error}") from error
+        raise ValueError(f"{name} is not a JSON document: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{name} holds {shown(found)}, expected an object: {{...}}")
     if (at := _not_finite(found)) is not None:
@@ -144,7 +144,7 @@ Reader = Callable[[Any, Sequence[Any], str], Any]
 
 
 def fit(value: Any, hint: Any, at: str, reader: Reader = lambda value, arms, at: UNFIT) -> Any:
-    """A value of JSON as an annotation wants it: lists become tuples, objects become dataclasses.
+    """A JSON value converted to the type of an annotation: lists become tuples, objects become dataclasses.
 
     Args:
         hint: a class, `X | Y`, `Literal`, `tuple[X, ...]`, `Sequence[X]`, `list[X]`, `dict[str, X]` or a dataclass.

@@ -18,7 +18,7 @@ from csdraft.trainers.stop_head import fit, harvest, judge
 from csdraft_command import add_model_arguments, add_prompts_arguments
 
 SEEN = 0.75
-"""Share of the texts' judged tokens that the head learns from; it is judged by the rest."""
+"""Share of the verified tokens that the head learns from; the rest measure it."""
 
 
 def batches(opened: Opened, prompts: Sequence[Sequence[int]], progress: Progress) -> Iterator[dict[str, Any]]:
@@ -56,7 +56,7 @@ def main() -> None:
     seen, unseen = examples.split(SEEN)
     head = fit(seen, rejected_weight=args.rejected_weight)
     head.save(args.out)
-    print(f"{args.out}: from {len(seen)} judged tokens, {seen.kept.mean():.0%} of them kept")
+    print(f"{args.out}: from {len(seen)} verified tokens, {seen.kept.mean():.0%} of them kept")
     print(f"on {len(unseen)} tokens of later texts, cross-entropy in nats and calibration error:")
     for name, judged in (("this head", judge(head, unseen)), ("confidence", judge(None, unseen))):
         print(f"  {name:12}{judged['cross_entropy']:.3f}  {judged['calibration_error']:.3f}")

@@ -1,7 +1,7 @@
 """Finds what was changed on a model after it was made: hooks, replaced forwards, modules of other classes.
 
-What csdraft knows of a class need not hold for a changed model. Changes by accelerate, transformers and torch, such as
-hooks that move tensors between devices, do not count: they leave the results as they are.
+What csdraft knows about a class may not hold for a changed model. Changes by accelerate, transformers and torch, such
+as hooks that move tensors between devices, do not count: they do not change the results.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Alteration = tuple[str, nn.Module, Hashable]
 def alterations(model: nn.Module) -> list[Alteration]:
     """All changes below the model's own class, except in an encoder, which runs once with or without drafts.
 
-    It takes about a microsecond a module. The keys keep no object alive.
+    It takes about a microsecond per module. The keys keep no object alive.
     """
     families = frozenset(_package(made) for made in type(model).__mro__)
     everywhere = shared._global_forward_hooks, shared._global_forward_pre_hooks

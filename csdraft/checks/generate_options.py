@@ -1,7 +1,7 @@
-"""What happens to each option of `generate` with `assistant=`: it is carried out, has no effect, or is refused.
+"""What happens to each option of `generate` with `assistant=`: it works as usual, has no effect, or is refused.
 
-Options reach csdraft in two ways: as processors and criteria that `generate` has made of them, and in the generation
-config. An option that is on none of the lists here comes from a newer transformers. If it is set, it is refused.
+Options reach csdraft in two ways: as processors and criteria that `generate` has made from them, and in the generation
+config. An option that is in none of the lists here comes from a newer transformers. If it is set, it is refused.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def check_early(keywords: Mapping[str, Any], config: GenerationConfig | None, ow
 
 
 def check_options(config: GenerationConfig) -> None:
-    """Raises ValueError, which names the option, for one that csdraft cannot carry out.
+    """Raises a ValueError that names the option, for an option that csdraft does not support.
 
     Args:
         config: the options of a call, completed from the model's own generation config.

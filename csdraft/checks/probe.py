@@ -56,7 +56,7 @@ KNOWN_EXACT = {
     "StableLmForCausalLM",
     "Starcoder2ForCausalLM",
 }
-"""Much used classes of transformers that `make families` finds exact. They are not tested unless they were changed."""
+"""Widely used classes of transformers that `make families` finds exact. They are only tested if they were changed."""
 
 LONGEST_SPAN = 64
 """If a model's window or chunk is at most this long, the test's texts are longer than it."""
@@ -254,7 +254,7 @@ def _source(model: nn.Module) -> Tensor:
 
 
 def _tokens(model: nn.Module, count: int) -> list[int]:
-    """`count` ids of ordinary tokens, not those of images or ends; all different if the vocabulary is large enough."""
+    """`count` ids of ordinary tokens, no image or end tokens; all different if the vocabulary is large enough."""
     config: Any = model.config
     special = set()
     for part in (config, config.get_text_config(decoder=True)):

@@ -1,4 +1,4 @@
-"""Why a model cannot be decoded with drafts, judged by its class and config; `probe` tests the model itself."""
+"""Why a model cannot be decoded with drafts, by its class and config; `probe` tests the model itself."""
 
 from __future__ import annotations
 

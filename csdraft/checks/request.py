@@ -80,7 +80,7 @@ def ask_model(model: Any, inputs: Mapping[str, Any]) -> None:
 
 
 def _check_inputs(model: Any, input_ids: Tensor, inputs: Mapping[str, Any], given: Collection[str] | None) -> None:
-    """Refuses inputs besides the text. Inputs that `generate` adds and leaves empty pass."""
+    """Refuses inputs besides the text, except those that `generate` adds and leaves empty."""
     zeros_pass = {"mm_token_type_ids"} | ({"token_type_ids"} if model.config.model_type.startswith("gemma") else set())
     for key, value in inputs.items():
         if key in KNOWN_INPUTS or _is_empty(value, zeros=key in zeros_pass):
@@ -224,5 +224,5 @@ def check_processors(verifier: Verifier, processing: Processing) -> None:
         names = ", ".join(type(processor).__name__ for processor in processing.stateful)
         raise ValueError(
             f"verifier {type(verifier).__name__} needs distributions after tokens that it may reject, but {names} may "
-            "keep state from call to call; use verifier='match' or 'rejection', which call processors once a token"
+            "keep state from call to call; use verifier='match' or 'rejection', which call processors once per token"
         )

@@ -156,7 +156,7 @@ def chat_with(opened: Opened, format: ChatFormat, args: argparse.Namespace) -> i
             chat.messages = []
             _tell("a new conversation")
         elif line.startswith("/"):
-            _tell(f"{line} is no command: {COMMANDS}")
+            _tell(f"{line} is not a command: {COMMANDS}")
         elif line:
             _turn(chat, line)
     if chat.report is not None:

@@ -71,7 +71,7 @@ def _prompts(opened: Opened, args: argparse.Namespace) -> list[dict[str, Tensor]
         return [as_inputs(opened, ids) for ids in prompts_of_file(opened, path, args)]
     lines = PROMPTS if path is None else [line for line in Path(path).read_text().splitlines() if line.strip()]
     if not lines:
-        raise ValueError(f"{path} holds no prompt; write one a line")
+        raise ValueError(f"{path} holds no prompt; write one per line")
     chat = chat_of_text(args)
     return [encode(opened, line, chat) for line in lines]
 

@@ -30,10 +30,8 @@ def run(args: argparse.Namespace) -> int:
         }
         print(json.dumps(document, indent=2))
     else:
-        told = {
-            topic: ", ".join(value) or "none" if isinstance(value, list) else value for topic, value in here.items()
-        }
-        lines = [f"{topic:<16} {value}" for topic, value in told.items()]
+        shown = {topic: (", ".join(v) or "none") if isinstance(v, list) else v for topic, v in here.items()}
+        lines = [f"{topic:<16} {value}" for topic, value in shown.items()]
         print("\n".join(["Machine", *lines, "", "Versions", *map(str, versions)]))
         for part in models or ["Name models to examine them: csdraft doctor MODEL ..."]:
             print(f"\n{part}")

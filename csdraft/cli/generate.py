@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
         return_dict_in_generate=True,
     ).report
     if not opened.tokenizer.decode(report.tokens[0], skip_special_tokens=True):
-        said_nothing(opened.tokenizer.chat_template is not None and chat is None)
+        explain_empty(opened.tokenizer.chat_template is not None and chat is None)
     if printer.legend:
         print(f"\ntokens by level: {printer.legend}")
     if args.report:
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def said_nothing(may_chat: bool) -> None:
+def explain_empty(may_chat: bool) -> None:
     """Explains an empty text on the standard error."""
     advice = "; the model has a chat template, which --chat applies" if may_chat else ""
     print(f"the target ended the text at once: no text was written{advice}", file=sys.stderr)

@@ -72,10 +72,6 @@ class ChatFormat:
             raise ValueError(f"chat_template_options has {error}; give a list of JSON schemas as tools") from error
         return cls(None if template is None else _template_text(template), {**options, **tools})
 
-    def text_for(self, tokenizer: Any, tools: Tools = None) -> str:
-        """The template's Jinja text."""
-        return tokenizer.get_chat_template(self.template, tools)
-
     def tools_of(self, tools: Tools) -> Tools:
         """A row's own tools, or else those of the options."""
         return self.options.get("tools") if tools is None else tools
@@ -184,7 +180,7 @@ class _Template:
 
     @property
     def text(self) -> str:
-        return self.chat.text_for(self.tokenizer, self.chat.tools_of(self.tools))
+        return self.tokenizer.get_chat_template(self.chat.template, self.chat.tools_of(self.tools))
 
     def fitted(self, messages: Sequence[Message]) -> list[Message]:
         """The messages, with their text parts joined unless the template takes parts; `Unusable` if calls get lost."""

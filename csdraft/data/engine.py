@@ -37,7 +37,7 @@ LONGEST_ANSWER, QUOTED = 1 << 26, 300
 NUMBERED = re.compile(r"(?:token_id:)?(\d{1,18})")
 """A token whose name is its id."""
 TAIL = 8
-"""How many of a prompt's last tokens can change where its continuation is split into tokens."""
+"""The last tokens of a prompt that may affect how its continuation is split into tokens."""
 WAYS = {
     "token ids in and out": {"return_token_ids": True, "top_k": -1},  # vLLM from 0.10.2 on
     "token ids in, numbered tokens out": {"return_tokens_as_token_ids": True, "logprobs": 1, "top_k": -1},
@@ -240,7 +240,7 @@ class Engine:
             pause = response.headers.get("Retry-After", "")
             raise Failed(said, float(pause) if pause.isdecimal() else 0)
         if response.status != 200:
-            advice = f" It wants a key: put it into {KEY}." if response.status in (401, 403) else ""
+            advice = f" It needs a key: put it into {KEY}." if response.status in (401, 403) else ""
             raise Unanswered(f"{where}: {said}.{advice}")
         try:
             return json.loads(content)
@@ -249,7 +249,7 @@ class Engine:
 
 
 def _names(served: Any) -> list[str]:
-    """The names of the models in a server's list; empty if it is no such list."""
+    """The names of the models in a server's list; empty if it is not such a list."""
     try:
         return [str(model["id"]) for model in served["data"]]
     except (KeyError, TypeError):

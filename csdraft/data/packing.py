@@ -1,4 +1,4 @@
-"""Batches of rows of token ids: several texts in a block, one text a row, or an encoder-decoder's source and text.
+"""Batches of rows of token ids: several texts in a block, one text per row, or an encoder-decoder's source and text.
 
 Positions restart at 0 with every text in a block. Without an attention mask and a cache, transformers finds the
 boundaries from the positions (`masking_utils.find_packed_sequence_indices`), so no text sees another; pass

@@ -1,4 +1,4 @@
-"""Makes a source's examples into rows of token ids, one batch at a time; an example that it cannot use says why."""
+"""Turns a source's examples into rows of token ids, one batch at a time, with a reason for each it cannot use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from csdraft.data.opening import GIVEN, TOOLS, Source
 from csdraft.data.tally import Tally, Unusable, attempt
 
 __all__ = [
-    "OUTCOME", "Encoded", "RowReader", "conversation_of", "count", "opened", "text_of", "tokens_of",
+    "OUTCOME", "Encoded", "RowReader", "conversation_of", "count", "text_of", "tokens_of", "with_bos",
 ]  # fmt: skip
 
 OUTCOME = ("source_row", "cut", "left_out", "detail")
@@ -90,13 +90,13 @@ def tokens_of(example: Mapping[str, Any], number: int, source: Source, tokenizer
     return Encoded(ids, given.pop("prompt_length", 0), given)
 
 
-def opened(ids: list[int], tokenizer: Any) -> list[int]:
+def with_bos(ids: list[int], tokenizer: Any) -> list[int]:
     """Adds the begin-of-text token if the tokenizer has one but did not add it itself."""
     start = tokenizer.bos_token_id
     return ids if start is None or ids[:1] == [start] else [start, *ids]
 
 
-def _closed(ids: list[int], tokenizer: Any) -> list[int]:
+def _with_eos(ids: list[int], tokenizer: Any) -> list[int]:
     end = tokenizer.eos_token_id
     return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
@@ -106,7 +106,7 @@ def _closed(ids: list[int], tokenizer: Any) -> list[int]:
 
 @dataclass(frozen=True)
 class RowReader:
-    """Makes rows of a source's examples; `datasets.Dataset.map` calls it with batches and the examples' numbers.
+    """Makes rows from a source's examples; `datasets.Dataset.map` calls it with batches and the examples' numbers.
 
     An example gives one row, a long text several. An example that cannot be used gives a row without tokens whose
     `left_out` and `detail` say why, so that `datasets` caches the counts along with the rows.
@@ -148,7 +148,7 @@ class RowReader:
                 yield self._row(number, Encoded([]), left_out=why.what, detail=why.detail)
 
     def _checked(self, pair: tuple[Mapping[str, Any], int]) -> Any:
-        """An example's tokens; its text, or prompt and response, if these are yet to be tokenized."""
+        """An example's tokens; or its text, or prompt and response, if these must still be tokenized."""
         example, number = self.source.cleaned(pair[0]), pair[1]
         value = example.get(self.source.column)
         answer = example.get(self.source.response or "")
@@ -178,12 +178,12 @@ class RowReader:
             return values
         if self.source.response is None:
             texts = self.tokenizer(list(values))["input_ids"]
-            return [Encoded(_closed(opened(ids, self.tokenizer), self.tokenizer)) for ids in texts]
+            return [Encoded(_with_eos(with_bos(ids, self.tokenizer), self.tokenizer)) for ids in texts]
         prompts, responses = map(list, zip(*values, strict=True))
         starts = self.tokenizer(prompts)["input_ids"]
         ends = self.tokenizer(responses, add_special_tokens=False)["input_ids"]
         return [
-            Encoded([*start, *_closed(end, self.tokenizer)], len(start))
+            Encoded([*start, *_with_eos(end, self.tokenizer)], len(start))
             for start, end in zip(starts, ends, strict=True)
         ]
 

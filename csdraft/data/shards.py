@@ -63,7 +63,7 @@ def check_unchanged(begun: str, before: Mapping[str, Any], now: Mapping[str, Any
 
     Args:
         begun: the beginning of the message, which continues with "key=value".
-        before: the options as they were noted; see `plain`.
+        before: the options as they were noted.
         now: the options of this call.
         way_out: what the user can do, as a sentence without its full stop.
     """

@@ -13,7 +13,7 @@ from typing import Any
 from csdraft.data.chat import ChatFormat, chat_prompt, check_template
 from csdraft.data.messages import as_tools
 from csdraft.data.opening import TOOLS, Source, open_source
-from csdraft.data.reader import OUTCOME, RowReader, conversation_of, count, opened, text_of, tokens_of
+from csdraft.data.reader import OUTCOME, RowReader, conversation_of, count, text_of, tokens_of, with_bos
 from csdraft.data.tally import Counted, Tally, Unusable, tally_of
 
 __all__ = ["Source", "open_source", "prompts_of", "read_prompts", "read_rows", "revision_of", "tally_of", "texts_of"]
@@ -47,7 +47,7 @@ def read_rows(
 
     Returns:
         Rows of `input_ids` (list of int), `prompt_length` (tokens that are not scored), `index` (number of the row)
-        and, of conversations, `scored` (one 0 or 1 a token: whether the assistant wrote it).
+        and, of conversations, `scored` (0 or 1 for each token: whether the assistant wrote it).
 
     Raises:
         ValueError: the source cannot be read, is empty or has no usable row; its tokens are not the tokenizer's; or it
@@ -178,7 +178,7 @@ def _prompt_ids(
         return chat_prompt(conversation_of(value), tokenizer, chat, as_tools(example.get(TOOLS)))
     text = text_of(value, "text" if source.kind == "text" else "prompt")
     if source.kind == "text":
-        return opened(tokenizer(text)["input_ids"], tokenizer)
+        return with_bos(tokenizer(text)["input_ids"], tokenizer)
     if wrapped:
         return chat_prompt([{"role": "user", "content": text}], tokenizer, chat, as_tools(example.get(TOOLS)))
     return tokenizer(text)["input_ids"]

@@ -1,4 +1,4 @@
-"""Tokens that a model has chosen on its device and that were not copied to the host yet.
+"""Tokens that a model has chosen on its device and that have not been copied to the host yet.
 
 The target can read them on the device. They reach the host in the same copy as the target's choices. Code that looks
 at them earlier waits for an extra copy, and gets the same tokens.
@@ -28,7 +28,7 @@ class Choices:
 
     @property
     def waiting(self) -> bool:
-        """Whether they were not copied to the host yet."""
+        """Whether they have not been copied to the host yet."""
         return self._seen is None
 
     def receive(self, values: Sequence[float]) -> None:
@@ -64,7 +64,7 @@ class Awaited(Sequence[int]):
 
     @property
     def waiting(self) -> bool:
-        """Whether they were not copied to the host yet."""
+        """Whether they have not been copied to the host yet."""
         return self.choices.waiting
 
     @property
@@ -78,7 +78,7 @@ class Awaited(Sequence[int]):
         return self.choices.tokens[: self._count, self.place]
 
     def is_row_of(self, other: Awaited, place: int) -> bool:
-        """Whether it is of the same chain as another and as long, and of this index in the batch."""
+        """Whether it belongs to the same chain as `other`, has the same length, and is row `place` of the batch."""
         return (self.choices, self.place, self._count) == (other.choices, place, other._count)
 
     def __len__(self) -> int:

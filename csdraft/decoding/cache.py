@@ -170,7 +170,7 @@ class SlotCache(Cache):
         indices: dict[torch.device, Tensor] = {}  # (2, moves): sources, targets; one copy for each device of layers
         if self.positions is not None:
             self.positions[row, list(targets)] = self.positions[row, list(sources)]
-        parts = [b[row] for x in self._filled() for b in (x.key_buffer, x.value_buffer)]  # (heads, capacity, head_dim)
+        parts = [buffer[row] for buffer in self._buffers()]  # (heads, capacity, head_dim)
         parts += [buffer[row][None] for buffer in self.features.values()]
         for part in parts:
             if part.device not in indices:
@@ -180,7 +180,7 @@ class SlotCache(Cache):
 
     def at(self, row: int, slot: int) -> list[Tensor]:
         """Copies of one token's keys and values of every layer; (heads, head_dim) each."""
-        return [b[row, :, slot].clone() for layer in self._filled() for b in (layer.key_buffer, layer.value_buffer)]
+        return [buffer[row, :, slot].clone() for buffer in self._buffers()]
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Drops all batch rows but `rows`, which become the first rows in this order. The memory is not moved.
@@ -188,8 +188,7 @@ class SlotCache(Cache):
         Args:
             rows: `rows[i]` is i, or an index of len(rows) or more.
         """
-        buffers = [b for layer in self._filled() for b in (layer.key_buffer, layer.value_buffer)]
-        buffers += self.features.values()
+        buffers = [*self._buffers(), *self.features.values()]
         if self.positions is not None:
             buffers.append(self.positions)
         for target, source in enumerate(rows):
@@ -199,16 +198,19 @@ class SlotCache(Cache):
     def _filled(self) -> list[SlotLayer]:
         return [layer for layer in self.layers if layer.is_initialized]  # type: ignore[misc]
 
+    def _buffers(self) -> list[Tensor]:
+        """(rows, heads, capacity, head_dim) each: the keys and values of every layer."""
+        return [buffer for layer in self._filled() for buffer in (layer.key_buffer, layer.value_buffer)]
+
     @property
     def is_written(self) -> bool:
-        """Whether a forward has written keys and values; of a head without attention, its output."""
+        """Whether a forward has written keys and values or, for a head without attention, its output."""
         return bool(self._filled() or (self.features and not self.layers))
 
     @property
     def bytes(self) -> int:
         """Bytes of memory that keys, values and features take."""
-        buffers = [b for x in self._filled() for b in (x.key_buffer, x.value_buffer)]
-        return sum(b.numel() * b.element_size() for b in [*buffers, *self.features.values()])
+        return sum(b.numel() * b.element_size() for b in [*self._buffers(), *self.features.values()])
 
 
 def encoder_decoder_cache(own: SlotCache, cross: Cache | None) -> EncoderDecoderCache:

@@ -1,6 +1,6 @@
-"""What a model, and `generate`, call the KV cache: transformers 5.24 renamed `past_key_values` to `cache`.
+"""The name of the KV cache in models and in `generate`: transformers 5.24 renamed `past_key_values` to `cache`.
 
-Every other file asks here, so that one release of transformers is not told from another anywhere else.
+No other file depends on which of the two names a release of transformers uses.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NAMES = ("cache", "past_key_values")
 
 
 def cache_name(function: Callable[..., Any]) -> str | None:
-    """The argument by which `function` takes a KV cache; None if it names none."""
+    """The name of `function`'s argument for a KV cache; None if it has none."""
     return _newest(inspect.signature(function).parameters)
 
 
@@ -29,7 +29,7 @@ def _newest(arguments: Collection[str]) -> str | None:
 
 
 def cache_of_forward(model: Any) -> str | None:
-    """The argument by which a model's forward takes a KV cache; None if it takes none."""
+    """The name of the forward's argument for a KV cache; None if it takes none."""
     return next((name for arguments in _forwards(model) if (name := _newest(arguments))), None)
 
 
@@ -39,10 +39,10 @@ def forward_takes(model: Any, name: str) -> bool:
 
 
 def _forwards(model: Any) -> Iterator[Collection[str]]:
-    """The arguments of its forward and, as long as that passes on what it does not name, of those it inherits.
+    """The arguments of a model's forward and, as long as they include `**kwargs`, of the forwards that it inherits.
 
-    If none of them names the tokens, such as a `forward(*args, **kwargs)` around a model of another class, it is taken
-    to pass on all that `generate` gives: the probe then shows whether it does.
+    If none of them has `input_ids`, such as a `forward(*args, **kwargs)` that calls a model of another class, it is
+    assumed to pass on everything that `generate` gives; the probe then shows whether it does.
     """
     named = False
     classes = [made for made in type(model).__mro__ if made is not nn.Module and "forward" in vars(made)]

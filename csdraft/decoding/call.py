@@ -1,4 +1,4 @@
-"""One `generate` call: its target, its randomness, its rows, and one session a model."""
+"""One `generate` call: its target, its randomness, its rows, and one session per model."""
 
 from __future__ import annotations
 

@@ -57,9 +57,9 @@ def draft_chain(
     """Drafts `wanted[i]` tokens after context i. They equal those of `wanted[i]` calls of `score` and `choice`.
 
     On an accelerator, unless a processor reads the text, tokens stay on the device until the end of the chain. Tokens
-    after one to stop at are then cut off. That gives the same draft, since a `stop` never looks at later tokens. If no
-    `stop` or confidence is asked for, the tokens are `Awaited`. They may go on after the end of a text: the review
-    ends there.
+    after a stop are then cut off. That gives the same draft, since a `stop` never looks at later tokens. If no `stop`
+    or confidence is asked for, the tokens are `Awaited`. They may continue past the end of a text; the review ends
+    there.
 
     Args:
         contexts: where to continue from.
@@ -79,12 +79,12 @@ def draft_chain(
         return result
     on_host = session.reader.on_host or not chooser.processing.at_once
     on_host = on_host or any(chooser.processing.ignores_new(row.context.row, row.context.text) for row in rows)
-    growing: Growing = OnHost(chooser, rows) if on_host else OnDevice(chooser, rows)
+    chains: Chains = OnHost(chooser, rows) if on_host else OnDevice(chooser, rows)
     plans, _, logits = session.ask(requests)
     logits, inputs, steps = logits[:, -1], None, 1  # (batch, vocab)
     while True:
-        tokens = growing.choose(logits)  # (batch,)
-        if steps == max(wanted) or growing.all_ended:
+        tokens = chains.choose(logits)  # (batch,)
+        if steps == max(wanted) or all(row.ended for row in rows):  # as far as the host knows
             break
         if inputs is None:
             inputs = session.follow(plans, tokens)
@@ -92,14 +92,14 @@ def draft_chain(
             inputs.advance(tokens, session.positions - 1)
         logits = session.step(inputs)
         steps += 1
-    growing.finish()
+    chains.finish()
     for row in rows:
         fed = len(row.drawn.tokens) - 1  # the model never read the last one
         session.drafted(row.context.row, row.drawn.tokens[:fed], steps - 1 - fed)
     return result
 
 
-class Growing:
+class Chains:
     """Chooses the next token of every row. There is one subclass for CPUs and one for accelerators.
 
     Args:
@@ -111,11 +111,6 @@ class Growing:
         self.chooser, self.rows = chooser, rows
         self.watched = any(row.stop is not None or row.drawn.confidence is not None for row in rows)
 
-    @property
-    def all_ended(self) -> bool:
-        """Whether all rows have ended, as far as the host knows."""
-        return all(row.ended for row in self.rows)
-
     def choose(self, logits: Tensor) -> Tensor | list[int]:
         """(batch,) the next token of every row, from (batch, vocab) logits; 0 for rows that do not draft.
 
@@ -125,11 +120,6 @@ class Growing:
 
     def finish(self) -> None:
         """Called once at the end; it must complete `Row.drawn`."""
-
-    def soft(self, logits: Tensor) -> Tensor:
-        """(..., vocab) softmax of the logits at the call's temperature (1 when greedy)."""
-        temperature = 1.0 if self.chooser.sampler.greedy else self.chooser.processing.temperature
-        return (logits.float() / temperature).softmax(-1)
 
     def take(self, row: Row, token: int, sure: float = NAN, unsure: Callable[[], float] = lambda: NAN) -> None:
         """Adds a token to a row, with its confidence and entropy if `watched`, and decides whether the row ends."""
@@ -142,7 +132,7 @@ class Growing:
             row.ended |= row.stop(sure, unsure)
 
 
-class OnHost(Growing):
+class OnHost(Chains):
     """The host sees every token before the next is drawn, so the chain ends when the last row does."""
 
     def choose(self, logits: Tensor) -> list[int]:
@@ -151,7 +141,7 @@ class OnHost(Growing):
         for row, token in zip(live, self._tokens(live, logits), strict=True):
             ids[row.place] = token
             if self.watched:
-                probs = self.soft(logits[row.place])
+                probs = self.chooser.soft(logits[row.place])
                 self.take(row, token, float(probs[token]), partial(entropy, probs))
             else:
                 self.take(row, token)
@@ -177,8 +167,11 @@ class OnHost(Growing):
         return tokens
 
 
-class OnDevice(Growing):
-    """Nothing is copied to the host before the end: one copy for all steps and rows. Bare tokens stay `Awaited`."""
+class OnDevice(Chains):
+    """Nothing is copied to the host before the end: one copy for all steps and rows.
+
+    If only tokens are wanted, they stay on the device as `Awaited`.
+    """
 
     def __init__(self, chooser: TokenChooser, rows: Sequence[Row]):
         super().__init__(chooser, rows)
@@ -192,7 +185,7 @@ class OnDevice(Growing):
         best = scores.max(-1)
         column = [best.indices.double(), best.values.double()]
         if self.watched:
-            probs = self.soft(logits)  # (batch, vocab)
+            probs = self.chooser.soft(logits)  # (batch, vocab)
             column += [
                 probs.gather(1, best.indices[:, None])[:, 0].double(),
                 torch.special.entr(probs).sum(-1).double(),
@@ -203,7 +196,7 @@ class OnDevice(Growing):
         return best.indices
 
     def _before(self, logits: Tensor) -> Before | None:
-        """What processors must know of the texts, for (batch, vocab) logits."""
+        """What processors must know about the texts, for (batch, vocab) logits."""
         processing = self.chooser.processing
         if processing.text_blind:
             return None

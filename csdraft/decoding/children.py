@@ -62,13 +62,14 @@ def find_children(questions: Sequence[Question], draws: Kind | None, confidence:
     """
     chooser = questions[0].scores.chooser
     if draws is None or chooser.sampler.greedy or chooser.sampler.coupled:
-        soft = torch.cat([_soft(question.scores) for question in questions]) if confidence else None
+        soft = torch.cat([chooser.soft(question.scores.logits) for question in questions]) if confidence else None
         return _likeliest(torch.cat([_noisy(question) for question in questions]), questions, soft)
     found = []
     for question in questions:
         if question.most is not None:
             raise ValueError(
-                f"most={question.most} leaves out tokens for what they are; a tree that draws {draws!r} must not"
+                f"most={question.most} drops children because of their tokens; a tree that draws {draws!r} must not "
+                "set it"
             )
         scores = question.scores
         children = [
@@ -76,7 +77,7 @@ def find_children(questions: Sequence[Question], draws: Kind | None, confidence:
             for row in _values(question).log_softmax(-1)
         ]
         if confidence:
-            for own, row in zip(children, _soft(scores), strict=True):
+            for own, row in zip(children, chooser.soft(scores.logits), strict=True):
                 own.confidence = row[own.tokens].tolist()
         found.append(children)
     return found
@@ -89,12 +90,6 @@ def _values(question: Question) -> Tensor:
         place = Place(scores.row, scores.text, scores.draft, question.nodes)
         return processing.all_at_once(scores.logits, processing.before([place], scores.logits)).float()
     return torch.stack([scores.processed(node) for node in question.nodes]).float()
-
-
-def _soft(scores: Scores) -> Tensor:
-    """(nodes, vocab) softmax at the call's temperature (1 when greedy)."""
-    temperature = 1.0 if scores.chooser.sampler.greedy else scores.chooser.processing.temperature
-    return (scores.logits.float() / temperature).softmax(-1)
 
 
 def _noisy(question: Question) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -25,7 +25,7 @@ ROUNDING = 0.02
 
 @dataclass(frozen=True, eq=False)
 class DraftProbs:
-    """The distributions that the tokens of a draft were really drawn from.
+    """The distributions that the tokens of a draft were actually drawn from.
 
     Attributes:
         kind: how siblings were drawn: independently, without replacement, or as a coupled pair. A drawn child must not
@@ -129,7 +129,7 @@ class Draft:
             return below if below < len(self.tokens) and self.tokens[below] == token else None
         return self._named.get((node, token))
 
-    def goes_on(self, other: Draft) -> bool:
+    def continues(self, other: Draft) -> bool:
         """Whether this draft is `other`, perhaps with more nodes after it."""
         old = len(other.tokens)
         return self.tokens[:old] == other.tokens and self.parents[:old] == other.parents
@@ -143,11 +143,6 @@ class Draft:
             path.append(node)
             node = self.parents[node]
         return path[::-1]
-
-    def ancestors(self, node: int) -> Iterator[int]:
-        """The nodes above `node`, nearest first, without `ROOT`."""
-        while (node := self.parents[node]) != ROOT:
-            yield node
 
     @cached_property
     def depths(self) -> tuple[int, ...]:
@@ -248,6 +243,6 @@ def _one_kind(kinds: set[Kind]) -> Kind:
     """The common kind of a draft's branching parts; without siblings the kind does not matter."""
     if len(kinds) > 1:
         raise ValueError(
-            f"siblings drawn in two ways, {sorted(kinds)}, cannot stand in one draft; use one kind of tree"
+            f"a draft must not mix siblings that were drawn in different ways, {sorted(kinds)}; use one kind of tree"
         )
     return kinds.pop() if kinds else "iid"

@@ -1,9 +1,9 @@
-"""Attention where PyTorch's kernels are fast: grouped heads without copies, and one query in half precision on a CPU.
+"""Faster attention: grouped heads without copies, and one query in half precision on a CPU.
 
 transformers (5.24) repeats keys and values for every query head as soon as several queries come with a mask. PyTorch's
-kernel takes groups as they are. On a CPU it is slow for one query in bfloat16 or float16: the heads of a group, taken
-as queries of one head, cost a tenth to a half of it. Models look up their attention by name, so a function of the same
-name is registered: it does what the old one did, but within csdraft's own forwards. No model is touched.
+kernel takes groups as they are. On a CPU it is slow for one query in bfloat16 or float16: the heads of a group, passed
+as queries of one head, take a tenth to a half of the time. Models look up their attention by name, so a function of
+the same name is registered. It behaves differently only within csdraft's own forwards. No model is touched.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 __all__ = ["grouped_heads", "logits_to_read"]
 
 FEW = 16
-"""Queries whose logits cost less than the copy of an output layer."""
+"""Up to this many queries, their logits cost less than a copy of the output layer."""
 _here = threading.local()
 _compiled = False
 """Whether csdraft runs a compiled forward: what torch compiles meanwhile is compiled again for other callers."""
@@ -35,8 +35,8 @@ def grouped_heads(compiled: bool = False) -> Iterator[None]:
     """While entered, this thread's sdpa attention leaves grouped heads grouped.
 
     Args:
-        compiled: whether a compiled forward runs. What is compiled cannot ask which thread it is, but torch compares
-            `_compiled` before it runs compiled code: a user's own compiled model never gets this attention.
+        compiled: whether a compiled forward runs. Compiled code cannot ask which thread it runs in, but torch compares
+            `_compiled` before it runs such code: a user's own compiled model never gets this attention.
     """
     global _compiled
     with _lock:
@@ -76,7 +76,7 @@ def _attention(
 
 
 def logits_to_read(keep: int, queries: int, device: torch.device, dtype: torch.dtype) -> int:
-    """How many of the last queries get logits where `keep` are wanted: in bfloat16 on a CPU all, if they are few.
+    """How many of the last queries get logits if `keep` are wanted: all of them in bfloat16 on a CPU, if they are few.
 
     There PyTorch (2.13) copies a frozen output layer before it multiplies it by a part of a forward's states, which
     takes ten times as long as the logits of a few more queries.

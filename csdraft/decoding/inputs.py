@@ -78,7 +78,7 @@ class Plan:
             [values[query] for query in queries] for values in (known, self.positions, self.slots, self.sees)
         )
         paths = None if self.paths is None else [self.paths[query] for query in queries]
-        # In a chain, what stands behind the last of them has not been read: a forward without a mask must not see it.
+        # In a chain, the slots after the last query are not written yet: a forward without a mask must not see them.
         spare = self.spare if paths and any(paths) else slots[-1] + 1
         return Plan(tokens, positions, slots, sees, paths, spare, self.length)
 
@@ -137,7 +137,7 @@ class Inputs:
         self._fetch([plan.awaited for plan in plans])
 
     def give(self, source: Callable[[Inputs], Tensor] | None) -> None:
-        """Sets `features` to what `source` makes of the rest, from the second time on at the same address."""
+        """Sets `features` to what `source` computes from these inputs; after the first time, at the same address."""
         if source is None:
             return
         if self.features is None:

@@ -1,7 +1,8 @@
 """The interfaces `Drafter`, `Tree`, `Verifier` and `Schedule`, and the values that are passed between them.
 
-In a round the schedule gives budgets, the drafter proposes, a session scores, the verifier decides. They are frozen
-dataclasses of options and weights. One call's state is in its `Call`; what outlives a call is in a locked table.
+In a round the schedule gives budgets, the drafter proposes, a session scores, the verifier decides. Drafters, trees,
+verifiers and schedules are frozen dataclasses of options and weights. One call's state is in its `Call`; what outlives
+a call is in a locked table.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Budget:
         room: the most tokens that the drafter may return (>= depth).
         skip: how many leading stages a horizontal cascade leaves out. Other drafters have one stage and ignore it.
         size: the most nodes of a tree, for drafters with `sizes`; None: the drafter decides.
-        confidence: whether a reviewer above will read `Draft.confidence` (it costs a softmax a token).
+        confidence: whether a reviewer above will read `Draft.confidence` (it costs one softmax per token).
         stop: called after each token that a model drafts, with the token's softmax probability and a function that
             computes the entropy, in nats, of that softmax. True stops this model. The token itself is kept either
             way: dropping a token because of which token it is would bias sampling.
@@ -90,7 +91,7 @@ class Verdict:
         accepted: nodes kept, from the root downwards.
         next_token: correction or bonus token; None if the text ended on an accepted node.
         ended: whether the text ends with the last emitted token.
-        emitted_probs: under independent draws, for each emitted token the (vocab,) distribution that it was really
+        emitted_probs: under independent draws, for each emitted token the (vocab,) distribution that it was actually
             drawn from, or None for a point mass. Under coupled or greedy draws it is None: no rule reads it.
     """
 
@@ -321,7 +322,7 @@ class Tree:
             depth: the most levels.
 
         Returns:
-            The nodes of the draft in any order; with each node also its parent.
+            The nodes of the draft, in any order. They must include the parent of each.
         """
         raise NotImplementedError
 
@@ -340,7 +341,7 @@ class Verifier:
     Attributes:
         lossless: whether the output has the reviewer's distribution for every draft that it does not refuse.
         draws: "coupled" if drafters and reviewers add the same noise vector at a position, else "independent".
-        kinds: the kinds of `DraftProbs` that it judges exactly; if empty, drafters need not compute probabilities.
+        kinds: the kinds of `DraftProbs` that it verifies exactly; if empty, drafters need not compute probabilities.
         chains_only: whether it refuses trees.
         looks_ahead: whether it asks for distributions off the accepted path, which no stateful processor allows.
         reads_confidence: whether it reads `Draft.confidence`, which drafters then compute.
@@ -354,16 +355,17 @@ class Verifier:
     reads_confidence: bool = False
 
     def refusal(self, draft: Draft) -> str | None:
-        """Why it cannot judge `draft` exactly; None if it can. Coupled draws need no `DraftProbs`."""
+        """Why it cannot verify `draft` exactly; None if it can. Coupled draws need no `DraftProbs`."""
         unknown = draft.probs is not None and draft.probs.kind not in self.kinds and self.draws == "independent"
         if unknown and draft.has_drawn_siblings:  # kinds differ only in how siblings are drawn
             return (
-                f"the draft's siblings were drawn as {draft.probs.kind!r}, {type(self).__name__} judges "  # type: ignore[union-attr]
+                f"the draft's siblings were drawn as {draft.probs.kind!r}, but {type(self).__name__} verifies only "  # type: ignore[union-attr]
                 f"{sorted(self.kinds)} and point masses; use another verifier or tree, or declare point masses with "
                 "Draft.probs=None"
             )
         if self.chains_only and not draft.is_chain:
-            return f"the draft is a tree, {type(self).__name__} judges chains; draft chains, or use another verifier"
+            name = type(self).__name__
+            return f"the draft is a tree, but {name} verifies only chains; draft chains, or use another verifier"
         return None
 
     def verify(self, draft: Draft, scores: ScoresView, sampler: Sampler, root: int = ROOT) -> Verdict:
@@ -379,7 +381,7 @@ class Schedule:
         return self
 
     def budgets(self, contexts: Sequence[Context], rooms: Sequence[int], drafter: Drafter) -> list[Budget]:
-        """One budget a row. `rooms`: the most draft tokens that each row has room for: its tokens left, less one."""
+        """One budget per row. `rooms`: the most draft tokens that each row has room for: its tokens left, less one."""
         raise NotImplementedError
 
     def observe(self, rounds: Sequence[Round], draft_seconds: float, score_seconds: float) -> None:
@@ -389,7 +391,7 @@ class Schedule:
         """Called once, after the last round."""
 
     def plain_seconds(self) -> float:
-        """What a plain step takes by its latest measurements, for the report; 0 if it knows of none."""
+        """Seconds of a plain step by its latest measurements, for the report; 0 if it has none."""
         return 0.0
 
     def why(self) -> str:

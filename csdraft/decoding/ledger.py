@@ -107,7 +107,7 @@ class Ledger:
         self._started, self._device = clock.now(), device
 
     def mark(self) -> Mark:
-        """The present moment by the device's clock."""
+        """The current moment by the device's clock."""
         return Mark(self._device)
 
     def begin(self) -> None:
@@ -165,14 +165,14 @@ class Ledger:
         return self.models.setdefault(id(model), ModelUse(name))
 
     def charge(self, drafter: object, began: Mark, ended: Mark, tokens: float) -> None:
-        """Adds the time between two marks, and drafted tokens a row, to a stage of the outermost cascade.
+        """Adds the time between two marks, and drafted tokens per row, to a stage of the outermost cascade.
 
         Inner cascades charge nothing: their time belongs to the stage that contains them.
         """
         self._charged.append((drafter, began, ended, tokens))
 
     def stage(self, drafter: object) -> tuple[float, float]:
-        """(seconds, drafted tokens a row) of a stage's drafter so far; for use once a round's choices are known."""
+        """(seconds, drafted tokens per row) of a stage's drafter so far; for use once a round's choices are known."""
         self._settle()
         return self.stages.get(id(drafter), (0.0, 0.0))
 

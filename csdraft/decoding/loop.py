@@ -1,4 +1,4 @@
-"""The decoding loop, written once: `decode` is what `generate` runs when an assistant is given."""
+"""The decoding loop, written once: `generate` calls `run` when an assistant is given."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ BUCKET = 64
 def run(
     call: Call, drafter: Drafter | None, verifier: Verifier, schedule: Schedule, output: Output, strict: bool = False
 ) -> None:
-    """Writes all rows of a call to their ends; the call's ledger is told how that goes.
+    """Generates all rows of a call to their ends; costs and results go into the call's ledger.
 
     Every round is the same: the schedule says how much to draft, the drafter drafts it, the target scores it in one
     forward, the verifier decides, and what it emits is committed. With nothing drafted a round is plain decoding.
@@ -57,14 +57,14 @@ def run(
     while live:
         ledger.begin()
         contexts = [Context(row, call.texts[row], call) for row in live]
-        writing = [context for context in contexts if context.row not in call.rows_of_padding]
-        rooms = [_room(call, target, context.row) for context in writing]
-        told = dict(zip(writing, safe.budgets(schedule, writing, rooms), strict=True))
-        budgets = [told.get(context, NOTHING) for context in contexts]
-        rounds = run_round(contexts, target, 0, safe, verifier, budgets)
+        unpadded = [context for context in contexts if context.row not in call.rows_of_padding]
+        rooms = [_room(call, target, context.row) for context in unpadded]
+        allowed = dict(zip(unpadded, safe.budgets(schedule, unpadded, rooms), strict=True))
+        budgets = [allowed.get(context, NOTHING) for context in contexts]
+        rounds = run_round(contexts, target, safe, verifier, budgets)
         with ledger.paused():  # a streamer may take its time
             output.take(rounds)
-        of_text = [finished for finished in rounds if finished.context in told]
+        of_text = [finished for finished in rounds if finished.context in allowed]
         safe.observe(of_text)
         for context, finished in zip(contexts, rounds, strict=True):
             context.text.append(finished.tokens)
@@ -76,7 +76,7 @@ def run(
             if live:
                 call.retire(live)
         # Scores are large, and the next forward needs as much room.
-        del contexts, writing, told, rounds, of_text, context, finished
+        del contexts, unpadded, allowed, rounds, of_text, context, finished
     call.note_memory()
     safe.finish(schedule)
     ledger.stop()
@@ -84,7 +84,7 @@ def run(
 
 
 def _room(call: Call, target: Session, row: int) -> int:
-    """Drafted tokens that a row can still take in: one less than may follow, since the target adds one itself."""
+    """How many drafted tokens a row has room for: one less than may follow, since the target adds one itself."""
     text = call.texts[row]
     return min(call.chooser.stopping.remaining(text) - 1, target.room(row, text))
 
@@ -110,7 +110,7 @@ def open_call(
         mask: (rows, length) 1 where a token counts; None if all do.
         past: the user's own filled cache, or None.
         reading: how the models read.
-        ledger: takes down what the call costs and comes to.
+        ledger: records the call's costs and results.
     """
     rows = input_ids.shape[0]
     texts = [Text(ids, None if mask is None else mask[row]) for row, ids in enumerate(input_ids)]

@@ -62,7 +62,7 @@ class Output:
         self.logits: list[list[Tensor]] | None = [[] for _ in range(rows)] if wanted and config.output_logits else None
 
     def take(self, rounds: Sequence[Round]) -> None:
-        """Streams the tokens of finished rounds and keeps their scores, before the text moves on."""
+        """Streams the tokens of finished rounds and keeps their scores, before the text is extended."""
         for finished in rounds:
             row = finished.context.row
             if self.scores is not None or self.logits is not None:
@@ -95,7 +95,7 @@ class Output:
         return int(pad.view(-1)[0])
 
     def _stack(self, kept: list[list[Tensor]] | None, ended: bool) -> tuple[Tensor, ...] | None:
-        """Per step a (rows, vocab) tensor; after a row's end -inf with 0 at the pad token (zeros for raw logits)."""
+        """Per step a (rows, vocab) tensor; after a row's end -inf, but 0 at the pad token (raw logits: all zeros)."""
         if kept is None:
             return None
         steps = []

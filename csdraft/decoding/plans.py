@@ -10,7 +10,7 @@ from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.inputs import Plan
 from csdraft.decoding.text import Text
 
-__all__ = ["Reading", "again_in", "plan_of"]
+__all__ = ["Reading", "plan_of", "shared_nodes"]
 
 
 @dataclass
@@ -51,14 +51,14 @@ def plan_of(text: Text, draft: Draft, first: int, nodes: Sequence[int]) -> Plan:
     return Plan(tokens, positions, slots, sees, paths, spare, length)
 
 
-def again_in(old: Draft, draft: Draft, tip: int) -> dict[int, int]:
+def shared_nodes(old: Draft, draft: Draft, tip: int) -> dict[int, int]:
     """Node of `draft` -> the same node below `tip` in the old draft."""
-    again: dict[int, int] = {}
+    shared: dict[int, int] = {}
     taken = set()  # siblings may have the same token, but each old node can be used only once
     for node, (token, parent) in enumerate(zip(draft.tokens, draft.parents, strict=True)):
-        above = tip if parent == ROOT else again.get(parent)
+        above = tip if parent == ROOT else shared.get(parent)
         twin = None if above is None else old.child(above, token)
         if twin is not None and twin not in taken:
-            again[node] = twin
+            shared[node] = twin
             taken.add(twin)
-    return again
+    return shared

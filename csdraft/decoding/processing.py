@@ -1,8 +1,8 @@
 """Logits processors: `generate`'s list, applied to one position or to many at once.
 
-A processor of plain `generate` sees one position of every row. A review has many positions, each after another text.
-Most processors never read the text, and two kinds need to know little of it: how long it is, or which tokens it has.
-Those can process all positions of a batch together, on the model's device; `Before` is what they are told.
+In plain `generate` a processor sees one position of every row. A review has many positions, each after a different
+text. Most processors never read the text, and two kinds need to know little about it: its length, or which tokens it
+has. These can process all positions of a batch together, on the model's device; they get what they need as `Before`.
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ BY_LENGTH = (hf.MinLengthLogitsProcessor, hf.MinNewTokensLengthLogitsProcessor)
 
 @dataclass(frozen=True, eq=False)
 class Before:
-    """What stands before each of n positions.
+    """What precedes each of n positions.
 
     Attributes:
         lengths: (n,) tokens before it, with the padding.
-        seen: (n, vocab) bool: which tokens those are, the padding token too; None if no processor asks.
+        seen: (n, vocab) bool: which tokens those are, the padding token too; None if no processor needs it.
     """
 
     lengths: Sequence[int]
@@ -79,7 +79,7 @@ class Before:
 
 
 class Place(NamedTuple):
-    """Some nodes of a row's draft; logits stand after each of them."""
+    """Some nodes of a row's draft, after each of which there are logits."""
 
     row: int
     text: Text
@@ -125,10 +125,10 @@ class Processing:
     Attributes:
         text_blind: whether none of them reads the text.
         reads_tokens: whether one of them needs `Before.seen`.
-        skipped: (rows,) the leading tokens of each row, padding included, that then do not count as seen; empty, or of
-            another length, where no penalty that reads tokens can process many positions at once.
+        skipped: (rows,) if so, how many leading tokens of each row, padding included, do not count as seen. If it has
+            another length, no penalty that reads tokens can process many positions at once.
         at_once: whether all of them can process many positions at once.
-        stateful: those that keep a state, or whose code is not known.
+        stateful: those that keep state, or whose code is not known.
         temperature: the product of all temperatures.
     """
 
@@ -149,7 +149,7 @@ class Processing:
         return Processing([p for p in self.processors if type(p) in TEXT_BLIND + STATELESS], self.rows)
 
     def before(self, places: Sequence[Place], logits: Tensor) -> Before | None:
-        """What `all_at_once` needs to know of the places that (n, vocab) logits belong to."""
+        """What `all_at_once` needs to know about the places that (n, vocab) logits belong to."""
         if self.text_blind:
             return None
         lengths = [length for place in places for length in place.lengths]
@@ -158,7 +158,7 @@ class Processing:
         return Before(lengths, torch.cat([self.seen(place, logits) for place in places]))
 
     def ignores_new(self, row: int, text: Text) -> bool:
-        """Whether the next token of a row will not count as seen, since more leading tokens do not than it has."""
+        """Whether the next token of a row will not count as seen: the row is shorter than what a penalty skips."""
         return self.reads_tokens and self.skipped[row] > len(text) + text.padding
 
     def seen(self, place: Place, logits: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ class Processing:
         """(n, vocab) processed scores of (n, vocab) raw logits of any rows and positions; only if `at_once`.
 
         Args:
-            before: what stands before each position; needed unless `text_blind`.
+            before: what precedes each position; needed unless `text_blind`.
         """
         if not self.processors:
             return logits
@@ -182,13 +182,13 @@ class Processing:
                 scores = processor(ids, scores)
             elif type(processor) in BY_LENGTH:
                 scores = self._without_ends(processor, scores, before.lengths)  # type: ignore[union-attr]
-            else:  # the arithmetic of transformers' own
+            else:  # a repetition penalty, computed as in transformers
                 penalized = torch.where(scores < 0, scores * processor.penalty, scores / processor.penalty)
                 scores = torch.where(before.seen, penalized, scores)  # type: ignore[union-attr,arg-type]
         return scores
 
     def _without_ends(self, processor: hf.LogitsProcessor, scores: Tensor, lengths: Sequence[int]) -> Tensor:
-        """The (n, vocab) scores, without tokens that end the text where fewer than the wanted tokens precede."""
+        """The (n, vocab) scores, with -inf for tokens that end the text at positions where it may not end yet."""
         short = [length < _least(processor) for length in lengths]
         if not any(short):
             return scores
@@ -224,7 +224,7 @@ def _skipped(processor: hf.RepetitionPenaltyLogitsProcessor, rows: int) -> list[
 
 
 def _least(processor: hf.LogitsProcessor) -> int:
-    """The length, prompt and padding included, from which on a text may end."""
+    """The shortest length, prompt and padding included, at which a text may end."""
     if isinstance(processor, hf.MinLengthLogitsProcessor):
         return processor.min_length
     assert isinstance(processor, hf.MinNewTokensLengthLogitsProcessor)

@@ -1,4 +1,4 @@
-"""Keeps the reports of drafters, models and names in tables of its own, so that no user's model gets an attribute.
+"""Keeps the reports of drafters, models and names in tables here, so that no attribute is set on a user's model.
 
 Reports are kept as long as the drafter or model lives. They are not copied with it and not saved.
 """
@@ -92,7 +92,7 @@ class Reported:
 
 @contextmanager
 def unreported() -> Iterator[None]:
-    """Calls of this thread inside leave no report: a planner's trials are not calls of the user."""
+    """While entered, calls of this thread leave no report: a planner's trials are not the user's calls."""
     token = _silent.set(True)
     try:
         yield

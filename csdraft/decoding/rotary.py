@@ -17,7 +17,7 @@ __all__ = ["RotaryFactors"]
 
 
 class RotaryFactors:
-    """Whether plain `generate` reads a token of this batch with the factors for long texts.
+    """Says which tokens of a batch plain `generate` reads with the factors for long texts.
 
     Args:
         switch: the model's switch.
@@ -31,7 +31,7 @@ class RotaryFactors:
         self._prompt = max(text.prompt_length + text.padding for text in texts) - self.padded  # longest row's prompt
 
     def long(self, row: int, position: int, length: int) -> bool:
-        """Whether this holds for the token at `position`, when the row's text has `length` tokens."""
+        """Whether the token at `position` is read with them, when the row's text has `length` tokens."""
         together = self._prompt  # tokens that are read in one forward, at least
         switch = self.switch.length
         if self.switch.rereads and length + self._behind[row] + self.padded > switch:
@@ -41,10 +41,10 @@ class RotaryFactors:
     def part(self, plans: dict[int, Plan], long: bool) -> dict[int, Plan]:
         """By row, the part of each plan that is read with the factors for long texts, or with those for short ones."""
         found = {}
-        for row, feed in plans.items():
-            queries = [i for i, at in enumerate(feed.positions) if self.long(row, at, feed.length) is long]
+        for row, plan in plans.items():
+            queries = [i for i, at in enumerate(plan.positions) if self.long(row, at, plan.length) is long]
             if queries:
-                found[row] = feed if len(queries) == len(feed.tokens) else feed.only(queries)
+                found[row] = plan if len(queries) == len(plan.tokens) else plan.only(queries)
         return found
 
     def kept_are_long(self, row: int, length: int, kept: int) -> bool:

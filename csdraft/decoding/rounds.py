@@ -1,4 +1,4 @@
-"""The round: draft, score, verify, extend. The target and every inner reviewer of a cascade run this one."""
+"""The round: draft, score, verify. The target and every inner reviewer of a cascade share `review`."""
 
 from __future__ import annotations
 
@@ -16,19 +16,17 @@ TARGET = 0
 
 def run_round(
     contexts: Sequence[Context],
-    reviewer: Session,
-    level: int,
+    target: Session,
     drafter: Drafter,
     verifier: Verifier,
     budgets: Sequence[Budget],
-    confidence: bool = False,
 ) -> list[Round]:
-    """One round of every row: `drafter` proposes, `reviewer` scores, `verifier` decides."""
+    """One round of every row: `drafter` proposes, the target scores, `verifier` decides."""
     ledger = contexts[0].call.ledger
     began = ledger.mark()
     drafts = drafter.propose(contexts, budgets)
     ledger.drafted(began, ledger.mark())
-    return review(contexts, drafts, reviewer, level, verifier, confidence)
+    return review(contexts, drafts, target, TARGET, verifier)
 
 
 def review(
@@ -39,9 +37,9 @@ def review(
     verifier: Verifier,
     confidence: bool = False,
 ) -> list[Round]:
-    """Scores one draft a row in one forward; each row keeps what the verifier keeps, and adds the reviewer's token.
+    """Scores one draft per row in one forward; each row keeps what the verifier keeps, and adds the reviewer's token.
 
-    The call's ledger is told what came of it.
+    The results are also recorded in the call's ledger.
 
     Args:
         level: the reviewer's level number.
@@ -86,14 +84,13 @@ def _confidence(context: Context, draft: Draft, scores: ScoresView, verdict: Ver
 
 
 def _check_continued(before: Draft, draft: Draft) -> None:
-    """A drafter must hand back the nodes it was given, with their distributions: losing one would bias sampling."""
-    size = len(before)
-    kept = draft.tokens[:size] == before.tokens and draft.parents[:size] == before.parents
+    """A drafter must return the nodes it was given, with their distributions: losing one would bias sampling."""
+    size, kept = len(before), draft.continues(before)
     if kept and before.probs is not None:
         rows = draft.probs.rows[:size] if draft.probs is not None else ()
         kept = len(rows) == size and all(a is b for a, b in zip(rows, before.probs.rows, strict=True))
     if not kept:
         raise ValueError(
-            f"a drafter was given {size} drafted tokens to continue from and did not hand them back first, unchanged; "
-            "build on context.draft.extend(...)"
+            f"a drafter was given {size} drafted tokens to continue from, but its draft does not begin with them, "
+            "unchanged; build on context.draft.extend(...)"
         )

@@ -1,4 +1,4 @@
-"""A drafter that may fail: what it hands up is checked, and an exception costs speed, never text."""
+"""A drafter that may fail: its drafts are checked, and an exception costs speed, never text."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ T = TypeVar("T")
 class SafeDrafter(Drafter):
     """Runs a drafter, and continues without it once it has failed.
 
-    Everything that a call asks a drafter goes through here, what its schedule asks included.
+    Every use of the drafter in a call goes through here, including that by its schedule.
 
     Args:
         drafter: what to run; None never drafts, which is plain decoding.
-        verifier: who judges its drafts at the target.
+        verifier: the rule that verifies its drafts at the target.
         strict: raise instead of continuing.
     """
 
@@ -36,12 +36,12 @@ class SafeDrafter(Drafter):
         self.failure: str | None = None
 
     def attempt(self, action: Callable[[Drafter], T], otherwise: T) -> T:
-        """What `action` makes of the drafter; `otherwise` if that fails, or if the drafter has failed before."""
+        """The result of `action(drafter)`; `otherwise` if that fails, or if the drafter has failed before."""
         if self.drafter is None or self.failure:
             return otherwise
         try:
             return action(self.drafter)
-        except Exception as error:  # whatever a drafter does wrong must not cost the user the text
+        except Exception as error:  # no mistake of a drafter may cost the user the text
             self._give_up(error)
             return otherwise
 
@@ -54,7 +54,7 @@ class SafeDrafter(Drafter):
         return self.attempt(lambda drafter: drafter.taps(), frozenset())
 
     def check(self, call: Call) -> None:
-        """Raises ValueError for a mistake of the user's; any other exception is a failure like all others."""
+        """Raises ValueError for a mistake of the user's; any other exception counts as a failure of the drafter."""
         try:
             if self.drafter is not None and not self.failure:
                 self.drafter.check(call)
@@ -71,7 +71,7 @@ class SafeDrafter(Drafter):
     # In every round.
 
     def budgets(self, schedule: Schedule, contexts: Sequence[Context], rooms: Sequence[int]) -> list[Budget]:
-        """What the schedule allows; nothing once the drafter has failed, perhaps while the schedule asked it."""
+        """The schedule's budgets; empty ones once the drafter has failed, even if it fails while the schedule runs."""
 
         def allowed(drafter: Drafter) -> list[Budget]:
             budgets = schedule.budgets(contexts, rooms, drafter)
@@ -102,7 +102,7 @@ class SafeDrafter(Drafter):
         self.attempt(checked, None)
 
     def learn(self, schedule: Schedule, rounds: Sequence[Round], draft_seconds: float, score_seconds: float) -> None:
-        """Tells the schedule what came of a round."""
+        """Gives the schedule the results of a round."""
         self.attempt(lambda drafter: schedule.observe(rounds, draft_seconds, score_seconds), None)
 
     # After the last round.
@@ -112,25 +112,25 @@ class SafeDrafter(Drafter):
         self.attempt(lambda drafter: schedule.finish(), None)
 
     def plain_seconds(self, schedule: Schedule) -> float:
-        """The schedule's price of a plain step, for the report."""
+        """The schedule's measured seconds of a plain step, for the report."""
         return self.attempt(lambda drafter: schedule.plain_seconds(), 0.0)
 
     def why(self, schedule: Schedule) -> str:
         """The schedule's reasons, for the report."""
         return self.attempt(lambda drafter: schedule.why(), "")
 
-    # What it hands up.
+    # Checks of drafts.
 
     def _check_form(self, drafter: Drafter) -> None:
-        """Raises ValueError if the drafter may draft trees and the verifier judges chains alone."""
+        """Raises ValueError if the drafter may draft trees and the verifier takes only chains."""
         if self.verifier.chains_only and drafter.width(drafter.depth) > drafter.depth:
             raise ValueError(
-                f"{type(drafter).__name__} may draft trees, {type(self.verifier).__name__} judges chains; draft "
-                "chains, or use another verifier"
+                f"{type(drafter).__name__} may draft trees, but {type(self.verifier).__name__} verifies only chains; "
+                "draft chains, or use another verifier"
             )
 
     def _check(self, drafts: Sequence[Draft], budgets: Sequence[Budget], call: Call) -> None:
-        """Raises ValueError for what would be an exception in the round, where it would cost the text."""
+        """Raises ValueError for a draft that would raise later in the round, where the text would be lost."""
         for draft, budget in zip(drafts, budgets, strict=True):
             if flaw := self._flaw(draft, budget.room, call) or self.verifier.refusal(draft):
                 raise ValueError(flaw)
@@ -173,7 +173,7 @@ class SafeDrafter(Drafter):
 
 
 def _outside(numbers: Sequence[int], end: int) -> object:
-    """The first that is no whole number from 0 up to `end`; None if there is none."""
+    """The first that is not an integer from 0 to `end` - 1; None if all are."""
     return next((n for n in numbers if not isinstance(n, int) or not 0 <= n < end), None)
 
 
@@ -182,4 +182,4 @@ def _is_confidence(value: object) -> bool:
 
 
 ROUNDING = 1e-3
-"""By which the softmax of a model in half precision may exceed 1."""
+"""How far the softmax of a model in half precision may exceed 1."""

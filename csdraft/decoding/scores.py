@@ -72,6 +72,14 @@ class TokenChooser:
     def __init__(self, processing: Processing, stopping: Stopping, sampler: Sampler):
         self.processing, self.stopping, self.sampler = processing, stopping, sampler
 
+    def scaled(self, logits: Tensor) -> Tensor:
+        """(..., vocab) float32 logits divided by the call's temperature (1 when greedy)."""
+        return logits.float() / (1.0 if self.sampler.greedy else self.processing.temperature)
+
+    def soft(self, logits: Tensor) -> Tensor:
+        """(..., vocab) softmax of the logits at the call's temperature (1 when greedy)."""
+        return self.scaled(logits).softmax(-1)
+
     def processed(self, row: int, text: Text, path: Sequence[int], logits: Tensor) -> Tensor:
         """(vocab,) float32 processed scores of (vocab,) raw logits after `text` and `path`."""
         if self.processing.text_blind:
@@ -197,25 +205,21 @@ class Scores:
         if self._soft is None:
             self._soft = {} if self.logits.device.type == "cpu" else self._soft_of_all()
         if (node, token) not in self._soft:
-            self._soft[node, token] = float(self._log_probs(self.raw(node))[token].exp())
+            self._soft[node, token] = float(self.chooser.scaled(self.raw(node)).log_softmax(-1)[token].exp())
         return self._soft[node, token]
 
-    def _log_probs(self, logits: Tensor) -> Tensor:
-        temperature = 1.0 if self.chooser.sampler.greedy else self.chooser.processing.temperature
-        return (logits.float() / temperature).log_softmax(-1)
-
     def _soft_of_all(self) -> dict[tuple[int, int], float]:
-        """Of every drafted token and every choice, in one copy from the device."""
+        """`soft` of every drafted token and every choice, in one copy from the device."""
         scored, drafted = set(self._after), zip(self.draft.parents, self.draft.tokens, strict=True)
         asked = [*(pair for pair in drafted if pair[0] in scored), *zip(self._after, self.choices or (), strict=False)]
         if not asked:
             return {}
         at = torch.tensor([(self._index(node), token) for node, token in asked]).to(self.logits.device)  # (asked, 2)
-        return dict(zip(asked, self._log_probs(self.logits)[at[:, 0], at[:, 1]].exp().tolist(), strict=True))
+        log_probs = self.chooser.scaled(self.logits).log_softmax(-1)  # (scored, vocab)
+        return dict(zip(asked, log_probs[at[:, 0], at[:, 1]].exp().tolist(), strict=True))
 
     def entropy(self, node: int) -> float:
-        temperature = 1.0 if self.chooser.sampler.greedy else self.chooser.processing.temperature
-        return entropy((self.raw(node).float() / temperature).softmax(-1))
+        return entropy(self.chooser.soft(self.raw(node)))
 
     def ends(self, node: int, token: int) -> bool:
         stopping = self.chooser.stopping

@@ -14,7 +14,7 @@ from csdraft.decoding.graphs import bucket
 from csdraft.decoding.inputs import Inputs, Plan
 from csdraft.decoding.interfaces import Context, Request
 from csdraft.decoding.ledger import ModelUse
-from csdraft.decoding.plans import Reading, again_in, plan_of
+from csdraft.decoding.plans import Reading, plan_of, shared_nodes
 from csdraft.decoding.processing import Place
 from csdraft.decoding.reader import Sources
 from csdraft.decoding.readers import ALONE, ReadingOptions, borrow, take_back
@@ -286,7 +286,7 @@ class Session:
         if reading.text is not text:
             self._restart(reading, text)
         self._check_factors(row, reading, length)
-        grows = reading.read == length and draft.goes_on(reading.draft)
+        grows = reading.read == length and draft.continues(reading.draft)
         cached = range(len(reading.draft)) if grows else self._keep(row, reading, draft)
         first = min(reading.read, length - 1) if ROOT in wanted else reading.read
         again = set(wanted).intersection(cached)
@@ -297,7 +297,7 @@ class Session:
         return plan_of(text, draft, first, nodes), [at[node] for node in wanted]
 
     def _keep(self, row: int, reading: Reading, draft: Draft) -> set[int]:
-        """Keeps the cached nodes that are still of use: those that became text, and those that `draft` has again.
+        """Keeps the cached nodes that are still needed: those that became text, and those that are also in `draft`.
 
         It moves both to the slots where they belong now, and drops all other nodes.
 
@@ -314,15 +314,15 @@ class Session:
             path.append(node)
             tip = node
         end = start + len(path)
-        again = again_in(old, draft, tip) if end == len(tokens) else {}  # node of `draft` -> the same node of `old`
+        shared = shared_nodes(old, draft, tip) if end == len(tokens) else {}
         moves = [(start + node, start + i) for i, node in enumerate(path)]  # (from slot, to slot)
-        moves += [(start + twin, end + node) for node, twin in again.items()]
+        moves += [(start + twin, end + node) for node, twin in shared.items()]
         moves = [(source, target) for source, target in moves if source != target]
         if moves:
             self.reader.cache.move(self.place(row), *zip(*moves, strict=True))
-        self.use.rolled_back += len(old) - len(path) - len(again)
+        self.use.rolled_back += len(old) - len(path) - len(shared)
         reading.read, reading.draft = end, Draft()
-        return set(again)
+        return set(shared)
 
     def _check_factors(self, row: int, reading: Reading, length: int) -> None:
         """Drops what was read of a row's text if all of it now needs other rotary factors than it was read with."""
@@ -334,7 +334,7 @@ class Session:
             reading.read, reading.draft, reading.long = 0, Draft(), long
 
     def _restart(self, reading: Reading, text: Text) -> None:
-        """Another text in this row: keeps the tokens that both texts begin with."""
+        """Switches the row to another text: keeps the tokens that both texts begin with."""
         common = 0
         if reading.text is not None:
             old = reading.text.tokens

@@ -13,11 +13,11 @@ from torch import nn
 
 from csdraft.decoding.names import name_of
 
-__all__ = ["home", "memory_of", "place", "setting_of", "state_of", "tensors_of"]
+__all__ = ["cost_label", "home", "memory_of", "setting_of", "state_of", "tensors_of"]
 
 
 def tensors_of(model: nn.Module) -> tuple[tuple[int, int], ...]:
-    """(address, writes) of all parameters and buffers, module by module; -1 writes for those that count none."""
+    """(address, writes) of all parameters and buffers, module by module; -1 for those that do not count writes."""
     own = [[*module._parameters.values(), *module._buffers.values()] for module in model.modules()]
     held: list[Any] = [tensor for tensors in own for tensor in tensors if tensor is not None]
     return tuple((tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version) for tensor in held)
@@ -88,7 +88,7 @@ def home(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     return device, model.dtype  # type: ignore[return-value]
 
 
-def place(model: nn.Module) -> str:
+def cost_label(model: nn.Module) -> str:
     """A label for measured costs: the model's name and dtype, and the accelerator or the CPU with its threads."""
     device, dtype = home(model)
     if device.type == "cuda":

@@ -54,7 +54,7 @@ class Together:
             self._scores = ()
 
     def drafts(self, contexts: Sequence[Context], drafts: Sequence[Draft]) -> list[Draft]:
-        """The same drafts, but padding for ended rows: so they do not end the round early for the others."""
+        """The same drafts, but padding for ended rows, so that they do not end the round early for the others."""
         longest = max(len(draft) and max(draft.depths) + 1 for draft in drafts)
         filler = Draft() if self.pad is None else Draft.chain([self.pad] * longest)
         return [
@@ -95,11 +95,11 @@ class Together:
 
 
 def check_rule(verifier: Verifier, greedy: bool, custom: Sequence[str]) -> None:
-    """Raises ValueError if a rule may emit other tokens than the target chooses: it cannot decode rows in step."""
+    """Raises ValueError if a rule may emit tokens that the target did not choose: it cannot decode rows in step."""
     if verifier.lossless and (greedy or verifier.draws == "coupled"):
         return
     raise ValueError(
-        f"verifier {type(verifier).__name__} judges the rows of a batch one after another, but "
-        f"{', '.join(custom)} may treat them differently and must see all of them at once; use verifier='match', or "
+        f"verifier {type(verifier).__name__} handles the rows of a batch one after another, but "
+        f"{', '.join(custom)} may treat rows differently and must see all of them at once; use verifier='match', or "
         "generate row by row"
     )

@@ -1,4 +1,4 @@
-"""Tree drafting: a model drafts a tree of tokens for every row, one forward a step.
+"""Tree drafting: a model drafts a tree of tokens for every row, with one forward per step.
 
 In each step every row's `Tree` names the nodes that it wants to expand. The model reads them all in one forward of the
 batch. The children of a node are the likeliest tokens after it, or tokens drawn from the model's distribution. At the
@@ -223,16 +223,16 @@ def _lead_last(growth: Growth, nodes: list[int], drawn: bool) -> list[int]:
 
     Drawn siblings must stay in order. So among drawn nodes all siblings of that end move, and the last drawn is last.
     """
-    families: dict[int, list[int]] = {}  # parent -> children
+    children: dict[int, list[int]] = {}  # parent -> children
     for node in nodes:
-        families.setdefault(growth.parents[node], []).append(node)
+        children.setdefault(growth.parents[node], []).append(node)
     lead = ROOT
-    while lead in families:
-        lead = families[lead][0]
+    while lead in children:
+        lead = children[lead][0]
     if lead == ROOT:
         return nodes
-    last = families[growth.parents[lead]] if drawn else [lead]
-    if any(node in families for node in last):
+    last = children[growth.parents[lead]] if drawn else [lead]
+    if any(node in children for node in last):
         return nodes
     moved = set(last)
     return [node for node in nodes if node not in moved] + last

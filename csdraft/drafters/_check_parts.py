@@ -1,4 +1,4 @@
-"""The check that a drafter made of drafters runs on them."""
+"""A check of the options of drafters that are made of other drafters."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from csdraft.decoding.interfaces import Budget, Context, Drafter
 __all__ = ["Lookup", "check_vocabulary", "match_evidence", "until"]
 
 LONG_MATCHES = (2, 4, 8)
-"""A match that reaches another of these lengths is the next kind of evidence."""
+"""Each of these lengths that a match reaches raises its evidence by one."""
 
 
 class Lookup(Drafter):
@@ -49,7 +49,7 @@ class Lookup(Drafter):
         return context.draft.attach(tokens, parents, context.call.level(self))
 
     def load_option(self, name: str, table: Any) -> None:
-        """Replaces the option `name` by the table that it is the path of, if it is a path."""
+        """If the option `name` is a path, replaces it by the table that is stored there."""
         if isinstance(path := getattr(self, name), str | Path):
             object.__setattr__(self, name, table.load(path))
 
@@ -59,10 +59,10 @@ def check_vocabulary(call: Call, table: str, largest: int, way_out: str) -> None
 
     Args:
         table: what the message calls it.
-        way_out: for the message: how to get a right table.
+        way_out: for the message: how to get a matching table.
     """
     if largest >= call.vocab:
-        raise ValueError(f"{table} has token {largest}, the target {call.vocab} tokens; {way_out}")
+        raise ValueError(f"{table} has token {largest}, but the target has only {call.vocab} tokens; {way_out}")
 
 
 def match_evidence(matched: int, least: int = 1) -> int:

@@ -36,7 +36,7 @@ TAIL = 7
 LOOKED_AT = 7
 """The evidence is computed from the chances of this many nodes."""
 EXPECTED = (0.3, 0.6, 1.0, 1.6)
-"""Bounds of the number of these nodes that is expected to be right: each begins the next kind of evidence."""
+"""The evidence is how many of these bounds the expected number of right nodes reaches."""
 NOTHING = 5
 """The evidence if no token is known to follow."""
 

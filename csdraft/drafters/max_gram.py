@@ -29,7 +29,7 @@ class MaxGram(Lookup):
     encoder-decoders it also searches the encoder's input; no match spans both that and the text.
 
     Args:
-        depth: tokens a round, unless a schedule or a cascade says otherwise.
+        depth: tokens per round, unless a schedule or a cascade says otherwise.
         min_match: the shortest match to copy from; 1 as in the paper.
         bigram: a `BigramTable` to draft from where nothing matches, or the path of a saved one; None drafts nothing
             there.

@@ -34,7 +34,7 @@ class ModelDrafter(Drafter):
 
     Args:
         model: a causal LM or T5-like model, a self-drafting adapter, or a path or Hub id to load one from.
-        depth: tokens a round, unless a schedule or a cascade says otherwise; levels of a tree.
+        depth: tokens per round, unless a schedule or a cascade says otherwise; levels of a tree.
         tree: how drafts branch (`csdraft/trees`); None drafts chains. A tree ignores the `stop` of a budget.
         name: its name in reports; the model's own name if empty.
     """
@@ -46,7 +46,7 @@ class ModelDrafter(Drafter):
 
     def __post_init__(self) -> None:
         if self.depth < 1:
-            raise ValueError(f"depth={self.depth} of a ModelDrafter must be at least 1; to draft nothing use none")
+            raise ValueError(f"depth={self.depth} of a ModelDrafter must be at least 1; leave it out to draft nothing")
         if self.tree is not None and not isinstance(self.tree, Tree):
             raise ValueError(
                 f"tree={self.tree!r} of a ModelDrafter is {kind_of(self.tree)}; give an object of "
@@ -97,7 +97,7 @@ class ModelDrafter(Drafter):
 
 
 def bound(drafter: Any, target: nn.Module, seen: dict[int, Any] | None = None) -> Any:
-    """A copy of `drafter` in which every part that runs on a target's layers runs on this target's.
+    """A copy of `drafter` in which every part that runs on a target's layers runs on those of `target`.
 
     Returns `drafter` itself if it has no such part.
 

@@ -39,7 +39,7 @@ class NGrammys(Lookup):
     table: SuccessorTable | str | Path | None = None
 
     def __post_init__(self) -> None:
-        check_range("a NGrammys", self, depth=None, rows=MOST_BRANCHES, match=None)
+        check_range("an NGrammys", self, depth=None, rows=MOST_BRANCHES, match=None)
         self.load_option("table", SuccessorTable)
 
     def width(self, depth: int) -> int:
@@ -75,7 +75,7 @@ class NGrammys(Lookup):
 
 
 class _Continuations:
-    """What followed each n-gram of a text, how often, and where last. Text length does not slow it down.
+    """What followed each n-gram of a text, how often, and where last. A lookup takes as long in any text.
 
     Args:
         match: tokens of an n-gram.

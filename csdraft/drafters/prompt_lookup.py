@@ -27,7 +27,8 @@ class PromptLookup(Drafter):
     It copies up to the end of the text and no further, and stops before an end-of-text token.
 
     Args:
-        depth: tokens a round, unless a schedule or a cascade says otherwise; transformers' `prompt_lookup_num_tokens`.
+        depth: tokens per round, unless a schedule or a cascade says otherwise: transformers'
+            `prompt_lookup_num_tokens`.
         max_ngram: the longest match that is tried; transformers' `max_matching_ngram_size`.
     """
 

@@ -31,7 +31,7 @@ class Reference(Lookup):
 
     Args:
         documents: the token ids of each document, a `DocumentTable` (its `encode` takes texts), or the path of one.
-        depth: tokens a round, unless a schedule or a cascade says otherwise; the paper's k.
+        depth: tokens per round, unless a schedule or a cascade says otherwise; the paper's k.
         min_match: the shortest match to copy from; the paper's n.
     """
 

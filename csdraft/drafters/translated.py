@@ -1,8 +1,8 @@
 """Translated: uses a drafter with another tokenizer, by decoding its draft to text and encoding it again.
 
 Universal assisted generation (Hugging Face, 2024; Timor et al., arXiv 2502.05202): the drafter reads the text in its
-own tokens. Its draft is decoded, encoded with the target's tokenizer, and drafted as point masses. Use it if no small
-model shares the target's vocabulary, since more of its draft would be accepted. For decoder-only targets.
+own tokens. Its draft is decoded, encoded with the target's tokenizer, and drafted as point masses. Use it only if no
+small model shares the target's vocabulary: more of such a model's draft is accepted. For decoder-only targets.
 
 Only the end of a text is translated each round. The rest is settled, up to a place where both tokenizers split the
 text. If a text is not split as its tokenizer would split it, acceptance may fall, but the output stays exact.

@@ -38,7 +38,7 @@ class Vertical(Drafter):
         drafter: writes the drafts that the reviewer checks.
         lenience: >= 1; how far below its own choice the reviewer lets a drafted token pass (1: not at all). The
             target still checks everything, so this trades acceptance for cheaper drafting, never exactness.
-        inner_length: tokens that the inner drafter drafts a round; None: its own `depth`.
+        inner_length: tokens that the inner drafter drafts per round; None: its own `depth`.
         depth: tokens wanted by default.
     """
 
@@ -85,14 +85,14 @@ class Vertical(Drafter):
             proposed = self.drafter.propose(inner, asked)
             _check_probs(inner, proposed, verifier)
             rounds = review(inner, proposed, session, level, verifier, confidence)
-            going = []
+            unfinished = []
             for i, finished in zip(live, rounds, strict=True):
                 drafts[i] = finished.extended
                 grown = len(drafts[i]) - len(contexts[i].draft)
                 ended = finished.verdict.ended or _stops(budgets[i], finished)
                 if grown < min(budgets[i].depth, limits[i]) and not ended:
-                    going.append(i)
-            live = going
+                    unfinished.append(i)
+            live = unfinished
         return drafts
 
     def _verifier(self, call: Call, level: int) -> Verifier:
@@ -107,7 +107,7 @@ class Vertical(Drafter):
 
 
 def _check_probs(contexts: Sequence[Context], drafts: Sequence[Draft], verifier: Verifier) -> None:
-    """Raises ValueError if a token's `draft_probs` are no distribution: passed on, they would bias the text."""
+    """Raises ValueError if a token's `draft_probs` are not a distribution: passed on, they would bias the text."""
     for context, draft in zip(contexts, drafts, strict=True) if verifier.draws == "independent" else ():
         if draft.probs is not None and (flaw := draft.probs.flaw(context.call.vocab, len(context.draft))):
             raise ValueError(flaw)

@@ -1,7 +1,7 @@
 """Serving engines that drafters are exported to: their names, how they are started, and what they all need.
 
-The facts are read from vLLM 0.33.0, SGLang 0.5.23 and speculators 0.9.0. What an engine needs of one kind of head
-stands in the file of its format, in `csdraft/heads/formats`.
+The facts are read from vLLM 0.33.0, SGLang 0.5.23 and speculators 0.9.0. What an engine needs of one kind of head is
+in the file of its format, in `csdraft/heads/formats`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def serve_command(
         engine: a key of `ENGINES`.
         method: the engine's name for this kind of drafting.
         target, drafter: paths or Hub ids.
-        tokens: drafted a round.
+        tokens: how many are drafted per round.
         more: keys of vLLM's speculative config beside these.
     """
     if engine == "speculators":
@@ -96,7 +96,7 @@ def with_embedding(tensors: dict[str, Tensor], target: ServedTarget) -> dict[str
 
 
 def without_embedding(tensors: dict[str, Tensor], target: ServedTarget) -> dict[str, Tensor]:
-    """Tensors without an embedding that is the target's."""
+    """Tensors without the embedding, if it equals the target's."""
     if EMBEDDING in tensors:
         own, theirs = tensors[EMBEDDING], target.embedding()
         if own.shape == theirs.shape and torch.equal(own, theirs.to(own)):
@@ -128,7 +128,7 @@ def tensor_faults(
         elif name != "d2t" and not tensors[name].is_floating_point():
             yield f"{name} is {tensors[name].dtype}, it reads float types"
     if unknown := sorted(tensors.keys() - wanted.keys() - set(ignored)):
-        yield f"{', '.join(unknown[:4])} is no tensor that it reads for this config.json"
+        yield f"{', '.join(unknown[:4])} is not a tensor that it reads for this config.json"
 
 
 def target_faults(target: ServedTarget, width: int, vocab: int, layers: Collection[int]) -> Iterator[str]:

@@ -156,7 +156,7 @@ def check_tensors(
         optional: names that may be missing.
     """
     if missing := sorted(own.keys() - state.keys() - set(optional)):
-        raise ValueError(f"{path!r} lacks {', '.join(missing[:4])}: random numbers in their place would be of no use")
+        raise ValueError(f"{path!r} lacks {', '.join(missing[:4])}; with random numbers instead it could not draft")
     if unknown := sorted(state.keys() - own.keys()):
         raise ValueError(f"{path!r} has tensors that csdraft does not know for such a head: {', '.join(unknown[:4])}")
     for name, tensor in state.items():
@@ -168,7 +168,7 @@ def check_tensors(
 
 
 def check_drafted(state: Mapping[str, Tensor], vocab: int, path: str) -> None:
-    """Raises ValueError if `d2t` leads out of the target's vocabulary, or twice to one token."""
+    """Raises ValueError if `d2t` points outside the target's vocabulary, or twice to one token."""
     if "d2t" not in state:
         return
     ids = state["d2t"].long() + torch.arange(len(state["d2t"]))  # (draft vocab,)
@@ -196,7 +196,7 @@ def as_llama(document: Mapping[str, Any], path: str, default: str = "llama") -> 
     kinds = fit(document.get("layer_types") or [], list[Any], f"{at}: layer_types")
     if any(kind != "full_attention" for kind in kinds):
         raise ValueError(f"{at}: layer_types={shown(kinds)}; csdraft reads full_attention alone")
-    keys = {key: value for key, value in document.items() if key != "layer_types"}  # which has one entry a layer
+    keys = {key: value for key, value in document.items() if key != "layer_types"}  # which has one entry per layer
     return {**(QWEN if family == "qwen3" else {}), **keys, "model_type": "llama"}
 
 
@@ -217,7 +217,7 @@ def read_layer(document: Mapping[str, Any], path: str) -> Any:
         LlamaRotaryEmbedding(config)  # it fails if a key is missing or wrong
     except BROKEN_CONFIG as error:
         said = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ValueError(f"{at} is no config of a Llama layer: {said}") from error
+        raise ValueError(f"{at} is not a config of a Llama layer: {said}") from error
     if config.hidden_act not in ACT2FN:
         raise ValueError(f"{at}: hidden_act={shown(config.hidden_act)} is unknown; get the head's own config.json")
     if (kind := config.rope_parameters.get("rope_type", "default")) in SWITCHING:

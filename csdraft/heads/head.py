@@ -1,6 +1,6 @@
 """The base of all drafting heads: a draft vocabulary, reading entry by entry, unrolling in training.
 
-A kind of head, a file of `csdraft/heads/kinds`, says what it reads (`taps`, `fuse`), what one entry computes
+A kind of head, a file of `csdraft/heads/kinds`, defines what it reads (`taps`, `fuse`), what one entry computes
 (`output`), and how logits follow from that (`draft_logits`). Entry i reads token i + 1 and the feature of token i. Its
 output has two uses: it gives the logits of token i + 2, and in a draft it is the feature of the next entry. So a
 head's output must hold everything that the head has to remember from one drafted token to the next.
@@ -121,7 +121,7 @@ class Head(PreTrainedModel, FeatureModel):
         self.register_buffer("d2t", torch.zeros(count, dtype=torch.long))
         self.make_buffers()
 
-    # What a kind says.
+    # What a kind defines.
 
     @classmethod
     def layers_of(cls, options: Any) -> int:
@@ -246,7 +246,7 @@ class Head(PreTrainedModel, FeatureModel):
         """
         cache = Steps()
         for step, mask in enumerate(step_masks(text_mask(position_ids), steps)):
-            ids = input_ids.roll(-1 - step, 1)  # tokens that wrap round the end reach no entry that counts
+            ids = input_ids.roll(-1 - step, 1)  # tokens that wrap around reach no entry that counts
             output = self.output(ids, position_ids + step, features, mask, cache)
             yield output
             features = output.detach() if self.detached else output

@@ -173,7 +173,7 @@ def _cut_configs(shared: Any, kept: list[list[int]]) -> None:
 
 
 def _cut_config(config: Any, layers: Sequence[int]) -> None:
-    """Changes a decoder-only config, with its lists of one entry a layer, to these layers."""
+    """Changes a decoder-only config, with its lists of one entry per layer, to these layers."""
     count = config.num_hidden_layers
     for key, value in list(vars(config).items()):
         if key in INDEX_LISTS and value:

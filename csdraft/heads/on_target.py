@@ -1,4 +1,4 @@
-"""What all drafters have in common that use tensors of the target itself, and are complete only once it is there."""
+"""What all drafters have in common that use tensors of the target itself, and are complete only with the target."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LOCK = threading.Lock()
 
 
 class OnTarget(nn.Module):
-    """The stored part of a drafter that stands on a target; `bind` completes it.
+    """The stored part of a drafter that uses a target's tensors; `bind` completes it.
 
     Args:
         config: of the complete model, or `name_only`: reports and model cards read `name_or_path` and `vocab_size`.
@@ -116,7 +116,7 @@ def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None
 
 
 def stored_form(model: Any, state_dict: Mapping[str, Tensor] | None = None) -> OnTarget | None:
-    """The part of a drafter that is stored, if the drafter stands on a target; None for any other model.
+    """The part of a drafter that is stored, if the drafter uses a target's tensors; None for any other model.
 
     Args:
         model: if it is complete, its attribute `stored_by` is the class of its stored part.

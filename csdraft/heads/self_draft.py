@@ -164,7 +164,7 @@ def read_adapter(path: str, **hub: Any) -> tuple[Any, dict[str, Tensor]]:
     try:
         config = peft.PeftConfig.from_pretrained(path, **hub)
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # PEFT does not check the file's values
-        raise ValueError(f"{where} is no adapter's config ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{where} is not an adapter's config ({type(error).__name__}: {error})") from error
     try:
         return config, peft.load_peft_weights(path, device="cpu", **hub)
     except SafetensorError as error:

@@ -10,11 +10,12 @@ import importlib
 import json
 import pkgutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Any, Self
+from types import ModuleType
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,7 +40,9 @@ from csdraft.heads.on_target import OnTarget, called, frozen, set_parameter
 from csdraft.heads.self_draft import HEAD, Lender, read_document, write_document
 from csdraft.stored import check_config, fit, shown
 
-__all__ = ["StoredHead", "all_formats", "head_at", "kind_at"]
+__all__ = ["StoredHead", "all_formats", "classes_in", "head_at", "kind_at"]
+
+T = TypeVar("T")
 
 LAYER_KEYS = (
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
@@ -72,7 +75,7 @@ class StoredHead(OnTarget):
         super().__init__(config, state)
         self.options, self.base = options, base
 
-    # What a format says.
+    # What a format defines.
 
     @classmethod
     def recognises(cls, config: Mapping[str, Any], names: Names) -> bool:
@@ -138,7 +141,7 @@ class StoredHead(OnTarget):
         Args:
             engine: a key of `ENGINES`.
             target: the model that it is to draft for.
-            tokens: drafted a round, for formats that say it.
+            tokens: how many are drafted per round, for formats that store it.
         """
         return self.document(), self.written()
 
@@ -169,7 +172,7 @@ class StoredHead(OnTarget):
 
     @property
     def deepest(self) -> int | None:
-        """How many tokens it can draft a round in an engine; None: any number."""
+        """How many tokens it can draft per round in an engine; None: any number."""
         return None
 
     # Binding.
@@ -324,13 +327,19 @@ class StoredHead(OnTarget):
         } | self.details()
 
 
+def classes_in(package: ModuleType, base: type[T]) -> Iterator[tuple[str, type[T]]]:
+    """(file name, class) of every subclass of `base` that a file of a package defines."""
+    for file in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"{package.__name__}.{file.name}")
+        for value in vars(module).values():
+            if isinstance(value, type) and issubclass(value, base) and value.__module__ == module.__name__:
+                yield file.name, value
+
+
 @cache
 def all_formats() -> tuple[type[StoredHead], ...]:
     """The subclasses of `StoredHead` in the folder of formats."""
-    names = sorted(f"{formats.__name__}.{module.name}" for module in pkgutil.iter_modules(formats.__path__))
-    found = [(name, value) for name in names for value in vars(importlib.import_module(name)).values()]
-    classes = [value for name, value in found if isinstance(value, type) and value.__module__ == name]
-    return tuple(kind for kind in classes if issubclass(kind, StoredHead))
+    return tuple(kind for _, kind in classes_in(formats, StoredHead))
 
 
 def head_at(path: str, **hub: Any) -> StoredHead | None:

@@ -18,7 +18,7 @@ except ImportError as error:
 
 __all__ = ["BlockEfficiency"]
 
-DESCRIPTION = """Tokens a call of the target, over all texts together; plain decoding has 1. Papers also call it mean
+DESCRIPTION = """Tokens per call of the target, over all texts together; plain decoding has 1. Papers also call it mean
 acceptance length."""
 
 INPUTS = """

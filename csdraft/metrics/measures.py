@@ -55,7 +55,7 @@ def by_position(values: Tensor, positions: Tensor) -> dict[int, float]:
         Means by position, the lowest first.
     """
     if values.shape != positions.shape:
-        raise ValueError(f"{values.numel()} values and {positions.numel()} positions; give one position a value")
+        raise ValueError(f"{values.numel()} values and {positions.numel()} positions; give one position per value")
     values = values.float()
     return {int(position): float(values[positions == position].mean()) for position in positions.unique()}
 

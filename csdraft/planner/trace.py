@@ -153,7 +153,7 @@ def measure_drafters(
     return Measured(traces, own, costs, [*map(writes, drafters)], [*map(lengths, drafters)])
 
 
-class Beats(BaseStreamer):
+class TokenTimes(BaseStreamer):
     """A streamer that records the time of each token. The prompt, which comes first, counts as one token."""
 
     def __init__(self) -> None:
@@ -168,9 +168,9 @@ class Beats(BaseStreamer):
 
 def plain_seconds(target: Any, prompt: Mapping[str, Tensor], options: Mapping[str, Any]) -> float:
     """Seconds of plain `generate`, every token at the median time: a slow one was disturbed by something else."""
-    beats, began = Beats(), time.perf_counter()
-    target.generate(**prompt, **options, streamer=beats)
-    total, steps = time.perf_counter() - began, [b - a for a, b in pairwise(beats.marks[1:])]
+    times, began = TokenTimes(), time.perf_counter()
+    target.generate(**prompt, **options, streamer=times)
+    total, steps = time.perf_counter() - began, [b - a for a, b in pairwise(times.marks[1:])]
     return total - sum(steps) + len(steps) * median(steps) if steps else total
 
 

@@ -23,7 +23,7 @@ class Recorder(Ledger):
 
     Args:
         rows: batch size.
-        diagnose: whether to compare the target's and the draft's distribution at every token that is judged.
+        diagnose: whether to compare the target's and the draft's distribution at every token that is verified.
     """
 
     def __init__(self, rows: int, diagnose: bool = False):
@@ -42,7 +42,7 @@ class Recorder(Ledger):
             )
 
     def count(self, level: int, rounds: Sequence[Round]) -> None:
-        """Counts finished rounds of the reviewer at `level`; a few microseconds a row."""
+        """Counts finished rounds of the reviewer at `level`; a few microseconds per row."""
         self.tallies[level].add(rounds)
         if level:
             return
@@ -80,8 +80,10 @@ class Recorder(Ledger):
         )
 
     def _plain_seconds(self) -> float:
-        """Estimated seconds of plain decoding for a single row: its first round, and a plain step for each further
-        token. 0 if there are more rows, or no plain step was measured."""
+        """Estimated seconds of plain decoding: the first round, and a plain step for each further token.
+
+        0 if there is more than one row, or no plain step was measured.
+        """
         if len(self.tokens) > 1 or not self.plain_step or self.first is None:
             return 0.0
         return self.first + self.plain_step * (len(self.tokens[0]) - 1)

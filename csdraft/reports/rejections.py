@@ -1,6 +1,6 @@
 """Compares expected with measured rejections, to tell whether the drafter or the verifier limits the drafts.
 
-At each position that it judges, rejection sampling rejects with a probability equal to the total variation between the
+At each position that it tests, rejection sampling rejects with a probability equal to the total variation between the
 target's distribution and the draft's. No unbiased rule that decides token by token rejects less (Yin et al., arXiv
 2411.00841). So the sum of total variations is the number of rejections to expect with the best such rule. If more are
 measured, the rule is at fault. If fewer are, siblings in a tree or a joint test of a block saved some. If the numbers
@@ -23,7 +23,7 @@ DEVIATIONS = 2.0
 
 @dataclass
 class Rejections:
-    """Counts over positions at which a verifier had a drafted token to judge.
+    """Counts over positions at which a verifier had a drafted token to test.
 
     Attributes:
         judged: positions.
@@ -38,11 +38,11 @@ class Rejections:
     variance: float = 0.0
 
     def add(self, rounds: Sequence[Round]) -> None:
-        """Counts finished rounds of independent draws, while they still have scores: O(vocabulary) a judged token."""
+        """Counts finished rounds of independent draws, while they still have scores: O(vocabulary) per position."""
         for finished in rounds:
             draft, kept = finished.draft, finished.verdict.accepted
             ended = finished.verdict.next_token is None
-            above = [finished.context.tip, *kept[: len(kept) - ended]]  # nothing is judged after the end
+            above = [finished.context.tip, *kept[: len(kept) - ended]]  # nothing is tested after the end
             for node in above:
                 if children := draft.children(node):
                     distance = total_variation(draft, children[0], finished.scores, node)

@@ -113,7 +113,7 @@ class Report:
 
     @property
     def block_efficiency(self) -> float:
-        """Emitted tokens a round: what one target call yields for a row; plain decoding has 1.
+        """Emitted tokens per round: what one target call yields for a row; plain decoding has 1.
 
         First rounds count too: such a round reads the prompt and reviews a draft in one forward.
         """

@@ -1,4 +1,4 @@
-"""Counts of what a reviewer decided about the drafts that it judged, by the level that drafted and by depth."""
+"""Counts of what a reviewer decided about its drafts, by the level that drafted and by depth."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Tally", "counted"]
 
 @dataclass
 class Tally:
-    """Counts of one reviewer's rounds; a round is one row's draft, judged in one forward.
+    """Counts of one reviewer's rounds; a round is one row's draft, reviewed in one forward.
 
     A drafted token is *tried* if all tokens before it were kept, so that the reviewer had to decide about it. Of
     siblings in a tree one is tried: the kept one, or the first if none was kept. Levels are numbers during a call, and
@@ -64,7 +64,7 @@ class Tally:
                 self.ranks.update(_ranks(finished))
 
     def named(self, names: Sequence[str]) -> Tally:
-        """A copy whose counts go by the levels' names."""
+        """A copy with the levels' names in place of their numbers."""
         counts = {
             key: Counter({names[level]: n for level, n in sorted(getattr(self, key).items())}) for key in BY_LEVEL
         }

@@ -89,7 +89,7 @@ def tables(report: Report) -> list[Table]:
 
 def review(reviewer: str, tally: Tally) -> Table:
     """What one reviewer accepted, by the level that drafted it."""
-    share = "of the text" if reviewer == "target" else "handed up"
+    share = "of the text" if reviewer == "target" else "of its draft"
     head = ("level", "drafted", "tried", "accepted", "acceptance", share)
     rows: list[tuple[str | Bar, ...]] = []
     for name, drafted in tally.drafted.items():

@@ -59,8 +59,8 @@ def plans_by_depth(
 ) -> list[Plan]:
     """One plan for each depth, made from shallow to deep.
 
-    Each depth adds the tokens that are kept so far, and the seconds to draft and review them. These seconds count only
-    as much as some row's draft is likely to get that deep.
+    Each depth adds the tokens that are kept so far, and the seconds to draft and review them. These seconds are
+    weighted by the chance that some row's draft gets that deep.
 
     Args:
         way: leading stages left out, and size of the tree.
@@ -95,7 +95,7 @@ def reason(plans: Sequence[Plan], plain: float) -> str:
     """
 
     def yields(plan: Plan) -> str:
-        return f"{plan.tokens:.1f} tokens a step at {plan.seconds / plain:.1f} steps' cost"
+        return f"{plan.tokens:.1f} tokens per step at the cost of {plan.seconds / plain:.1f} steps"
 
     best = max(plans, key=lambda plan: plan.rate)
     if best.rate * plain < MARGIN:

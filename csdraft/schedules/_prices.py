@@ -53,7 +53,7 @@ class Prices:
         self.token = [self._token(stage) for stage in range(len(self.stages))]
 
     def _token(self, stage: int) -> float:
-        """Seconds of a token that a stage drafts; before it is measured, those that `prepare` measured, or a guess."""
+        """Seconds of a token that a stage drafts; before it is measured, what `prepare` measured, or a guess."""
         models = self.stages[stage][0].models()
         if not models:
             return self.costs.token(stage, 0.0)

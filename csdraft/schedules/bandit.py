@@ -1,4 +1,4 @@
-"""Bandit: plays the arm with the most tokens a second, and sometimes tries others; an arm is who drafts how much.
+"""Bandit: plays the arm with the most tokens per second, and sometimes tries others; an arm is a way to draft.
 
 After BanditSpec (arXiv 2505.15141), whose arms are drafters and whose rule is UCB. Here an arm is a depth and a number
 of leading stages of a cascade to leave out (`Budget.skip`). Drafting nothing is an arm too. An arm's reward is the
@@ -23,11 +23,11 @@ __all__ = ["Bandit"]
 
 @dataclass(frozen=True)
 class Bandit(Schedule):
-    """Plays the arm with the highest upper bound on tokens a second.
+    """Plays the arm with the highest upper bound on tokens per second.
 
     Args:
-        depths: draft tokens a round; each depth with each number of leading stages to leave out is an arm.
-        exploration: weight of the bonus for arms with few rounds, in units of the best arm's tokens a second.
+        depths: draft tokens per round; each depth with each number of leading stages to leave out is an arm.
+        exploration: weight of the bonus for arms with few rounds, in units of the best arm's tokens per second.
         memory: about how many rounds count: every new round multiplies the older ones by 1 - 1 / memory.
         remember: whether calls learn from the drafter's earlier calls with the same target.
     """
@@ -41,7 +41,7 @@ class Bandit(Schedule):
         object.__setattr__(self, "depths", tuple(self.depths))
         if not self.depths or min(self.depths) < 1:
             raise ValueError(
-                f"depths={self.depths} must be one or more numbers >= 1; nothing drafted is always an arm"
+                f"depths={self.depths} must be one or more numbers >= 1; drafting nothing is always an arm"
             )
         if self.exploration < 0 or not self.memory > 1:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Confidence: a model drafter continues while it is sure of itself.
+"""Confidence: a model drafter continues as long as the tokens it drafts have a high probability.
 
 The dynamic stop of transformers' assisted generation (`assistant_confidence_threshold`) and of many papers: a token
 drafted with a probability below the threshold is the last of its draft. The token itself is kept, so stopping never
@@ -23,7 +23,7 @@ class Confidence(Schedule):
 
     Args:
         threshold: softmax probability in [0, 1]; 0 never stops early.
-        depth: the most draft tokens a round.
+        depth: the most draft tokens per round.
     """
 
     threshold: float = 0.4

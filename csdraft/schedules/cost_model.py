@@ -3,7 +3,7 @@
 Leviathan et al. (arXiv 2211.17192, section 3.3) choose the draft length from one acceptance rate and one cost ratio.
 This schedule measures both while it decodes. Before each round it compares plans. A plan says how many of a cascade's
 leading stages to leave out (an expensive drafter may not pay where a cheap one does), which size of tree to draft, and
-how deep. It takes the plan with the most expected tokens a second,
+how deep. It takes the plan with the most expected tokens per second,
 
     (1 + sum over i <= depth of survival[i]) / (target seconds at width depth + 1 + drafting seconds).
 
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 from csdraft.decoding.call import Call
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Schedule
-from csdraft.decoding.states import place
+from csdraft.decoding.states import cost_label
 from csdraft.schedules._plans import MARGIN, Group, Plan, plans_by_depth, reason
 from csdraft.schedules._prices import UNREAD, Prices
 from csdraft.tables.costs import STREAK, Costs, Learned, Survival, Way
@@ -38,7 +38,7 @@ DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
 PROVEN = 2.0
 """A plan that looks this many times faster than plain decoding is taken before the plain step was measured."""
 PATIENCE = 3
-"""Rounds after which a plain step is made to measure it, unless a plan is proven."""
+"""After this many rounds a plain step is run to measure it, unless a plan is proven."""
 FIRST_DEPTH, FIRST_COPY = 2, 8
 """The largest depth of the first draft, of models and of other drafters. Trials of other stages draft FIRST_DEPTH."""
 TRIAL_PAUSE = 16.0
@@ -61,7 +61,7 @@ LEARNING, SETTLED_FOR = 16, 4
 
 @dataclass(frozen=True)
 class CostModel(Schedule):
-    """Chooses stages and depth each round by expected tokens a second (see the module).
+    """Chooses stages and depth each round by expected tokens per second (see the module).
 
     Args:
         most: the largest depth; None: a cascade's own limit, or for a single drafter 20 or twice `Drafter.depth`.
@@ -106,7 +106,7 @@ class CostModelRun(Schedule):
 
         # The current round.
         self.evidence: list[int] = []  # (rows,)
-        self.kind = MIXED  # the evidence of a single row, or MIXED; choices are kept apart by it
+        self.kind = MIXED  # the evidence of a single row, or MIXED; each kind has its own choices
         self.way, self.depth, self.is_trial = self.ways[0], 0, False
         self.asked: list[int] = []  # (rows,) tokens asked for
         self.reads_much = False  # whether a drafter model must first read much text
@@ -117,13 +117,13 @@ class CostModelRun(Schedule):
         self._known: dict[tuple[int, Way], Survival] = {}  # since the last draft
         self._streaky = bool(drafter.models())  # models are right, or wrong, in stretches
         self._kept_all: set[int] = set()  # rows that kept all of the last draft, if streaky
-        self._tells: set[Way] = set()  # ways with a drafter that predicts its own yield (`Drafter.expected`)
+        self._predicting: set[Way] = set()  # ways with a drafter that predicts its own yield (`Drafter.expected`)
         self._charged = [(0.0, 0.0)] * len(self.stages)  # (stages,) seconds and tokens up to the last round
 
     def _saved(self) -> Learned:
         """What a drafter's first call starts from: the costs that its cascade saved for this target and device."""
         saved = self.drafter.memory.saved
-        table = saved.get(place(self.call.target)) if saved else None
+        table = saved.get(cost_label(self.call.target)) if saved else None
         return Learned(Costs.from_list(table)) if table else Learned()
 
     # What to draft.
@@ -137,7 +137,7 @@ class CostModelRun(Schedule):
         if not holds:
             self.prices.update(contexts)
             self.way, self.depth = self._choose(contexts, max(rooms) + 1)
-            settled = self.rounds > LEARNING and not self.is_trial and kind != MIXED and not self._tells
+            settled = self.rounds > LEARNING and not self.is_trial and kind != MIXED and not self._predicting
             holds = SETTLED_FOR if settled else 1
         self._settled[kind] = (self.way, self.depth, holds - 1)
         skip, size = self.way
@@ -160,7 +160,7 @@ class CostModelRun(Schedule):
         """
         plain = self.prices.plain
         plans = [plan for way in self.ways for plan in self._plans_of(way, contexts, remaining)]
-        survivals = {way: self._survival(self.kind, way) for way in self.ways if way not in self._tells}
+        survivals = {way: self._survival(self.kind, way) for way in self.ways if way not in self._predicting}
         self.plans[self.kind] = plans
         best = max(plans, key=lambda plan: self._preference(plan, remaining), default=None)
         if best is not None and best.rate * plain < MARGIN:
@@ -186,8 +186,8 @@ class CostModelRun(Schedule):
 
         Depths grow slowly: the largest is about twice the largest that was asked for before.
         """
-        if (told := self._told(way, contexts, remaining)) is not None:
-            return [told]
+        if (predicted := self._predicted(way, contexts, remaining)) is not None:
+            return [predicted]
         known = [(self._survival(evidence, way), self.evidence.count(evidence)) for evidence in set(self.evidence)]
         first = FIRST_DEPTH if self.stages[way.skip][0].models() else FIRST_COPY
         most = min(self.most, 2 * max(len(survival.asked) for survival, _ in known) + first, remaining - 1)
@@ -196,7 +196,7 @@ class CostModelRun(Schedule):
         reading = self.prices.reading(way.skip, contexts) / remaining
         return plans_by_depth(way, depths, groups, self.prices, reading, optimistic)
 
-    def _told(self, way: Way, contexts: Sequence[Context], remaining: int) -> Plan | None:
+    def _predicted(self, way: Way, contexts: Sequence[Context], remaining: int) -> Plan | None:
         """The plan of a drafter that predicts its own yield (`Drafter.expected`); None for other drafters."""
         stage, depth = self.stages[way.skip][0], min(self.most, remaining - 1)
         if way.size is None or depth < 1:
@@ -205,7 +205,7 @@ class CostModelRun(Schedule):
         known = [one for one in found if one is not None]
         if len(known) < len(found):
             return None
-        self._tells.add(way)
+        self._predicting.add(way)
         width = 1 + max([nodes for _, nodes in known])
         tokens = 1 + sum([tokens for tokens, _ in known]) / len(known)
         return Plan(way, depth, tokens, self.prices.forward(width), width)
@@ -276,7 +276,7 @@ class CostModelRun(Schedule):
         self._learn_drafting(max(r.depth for r in rounds), draft_seconds)
 
     def _learn_drafting(self, depth: int, draft_seconds: float) -> None:
-        """Learns the seconds a token of every stage that drafted; a single drafter is charged all of them."""
+        """Learns the seconds per token of every stage that drafted; a single drafter is charged all of them."""
         charged = [(draft_seconds, depth)]
         if len(self.stages) > 1:
             now = [self.call.ledger.stage(drafter) for drafter, _ in self.stages]

@@ -33,7 +33,7 @@ class Entropy(Schedule):
             entropy of 1 / gamma nats.
         rate: the acceptance rate to aim for. While fewer tokens are kept, the threshold rises and drafts get shorter;
             otherwise it falls. None: the threshold does not change.
-        depth: the most draft tokens a round.
+        depth: the most draft tokens per round.
     """
 
     gamma: float = 0.2
@@ -52,7 +52,7 @@ class Entropy(Schedule):
             raise ValueError(f"depth={self.depth} must be at least 1")
 
     def start(self, call: Call, drafter: Drafter) -> Schedule:
-        return self if self.rate is None else Following(self, self.rate)
+        return self if self.rate is None else EntropyRun(self, self.rate)
 
     def budgets(self, contexts: Sequence[Context], rooms: Sequence[int], drafter: Drafter) -> list[Budget]:
         return [self.budget(room, self.threshold) for room in rooms]
@@ -66,7 +66,7 @@ class Entropy(Schedule):
         return Budget(min(self.depth, room), min(self.depth, room), stop=unsure)
 
 
-class Following(Schedule):
+class EntropyRun(Schedule):
     """The thresholds of one call; each row of a batch has its own."""
 
     def __init__(self, options: Entropy, rate: float):

@@ -12,10 +12,10 @@ __all__ = ["Fixed"]
 
 @dataclass(frozen=True)
 class Fixed(Schedule):
-    """Asks for `depth` tokens a round.
+    """Asks for `depth` tokens per round.
 
     Args:
-        depth: draft tokens a round; None: the drafter's default (`Drafter.depth`).
+        depth: draft tokens per round; None: the drafter's default (`Drafter.depth`).
     """
 
     depth: int | None = None

@@ -17,7 +17,7 @@ __all__ = ["Heuristic"]
 
 @dataclass(frozen=True)
 class Heuristic(Schedule):
-    """One depth a row, moved by +2 or -1 after every round.
+    """One depth per row, moved by +2 or -1 after every round.
 
     Args:
         depth: draft tokens of the first round; None: the drafter's default (`Drafter.depth`).
@@ -34,10 +34,10 @@ class Heuristic(Schedule):
             raise ValueError(f"depth={self.depth} must lie between 1 and most={self.most}")
 
     def start(self, call: Call, drafter: Drafter) -> Schedule:
-        return Moving(self, drafter.depth if self.depth is None else self.depth)
+        return HeuristicRun(self, drafter.depth if self.depth is None else self.depth)
 
 
-class Moving(Schedule):
+class HeuristicRun(Schedule):
     """The depths of one call; each row has its own."""
 
     def __init__(self, options: Heuristic, first: int):

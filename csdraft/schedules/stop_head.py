@@ -2,7 +2,7 @@
 
 SpecDec++ (arXiv 2405.19715) shows that the best policy stops when the probability of at least one rejection exceeds a
 threshold. That is one minus the product of the tokens' predicted chances to be kept. A small head predicts the
-chances; `csdraft.trainers.stop_head` trains it in seconds on drafts that a target has judged. It reads confidence,
+chances; `csdraft.trainers.stop_head` trains it in seconds on drafts that a target has verified. It reads confidence,
 entropy and depth instead of the paper's hidden state, so it knows the token just drafted, while the paper's head is
 one token behind. Without a head, the confidence is taken as the chance: a baseline that needs no training.
 """
@@ -26,7 +26,7 @@ class StopHead(Schedule):
     Args:
         head: a trained head, or the path of a saved one; None takes the confidence as the chance.
         threshold: in [0, 1]; larger drafts longer, and 1 never stops early. The paper's best is 0.7.
-        depth: the most draft tokens a round.
+        depth: the most draft tokens per round.
     """
 
     head: AcceptanceHead | str | Path | None = None

@@ -1,4 +1,4 @@
-"""Tables in safetensors files: how one is written, and how one that may come from anywhere is read and checked."""
+"""Tables in safetensors files: writes them, and reads and checks files that may come from anywhere."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TYPES = {"F32": np.float32, "I32": np.int32, "I64": np.int64}
 
 
 def write_arrays(path: str | Path, format: str, arrays: Mapping[str, np.ndarray], **metadata: str) -> None:
-    """Writes a table's file, and the folders above it."""
+    """Writes a table's file; makes the folders above it."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     save_file({name: np.atleast_1d(values) for name, values in arrays.items()}, path, {"format": format, **metadata})
 
@@ -34,7 +34,7 @@ def read_arrays(
 
     Args:
         format: what the metadata must call the format.
-        way_out: for messages: how to get a right file.
+        way_out: for messages: how to get a valid file.
 
     Raises:
         ValueError: the file is of another kind; the message names it.

@@ -19,7 +19,7 @@ __all__ = ["AdjacencyTable"]
 
 FORMAT = "csdraft-adjacency-1"
 KEPT = 8
-"""Successors kept a token, as in the paper."""
+"""Successors kept per token, as in the paper."""
 UNKNOWN = -1
 
 
@@ -55,8 +55,8 @@ class AdjacencyTable:
                 self._target = weakref.ref(target)
             if self._target() is not target:
                 raise ValueError(
-                    "this adjacency table was learned from another target; give each target its own table, or no "
-                    "table: then one is made for each"
+                    "this adjacency table was learned from another target; give each target its own table, or none: "
+                    "then one is made for each"
                 )
 
     def copy(self) -> AdjacencyTable:

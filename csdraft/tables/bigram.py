@@ -19,7 +19,7 @@ __all__ = ["BigramTable"]
 
 UNKNOWN = -1
 CHUNK = 1 << 22
-"""Tokens that are counted at once, for memory's sake."""
+"""Tokens that are counted at a time, to save memory."""
 
 
 @dataclass(frozen=True, eq=False)

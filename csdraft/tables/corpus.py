@@ -24,7 +24,7 @@ SPAN = 16
 
 
 class CorpusIndex:
-    """An index that never changes, so threads may share it. Of a file, only the pages that are read are loaded.
+    """An index that never changes, so threads may share it. Only those pages of a file are loaded that are read.
 
     Args:
         backwards: (tokens,) int32 the documents, last token first; in reading order each document ends with a -1.
@@ -81,7 +81,7 @@ class CorpusIndex:
     def build(
         cls, documents: Iterable[Sequence[int]], progress: Callable[[str, float], None] | None = None
     ) -> CorpusIndex:
-        """Indexes documents of token ids. The index has 8 bytes a token; building it takes about 50 bytes a token.
+        """Indexes documents of token ids. The index has 8 bytes per token; building it takes about 50 bytes per token.
 
         Raises:
             ValueError: a token id is negative, no document has two tokens, or there are 2 ** 31 tokens or more.

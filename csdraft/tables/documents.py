@@ -20,7 +20,7 @@ FORMAT = "csdraft-documents-1"
 
 
 class DocumentTable:
-    """It never changes, so threads may share it. Once it is searched it takes about 150 bytes a token.
+    """A table that never changes, so threads may share it. Once it is searched it takes about 150 bytes per token.
 
     Args:
         documents: token ids of each document; empty documents are left out.

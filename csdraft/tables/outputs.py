@@ -45,8 +45,8 @@ class OutputTable:
     Threads may share one.
 
     Args:
-        max_tokens: the most tokens that it holds; each takes about 140 bytes. Of an output it keeps the last
-            tokens, at most half as many.
+        max_tokens: the most tokens that it holds; each takes about 140 bytes. Of each output it keeps at most half as
+            many, the last ones.
 
     Attributes:
         lock: held while it changes.

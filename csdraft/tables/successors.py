@@ -77,7 +77,7 @@ class SuccessorTable(ArrayTable):
             rows: how many likeliest successors to keep for each token.
             length: tokens of a continuation. Each after the first costs `rows` sequences for each vocabulary token.
             prefix: tokens before each token, such as a begin-of-text token if the model always expects one.
-            batch: sequences a forward.
+            batch: sequences per forward.
         """
         vocab = model.config.get_text_config(decoder=True).vocab_size  # type: ignore[union-attr,operator]
         device = next(model.parameters()).device

@@ -1,6 +1,6 @@
 """A suffix automaton with counts: for every string in a token sequence, how often it occurs, where last, what follows.
 
-Blumer et al., "The smallest automaton recognizing the subwords of a text" (1985); online, O(1) amortised a token.
+Blumer et al., "The smallest automaton recognizing the subwords of a text" (1985); online, O(1) amortised per token.
 Max-Gram uses the places, suffix decoding the counts; both share one automaton for each text.
 """
 

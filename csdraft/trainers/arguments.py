@@ -42,7 +42,7 @@ class RunArguments(TrainingArguments):
 
 
 def read_arguments(cls: type[T], config: str | None, overrides: list[str]) -> T:
-    """`cls` from the keys of the YAML file `config` and from `key=value` strings, which win."""
+    """`cls` from the keys of the YAML file `config` and from `key=value` strings, which take precedence."""
     return make_arguments(cls, read_values(config, overrides))
 
 

@@ -1,4 +1,4 @@
-"""The trainer under all trainings here: an exact order of the data, exact resumes, and a stop at the first nan."""
+"""The base of all trainers here: an exact order of the data, exact resumes, and a stop at the first nan."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class Steps:
         self._parts: list[Tensor] = []
 
     def begin(self, batches: Sequence[dict[str, Any]]) -> None:
-        """A step of these micro-batches begins."""
+        """Begins a step of these micro-batches."""
         self._parts.clear()
         self.tokens = sum(
             batch[name].numel() for batch in batches for name in ("input_ids", "decoder_input_ids") if name in batch
@@ -273,7 +273,7 @@ class BaseTrainer(SavingTrainer):
         )
 
     def _way_out(self) -> str:
-        """What the user can do: load another model if its weights are not finite, else train more gently."""
+        """What the user can do: load another model if its weights are not finite, else change training options."""
         for what, model in self.models():
             if name := first_non_finite(model.named_parameters()):
                 return f"{what} has weights that are not finite ({name}): load another one"

@@ -1,8 +1,8 @@
 """Checkpoints of a run: which are whole, which is the newest, and a trainer that writes whole ones only.
 
 `run.json` is written last and lists every file with its size and checksum. A kill, a full disk or a power failure can
-leave a checkpoint without it, or with a file that is missing or differs. Such a checkpoint is passed over. Checkpoints
-are looked at from the newest on, up to the first whole one.
+leave a checkpoint without it, or with a file that is missing or differs. Such a checkpoint is skipped: a run resumes
+from the newest whole one.
 """
 
 from __future__ import annotations
@@ -236,14 +236,14 @@ class SavingTrainer(Trainer):
             )
 
     def last_whole(self) -> str:
-        """Words for messages about the last whole checkpoint."""
+        """A sentence for messages about the last whole checkpoint."""
         last = last_checkpoint(self.args.output_dir or "")
         return f"The last whole checkpoint is {last}" if last else "There is no checkpoint yet"
 
     def together(self, folder: str | Path, write: Callable[[], None]) -> None:
         """Calls `write` on every process. If one of them cannot write, all raise its error, so that none waits.
 
-        Under DeepSpeed and FSDP the processes talk while they write: there, the failing process raises at once.
+        Under DeepSpeed and FSDP the processes communicate while they write: there, the failing process raises at once.
         """
         stopped: Stopped | None = None
         try:

@@ -60,7 +60,7 @@ def leave_group() -> None:
 
 @contextmanager
 def one_line_errors(folder: str = "", module: str = "csdraft") -> Iterator[None]:
-    """Inside, an error that the user can fix ends the program with one line and status 1, Ctrl-C with status 130.
+    """While entered, errors that the user can fix end the program with one line and status 1, Ctrl-C with status 130.
 
     Args:
         folder: where the program writes.
@@ -84,7 +84,7 @@ def recipe_parser(doc: str | None, kind: type, required: bool = False) -> argpar
         description=doc, epilog=help_of(kind), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=required, help="a flat YAML file of the keys below")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="win over the file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override the file")
     return parser
 
 

@@ -102,7 +102,7 @@ class DrafterTrainer(BaseTrainer):
 
     @contextmanager
     def _as_pair(self) -> Iterator[None]:
-        """Inside, `model` is the student with its loss, for the code of transformers that wraps or saves it."""
+        """While entered, `model` is the student with its loss, for the code of transformers that wraps or saves it."""
         before, self.model = self.model, self._pair
         if self.model_wrapped is before:
             self.model_wrapped = self._pair

@@ -70,7 +70,7 @@ class Evaluation:
 
     @torch.no_grad()
     def block_efficiencies(self, target: Any, student: nn.Module, sampled: bool) -> list[float]:
-        """(prompts,) tokens a call of the target, of each prompt."""
+        """(prompts,) tokens per call of the target, for each prompt."""
         found = []
         for _, prompts in self._batches(slice(None)):
             report, _ = self._decode(target, student, prompts, sampled)
@@ -134,7 +134,7 @@ class Evaluation:
             acceptance: mean of `csdraft.metrics.measures.expected_acceptance` along sampled texts;
             acceptance_from_<n>: the same over each text's new tokens n to 2 n - 1, counted from 1;
             agreement: share of equal greedy choices along greedy texts;
-            block_efficiency, block_efficiency_sampled: tokens a call of the target, at temperature 0 and at
+            block_efficiency, block_efficiency_sampled: tokens per call of the target, at temperature 0 and at
                 `temperature`; with `_low` and `_high` appended, the 95 % bootstrap intervals over prompts;
             prompts: how many there were;
             accepted_<n>: how often the n-th drafted token was kept when those before it were, greedy.
@@ -181,7 +181,7 @@ def check_figure(name: str, depth: int, new_tokens: int) -> None:
     counted = [f"accepted_{n}" for n in range(1, depth + 1)] + [f"acceptance_from_{n}" for n in _starts(new_tokens)]
     if name not in [*known, *counted]:
         raise ValueError(
-            f"metric_for_best_model={name!r} is no figure of the evaluation; give one of {', '.join(known)}, "
+            f"metric_for_best_model={name!r} is not a figure of the evaluation; give one of {', '.join(known)}, "
             f"{counted[0]} to {counted[depth - 1]}, or {', '.join(counted[depth:])}"
         )
 

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM or the end of its launcher stop a training after the current step, with a checkpoint."""
+"""Stops a training after the current step, with a checkpoint, at Ctrl-C, SIGTERM or the end of its launcher."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Interrupt(TrainerCallback):
 
     @property
     def stopped(self) -> bool:
-        """Whether a signal has come."""
+        """Whether a signal was received."""
         return self.number != 0
 
     @property
@@ -60,7 +60,7 @@ class Interrupt(TrainerCallback):
         if not self.stopped:
             if Part.of_environment().rank == 0:
                 name = signal.Signals(number).name
-                print(f"\n{name}: saving after this step; once more to stop at once", flush=True)
+                print(f"\n{name}: saving after this step; send it again to stop at once", flush=True)
             self.number, self._since = number, time.monotonic()
         elif time.monotonic() - self._since > ECHO:
             self.restore()
@@ -82,7 +82,7 @@ class Interrupt(TrainerCallback):
         self.restore()
 
     def restore(self) -> None:
-        """Gives the signals back to their earlier handlers."""
+        """Restores the earlier signal handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}

@@ -48,7 +48,7 @@ class Objective:
         target_temperature: divides the target's logits. Distil at the temperature at which drafts will be used
             (Temperature-KD, arXiv 2410.10141).
         chunk: positions whose logits are held at once, see `peak_bytes`. On a CPU, 128 to 512 were as fast as whole
-            batches, although heads then run twice a step.
+            batches, although heads then run twice per step.
 
     Raises:
         ValueError: a loss or option is unknown, or a value is invalid.

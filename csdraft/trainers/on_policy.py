@@ -146,7 +146,7 @@ def _chosen(batch: dict[str, Tensor], span: Span, share: float, keys: Sequence[i
 
 
 def _coin(tokens: list[int], keys: Sequence[int]) -> float:
-    """A number from 0 to 1 for each text and step. (With a checksum, the same texts would be chosen together.)"""
+    """A pseudo-random number from 0 to 1 for each text and step. (A checksum would choose the same texts together.)"""
     digest = hashlib.blake2b(repr((tokens, list(keys))).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 

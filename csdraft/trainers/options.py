@@ -67,7 +67,7 @@ def check_options(folder: str, before: dict[str, Any], now: dict[str, Any]) -> N
         before, now: from `options_of`.
     """
     known = all(isinstance(options.get(key), int) for options in (before, now) for key in CUTS)
-    if known and before.get("engine") is None and rows_a_step(before) == rows_a_step(now):
+    if known and before.get("engine") is None and rows_per_step(before) == rows_per_step(now):
         before = {key: value for key, value in before.items() if key not in CUTS}
     check_unchanged(
         f"{folder} holds a run with",
@@ -79,7 +79,7 @@ def check_options(folder: str, before: dict[str, Any], now: dict[str, Any]) -> N
     )
 
 
-def rows_a_step(options: dict[str, Any]) -> int:
+def rows_per_step(options: dict[str, Any]) -> int:
     """Rows that all processes read in one step."""
     return math.prod(options[key] for key in CUTS)
 

@@ -42,7 +42,7 @@ class Line(ProgressCallback):
         trainer.add_callback(cls(trainer))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The steps of a run that is resumed took no time now."""
+        """In a resumed run, the earlier steps do not count for the speed."""
         super().on_train_begin(args, state, control, **kwargs)
         self.current_step = state.global_step
         if self.training_bar is not None:

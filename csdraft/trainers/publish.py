@@ -39,7 +39,7 @@ CARD = Path(__file__).with_name("drafter_card.md")
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "deepspeed")
 LICENSE = ("license", "license_name", "license_link")
 DRAFTED = 3
-"""Drafted tokens a round in the commands of engines, which have no schedules."""
+"""Drafted tokens per round in the commands of engines, which have no schedules."""
 FIGURES = {
     "eval_block_efficiency": "block efficiency, greedy",
     "eval_block_efficiency_sampled": "block efficiency, sampled",

@@ -133,7 +133,7 @@ def check_engines(args: DistillArguments) -> None:
     """Raises ValueError if the chosen engine cannot train the student. Says so if only one process was started."""
     check_engine(args.kind.shares_target, args.deepspeed, args.fsdp)
     if args.muon and (engine := chosen_engine(args.deepspeed, args.fsdp)):
-        raise ValueError(f"muon=true needs whole matrices, which {engine} cuts up; leave muon out, or use DDP")
+        raise ValueError(f"muon=true needs whole matrices, which {engine} splits; leave muon out, or use DDP")
     version = (args.fsdp_plugin_args or {}).get("fsdp_version", int(os.environ.get("FSDP_VERSION", 1)))
     if (args.fsdp or uses("FSDP")) and version != 2:
         raise ValueError(
@@ -141,7 +141,7 @@ def check_engines(args: DistillArguments) -> None:
         )
     if {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= os.environ.keys() and "LOCAL_RANK" not in os.environ:
         say(
-            "accelerate launch was asked for several processes and has started one; leave out --cpu and take "
+            "accelerate launch was asked for several processes and has started one; leave out --cpu and use "
             "recipes/accelerate/cpu.yaml"
         )
 
@@ -171,7 +171,7 @@ def check_context(args: DistillArguments) -> None:
 
 
 def check_tokenizers(student: str, target: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ValueError unless student and target have the same ids for the same words."""
+    """Raises ValueError unless student and target have the same ids for the same tokens."""
     try:
         own = AutoTokenizer.from_pretrained(student)
     except (OSError, ValueError):

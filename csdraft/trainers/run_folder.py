@@ -168,7 +168,7 @@ class RunFolder:
             return
         if self.args.resume_from_checkpoint in (None, True):
             for name, reason in passed_over(str(self.folder)).items():
-                say(f"passed over {self.folder / name}, which is not whole: {reason}")
+                say(f"skipped {self.folder / name}, which is not whole: {reason}")
         if self.checkpoint is not None:
             say(f"resumed from {self.checkpoint}")
 
@@ -177,7 +177,7 @@ class RunFolder:
         assert self._done is not None
         steps = self._done["state"]["global_step"]
         compared = self._has_read_data or None not in (self._done.get("files"), self._files)
-        doubt = "" if compared else " Its data were not read: whether they have changed is not known."
+        doubt = "" if compared else " Its data was not read: whether it has changed is not known."
         further = "To train further raise max_steps or num_train_epochs"
         if last_checkpoint(str(self.folder)) is None:
             further += " (from the first step: no checkpoint is left)"
@@ -187,7 +187,7 @@ class RunFolder:
                     "student=FOLDER (model=FOLDER of pretrain.py) and another output_dir"
                 )
         return (
-            f"finished: {self.folder} holds the result of all {steps} steps; nothing is done.{doubt} {further}; "
+            f"finished: {self.folder} holds the result of all {steps} steps; nothing to do.{doubt} {further}; "
             "to begin again give another output_dir, or resume_from_checkpoint=false"
         )
 

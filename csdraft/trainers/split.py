@@ -84,7 +84,7 @@ def logits_of(tokens: Tensor, head: Callable[[Tensor], Tensor]) -> Callable[[Ten
         head: of a frozen model, see `head_of`.
     """
     if isinstance(head, LmHead):
-        return partial(head.some, tokens)
+        return partial(head.logits_of, tokens)
     return lambda hidden: head(hidden)[:, tokens.to(hidden.device)]
 
 
@@ -94,16 +94,16 @@ class LmHead:
 
     Args:
         model: its parts are looked up in each call, since wrappers replace them.
-        parts: name of the output layer -> its rows of some tokens, kept by `some`; empty where rows do not suffice.
+        parts: name of the output layer -> its rows of some tokens, kept by `logits_of`; empty if they are not enough.
     """
 
     model: nn.Module
     parts: dict[str, nn.Module] | None = None
 
-    def some(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """(positions, tokens) logits of some tokens, by their rows of the output layer alone where that is enough.
+    def logits_of(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """(positions, tokens) logits of some tokens, from their rows of the output layer alone where that is enough.
 
-        It is not where a family treats tokens differently, so both ways are compared first.
+        That is not enough where a family treats tokens differently, so both ways are compared first.
         """
         few, own = hidden[:2], tokens.to(hidden.device)
         if self.parts is None and len(few):
@@ -116,7 +116,7 @@ class LmHead:
     def __call__(self, hidden: Tensor, parts: Mapping[str, nn.Module] | None = None) -> Tensor:
         modules: dict[str, Any] = {**self.model._modules, **(parts or {})}
         for name in _bodies(self.model):
-            modules[name] = Given(hidden[None], modules[name])
+            modules[name] = FixedBody(hidden[None], modules[name])
         stand_in = object.__new__(type(self.model))
         stand_in.__dict__.update(self.model.__dict__, _modules=modules)
         # The class's forward: a forward set on the model (by accelerate's hooks) would run the model itself.
@@ -139,8 +139,8 @@ def _rows_of_output_layer(model: nn.Module, tokens: Tensor) -> dict[str, nn.Modu
     return {}
 
 
-class Given:
-    """Stands in for a model's body: returns the given hidden states when called, else acts as the body."""
+class FixedBody:
+    """Stands in for a model's body: returns the given hidden states when called; attributes are the body's."""
 
     def __init__(self, hidden: Tensor, body: nn.Module):
         self.output = Output(last_hidden_state=hidden)
@@ -199,7 +199,7 @@ def _can_split(model: nn.Module) -> bool:
         if reason is not None:
             warnings.warn(
                 f"{name_of(model)}: {reason}; logits of all positions are held at once, so memory grows with "
-                "the length of a batch: use shorter or fewer texts a batch, or a model of another family",
+                "the length of a batch: use shorter or fewer texts per batch, or a model of another family",
                 stacklevel=3,
             )
         _splits[model] = reason is None
@@ -208,7 +208,7 @@ def _can_split(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def _difference(model: nn.Module) -> str | None:
-    """Tries whether body and head give the model's logits. Returns the reason if not, else None."""
+    """Tests whether body and head give the model's logits. Returns the reason if not, else None."""
     inner: Any = base_model(model)
     if not _bodies(inner):
         return "it has no part that makes the hidden states where transformers' families have it"
@@ -218,12 +218,12 @@ def _difference(model: nn.Module) -> str | None:
         try:
             parts = LmHead(inner)(_run_body(inner, **inputs).last_hidden_state[0])[None]
         except Exception as error:  # any family's code may fail in its own way
-            return f"its body and head cannot be run apart ({type(error).__name__}: {error})"
-    return None if _close(parts, whole) else "its body and head, run apart, give other logits than it does"
+            return f"its body and head cannot be run separately ({type(error).__name__}: {error})"
+    return None if _close(parts, whole) else "its body and head, run separately, give other logits than the model"
 
 
 def _close(found: Tensor, wanted: Tensor) -> bool:
-    """Whether the logits are the same, rounding apart."""
+    """Whether the logits are the same up to rounding."""
     tolerance = TOLERANCE.get(wanted.dtype, 0.05)
     found, wanted = found.detach().float().to(wanted.device), wanted.detach().float()
     largest = float(wanted.where(wanted.abs() < MASKED, 0).abs().max())

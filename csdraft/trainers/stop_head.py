@@ -53,11 +53,11 @@ class Examples:
         return Examples(self.heard[:at], self.kept[:at]), Examples(self.heard[at:], self.kept[at:])
 
 
-class Listening(Schedule):
-    """Drafts to a fixed depth. Notes the inputs of a stop rule for each token, and whether the token was accepted.
+class RecordingSchedule(Schedule):
+    """Drafts to a fixed depth. Records the inputs of a stop rule for each token, and whether the token was accepted.
 
     Args:
-        depth: draft tokens a round.
+        depth: draft tokens per round.
     """
 
     def __init__(self, depth: int):
@@ -69,7 +69,7 @@ class Listening(Schedule):
     def budgets(self, contexts: Sequence[Context], rooms: Sequence[int], drafter: Drafter) -> list[Budget]:
         self._rows = {context.row: [] for context in contexts}
         depths = [min(self.depth, room) for room in rooms]
-        stops = [_note_and_continue(self._rows[context.row]) for context in contexts]
+        stops = [_recorder(self._rows[context.row]) for context in contexts]
         return [Budget(d, d, confidence=True, stop=stop) for d, stop in zip(depths, stops, strict=True)]
 
     def observe(self, rounds: Sequence[Round], draft_seconds: float, score_seconds: float) -> None:
@@ -86,8 +86,8 @@ class Listening(Schedule):
                     self.kept.append(node in accepted)
 
 
-def _note_and_continue(row: list[tuple[float, float, int]]) -> Callable[[float, Callable[[], float]], bool]:
-    """A stop rule that notes its inputs in `row` and never stops."""
+def _recorder(row: list[tuple[float, float, int]]) -> Callable[[float, Callable[[], float]], bool]:
+    """A stop rule that records its inputs in `row` and never stops."""
 
     def never(confidence: float, entropy: Callable[[], float]) -> bool:
         row.append((confidence, entropy(), len(row)))
@@ -105,14 +105,14 @@ def harvest(
         target: a model whose `generate` takes `assistant=`.
         drafter: drafts chains with a model, alone or in a cascade.
         batches: inputs of `generate`.
-        depth: draft tokens a round; a deeper draft gives examples of deeper tokens.
+        depth: draft tokens per round; a deeper draft gives examples of deeper tokens.
         options: of `generate`: the verifier, sampling and length that the head will be used with.
     """
-    listening = Listening(depth)
+    recording = RecordingSchedule(depth)
     for batch in batches:
-        target.generate(**batch, assistant=drafter, schedule=listening, strict=True, reuse=False, **options)
-    heard = np.array(listening.heard, dtype=np.float64).reshape(-1, 3)
-    return Examples(heard, np.array(listening.kept, dtype=bool))
+        target.generate(**batch, assistant=drafter, schedule=recording, strict=True, reuse=False, **options)
+    heard = np.array(recording.heard, dtype=np.float64).reshape(-1, 3)
+    return Examples(heard, np.array(recording.kept, dtype=bool))
 
 
 def fit(
@@ -132,7 +132,7 @@ def fit(
     """
     if len(examples) < FEWEST or examples.kept.all() or not examples.kept.any():
         raise ValueError(
-            f"{len(examples)} judged tokens, {int(examples.kept.sum())} of them kept: at least {FEWEST} are needed, "
+            f"{len(examples)} verified tokens, {int(examples.kept.sum())} of them kept: at least {FEWEST} are needed, "
             "some kept and some not; harvest more texts, with a drafter that has a model"
         )
     table = [AcceptanceHead.features(c, h, int(d)) for c, h, d in examples.heard]

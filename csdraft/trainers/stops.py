@@ -28,7 +28,7 @@ WRITER_ERRORS = ("inline_container", "iostream error", "I/O error", "os error")
 
 
 class Stopped(RuntimeError):
-    """The run cannot continue. The message is all the user needs: scripts print it and exit with status 1."""
+    """The run cannot continue. The message tells the user all they need: scripts print it and exit with status 1."""
 
 
 class NonFinite(Stopped):

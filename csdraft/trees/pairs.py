@@ -1,4 +1,4 @@
-"""Pairs: two children a node, one of them the drafter's likeliest token, for the verifier `SpecHub`.
+"""Pairs: two children per node, one of them the drafter's likeliest token, for the verifier `SpecHub`.
 
 SpecHub (arXiv 2411.05289): the pair is drawn so that its optimal transport to the target's distribution has a closed
 form. Use it where a node gets at most two children; for wider trees `Recursive` is better.

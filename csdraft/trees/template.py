@@ -31,7 +31,7 @@ EAGLE = (
 
 @dataclass(frozen=True)
 class Template(Tree):
-    """Drafts the children that the template names, one forward a level.
+    """Drafts the children that the template names, with one forward per level.
 
     Args:
         paths: for each node, the ranks of the tokens from the root to it, 0 for the likeliest. Ancestors are added.

@@ -17,7 +17,7 @@ __all__ = ["ByDraws"]
 
 @dataclass(frozen=True)
 class ByDraws(Verifier):
-    """Judges each draft by the rule that is exact for the way its siblings were drawn."""
+    """Verifies each draft by the rule that is exact for the way its siblings were drawn."""
 
     lossless = True  # type: ignore[assignment]
     draws: ClassVar = "independent"

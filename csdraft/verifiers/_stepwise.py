@@ -1,4 +1,4 @@
-"""The base of rules that judge one node after another: the walk down the draft, and the residual distributions."""
+"""The base of rules that decide node by node: the walk down the draft, and the residual distributions."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Stepwise(Verifier):
         return target_probs
 
     def emitted_probs(self, draft: Draft, node: int, aim: Tensor) -> Tensor:
-        """(vocab,) distribution that the token after `node` really has; `aim` by default."""
+        """(vocab,) distribution that the token after `node` actually has; `aim` by default."""
         del draft, node
         return aim
 
@@ -92,7 +92,7 @@ class Stepwise(Verifier):
 
 
 def check_draft(verifier: Verifier, draft: Draft) -> None:
-    """Raises ValueError if `verifier` cannot judge `draft` exactly."""
+    """Raises ValueError if `verifier` cannot verify `draft` exactly."""
     if reason := verifier.refusal(draft):
         raise ValueError(reason)
 
@@ -172,14 +172,14 @@ def probs_without(draft_probs: Tensor, tokens: Sequence[int]) -> Tensor:
 
 
 def unshared_probs(verifier: Verifier, draft: Draft) -> str | None:
-    """Why the draft cannot be judged: siblings that are not "iid" must share one distribution, in one tensor."""
+    """Why the draft cannot be verified: siblings that are not "iid" must share one distribution, in one tensor."""
     if draft.probs is None or draft.is_chain or draft.probs.kind == "iid":
         return None
     all_probs: dict[int, Tensor] = {}
     for parent, probs in zip(draft.parents, draft.probs.rows, strict=True):
         if probs is not None and all_probs.setdefault(parent, probs) is not probs:
             return (
-                f"siblings below node {parent} were drawn as {draft.probs.kind!r} from more than one distribution, "
-                f"{type(verifier).__name__} needs them to share one tensor; draw them as 'iid', or from one drafter"
+                f"siblings below node {parent} were drawn as {draft.probs.kind!r} from more than one distribution; "
+                f"{type(verifier).__name__} needs them to share one tensor: draw them as 'iid', or from one drafter"
             )
     return None

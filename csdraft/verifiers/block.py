@@ -1,4 +1,4 @@
-"""Block verification (Sun et al., arXiv 2403.10444): judges the tokens of a draft jointly, not one by one.
+"""Block verification (Sun et al., arXiv 2403.10444): tests the tokens of a draft jointly, not one by one.
 
 It is lossless and on average keeps at least as many tokens as `Rejection`; the paper reports 5 to 8 percent less wall
 time. Use it for chains drawn from a model, at the target only. Point masses are allowed, but gain nothing over

@@ -1,4 +1,4 @@
-"""Speculative cascades: the drafter's token is kept unless a rule says that the target's would be enough better.
+"""Speculative cascades: the drafter's token is kept unless a rule finds the target's to be better by a margin.
 
 Speculative cascades (arXiv 2405.19261). Not lossless: at a drafted position the rule mixes the drafter's and the
 target's distribution, and the text has exactly this mixture (`mixture`). At positions without a drawn token (point
@@ -31,7 +31,7 @@ Rule = Literal["chow", "diff", "opt", "token_v1", "token_v2", "token_v3"]
 
 @dataclass(frozen=True)
 class Deferral(Stepwise):
-    """Judges drawn tokens against a mixture of the drafter's and the target's distribution (see the module).
+    """Tests drawn tokens against a mixture of the drafter's and the target's distribution (see the module).
 
     Args:
         rule: three rules keep all of the drafter's tokens if its greatest probability is large enough ("chow": >= 1 -

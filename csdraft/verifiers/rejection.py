@@ -5,7 +5,7 @@ of independent draws (SpecInfer, arXiv 2305.09781). Use it to compare with the l
 not wanted. It needs the true (vocab,) distribution of every drafted token; `Match` does not.
 
 Point masses (n-gram, retrieval, argmax drafts) are accepted with the target's probability. The distribution of every
-emitted token is reported, lenience included, so that a reviewer one level up can judge it exactly.
+emitted token is reported, lenience included, so that a reviewer one level up can verify it exactly.
 """
 
 from __future__ import annotations

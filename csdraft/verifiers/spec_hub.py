@@ -1,8 +1,8 @@
-"""SpecHub: two siblings, one of them always the drafter's likeliest token, judged as a pair by optimal transport.
+"""SpecHub: two siblings, one of them always the drafter's likeliest token, verified as a pair by optimal transport.
 
 SpecHub (arXiv 2411.05289): the first token is drawn from the draft distribution. The second is the likeliest token,
 the hub; if the hub came first, the second is drawn from the other tokens. So every pair has the hub, and the transport
-problem has a closed form. Use it with trees of two children a node. A single draw is judged as by `Rejection`.
+problem has a closed form. Use it with trees of two children per node. A single draw is verified as by `Rejection`.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def not_pairs(draft: Draft) -> str | None:
     hubs = torch.stack(list(all_probs.values())).argmax(-1).tolist()  # one copy to the host for all pairs
     for tokens, hub in zip(siblings.values(), hubs, strict=True):
         if len(tokens) > 2:
-            return f"{len(tokens)} siblings were drawn together, but SpecHub judges pairs; draw two for each node"
+            return f"{len(tokens)} siblings were drawn together, but SpecHub verifies pairs; draw two for each node"
         if len(tokens) == 2 and tokens.count(hub) != 1:
             return f"the pair {tokens} must hold the likeliest token {hub} once; draw with the tree Pairs"
     return None

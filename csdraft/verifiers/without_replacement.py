@@ -1,4 +1,4 @@
-"""Recursive rejection without replacement: judges each sibling against what its rejected siblings left over.
+"""Recursive rejection without replacement: tests each sibling against what its rejected siblings left over.
 
 RSD (arXiv 2402.14160) and Sequoia (arXiv 2402.12374), which adds that a draft distribution with nothing left becomes
 uniform. A sibling cannot repeat a rejected token, so it is worth more than an independent draw. Use it with trees that

@@ -63,7 +63,7 @@ def test_an_option_given_twice_has_one_value(options, keywords):
         ({"graphs": 0}, "graphs=0 is an int; it takes 'auto'"),
         ({"reuse": 1}, "reuse=1 .*True or False"),
         ({"verifier": "macth"}, "macth"),
-        ({"row_seeds": 5}, "one whole number a row"),
+        ({"row_seeds": 5}, "one whole number per row"),
     ],
 )
 def test_wrong_values_are_refused_at_once(wrong, message):

@@ -130,7 +130,7 @@ def test_the_worked_example_comes_out_token_by_token(example):
     small = call.script(cascade.drafters[1].network, 3, 6)
     (budget,) = Fixed().budgets([None], [1000], cascade)
     assert (budget.depth, budget.room) == (23, 23)
-    (done,) = run_round([Context(0, call.texts[0], call)], target, 0, cascade, Match(), [budget])
+    (done,) = run_round([Context(0, call.texts[0], call)], target, cascade, Match(), [budget])
     # (asked of MaxGram, most it may hand up): row 2 for small, row 1's tail, row 2 again, row 0's tail.
     assert [(b.depth, b.room) for b in copier.budgets] == [(10, 10), (7, 7), (10, 10), (9, 9)]
     assert small.rows == [11, 7]  # 10 and 6 of MaxGram's tokens, and the text itself
@@ -188,7 +188,7 @@ def test_room_of_row_0_with_12_tokens_left(example):
     small = call.script(cascade.drafters[1].network, 3, 3)
     (budget,) = Fixed().budgets([None], [12 - 1], cascade)
     assert (budget.depth, budget.room) == (11, 11)
-    (done,) = run_round([Context(0, call.texts[0], call)], target, 0, cascade, Match(), [budget])
+    (done,) = run_round([Context(0, call.texts[0], call)], target, cascade, Match(), [budget])
     # Medium may hand up 11, so its row 10 and small's 9. It hands up 7; of the 4 left, small's row may fill 3.
     assert [(b.depth, b.room) for b in copier.budgets] == [(9, 9), (6, 6), (3, 3)]
     assert (medium.rows, small.rows, target.rows) == ([11], [10, 4], [12])

@@ -72,7 +72,7 @@ def test_reset_forgets_and_quit_leaves(folder, monkeypatch, capsys):
     answers, err = chat(folder, monkeypatch, capsys, lines)
     assert answers == [plainly("UthequickA"), plainly("UbrownfoxA")]
     assert "drafting with assistant" in err
-    assert "/what is no command" in err
+    assert "/what is not a command" in err
     assert [figures[3] for figures in FIGURES.findall(err)] == ["10", "10"]
 
 

@@ -126,7 +126,7 @@ def branches(type: str) -> bool:
 
 
 def refuses(rule: str, type: str) -> bool:
-    """Whether a verifier must refuse a drafter: it judges chains, and the drafts may branch."""
+    """Whether a verifier must refuse a drafter: it verifies only chains, and the drafts may branch."""
     return verifier(rule).chains_only and branches(type)
 
 

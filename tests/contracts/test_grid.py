@@ -49,7 +49,7 @@ CASES = PAIRS + [pytest.param(*case, marks=pytest.mark.slow) for case in MORE]
 def test_greedy_is_identical(type: str, rule: str, policy: str) -> None:
     how = GREEDY | {"verifier": verifier(rule), "schedule": schedule(policy)}
     if refuses(rule, type):
-        with pytest.raises(ValueError, match="judges chains"):
+        with pytest.raises(ValueError, match="verifies only chains"):
             decode(drafter(type), prompts(2), **how)
         return
     output = decode(drafter(type), prompts(2), **how)

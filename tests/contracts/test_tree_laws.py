@@ -98,7 +98,7 @@ def test_independent_draws_or_a_refusal_that_names_both(type: str) -> None:
     assert taken, "nobody judges this tree"
     for judge in JUDGES:
         if judge not in taken:
-            named = f"{tree.draws!r}.*{judge.__class__.__name__}|draft trees, {judge.__class__.__name__}"
+            named = f"{tree.draws!r}.*{judge.__class__.__name__}|draft trees, but {judge.__class__.__name__}"
             with pytest.raises(ValueError, match=named):
                 decode(branching(type), inputs, **SAMPLED, row_seeds=SEEDS, verifier=judge)
     one_hot = {"do_sample": True, "top_k": 1, "max_new_tokens": NEW, "row_seeds": SEEDS}

@@ -190,9 +190,9 @@ def drawn(kind, width=97):
 
 
 UNFIT = [
-    ("block", tree, "is a tree, Block judges chains"),
-    ("without_replacement", drawn("iid"), "'iid', WithoutReplacement judges"),
-    ("rejection", drawn("pair"), r"'pair', Rejection judges \['iid'\]"),
+    ("block", tree, "is a tree, but Block verifies only chains"),
+    ("without_replacement", drawn("iid"), "'iid', but WithoutReplacement verifies"),
+    ("rejection", drawn("pair"), r"'pair', but Rejection verifies only \['iid'\]"),
     ("rejection", drawn("iid", 96), r"shape \(96,\), the target's distributions \(97,\)"),
 ]
 

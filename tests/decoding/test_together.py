@@ -156,7 +156,7 @@ def test_a_rule_that_judges_row_after_row_is_refused_by_name() -> None:
     small = tiny.drafter_of("llama")
     options = {**tiny.inputs_of("llama", ROWS), "max_new_tokens": 4, "assistant": small, "verifier": "rejection"}
     model = tiny.tiny("llama")
-    with pytest.raises(ValueError, match=r"Rejection judges .* ByRow may treat them differently.*verifier='match'"):
+    with pytest.raises(ValueError, match=r"Rejection handles .* ByRow may treat rows differently.*verifier='match'"):
         model.generate(**options, do_sample=True, logits_processor=[ByRow()])
     greedy = options | {"do_sample": False}
     wanted = model.generate(**{k: v for k, v in greedy.items() if k not in ("assistant", "verifier")})

@@ -132,7 +132,7 @@ def test_options_are_checked() -> None:
     for name in ("depth", "nodes", "min_match", "matches"):
         with pytest.raises(ValueError, match=f"{name}=0"):
             Datastore(index, **{name: 0})
-    with pytest.raises(ValueError, match="token 70, the target 64 tokens"):
+    with pytest.raises(ValueError, match="token 70, but the target has only 64 tokens"):
         Datastore(index).check(StandInCall([[1]]))  # type: ignore[arg-type]
     assert drafted(Datastore(index, min_match=2), [1]) == []
 

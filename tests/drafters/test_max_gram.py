@@ -199,7 +199,7 @@ def test_bigrams_only_fill_where_nothing_matches(tmp_path) -> None:
     assert proposed(drafter, call, path=[1]) == [2, 3, 0]
     assert proposed(drafter, call, path=[1], depth=1) == [2]
     drafter.check(call)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="token 7, the target 7 tokens"):
+    with pytest.raises(ValueError, match="token 7, but the target has only 7 tokens"):
         drafter.check(StandInCall([[1]], vocab=7))  # type: ignore[arg-type]
 
 

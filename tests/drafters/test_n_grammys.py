@@ -95,7 +95,7 @@ def test_the_table_is_what_the_model_says_of_a_token_alone(tmp_path: Path) -> No
     loaded = NGrammys(table=tmp_path / "table.safetensors").table
     assert isinstance(loaded, SuccessorTable)
     assert np.array_equal(loaded.successors, table.successors)
-    with pytest.raises(ValueError, match="token 96, the target 50 tokens"):
+    with pytest.raises(ValueError, match="token 96, but the target has only 50 tokens"):
         NGrammys(table=table).check(StandInCall([[1]], vocab=50))  # type: ignore[arg-type]
 
 

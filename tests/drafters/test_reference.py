@@ -82,7 +82,7 @@ def test_options_are_checked() -> None:
     for name in ("depth", "min_match"):
         with pytest.raises(ValueError, match=f"{name}=0"):
             Reference([[1, 2]], **{name: 0})
-    with pytest.raises(ValueError, match="token 70, the target 64 tokens"):
+    with pytest.raises(ValueError, match="token 70, but the target has only 64 tokens"):
         Reference([[70]]).check(StandInCall([[1]]))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="document 1 has token -2"):
         Reference([[1], [-2]])

@@ -141,7 +141,7 @@ def test_what_a_folder_leaves_open_is_said(published):
     del state["fc.bias"]
     torch.save(state, published / "pytorch_model.bin")
     edit(published, num_hidden_layers=1, bias=None)
-    with pytest.warns(UserWarning, match=r"bias is open and there is no fc\.bias: taken is false") as said:
+    with pytest.warns(UserWarning, match=r"bias is not set and there is no fc\.bias: false is assumed") as said:
         load_model(str(published))
     assert len(said) == 1
 
@@ -162,9 +162,9 @@ def test_what_a_folder_leaves_open_is_said(published):
         (lambda folder: edit(folder, vocab_size=None), "vocab_size"),
         (lambda folder: edit(folder, hidden_size=16), "has shape"),
         (lambda folder: edit(folder, model_type="qwen2"), "qwen2"),
-        (lambda folder: edit(folder, num_attention_heads="many"), "no config of a Llama layer"),
+        (lambda folder: edit(folder, num_attention_heads="many"), "not a config of a Llama layer"),
         (lambda folder: edit(folder, quantization_config={"bits": 4}), "not quantised"),
-        (lambda folder: edit(folder, csdraft_init={"medusa": {}}), "csdraft_init.*no head with EAGLE-1's module"),
+        (lambda folder: edit(folder, csdraft_init={"medusa": {}}), "csdraft_init.*not a head with EAGLE-1's module"),
         (lambda folder: edit(folder, csdraft_init={"eagle": {}, "hass": {}}), "csdraft_init"),
         (lambda folder: edit(folder, csdraft_init=["eagle"]), "csdraft_init"),
         (lambda folder: edit(folder, csdraft_init={"eagle": 1}), r"csdraft_init\.eagle"),
@@ -223,7 +223,7 @@ def test_a_model_whose_weights_cannot_be_read_is_refused_as_before(tmp_path, con
         load_model(str(tmp_path))
 
 
-@pytest.mark.filterwarnings("ignore:.*is open")
+@pytest.mark.filterwarnings("ignore:.*is not set")
 def test_eagle_3_folders_are_left_to_it(tmp_path):
     Eagle3Head.of(new_head()).save(tmp_path)
     assert type(load_model(str(tmp_path))) is Eagle3Head

@@ -78,8 +78,8 @@ def eagle(tmp_path_factory) -> Path:
 ONES = torch.ones(32)
 EAGLE: dict[str, tuple[dict[str, torch.Tensor], dict[str, str]]] = {
     "as exported": ({}, HERE),
-    "an output layer": ({"lm_head.weight": torch.ones(97, 32)}, {"vllm": "lm_head.weight is no tensor", "sglang": ""}),
-    "t2d": ({"t2d": torch.ones(97)}, {"vllm": "t2d is no tensor", "sglang": ""}),
+    "an output layer": ({"lm_head.weight": torch.ones(97, 32)}, {"vllm": "lm_head.weight is not a", "sglang": ""}),
+    "t2d": ({"t2d": torch.ones(97)}, {"vllm": "t2d is not a tensor", "sglang": ""}),
     "frequencies": ({"layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, HERE),
     "an embedding": (
         {"embed_tokens.weight": torch.ones(97, 32)},
@@ -106,7 +106,7 @@ def test_an_eagle_head_has_no_such_norms_and_one_layer(eagle, engine, name):
     folder = eagle / engine
     head: Any = load_model(str(folder))
     document = json.loads((folder / "config.json").read_text())
-    assert f"{name} is no tensor" in "".join(head.faults(engine, document, {**head.state, name: ONES}))
+    assert f"{name} is not a tensor" in "".join(head.faults(engine, document, {**head.state, name: ONES}))
 
 
 @pytest.mark.parametrize("engine", HERE)
@@ -198,7 +198,7 @@ def test_tensors_of_an_eagle_3_head(stored, change, wanted):
 def test_an_eagle_3_head_has_one_layer(stored, engine):
     head: Any = load_model(str(stored))
     document, name = json.loads((stored / "config.json").read_text()), "layers.1.mlp.up_proj.weight"
-    assert f"{name} is no tensor" in "".join(head.faults(engine, document, {**head.state, name: ONES}))
+    assert f"{name} is not a tensor" in "".join(head.faults(engine, document, {**head.state, name: ONES}))
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def test_a_head_keeps_an_embedding_of_its_own(verifier, tmp_path):
         export_drafter(str(tmp_path / "head"), tmp_path / "sglang", "sglang", verifier)
 
 
-@pytest.mark.filterwarnings("ignore:.*is open")
+@pytest.mark.filterwarnings("ignore:.*is not set")
 def test_open_hidden_states_are_written_out(tmp_path):
     """The paper's, of a target that is deep enough; and texts as long as the target's."""
     deep = fresh("llama", num_hidden_layers=7)
@@ -167,7 +167,7 @@ def test_an_exported_parallel_head_is_complete(verifier, tmp_path, engine):
     assert torch.equal(head_logits(tmp_path / "out"), head_logits(tmp_path / "head"))
 
 
-@pytest.mark.filterwarnings("ignore:.*is open")
+@pytest.mark.filterwarnings("ignore:.*is not set")
 def test_open_hidden_states_of_a_parallel_head_are_written_out(tmp_path):
     six = saved(tmp_path / "six", num_hidden_layers=6)
     save_student(new("parallel", layers=[1, 2, 3]), tmp_path / "head")
@@ -197,7 +197,7 @@ def test_another_target_of_a_head_of_several_tokens_is_refused(tmp_path, name, c
 def test_more_tokens_than_it_drafts_are_refused(verifier, tmp_path, name):
     head = new(name, **BLOCKS[name], steps=2)
     save_student(head, tmp_path / "head")
-    with pytest.raises(ValueError, match="drafts 2 a round at most"):
+    with pytest.raises(ValueError, match="drafts at most 2 per round"):
         export_drafter(str(tmp_path / "head"), tmp_path / "out", "vllm", verifier, tokens=3)
     assert '"num_speculative_tokens": 2' in serving("me/head", tmp_path / "head", target())["vLLM"]
 
@@ -306,7 +306,7 @@ KEYS: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     (("sglang",), {"eagle_config." + IDS: [0, 1, 2]}, r"numbers blocks from 0.*write \[-1, 0, 1\]"),
     (BOTH, {"eagle_config.use_aux_hidden_state": False}, "use_aux_hidden_state=False"),
     (BOTH, {"eagle_config.norm_before_fc": False}, "norm_before_fc=False in eagle_config"),
-    (BOTH, {"norm_before_fc": False}, r"input_norm\.weight is no tensor"),
+    (BOTH, {"norm_before_fc": False}, r"input_norm\.weight is not a tensor"),
     (BOTH, {"fc_norm": True}, r"fc_norm\.0\.weight is missing"),
     (BOTH, {"fc_norm": "yes"}, "fc_norm='yes'"),
     (BOTH, {"attention_bias": True}, r"q_proj\.bias is missing"),
@@ -335,7 +335,7 @@ KEYS: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     ((FORMAT, "vllm"), {LAYER + ".num_hidden_layers": 2}, "num_hidden_layers=2"),
     ((FORMAT, "vllm"), {LAYER + ".hidden_size": 16}, "has shape"),
     ((FORMAT, "vllm"), {LAYER + ".vocab_size": 98}, "vocab_size=98, the target"),
-    ((FORMAT, "vllm"), {"norm_before_fc": False}, r"input_norm\.weight is no tensor"),
+    ((FORMAT, "vllm"), {"norm_before_fc": False}, r"input_norm\.weight is not a tensor"),
     ((FORMAT, "vllm"), {IDS: [0, 1]}, r"num_aux_hidden_states is 3|fc\.weight has shape"),
     (("vllm",), {IDS: [0, 1], LAYER + ".num_aux_hidden_states": None}, "num_aux_hidden_states is 3"),
     ((FORMAT,), {"speculators_config.algorithm": "eagle"}, r"algorithm='eagle' is not 'eagle3'"),
@@ -384,7 +384,7 @@ def test_tensors_that_no_engine_looks_for(exported):
         folder = exported(engine)
         file = folder / "model.safetensors"
         save_file(load_file(file) | {"fc.bias": torch.zeros(32)}, file)
-        assert "fc.bias is no tensor that it reads" in "".join(faults(folder, engine))
+        assert "fc.bias is not a tensor that it reads" in "".join(faults(folder, engine))
 
 
 def test_names_that_one_engine_knows_and_another_does_not(exported):
@@ -424,7 +424,7 @@ def test_a_full_vocabulary_has_no_offsets(verifier, tmp_path):
     file = tmp_path / "head" / "model.safetensors"
     assert faults(tmp_path / "head", "vllm") == faults(tmp_path / "head", "sglang") == []
     save_file(load_file(file) | {"d2t": torch.zeros(97, dtype=torch.long)}, file)
-    assert "d2t is no tensor" in "".join(faults(tmp_path / "head", "vllm"))
+    assert "d2t is not a tensor" in "".join(faults(tmp_path / "head", "vllm"))
 
 
 def test_a_head_of_another_width_brings_its_embedding(tmp_path):
@@ -471,7 +471,7 @@ def test_ids_of_sglangs_trainers_count_from_0(tmp_path):
     """A folder that has them in eagle_config alone; another reading would take each state one block too early."""
     wanted = head_logits(stored(tmp_path / "head"))
     edit(tmp_path / "head", {IDS: None})
-    with pytest.warns(UserWarning, match="count blocks from 0: taken are the hidden states after blocks 0, 1, 2"):
+    with pytest.warns(UserWarning, match="count blocks from 0: assumed are the hidden states after blocks 0, 1, 2"):
         found = head_logits(tmp_path / "head")
     assert torch.equal(found, wanted)
     edit(tmp_path / "head", {"eagle_config." + IDS: [0, 1, 2]})
@@ -539,7 +539,7 @@ def test_a_tied_student_gets_the_targets_embedding(tmp_path, tied):
 def test_what_is_no_model_of_its_own_is_refused(verifier, tmp_path):
     student = make_student(target(), init=on_target([0, 2]), peft={"r": 4})
     save_student(student, tmp_path / "self")
-    with pytest.raises(ValueError, match="an adapter for the target's own layers, which engines do not lend"):
+    with pytest.raises(ValueError, match="an adapter for the target's own layers, which engines do not share"):
         export_drafter(str(tmp_path / "self"), tmp_path / "out", "vllm", verifier)
     CascadeDrafter([ModelDrafter(noisy(target())), MaxGram()]).save_pretrained(tmp_path / "cascade")
     with pytest.raises(ValueError, match=r"is a cascade, which no engine runs; export one of .*/models"):

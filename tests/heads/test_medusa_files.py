@@ -103,9 +103,9 @@ def test_a_draft_vocabulary_is_kept_in_csdrafts_own_layout(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"medusa_num_heads": 2}, "medusa_num_heads is 2: taken are all 3"),
-        ({"medusa_num_heads": None}, "medusa_num_heads is open: taken are all 3"),
-        ({"medusa_num_layers": None}, "medusa_num_layers is open: taken is 2"),
+        ({"medusa_num_heads": 2}, "medusa_num_heads is 2: all 3 of the file are read"),
+        ({"medusa_num_heads": None}, "medusa_num_heads is not set: all 3 of the file are read"),
+        ({"medusa_num_layers": None}, "medusa_num_layers is not set: 2 is assumed"),
         ({TARGET: None}, "any target of width 32 with 97 tokens"),
     ],
 )

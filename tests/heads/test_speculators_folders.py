@@ -184,7 +184,7 @@ def test_a_tensor_that_is_missing_or_misshapen(good, kind, engine):
         less = {key: tensor for key, tensor in state.items() if key != name}
         assert name in "".join(head.faults(engine, document, less)), name
         assert name in "".join(head.faults(engine, document, less | {name: state[name][:-1]})), name
-    assert "x.weight is no tensor" in "".join(head.faults(engine, document, state | {"x.weight": torch.ones(1)}))
+    assert "x.weight is not a tensor" in "".join(head.faults(engine, document, state | {"x.weight": torch.ones(1)}))
 
 
 @pytest.mark.parametrize(
@@ -292,5 +292,5 @@ def test_an_open_norm_before_residual_is_said(good, tmp_path):
     document = json.loads((tmp_path / "out" / "config.json").read_text())
     del document["norm_before_residual"]
     (tmp_path / "out" / "config.json").write_text(json.dumps(document))
-    with pytest.warns(UserWarning, match="norm_before_residual is open: taken is false"):
+    with pytest.warns(UserWarning, match="norm_before_residual is not set: false is assumed"):
         head_at(str(tmp_path / "out"))

@@ -203,7 +203,7 @@ def test_other_layouts_are_the_same_head(stored):
     edit(stored, architectures=["LlamaForCausalLM"], rope_parameters=None, eagle_config=None)
     assert torch.equal(logits_of(stored), wanted)
     edit(stored, draft_vocab_size=None)  # then nothing in the config says what it is
-    with pytest.warns(UserWarning, match="draft_vocab_size is open: taken is 60"):
+    with pytest.warns(UserWarning, match="draft_vocab_size is not set: 60 is assumed"):
         assert torch.equal(logits_of(stored), wanted)
     edit(stored, draft_vocab_size=60)
     torch.save(state, stored / "pytorch_model.bin")
@@ -229,7 +229,7 @@ def test_the_layout_of_speculators(stored):
 
 def test_what_a_config_leaves_open_is_said(stored):
     edit(stored, eagle_aux_hidden_state_layer_ids=None, eagle_config=None, draft_vocab_size=None, num_hidden_layers=32)
-    with pytest.warns(UserWarning, match=r"=32.*after blocks 2, L/2 and L - 3.*draft_vocab_size is open: taken is 60"):
+    with pytest.warns(UserWarning, match=r"=32.*after blocks 2, L/2 and L - 3.*draft_vocab_size is not set: 60 is"):
         load_model(str(stored))
 
 
@@ -258,7 +258,7 @@ def test_how_weights_are_stored_is_of_no_account(stored):
     assert torch.equal(logits_of(stored), before)
 
 
-@pytest.mark.filterwarnings("ignore:.*is open")
+@pytest.mark.filterwarnings("ignore:.*is not set")
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
@@ -276,14 +276,14 @@ def test_how_weights_are_stored_is_of_no_account(stored):
         (lambda folder: edit(folder, layer_types=["sliding_attention"]), "layer_types"),
         (lambda folder: edit(folder, speculators_model_type="dspark"), "speculators_model_type='dspark'"),
         (lambda folder: edit(folder, draft_vocab_size=0), "draft_vocab_size=0"),
-        (lambda folder: edit(folder, num_attention_heads="many"), "no config of a Llama layer"),
+        (lambda folder: edit(folder, num_attention_heads="many"), "not a config of a Llama layer"),
         (lambda folder: edit(folder, rope_parameters={"rope_type": "dynamic", "factor": 2.0}), "dynamic"),
         (
             lambda folder: edit(folder, rope_parameters={"rope_type": "x", "rope_theta": 1e4}),
-            "no config of .*KeyError",
+            "not a config of .*KeyError",
         ),
-        (lambda folder: edit(folder, rope_parameters={"rope_theta": "x"}), "no config of a Llama layer"),
-        (lambda folder: edit(folder, id2label=[]), "no config of a Llama layer"),
+        (lambda folder: edit(folder, rope_parameters={"rope_theta": "x"}), "not a config of a Llama layer"),
+        (lambda folder: edit(folder, id2label=[]), "not a config of a Llama layer"),
         (lambda folder: edit(folder, hidden_act="x"), "hidden_act='x' is unknown"),
         (lambda folder: edit(folder, quantization_config={"bits": 4}), "not quantised"),
         (pickled([1]), "other things than tensors by name"),

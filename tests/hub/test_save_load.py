@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 import csdraft
 from csdraft import cascade as cascade_module
 from csdraft import hub, loading
-from csdraft.decoding.states import place
+from csdraft.decoding.states import cost_label
 from csdraft.drafters.suffix import Suffix
 from csdraft.reports.report import Report
 from csdraft.schedules.stop_head import StopHead
@@ -466,7 +466,7 @@ def test_costs_come_along_by_target_and_device(tmp_path):
     cascade.save_pretrained(tmp_path / "one", target=target)
     again = csdraft.CascadeDrafter.from_pretrained(tmp_path / "one", target=target)
     ((at, table),) = again.memory.saved.items()
-    assert at == place(target)
+    assert at == cost_label(target)
     assert any(rows == 1 and width == 1 for rows, _, width, _ in table)
     again.memory.saved["elsewhere"] = [(1, 9, 1, 0.5)]
     again.save_pretrained(tmp_path / "two", target=target)

@@ -150,7 +150,7 @@ class Elsewhere(nn.Module):
 
 @pytest.mark.parametrize(
     ("family", "reason"),
-    [(Odd, "cannot be run apart"), (Biased, "give other logits"), (Elsewhere, "no part that makes")],
+    [(Odd, "cannot be run separately"), (Biased, "give other logits"), (Elsewhere, "no part that makes")],
 )
 def test_a_family_that_cannot_be_split_is_warned_about_and_trained(family, reason):
     target = tiny("llama")

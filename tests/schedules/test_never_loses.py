@@ -244,11 +244,11 @@ def test_two_threads_may_use_one_drafter():
 def test_the_reason_is_one_sentence():
     plans = [Plan(Way(0), 4, 2.6, 1.15), Plan(Way(0), 6, 2.9, 1.2), Plan(Way(0), 8, 3.0, 1.4)]
     assert reason(plans, 1.0) == (
-        "drafts of 6 pay: 2.9 tokens a step at 1.2 steps' cost; drafts of 8 would give 3.0 tokens a step at 1.4 "
-        "steps' cost"
+        "drafts of 6 pay: 2.9 tokens per step at the cost of 1.2 steps; drafts of 8 would give 3.0 tokens per step at "
+        "the cost of 1.4 steps"
     )
     assert reason([Plan(Way(1), 4, 2.6, 1.15)], 1.0).startswith("drafts of 4 without the first stage pay")
     assert reason([Plan(Way(2), 4, 2.6, 1.15)], 1.0).startswith("drafts of 4 without the first 2 stages pay")
     assert reason([Plan(Way(0), 2, 1.1, 1.5)], 1.0) == (
-        "drafting does not pay: drafts of 2 would give 1.1 tokens a step at 1.5 steps' cost"
+        "drafting does not pay: drafts of 2 would give 1.1 tokens per step at the cost of 1.5 steps"
     )

@@ -289,7 +289,7 @@ WRONG = {
     "logits of nothing": ({"target_cache": "{folder}/texts.jsonl"}, "holds no cached logits"),
     "a target shared with no other process": ({"target_sharded": True}, "no other process could share the weights"),
     "a target shared and on one device": ({"target_sharded": True, "target_device_map": "auto"}, "leave out"),
-    "Muon on parts": ({"muon": True, "fsdp": True}, "which FSDP cuts up"),
+    "Muon on parts": ({"muon": True, "fsdp": True}, "which FSDP splits"),
     "no checkpoint": ({"resume_from_checkpoint": "{folder}/texts.jsonl"}, "holds no whole checkpoint"),
     "no number": ({"learning_rate": "fast"}, "learning_rate='fast' must be a number, such as learning_rate=2e-5"),
     "no steps": ({"max_steps": 0}, "max_steps=0 leaves nothing to train: give at least 1"),
@@ -297,7 +297,7 @@ WRONG = {
     "smoothed labels": ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1: the losses .* do not read it"),
     "no figure": (
         {"metric_for_best_model": "loss"},
-        "metric_for_best_model='loss' is no figure .* accepted_1 to accepted_5",
+        "metric_for_best_model='loss' is not a figure .* accepted_1 to accepted_5",
     ),
     "no truth value": ({"packing": "perhaps"}, "packing='perhaps' must be true or false, such as packing=true"),
 }

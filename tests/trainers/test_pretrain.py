@@ -163,7 +163,7 @@ def test_a_finished_run_is_left_alone_and_other_options_are_refused(folder, caps
     train(folder, "done", max_steps=6)
     files = {path: path.read_bytes() for path in (folder / "done").rglob("*") if path.is_file()}
     again = train(folder, "done", max_steps=6)
-    assert "holds the result of all 6 steps; nothing is done" in capsys.readouterr().out
+    assert "holds the result of all 6 steps; nothing to do" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in (folder / "done").rglob("*") if path.is_file()} == files
     stored = load_file(folder / "done/model.safetensors")
     assert all(torch.equal(stored[name].float(), again.model.state_dict()[name]) for name in stored)

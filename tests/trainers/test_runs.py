@@ -1,4 +1,4 @@
-"""A command that is given again: finished runs stay, changed options are refused, broken checkpoints passed over."""
+"""A command that is given again: finished runs stay, changed options are refused, broken checkpoints skipped."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_finished_run_is_left_as_it_is(folder, copied, checkpoints, capsys):
     trainer = distill(arguments(folder, copied.name))
     assert contents(copied) == before
     said = capsys.readouterr().out
-    assert f"finished: {copied} holds the result of all 4 steps; nothing is done" in said
+    assert f"finished: {copied} holds the result of all 4 steps; nothing to do" in said
     assert "raise max_steps or num_train_epochs" in said
     assert "another output_dir" in said
     assert trainer.state.global_step == 4
@@ -91,7 +91,7 @@ def test_the_script_does_not_load_anything_for_a_finished_run(folder, done, monk
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / "scripts/distill_drafter.py"), run_name="__main__")
     assert not ended.value.code
-    assert "nothing is done" in capsys.readouterr().out
+    assert "nothing to do" in capsys.readouterr().out
 
 
 def test_a_finished_run_on_other_data_is_not_taken_for_the_same(folder, copied, monkeypatch, tmp_path, capsys):
@@ -100,7 +100,7 @@ def test_a_finished_run_on_other_data_is_not_taken_for_the_same(folder, copied, 
     other = tmp_path / "texts.jsonl"
     other.write_text((folder / "texts.jsonl").read_text().replace("x1", "z1"))
     assert is_finished(arguments(folder, copied.name))
-    assert "were not read" not in capsys.readouterr().out
+    assert "was not read" not in capsys.readouterr().out
     assert not is_finished(arguments(folder, copied.name, dataset=str(other)))
     with pytest.raises(ValueError, match=r"holds a run on data with .*checksum=.* now it is"):
         distill(arguments(folder, copied.name, dataset=str(other)))
@@ -109,14 +109,14 @@ def test_a_finished_run_on_other_data_is_not_taken_for_the_same(folder, copied, 
 def test_the_same_rows_in_another_file_are_the_same_data(folder, copied, tmp_path, capsys):
     shutil.copy(folder / "texts.jsonl", tmp_path / "texts.jsonl")
     distill(arguments(folder, copied.name, dataset=str(tmp_path / "texts.jsonl")))
-    assert "nothing is done. To train" in capsys.readouterr().out
+    assert "nothing to do. To train" in capsys.readouterr().out
 
 
 def test_data_that_cannot_be_compared_is_said(folder, copied, capsys):
     """As of the Hub, or in a folder of an older version."""
     without("files")(copied / "finished.json")
     assert is_finished(arguments(folder, copied.name))
-    assert "nothing is done. Its data were not read: whether they have changed is not known" in capsys.readouterr().out
+    assert "nothing to do. Its data was not read: whether it has changed is not known" in capsys.readouterr().out
 
 
 def test_a_run_that_was_killed_before_its_result_was_written_takes_no_step_more(folder, copied):
@@ -272,7 +272,7 @@ def test_a_broken_checkpoint_is_passed_over_with_its_reason(folder, copied, what
     breaks(copied / "checkpoint-4" / name)
     trainer = distill(arguments(folder, copied.name, max_steps=4))
     said = capsys.readouterr().out
-    assert f"passed over {copied}/checkpoint-4, which is not whole: " in said
+    assert f"skipped {copied}/checkpoint-4, which is not whole: " in said
     assert re.search(reason, said)
     assert f"resumed from {copied}/checkpoint-2" in said
     assert trainer.state.global_step == 4

@@ -41,7 +41,7 @@ TAKEN = {
 }
 """Engine and family -> the architectures that it takes in the original layout."""
 OF_HEAD = ("draft_vocab_size", "target_hidden_size", *NORMS, LAYERS)
-"""Keys that stand outside of `transformer_layer_config`."""
+"""Keys that are outside `transformer_layer_config`."""
 NOT_OF_LAYER = (*OF_HEAD, "eagle_config", "architectures", "rope_theta", "dtype", "transformers_version")
 OF_LAYER = {"num_hidden_layers": 1, "hidden_act": "silu"}
 """Keys of the layer and their only value; the last one may be missing."""
@@ -75,7 +75,7 @@ def speculators_document(document: Mapping[str, Any], target: ServedTarget, toke
 
     Args:
         target: its name is written, because speculators and vLLM load it.
-        tokens: drafted a round.
+        tokens: how many are drafted per round.
     """
     return {key: document[key] for key in OF_HEAD} | {
         "architectures": ["Eagle3DraftModel"],

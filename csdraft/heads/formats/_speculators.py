@@ -1,4 +1,4 @@
-"""The layout of the package speculators, which vLLM reads, too: what it asks of every kind of head.
+"""The layout of the package speculators, which vLLM reads, too: what it requires of every kind of head.
 
 config.json holds the config of the head's layers in a document of its own, `transformer_layer_config`. It says in
 `speculators_config` which target the head is for, and how many tokens are drafted. vLLM raises an error without them.
@@ -38,7 +38,7 @@ def plan(kind: str, target: str | None, architectures: Sequence[str], tokens: in
         kind: the package's name for such heads.
         target: its name, which vLLM and the package load.
         architectures: the target's.
-        tokens: drafted a round.
+        tokens: how many are drafted per round.
     """
     return {
         "algorithm": kind,

@@ -118,7 +118,7 @@ def _refusals(engine: str, config: Mapping[str, Any], names: Collection[str]) ->
         return ["it has no EAGLE-1 heads that vLLM reads"]
     count, biased = config.get("num_hidden_layers", 1), "fc.bias" in names or "model.fc.bias" in names
     reasons = {
-        "it knows no draft vocabulary (d2t) of EAGLE-1 heads": "d2t" in names,
+        "it supports no draft vocabulary (d2t) in EAGLE-1 heads": "d2t" in names,
         f"num_hidden_layers={shown(count)}, and it would make that many": count != 1,
         "it takes no fc.bias: train with bias: false": engine == "vllm" and biased,
         "fc.bias is missing, and it would be random: `csdraft export` adds zeros": engine == "sglang" and not biased,
@@ -151,10 +151,10 @@ def _options(config: Mapping[str, Any], state: Mapping[str, Tensor], at: str, as
     name = next(iter(trained))
     kind = head_kinds().get(name)
     if kind is None or not issubclass(kind.Options, EagleOptions) or len(trained) != 1:
-        raise ValueError(f"{at}: {INIT}={shown(trained)} is no head with EAGLE-1's module; pip install -U csdraft")
+        raise ValueError(f"{at}: {INIT}={shown(trained)} is not a head with EAGLE-1's module; pip install -U csdraft")
     said, found = fit(config.get("bias"), bool | None, f"{at}: bias"), "fc.bias" in state
     if said is None and INIT not in config and not found:
-        assumed.append("bias is open and there is no fc.bias: taken is false")
+        assumed.append("bias is not set and there is no fc.bias: false is assumed")
     if said is False and found:
         assumed.append("bias is false, and there is a fc.bias: it is read")
     how = fit(trained[name], dict[str, Any], f"{at}: {INIT}.{name}") | {"bias": found or bool(said)}

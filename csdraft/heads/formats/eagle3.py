@@ -35,7 +35,7 @@ __all__ = ["Eagle3Head"]
 
 
 NESTED = "nested"
-"""Says to `options_of` that the keys of the layer stood in a document of their own."""
+"""Tells `options_of` that the keys of the layer were in a document of their own."""
 
 
 class Eagle3Head(StoredHead):
@@ -172,21 +172,21 @@ def _options(document: Mapping[str, Any], state: Mapping[str, Tensor], at: str, 
     eagle = fit(document.get("eagle_config") or {}, dict[str, Any], f"{at}: eagle_config")
     layers = named_layers(document, at)
     if not layers:
-        assumed.append(f"{LAYERS} is open: taken are the paper's, after blocks 2, L/2 and L - 3 of the target")
+        assumed.append(f"{LAYERS} is not set: the paper's are assumed, after blocks 2, L/2 and L - 3 of the target")
     elif not document.get(LAYERS):
         assumed.append(
-            f"{LAYERS} stands in eagle_config alone, where SGLang and its trainers count blocks from 0: taken are the "
+            f"{LAYERS} is in eagle_config alone, where SGLang and its trainers count blocks from 0: assumed are the "
             f"hidden states after blocks {', '.join(map(str, layers))}"
         )
     flags = {key: fit(document.get(key, eagle.get(key, False)) or False, bool, f"{at}: {key}") for key in NORMS}
     flags["fc_norm"] |= fit(document.get(OLD_FLAG) or False, bool, f"{at}: {OLD_FLAG}")
     if document.get(NESTED) and "norm_before_residual" not in document:
-        assumed.append("norm_before_residual is open: taken is false, as speculators does and vLLM does not")
+        assumed.append("norm_before_residual is not set: false is assumed, as in speculators but not in vLLM")
     vocab = fit(document.get("vocab_size"), int, f"{at}: vocab_size")
     rows = document.get("draft_vocab_size")
     if rows is None:
         rows = len(state["lm_head.weight"]) if "lm_head.weight" in state else vocab
-        assumed.append(f"draft_vocab_size is open: taken is {rows}")
+        assumed.append(f"draft_vocab_size is not set: {rows} is assumed")
     width = fit(document.get("target_hidden_size") or document.get("hidden_size"), int, f"{at}: target_hidden_size")
     if min(width, fit(rows, int, f"{at}: draft_vocab_size"), vocab) < 1:
         raise ValueError(

@@ -87,7 +87,7 @@ class MedusaHead(StoredHead):
         vocab, width = output.shape
         name = fit(config.get(TARGET), str | None, f"{at}: {TARGET}")
         if name is None and cls.base_of(path, **options) is None:
-            assumed.append(f"{TARGET} is open: taken is any target of width {width} with {vocab} tokens")
+            assumed.append(f"{TARGET} is not set: any target of width {width} with {vocab} tokens is accepted")
         sizes = {"vocab_size": vocab, "hidden_size": width, "num_attention_heads": 1}
         layer = read_layer({**sizes, TARGET: name}, path)
         return cls.checked(path, layer, MedusaOptions(steps=heads, layers=blocks), state, assumed, **options)
@@ -105,10 +105,11 @@ def _counts(config: Mapping[str, Any], state: Mapping[str, Tensor], at: str) -> 
     assumed = []
     if heads is None or heads <= last:
         if heads != last + 1:
-            assumed.append(f"{HEADS} is {'open' if heads is None else heads}: taken are all {last + 1} of the file")
+            said = "not set" if heads is None else heads
+            assumed.append(f"{HEADS} is {said}: all {last + 1} of the file are read")
         heads = last + 1
     if blocks is None:
-        assumed.append(f"{BLOCKS} is open: taken is {deep}")
+        assumed.append(f"{BLOCKS} is not set: {deep} is assumed")
         blocks = deep
     if not 0 < heads <= len(state) or not 0 <= blocks <= len(state):
         raise ValueError(

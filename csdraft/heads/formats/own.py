@@ -6,8 +6,6 @@ holds the head without the tensors that the target lends. drafter.json names the
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache
@@ -18,7 +16,7 @@ from transformers import LlamaConfig
 from csdraft.heads import kinds
 from csdraft.heads.folder import Names, read_layer, read_tensors
 from csdraft.heads.head import Head, HeadOptions
-from csdraft.heads.stored_head import StoredHead
+from csdraft.heads.stored_head import StoredHead, classes_in
 from csdraft.stored import fit, shown
 
 __all__ = ["KIND", "OwnHead", "head_kinds"]
@@ -30,13 +28,7 @@ NOT_WRITTEN = {"architectures", "dtype", "num_hidden_layers", "_name_or_path"}
 @cache
 def head_kinds() -> dict[str, type[Head]]:
     """The kinds of heads that have their own class of options, by the names of their files."""
-    found = {}
-    for module in pkgutil.iter_modules(kinds.__path__):
-        name = f"{kinds.__name__}.{module.name}"
-        for value in vars(importlib.import_module(name)).values():
-            if isinstance(value, type) and issubclass(value, Head) and value.__module__ == name:
-                found |= {module.name: value} if value.Options is not HeadOptions else {}
-    return found
+    return {name: kind for name, kind in classes_in(kinds, Head) if kind.Options is not HeadOptions}
 
 
 class OwnHead(StoredHead):

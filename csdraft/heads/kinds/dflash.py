@@ -74,7 +74,7 @@ class Block(CrossLayer):
         Args:
             hidden: (rows, blocks x length, width).
             keys, values: (rows, heads, slots, head size) of the text.
-            mask: (rows, 1, blocks, slots) bool: which slots of the text each block sees; None: all, one block a row.
+            mask: (rows, 1, blocks, slots) bool: which slots of the text each block sees; None: all, one block per row.
         """
         normed = self.input_layernorm(hidden)
         queries, own = self.queries(normed, rotary), self.keys_and_values(normed, rotary)

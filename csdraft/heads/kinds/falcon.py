@@ -92,7 +92,7 @@ class FalconOptions(HeadOptions):
 
 
 class Recurrent(nn.Module):
-    """One LSTM layer, which reads k vectors from a state of zeros. Torch's own is not there on every device."""
+    """One LSTM layer, which reads k vectors from a state of zeros. Not every device has torch's own."""
 
     def __init__(self, read: int, width: int):
         super().__init__()

@@ -74,7 +74,7 @@ class KangarooDraft(OnTarget):
         source: the folder or Hub id it was loaded from.
     """
 
-    what, use = "kangaroo adapter", "stands on a target's first layers"
+    what, use = "kangaroo adapter", "runs on a target's first layers"
 
     def __init__(self, layers: int, base: Lender, state: Mapping[str, Tensor], source: str = ""):
         super().__init__(name_only(source, vocab_size=base.vocab_size), state)
@@ -111,7 +111,7 @@ class KangarooDraft(OnTarget):
     def of(cls, model: Any, state_dict: Mapping[str, Tensor] | None = None) -> KangarooDraft:
         state = dict(model.state_dict() if state_dict is None else state_dict)
         own = {name: state[name] for name in state if name not in model.lent}
-        layers, base = model.stands_on
+        layers, base = model.adapter_of
         return cls(layers, base, own, model.config._name_or_path)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -156,7 +156,7 @@ def _with_adapter(target: Any, stored: KangarooDraft) -> Any:
     for name in own:
         set_parameter(network, name, nn.Parameter(network.get_parameter(name).detach().clone()))
     network.lent = {name: name for name in network.state_dict() if name not in own}
-    network.stored_by, network.stands_on = KangarooDraft, (stored.layers, stored.base)
+    network.stored_by, network.adapter_of = KangarooDraft, (stored.layers, stored.base)
     network.config._name_or_path = stored.config._name_or_path
     return network
 

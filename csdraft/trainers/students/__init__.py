@@ -169,7 +169,7 @@ def load_student_weights(student: Any, folder: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: the folder holds another student.
     """
-    student_of(student).put_back(student, os.fspath(folder))
+    student_of(student).load_weights(student, os.fspath(folder))
 
 
 def added_share(student: Any, target: nn.Module) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -18,7 +18,7 @@ from csdraft.heads import kinds as heads
 from csdraft.heads.folder import SWITCHING
 from csdraft.heads.head import Head, HeadOptions
 from csdraft.heads.layers import embeddings, fingerprint
-from csdraft.heads.stored_head import all_formats, head_at
+from csdraft.heads.stored_head import all_formats, classes_in, head_at
 from csdraft.heads.tied import Lender
 from csdraft.models import base_model
 from csdraft.stored import fit, naming
@@ -169,7 +169,7 @@ class HeadKind(Student):
             found[ends] = 1 << 60
         return found.argsort(descending=True, stable=True)[:count].sort().values
 
-    def put_back(self, student: Any, folder: str) -> None:
+    def load_weights(self, student: Any, folder: str) -> None:
         head: Any = base_model(student)
         stored = head_at(folder)
         check_names(stored.state if stored else {}, head.stored_by.of(head).state, folder)
@@ -185,21 +185,14 @@ def stored_by(head: Head) -> Any:
 def students() -> dict[str, Student]:
     """Every kind of student by the name of its file, here or among the kinds of heads."""
     found: dict[str, Student] = {}
-    for name, module in _modules(heads.__path__, heads.__name__):
-        for made in vars(module).values():
-            if isinstance(made, type) and issubclass(made, Head) and made.__module__ == module.__name__:
-                found |= {name: kind} if (kind := HeadKind(made)).options is not HeadOptions else {}
-    return found | {
-        name: getattr(module, module.__all__[0])()
-        for name, module in _modules([os.path.dirname(__file__)], __package__)
-    }
-
-
-def _modules(path: Iterable[str], package: str) -> Iterator[tuple[str, Any]]:
-    """The files of a folder that do not begin with _, by name."""
-    for module in pkgutil.iter_modules(path):
-        if not module.name.startswith("_"):
-            yield module.name, importlib.import_module(f"{package}.{module.name}")
+    for name, made in classes_in(heads, Head):
+        if (kind := HeadKind(made)).options is not HeadOptions:
+            found[name] = kind
+    for file in pkgutil.iter_modules([os.path.dirname(__file__)]):
+        if not file.name.startswith("_"):
+            module = importlib.import_module(f"{__package__}.{file.name}")
+            found[file.name] = getattr(module, module.__all__[0])()
+    return found
 
 
 def kinds() -> dict[str, HeadKind]:

@@ -1,4 +1,4 @@
-"""The interface of a kind of student. Every file of this folder is a kind, and so is every head that has none here.
+"""The interface of a kind of student. Every file of this folder is a kind, and so is every head without a file here.
 
 A kind defines which options it refuses, how it is made for a target, what a training step compares, and how its stored
 weights are loaded again. The defaults are those of a whole model. `csdraft/heads` stores students that need their
@@ -107,7 +107,7 @@ class Student:
 
     # From disk.
 
-    def put_back(self, student: Any, folder: str) -> None:
+    def load_weights(self, student: Any, folder: str) -> None:
         """Loads stored weights; see `load_student_weights`."""
         model: Any = base_model(student)
         state, own = read_chosen(folder, lambda name: True), model.state_dict()

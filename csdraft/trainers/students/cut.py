@@ -1,6 +1,6 @@
 """A model made from copies of some of the target's layers, optionally narrower or tied to the target's embedding.
 
-DistilBERT (arXiv 1910.01108) and Minitron (arXiv 2407.14679) begin like this.
+DistilBERT (arXiv 1910.01108) and Minitron (arXiv 2407.14679) start from such models.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["Cut", "check_cut"]
 OPTIONS = ("layers", "encoder_layers", "hidden_size", "tie_to_target", "shared")
 """Keys of `init.from_target`."""
 PROBE_TOKENS = 12
-"""On which a cut model is compared with the target's layers."""
+"""Number of tokens on which a cut model is compared with the target's layers."""
 
 
 class Cut(Student):

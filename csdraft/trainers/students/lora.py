@@ -34,7 +34,7 @@ class Lora(Student):
     def make(self, target: Any, options: Mapping[str, Any], counts: Counts | None) -> nn.Module:
         return with_lora(_opened(options["student"]), options["peft"])
 
-    def put_back(self, student: Any, folder: str) -> None:
+    def load_weights(self, student: Any, folder: str) -> None:
         model, peft = base_model(student), peft_package()
         _check_base(model, folder)
         state = peft.load_peft_weights(folder, device="cpu")
