@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -110,7 +111,7 @@ def test_model_card_and_provenance(saved):
     assert card.startswith("---\nlibrary_name: csdraft\ntags:")
     assert "| 1 | 12 |" in card  # one call, 12 tokens
     assert provenance["measured"]["emitted"] == 12
-    assert provenance["versions"]["torch"] == torch.__version__
+    assert provenance["versions"]["torch"] == version("torch")
     assert provenance["models"]["LlamaForCausalLM"]["dtype"] == "float32"
 
 
