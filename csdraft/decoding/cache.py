@@ -159,10 +159,11 @@ class SlotCache(Cache):
         return True
 
     def index_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(rows, 1) row and (rows, queries) slot of each query, made once for each forward and device."""
+        """(rows, queries) row and slot of each query, made once for each forward and device."""
         if device not in self._indices:
-            rows = torch.arange(self.slots.shape[0], device=device)[:, None]
-            self._indices[device] = rows, self.slots.to(device)
+            rows = torch.arange(self.slots.shape[0], device=device)[:, None].expand(self.slots.shape)
+            # Contiguous as the slots are: CUDA copies all indices in every layer if their strides differ.
+            self._indices[device] = rows.contiguous(), self.slots.to(device)
         return self._indices[device]
 
     def move(self, row: int, sources: Sequence[int], targets: Sequence[int]) -> None:
