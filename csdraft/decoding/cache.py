@@ -180,8 +180,15 @@ class SlotCache(Cache):
             part.index_copy_(1, target, part.index_select(1, source))
 
     def at(self, row: int, slot: int) -> list[Tensor]:
-        """Copies of one token's keys and values of every layer; (heads, head_dim) each."""
-        return [b[row, :, slot].clone() for layer in self._filled() for b in (layer.key_buffer, layer.value_buffer)]
+        """Copies of one token's keys and values: (buffers, heads, head_dim) of each device, dtype and size of layers.
+
+        One copy for all layers: a GPU takes as long for each small one.
+        """
+        alike: dict[tuple, list[Tensor]] = {}
+        for layer in self._filled():
+            for part in (layer.key_buffer[row, :, slot], layer.value_buffer[row, :, slot]):  # (heads, head_dim)
+                alike.setdefault((part.device, part.dtype, part.shape), []).append(part)
+        return [torch.stack(parts) for parts in alike.values()]
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Drops all batch rows but `rows`, which become the first rows in this order. The memory is not moved.
