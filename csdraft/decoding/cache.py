@@ -159,10 +159,11 @@ class SlotCache(Cache):
         return True
 
     def index_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(rows, 1) row and (rows, queries) slot of each query, made once for each forward and device."""
+        """(rows, queries) row and slot of each query, made once for each forward and device."""
         if device not in self._indices:
-            rows = torch.arange(self.slots.shape[0], device=device)[:, None]
-            self._indices[device] = rows, self.slots.to(device)
+            rows = torch.arange(self.slots.shape[0], device=device)[:, None].expand(self.slots.shape)
+            # Contiguous as the slots are: CUDA copies all indices in every layer if their strides differ.
+            self._indices[device] = rows.contiguous(), self.slots.to(device)
         return self._indices[device]
 
     def move(self, row: int, sources: Sequence[int], targets: Sequence[int]) -> None:
@@ -179,8 +180,15 @@ class SlotCache(Cache):
             part.index_copy_(1, target, part.index_select(1, source))
 
     def at(self, row: int, slot: int) -> list[Tensor]:
-        """Copies of one token's keys and values of every layer; (heads, head_dim) each."""
-        return [buffer[row, :, slot].clone() for buffer in self._buffers()]
+        """Copies of one token's keys and values: (buffers, heads, head_dim) of each device, dtype and size of layers.
+
+        One copy for all layers: a GPU takes as long for each small one.
+        """
+        alike: dict[tuple, list[Tensor]] = {}
+        for buffer in self._buffers():
+            part = buffer[row, :, slot]  # (heads, head_dim)
+            alike.setdefault((part.device, part.dtype, part.shape), []).append(part)
+        return [torch.stack(parts) for parts in alike.values()]
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Drops all batch rows but `rows`, which become the first rows in this order. The memory is not moved.

@@ -127,9 +127,11 @@ class Graphs:
         return replay()
 
     def _reserved(self) -> int:
-        """Bytes of GPU memory that torch holds; 0 on other devices."""
-        cuda = self.device is not None and self.device.type == "cuda"
-        return torch.cuda.memory_reserved(self.device) if cuda else 0
+        """Bytes of GPU memory that torch needs; 0 on other devices."""
+        if self.device is None or self.device.type != "cuda":
+            return 0
+        torch.cuda.empty_cache()  # as a recording does: else what it frees would be taken off its own bytes
+        return torch.cuda.memory_reserved(self.device)
 
     def clear(self) -> None:
         """Drops all recordings. Called when a tensor has moved."""

@@ -24,6 +24,8 @@ __all__ = ["grouped_heads", "logits_to_read"]
 
 FEW = 16
 """Up to this many queries, their logits cost less than a copy of the output layer."""
+WIDEST_HEAD, OLDEST_CUDNN = 128, 91500
+"""The widest heads that cuDNN's attention takes, and the version that PyTorch wants to be newer."""
 _here = threading.local()
 _compiled = False
 """Whether csdraft runs a compiled forward: what torch compiles meanwhile is compiled again for other callers."""
@@ -66,7 +68,7 @@ def _attention(
     fits = ours and not more and query.shape[1] == groups * key.shape[1]
     if fits and _is_slow(query, groups) and (attention_mask is None or attention_mask.shape[1] == 1):
         found = _one_query(query, key, value, attention_mask, dropout, scaling, groups)
-    elif fits and groups > 1 and attention_mask is not None:
+    elif fits and groups > 1 and attention_mask is not None and _has_kernel(query, value):
         found = sdpa(query, key, value, attention_mask, dropout, scale=scaling, enable_gqa=True)
     else:
         return sdpa_attention_forward(
@@ -82,6 +84,25 @@ def logits_to_read(keep: int, queries: int, device: torch.device, dtype: torch.d
     takes ten times as long as the logits of a few more queries.
     """
     return queries if dtype == torch.bfloat16 and device.type == "cpu" and queries <= FEW else keep
+
+
+def _has_kernel(query: Tensor, value: Tensor) -> bool:
+    """Whether PyTorch (2.13) takes groups under a mask as they are. On CUDA only cuDNN's kernel does.
+
+    Where it is not chosen, PyTorch repeats keys and values itself, in float32, and holds all scores in memory: then
+    transformers' way is faster.
+    """
+    if query.device.type != "cuda":
+        return True
+    fits = query.dtype in (torch.bfloat16, torch.float16) and max(query.shape[-1], value.shape[-1]) <= WIDEST_HEAD
+    return fits and _prefers_cudnn(query.device)
+
+
+@torch.compiler.assume_constant_result
+def _prefers_cudnn(device: torch.device) -> bool:
+    """Whether PyTorch (2.11, 2.13) tries cuDNN's attention first: on Hopper and Blackwell of data centres."""
+    version = torch.backends.cudnn.version() or 0
+    return torch.cuda.get_device_capability(device)[0] in (9, 10) and version > OLDEST_CUDNN
 
 
 def _is_slow(query: Tensor, groups: int) -> bool:

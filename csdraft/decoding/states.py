@@ -36,8 +36,8 @@ def setting_of(model: nn.Module) -> tuple:
     for module in model.modules():
         own = vars(module)
         found += [id(module), type(module), module.training, *map(id, own["_modules"].values())]
-        found += [tuple(own[hooks]) for hooks in HOOKS if own[hooks]]
-        found += [_plain(value) for key, value in own.items() if key not in OF_ALL]
+        found += [key for hooks in HOOKS for key, hook in own[hooks].items() if not _captures(hook)]
+        found += [_plain(value) for key, value in own.items() if key not in IGNORED]
     return tuple(found)
 
 
@@ -45,6 +45,16 @@ PLAIN = bool | int | float | str | None
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 OF_ALL = frozenset(vars(nn.Module()))
 """The attributes that every module has: parameters and buffers, modules, hooks."""
+OF_CALLS = {
+    "_output_capturing_hooks_installed", "_compiled_call", "_last_compile_config", "_previous_max_cache_length"
+}  # fmt: skip
+"""Attributes that a model gets from transformers (5.24) in its first call of some kind; no forward depends on them."""
+IGNORED = OF_ALL | OF_CALLS
+
+
+def _captures(hook: Any) -> bool:
+    """Whether a hook only keeps hidden states: transformers adds it in the first forward that is asked for them."""
+    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
 
 
 def _plain(value: Any) -> Any:

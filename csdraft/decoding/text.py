@@ -56,6 +56,7 @@ class Text:
         fresh = self.tokens[self._written - self.padding :] if self._written < committed else []
         tail = [*fresh, *path]
         if tail:
-            self._padded[0, length - len(tail) : length] = torch.tensor(tail, dtype=self._padded.dtype)
+            place = self._padded[0, length - len(tail) : length]
+            place.copy_(torch.tensor(tail, dtype=place.dtype), non_blocking=True)  # the host need not wait for a GPU
         self._written = committed
         return self._padded[:, :length]

@@ -7,6 +7,7 @@ from peft import LoraConfig, get_peft_model
 import csdraft
 from csdraft import MaxGram, ModelDrafter
 from csdraft.decoding.graphs import Graphs
+from csdraft.decoding.inputs import Shape
 from csdraft.schedules.fixed import Fixed
 from csdraft.trees.best_first import BestFirst
 from tests.decoding.tape import recorder, stand_in
@@ -66,7 +67,9 @@ def test_sampled_texts_are_the_same_too(graphs, monkeypatch):
     inputs = {"inputs": PROMPTS, "attention_mask": MASK} | WANTED | {"do_sample": True, "row_seeds": [5, 6]}
     for verifier in ("match", "rejection"):
         texts = [
-            target.generate(**inputs, assistant=drafters("llama", target)[0], verifier=verifier, graphs=way)
+            target.generate(
+                **inputs, assistant=drafters("llama", target)[0], verifier=verifier, schedule="fixed", graphs=way
+            )
             for way in ("auto", False)
         ]
         assert torch.equal(*texts)
@@ -228,6 +231,22 @@ def test_a_text_as_long_as_was_prepared_for_keeps_what_was_recorded(graphs):
     assert torch.equal(text, target.generate(prompt, **WANTED | {"max_new_tokens": 40}))
     (reader,) = graphs
     assert {shape.queries for shape in reader.graphs.shapes} >= {1, 2, 4, 8, 16, 32, 64}
+
+
+def test_what_a_recording_frees_is_not_taken_off_its_bytes(monkeypatch):
+    """Before it records, torch gives back what it holds without need."""
+    needed, held = [100], [1000]
+
+    def record(body):
+        torch.cuda.empty_cache()
+        needed[0], held[0] = needed[0] + 30, held[0] + 30
+        return body
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: held.__setitem__(0, needed[0]))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: held[0])
+    graphs = Graphs(record, device=torch.device("cuda"))
+    graphs.run(Shape(1, 1, 256), lambda: torch.zeros(1), at_once=True)
+    assert graphs.bytes == 30
 
 
 def test_without_graphs_forwards_are_timed():

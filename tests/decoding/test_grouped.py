@@ -1,6 +1,7 @@
 """Grouped heads stay grouped where csdraft passes a mask, and nothing else changes for anybody."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from csdraft import MaxGram
 from csdraft.decoding.cache import SlotCache
-from csdraft.decoding.grouped import grouped_heads
+from csdraft.decoding.grouped import _has_kernel, grouped_heads
 from tests.tiny import drafter_of, ragged_batch, tiny
 
 WANTED = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
@@ -74,6 +75,36 @@ def test_one_query_in_half_precision_is_the_same_attention(dtype, groups, kind):
     assert found.shape == (2, 1, 6, 8)
     assert found.is_contiguous()
     assert torch.allclose(found.transpose(1, 2).double(), right, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "card", "cudnn", "grouped"),
+    [
+        (torch.bfloat16, 128, (9, 0), 91900, True),
+        (torch.float16, 64, (10, 0), 91501, True),
+        (torch.float32, 128, (9, 0), 91900, False),
+        (torch.bfloat16, 256, (9, 0), 91900, False),
+        (torch.bfloat16, 128, (8, 0), 91900, False),
+        (torch.bfloat16, 128, (9, 0), 91002, False),
+    ],
+)
+def test_heads_stay_grouped_where_a_gpu_has_a_kernel_for_them(monkeypatch, dtype, size, card, cudnn, grouped):
+    """Elsewhere PyTorch itself would repeat keys and values, in float32."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: card)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+    states = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=(1, 4, 3, size))
+    assert _has_kernel(states, states) is grouped
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_indices_of_a_write_need_no_copy_on_a_gpu(rows):
+    """There each layer's write copies all indices whose strides differ."""
+    slots = torch.arange(4 * rows).view(rows, 4)
+    cache = SlotCache(1, rows, 64, torch.device("cpu"), False)
+    cache.place(slots, slots, 64)
+    row, slot = cache.index_on(slots.device)
+    assert row.tolist() == [[place] * 4 for place in range(rows)]
+    assert row.stride() == slot.stride()
 
 
 def test_writing_ragged_rows_in_bfloat16_is_not_slow():

@@ -7,12 +7,14 @@ import threading
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 import csdraft
 from csdraft import MaxGram, ModelDrafter
 from csdraft.decoding.cache_names import GENERATE_CACHE
 from csdraft.decoding.readers import held
+from csdraft.decoding.session import Session
 from csdraft.trees.best_first import BestFirst
 from tests.tiny import drafter_of, fresh, ragged_batch, tiny
 
@@ -45,6 +47,35 @@ def test_the_second_turn_reads_only_its_tail():
     assert len(report.models) == 2
     for use in report.models.values():
         assert TURN < use.fed < TURN + 8 * ANSWER
+
+
+class Kernels(TorchDispatchMode):
+    """Counts operators that compute or copy."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_is_reused_is_checked_for_all_layers_at_once(monkeypatch):
+    """On a GPU each operator takes as long to start as a layer's part takes."""
+    counts, prove = [], Session._prove
+
+    def counted(self, rows):
+        with Kernels() as mode:
+            right = prove(self, rows)
+        counts.append(mode.count)
+        return right
+
+    monkeypatch.setattr(Session, "_prove", counted)
+    for layers in (1, 6):
+        two_turns(fresh("llama", num_hidden_layers=layers), MaxGram())
+    assert len(counts) == 2
+    assert counts[0] == counts[1] < 10
 
 
 def test_without_reuse_everything_is_read_again():

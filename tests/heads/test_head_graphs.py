@@ -9,6 +9,7 @@ from csdraft.trees.best_first import BestFirst
 from tests.decoding.tape import stand_in
 from tests.heads.kinds import NAMES, learned, new
 from tests.heads.learned import target, texts
+from tests.tiny import fresh
 
 EAGER = {"chimera", "clover2", "ctc", "dflash", "falcon", "hydra", "medusa", "parallel"}
 """Heads that ask the host what a forward is for: which output layer is next, whether text is read or a draft."""
@@ -54,6 +55,18 @@ def test_every_head_is_prepared_or_says_why_not(name):
     assert ready.models[0].costs
     assert bool(ready.models[1].costs) != ("what a forward of this head is for" in (ready.models[1].why_not or ""))
     assert bool(ready.models[1].costs) == (name in ("eagle", "eagle3", "fspad", "hass"))
+
+
+def test_what_a_first_forward_leaves_on_a_target_drops_nothing(readers):
+    """Asked for hidden states, transformers adds hooks for good; with a static cache, it notes the cache's length."""
+    new_target, head = fresh("llama", num_hidden_layers=3), new("eagle3")
+    csdraft.prepare(new_target, ModelDrafter(head), rows=1, slots=256, progress=lambda what, share: None)
+    asked = {"inputs": texts()[:1, :9], "max_new_tokens": 12, "do_sample": False}
+    static = new_target.generate(**asked, cache_implementation="static")
+    found = new_target.generate(**asked, assistant=ModelDrafter(head), schedule="fixed", strict=True)
+    assert torch.equal(found, static)
+    assert len(readers) == 2
+    assert len(readers[0].graphs.shapes) == 7
 
 
 def test_a_head_can_be_prepared(readers):
