@@ -5,28 +5,45 @@ from __future__ import annotations
 import math
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from csdraft.decoding.names import name_of
 
-__all__ = ["home", "memory_of", "place", "setting_of", "state_of", "tensors_of"]
+__all__ = ["home", "looked_up", "memory_of", "place", "setting_of", "state_of", "tensors_of"]
 
 
-def tensors_of(model: nn.Module) -> tuple[tuple[int, int], ...]:
-    """(address, writes) of all parameters and buffers, module by module; -1 writes for those that count none."""
+def tensors_of(model: nn.Module) -> tuple[tuple[int, int, torch.dtype], ...]:
+    """(address, writes, dtype) of all parameters and buffers, module by module; -1 writes if they count none."""
     own = [[*module._parameters.values(), *module._buffers.values()] for module in model.modules()]
     held: list[Any] = [tensor for tensors in own for tensor in tensors if tensor is not None]
-    return tuple((tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version) for tensor in held)
+    return tuple((one.data_ptr(), -1 if one.is_inference() else one._version, one.dtype) for one in held)
 
 
 def state_of(model: nn.Module) -> tuple | None:
     """`tensors_of`, or None if changes cannot be noticed: in training mode, or if tensors do not count writes."""
     state = None if model.training else tensors_of(model)
-    return None if state is None or any(writes < 0 for _, writes in state) else state
+    return None if state is None or any(writes < 0 for _, writes, _ in state) else state
+
+
+def looked_up(model: nn.Module, texts: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Copies of what these texts read in the model's embeddings: their tokens' rows, and all rows of other tables."""
+    known = sorted({token for text in texts for token in text})
+    if not known:
+        return []
+    tables, tokens = [module for module in model.modules() if isinstance(module, nn.Embedding)], torch.tensor(known)
+    vocab: int = model.config.get_text_config(decoder=True).vocab_size  # type: ignore[operator,union-attr]
+    found = []
+    for table in tables:
+        weight, count = table.weight, table.num_embeddings
+        if type(weight) is nn.Parameter and len(weight) == count and weight.device.type != "meta":
+            rows = tokens.clamp(max=count - 1) if count >= vocab else torch.arange(count)
+            found.append(weight.detach()[rows.to(weight.device)])
+    return found
 
 
 def setting_of(model: nn.Module) -> tuple:

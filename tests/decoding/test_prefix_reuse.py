@@ -79,6 +79,17 @@ def test_a_model_that_has_changed_reads_again(change):
     assert output.report.models["target"].fed >= 200
 
 
+@pytest.mark.parametrize(("family", "table"), [("llama", "model.embed_tokens"), ("gpt2", "transformer.wpe")])
+def test_other_embeddings_of_tokens_before_the_last_are_noticed(family, table):
+    """A write through `.data` counts no version, and the last token's keys and values stay as they were."""
+    target, prompt = fresh(family), torch.arange(20, 60)[None]
+    target.generate(prompt, **WANTED, assistant=MaxGram())
+    target.get_submodule(table).weight.data[:30] *= -2
+    output = target.generate(prompt, **WANTED, assistant=MaxGram(), schedule="fixed")
+    assert torch.equal(output.sequences, target.generate(prompt, **WANTED).sequences)
+    assert output.report.models["target"].fed >= 40
+
+
 def test_a_faint_adapter_that_is_switched_off_is_noticed():
     """In half precision its keys and values differ by less than rounding may."""
     torch.manual_seed(0)
