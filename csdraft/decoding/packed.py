@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import platform
 import threading
+from copy import copy
 from dataclasses import dataclass
 from functools import cache, partial
 from types import FunctionType, MethodType
@@ -133,7 +134,7 @@ def _sums(model: nn.Module) -> list[int]:
         size = next((size for size in SEGMENTS if words.shape[1] % size), SEGMENTS[0])
         words, whole = words.view(-1), words.numel() // size * size
         parts = torch.cat([words[:whole].view(-1, size).sum(1), words[whole:]])
-        sums.append((parts * torch.arange(1, 2 * len(parts), 2)).sum())
+        sums.append((parts * torch.arange(1, 2 * len(parts), 2, device="cpu")).sum())
     return torch.stack(sums).tolist() if sums else []
 
 
@@ -206,7 +207,11 @@ def _in_twin(value: Any, twins: dict[Any, nn.Module], copied: bool = False) -> A
     if isinstance(value, dict):
         found = {key: _in_twin(one, twins) for key, one in value.items()}
         changed = any(one is not value[key] for key, one in found.items())
-        return type(value)(found) if copied or changed else value
+        if not copied and not changed:
+            return value
+        made = copy(value)  # it may be a defaultdict
+        made.update(found)
+        return made
     if type(value) in (list, tuple):
         made = [_in_twin(one, twins) for one in value]
         return type(value)(made) if any(one is not old for one, old in zip(made, value, strict=True)) else value

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from csdraft.decoding.graphs import Mode
 from csdraft.decoding.packed import release_packed
 from csdraft.decoding.reader import Reader
-from csdraft.decoding.states import looked_up, memory_of, setting_of, state_of
+from csdraft.decoding.states import looked_up, memory_of, setting_of, state_of, ways_on
 
 __all__ = ["ALONE", "ReadingOptions", "borrow", "held", "release", "take_back"]
 
@@ -86,9 +86,9 @@ class Waiting:
         return self.recorded or 2 * sum(map(_common, self.texts, texts)) >= sum(map(len, self.texts))
 
     def suits(self, rows: int, taps: frozenset[int]) -> bool:
-        """Whether it fits a call with these rows and taps; tensors of inference mode cannot be used outside it."""
+        """Whether it fits a call with these rows and taps, and the ways in which torch computes now."""
         reader = self.reader
-        return (reader.size, reader.taps, reader.inference) == (rows, taps, torch.is_inference_mode_enabled())
+        return (reader.size, reader.taps, reader.ways) == (rows, taps, ways_on(reader.device))
 
 
 _LOCK = threading.RLock()  # reentrant: a model may be freed, which calls `_forget`, while this thread holds it

@@ -210,7 +210,8 @@ class Scores:
         asked = [*(pair for pair in drafted if pair[0] in scored), *zip(self._after, self.choices or (), strict=False)]
         if not asked:
             return {}
-        at = torch.tensor([(self._index(node), token) for node, token in asked]).to(self.logits.device)  # (asked, 2)
+        places = [(self._index(node), token) for node, token in asked]
+        at = torch.tensor(places, device=self.logits.device)  # (asked, 2)
         return dict(zip(asked, self._log_probs(self.logits)[at[:, 0], at[:, 1]].exp().tolist(), strict=True))
 
     def entropy(self, node: int) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from csdraft.decoding.names import name_of
 
-__all__ = ["home", "looked_up", "memory_of", "place", "setting_of", "state_of", "tensors_of"]
+__all__ = ["home", "looked_up", "memory_of", "place", "setting_of", "state_of", "tensors_of", "ways_on"]
 
 
 def tensors_of(model: nn.Module) -> tuple[tuple[int, int, torch.dtype], ...]:
@@ -35,13 +35,14 @@ def looked_up(model: nn.Module, texts: Sequence[Sequence[int]]) -> list[Tensor]:
     known = sorted({token for text in texts for token in text})
     if not known:
         return []
-    tables, tokens = [module for module in model.modules() if isinstance(module, nn.Embedding)], torch.tensor(known)
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    tokens = torch.tensor(known, device="cpu")
     vocab: int = model.config.get_text_config(decoder=True).vocab_size  # type: ignore[operator,union-attr]
     found = []
     for table in tables:
         weight, count = table.weight, table.num_embeddings
         if type(weight) is nn.Parameter and len(weight) == count and weight.device.type != "meta":
-            rows = tokens.clamp(max=count - 1) if count >= vocab else torch.arange(count)
+            rows = tokens.clamp(max=count - 1) if count >= vocab else torch.arange(count, device="cpu")
             found.append(weight.detach()[rows.to(weight.device)])
     return found
 
@@ -103,6 +104,15 @@ def home(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     if device.type == "meta":  # offloaded: accelerate loads the weights to this device for each forward
         device = torch.device(embeddings._hf_hook.execution_device)
     return device, model.dtype  # type: ignore[return-value]
+
+
+def ways_on(device: torch.device) -> tuple[bool, torch.dtype | None]:
+    """Whether inference mode is on, whose tensors cannot be used outside it, and the dtype that autocast asks for.
+
+    Under autocast keys and values have this dtype, and a recorded forward computes in it.
+    """
+    cast = torch.is_autocast_enabled(device.type)
+    return torch.is_inference_mode_enabled(), torch.get_autocast_dtype(device.type) if cast else None
 
 
 def place(model: nn.Module) -> str:

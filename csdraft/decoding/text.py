@@ -56,6 +56,6 @@ class Text:
         fresh = self.tokens[self._written - self.padding :] if self._written < committed else []
         tail = [*fresh, *path]
         if tail:
-            self._padded[0, length - len(tail) : length] = torch.tensor(tail, dtype=self._padded.dtype)
+            self._padded[0, length - len(tail) : length] = self._padded.new_tensor(tail)
         self._written = committed
         return self._padded[:, :length]

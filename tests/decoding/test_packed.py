@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from collections import defaultdict
 from functools import partial
 
 import pytest
@@ -302,6 +303,16 @@ def test_other_weights_stay_as_they_are():
     assert type(packed(model).lm_head) is nn.Linear
     twin = packed(fresh("llama", seed=1))
     assert twin.lm_head(torch.zeros(0, 32)).shape == (0, 97)
+
+
+def test_a_dictionary_of_any_class_is_copied():
+    model, ids = fresh("llama"), prompt()["input_ids"]
+    model.parts = defaultdict(list, {"decoder": model.model})
+    twin = packed(model)
+    assert twin.parts["decoder"] is twin.model
+    assert twin.parts["other"] == []
+    assert model.parts.keys() == {"decoder"}
+    assert torch.equal(model.generate(ids, **WANTED, assistant=MaxGram()), model.generate(ids, **WANTED))
 
 
 def test_a_processor_that_cannot_pack_runs_the_model(monkeypatch):

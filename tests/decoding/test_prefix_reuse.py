@@ -151,6 +151,17 @@ def test_what_inference_mode_has_read_is_left_there():
         assert output.sequences.tolist() == plain.tolist()
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_what_autocast_has_read_is_left_there(family):
+    """Its keys and values are of another dtype."""
+    target, prompt = fresh(family), tokens(60)
+    plain = target.generate(prompt, **WANTED).sequences
+    for on in (True, False, True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            output = target.generate(prompt, **WANTED, assistant=MaxGram(), schedule="fixed")
+        assert on or torch.equal(output.sequences, plain)
+
+
 def test_a_batch_goes_on_too():
     target, inputs = tiny("llama"), ragged_batch((120, 40, 90))
     first = target.generate(**inputs, **WANTED, assistant=MaxGram(), schedule="fixed")
