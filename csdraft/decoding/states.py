@@ -31,7 +31,10 @@ def state_of(model: nn.Module) -> tuple | None:
 
 
 def looked_up(model: nn.Module, texts: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Copies of what these texts read in the model's embeddings: their tokens' rows, and all rows of other tables."""
+    """Copies of what these texts may read in the model's embeddings: all of small tables, such as those of positions.
+
+    Of a large table with a row for each token, only the rows of the texts' tokens.
+    """
     known = sorted({token for text in texts for token in text})
     if not known:
         return []
@@ -42,8 +45,9 @@ def looked_up(model: nn.Module, texts: Sequence[Sequence[int]]) -> list[Tensor]:
     for table in tables:
         weight, count = table.weight, table.num_embeddings
         if type(weight) is nn.Parameter and len(weight) == count and weight.device.type != "meta":
-            rows = tokens.clamp(max=count - 1) if count >= vocab else torch.arange(count, device="cpu")
-            found.append(weight.detach()[rows.to(weight.device)])
+            by_token = count >= vocab and weight.numel() > SMALL
+            rows = tokens.clamp(max=count - 1).to(weight.device) if by_token else slice(None)
+            found.append(weight.detach()[rows].clone())
     return found
 
 
@@ -59,6 +63,8 @@ def setting_of(model: nn.Module) -> tuple:
     return tuple(found)
 
 
+SMALL = 2**20
+"""A table of embeddings with at most this many numbers is copied as a whole."""
 PLAIN = bool | int | float | str | None
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 OF_ALL = frozenset(vars(nn.Module()))

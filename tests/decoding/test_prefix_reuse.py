@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 import csdraft
 from csdraft import MaxGram, ModelDrafter
+from csdraft.decoding import states
 from csdraft.decoding.cache_names import GENERATE_CACHE
 from csdraft.decoding.readers import held
 from csdraft.trees.best_first import BestFirst
@@ -79,15 +80,23 @@ def test_a_model_that_has_changed_reads_again(change):
     assert output.report.models["target"].fed >= 200
 
 
-@pytest.mark.parametrize(("family", "table"), [("llama", "model.embed_tokens"), ("gpt2", "transformer.wpe")])
-def test_other_embeddings_of_tokens_before_the_last_are_noticed(family, table):
+OF_OTHERS = [
+    ("llama", "model.embed_tokens", 0),
+    ("llama", "model.embed_tokens", 1 << 20),
+    ("gpt2", "transformer.wpe", 1 << 20),
+]
+
+
+@pytest.mark.parametrize(("family", "table", "small"), OF_OTHERS)
+def test_other_embeddings_of_tokens_before_the_last_are_noticed(family, table, small, monkeypatch):
     """A write through `.data` counts no version, and the last token's keys and values stay as they were."""
-    target, prompt = fresh(family), torch.arange(20, 60)[None]
+    monkeypatch.setattr(states, "SMALL", small)
+    target, prompt = fresh(family), torch.arange(40, 2, -1)[None]
     target.generate(prompt, **WANTED, assistant=MaxGram())
-    target.get_submodule(table).weight.data[:30] *= -2
+    target.get_submodule(table).weight.data[10:20] *= -2
     output = target.generate(prompt, **WANTED, assistant=MaxGram(), schedule="fixed")
     assert torch.equal(output.sequences, target.generate(prompt, **WANTED).sequences)
-    assert output.report.models["target"].fed >= 40
+    assert output.report.models["target"].fed >= prompt.shape[1]
 
 
 def test_a_faint_adapter_that_is_switched_off_is_noticed():
