@@ -29,8 +29,9 @@ FOLDER = "drafter"
 def auto_for(target: nn.Module | None, load: Callable[[str, nn.Module], Drafter]) -> Auto:
     """The drafter that this process keeps for a target, with all that it has learned, as long as the target lives.
 
-    A saved drafter is loaded once, and again if the generation config names another. One that holds the target itself
-    is loaded for each call, because keeping it would keep the target alive.
+    A saved drafter is loaded once, and again if the generation config names another or the target's token embeddings
+    were resized. One that holds the target itself is loaded for each call, because keeping it would keep the target
+    alive.
 
     Args:
         target: the model; None makes a new drafter, which looks up the tables of its targets itself.
@@ -42,20 +43,20 @@ def auto_for(target: nn.Module | None, load: Callable[[str, nn.Module], Drafter]
     if target is None:
         return Auto()
     target = base_model(target)
-    found = _beside(target)
+    found, vocab = _beside(target), vocab_size(target)
     with _LOCK:
         known = _KEPT.get(target)
-    if known is not None and known[0] == found:
-        return known[1]
+    if known is not None and known[:2] == (found, vocab):
+        return known[2]
     saved = None if found is None else _loaded(*found, target, load)
     if isinstance(saved, Auto):
         made = saved
     else:
-        adjacency, outputs = AdjacencyTable.of(target, vocab_size(target)), OutputTable.of(target)
+        adjacency, outputs = AdjacencyTable.of(target, vocab), OutputTable.of(target)
         made = Auto(adjacency=adjacency, outputs=outputs, drafter=saved)
     if target not in made.models():
         with _LOCK:
-            _KEPT[target] = found, made
+            _KEPT[target] = found, vocab, made
     return made
 
 
@@ -89,5 +90,5 @@ def _loaded(path: str, why: str, target: nn.Module, load: Callable[[str, nn.Modu
     return lone if isinstance(lone, Auto) else root
 
 
-_KEPT: WeakKeyDictionary[nn.Module, tuple[tuple[str, str] | None, Auto]] = WeakKeyDictionary()
+_KEPT: WeakKeyDictionary[nn.Module, tuple[tuple[str, str] | None, int, Auto]] = WeakKeyDictionary()
 _LOCK = threading.Lock()

@@ -194,7 +194,7 @@ def _logits(model: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     """
     span = traits_of(model).longest_span
     tokens = _tokens(model, (span if span <= LONGEST_SPAN else 0) + 9)
-    texts = [Text(torch.tensor(tokens)), Text(torch.tensor(tokens[3:]))]
+    texts = [Text(torch.tensor(own, device="cpu")) for own in (tokens, tokens[3:])]
     vocab = model.config.get_text_config(decoder=True).vocab_size
     chooser = TokenChooser(Processing([], 2), Stopping([]), Sampler(True, [0, 0], vocab))
     source = _source(model)

@@ -102,7 +102,7 @@ class Inputs:
 
     def __init__(self, rows: int, queries: int, deepest: int, device: torch.device):
         shape = (PATHS + deepest, rows, queries)
-        self._host = torch.zeros(shape, dtype=torch.long)  # (5 + deepest, rows, queries)
+        self._host = torch.zeros(shape, dtype=torch.long, device="cpu")  # (5 + deepest, rows, queries)
         self._table = self._host.numpy()  # shares its memory
         self._there = self._host if device.type == "cpu" else torch.zeros(shape, dtype=torch.long, device=device)
         self._here: Any = self._table if self._there is self._host else self._there  # on a CPU, NumPy is faster

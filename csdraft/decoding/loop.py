@@ -138,4 +138,4 @@ def _row_seeds(rows: int, config: GenerationConfig) -> list[int]:
     """From torch's global CPU generator, so that `torch.manual_seed` governs sampling; greedy draws nothing."""
     if not config.do_sample:
         return [0] * rows
-    return torch.randint(0, 2**62, (rows,)).tolist()
+    return torch.randint(0, 2**62, (rows,), device="cpu").tolist()

@@ -76,7 +76,7 @@ class Output:
                 self.streamer.put_round(finished)
             elif self.streamer is not None:
                 for token in finished.tokens:
-                    self.streamer.put(torch.tensor([token]))
+                    self.streamer.put(torch.tensor([token], device="cpu"))
 
     def sequences(self, input_ids: Tensor, texts: Sequence[Text]) -> Tensor:
         """(rows, longest) the user's ids, then the new tokens, padded on the right."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import platform
 import threading
+from copy import copy
 from dataclasses import dataclass
 from functools import cache, partial
 from types import FunctionType, MethodType
@@ -34,6 +35,8 @@ QUERIES = 8
 """The number of rows of the input that the layout is chosen for."""
 KNOWN = {"torch", "transformers", "peft", "csdraft", "builtins"}
 """The packages of whose classes modules and their attributes may be."""
+SEGMENTS = 127, 113
+"""How many words of a weight are summed up together: the first that does not divide the length of a row."""
 REPEATED, LONG = 4, 4096
 """In float32 one row is multiplied REPEATED times, which is faster than once; if it is longer than LONG, as ever."""
 CACHED = 24 * 2**20
@@ -120,11 +123,18 @@ def _fits(model: nn.Module) -> bool:
 
 
 def _sums(model: nn.Module) -> list[int]:
-    """A sum over the bits of each weight that can be packed, by row: writes through `.data` count no version."""
+    """A sum over the bits of each weight that can be packed: writes through `.data` count no version.
+
+    Each segment of its 64-bit words has another odd factor. Segments do not begin where rows do, so other orders of
+    rows or columns have other sums.
+    """
     sums = []
     for weight in [module.weight.detach() for module in model.modules() if _is_packable(module)]:
-        rows = weight.view(torch.int64).sum(1)  # (out_features,)
-        sums.append((rows * torch.arange(1, 2 * len(rows), 2)).sum())
+        words = weight.view(torch.int64)  # (out_features, words of a row)
+        size = next((size for size in SEGMENTS if words.shape[1] % size), SEGMENTS[0])
+        words, whole = words.view(-1), words.numel() // size * size
+        parts = torch.cat([words[:whole].view(-1, size).sum(1), words[whole:]])
+        sums.append((parts * torch.arange(1, 2 * len(parts), 2, device="cpu")).sum())
     return torch.stack(sums).tolist() if sums else []
 
 
@@ -197,7 +207,11 @@ def _in_twin(value: Any, twins: dict[Any, nn.Module], copied: bool = False) -> A
     if isinstance(value, dict):
         found = {key: _in_twin(one, twins) for key, one in value.items()}
         changed = any(one is not value[key] for key, one in found.items())
-        return type(value)(found) if copied or changed else value
+        if not copied and not changed:
+            return value
+        made = copy(value)  # it may be a defaultdict
+        made.update(found)
+        return made
     if type(value) in (list, tuple):
         made = [_in_twin(one, twins) for one in value]
         return type(value)(made) if any(one is not old for one, old in zip(made, value, strict=True)) else value

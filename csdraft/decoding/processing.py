@@ -101,14 +101,14 @@ class Place(NamedTuple):
         Args:
             skipped: leading tokens of the row, padding included, that do not count.
         """
-        drafted = self.draft.tokens
-        known = drafted.on_device if isinstance(drafted, Awaited) else torch.tensor(drafted, dtype=torch.long)
+        drafted, host = self.draft.tokens, {"dtype": torch.long, "device": "cpu"}
+        known = drafted.on_device if isinstance(drafted, Awaited) else torch.tensor(drafted, **host)
         known = known.to(device, non_blocking=True).clamp(max=vocab)
         known = torch.nn.functional.pad(known, (0, 1), value=vocab)  # (drafted + 1,)
         short = max(skipped - len(self.text) - self.text.padding, 0)  # drafted tokens that do not count either
         paths = [self.draft.path(node)[short:] for node in self.nodes]
         deepest = max(map(len, paths))
-        index = torch.tensor([[*path, *[len(drafted)] * (deepest - len(path))] for path in paths], dtype=torch.long)
+        index = torch.tensor([[*path, *[len(drafted)] * (deepest - len(path))] for path in paths], **host)
         table = torch.zeros(vocab + 1, dtype=torch.bool, device=device)  # the last entry is for ids beyond `vocab`
         table.scatter_(0, self.text.padded()[0, skipped:].to(device).clamp(max=vocab), True)
         table = table.repeat(len(paths), 1)  # (nodes, vocab + 1)
@@ -197,7 +197,7 @@ class Processing:
             vocabulary = torch.arange(scores.shape[-1], device=scores.device)
             ends = self._ends[id(processor)] = torch.isin(vocabulary, processor.eos_token_id.to(scores.device))  # type: ignore[attr-defined]
         if not all(short):
-            ends = ends & torch.tensor(short).to(scores.device, non_blocking=True)[:, None]  # (n, vocab)
+            ends = ends & torch.tensor(short, device="cpu").to(scores.device, non_blocking=True)[:, None]  # (n, vocab)
         return scores.masked_fill(ends, -math.inf)
 
     def one(self, row: int, ids: Tensor, logits: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from csdraft.decoding.grouped import grouped_heads, logits_to_read
 from csdraft.decoding.inputs import Inputs, Plan, Shape
 from csdraft.decoding.ledger import ModelUse
 from csdraft.decoding.packed import packed
-from csdraft.decoding.states import home
+from csdraft.decoding.states import home, ways_on
 from csdraft.decoding.traits import Span, traits_of
 
 __all__ = ["Reader", "Sources"]
@@ -50,7 +50,7 @@ class Reader:
         taps: the hidden states that it keeps with keys and values, see `Drafter.taps`.
 
     Attributes:
-        inference: whether its tensors were made under `torch.inference_mode`.
+        ways: how torch computed when its tensors were made, see `ways_on`.
         size, rows: the batch size of its cache, and that of its forwards, which leave out rows that have ended.
         use: the call's counts of its forwards and their seconds.
         shape, warm: the shape of the last forward, and whether the model had run that shape before in the same way.
@@ -64,8 +64,8 @@ class Reader:
         text = config.get_text_config(decoder=True)
         self.model, self.size, self.rows, self.taps = model, rows, rows, taps
         self.sources: Sources | None = None
-        self.inference = torch.is_inference_mode_enabled()
         self.device, self.dtype = home(model)
+        self.ways = ways_on(self.device)
         self.on_host = self.device.type == "cpu"  # logits can be read without a copy
         self.vocab, self.traits = text.vocab_size, traits_of(model)
         self.encoder_decoder = config.is_encoder_decoder
@@ -291,7 +291,7 @@ class Reader:
 
     def set_prompts(self, prompts: Sequence[int], kept: Sequence[int]) -> None:
         """Sets the length of each row's prompt, and how many of its tokens a cache of the user held."""
-        self._prompts.copy_(torch.tensor([prompts, kept]).T)  # in place: recorded forwards read it
+        self._prompts.copy_(torch.tensor([prompts, kept], device="cpu").T)  # in place: recorded forwards read it
 
     def _additive(self, allowed: Tensor) -> Tensor:
         low = torch.finfo(self.dtype).min

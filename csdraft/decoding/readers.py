@@ -2,8 +2,9 @@
 
 A reader is lent to one call at a time, so two threads get two readers. It is taken back when the call ends, and kept
 as long as its model lives; at most MOST are kept. Its cache is only used if the model is unchanged: nothing was
-written to its parameters, its modules have the same settings, and the last kept token, read again, gives the same keys
-and values. Its recorded forwards are only replayed while the parameters are at the same addresses.
+written to its parameters, its modules have the same settings, its embeddings are the same for these texts, and the
+last kept token, read again, gives the same keys and values. Its recorded forwards are only replayed while the
+parameters are at the same addresses.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from csdraft.decoding.graphs import Mode
 from csdraft.decoding.packed import release_packed
 from csdraft.decoding.reader import Reader
-from csdraft.decoding.states import memory_of, setting_of, state_of
+from csdraft.decoding.states import looked_up, memory_of, setting_of, state_of, ways_on
 
 __all__ = ["ALONE", "ReadingOptions", "borrow", "held", "release", "take_back"]
 
@@ -60,6 +61,8 @@ class Waiting:
         texts: (rows,) the tokens of each row that its cache holds.
         state: the state of the model's parameters when the call began (`state_of`); what changes meanwhile is noticed.
         setting: the settings of the model's modules at that time (`setting_of`).
+        embedded: what the texts read in its embeddings (`looked_up`). Writes through `.data` count no version, and the
+            last token does not show those to the rows of other tokens.
     """
 
     model: weakref.ref[nn.Module]
@@ -67,6 +70,7 @@ class Waiting:
     texts: list[list[int]]
     state: tuple
     setting: tuple
+    embedded: list[Tensor]
 
     @property
     def recorded(self) -> bool:
@@ -82,9 +86,9 @@ class Waiting:
         return self.recorded or 2 * sum(map(_common, self.texts, texts)) >= sum(map(len, self.texts))
 
     def suits(self, rows: int, taps: frozenset[int]) -> bool:
-        """Whether it fits a call with these rows and taps; tensors of inference mode cannot be used outside it."""
+        """Whether it fits a call with these rows and taps, and the ways in which torch computes now."""
         reader = self.reader
-        return (reader.size, reader.taps, reader.inference) == (rows, taps, torch.is_inference_mode_enabled())
+        return (reader.size, reader.taps, reader.ways) == (rows, taps, ways_on(reader.device))
 
 
 _LOCK = threading.RLock()  # reentrant: a model may be freed, which calls `_forget`, while this thread holds it
@@ -124,7 +128,9 @@ def borrow(
     reader = best.reader
     reader.model, reader.begun_with = model, (state, setting)
     reader.reserve(capacity)
-    return reader, [_common(*pair) if best.state == state else 0 for pair in zip(best.texts, texts, strict=True)]
+    if best.state != state or not all(map(torch.equal, best.embedded, looked_up(model, best.texts))):
+        return reader, [0] * rows
+    return reader, [_common(*pair) for pair in zip(best.texts, texts, strict=True)]
 
 
 def take_back(reader: Reader, texts: Sequence[Sequence[int]]) -> None:
@@ -137,7 +143,7 @@ def take_back(reader: Reader, texts: Sequence[Sequence[int]]) -> None:
     if state is None or reader.encoder_decoder or len(texts) != reader.size or not reader.traits.reusable:
         return
     held = [list(text) for text in texts]
-    waiting = Waiting(weakref.ref(model, _forget), reader, held, state, setting)
+    waiting = Waiting(weakref.ref(model, _forget), reader, held, state, setting, looked_up(model, held))
     reader.model = reader.runs = None  # type: ignore[assignment]
     with _LOCK:
         _waiting.append(waiting)
@@ -168,7 +174,7 @@ def held(model: nn.Module | None = None) -> int:
 
 def _places(state: tuple | None) -> list[int]:
     """The addresses of a model's parameters."""
-    return [place for place, _ in state or ()]
+    return [place for place, *_ in state or ()]
 
 
 def _forget(model: weakref.ref[nn.Module]) -> None:

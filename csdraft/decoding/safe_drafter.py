@@ -14,10 +14,13 @@ from csdraft.decoding.call import Call
 from csdraft.decoding.draft import ROOT, Draft, DraftProbs
 from csdraft.decoding.interfaces import NOTHING, Budget, Context, Drafter, Round, Schedule, Verifier
 from csdraft.decoding.scores import NAN
+from csdraft.decoding.text import Text
 
 __all__ = ["SafeDrafter"]
 
 T = TypeVar("T")
+TAIL = 64
+"""How many tokens at the end of a text are compared with its copy."""
 
 
 class SafeDrafter(Drafter):
@@ -34,16 +37,23 @@ class SafeDrafter(Drafter):
     def __init__(self, drafter: Drafter | None, verifier: Verifier, strict: bool = False):
         self.drafter, self.verifier, self.strict = drafter, verifier, strict
         self.failure: str | None = None
+        self._texts: list[tuple[Text, list[int]]] = []  # with a copy of each text's tokens
 
     def attempt(self, action: Callable[[Drafter], T], otherwise: T) -> T:
         """The result of `action(drafter)`; `otherwise` if that fails, or if the drafter has failed before."""
         if self.drafter is None or self.failure:
             return otherwise
+        for text, kept in self._texts:
+            kept += text.tokens[len(kept) :]
         try:
-            return action(self.drafter)
+            found = action(self.drafter)
+            self._check_texts()
         except Exception as error:  # no mistake of a drafter may cost the user the text
+            for text, kept in self._texts:
+                text.tokens[:] = kept
             self._give_up(error)
             return otherwise
+        return found
 
     # Before the first round.
 
@@ -57,6 +67,7 @@ class SafeDrafter(Drafter):
         """Raises ValueError for a mistake of the user's; any other exception counts as a failure of the drafter."""
         try:
             if self.drafter is not None and not self.failure:
+                self._texts = [(text, []) for text in call.texts]
                 self.drafter.check(call)
                 self._check_form(self.drafter)
         except ValueError:
@@ -120,6 +131,12 @@ class SafeDrafter(Drafter):
         return self.attempt(lambda drafter: schedule.why(), "")
 
     # Checks of drafts.
+
+    def _check_texts(self) -> None:
+        """Raises ValueError if the drafter has written to a text's list of tokens, which it should copy first."""
+        for text, kept in self._texts:
+            if len(text.tokens) != len(kept) or text.tokens[-TAIL:] != kept[-TAIL:]:
+                raise ValueError("it changed the text's own list of tokens; let it copy the list first")
 
     def _check_form(self, drafter: Drafter) -> None:
         """Raises ValueError if the drafter may draft trees and the verifier takes only chains."""

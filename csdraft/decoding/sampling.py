@@ -97,7 +97,8 @@ class Sampler:
         halves = [[signed32(key), signed32(key >> 32)] for key in keys]
         low, high = halves[0]  # one key: plain numbers, without a copy to the device
         if len(keys) > 1:
-            low, high = torch.tensor(halves, dtype=torch.int32).to(device, non_blocking=True).T[..., None]  # (keys, 1)
+            table = torch.tensor(halves, dtype=torch.int32, device="cpu").to(device, non_blocking=True)  # (keys, 2)
+            low, high = table.T[..., None]  # (keys, 1)
         x = self._tokens[device][None] + low  # (keys, vocab)
         x ^= shifted(x, 16)
         x *= signed32(0x7FEB352D)

@@ -214,7 +214,8 @@ class Scores:
         asked = [*(pair for pair in drafted if pair[0] in scored), *zip(self._after, self.choices or (), strict=False)]
         if not asked:
             return {}
-        at = torch.tensor([(self._index(node), token) for node, token in asked]).to(self.logits.device)  # (asked, 2)
+        places = [(self._index(node), token) for node, token in asked]
+        at = torch.tensor(places, device=self.logits.device)  # (asked, 2)
         log_probs = self.chooser.scaled(self.logits).log_softmax(-1)  # (scored, vocab)
         return dict(zip(asked, log_probs[at[:, 0], at[:, 1]].exp().tolist(), strict=True))
 

@@ -5,28 +5,50 @@ from __future__ import annotations
 import math
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from csdraft.decoding.names import name_of
 
-__all__ = ["cost_label", "home", "memory_of", "setting_of", "state_of", "tensors_of"]
+__all__ = ["cost_label", "home", "looked_up", "memory_of", "setting_of", "state_of", "tensors_of", "ways_on"]
 
 
-def tensors_of(model: nn.Module) -> tuple[tuple[int, int], ...]:
-    """(address, writes) of all parameters and buffers, module by module; -1 for those that do not count writes."""
+def tensors_of(model: nn.Module) -> tuple[tuple[int, int, torch.dtype], ...]:
+    """(address, writes, dtype) of all parameters and buffers, module by module; -1 for those that count no writes."""
     own = [[*module._parameters.values(), *module._buffers.values()] for module in model.modules()]
     held: list[Any] = [tensor for tensors in own for tensor in tensors if tensor is not None]
-    return tuple((tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version) for tensor in held)
+    return tuple((one.data_ptr(), -1 if one.is_inference() else one._version, one.dtype) for one in held)
 
 
 def state_of(model: nn.Module) -> tuple | None:
     """`tensors_of`, or None if changes cannot be noticed: in training mode, or if tensors do not count writes."""
     state = None if model.training else tensors_of(model)
-    return None if state is None or any(writes < 0 for _, writes in state) else state
+    return None if state is None or any(writes < 0 for _, writes, _ in state) else state
+
+
+def looked_up(model: nn.Module, texts: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Copies of what these texts may read in the model's embeddings: all of small tables, such as those of positions.
+
+    Of a large table with a row for each token, only the rows of the texts' tokens.
+    """
+    known = sorted({token for text in texts for token in text})
+    if not known:
+        return []
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    tokens = torch.tensor(known, device="cpu")
+    vocab: int = model.config.get_text_config(decoder=True).vocab_size  # type: ignore[operator,union-attr]
+    found = []
+    for table in tables:
+        weight, count = table.weight, table.num_embeddings
+        if type(weight) is nn.Parameter and len(weight) == count and weight.device.type != "meta":
+            by_token = count >= vocab and weight.numel() > SMALL
+            rows = tokens.clamp(max=count - 1).to(weight.device) if by_token else slice(None)
+            found.append(weight.detach()[rows].clone())
+    return found
 
 
 def setting_of(model: nn.Module) -> tuple:
@@ -41,6 +63,8 @@ def setting_of(model: nn.Module) -> tuple:
     return tuple(found)
 
 
+SMALL = 2**20
+"""A table of embeddings with at most this many numbers is copied as a whole."""
 PLAIN = bool | int | float | str | None
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 OF_ALL = frozenset(vars(nn.Module()))
@@ -96,6 +120,15 @@ def home(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     if device.type == "meta":  # offloaded: accelerate loads the weights to this device for each forward
         device = torch.device(embeddings._hf_hook.execution_device)
     return device, model.dtype  # type: ignore[return-value]
+
+
+def ways_on(device: torch.device) -> tuple[bool, torch.dtype | None]:
+    """Whether inference mode is on, whose tensors cannot be used outside it, and the dtype that autocast asks for.
+
+    Under autocast keys and values have this dtype, and a recorded forward computes in it.
+    """
+    cast = torch.is_autocast_enabled(device.type)
+    return torch.is_inference_mode_enabled(), torch.get_autocast_dtype(device.type) if cast else None
 
 
 def cost_label(model: nn.Module) -> str:

@@ -57,6 +57,7 @@ class Text:
         tail = [*fresh, *path]
         if tail:
             place = self._padded[0, length - len(tail) : length]
-            place.copy_(torch.tensor(tail, dtype=place.dtype), non_blocking=True)  # the host need not wait for a GPU
+            new = torch.tensor(tail, dtype=place.dtype, device="cpu")
+            place.copy_(new, non_blocking=True)  # the host need not wait for a GPU
         self._written = committed
         return self._padded[:, :length]

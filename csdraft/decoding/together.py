@@ -48,7 +48,7 @@ class Together:
     def __init__(self, chooser: TokenChooser, ids: Tensor, config: GenerationConfig):
         self.chooser, self.ids = chooser, ids
         self.pad = int(config._pad_token_tensor.view(-1)[0]) if chooser.stopping.pads else None  # type: ignore
-        self.ended = torch.zeros(len(ids), dtype=torch.bool)
+        self.ended = torch.zeros(len(ids), dtype=torch.bool, device="cpu")
         self._scores: tuple[Tensor, ...] | None = None
         if config.return_dict_in_generate and config.output_scores:
             self._scores = ()
@@ -87,7 +87,7 @@ class Together:
             view.note(node, row)
             ended = self.pad is not None and bool(self.ended[view.row])
             tokens.append(self.pad if ended else self.chooser.choose(view.row, view.position(node), row))
-        self.ids = torch.cat([self.ids, torch.tensor(tokens)[:, None].to(self.ids)], 1)  # (rows, length + 1)
+        self.ids = torch.cat([self.ids, self.ids.new_tensor(tokens)[:, None]], 1)  # (rows, length + 1)
         if self._scores is not None:
             self._scores += (scores,)
         self.ended |= self.chooser.stopping.ended(self.ids, self._scores)

@@ -112,7 +112,7 @@ class Translated(Drafter):
         stopping = Stopping([])
         stopping.eos = self.own.eos
         chooser = TokenChooser(Processing([], call.rows), stopping, Sampler(True, [0] * call.rows, vocab))
-        texts = [Text(torch.tensor(self.own.opening, dtype=torch.long)) for _ in range(call.rows)]
+        texts = [Text(torch.tensor(self.own.opening, dtype=torch.long, device="cpu")) for _ in range(call.rows)]
         return Call(models[0] if models else call.target, chooser, texts, call.capacity, None)
 
 

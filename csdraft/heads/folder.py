@@ -171,7 +171,7 @@ def check_drafted(state: Mapping[str, Tensor], vocab: int, path: str) -> None:
     """Raises ValueError if `d2t` points outside the target's vocabulary, or twice to one token."""
     if "d2t" not in state:
         return
-    ids = state["d2t"].long() + torch.arange(len(state["d2t"]))  # (draft vocab,)
+    ids = state["d2t"].long() + torch.arange(len(state["d2t"]), device=state["d2t"].device)  # (draft vocab,)
     if int(ids.min()) < 0 or int(ids.max()) >= vocab or len(ids.unique()) < len(ids):
         raise ValueError(
             f"{path!r}: d2t must hold offsets (target token - draft token) that lead to different tokens below "

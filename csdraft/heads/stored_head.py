@@ -288,8 +288,8 @@ class StoredHead(OnTarget):
         """The tensors of its file: `state`, and `t2d` if it drafts only some tokens."""
         tensors = {name: tensor.cpu() for name, tensor in self.state.items()}
         if "d2t" in tensors:
-            tensors["t2d"] = torch.zeros(self.config.vocab_size, dtype=torch.bool)
-            tensors["t2d"][tensors["d2t"] + torch.arange(len(tensors["d2t"]))] = True
+            tensors["t2d"] = torch.zeros(self.config.vocab_size, dtype=torch.bool, device="cpu")
+            tensors["t2d"][tensors["d2t"] + torch.arange(len(tensors["d2t"]), device="cpu")] = True
         return tensors
 
     def save(self, folder: str | Path) -> None:

@@ -293,13 +293,13 @@ class TargetTimer(DraftTimer):
     def _agrees(self, drafter: Any) -> list[bool]:
         """(new,) whether the model would choose each new token of the text; it reads the text in one forward."""
         draft = Draft.chain(self.new[:-1], self.call.level(drafter.network))
-        request = Request(0, Text(torch.tensor(self.prompt)), draft)
+        request = Request(0, Text(torch.tensor(self.prompt, device="cpu")), draft)
         (scores,) = self.call.session(drafter.network).score([request])
         return [scores.choice(node) == token for node, token in zip(range(ROOT, len(draft)), self.new, strict=True)]
 
     def _proposals(self, drafter: Drafter, cost: Costs) -> list[Proposal]:
         """(new,) what the drafter proposes before each new token, and how much of it the target wrote next."""
-        context, proposals = Context(0, Text(torch.tensor(self.prompt)), self.call), []
+        context, proposals = Context(0, Text(torch.tensor(self.prompt, device="cpu")), self.call), []
         depth = lengths(drafter)[-1]
         for place, token in enumerate(self.new):
             began = time.perf_counter()

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from collections import defaultdict
 from functools import partial
 
 import pytest
@@ -119,6 +120,27 @@ def test_changed_weights_are_noticed(change, multiplied):
     assert multiplied
 
 
+def doubled(weight):
+    weight.mul_(2)
+
+
+def negative(weight):
+    weight.neg_()
+
+
+def rolled(weight):
+    weight.copy_(weight.roll(2, 1).clone())
+
+
+@pytest.mark.parametrize("change", [doubled, negative, rolled])
+@pytest.mark.parametrize("shape", [(16, 4096), (64, 254), (3, 6)])
+def test_writes_change_the_sums(shape, change):
+    layer = nn.Linear(shape[1], shape[0], bias=False)
+    before = module._sums(layer)
+    change(layer.weight.data)
+    assert module._sums(layer) != before
+
+
 def test_hooks_and_own_forwards_run():
     model, ran = fresh("llama"), []
     hook = model.model.layers[0].register_forward_hook(lambda *_: ran.append(1))
@@ -211,12 +233,17 @@ def by_order_of_data(model):
     model.lm_head.weight.data.copy_(model.lm_head.weight.flip(0).clone())
 
 
+def by_columns_of_data(model):
+    weight = model.model.layers[0].self_attn.o_proj.weight
+    weight.data.copy_(weight.roll(8, 1).clone())  # heads in another order
+
+
 def by_dropout(model):
     model.model.layers[0].self_attn.attention_dropout = 0.0
     model.eval()
 
 
-CHANGES = [by_another_class, by_order, by_order_of_data, by_dropout]
+CHANGES = [by_another_class, by_order, by_order_of_data, by_columns_of_data, by_dropout]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -276,6 +303,16 @@ def test_other_weights_stay_as_they_are():
     assert type(packed(model).lm_head) is nn.Linear
     twin = packed(fresh("llama", seed=1))
     assert twin.lm_head(torch.zeros(0, 32)).shape == (0, 97)
+
+
+def test_a_dictionary_of_any_class_is_copied():
+    model, ids = fresh("llama"), prompt()["input_ids"]
+    model.parts = defaultdict(list, {"decoder": model.model})
+    twin = packed(model)
+    assert twin.parts["decoder"] is twin.model
+    assert twin.parts["other"] == []
+    assert model.parts.keys() == {"decoder"}
+    assert torch.equal(model.generate(ids, **WANTED, assistant=MaxGram()), model.generate(ids, **WANTED))
 
 
 def test_a_processor_that_cannot_pack_runs_the_model(monkeypatch):

@@ -15,8 +15,9 @@ from accelerate import cpu_offload, dispatch_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from csdraft import CascadeDrafter, MaxGram
+from csdraft import CascadeDrafter, MaxGram, ModelDrafter
 from csdraft.schedules.fixed import Fixed
+from csdraft.trees.best_first import BestFirst
 from tests import tiny
 
 GREEDY = {"do_sample": False, "max_new_tokens": 10}
@@ -95,6 +96,27 @@ def test_a_stored_drafter_goes_where_an_offloaded_target_computes(tmp_path: Path
     wanted = tiny.tiny("llama").generate(**inputs, **GREEDY)
     for stored in ("small", "cascade"):
         output = target.generate(**inputs, **GREEDY, assistant=str(tmp_path / stored), **FIXED)
+        assert output.tolist() == wanted.tolist()
+
+
+MORE = {
+    "chain": {"assistant": tiny.drafter_of("llama")},
+    "tree": {"assistant": ModelDrafter(tiny.drafter_of("llama"), tree=BestFirst(3, 12))},
+    "auto": {"assistant": "auto"},
+    "processors": {"assistant": tiny.drafter_of("llama"), "repetition_penalty": 1.3, "min_new_tokens": 4},
+    "one's own": {"assistant": tiny.drafter_of("llama"), "logits_processor": [lambda ids, scores: scores / 2]},
+}
+
+
+@pytest.mark.parametrize("way", [{**GREEDY, "row_seeds": None}, SAMPLED])
+@pytest.mark.parametrize("more", MORE.values(), ids=MORE)
+def test_another_default_device_changes_nothing(more, way) -> None:
+    """Such as CUDA while the model is on the CPU. On the meta device no tensor has values: each slip is an error."""
+    target, inputs = tiny.fresh("llama"), tiny.inputs_of("llama", 3)
+    wanted = target.generate(**inputs, **way, **more, **FIXED)
+    for _ in range(2):
+        with torch.device("meta"):
+            output = target.generate(**inputs, **way, **more, **FIXED)
         assert output.tolist() == wanted.tolist()
 
 

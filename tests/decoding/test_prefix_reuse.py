@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 import csdraft
 from csdraft import MaxGram, ModelDrafter
+from csdraft.decoding import states
 from csdraft.decoding.cache_names import GENERATE_CACHE
 from csdraft.decoding.readers import held
 from csdraft.decoding.session import Session
@@ -110,6 +111,25 @@ def test_a_model_that_has_changed_reads_again(change):
     assert output.report.models["target"].fed >= 200
 
 
+OF_OTHERS = [
+    ("llama", "model.embed_tokens", 0),
+    ("llama", "model.embed_tokens", 1 << 20),
+    ("gpt2", "transformer.wpe", 1 << 20),
+]
+
+
+@pytest.mark.parametrize(("family", "table", "small"), OF_OTHERS)
+def test_other_embeddings_of_tokens_before_the_last_are_noticed(family, table, small, monkeypatch):
+    """A write through `.data` counts no version, and the last token's keys and values stay as they were."""
+    monkeypatch.setattr(states, "SMALL", small)
+    target, prompt = fresh(family), torch.arange(40, 2, -1)[None]
+    target.generate(prompt, **WANTED, assistant=MaxGram())
+    target.get_submodule(table).weight.data[10:20] *= -2
+    output = target.generate(prompt, **WANTED, assistant=MaxGram(), schedule="fixed")
+    assert torch.equal(output.sequences, target.generate(prompt, **WANTED).sequences)
+    assert output.report.models["target"].fed >= prompt.shape[1]
+
+
 def test_a_faint_adapter_that_is_switched_off_is_noticed():
     """In half precision its keys and values differ by less than rounding may."""
     torch.manual_seed(0)
@@ -169,6 +189,17 @@ def test_what_inference_mode_has_read_is_left_there():
         with torch.inference_mode(mode):
             output = target.generate(prompt, **WANTED, assistant=ModelDrafter(drafter_of("llama")), schedule="fixed")
         assert output.sequences.tolist() == plain.tolist()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_what_autocast_has_read_is_left_there(family):
+    """Its keys and values are of another dtype."""
+    target, prompt = fresh(family), tokens(60)
+    plain = target.generate(prompt, **WANTED).sequences
+    for on in (True, False, True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            output = target.generate(prompt, **WANTED, assistant=MaxGram(), schedule="fixed")
+        assert on or torch.equal(output.sequences, plain)
 
 
 def test_a_batch_goes_on_too():

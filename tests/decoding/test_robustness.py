@@ -62,7 +62,24 @@ def too_few(contexts, budgets):
     return []
 
 
-FAILURES = [raising, outside, negative, too_deep, too_few]
+def longer(contexts, budgets):
+    for context in contexts:
+        path = context.text.tokens  # not a copy
+        path += [1, 2]
+    return [c.draft for c in contexts]
+
+
+def shorter(contexts, budgets):
+    contexts[0].text.tokens.pop()
+    return [c.draft for c in contexts]
+
+
+def other(contexts, budgets):
+    contexts[0].text.tokens[-2:] = [3, 3]
+    raise KeyError("lost")
+
+
+FAILURES = [raising, outside, negative, too_deep, too_few, longer, shorter, other]
 
 
 @pytest.mark.parametrize("wrong", FAILURES)

@@ -17,6 +17,8 @@ from csdraft.cascade import CascadeDrafter, as_drafter
 from csdraft.decoding.interfaces import Context
 from csdraft.drafters import auto
 from csdraft.drafters.auto import Auto
+from csdraft.drafters.lookahead import Lookahead
+from csdraft.drafters.token_recycling import TokenRecycling
 from csdraft.schedules.cost_model import CostModel
 from csdraft.tables.adjacency import AdjacencyTable
 from csdraft.tables.costs import Widths
@@ -140,6 +142,16 @@ def test_one_drafter_a_target() -> None:
     assert kept.memory.entries()
     assert not as_drafter("auto", other).adjacency.known(tokens[-3])
     csdraft.prepare(other, "auto", slots=64)
+
+
+@pytest.mark.parametrize("tokens", [120, 60])
+@pytest.mark.parametrize("assistant", ["auto", Auto(), TokenRecycling(), Lookahead()])
+def test_resized_token_embeddings_begin_new_tables(assistant, tokens) -> None:
+    target, prompt = tiny.fresh("llama"), torch.arange(5, 12).repeat(2)[None]
+    target.generate(prompt, **GREEDY, assistant=assistant)
+    target.resize_token_embeddings(tokens)
+    output = target.generate(prompt, **GREEDY, assistant=assistant, strict=True)
+    assert torch.equal(output, target.generate(prompt, **GREEDY))
 
 
 def test_it_is_gone_with_the_target() -> None:
