@@ -39,8 +39,9 @@ SEGMENTS = 127, 113
 """How many words of a weight are summed up together: the first that does not divide the length of a row."""
 REPEATED, LONG = 4, 4096
 """In float32 one row is multiplied REPEATED times, which is faster than once; if it is longer than LONG, as ever."""
-CACHED = 24 * 2**20
-"""The bytes of a model that stays in the processor's cache. There one row in float32 is multiplied as ever, too."""
+CACHED, SMALL = 24 * 2**20, 500_000
+"""A model of at most CACHED bytes stays in the processor's cache: there its weights of at most SMALL numbers, too, are
+multiplied by one row in float32 as ever."""
 
 
 class PackedLinear(nn.Linear):
@@ -187,8 +188,8 @@ def _twin(model: nn.Module) -> nn.Module | None:
                 packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), QUERIES)
                 twin.__class__ = PackedLinear
                 twin.packed = packed  # type: ignore[assignment]
-                single = module.weight.dtype == torch.float32
-                twin.row_as_ever = single and (cached or module.in_features > LONG)  # type: ignore[assignment]
+                as_ever = module.in_features > LONG or (cached and module.weight.numel() <= SMALL)
+                twin.row_as_ever = as_ever and module.weight.dtype == torch.float32  # type: ignore[assignment]
     except (RuntimeError, MemoryError):
         return None
     return twins[model]
