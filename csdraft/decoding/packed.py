@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from csdraft.decoding.states import OF_ALL, PLAIN, memory_of, setting_of, tensors_of
+from csdraft.decoding.states import LEVELS, OF_ALL, PLAIN, memory_of, setting_of, tensors_of
 
 __all__ = ["held_packed", "packed", "release_packed"]
 
@@ -162,12 +162,11 @@ def _is_known(made: Any) -> bool:
     return str(getattr(made, "__module__", "")).partition(".")[0] in KNOWN
 
 
-def _is_value(value: Any) -> bool:
+def _is_value(value: Any, levels: int = LEVELS) -> bool:
     """Whether an attribute cannot refer to the model, except by its modules and their methods."""
-    if isinstance(value, dict):
-        return all(map(_is_value, value.values()))
-    if isinstance(value, list | tuple):
-        return all(map(_is_value, value))
+    if isinstance(value, dict | list | tuple):
+        held = value.values() if isinstance(value, dict) else value
+        return levels > 0 and all(_is_value(one, levels - 1) for one in held)
     if isinstance(value, partial):
         return not isinstance(value.func, MethodType) and _is_value([value.func, *value.args, value.keywords])
     if isinstance(value, FunctionType):

@@ -74,6 +74,8 @@ OF_CALLS = {
 }  # fmt: skip
 """Attributes that a model gets from transformers (5.24) in its first call of some kind; no forward depends on them."""
 IGNORED = OF_ALL | OF_CALLS
+LEVELS = 16
+"""How deep containers are looked into: one may contain itself."""
 
 
 def _captures(hook: Any) -> bool:
@@ -81,14 +83,14 @@ def _captures(hook: Any) -> bool:
     return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
 
 
-def _plain(value: Any) -> Any:
-    """A setting as a value that can be compared later; an object of another type becomes its id."""
+def _plain(value: Any, levels: int = LEVELS) -> Any:
+    """A setting as a value that can be compared later; another object, or one below all levels, becomes its id."""
     if isinstance(value, PLAIN):
         return value
-    if isinstance(value, dict):
-        return tuple((key, _plain(own)) for key, own in value.items())
-    if isinstance(value, list | tuple | set):
-        return tuple(map(_plain, value))
+    if isinstance(value, dict) and levels:
+        return tuple((key, _plain(own, levels - 1)) for key, own in value.items())
+    if isinstance(value, list | tuple | set) and levels:
+        return tuple(_plain(own, levels - 1) for own in value)
     return id(value)
 
 

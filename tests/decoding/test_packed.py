@@ -281,6 +281,11 @@ def set_closure(model):
     model.helper = lambda: model
 
 
+def set_circle(model):
+    model.helper = ["itself"]
+    model.helper.append(model.helper)
+
+
 def set_subclass(model):
     class Weight(nn.Parameter):
         pass
@@ -288,12 +293,14 @@ def set_subclass(model):
     model.lm_head.weight = Weight(model.lm_head.weight.detach())
 
 
-@pytest.mark.parametrize("change", [set_module, set_partial, set_closure])
+@pytest.mark.parametrize("change", [set_module, set_partial, set_closure, set_circle])
 def test_what_may_refer_to_the_model_runs_as_it_is(change):
     model = fresh("llama")
     assert packed(model) is not model
     change(model)
     assert packed(model) is model
+    wanted = model.generate(**prompt(), **WANTED)
+    assert torch.equal(model.generate(**prompt(), **WANTED, assistant=MaxGram()), wanted)
 
 
 @torch.no_grad()
