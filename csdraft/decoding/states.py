@@ -74,8 +74,8 @@ OF_CALLS = {
 }  # fmt: skip
 """Attributes that a model gets from transformers (5.24) in its first call of some kind; no forward depends on them."""
 IGNORED = OF_ALL | OF_CALLS
-LEVELS = 16
-"""How deep containers are looked into: one may contain itself."""
+LEVELS = 6
+"""How deep containers are looked into. They may contain themselves, several times over."""
 
 
 def _captures(hook: Any) -> bool:

@@ -283,7 +283,7 @@ def set_closure(model):
 
 def set_circle(model):
     model.helper = ["itself"]
-    model.helper.append(model.helper)
+    model.helper += [model.helper] * 4
 
 
 def set_subclass(model):
