@@ -30,6 +30,8 @@ BELIEVED = 2
 """The price of a shape is settled after this many measurements."""
 SHORT = 9
 """Up to 2 ** SHORT slots are one bucket; above that, each power of two is a bucket."""
+NARROW = 64
+"""Forwards of more queries read a prompt: they count as of the power of two below, so that few prices are kept."""
 FADE = 0.98
 """Each round multiplies the earlier counts by this, so about the last 50 rounds count."""
 PRIOR, PRIOR_WEIGHT = (0.6, 0.3, 0.45, 0.65, 0.8), 2.0
@@ -59,36 +61,41 @@ class Widths:
     """Seconds of a forward by its width (number of queries), for one number of rows and bucket of slots.
 
     Attributes:
-        samples: width -> the last warm measurements.
+        centres: width -> the lower quartile of the last warm measurements.
+        counts: width -> how many these are.
         bounds: width -> the shortest cold forward, an upper bound for a warm one.
     """
 
-    samples: dict[int, deque[float]] = field(default_factory=dict)
+    centres: dict[int, float] = field(default_factory=dict)
+    counts: dict[int, int] = field(default_factory=dict)
     bounds: dict[int, float] = field(default_factory=dict)
+    _samples: dict[int, deque[float]] = field(default_factory=dict, repr=False, compare=False)
     _priced: dict[int, float] = field(default_factory=dict, repr=False, compare=False)
-    _points: dict[int, float] = field(default_factory=dict, repr=False, compare=False)
+    _points: dict[int, float] = field(default_factory=dict, repr=False, compare=False)  # widths ascending
 
     def add(self, width: int, seconds: float, warm: bool = True) -> None:
         """Adds one measured forward."""
         self._priced, self._points = {}, {}
         if warm:
-            self.samples.setdefault(width, deque(maxlen=KEPT)).append(seconds)
+            kept = self._samples.setdefault(width, deque(maxlen=KEPT))
+            kept.append(seconds)
+            self.centres[width], self.counts[width] = _quartile(kept), len(kept)
         else:
             self.bounds[width] = min(seconds, self.bounds.get(width, math.inf))
 
     def known(self, width: int) -> bool:
         """Whether it was measured warm."""
-        return width in self.samples
+        return width in self.centres
 
     def count(self, width: int) -> int:
         """Number of warm measurements."""
-        return len(self.samples.get(width, ()))
+        return self.counts.get(width, 0)
 
     def first_run(self, width: int) -> float:
         """Expected extra seconds of the first run of this width; 0 if it has run, or nothing is known."""
-        if width in self.samples or width in self.bounds:
+        if width in self.centres or width in self.bounds:
             return 0.0
-        excess = [self.bounds[w] - _quartile(kept) for w, kept in self.samples.items() if w in self.bounds]
+        excess = [self.bounds[w] - centre for w, centre in self.centres.items() if w in self.bounds]
         return max(median_high(excess), 0.0) if excess else 0.0
 
     def seconds(self, width: int) -> float:
@@ -100,18 +107,18 @@ class Widths:
 
     def _known_points(self) -> dict[int, float]:
         """Width -> price: settled prices, and single measurements limited to DOUBT times their neighbours' price."""
-        centres = {w: _quartile(kept) for w, kept in self.samples.items()}
-        settled = {w: centre for w, centre in centres.items() if self._is_settled(w, centre)}
+        settled = {w: centre for w, centre in sorted(self.centres.items()) if self._is_settled(w, centre)}
         points = dict(settled)
-        for width in (self.samples | self.bounds).keys() - settled.keys():
-            alone = min(centres.get(width, math.inf), self.bounds.get(width, math.inf))
+        for width in (self.centres | self.bounds).keys() - settled.keys():
+            alone = min(self.centres.get(width, math.inf), self.bounds.get(width, math.inf))
             points[width] = min(alone, DOUBT * _between(settled, width)) if settled else alone
-        widest_first = sorted(points, reverse=True)
-        return dict(zip(widest_first, accumulate((points[width] for width in widest_first), min), strict=True))
+        widths = sorted(points)
+        falling = list(accumulate((points[width] for width in reversed(widths)), min))
+        return dict(zip(widths, reversed(falling), strict=True))
 
     def _is_settled(self, width: int, centre: float) -> bool:
         """Whether there are two warm measurements, or a warm and a cold one that agree."""
-        return self.count(width) >= BELIEVED or self.bounds.get(width, math.inf) < DOUBT * centre
+        return self.counts[width] >= BELIEVED or self.bounds.get(width, math.inf) < DOUBT * centre
 
 
 def _steps(width: int) -> float:
@@ -120,10 +127,10 @@ def _steps(width: int) -> float:
 
 
 def _between(points: Mapping[int, float], width: int) -> float:
-    """Interpolates between known widths, and extrapolates with SLOPE. In steps if no width is known."""
-    if not points:
-        return _steps(width)
-    known = sorted(points)
+    """Interpolates between known widths, which ascend, and extrapolates with SLOPE. In steps if none is known."""
+    if width in points or not points:
+        return points.get(width, _steps(width))
+    known = list(points)
     place = bisect_left(known, width)
     if place in (0, len(known)):
         nearest = known[min(place, len(known) - 1)]
@@ -157,6 +164,7 @@ class Costs:
 
     def add(self, rows: int, queries: int, slots: int, seconds: float, warm: bool) -> None:
         """Adds one forward of the target; `seconds` is the time of its round without drafting."""
+        queries = queries if queries <= NARROW else 1 << (queries.bit_length() - 1)
         self.groups.setdefault((rows, _bucket(slots)), Widths()).add(queries, seconds, warm)
 
     def add_prepared(self, costs: Iterable[tuple[tuple[int, int, int, int], float]]) -> None:
@@ -185,18 +193,18 @@ class Costs:
         if not others:
             return own
         near = self.groups[min(others, key=lambda g: (abs(math.log2(g[0] / rows)), abs(g[1] - group[1])))]
-        ratios = [_quartile(kept) / near.seconds(w) for w, kept in own.samples.items()]
-        factor = median_high(ratios) if ratios else 1.0
-        samples = {w: deque((factor * seconds for seconds in kept), KEPT) for w, kept in near.samples.items()}
-        bounds = {} if own.samples else near.bounds  # there the factor is 1
-        return Widths(samples | own.samples, bounds | own.bounds)
+        if not own.centres:
+            return Widths(near.centres, near.counts, near.bounds | own.bounds)
+        factor = median_high([centre / near.seconds(width) for width, centre in own.centres.items()])
+        nearby = {width: factor * centre for width, centre in near.centres.items()}
+        return Widths(nearby | own.centres, near.counts | own.counts, own.bounds)
 
     def to_list(self) -> list[list[float]]:
         """[rows, bucket, queries, seconds] of every shape, and [0, 0, stage, seconds] of every stage's token."""
         shapes = [
-            [rows, bucket, width, _quartile(kept)]
+            [rows, bucket, width, centre]
             for (rows, bucket), widths in sorted(self.groups.items())
-            for width, kept in sorted(widths.samples.items())
+            for width, centre in sorted(widths.centres.items())
         ]
         return shapes + [[0, 0, stage, _quartile(kept)] for stage, kept in sorted(self.stages.items())]
 
@@ -316,6 +324,7 @@ class Learned:
 
     costs: Costs = field(default_factory=Costs)
     survivals: dict[tuple[int, Way], Survival] = field(default_factory=dict)  # by evidence and way
+    rounds: int = 0  # of all calls
 
     def survival(self, evidence: int, way: Way) -> Survival:
         """The results with this evidence and this way; its priors come from other sizes, or from other evidence."""
