@@ -76,7 +76,7 @@ class Twin:
     """What is kept for a model.
 
     Attributes:
-        made_from: the model's settings and parameters at that time.
+        made_from: the model's settings, its tensors and sums over its weights at that time.
         module: the modules with packed weights; None if there are none.
         tried: whether they were to be made. They are not when a model has just changed: it may be in training.
     """
@@ -91,19 +91,27 @@ _twins: WeakKeyDictionary[nn.Module, Twin] = WeakKeyDictionary()
 _LOCK = threading.RLock()  # reentrant: a model may be freed while this thread holds it
 
 
-def packed(model: nn.Module) -> nn.Module:
+def packed(model: nn.Module, setting: tuple | None = None) -> nn.Module:
     """What runs a model's forwards: its twin with packed weights, or the model itself where that is not possible.
 
     That is for models on other devices, in training mode, with a user's own modules or hooks, or too large for a
     second copy of their weights.
+
+    Args:
+        setting: the model's `setting_of`, if it is known.
     """
-    if not _has_kernels() or not _is_plain(model):
+    hooked = nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks
+    if hooked or nn.Linear.forward is not _LINEAR or not _has_kernels():
         return model
+    setting = setting or setting_of(model)
     with _LOCK:
         known = _twins.get(model)
-        if (known is None or known.module is None) and not _fits(model):
+        has_twin = known is not None and known.module is not None
+        if not (has_twin and known.made_from[0] == setting) and not _is_plain(model):  # type: ignore[union-attr]
             return model
-        now = setting_of(model), tensors_of(model), _sums(model)
+        if not has_twin and not _fits(model):
+            return model
+        now = setting, tensors_of(model), _sums(model)
         if known is not None and known.made_from != now:
             known = _twins[model] = Twin(now, None, tried=False)
         elif known is None or not known.tried:
@@ -144,9 +152,6 @@ def _is_plain(model: nn.Module) -> bool:
 
     Hooks, functions set on a module, and attributes of other types, which may refer to the model, are not plain.
     """
-    hooked = nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks
-    if hooked or nn.Linear.forward is not _LINEAR:
-        return False
     for module in model.modules():
         own = vars(module)
         hooks = [*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values()]

@@ -101,7 +101,8 @@ class Reader:
         if fixed != self.mode:
             self.mode, self.graphs = fixed, make_graphs(self, fixed)
             self.reserve(self.cache.capacity)
-        self.runs = packed(self.model) if graphs == "auto" and self.graphs is None else self.model
+        on_twin = graphs == "auto" and self.graphs is None
+        self.runs = packed(self.model, self.begun_with[1]) if on_twin else self.model
         if self.graphs is not None and lacks_tokens != self.lacks_tokens:
             self.graphs.clear()  # ids are clamped within the forward
         self.use, self.sources, self.lacks_tokens = use or ModelUse(), sources, lacks_tokens

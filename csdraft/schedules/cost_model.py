@@ -56,7 +56,7 @@ LONE_DEPTH = 20
 HORIZON = 64
 """Tokens within which a new shape must make up for its slow first run."""
 LEARNING, SETTLED_FOR = 8, 4
-"""A choice is kept for one round, and for one more with every LEARNING rounds learned from, until SETTLED_FOR: comparing
+"""A choice holds for one round, and for one more with every LEARNING rounds learned from, until SETTLED_FOR: comparing
 plans takes some 2 % of a tiny model's round."""
 
 

@@ -11,10 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import pairwise
 
 import pytest
 
-from csdraft.decoding.interfaces import Budget, Schedule
+from csdraft.decoding.draft import Draft
+from csdraft.decoding.inputs import Shape
+from csdraft.decoding.interfaces import Budget, Context, Round, Schedule, Verdict
 from csdraft.schedules._plans import Group, Plan, plans_by_depth, reason
 from csdraft.schedules._prices import Prices
 from csdraft.schedules.cost_model import CostModel
@@ -197,6 +200,31 @@ def test_an_unknown_shape_costs_about_what_the_nearest_does():
     assert costs.widths(1, 5000).seconds(5) == pytest.approx(6.0), (
         "as much more expensive as the widths that both have measured"
     )
+
+
+def test_prompts_of_any_length_leave_few_prices():
+    costs = Costs()
+    for queries in range(1, 2000):
+        costs.add(1, queries, 100, 1.0 + 0.01 * queries, warm=queries % 2 == 0)
+    (widths,) = costs.groups.values()
+    assert len(widths.centres.keys() | widths.bounds.keys()) == 64 + 4, "up to 64, then 64, 128, 256, 512 and 1,024"
+    assert widths.bounds[512] == 1.0 + 0.01 * 513, "a price is an upper bound: a longer prompt's is"
+
+
+def test_a_choice_holds_longer_the_more_was_learned():
+    world = World(Writer(cost=0.01, accepted=0.9, neural=False))
+    run = CostModel().start(world.call, world.drafter)
+    compared: list[int] = []
+    choose, run._choose = run._choose, lambda *args: compared.append(run.rounds) or choose(*args)
+    for _ in range(40):
+        context = Context(0, world.text, world.call)
+        run.budgets([context], [100], world.drafter)
+        world.shape, world.warm = Shape(1, 1, 200), True
+        run.observe([Round(context, Draft.chain([]), Verdict([], 0, False), 0, None)], 0.0, 1.0)
+    gaps = [later - earlier for earlier, later in pairwise(compared)]
+    assert gaps[:6] == [1] * 6
+    assert gaps == sorted(gaps)
+    assert gaps[-1] == 4
 
 
 def test_prices_do_not_fall_with_width():
