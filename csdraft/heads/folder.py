@@ -41,7 +41,7 @@ QWEN = {"head_dim": 128}
 NOT_READ = "rotary_emb.inv_freq"
 """The end of the name of a tensor that old folders hold: it follows from the config, and no engine reads it."""
 INDEX = "model.safetensors.index.json"
-"""Says which of several files holds which weights; those of a head are in one file."""
+"""Says which of several files holds which weights."""
 QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 Names = Callable[[], Collection[str]]
 """Reads the names of a folder's tensors."""
@@ -68,24 +68,26 @@ def weights_at(path: str, names: Sequence[str] = WEIGHTS, **hub: Any) -> str | N
 
 
 def tensor_names(path: str, **hub: Any) -> frozenset[str]:
-    """The names of the tensors of a folder or Hub id; none if they are in several files, or cannot be read."""
-    file = None if file_at(path, INDEX, **hub) else weights_at(path, **hub)
+    """The names of the tensors of a folder or Hub id; none if they cannot be read."""
+    file = file_at(path, INDEX, **hub) or weights_at(path, **hub)
     if file is None:
         return frozenset()
     try:
+        if file.endswith(INDEX):
+            return frozenset(_parts(file))
         if file.endswith(WEIGHTS[0]):
             with safe_open(file, "pt") as weights:
                 return frozenset(weights.keys())
         return frozenset(map(str, torch.load(file, map_location="cpu", weights_only=True, mmap=True)))
-    except (UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, TypeError):
+    except (UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, TypeError, ValueError):
         return frozenset()  # loading the file says what is wrong with it
 
 
 def read_tensors(path: str, names: Sequence[str] = WEIGHTS, **hub: Any) -> dict[str, Tensor]:
-    """The tensors of a folder or Hub id that keeps them in one file.
+    """The tensors of a folder or Hub id.
 
     Args:
-        names: possible names of the file, the preferred one first.
+        names: possible names of the file, the preferred one first; several safetensors files with an index will do.
 
     Raises:
         ValueError: there is no such file, or it cannot be read.
@@ -93,6 +95,8 @@ def read_tensors(path: str, names: Sequence[str] = WEIGHTS, **hub: Any) -> dict[
     from safetensors.torch import load_file
 
     file = weights_at(path, names, **hub)
+    if file is None and file_at(path, INDEX, **hub):
+        return read_chosen(path, lambda name: not name.endswith(NOT_READ), **hub)
     if file is None:
         raise ValueError(f"{path!r} has none of {', '.join(names)}; get its weights too")
     try:
@@ -119,8 +123,7 @@ def read_chosen(path: str, chosen: Callable[[str], bool], **hub: Any) -> dict[st
     """
     index, names = file_at(path, INDEX, **hub), {WEIGHTS[0]}
     if index is not None:
-        parts = fit(read_object(index).get("weight_map"), dict[str, str], f"{index}: weight_map")
-        names = {part for name, part in parts.items() if chosen(name)}
+        names = {part for name, part in _parts(index).items() if chosen(name)}
     state: dict[str, Tensor] = {}
     for name in sorted(names):
         file = file_at(path, name, **hub)
@@ -132,6 +135,11 @@ def read_chosen(path: str, chosen: Callable[[str], bool], **hub: Any) -> dict[st
         except (SafetensorError, OSError) as error:
             raise _unreadable(file, error) from error
     return state
+
+
+def _parts(index: str) -> dict[str, str]:
+    """Which file holds which tensor, from an `INDEX`."""
+    return fit(read_object(index).get("weight_map"), dict[str, str], f"{index}: weight_map")
 
 
 def _unreadable(file: str, error: Exception) -> ValueError:
@@ -165,10 +173,13 @@ def check_tensors(
                 f"{path!r}: {name} has shape {tuple(tensor.shape)}; for this config and target it must have "
                 f"{tuple(own[name].shape)}"
             )
+        if tensor.is_floating_point() != own[name].is_floating_point():
+            kinds = "float types" if own[name].is_floating_point() else "whole numbers"
+            raise ValueError(f"{path!r}: {name} is {tensor.dtype}, it takes {kinds}; get unquantised weights")
 
 
 def check_drafted(state: Mapping[str, Tensor], vocab: int, path: str) -> None:
-    """Raises ValueError if `d2t` points outside the target's vocabulary, or twice to one token."""
+    """Raises ValueError if `d2t` leads outside the target's vocabulary, twice to one token, or to all in any order."""
     if "d2t" not in state:
         return
     ids = state["d2t"].long() + torch.arange(len(state["d2t"]), device=state["d2t"].device)  # (draft vocab,)
@@ -176,6 +187,11 @@ def check_drafted(state: Mapping[str, Tensor], vocab: int, path: str) -> None:
         raise ValueError(
             f"{path!r}: d2t must hold offsets (target token - draft token) that lead to different tokens below "
             f"{vocab}; they lead to {int(ids.min())} to {int(ids.max())}, {len(ids.unique())} of {len(ids)} different"
+        )
+    if len(ids) == vocab and state["d2t"].any():
+        raise ValueError(
+            f"{path!r}: d2t puts all {vocab} tokens in another order, but a head that drafts all tokens has them in "
+            "the target's: sort the rows of its output layer and leave d2t out"
         )
 
 
@@ -222,6 +238,8 @@ def read_layer(document: Mapping[str, Any], path: str) -> Any:
         raise ValueError(f"{at}: hidden_act={shown(config.hidden_act)} is unknown; get the head's own config.json")
     if (kind := config.rope_parameters.get("rope_type", "default")) in SWITCHING:
         raise ValueError(f"{at}: rope_type={kind!r} changes with the length of a text, which csdraft's heads cannot")
+    if (part := config.rope_parameters.get("partial_rotary_factor") or 1.0) != 1.0:  # transformers' Llama ignores it
+        raise ValueError(f"{at}: partial_rotary_factor={shown(part)}; csdraft reads heads that rotate all of a key")
     if document.get("logit_scale", 1.0) != 1.0:
         raise ValueError(f"{at}: logit_scale={document['logit_scale']!r}; csdraft reads heads without one")
     config.name_or_path = path

@@ -287,7 +287,8 @@ class StoredHead(OnTarget):
     def written(self) -> dict[str, Tensor]:
         """The tensors of its file: `state`, and `t2d` if it drafts only some tokens."""
         tensors = {name: tensor.cpu() for name, tensor in self.state.items()}
-        if "d2t" in tensors:
+        if len(d2t := tensors.pop("d2t", torch.empty(0))) % self.config.vocab_size:  # engines read none of all tokens
+            tensors["d2t"] = d2t.long()
             tensors["t2d"] = torch.zeros(self.config.vocab_size, dtype=torch.bool, device="cpu")
             tensors["t2d"][tensors["d2t"] + torch.arange(len(tensors["d2t"]), device="cpu")] = True
         return tensors

@@ -423,8 +423,26 @@ def test_a_full_vocabulary_has_no_offsets(verifier, tmp_path):
     stored(tmp_path / "head", draft_vocab=97)
     file = tmp_path / "head" / "model.safetensors"
     assert faults(tmp_path / "head", "vllm") == faults(tmp_path / "head", "sglang") == []
-    save_file(load_file(file) | {"d2t": torch.zeros(97, dtype=torch.long)}, file)
+    plain = load_file(file)
+    save_file(plain | {"d2t": torch.zeros(97, dtype=torch.long)}, file)
     assert "d2t is not a tensor" in "".join(faults(tmp_path / "head", "vllm"))
+    for engine in ENGINES:  # an export leaves it out
+        export_drafter(str(tmp_path / "head"), tmp_path / engine, engine, verifier)
+        assert "d2t" not in load_file(tmp_path / engine / "model.safetensors")
+    save_file(plain | {"d2t": torch.arange(96, -1, -1) - torch.arange(97)}, file)
+    with pytest.raises(ValueError, match="d2t puts all 97 tokens in another order"):
+        load_model(str(tmp_path / "head"))
+
+
+def test_offsets_of_another_type_are_written_as_engines_read_them(verifier, tmp_path):
+    stored(tmp_path / "head")
+    file = tmp_path / "head" / "model.safetensors"
+    plain = load_file(file)
+    save_file(plain | {"d2t": plain["d2t"].int()}, file)
+    export_drafter(str(tmp_path / "head"), tmp_path / "out", "vllm", verifier)
+    found = load_file(tmp_path / "out" / "model.safetensors")["d2t"]
+    assert found.dtype == torch.int64
+    assert torch.equal(found, plain["d2t"])
 
 
 def test_a_head_of_another_width_brings_its_embedding(tmp_path):

@@ -258,6 +258,30 @@ def test_how_weights_are_stored_is_of_no_account(stored):
     assert torch.equal(logits_of(stored), before)
 
 
+def test_weights_in_several_files_are_read(stored):
+    """Also of a head with the architecture of every Llama model, which only the names of its tensors tell apart."""
+    before = logits_of(stored)
+    write_parts(stored)
+    assert torch.equal(logits_of(stored), before)
+    edit(stored, architectures=["LlamaForCausalLM"], draft_vocab_size=None)
+    with pytest.warns(UserWarning, match="draft_vocab_size is not set"):
+        assert torch.equal(logits_of(stored), before)
+    Path(stored, "model-2.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"has no model-2\.safetensors; get its safetensors files too"):
+        load_model(str(stored))
+
+
+def write_parts(folder: Path) -> None:
+    """Puts a folder's tensors into two files with an index."""
+    state, weight_map = tensors(folder), {}
+    (folder / "model.safetensors").unlink()
+    for number in (1, 2):
+        file, names = f"model-{number}.safetensors", sorted(state)[number - 1 :: 2]
+        save_file({name: state[name] for name in names}, folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
 @pytest.mark.filterwarnings("ignore:.*is not set")
 @pytest.mark.parametrize(
     ("damage", "says"),
@@ -268,6 +292,13 @@ def test_how_weights_are_stored_is_of_no_account(stored):
         (damaged("lm_head.weight", lambda old: old[:50].clone()), r"lm_head\.weight has shape \(50, 32\)"),
         (damaged("d2t", lambda old: old + 40), "d2t must hold offsets"),
         (damaged("d2t", lambda old: -torch.arange(60)), "d2t must hold offsets"),
+        (damaged("d2t", lambda old: old.float()), r"d2t is torch\.float32, it takes whole numbers"),
+        (damaged("fc.weight", lambda old: old.char()), r"fc\.weight is torch\.int8, it takes float types"),
+        (
+            lambda folder: edit(folder, eagle_aux_hidden_state_layer_ids=[-1, 1, 3]),
+            r"\[-1, 1, 3\]; they are counted from 0",
+        ),
+        (lambda folder: edit(folder, partial_rotary_factor=0.5), r"partial_rotary_factor=0\.5; csdraft reads"),
         (lambda folder: edit(folder, norm_before_residual="yes"), "norm_before_residual"),
         (lambda folder: edit(folder, fc_norm=True), r"lacks fc_norm\.0\.weight"),
         (lambda folder: edit(folder, vocab_size=None), "vocab_size"),

@@ -178,6 +178,8 @@ def _options(document: Mapping[str, Any], state: Mapping[str, Tensor], at: str, 
             f"{LAYERS} is in eagle_config alone, where SGLang and its trainers count blocks from 0: assumed are the "
             f"hidden states after blocks {', '.join(map(str, layers))}"
         )
+    if min(layers, default=0) < 0:  # as a tap, -1 is the last hidden state
+        raise ValueError(f"{at}: {LAYERS} names the hidden states {list(layers)}; they are counted from 0")
     flags = {key: fit(document.get(key, eagle.get(key, False)) or False, bool, f"{at}: {key}") for key in NORMS}
     flags["fc_norm"] |= fit(document.get(OLD_FLAG) or False, bool, f"{at}: {OLD_FLAG}")
     if document.get(NESTED) and "norm_before_residual" not in document:
