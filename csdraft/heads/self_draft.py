@@ -187,7 +187,8 @@ def put_adapter(network: Any, options: Any, state: dict[str, Tensor], name: str)
     options.inference_mode = True
     try:
         peft.inject_adapter_in_model(options, network, low_cpu_mem_usage=True)
-        result = peft.set_peft_model_state_dict(network, state, low_cpu_mem_usage=True)
+        own = {key.removeprefix(PREFIX): tensor for key, tensor in state.items()}  # as PEFT looks for whole modules
+        result = peft.set_peft_model_state_dict(network, own, low_cpu_mem_usage=True)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{name} does not fit its base: {error}") from error
     if result.unexpected_keys:

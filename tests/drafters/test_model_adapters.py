@@ -262,6 +262,20 @@ def test_an_ordinary_adapter_brings_its_base(tmp_path):
     assert torch.equal(output, target.generate(**prompt(), max_new_tokens=8))
 
 
+@pytest.mark.parametrize("more", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3, 4]}])
+def test_an_adapter_with_whole_modules_or_tokens(tmp_path, more):
+    """What PEFT stores beside its matrices is read, too."""
+    base().save_pretrained(tmp_path / "small")
+    options = peft.LoraConfig(**LORA, **more)
+    model = peft.get_peft_model(csdraft.models.load_model(str(tmp_path / "small")), options).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name or "trainable_tokens" in name:
+                parameter.mul_(1.5)
+    model.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(ModelDrafter(str(tmp_path / "adapter")).network), logits(model))
+
+
 # Memory.
 
 
