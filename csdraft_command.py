@@ -65,8 +65,8 @@ def bench(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_prompts_arguments(parser)
     _add_writing_arguments(parser, length=128)
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="default: %(default)s")
-    parser.add_argument("--repetitions", type=int, default=3, metavar="N", help="default: %(default)s")
+    parser.add_argument("--batch-size", type=_count, default=1, metavar="N", help="default: %(default)s")
+    parser.add_argument("--repetitions", type=_count, default=3, metavar="N", help="default: %(default)s")
 
 
 def check(parser: argparse.ArgumentParser) -> None:
@@ -90,13 +90,13 @@ def check(parser: argparse.ArgumentParser) -> None:
         "--prompts", metavar="FILE", help="one a line; in a .jsonl file under the key `prompt` or `messages`"
     )
     add_chat_arguments(parser)
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="of the greedy texts")
-    parser.add_argument("--samples", type=int, default=1000, metavar="N", help="for the distribution; 0 skips it")
+    parser.add_argument("--max-new-tokens", type=_count, default=64, metavar="N", help="of the greedy texts")
+    parser.add_argument("--samples", type=lambda n: _count(n, 0), default=1000, metavar="N", help="0: no sampling")
     parser.add_argument(
-        "--sampled-tokens", type=int, default=3, metavar="N", help="tokens whose joint distribution is compared"
+        "--sampled-tokens", type=_count, default=3, metavar="N", help="tokens whose joint distribution is compared"
     )
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of the sampling")
-    parser.add_argument("--batch", type=int, default=100, metavar="N", help="rows sampled at once")
+    parser.add_argument("--batch", type=_count, default=100, metavar="N", help="rows sampled at once")
 
 
 def doctor(parser: argparse.ArgumentParser) -> None:
@@ -183,17 +183,17 @@ def tune(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_prompts_arguments(parser, limit=12)
     _add_writing_arguments(parser, length=96)
-    parser.add_argument("--finalists", type=int, default=4, metavar="N", help="plans to time (default: %(default)s)")
+    parser.add_argument("--finalists", type=_count, default=4, metavar="N", help="plans to time (default 4)")
     parser.add_argument("--lenience-values", type=float, nargs="+", default=[1.0, 2.0], metavar="X")
     parser.add_argument(
         "--tree-nodes",
-        type=int,
+        type=_count,
         nargs="*",
         default=[16],
         metavar="N",
         help="sizes of trees to try with each model (default 16); no number leaves trees out",
     )
-    parser.add_argument("--repetitions", type=int, default=2, metavar="N")
+    parser.add_argument("--repetitions", type=_count, default=2, metavar="N")
     parser.add_argument(
         "--minutes", type=float, default=3.0, metavar="M", help="time for all of it (default 3); more is surer"
     )
@@ -231,7 +231,7 @@ def _add_device_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"of all models, or {', '.join(DTYPES)}; their own by default",
     )
     parser.add_argument("--device", default="cpu", help="of all models: cpu (default), cuda, cuda:1, mps, ...")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of torch")
+    parser.add_argument("--threads", type=_count, metavar="N", help="CPU threads of torch")
 
 
 def add_drafting_arguments(parser: argparse.ArgumentParser) -> None:
@@ -249,7 +249,7 @@ def add_prompts_arguments(parser: argparse.ArgumentParser, limit: int | None = N
     )
     add_chat_arguments(parser)
     default = "" if limit is None else " (default: %(default)s)"
-    parser.add_argument("--limit", type=int, default=limit, metavar="N", help=f"use at most N prompts{default}")
+    parser.add_argument("--limit", type=_count, default=limit, metavar="N", help=f"use at most N prompts{default}")
 
 
 def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
@@ -265,8 +265,14 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_writing_arguments(parser: argparse.ArgumentParser, length: int) -> None:
-    parser.add_argument("--max-new-tokens", type=int, default=length, metavar="N", help="default: %(default)s")
+    parser.add_argument("--max-new-tokens", type=_count, default=length, metavar="N", help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
+
+
+def _count(text: str, least: int = 1) -> int:
+    if int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+    return int(text)
 
 
 def _json(text: str) -> Any:

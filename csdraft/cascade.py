@@ -338,7 +338,7 @@ def _opened(folder: Path, target: nn.Module | None, tokenizer: Any, *bases: bool
 
 def drafter_model(path: str, **options: Any) -> nn.Module:
     """Loads a drafter's model; raises OSError, which lists the types of drafters, if there is none at `path`."""
-    if Path(path).is_dir() and not any(Path(path, name).is_file() for name in DOCUMENTS[1:]):
+    if Path(path).is_dir() and not any(Path(path, name).is_file() for name in DOCUMENTS):
         raise OSError(f"the folder {path!r} has no drafter: no {hub.DOCUMENT} and no config.json")
     try:
         return load_model(path, **options)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from csdraft.heads.engines import ENGINES, WHOLE, ServedTarget, context_fault, serve_command
 from csdraft.heads.folder import config_at, file_at
@@ -67,7 +67,7 @@ def export_drafter(drafter: str, folder: str | os.PathLike[str], engine: str, ta
 
 def served_target(path: str) -> ServedTarget:
     """A target's sizes, from its config.json."""
-    check_config(PreTrainedConfig.get_config_dict(path)[0], f"{path}/config.json")
+    check_config(config_at(path) or {}, f"{path}/config.json")
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if config.is_encoder_decoder:
         raise ValueError(f"--target {path}: {config.model_type!r} is an encoder-decoder, and no engine drafts for one")

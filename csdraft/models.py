@@ -16,6 +16,7 @@ from csdraft.checks.refusals import refusal
 from csdraft.decoding.call import Call
 from csdraft.decoding.names import name_of
 from csdraft.decoding.traits import unwrapped
+from csdraft.heads.folder import check_place
 from csdraft.heads.kinds.kangaroo import KangarooDraft
 from csdraft.heads.kinds.mtp import OWN
 from csdraft.heads.on_target import OnTarget
@@ -66,6 +67,7 @@ def load_model(path: str, local_base: bool = True, **options: Any) -> nn.Module:
     hub = {key: value for key, value in options.items() if key in HUB_OPTIONS}
     if path == MTP and not Path(path).exists():
         return OWN
+    check_place(path)
     adapter, document = find_adapter_config_file(path, **hub), read_document(path, **hub) or {}
     kind = document.get("kind")
     if kind == MTP:

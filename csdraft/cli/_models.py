@@ -23,7 +23,10 @@ from csdraft.drafters.model import ModelDrafter, bound
 from csdraft.heads.on_target import OnTarget
 from csdraft.models import load_model
 
-__all__ = ["Opened", "as_inputs", "chat_of_text", "encode", "label", "open_models", "prompts_of_file", "sampling"]
+__all__ = [
+    "Opened", "as_inputs", "chat_of_text", "encode", "label", "open_models", "prompts_of_file", "sampling",
+    "use_machine",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,7 @@ class Opened:
 def open_models(args: argparse.Namespace) -> Opened:
     """Loads the models that the arguments name. If the target has no padding token, it gets the tokenizer's."""
     cascade_options = _cascade_options(args)  # checked first, since loading takes long
-    transformers.utils.logging.disable_progress_bar()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    use_machine(args)
     torch.manual_seed(args.seed)
     target: Any = load_model(args.target, dtype=args.dtype)
     if isinstance(target, OnTarget):
@@ -61,6 +62,17 @@ def open_models(args: argparse.Namespace) -> Opened:
         target.generation_config.pad_token_id = tokenizer.eos_token_id if own is None else own
     options = _given(args, "verifier", "schedule")
     return Opened(target, tokenizer, bound(_assistant(args, target, cascade_options), target), options)
+
+
+def use_machine(args: argparse.Namespace) -> None:
+    """Sets the number of threads. Raises ValueError if there is no such device."""
+    transformers.utils.logging.disable_progress_bar()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        torch.empty(0, device=args.device)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}; try --device cpu") from error
 
 
 def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:

@@ -6,9 +6,7 @@ import argparse
 import json
 from dataclasses import asdict
 
-import torch
-import transformers
-
+from csdraft.cli._models import use_machine
 from csdraft.doctor import ModelState, examine, machine, packages
 from csdraft.models import load_model
 from csdraft.progress import Progress
@@ -17,9 +15,7 @@ __all__ = ["run"]
 
 
 def run(args: argparse.Namespace) -> int:
-    transformers.utils.logging.disable_progress_bar()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    use_machine(args)
     here, versions = machine(), packages()
     models = [_examined(name, args) for name in args.models]
     if args.json:

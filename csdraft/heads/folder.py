@@ -21,8 +21,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from csdraft.stored import fit, is_hub_id, read_object, shown
 
 __all__ = [
-    "BROKEN_CONFIG", "INIT", "QWEN", "SWITCHING", "WEIGHTS", "Names", "as_llama", "check_drafted", "check_tensors",
-    "config_at", "file_at", "read_chosen", "read_layer", "read_tensors", "tensor_names", "write_tensors",
+    "BROKEN_CONFIG", "INIT", "QWEN", "SWITCHING", "WEIGHTS", "Names", "as_llama", "check_drafted", "check_place",
+    "check_tensors", "config_at", "file_at", "read_chosen", "read_layer", "read_tensors", "tensor_names",
+    "write_tensors",
 ]  # fmt: skip
 
 SWITCHING = ("dynamic", "longrope")
@@ -54,10 +55,17 @@ def file_at(path: str, name: str, **hub: Any) -> str | None:
     return cached_file(path, name, **hub, **QUIET)
 
 
-def config_at(path: str, **hub: Any) -> dict[str, Any] | None:
-    """The config.json of a folder or Hub id; None if it has none, OSError if it can be neither."""
+def check_place(path: str) -> None:
+    """Raises OSError if this is no folder and cannot be a Hub id, and ValueError if it is a saved cascade."""
     if not os.path.exists(path) and not is_hub_id(path):
         raise OSError(f"there is no folder {path!r}")
+    if os.path.isfile(os.path.join(path, "cascade.json")) and not os.path.isfile(os.path.join(path, "config.json")):
+        raise ValueError(f"{path!r} is a saved cascade, not a model: name it as assistant=, or as --cascade")
+
+
+def config_at(path: str, **hub: Any) -> dict[str, Any] | None:
+    """The config.json of a folder or Hub id; None if it has none, see `check_place` for errors."""
+    check_place(path)
     file = file_at(path, "config.json", **hub)
     return None if file is None else read_object(file)
 
@@ -74,7 +82,7 @@ def tensor_names(path: str, **hub: Any) -> frozenset[str]:
         return frozenset()
     try:
         if file.endswith(INDEX):
-            return frozenset(_parts(file))
+            return frozenset(read_object(file).get("weight_map") or ())
         if file.endswith(WEIGHTS[0]):
             with safe_open(file, "pt") as weights:
                 return frozenset(weights.keys())
@@ -123,7 +131,8 @@ def read_chosen(path: str, chosen: Callable[[str], bool], **hub: Any) -> dict[st
     """
     index, names = file_at(path, INDEX, **hub), {WEIGHTS[0]}
     if index is not None:
-        names = {part for name, part in _parts(index).items() if chosen(name)}
+        parts = fit(read_object(index).get("weight_map"), dict[str, str], f"{index}: weight_map")
+        names = {part for name, part in parts.items() if chosen(name)}
     state: dict[str, Tensor] = {}
     for name in sorted(names):
         file = file_at(path, name, **hub)
@@ -135,11 +144,6 @@ def read_chosen(path: str, chosen: Callable[[str], bool], **hub: Any) -> dict[st
         except (SafetensorError, OSError) as error:
             raise _unreadable(file, error) from error
     return state
-
-
-def _parts(index: str) -> dict[str, str]:
-    """Which file holds which tensor, from an `INDEX`."""
-    return fit(read_object(index).get("weight_map"), dict[str, str], f"{index}: weight_map")
 
 
 def _unreadable(file: str, error: Exception) -> ValueError:
@@ -174,8 +178,7 @@ def check_tensors(
                 f"{tuple(own[name].shape)}"
             )
         if tensor.is_floating_point() != own[name].is_floating_point():
-            kinds = "float types" if own[name].is_floating_point() else "whole numbers"
-            raise ValueError(f"{path!r}: {name} is {tensor.dtype}, it takes {kinds}; get unquantised weights")
+            raise ValueError(f"{path!r}: {name} is {tensor.dtype}, not {own[name].dtype}; get unquantised weights")
 
 
 def check_drafted(state: Mapping[str, Tensor], vocab: int, path: str) -> None:
@@ -190,8 +193,7 @@ def check_drafted(state: Mapping[str, Tensor], vocab: int, path: str) -> None:
         )
     if len(ids) == vocab and state["d2t"].any():
         raise ValueError(
-            f"{path!r}: d2t puts all {vocab} tokens in another order, but a head that drafts all tokens has them in "
-            "the target's: sort the rows of its output layer and leave d2t out"
+            f"{path!r}: d2t reorders all {vocab} tokens: sort the rows of the output layer, leave d2t out"
         )
 
 

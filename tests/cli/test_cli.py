@@ -188,11 +188,47 @@ def test_bench_says_that_a_text_differs(folder, tmp_path, capsys, monkeypatch):
         (["check", "--drafter", "max_gram", "--lenience", "0.5"], "lenience=0.5 must be 1"),
         (["generate", "--prompt", ""], "prompt is empty"),
         (["generate", "--file", "no-such-file"], "no-such-file"),
+        (["generate", "--prompt", "a", "--device", "cuba"], "--device cuba: "),
+        (["generate", "--prompt", "a", "--drafter", "/no/folder"], "'/no/folder' is not a model's folder"),
     ],
 )
 def test_what_makes_no_sense_is_said_without_a_traceback(folder, capsys, arguments, words):
     assert main([*arguments, "--target", str(folder / "target")]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["bench", "--prompts", "x", "--limit", "-1"], "--limit: -1 is less than 1"),
+        (["bench", "--prompts", "x", "--repetitions", "0"], "--repetitions: 0 is less than 1"),
+        (["bench", "--prompts", "x", "--batch-size", "0"], "--batch-size: 0 is less than 1"),
+        (["tune", "--prompts", "x", "--finalists", "0"], "--finalists: 0 is less than 1"),
+        (["check", "--samples", "-5"], "--samples: -5 is less than 0"),
+        (["check", "--batch", "0"], "--batch: 0 is less than 1"),
+        (["generate", "--threads", "-2"], "--threads: -2 is less than 1"),
+        (["generate", "--max-new-tokens", "few"], "--max-new-tokens: invalid"),
+    ],
+)
+def test_counts_are_checked_before_anything_is_loaded(capsys, arguments, words):
+    with pytest.raises(SystemExit, match="2"):
+        main([*arguments, "--target", "x"])
+    assert words in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_model_is_named(capsys, tmp_path):
+    """A missing folder, and a saved cascade, wherever a model is expected."""
+    csdraft.CascadeDrafter([MaxGram()]).save_pretrained(tmp_path / "cascade")
+    saved, nowhere = str(tmp_path / "cascade"), str(tmp_path / "nowhere")
+    for arguments in (["generate", "--prompt", "a", "--target"], ["inspect", "models/smol-eagle3", "--target"]):
+        assert main([*arguments, nowhere]) == 2
+        assert f"there is no folder {nowhere!r}" in capsys.readouterr().err
+        assert main([*arguments, saved]) == 2
+        assert f"{saved!r} is a saved cascade, not a model" in capsys.readouterr().err
+    assert main(["generate", "--prompt", "a", "--target", "models/smol-target", "--drafter", saved]) == 2
+    assert "or as --cascade" in capsys.readouterr().err
+    assert main(["doctor", saved]) == 1
+    assert "is a saved cascade" in capsys.readouterr().out
 
 
 def test_a_k_matrix_is_json(folder, capsys):

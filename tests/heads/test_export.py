@@ -430,7 +430,7 @@ def test_a_full_vocabulary_has_no_offsets(verifier, tmp_path):
         export_drafter(str(tmp_path / "head"), tmp_path / engine, engine, verifier)
         assert "d2t" not in load_file(tmp_path / engine / "model.safetensors")
     save_file(plain | {"d2t": torch.arange(96, -1, -1) - torch.arange(97)}, file)
-    with pytest.raises(ValueError, match="d2t puts all 97 tokens in another order"):
+    with pytest.raises(ValueError, match="d2t reorders all 97 tokens"):
         load_model(str(tmp_path / "head"))
 
 

@@ -292,8 +292,8 @@ def write_parts(folder: Path) -> None:
         (damaged("lm_head.weight", lambda old: old[:50].clone()), r"lm_head\.weight has shape \(50, 32\)"),
         (damaged("d2t", lambda old: old + 40), "d2t must hold offsets"),
         (damaged("d2t", lambda old: -torch.arange(60)), "d2t must hold offsets"),
-        (damaged("d2t", lambda old: old.float()), r"d2t is torch\.float32, it takes whole numbers"),
-        (damaged("fc.weight", lambda old: old.char()), r"fc\.weight is torch\.int8, it takes float types"),
+        (damaged("d2t", lambda old: old.float()), r"d2t is torch\.float32, not torch\.int64"),
+        (damaged("fc.weight", lambda old: old.char()), r"fc\.weight is torch\.int8, not torch\.float32"),
         (
             lambda folder: edit(folder, eagle_aux_hidden_state_layer_ids=[-1, 1, 3]),
             r"\[-1, 1, 3\]; they are counted from 0",
