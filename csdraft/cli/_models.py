@@ -23,10 +23,8 @@ from csdraft.drafters.model import ModelDrafter, bound
 from csdraft.heads.on_target import OnTarget
 from csdraft.models import load_model
 
-__all__ = [
-    "Opened", "as_inputs", "chat_of_text", "encode", "label", "open_models", "prompts_of_file", "sampling",
-    "use_machine",
-]  # fmt: skip
+__all__ = ["Opened", "as_inputs", "chat_of_text", "encode", "label", "open_models", "prompts_of_file", "sampling",
+           "use_machine"]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,9 @@ class StoredHead(OnTarget):
             config, tensors: of the folder.
             target: the model that it is to draft for; without it, sizes are not compared.
         """
-        found = self.refusals(engine, config)
+        found, layers = list(self.refusals(engine, config)), list(self.read_layers)
+        if layers != sorted(set(layers)):
+            found.append(f"the hidden states after blocks {layers} must rise: it takes them in the target's order")
         if target is not None:
             found += target_faults(target, self.target_width, self.config.vocab_size, self.read_layers)
         return found

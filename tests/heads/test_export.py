@@ -169,11 +169,23 @@ def test_an_exported_parallel_head_is_complete(verifier, tmp_path, engine):
 
 @pytest.mark.filterwarnings("ignore:.*is not set")
 def test_open_hidden_states_of_a_parallel_head_are_written_out(tmp_path):
-    six = saved(tmp_path / "six", num_hidden_layers=6)
+    eight = saved(tmp_path / "eight", num_hidden_layers=8)
     save_student(new("parallel", layers=[1, 2, 3]), tmp_path / "head")
     edit(tmp_path / "head", {IDS: None})
-    export_drafter(str(tmp_path / "head"), tmp_path / "out", "vllm", str(six))
-    assert config_of(tmp_path / "out")[IDS] == [2, 3, 3]
+    export_drafter(str(tmp_path / "head"), tmp_path / "out", "vllm", str(eight))
+    assert config_of(tmp_path / "out")[IDS] == [2, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"), [("parallel", {IDS: [2, 1]}), ("dflash", {"dflash_config.target_layer_ids": [1, 0]})]
+)
+def test_hidden_states_in_another_order_are_refused(verifier, tmp_path, name, changes):
+    """csdraft fuses them in the order of the numbers, engines in the target's."""
+    save_student(new(name, layers=[1, 2]), tmp_path / "head")
+    export_drafter(str(tmp_path / "head"), tmp_path / "before", "vllm", verifier)
+    edit(tmp_path / "head", changes)
+    with pytest.raises(ValueError, match=r"after blocks \[2, 1\] must rise"):
+        export_drafter(str(tmp_path / "head"), tmp_path / "after", "vllm", verifier)
 
 
 @pytest.mark.parametrize("name", BLOCKS)
