@@ -22,8 +22,8 @@ from csdraft.stored import fit, is_hub_id, read_object, shown
 
 __all__ = [
     "BROKEN_CONFIG", "INIT", "QWEN", "SWITCHING", "WEIGHTS", "Names", "as_llama", "check_drafted", "check_place",
-    "check_tensors", "config_at", "file_at", "read_chosen", "read_layer", "read_tensors", "tensor_names",
-    "write_tensors",
+    "check_rotary", "check_tensors", "config_at", "file_at", "read_chosen", "read_layer", "read_tensors",
+    "tensor_names", "write_tensors",
 ]  # fmt: skip
 
 SWITCHING = ("dynamic", "longrope")
@@ -238,11 +238,16 @@ def read_layer(document: Mapping[str, Any], path: str) -> Any:
         raise ValueError(f"{at} is not a config of a Llama layer: {said}") from error
     if config.hidden_act not in ACT2FN:
         raise ValueError(f"{at}: hidden_act={shown(config.hidden_act)} is unknown; get the head's own config.json")
-    if (kind := config.rope_parameters.get("rope_type", "default")) in SWITCHING:
-        raise ValueError(f"{at}: rope_type={kind!r} changes with the length of a text, which csdraft's heads cannot")
-    if (part := config.rope_parameters.get("partial_rotary_factor") or 1.0) != 1.0:  # transformers' Llama ignores it
-        raise ValueError(f"{at}: partial_rotary_factor={shown(part)}; csdraft reads heads that rotate all of a key")
+    check_rotary(config.rope_parameters, at)
     if document.get("logit_scale", 1.0) != 1.0:
         raise ValueError(f"{at}: logit_scale={document['logit_scale']!r}; csdraft reads heads without one")
     config.name_or_path = path
     return config
+
+
+def check_rotary(parameters: Mapping[str, Any], at: str) -> None:
+    """Raises ValueError for rotary embeddings that a head's layer cannot compute."""
+    if (kind := parameters.get("rope_type", "default")) in SWITCHING:
+        raise ValueError(f"{at}: rope_type={kind!r} changes with the length of a text, which csdraft's heads cannot")
+    if (part := parameters.get("partial_rotary_factor") or 1.0) != 1.0:  # transformers' Llama ignores it
+        raise ValueError(f"{at}: partial_rotary_factor={shown(part)}; csdraft's heads rotate all of a key")

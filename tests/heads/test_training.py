@@ -298,7 +298,7 @@ def write_parts(folder: Path) -> None:
             lambda folder: edit(folder, eagle_aux_hidden_state_layer_ids=[-1, 1, 3]),
             r"\[-1, 1, 3\]; they are counted from 0",
         ),
-        (lambda folder: edit(folder, partial_rotary_factor=0.5), r"partial_rotary_factor=0\.5; csdraft reads"),
+        (lambda folder: edit(folder, partial_rotary_factor=0.5), r"partial_rotary_factor=0\.5; csdraft's heads"),
         (lambda folder: edit(folder, norm_before_residual="yes"), "norm_before_residual"),
         (lambda folder: edit(folder, fc_norm=True), r"lacks fc_norm\.0\.weight"),
         (lambda folder: edit(folder, vocab_size=None), "vocab_size"),

@@ -456,3 +456,10 @@ def test_a_fingerprint_is_of_the_weights():
     with torch.no_grad():
         target.model.layers[1].self_attn.v_proj.weight += 0.1
     assert fingerprint(target) != print_of
+
+
+@pytest.mark.parametrize("changed", [{"partial_rotary_factor": 0.5}, {"rope_type": "dynamic", "factor": 2.0}])
+def test_a_head_that_could_not_be_read_again_is_not_made(changed):
+    rotary = {"rope_type": "default", "rope_theta": 1e4, **changed}
+    with pytest.raises(ValueError, match=rf"init\.eagle\.config: {next(iter(changed))}="):
+        make_student(tiny("llama"), init={"eagle": {"config": {"rope_parameters": rotary}}})

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from csdraft import spec
 from csdraft.data.packing import IGNORED
 from csdraft.heads import kinds as heads
-from csdraft.heads.folder import SWITCHING
+from csdraft.heads.folder import SWITCHING, check_rotary
 from csdraft.heads.head import Head, HeadOptions
 from csdraft.heads.layers import embeddings, fingerprint
 from csdraft.heads.stored_head import all_formats, classes_in, head_at
@@ -146,7 +146,9 @@ class HeadKind(Student):
         given = fit(asked.config or {}, dict[str, Any], f"init.{self.name}.config")
         spec.check_keys(given, sorted({*LIKE_TARGET, "rope_parameters"}), f"init.{self.name}.config")
         like |= {"model_type": "llama", "hidden_size": text.hidden_size, "num_hidden_layers": 1}
-        return new_config(text, {**like, **given})
+        made = new_config(text, {**like, **given})
+        check_rotary(made.rope_parameters, f"init.{self.name}.config")
+        return made
 
     def _asked(self, options: Mapping[str, Any]) -> Any:
         try:
