@@ -44,8 +44,11 @@ class TopK(NamedTuple):
         return (1 - self.log_probs.exp().sum(-1)).clamp(min=0)
 
     def packed(self) -> Tensor:
-        """(length, 2 k) float32, log-probabilities and then ids, for `dense`."""
-        return torch.cat([self.log_probs, self.ids.float()], -1)
+        """(length, 2 k) int32, the bits of the log-probabilities and then ids, for `dense`.
+
+        Whole numbers, because DeepSpeed and FSDP make floats of a batch bfloat16, which would change ids above 256.
+        """
+        return torch.cat([self.log_probs.view(torch.int32), self.ids.int()], -1)
 
 
 def dense(packed: Tensor, vocab: int) -> Tensor:
@@ -53,12 +56,13 @@ def dense(packed: Tensor, vocab: int) -> Tensor:
 
     Args:
         packed: (positions, 2 k) from `TopK.packed`.
-        vocab: number of tokens, below 2**24, so that float32 holds every id exactly.
+        vocab: number of tokens.
 
     Returns:
         (positions, vocab) float32, normalised.
     """
-    log_probs, ids = packed.float().chunk(2, -1)  # (positions, k) each
+    bits, ids = packed.chunk(2, -1)  # (positions, k) each
+    log_probs = bits.view(torch.float32)
     others = max(vocab - ids.shape[-1], 1)
     rest = (1 - log_probs.exp().sum(-1, keepdim=True)).clamp(min=1e-7)  # (positions, 1)
     filled = (rest.log() - np.log(others)).expand(-1, vocab)  # (positions, vocab)
