@@ -8,7 +8,8 @@ boundaries from the positions (`masking_utils.find_packed_sequence_indices`), so
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,10 +67,10 @@ class Texts(Dataset):
             cache.check(rows)
         if decoder_start is not None:
             _check_prompts(rows, lengths)
-        packing = packing and decoder_start is None
+        self.packed = packing and decoder_start is None
         self.rows, self.pad, self.decoder_start, self.cache = rows, pad, decoder_start, cache
-        self.blocks = best_fit(lengths, max_length) if packing else [[row] for row in range(len(rows))]
-        self.least, self.tokens = max_length if packing else 0, sum(lengths)
+        self.blocks = best_fit(lengths, max_length) if self.packed else [[row] for row in range(len(rows))]
+        self.least, self.tokens = max_length if self.packed else 0, sum(lengths)
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -80,6 +81,11 @@ class Texts(Dataset):
         texts = [_example(self.rows[row], row, self.cache) for row in self.blocks[index]]
         whole = {name: torch.cat([text[name] for text in texts]) for name in texts[0]}
         return _filled(whole, max(self.least, len(whole["input_ids"])), self.pad)
+
+    @property
+    def collator(self) -> Callable[[Sequence[Mapping[str, Tensor]]], dict[str, Tensor]]:
+        """Makes a batch of these items: `collate` or `collate_seq2seq`."""
+        return partial(collate if self.decoder_start is None else collate_seq2seq, pad=self.pad)
 
 
 def _check_prompts(rows: Any, lengths: Sequence[int]) -> None:

@@ -30,6 +30,11 @@ class RunArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.train_sampling_strategy != "random" or self.dataloader_drop_last:
+            raise ValueError(
+                f"train_sampling_strategy={self.train_sampling_strategy!r}, dataloader_drop_last="
+                f"{self.dataloader_drop_last}: every row is read once an epoch, in random order; leave them out"
+            )
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(
                 f"max_steps={self.max_steps} leaves nothing to train: give at least 1, or leave it out and give "

@@ -187,8 +187,8 @@ def check_figure(name: str, depth: int, new_tokens: int) -> None:
 
 
 def pad_of(tokenizer: Any) -> int:
-    """The padding token; the end token if the tokenizer has none."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    """The padding token; the end token if the tokenizer has none, and 0 if it has neither."""
+    return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
 
 
 def left_padded(texts: Sequence[Sequence[int]], pad: int, device: Any) -> dict[str, Tensor]:

@@ -12,11 +12,10 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from csdraft.data.chat import chat_of
 from csdraft.data.feature_cache import FeatureCache
-from csdraft.data.packing import IGNORED, Texts, check_packing, collate, collate_seq2seq
+from csdraft.data.packing import IGNORED, Texts
 from csdraft.data.sources import read_prompts, read_rows
 from csdraft.data.target import check_writable, load_weights, read_target, target_name
 from csdraft.data.target_cache import TargetCache
-from csdraft.decoding.feature_session import FeatureModel
 from csdraft.hub import fingerprint
 from csdraft.trainers.distill import DrafterTrainer, evaluation_of
 from csdraft.trainers.distill_arguments import DistillArguments
@@ -206,12 +205,12 @@ def make_batches(
         if args.target_cache:
             raise ValueError("target_cache is for decoder-only targets; leave it out")
         texts = Texts(rows, args.max_length, pad, decoder_start=config.decoder_start_token_id)
-        return {"train_dataset": texts, "data_collator": partial(collate_seq2seq, pad=pad)}
+        return {"train_dataset": texts, "data_collator": texts.collator}
     if args.target_cache:  # the target's hidden states for a head, its logits for a model
         cache = (FeatureCache if args.kind.reads_features else TargetCache)(args.target_cache)
         cache.check_target(target_name(args))
     texts = Texts(rows, args.max_length, pad, args.packing, cache=cache)
-    return {"train_dataset": texts, "data_collator": partial(collate, pad=pad)}
+    return {"train_dataset": texts, "data_collator": texts.collator}
 
 
 def counts_of(texts: Texts, config: PreTrainedConfig) -> Tensor:
@@ -247,9 +246,4 @@ def load_models(
         if placed_here(target):
             target.to(args.device)  # before a self-drafting student shares its weights
         set_seed(args.seed)
-        student = make_student(target, args.student, args.init, args.peft, counts)
-    if args.packing and not config.is_encoder_decoder:
-        for model in (target, student):
-            if not isinstance(model, FeatureModel):  # a head has a mask that separates texts
-                check_packing(model.eval())
-    return target, student
+        return target, make_student(target, args.student, args.init, args.peft, counts)

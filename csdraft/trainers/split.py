@@ -22,7 +22,7 @@ from transformers.utils import ModelOutput
 from csdraft.decoding.names import name_of
 from csdraft.models import base_model
 
-__all__ = ["head_of", "hidden_of", "logits_of", "states_of"]
+__all__ = ["evaluating", "head_of", "hidden_of", "logits_of", "states_of"]
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
 """Allowed difference relative to the largest logit; 0.05 in other dtypes. A missing step in a head differs more."""
@@ -213,7 +213,7 @@ def _difference(model: nn.Module) -> str | None:
     if not _bodies(inner):
         return "it has no part that makes the hidden states where transformers' families have it"
     inputs = _probe(inner)
-    with _evaluating(model):
+    with evaluating(model):
         whole = model(**inputs, use_cache=False).logits
         try:
             parts = LmHead(inner)(_run_body(inner, **inputs).last_hidden_state[0])[None]
@@ -241,7 +241,7 @@ def _probe(model: Any) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards every module has its earlier mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()

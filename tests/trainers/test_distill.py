@@ -294,6 +294,8 @@ WRONG = {
     "no number": ({"learning_rate": "fast"}, "learning_rate='fast' must be a number, such as learning_rate=2e-5"),
     "no steps": ({"max_steps": 0}, "max_steps=0 leaves nothing to train: give at least 1"),
     "no epochs": ({"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs=0 leaves nothing to train"),
+    "an order that is not followed": ({"train_sampling_strategy": "group_by_length"}, "in random order; leave them"),
+    "rows to drop that are not": ({"dataloader_drop_last": True}, "every row is read once an epoch"),
     "smoothed labels": ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1: the losses .* do not read it"),
     "no figure": (
         {"metric_for_best_model": "loss"},

@@ -1,0 +1,121 @@
+"""`DrafterTrainer` called in Python, with what users of `transformers.Trainer` give it: it works, or says why not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from csdraft.trainers.distill import DrafterTrainer
+from csdraft.trainers.evaluation import Evaluation
+from csdraft.trainers.run import prepare
+from csdraft.trainers.stops import NonFinite
+from tests.tiny import tiny
+from tests.trainers.pair import arguments, make_pair
+
+PROMPTS = [[5, 6, 7], [8, 9]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pair(tmp_path_factory.mktemp("plain"))
+
+
+def made(folder: Path, name: str, changes: dict | None = None, **options: Any) -> DrafterTrainer:
+    """A trainer with a fresh pair; options that are ... are left out."""
+    args = arguments(folder, name, save_strategy="no", **(changes or {}))
+    student, target = (AutoModelForCausalLM.from_pretrained(folder / model) for model in ("student", "target"))
+    _, tokenizer, batches = prepare(args)
+    given = {"model": student, "target": target, "processing_class": tokenizer, **batches, **options}
+    return DrafterTrainer(args=args, **{key: value for key, value in given.items() if value is not ...})
+
+
+def losses(trainer: DrafterTrainer) -> list[float]:
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_without_a_collator_batches_are_the_same(folder, packing):
+    """The collator of transformers would add an attention mask, with which packed texts see each other."""
+    usual = made(folder, f"collated-{packing}", {"packing": packing})
+    without = made(folder, f"not-collated-{packing}", {"packing": packing}, data_collator=...)
+    assert losses(without) == losses(usual)
+
+
+def test_other_prompts_can_be_evaluated(folder):
+    trainer, other = made(folder, "others", eval_dataset=PROMPTS), [[20, 21, 22, 23]]
+    alone = made(folder, "alone", eval_dataset=other).evaluate()
+    assert trainer.evaluate(eval_dataset=other) == alone
+    assert trainer.evaluate()["eval_prompts"] == 2
+    assert "test_acceptance" in trainer.evaluate(other, metric_key_prefix="test")
+
+
+def test_an_evaluation_alone_is_enough(folder):
+    args, evaluation = {"eval_steps": 2, "max_steps": 2, "eval_new_tokens": 4}, Evaluation(PROMPTS, 0, new_tokens=4)
+    trainer = made(folder, "evaluation", args, evaluation=evaluation)
+    trainer.args.eval_strategy = "steps"
+    again = DrafterTrainer(trainer.model, trainer.args, target=trainer.target, evaluation=evaluation)
+    assert again.evaluate()["eval_prompts"] == 2
+
+
+REFUSED = {
+    "several sets of prompts": ({"eval_dataset": {"a": PROMPTS}}, "eval_dataset=dict .* others to evaluate"),
+    "a data set as prompts": ({"eval_dataset": Dataset.from_dict({"input_ids": PROMPTS})}, "eval_dataset=Dataset"),
+    "texts as prompts": ({"eval_dataset": ["import os"]}, "lists of token ids"),
+    "no prompts": ({"eval_dataset": []}, "one prompt or more"),
+    "an empty prompt": ({"eval_dataset": [[], [1]]}, "none empty"),
+    "a data set to train on": (
+        {"train_dataset": Dataset.from_dict({"text": ["a b"]})},
+        "train_dataset=Dataset .*Texts",
+    ),
+    "a stream to train on": (
+        {"train_dataset": Dataset.from_dict({"text": ["a b"]}).to_iterable_dataset()},
+        "train_dataset=IterableDataset",
+    ),
+    "figures that are not computed": ({"compute_metrics": lambda prediction: {}}, "compute_metrics= has no effect"),
+    "a loss that is not used": ({"compute_loss_func": lambda *_, **__: 0}, "compute_loss_func= has no effect"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_work_is_refused_before_a_step(folder, what):
+    options, words = REFUSED[what]
+    with pytest.raises(ValueError, match=words):
+        made(folder, "refused", **options)
+
+
+def test_texts_on_policy_need_a_tokenizer(folder):
+    with pytest.raises(ValueError, match=r"on_policy=0\.5 without processing_class="):
+        made(folder, "refused", {"on_policy": 0.5}, processing_class=...)
+
+
+def test_packing_is_refused_where_texts_would_see_each_other(folder):
+    with pytest.raises(ValueError, match="OPTForCausalLM does not keep texts apart"):
+        made(folder, "mixing", {"packing": True}, target=tiny("opt"))
+    training = made(folder, "apart", {"packing": True}, model=tiny("llama").train()).model
+    assert training.training, "the check leaves the student as it was given"
+    training.eval()
+
+
+def test_a_loss_that_is_not_finite_is_told_without_a_tokenizer_and_of_any_items(folder):
+    """Its message quotes what rows begin with, where that is known."""
+    usual = made(folder, "items")
+    items = [usual.train_dataset[i] for i in range(16)]
+    for name, options in {"nameless": {}, "listed": {"train_dataset": items}}.items():
+        trainer = made(folder, name, **options, processing_class=...)
+        with torch.no_grad():
+            trainer.student.get_input_embeddings().weight.fill_(torch.nan)
+        with pytest.raises(NonFinite, match="the loss is nan with rows"):
+            trainer.train()
+
+
+def test_a_tokenizer_with_neither_padding_nor_end_token(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder / "target")
+    tokenizer.pad_token = tokenizer.eos_token = None
+    trainer = made(folder, "endless", {"eval_new_tokens": 4}, eval_dataset=PROMPTS, processing_class=tokenizer)
+    assert trainer.evaluate()["eval_prompts"] == 2
