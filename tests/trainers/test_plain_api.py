@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
 from csdraft.trainers.distill import DrafterTrainer
 from csdraft.trainers.evaluation import Evaluation
@@ -119,3 +119,10 @@ def test_a_tokenizer_with_neither_padding_nor_end_token(folder):
     tokenizer.pad_token = tokenizer.eos_token = None
     trainer = made(folder, "endless", {"eval_new_tokens": 4}, eval_dataset=PROMPTS, processing_class=tokenizer)
     assert trainer.evaluate()["eval_prompts"] == 2
+
+
+def test_a_tokenizer_written_in_python_is_saved(folder, tmp_path):
+    """Such as ByT5's, which has no tokenizer.json."""
+    trainer = made(folder, "python", processing_class=ByT5Tokenizer())
+    trainer.save_model(str(tmp_path))
+    assert AutoTokenizer.from_pretrained(tmp_path)("né")["input_ids"] == ByT5Tokenizer()("né")["input_ids"]

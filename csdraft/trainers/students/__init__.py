@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 from transformers.utils import find_adapter_config_file
 
 from csdraft import spec
@@ -160,7 +161,8 @@ def save_tokenizer(tokenizer: Any, folder: str) -> None:
     for key in ("is_local", "local_files_only"):  # how it was loaded; transformers would save them
         tokenizer.init_kwargs.pop(key, None)
     tokenizer.save_pretrained(folder)
-    tokenizer.backend_tokenizer.save(f"{folder}/tokenizer.json", pretty=False)
+    if isinstance(tokenizer, PreTrainedTokenizerFast):  # one written in Python, as ByT5's, has no such file
+        tokenizer.backend_tokenizer.save(f"{folder}/tokenizer.json", pretty=False)
 
 
 def load_student_weights(student: Any, folder: str | os.PathLike[str]) -> None:
