@@ -84,7 +84,7 @@ class Texts(Dataset):
 
     @property
     def collator(self) -> Callable[[Sequence[Mapping[str, Tensor]]], dict[str, Tensor]]:
-        """Makes a batch of these items: `collate` or `collate_seq2seq`."""
+        """Makes a batch of items."""
         return partial(collate if self.decoder_start is None else collate_seq2seq, pad=self.pad)
 
 

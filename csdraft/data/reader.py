@@ -79,7 +79,7 @@ def tokens_of(example: Mapping[str, Any], number: int, source: Source, tokenizer
         )
     given = {name: value for name in GIVEN if (value := example.get(name)) is not None}
     for name in given.keys() & {"prompt_length", "index"}:
-        if type(given[name]) is not int or given[name] < 0:
+        if type(given[name]) is not int or not 0 <= given[name] < 1 << 63:
             raise Unusable(f"{kind_of(given[name])} as {name}", f"{given[name]}: it counts from 0")
     if "scored" in given and not (
         isinstance(given["scored"], list) and all(each in (0, 1) for each in given["scored"])

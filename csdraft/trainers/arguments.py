@@ -32,8 +32,8 @@ class RunArguments(TrainingArguments):
         super().__post_init__()
         if self.train_sampling_strategy != "random" or self.dataloader_drop_last:
             raise ValueError(
-                f"train_sampling_strategy={self.train_sampling_strategy!r}, dataloader_drop_last="
-                f"{self.dataloader_drop_last}: every row is read once an epoch, in random order; leave them out"
+                "train_sampling_strategy and dataloader_drop_last have no effect: every row is read once an epoch, in "
+                "random order; leave them out"
             )
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(

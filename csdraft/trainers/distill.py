@@ -35,7 +35,7 @@ __all__ = ["DistillArguments", "DrafterTrainer", "evaluation_of"]
 
 QUOTED = 16
 """Tokens at the start of a row that messages quote."""
-UNUSED = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
+UNUSED = {"compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"}
 """Options of `transformers.Trainer` that no part of this trainer would call."""
 
 
@@ -53,9 +53,6 @@ class DrafterTrainer(BaseTrainer):
         evaluation: what `evaluate` runs; made from `eval_dataset` and `args` if None. Without either, `evaluate`
             raises an error.
         options: of `transformers.Trainer`.
-
-    Raises:
-        ValueError: data are of another form, or an option has no effect here.
     """
 
     def __init__(
@@ -71,12 +68,11 @@ class DrafterTrainer(BaseTrainer):
         evaluation: Evaluation | None = None,
         **options: Any,
     ):
-        _check_given(args, train_dataset, processing_class, options)
+        _check_given(train_dataset, options)
         if data_collator is None and isinstance(train_dataset, Texts):
             data_collator = train_dataset.collator
-        evaluation = evaluation or evaluation_of(args, eval_dataset, processing_class)
-        if eval_dataset is None and evaluation is not None:
-            eval_dataset = evaluation.prompts
+        self.evaluation = evaluation or evaluation_of(args, eval_dataset, processing_class)
+        eval_dataset = self.evaluation and self.evaluation.prompts
         args._setup_devices  # noqa: B018 - counts the GPUs
         args._n_gpu = min(args._n_gpu, 1)  # DataParallel's replicas would be on other devices than the target
         cached = train_dataset.cache.taps if with_features(train_dataset) else ()
@@ -84,18 +80,16 @@ class DrafterTrainer(BaseTrainer):
         options |= {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "data_collator": data_collator}
         super().__init__(self._pair, args, processing_class=processing_class, **options)
         self.model = self.callback_handler.model = model
-        self.evaluation = evaluation
         if not vars(base_model(model)).get("peft_config"):  # the trained model must not keep the name of its start
             model.config.name_or_path, model.config._commit_hash = args.output_dir, None  # type: ignore[union-attr]
         self._copy = copy.deepcopy(model).to(args.device) if keeps_parts(self) else None
         self.loss_is_scaled_for_ga = True  # by the number of labels of the whole step
         if placed_here(target):
             target.to(args.device)
-        if isinstance(train_dataset, Texts) and train_dataset.packed:
-            for each in (target, model):
-                if not isinstance(each, FeatureModel):  # a head has a mask that separates texts
-                    with evaluating(each):
-                        check_packing(each)
+        for each in (target, model) if isinstance(train_dataset, Texts) and train_dataset.packed else ():
+            if not isinstance(each, FeatureModel):  # a head has a mask that separates texts
+                with evaluating(each):
+                    check_packing(each)
 
     @property
     def student(self) -> nn.Module:
@@ -115,9 +109,8 @@ class DrafterTrainer(BaseTrainer):
 
     def begin_of(self, row: int) -> str:
         texts: Any = self.train_dataset.data  # type: ignore[union-attr]
-        if self.processing_class is None or not isinstance(texts, Texts):
-            return ""
-        return self.processing_class.decode(texts.rows[row]["input_ids"][:QUOTED])  # type: ignore[union-attr]
+        known = isinstance(texts, Texts) and self.processing_class is not None
+        return self.processing_class.decode(texts.rows[row]["input_ids"][:QUOTED]) if known else ""  # type: ignore[union-attr]
 
     # Engines wrap and checkpoint the student together with its loss: the loss needs whole parameters.
 
@@ -195,12 +188,7 @@ class DrafterTrainer(BaseTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Acceptance and block efficiency on the held-out prompts; see `Evaluation.grade`.
-
-        Args:
-            eval_dataset: token ids of other prompts; None: those that the trainer was made with.
-            ignore_keys: without effect.
-        """
+        """Acceptance and block efficiency on the held-out prompts, or on others; see `Evaluation.grade`."""
         evaluation = evaluation_of(self.args, eval_dataset, self.processing_class) or self.evaluation  # type: ignore[arg-type]
         if evaluation is None:
             raise ValueError("there are no prompts to evaluate on: give eval_prompts=FILE (or evaluation=)")
@@ -242,22 +230,14 @@ class DrafterTrainer(BaseTrainer):
         load_student_weights(self.student, self.state.best_model_checkpoint)
 
 
-def _check_given(args: DistillArguments, texts: Any, processing_class: Any, options: Mapping[str, Any]) -> None:
+def _check_given(texts: Any, options: Mapping[str, Any]) -> None:
     """Raises ValueError for data that cannot be trained on, and for options without effect."""
-    if unused := [name for name in UNUSED if options.get(name) is not None]:
+    for name in UNUSED & options.keys():
+        raise ValueError(f"{name}= has no effect: losses are those of args, figures those of evaluate(); leave it out")
+    if texts is not None and "labels" not in (texts[0] if isinstance(texts, Sized) and len(texts) else ()):  # type: ignore[index]
         raise ValueError(
-            f"{unused[0]}= has no effect: losses are those of args.losses, figures those of evaluate(); leave it out"
-        )
-    if texts is not None and not isinstance(texts, Texts):
-        item = texts[0] if isinstance(texts, Sized) and len(texts) else None  # type: ignore[index]
-        if not isinstance(item, Mapping) or "labels" not in item:
-            raise ValueError(
-                f"train_dataset={type(texts).__name__} has no items of token ids with labels: give Texts, from "
-                "csdraft.trainers.run.prepare(args), or of rows that csdraft.data.sources.read_rows has read"
-            )
-    if args.on_policy and processing_class is None:
-        raise ValueError(
-            f"on_policy={args.on_policy} without processing_class=: texts are padded with the tokenizer's token"
+            f"train_dataset={type(texts).__name__} has no items of token ids with labels: give Texts, as "
+            "csdraft.trainers.run.prepare(args) does"
         )
 
 
@@ -272,19 +252,13 @@ def evaluation_of(
     """The evaluation on these prompts; None without prompts."""
     if prompts is None:
         return None
-    if isinstance(prompts, Mapping) or not len(prompts) or not all(map(_is_prompt, prompts)):
+    if not prompts or any(isinstance(each, str | Mapping) or not len(each) for each in prompts):
         raise ValueError(
             f"eval_dataset={type(prompts).__name__} must be lists of token ids, one prompt or more and none empty, as "
             "csdraft.data.sources.read_prompts gives; of several sets, give one here, others to evaluate()"
         )
-    if tokenizer is None:
-        raise ValueError("eval_dataset= without processing_class=: prompts are padded with the tokenizer's token")
     options = args.eval_depth, args.eval_new_tokens, args.temperature, args.eval_batch_size
     return Evaluation(prompts, pad_of(tokenizer), *options)
-
-
-def _is_prompt(prompt: Any) -> bool:
-    return isinstance(prompt, Sized) and not isinstance(prompt, str | Mapping) and len(prompt) > 0
 
 
 def scored(batch: dict[str, Tensor]) -> Tensor:

@@ -187,8 +187,9 @@ def check_figure(name: str, depth: int, new_tokens: int) -> None:
 
 
 def pad_of(tokenizer: Any) -> int:
-    """The padding token; the end token if the tokenizer has none, and 0 if it has neither."""
-    return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+    """The padding token; the end token if the tokenizer has none, and 0 if it has neither or is None."""
+    tokens = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
+    return next((token for token in tokens if token is not None), 0)
 
 
 def left_padded(texts: Sequence[Sequence[int]], pad: int, device: Any) -> dict[str, Tensor]:

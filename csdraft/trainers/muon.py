@@ -21,10 +21,11 @@ class MuonAdamW(Optimizer):
         matrices, others = [], []
         for weight in filter(lambda p: p.requires_grad, model.parameters()):
             (matrices if weight.ndim == 2 and id(weight) not in known else others).append(weight)
-        self.parts = (
-            Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-            AdamW(others, lr=lr, weight_decay=0.0, betas=betas),
-        )
+        self.parts: list[Optimizer] = []  # neither takes an empty list: LoRA trains matrices alone
+        if matrices:
+            self.parts.append(Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+        if others:
+            self.parts.append(AdamW(others, lr=lr, weight_decay=0.0, betas=betas))
         super().__init__(self._groups(), {})
 
     def _groups(self) -> list[dict]:

@@ -200,16 +200,13 @@ def make_batches(
     args: DistillArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, rows: Any
 ) -> dict[str, Any]:
     """The trainer's `train_dataset` and `data_collator`."""
-    pad, cache = pad_of(tokenizer), None
-    if config.is_encoder_decoder:
-        if args.target_cache:
-            raise ValueError("target_cache is for decoder-only targets; leave it out")
-        texts = Texts(rows, args.max_length, pad, decoder_start=config.decoder_start_token_id)
-        return {"train_dataset": texts, "data_collator": texts.collator}
+    start, cache = config.decoder_start_token_id if config.is_encoder_decoder else None, None
+    if args.target_cache and config.is_encoder_decoder:
+        raise ValueError("target_cache is for decoder-only targets; leave it out")
     if args.target_cache:  # the target's hidden states for a head, its logits for a model
         cache = (FeatureCache if args.kind.reads_features else TargetCache)(args.target_cache)
         cache.check_target(target_name(args))
-    texts = Texts(rows, args.max_length, pad, args.packing, cache=cache)
+    texts = Texts(rows, args.max_length, pad_of(tokenizer), args.packing, start, cache)
     return {"train_dataset": texts, "data_collator": texts.collator}
 
 

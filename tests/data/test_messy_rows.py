@@ -73,6 +73,10 @@ OUT = {
         [{"input_ids": [5, 6], "scored": None}, {"input_ids": [5, 6], "scored": 1}],
         "a number as scored",
     ),
+    "a number too large as index": (
+        [{"input_ids": [5, 6], "index": 0}, {"input_ids": [5, 6], "index": 1 << 63}],
+        "a number as index",
+    ),
     "text as index": ([{"input_ids": [5, 6], "index": 0}, {"input_ids": [5, 6], "index": "w"}], "text as index"),
     "null conversation": ([GOOD, {"messages": None}], "a null conversation"),
     "empty conversation": ([GOOD, talk()], "an empty conversation"),

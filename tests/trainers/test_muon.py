@@ -37,3 +37,14 @@ def test_each_of_medusas_output_layers_is_adamws():
     found = muons(new("medusa"))
     assert found
     assert all("linear" in name for name in found)
+
+
+@pytest.mark.drafts_nothing
+def test_an_adapter_has_matrices_alone():
+    """torch's AdamW takes no empty list of weights."""
+    model = fresh("llama").requires_grad_(False)
+    model.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
+    assert muons(model) == {"model.layers.0.mlp.up_proj.weight"}
+    state = (optimizer := MuonAdamW(model, 0.01, 0.0, (0.9, 0.95))).state_dict()
+    optimizer.load_state_dict(state)
+    assert len(optimizer.param_groups) == 1

@@ -89,9 +89,13 @@ def test_what_cannot_work_is_refused_before_a_step(folder, what):
         made(folder, "refused", **options)
 
 
-def test_texts_on_policy_need_a_tokenizer(folder):
-    with pytest.raises(ValueError, match=r"on_policy=0\.5 without processing_class="):
-        made(folder, "refused", {"on_policy": 0.5}, processing_class=...)
+def test_without_a_tokenizer_texts_are_written_and_prompts_evaluated(folder):
+    """Only padding would be taken from it, which no model sees."""
+    changes = {"on_policy": 0.5, "max_steps": 2, "eval_new_tokens": 4}
+    usual = made(folder, "usual", changes, eval_dataset=PROMPTS)
+    without = made(folder, "no-tokenizer", changes, eval_dataset=PROMPTS, processing_class=...)
+    assert losses(without) == losses(usual)
+    assert without.evaluate() == usual.evaluate()
 
 
 def test_packing_is_refused_where_texts_would_see_each_other(folder):
