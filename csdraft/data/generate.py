@@ -12,7 +12,7 @@ import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import accumulate, islice
+from itertools import accumulate, islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,9 @@ def generate(args: GenerateArguments, assistant: Any) -> Any:
                 written = rows_of_target(args, args.load_target(), tokenizer, assistant, prompts, missing)
             else:
                 written = rows_of_engine(args, config, tokenizer, prompts, wanted)
-            append(args, prompts, set(wanted), written)
+            # A target's vocabulary may be padded: a text ends before a token that the tokenizer lacks.
+            known = ((row, takewhile(len(tokenizer).__gt__, text)) for row, text in written)
+            append(args, prompts, set(wanted), known)
             places = find_rows(folder / "parts", prompts)
         if len(places) < len(prompts):
             print(f"other processes still have {len(prompts) - len(places):,} rows to write")
@@ -268,7 +270,7 @@ def ends_at(args: GenerateArguments, config: Any) -> set[int]:
 
 
 def append(
-    args: GenerateArguments, prompts: Sequence[list[int]], wanted: set[int], rows: Iterable[tuple[int, list[int]]]
+    args: GenerateArguments, prompts: Sequence[list[int]], wanted: set[int], rows: Iterable[tuple[int, Iterable[int]]]
 ) -> None:
     """Appends the wanted rows to this process's file, as they are written."""
     part = args.part

@@ -83,7 +83,7 @@ class TargetArguments:
     world_size: int | None = option(None, "How many processes share the rows; none asks accelerate's environment.")
 
     def __post_init__(self) -> None:
-        self.check_at_least(1, "batch_size")
+        self.check_at_least(1, "batch_size", *(["dataset_limit"] if self.dataset_limit is not None else []))
         _ = self.chat  # raises ValueError now, before the target is loaded
         if not self.output_dir:
             raise ValueError("output_dir is missing: name a folder for the results")

@@ -83,14 +83,16 @@ def _typed(key: str, value: Any, field: Field) -> Any:
     if value == "none" and default is None:
         return None
     numeric = isinstance(default, bool | int | float) or kind in ("float", "int | None", "float | None")
-    if not isinstance(value, str) or not numeric or "str" in kind:
+    whole = "int" in kind
+    if not isinstance(value, str | float if whole else str) or not numeric or "str" in kind:
         return value
     if isinstance(default, bool):
         raise ValueError(f"{key}={value!r} must be true or false, such as {key}={str(default).lower()}")
-    whole = isinstance(default, int) or kind.startswith("int")
     try:
         number = float(value)
     except ValueError:
         example = default if default is not None else 1 if whole else "2e-5"
         raise ValueError(f"{key}={value!r} must be a number, such as {key}={example}") from None
-    return int(number) if whole and number.is_integer() else number
+    if whole and not number.is_integer():
+        raise ValueError(f"{key}={value!r} must be a whole number, such as {key}={default or 1}")
+    return int(number) if whole else number

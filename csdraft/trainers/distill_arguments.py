@@ -117,9 +117,10 @@ class DistillArguments(RunArguments):
                 f"on_policy_prompt={self.on_policy_prompt} leaves nothing to write in texts of max_length="
                 f"{self.max_length} tokens; keep fewer"
             )
-        for name in ("max_length", "eval_depth", "eval_new_tokens", "dataset_limit"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name}={value} is too small; give at least 1, or leave it out")
+        for name in ("max_length", "eval_depth", "eval_new_tokens", "eval_limit", "dataset_limit"):
+            least = 2 if name == "max_length" else 1  # a text of one token has nothing to learn
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name}={value} is too small; give at least {least}, or leave it out")
         if self.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor={self.label_smoothing_factor}: the losses compare with the target's "

@@ -137,6 +137,18 @@ def test_nothing_is_loaded_when_nothing_is_missing(folder, written, monkeypatch)
     assert texts(generate(arguments(folder, "written"), MaxGram())) == written
 
 
+def test_a_text_ends_before_a_token_that_the_tokenizer_lacks(folder, written):
+    """A target's vocabulary may be padded; with such a token no row of the data could be read."""
+    tokenizer = make_tokenizer()
+    make_target(folder / "padded", vocab_size=2 * len(tokenizer))
+    tokenizer.save_pretrained(folder / "padded")
+    rows = generate(arguments(folder, "of-padded", target=str(folder / "padded")), MaxGram())
+    found = texts(rows)
+    assert max(map(max, found)) < len(tokenizer)
+    assert len({len(ids) - row["prompt_length"] for ids, row in zip(found, rows, strict=True)}) > 2, "some are cut"
+    assert read_rows(str(folder / "of-padded"), tokenizer, 64).num_rows > 10
+
+
 def test_an_encoder_decoder_continues_its_source(folder):
     make_target(folder / "t5", "t5")
     rows = generate(arguments(folder, "seq2seq", target=str(folder / "t5"), count=6, sampled=0.0), MaxGram())

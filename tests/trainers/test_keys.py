@@ -72,6 +72,10 @@ def test_none_is_what_the_help_says_it_is():
     args = make_arguments(DistillArguments, given | {"report_to": "none", "dataset_limit": "none"})
     assert (args.dataset_limit, args.eval_prompts, args.report_to) == (None, None, [])
     assert make_arguments(DistillArguments, given | {"dataset_limit": "1e3"}).dataset_limit == 1000
+    assert type(make_arguments(DistillArguments, given | {"max_length": 48.0}).max_length) is int
+    assert make_arguments(DistillArguments, given | {"save_steps": 0.5}).save_steps == 0.5
+    with pytest.raises(ValueError, match="dataset_limit=-1 must be a whole number of at least 1"):
+        make_arguments(GenerateArguments, {"output_dir": "nowhere", "dataset_limit": -1})
     with pytest.raises(ValueError, match="dataset_limit='few' must be a number"):
         make_arguments(DistillArguments, given | {"dataset_limit": "few"})
 
