@@ -208,12 +208,14 @@ class _Template:
         else:
             ids = self.ids(messages)
             scored = [0] * len(ids)
+        end = -1
         for turn, message in enumerate(messages):
             counts = turn > 0 and says_something(message)
             if message["role"] == "assistant" and (not marked or not counts):
-                start = _shared(ids, self.ids(messages[:turn], add_generation_prompt=True))
+                before, start = end, _shared(ids, self.ids(messages[:turn], add_generation_prompt=True))
                 end = _shared(ids, self.ids(messages[: turn + 1]))
-                scored[start:end] = [int(counts)] * max(end - start, 0)
+                # A turn that begins within the assistant's last one follows another text here than in decoding.
+                scored[start:end] = [int(counts and start > before)] * max(end - start, 0)
         return ids, scored
 
     def ids(self, messages: Sequence[Message], **options: Any) -> list[int]:

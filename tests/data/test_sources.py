@@ -145,6 +145,16 @@ def test_what_a_template_rewrote_is_not_scored(tmp_path):
     assert "w5" not in words(row["input_ids"], row["scored"])
 
 
+def test_what_follows_a_turn_that_was_written_anew_is_not_scored(tmp_path):
+    """Two assistant turns in a row: in decoding the second follows the first one's thoughts, dropped here."""
+    turns = [*TALK[:3], {"role": "assistant", "content": "w10"}, *TALK[3:]]
+    source = write_lines(tmp_path / "twice.jsonl", [{"messages": turns}])
+    (row,) = read_rows(source, make_tokenizer(FORGETFUL), 64)
+    assert words(row["input_ids"], row["scored"]) == "w6 w7 </s>"
+    (row,) = read_rows(source, make_tokenizer(PLAIN), 64)
+    assert words(row["input_ids"], row["scored"]) == "w8 w9 w4 </s> w10 </s> w6 w7 </s>"
+
+
 def test_other_spellings_of_conversations(tmp_path):
     names = {"system": "system", "user": "human", "assistant": "gpt"}
     turns = [{"from": names[turn["role"]], "value": turn["content"]} for turn in TALK]
