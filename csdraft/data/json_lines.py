@@ -73,6 +73,8 @@ def _parsed(text: bytes, where: str) -> Any:
     except json.JSONDecodeError as error:
         at = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
         raise ValueError(f"{where} is not JSON ({error.msg} at {at}); fix it, or remove it") from error
+    except RecursionError as error:
+        raise ValueError(f"{where} has lists in lists too deep to read; remove it") from error
 
 
 def _object(value: Any, where: str, path: Path) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def _from_json(value: Any) -> Any:
         return value
     try:
         return json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return value
 
 
@@ -129,7 +129,7 @@ def _called(said: str) -> list[dict[str, Any]]:
     """LLaMA-Factory's tool calls: JSON text of `{"name": ..., "arguments": ...}` or of a list of them; else empty."""
     try:
         calls = json.loads(said)
-    except ValueError:
+    except (ValueError, RecursionError):
         return []
     calls = calls if isinstance(calls, list) else [calls]
     if not all(isinstance(call, dict) and "name" in call for call in calls):
@@ -155,7 +155,7 @@ def _call(call: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(text := made.get("arguments"), str):  # JSON text in OpenAI's API, objects in templates
         try:
             arguments = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return made
         made["arguments"] = arguments if isinstance(arguments, dict) else text
     return made

@@ -56,6 +56,11 @@ def _are_whole(ids: list[Any]) -> TypeGuard[list[int]]:
     return all(type(token) is int for token in ids)
 
 
+def _whole(number: Any) -> Any:
+    """If one row has a float or a null, Arrow or pandas turn all rows' numbers into floats."""
+    return int(number) if type(number) is float and number.is_integer() else number
+
+
 def tokens_of(example: Mapping[str, Any], number: int, source: Source, tokenizer: Any) -> Encoded:
     """An example that holds token ids.
 
@@ -67,8 +72,7 @@ def tokens_of(example: Mapping[str, Any], number: int, source: Source, tokenizer
         raise Unusable("no tokens")
     if not isinstance(ids, list):
         raise Unusable(f"{kind_of(ids)} in place of tokens")
-    # If one row has a float, Arrow turns all rows' numbers into floats.
-    ids = [int(token) if type(token) is float and token.is_integer() else token for token in ids]
+    ids = [_whole(token) for token in ids]
     if not _are_whole(ids):
         raise Unusable("tokens that are not whole numbers")
     if len(ids) and not 0 <= min(ids) <= max(ids) < len(tokenizer):
@@ -77,7 +81,7 @@ def tokens_of(example: Mapping[str, Any], number: int, source: Source, tokenizer
             f"row {number} of {source.name!r} has token {foreign} in {source.column!r}, and the tokenizer has "
             f"{len(tokenizer)} tokens; the data was made with another tokenizer: make it again with this one"
         )
-    given = {name: value for name in GIVEN if (value := example.get(name)) is not None}
+    given = {name: _whole(value) for name in GIVEN if (value := example.get(name)) is not None}
     for name in given.keys() & {"prompt_length", "index"}:
         if type(given[name]) is not int or not 0 <= given[name] < 1 << 63:
             raise Unusable(f"{kind_of(given[name])} as {name}", f"{given[name]}: it counts from 0")
@@ -116,7 +120,7 @@ class RowReader:
     tokenizer: Any
     max_length: int
     chat: ChatFormat
-    version: int = 3
+    version: int = 4
     """Raise it whenever rows change: `datasets` reuses the cached rows of readers that compare equal."""
 
     @property

@@ -44,10 +44,7 @@ class TopK(NamedTuple):
         return (1 - self.log_probs.exp().sum(-1)).clamp(min=0)
 
     def packed(self) -> Tensor:
-        """(length, 2 k) int32, the bits of the log-probabilities and then ids, for `dense`.
-
-        Whole numbers, because DeepSpeed and FSDP make floats of a batch bfloat16, which would change ids above 256.
-        """
+        """(length, 2 k) int32 log-probabilities (their bits) and ids, for `dense`: engines would round floats."""
         return torch.cat([self.log_probs.view(torch.int32), self.ids.int()], -1)
 
 

@@ -75,7 +75,8 @@ class DrafterTrainer(BaseTrainer):
         eval_dataset = self.evaluation and self.evaluation.prompts
         args._setup_devices  # noqa: B018 - counts the GPUs
         args._n_gpu = min(args._n_gpu, 1)  # DataParallel's replicas would be on other devices than the target
-        cached = train_dataset.cache.taps if with_features(train_dataset) else ()
+        cache = train_dataset.cache if isinstance(train_dataset, Texts) else None
+        cached = cache.taps if isinstance(cache, FeatureCache) else ()
         self._pair = Distillation(model, target, args.objective, cached)
         options |= {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "data_collator": data_collator}
         super().__init__(self._pair, args, processing_class=processing_class, **options)
@@ -235,15 +236,7 @@ def _check_given(texts: Any, options: Mapping[str, Any]) -> None:
     for name in UNUSED & options.keys():
         raise ValueError(f"{name}= has no effect: losses are those of args, figures those of evaluate(); leave it out")
     if texts is not None and "labels" not in (texts[0] if isinstance(texts, Sized) and len(texts) else ()):  # type: ignore[index]
-        raise ValueError(
-            f"train_dataset={type(texts).__name__} has no items of token ids with labels: give Texts, as "
-            "csdraft.trainers.run.prepare(args) does"
-        )
-
-
-def with_features(texts: Any) -> bool:
-    """Whether a data set has cached hidden states of the target, for a head."""
-    return isinstance(texts, Texts) and isinstance(texts.cache, FeatureCache)
+        raise ValueError(f"train_dataset={type(texts).__name__}: give Texts, as csdraft.trainers.run.prepare does")
 
 
 def evaluation_of(
@@ -255,7 +248,7 @@ def evaluation_of(
     if not prompts or any(isinstance(each, str | Mapping) or not len(each) for each in prompts):
         raise ValueError(
             f"eval_dataset={type(prompts).__name__} must be lists of token ids, one prompt or more and none empty, as "
-            "csdraft.data.sources.read_prompts gives; of several sets, give one here, others to evaluate()"
+            "csdraft.data.sources.read_prompts gives; evaluate() takes further sets"
         )
     options = args.eval_depth, args.eval_new_tokens, args.temperature, args.eval_batch_size
     return Evaluation(prompts, pad_of(tokenizer), *options)

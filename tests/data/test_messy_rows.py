@@ -102,6 +102,7 @@ OUT = {
         [GOOD, talk({"role": "critic", "content": "w1"}, USER, ANSWER)],
         "a conversation that the chat template cannot write",
     ),
+    "deep text": ([GOOD, {"messages": "[" * 100_000}], "text in place of a conversation"),
     "lost calls": ([GOOD, talk(*TOOL_TALK)], "tool calls, which the chat template does not write"),
     "calls of numbers": (
         [GOOD, talk(USER, {"role": "assistant", "tool_calls": [5]}, ANSWER)],
@@ -167,6 +168,7 @@ def test_cut_rows_are_counted_and_pieces_of_texts_are_not(tmp_path, capsys):
 
 BROKEN = {
     "broken": (b'{"text": "w1"}\n\n{"text": \n{"text": "w2"}\n', r"line 3 \(row 1\) of .* is not JSON"),
+    "deep": (b'{"text": "w1"}\n{"text": ' + b"[" * 100_000, r"line 2 \(row 1\) of .* too deep to read; remove it"),
     "cut off": (b'{"text": "w1"}\n{"text": "w', r"line 2 \(row 1\) of .* is not JSON"),
     "number": (b'{"text": "w1"}\n5\n', r"line 2 \(row 1\) of .* is 5, not an object"),
     "list": (b'{"text": "w1"}\n["w1"]\n', r'line 2 \(row 1\) of .* is \["w1"\], not an object'),
@@ -365,3 +367,11 @@ def test_a_template_or_option_that_cannot_work_is_refused(template, options, mes
     source = write_lines(tmp_path / "rows.jsonl", [GOOD])
     with pytest.raises(ValueError, match=message):
         read_rows(source, make_tokenizer(CALLING), 64, chat=ChatFormat.read(template, options))
+
+
+def test_numbers_that_pandas_made_floats_are_numbers(tmp_path):
+    """It does so to a whole column if a row has none."""
+    columns = {"input_ids": [[5, 6, 7], [8, 9]], "prompt_length": [2.0, None], "index": [7.0, 3.0]}
+    datasets.Dataset.from_dict(columns).to_parquet(tmp_path / "rows.parquet")
+    rows = read_rows(str(tmp_path / "rows.parquet"), make_tokenizer(), 8)
+    assert (rows["prompt_length"][:], rows["index"][:]) == ([2, 0], [7, 3])

@@ -64,14 +64,14 @@ def test_an_evaluation_alone_is_enough(folder):
 
 
 REFUSED = {
-    "several sets of prompts": ({"eval_dataset": {"a": PROMPTS}}, "eval_dataset=dict .* others to evaluate"),
+    "several sets of prompts": ({"eval_dataset": {"a": PROMPTS}}, "eval_dataset=dict .* takes further sets"),
     "a data set as prompts": ({"eval_dataset": Dataset.from_dict({"input_ids": PROMPTS})}, "eval_dataset=Dataset"),
     "texts as prompts": ({"eval_dataset": ["import os"]}, "lists of token ids"),
     "no prompts": ({"eval_dataset": []}, "one prompt or more"),
     "an empty prompt": ({"eval_dataset": [[], [1]]}, "none empty"),
     "a data set to train on": (
         {"train_dataset": Dataset.from_dict({"text": ["a b"]})},
-        "train_dataset=Dataset .*Texts",
+        "train_dataset=Dataset: give Texts",
     ),
     "a stream to train on": (
         {"train_dataset": Dataset.from_dict({"text": ["a b"]}).to_iterable_dataset()},
