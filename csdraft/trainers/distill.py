@@ -35,8 +35,6 @@ __all__ = ["DistillArguments", "DrafterTrainer", "evaluation_of"]
 
 QUOTED = 16
 """Tokens at the start of a row that messages quote."""
-UNUSED = {"compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"}
-"""Options of `transformers.Trainer` that no part of this trainer would call."""
 
 
 class DrafterTrainer(BaseTrainer):
@@ -69,14 +67,13 @@ class DrafterTrainer(BaseTrainer):
         **options: Any,
     ):
         _check_given(train_dataset, options)
-        if data_collator is None and isinstance(train_dataset, Texts):
-            data_collator = train_dataset.collator
+        texts = train_dataset if isinstance(train_dataset, Texts) else None
+        data_collator = data_collator or (texts and texts.collator)
         self.evaluation = evaluation or evaluation_of(args, eval_dataset, processing_class)
         eval_dataset = self.evaluation and self.evaluation.prompts
         args._setup_devices  # noqa: B018 - counts the GPUs
         args._n_gpu = min(args._n_gpu, 1)  # DataParallel's replicas would be on other devices than the target
-        cache = train_dataset.cache if isinstance(train_dataset, Texts) else None
-        cached = cache.taps if isinstance(cache, FeatureCache) else ()
+        cached = texts.cache.taps if texts and isinstance(texts.cache, FeatureCache) else ()
         self._pair = Distillation(model, target, args.objective, cached)
         options |= {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "data_collator": data_collator}
         super().__init__(self._pair, args, processing_class=processing_class, **options)
@@ -87,7 +84,7 @@ class DrafterTrainer(BaseTrainer):
         self.loss_is_scaled_for_ga = True  # by the number of labels of the whole step
         if placed_here(target):
             target.to(args.device)
-        for each in (target, model) if isinstance(train_dataset, Texts) and train_dataset.packed else ():
+        for each in (target, model) if texts and texts.packed else ():
             if not isinstance(each, FeatureModel):  # a head has a mask that separates texts
                 with evaluating(each):
                     check_packing(each)
@@ -233,7 +230,7 @@ class DrafterTrainer(BaseTrainer):
 
 def _check_given(texts: Any, options: Mapping[str, Any]) -> None:
     """Raises ValueError for data that cannot be trained on, and for options without effect."""
-    for name in UNUSED & options.keys():
+    for name in {"compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"} & options.keys():
         raise ValueError(f"{name}= has no effect: losses are those of args, figures those of evaluate(); leave it out")
     if texts is not None and "labels" not in (texts[0] if isinstance(texts, Sized) and len(texts) else ()):  # type: ignore[index]
         raise ValueError(f"train_dataset={type(texts).__name__}: give Texts, as csdraft.trainers.run.prepare does")

@@ -104,15 +104,18 @@ class Evaluation:
         """Compares both models along the target's texts: their overlap if sampled, their agreement if greedy."""
         if target.config.is_encoder_decoder:
             inputs = left_padded(prompts, self.pad, target.device) | {"decoder_input_ids": texts[:, :-1]}
-            width = 1
+            width, fits = 1, True
         else:
             width = max(map(len, prompts))
             mask = torch.ones_like(texts)  # (rows, prompt + new)
             mask[:, :width] = left_padded(prompts, self.pad, texts.device)["attention_mask"]
             positions = (mask.cumsum(1) - 1).clamp(min=0)
-            inputs = {"input_ids": texts, "attention_mask": mask, "position_ids": positions}
+            context = getattr(student.config, "max_position_embeddings", None) or texts.shape[1]
+            fits = positions[:, :-1] < context  # where the student can read
+            inputs = {"input_ids": texts, "attention_mask": mask, "position_ids": positions.clamp(max=context - 1)}
         written = torch.zeros_like(texts[:, 1:], dtype=torch.bool)  # (rows, prompt + new - 1), True at new tokens
         written[:, width - 1 :] = up_to_end(texts[:, width:], ends_of(target))
+        written &= fits
         drafted, wanted = (  # (tokens, vocab) each
             logits[:, : written.shape[1]].to(written.device)[written] for logits in _logits(student, target, inputs)
         )
@@ -143,8 +146,8 @@ class Evaluation:
         ranges = {first: count for first, count in compared.items() if count}
         overlaps = {first: sums[f"overlap_from_{first}"] for first in ranges}
         figures = {
-            "acceptance": sum(overlaps.values()) / sum(ranges.values()),
-            "agreement": sums["agreed"] / sums["compared_greedy"],
+            "acceptance": sum(overlaps.values()) / max(sum(ranges.values()), 1),
+            "agreement": sums["agreed"] / max(sums["compared_greedy"], 1),
         }
         for kind, name in (("greedy", "block_efficiency"), ("sampled", "block_efficiency_sampled")):
             emitted, rounds = (_of_prompts(sums, f"{kind}_{what}") for what in ("emitted", "rounds"))

@@ -14,7 +14,7 @@ from csdraft.trainers.distill import DrafterTrainer
 from csdraft.trainers.evaluation import Evaluation
 from csdraft.trainers.run import prepare
 from csdraft.trainers.stops import NonFinite
-from tests.tiny import tiny
+from tests.tiny import fresh, tiny
 from tests.trainers.pair import arguments, make_pair
 
 PROMPTS = [[5, 6, 7], [8, 9]]
@@ -53,6 +53,19 @@ def test_other_prompts_can_be_evaluated(folder):
     assert trainer.evaluate(eval_dataset=other) == alone
     assert trainer.evaluate()["eval_prompts"] == 2
     assert "test_acceptance" in trainer.evaluate(other, metric_key_prefix="test")
+
+
+def test_prompts_longer_than_the_students_context_are_decoded_and_not_compared():
+    """A student with learned positions cannot read on; the decoding drafts no further there either."""
+    target, student = tiny("gpt2"), fresh("gpt2", max_position_embeddings=16)
+    short, long = [[5, 6, 7]], [list(range(5, 25))]
+    figures = []
+    for prompts in (short, short + long, long):
+        evaluation = Evaluation(prompts, 0, new_tokens=4)
+        figures.append(evaluation.grade(evaluation.run(target, student)))
+    assert figures[0]["acceptance"] == pytest.approx(figures[1]["acceptance"], rel=1e-5)
+    assert figures[0]["agreement"] == figures[1]["agreement"]
+    assert (figures[2]["acceptance"], figures[2]["block_efficiency"]) == (0, 1)
 
 
 def test_an_evaluation_alone_is_enough(folder):
