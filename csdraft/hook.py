@@ -204,6 +204,7 @@ OTHER_DRAFTERS = ("assistant_model", "assistant_tokenizer")
 """Keywords of `generate` that ask transformers itself to draft."""
 
 _stock_generate = GenerationMixin.generate
+_SIGNATURE = inspect.signature(_stock_generate)
 
 
 @functools.wraps(_stock_generate)
@@ -214,7 +215,7 @@ def generate(self: Any, *args: Any, assistant: Any = None, **kwargs: Any) -> Any
         del kwargs["custom_generate"]
     if others := [name for name in OTHER_DRAFTERS if kwargs.get(name) is not None]:
         raise ValueError(f"assistant= and {' and '.join(others)}= are two ways to draft; drop one of them")
-    bound = inspect.signature(_stock_generate).bind_partial(self, *args, **kwargs).arguments
+    bound = _SIGNATURE.bind_partial(self, *args, **kwargs).arguments
     options = {key: kwargs.pop(key) for key in OPTIONS if key in kwargs}
     if bound.get("custom_generate") is not None:  # a saved cascade's own shim, which calls back with `assistant`
         return _stock_generate(self, *args, assistant=assistant, **options, **kwargs)

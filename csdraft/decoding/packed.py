@@ -91,14 +91,14 @@ _twins: WeakKeyDictionary[nn.Module, Twin] = WeakKeyDictionary()
 _LOCK = threading.RLock()  # reentrant: a model may be freed while this thread holds it
 
 
-def packed(model: nn.Module, setting: tuple | None = None) -> nn.Module:
+def packed(model: nn.Module, state: tuple | None = None, setting: tuple | None = None) -> nn.Module:
     """What runs a model's forwards: its twin with packed weights, or the model itself where that is not possible.
 
     That is for models on other devices, in training mode, with a user's own modules or hooks, or too large for a
     second copy of their weights.
 
     Args:
-        setting: the model's `setting_of`, if it is known.
+        state, setting: the model's `tensors_of` and `setting_of`, if they are known.
     """
     hooked = nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks
     if hooked or nn.Linear.forward is not _LINEAR or not _has_kernels():
@@ -111,7 +111,7 @@ def packed(model: nn.Module, setting: tuple | None = None) -> nn.Module:
             return model
         if not has_twin and not _fits(model):
             return model
-        now = setting, tensors_of(model), _sums(model)
+        now = setting, state or tensors_of(model), _sums(model)
         if known is not None and known.made_from != now:
             known = _twins[model] = Twin(now, None, tried=False)
         elif known is None or not known.tried:

@@ -102,7 +102,7 @@ class Reader:
             self.mode, self.graphs = fixed, make_graphs(self, fixed)
             self.reserve(self.cache.capacity)
         on_twin = graphs == "auto" and self.graphs is None
-        self.runs = packed(self.model, self.begun_with[1]) if on_twin else self.model
+        self.runs = packed(self.model, *self.begun_with) if on_twin else self.model
         if self.graphs is not None and lacks_tokens != self.lacks_tokens:
             self.graphs.clear()  # ids are clamped within the forward
         self.use, self.sources, self.lacks_tokens = use or ModelUse(), sources, lacks_tokens
