@@ -75,7 +75,7 @@ class CascadeDrafter(Drafter):
     root: Horizontal = field(init=False)
     forecast: Planned | None = field(init=False, default=None)
     _target: list[hub.Target] = field(init=False, default_factory=list)  # the last call's; empty before it
-    _plans: MutableMapping[nn.Module, CascadeDrafter] = field(init=False, default_factory=WeakKeyDictionary)
+    _plans: MutableMapping[nn.Module, CascadeDrafter] = field(init=False, default_factory=lambda: _Plans())
 
     def __post_init__(self) -> None:
         if isinstance(self.drafters, str | Path | nn.Module | Drafter):
@@ -240,6 +240,13 @@ class CascadeDrafter(Drafter):
                 "of one; a model's folder goes into CascadeDrafter([...]) or ModelDrafter(...)"
             )
         return _opened(folder, target, tokenizer, local_bases, **options)
+
+
+class _Plans(WeakKeyDictionary):
+    """The cascades that were planned, by target."""
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return _Plans, ()  # a pickled cascade starts without plans
 
 
 def options_of(drafter: Drafter | None, call: Options) -> Options:

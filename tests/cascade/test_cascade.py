@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 import warnings
 from dataclasses import dataclass, field
@@ -419,3 +420,18 @@ def test_public_names_exist():
     assert set(csdraft.__all__) >= {"CascadeDrafter", "ModelDrafter", "MaxGram", "PromptLookup", "Vertical", "Drafter"}
     assert {"Horizontal", "Report", "decode", "enable", "install"} <= set(csdraft.__all__)
     assert all(getattr(csdraft, name) for name in (*csdraft.__all__, "__version__"))
+
+
+def test_a_cascade_is_copied_and_pickled() -> None:
+    """To another process, say: as drafters do, it leaves what belongs to targets behind."""
+    model, inputs = tiny("llama"), prompt()
+    wanted = model.generate(**inputs, max_new_tokens=9, do_sample=False)
+    planned = csdraft.CascadeDrafter([csdraft.MaxGram()], k_matrix="auto")
+    planned._plans[model] = planned
+    for cascade in (planned, csdraft.CascadeDrafter([drafter_of("llama"), csdraft.MaxGram()], [[2, 4], [0, 3]])):
+        copied = pickle.loads(pickle.dumps(cascade))
+        assert repr(copied) == repr(cascade)
+        assert copied.plan is None
+        if cascade is not planned:
+            ours = model.generate(**inputs, max_new_tokens=9, do_sample=False, assistant=copied, schedule="fixed")
+            assert ours.tolist() == wanted.tolist()
