@@ -27,6 +27,7 @@ from csdraft.decoding.reader import Sources
 from csdraft.decoding.readers import ReadingOptions
 from csdraft.decoding.reported import keep, last_report_of, report_of
 from csdraft.decoding.safe_drafter import SafeDrafter
+from csdraft.decoding.session import Session
 from csdraft.decoding.text import Text
 from csdraft.models import base_model
 from csdraft.options import NAMES, Options
@@ -78,6 +79,7 @@ def decode(
     """
     single = {"verifier": verifier, "schedule": schedule, "row_seeds": row_seeds, "strict": strict}
     own = Options.of(options, **single, diagnose=diagnose, reuse=reuse, graphs=graphs)
+    input_ids = input_ids.long()  # as plain `generate` returns them
     drafter = as_drafter(assistant, model)
     chosen = options_of(drafter, own)
     rule = choose_verifier(chosen.verifier, drafter)
@@ -109,8 +111,7 @@ def decode(
     report = _reported(ledger.report(call), assistant, drafter, safe.drafter, model)
     sequences = output.sequences(input_ids, call.texts)
     if target.pinned and cache is not None:  # the user may continue from it
-        target.settle(call.texts, sequences.shape[1] - 1)
-        export_cache(target.reader.cache, _kept(mask, sequences, call.texts)[:, :-1], cache)
+        _fill(cache, target, call.texts, sequences, mask)
     call.close(failed=safe.failure is not None)
     return output.pack(sequences, report, cache, model_kwargs.get("encoder_outputs"))
 
@@ -188,14 +189,20 @@ def _sources(
     return Sources(encoder_input_ids, inputs.get("attention_mask"), inputs["encoder_outputs"], cross)
 
 
-def _kept(mask: Tensor | None, sequences: Tensor, texts: Sequence[Text]) -> Tensor:
-    """(rows, length) bool, which entries of the returned sequences are tokens and not padding."""
+def _fill(cache: Any, target: Session, texts: Sequence[Text], sequences: Tensor, mask: Tensor | None) -> None:
+    """Fills the user's cache with what plain `generate` has read: also the padding after rows that ended early.
+
+    Args:
+        sequences: (rows, length) what `generate` returns.
+        mask: (rows, prompt) 0 where the prompt is padded; None if it is not.
+    """
+    for text, ids in zip(texts, sequences, strict=True):
+        text.append(ids[len(text) + text.padding :].tolist())
+    target.settle(texts, sequences.shape[1] - 1)
     kept = torch.ones_like(sequences, dtype=torch.bool)
     if mask is not None:
         kept[:, : mask.shape[1]] = mask.bool()
-    for row, text in enumerate(texts):
-        kept[row, text.padding + len(text) :] = False
-    return kept
+    export_cache(target.reader.cache, kept[:, :-1], cache)
 
 
 PLANNED_FOR = ("do_sample", "temperature", "top_k", "top_p", "min_p", "pad_token_id", "eos_token_id")

@@ -56,7 +56,7 @@ def check_request(
     _check_inputs(model, input_ids, inputs, given)
     _check_length(model, input_ids, config)
     _check_rows(input_ids.shape[0], config, criteria, streamer, synced_gpus, row_seeds)
-    _check_mask(model, input_ids, inputs)
+    _check_mask(model, input_ids, config, inputs)
     _check_cache(model, input_ids, config, inputs.get(GENERATE_CACHE))
     _check_positions(model, input_ids, inputs)
 
@@ -168,16 +168,20 @@ def _check_rows(
         )
 
 
-def _check_mask(model: Any, input_ids: Tensor, inputs: Mapping[str, Any]) -> None:
-    encoder_decoder = model.config.is_encoder_decoder
+def _check_mask(model: Any, input_ids: Tensor, config: Any, inputs: Mapping[str, Any]) -> None:
+    encoder_decoder, (rows, length) = model.config.is_encoder_decoder, input_ids.shape
     mask = inputs.get("decoder_attention_mask" if encoder_decoder else "attention_mask")
-    if mask is None:
-        return
-    if tuple(mask.shape) != tuple(input_ids.shape):
+    cache = inputs.get(GENERATE_CACHE)
+    given = tuple(mask.shape) if mask is not None else (rows, getattr(config, "_mask_length", length))  # ones: dropped
+    if given != (rows, length) and (mask is not None or cache is None or not cache.get_seq_length()):
         raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(input_ids.shape)}; they must agree "
+            f"attention_mask has shape {given}, input_ids {(rows, length)}; they must agree "
             "(when continuing a cache, pass the whole text and its whole mask)"
         )
+    if mask is None:
+        return
+    if odd := sorted(set(mask.unique().tolist()) - {0, 1}):
+        raise ValueError(f"attention_mask has the value {odd[0]}; give 1 where a token counts, and 0 elsewhere")
     holes = (mask.bool()[:, :-1] & ~mask.bool()[:, 1:]).any(1)
     text = model.config.get_text_config(decoder=True)
     if bool(holes.any()) and bool(mask[:, -1].all()) and (encoder_decoder or getattr(text, "sliding_window", None)):

@@ -299,7 +299,7 @@ def export_cache(own: SlotCache, kept: Tensor, into: Cache) -> None:
     """The inverse of `import_cache`: fills a cache so that plain `generate` can continue from it.
 
     Args:
-        kept: (rows, length) bool, False where the output has padding; the cache gets zeros there.
+        kept: (rows, length) bool, False where the prompt has padding; the cache gets zeros there.
         into: the user's cache, or the one that `generate` prepared; its contents are replaced.
     """
     target = into

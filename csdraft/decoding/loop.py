@@ -120,7 +120,7 @@ def open_call(
     longest = max(len(text) for text in texts)
     ahead = min(max(stopping.remaining(text) for text in texts), CAPACITY_AHEAD)
     capacity = -(-(longest + ahead + BUCKET) // BUCKET) * BUCKET
-    chooser = TokenChooser(Processing(processors, rows), stopping, sampler)
+    chooser = TokenChooser(Processing(processors, rows), stopping, sampler, drawn=not sampler.greedy)
     together = None
     if rows > 1 and (custom := names_of_custom_code(chooser.processing, stopping)):
         check_rule(verifier, sampler.greedy, custom)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from itertools import islice
 
 import torch
@@ -19,26 +20,29 @@ __all__ = ["Scores", "TokenChooser", "argmax", "entropy"]
 
 
 NAN = "the model's logits are nan; check its dtype (fp16 overflows where bf16 does not)"
+NOTHING_LEFT = "no token can be drawn: the logits processors forbid every one of them; let them allow some"
 MAX_SCORE_BYTES = 1 << 28
 """The most bytes for the processed float32 scores of one step; the processors' own copies are not counted."""
 
 
-def argmax(logits: Tensor, along: Sequence[Choices] = ()) -> list[int]:
+def argmax(logits: Tensor, along: Sequence[Choices] = (), drawn: bool = False) -> list[int]:
     """(n,) indices of the first maximum of (n, vocab) logits, in one copy to the host; on a CPU with NumPy (faster).
+
+    Logits are compared in float32, as in plain `generate`: in float64 others may be the first of equals.
 
     Args:
         along: choices of earlier steps that the same copy also brings to the host.
+        drawn: whether a row that is -inf everywhere is an error, since nothing can be drawn from it.
 
     Raises:
-        ValueError: a row holds nan.
+        ValueError: a row holds nan, or nothing can be drawn from it.
     """
-    values = logits.float() if logits.dtype not in (torch.float32, torch.float64) else logits
+    values = logits.float()
     if values.device.type == "cpu" and not along:
         table = values.numpy()
         if len(table) == 1:  # a short cut for every step of a drafter
             index = int(table[0].argmax())
-            if table[0, index] != table[0, index]:
-                raise ValueError(NAN)
+            _check_best(table[0, index : index + 1], drawn)
             return [index]
         indices = table.argmax(-1).tolist()
         best = [table[row, index] for row, index in enumerate(indices)]
@@ -50,9 +54,14 @@ def argmax(logits: Tensor, along: Sequence[Choices] = ()) -> list[int]:
         best = list(islice(numbers, len(values)))
         for choices in along:
             choices.receive(list(islice(numbers, choices.table.numel())))
-    if any(value != value for value in best):
-        raise ValueError(NAN)
+    _check_best(best, drawn)
     return indices
+
+
+def _check_best(best: Iterable[float], drawn: bool) -> None:
+    for value in best:
+        if value != value or (drawn and value == -math.inf):
+            raise ValueError(NAN if value != value else NOTHING_LEFT)
 
 
 def entropy(probs: Tensor) -> float:
@@ -67,10 +76,11 @@ class TokenChooser:
         processing: the level's logits processors.
         stopping: the level's stopping rules.
         sampler: the call's randomness.
+        drawn: whether it is an error if no token can be drawn; drafters may choose any token there.
     """
 
-    def __init__(self, processing: Processing, stopping: Stopping, sampler: Sampler):
-        self.processing, self.stopping, self.sampler = processing, stopping, sampler
+    def __init__(self, processing: Processing, stopping: Stopping, sampler: Sampler, drawn: bool = False):
+        self.processing, self.stopping, self.sampler, self.drawn = processing, stopping, sampler, drawn
 
     def scaled(self, logits: Tensor) -> Tensor:
         """(..., vocab) float32 logits divided by the call's temperature (1 when greedy)."""
@@ -118,13 +128,14 @@ class TokenChooser:
         if not self.sampler.greedy:
             at = [(place.row, len(place.text) + place.draft.depth(node)) for place in places for node in place.nodes]
             scores = scores.float() - self.sampler.noise(at, scores.device)
-        return argmax(scores, along)
+        return argmax(scores, along, self.drawn)
 
     def choose(self, row: int, position: int, scores: Tensor) -> int:
         """The token at `position` from (vocab,) processed scores: the argmax, with the position's noise if any."""
         if self.sampler.greedy:
             return argmax(scores[None])[0]
-        return argmax((scores.float() - self.sampler.log_exponential(row, position, scores.device))[None])[0]
+        noise = self.sampler.log_exponential(row, position, scores.device)  # (vocab,)
+        return argmax((scores.float() - noise)[None], drawn=self.drawn)[0]
 
 
 class Scores:

@@ -152,8 +152,7 @@ class Session:
     def settle(self, texts: Sequence[Text], length: int) -> None:
         """Prepares the cache for `export_cache`: reads every text up to column `length` of the padded batch.
 
-        Like plain `generate`, which never reads the last token of the longest text, but does read the last token of
-        rows that ended earlier.
+        Like plain `generate`, which never reads the last token of the longest text.
         """
         missing = []
         for row, text in enumerate(texts):

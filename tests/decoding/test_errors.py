@@ -129,6 +129,16 @@ def test_a_row_of_padding_alone_is_refused(forwards) -> None:
     refused(forwards, "row 1's attention_mask has no 1", inputs=inputs)
 
 
+def test_masks_of_another_length_or_of_other_values(forwards) -> None:
+    ids = tiny.prompt()["input_ids"]
+    for length in (15, 22):
+        inputs = {"input_ids": ids, "attention_mask": torch.ones(1, length, dtype=torch.long)}
+        refused(forwards, rf"attention_mask has shape \(1, {length}\), input_ids \(1, 20\)", inputs=inputs)
+    for odd in (2, 0.5, -1):  # plain generate counts positions by summing the mask
+        inputs = {"input_ids": ids, "attention_mask": torch.full((1, 20), odd)}
+        refused(forwards, f"attention_mask has the value {odd}; give 1", inputs=inputs)
+
+
 def test_masked_tokens_inside_a_row(forwards) -> None:
     inputs = tiny.prompt()
     inputs["attention_mask"][0, 7] = 0
@@ -340,6 +350,24 @@ def test_logits_that_are_no_numbers(do_sample: bool) -> None:
         model.get_output_embeddings().weight[7] = float("nan")
     with pytest.raises(ValueError, match="nan"):
         model.generate(**tiny.prompt(), max_new_tokens=5, do_sample=do_sample, assistant=Scripted([[]]))
+
+
+class Forbid(LogitsProcessor):
+    """Forbids every token once the text has 23."""
+
+    def __call__(self, ids, scores):
+        return scores.fill_(-torch.inf) if ids.shape[1] == 23 else scores
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("options", [{"suppress_tokens": list(range(tiny.VOCAB))}, {"logits_processor": [Forbid()]}])
+def test_nothing_is_left_to_draw(rows: int, options: dict) -> None:
+    """As in plain generate, an error; the argmax of nothing would be token 0."""
+    options = {**tiny.inputs_of("llama", rows), "max_new_tokens": 9, "do_sample": True, **options}
+    with pytest.raises(RuntimeError, match="probability tensor"):
+        tiny.tiny("llama").generate(**options)
+    with pytest.raises(ValueError, match=r"no token can be drawn.*let them allow some"):
+        tiny.tiny("llama").generate(**options, assistant=MaxGram(), schedule="fixed")
 
 
 def test_block_is_refused_with_a_processor_that_may_keep_state() -> None:

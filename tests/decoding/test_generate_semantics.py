@@ -279,6 +279,24 @@ def test_torch_manual_seed_governs_sampling(model) -> None:
 # Ways to call.
 
 
+def test_ids_of_32_bits_become_64_as_in_plain_generate(model) -> None:
+    inputs = {name: value.int() for name, value in tiny.ragged_batch().items()}
+    wanted, ours = pair(model, inputs)
+    assert ours.dtype == wanted.dtype == torch.long
+    assert ours.tolist() == wanted.tolist()
+
+
+def test_logits_of_64_bits_are_compared_in_32() -> None:
+    model = tiny.fresh("llama").double()
+    told = model.generate(**tiny.prompt(), **GREEDY)[0, 20]
+    with torch.no_grad():  # the token before it is as good in float32, and less good in float64
+        head = model.get_output_embeddings().weight
+        head[told - 1] = head[told] * (1 - 1e-12)
+    wanted, ours = pair(model, tiny.prompt())
+    assert ours.tolist() == wanted.tolist()
+    assert wanted[0, 20] == told - 1
+
+
 def test_without_an_assistant_nothing_changes(model) -> None:
     from csdraft.hook import _stock_generate
 
@@ -486,16 +504,28 @@ def test_the_returned_cache_holds_what_plain_generates_does(family: str) -> None
             assert layer.keys.shape == theirs.keys.shape
             for row in range(len(told)):
                 columns = torch.arange(layer.keys.shape[2])
-                if plain is halves[0][0]:  # only what is text counts: not padding, on either side
-                    kept = wanted.sequences[row] != PAD
-                    if family == "t5":
-                        kept[0] = True
-                    else:
-                        kept[: inputs["attention_mask"].shape[1]] = inputs["attention_mask"][row].bool()
+                if plain is halves[0][0] and family != "t5":  # padding before the prompt does not count
+                    kept = torch.ones_like(wanted.sequences[row], dtype=torch.bool)
+                    kept[: inputs["attention_mask"].shape[1]] = inputs["attention_mask"][row].bool()
                     columns = kept[:-1][-layer.keys.shape[2] :].nonzero()[:, 0]
                 for half in ("keys", "values"):
                     got, expected = (getattr(x, half)[row][:, columns] for x in (layer, theirs))
                     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_batch_is_continued_from_its_returned_cache_without_a_mask(model) -> None:
+    """Where padding is the end token, a mask cannot be inferred: the next turn sees the padding of rows that ended."""
+    ids = tiny.prompt()["input_ids"] + torch.tensor([[0], [0], [1]])
+    told = model.generate(ids, **GREEDY)
+    end = int(told[2, -14])
+    assert end in told[2]
+    assert end not in told[0, -24:]
+    texts, options = [], GREEDY | {"eos_token_id": end, "pad_token_id": end}
+    for how in ({}, {"assistant": Scripted(told.tolist()), **FIXED}):
+        said = model.generate(ids, **options, **how, return_dict_in_generate=True)
+        turn = {"inputs": torch.cat([said.sequences, ids[:, :4]], 1), GENERATE_CACHE: said[GENERATE_CACHE]}
+        texts.append(model.generate(**turn, **options).tolist())
+    assert texts[1] == texts[0]
 
 
 @pytest.mark.parametrize("family", tiny.ENCODER_DECODERS)
