@@ -160,8 +160,10 @@ class DrafterTrainer(BaseTrainer):
 
     def _rewritten(self, batch: dict[str, Tensor], student: nn.Module) -> dict[str, Tensor]:
         args: Any = self.args
+        config: Any = self.target.config
         keys, pad = (args.seed, self.state.global_step), pad_of(self.processing_class)
-        return rewritten(batch, student, args.on_policy, keys, args.on_policy_prompt, args.temperature, pad)
+        vocab = config.get_text_config(decoder=True).vocab_size
+        return rewritten(batch, student, args.on_policy, keys, args.on_policy_prompt, args.temperature, pad, vocab)
 
     @contextmanager
     def decoding(self) -> Iterator[nn.Module]:
@@ -202,6 +204,9 @@ class DrafterTrainer(BaseTrainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def predict(self, *args: Any, **options: Any) -> Any:
+        raise ValueError("a drafter predicts no labels; evaluate() gives its figures on prompts")
 
     # Checkpoints hold the student alone, in a folder that loads without this class.
 

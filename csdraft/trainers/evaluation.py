@@ -166,6 +166,8 @@ def _logits(student: Any, target: Any, inputs: dict[str, Tensor]) -> tuple[Tenso
     head = base_model(student)
     if not isinstance(head, FeatureModel):
         here = {key: value.to(student.device) for key, value in inputs.items()}
+        most = student.config.get_text_config(decoder=True).vocab_size - 1  # a target's vocabulary may be wider
+        here |= {key: ids.clamp(max=most) for key, ids in here.items() if key.endswith("input_ids")}
         return student(**here, use_cache=False).logits, target(**there, use_cache=False).logits
     read = target(**there, use_cache=False, output_hidden_states=True)
     states = {tap: read.hidden_states[tap] for tap in head.taps}

@@ -33,6 +33,7 @@ def rewritten(
     prompt: int,
     temperature: float,
     pad: int,
+    vocab: int,
 ) -> dict[str, Tensor]:
     """The batch, with about `share` of its texts rewritten by the student after their prompts.
 
@@ -46,9 +47,10 @@ def rewritten(
         prompt: tokens kept at least of each text. Of an encoder-decoder, nothing after the encoder's text is kept.
         temperature: of the student's sampling.
         pad: padding token id.
+        vocab: tokens of the target; a student with a wider vocabulary does not write the others.
     """
     if "decoder_input_ids" in batch:
-        return _rewritten_answers(batch, student, share, keys, temperature, pad)
+        return _rewritten_answers(batch, student, share, keys, temperature, pad, vocab)
     spans = [span for span in texts_of(batch) if _chosen(batch, span, share, keys, prompt)]
     if not spans:
         return batch
@@ -59,7 +61,7 @@ def rewritten(
         inputs = left_padded(prompts, pad, ids.device)
         seeds = [seed_of(tokens, *keys) for tokens in prompts]
         longest = max(stop - start - kept[row, start, stop] for row, start, stop in group)
-        written = _written(student, inputs, seeds, longest, temperature, pad)[:, inputs["input_ids"].shape[1] :]
+        written = _written(student, inputs, seeds, longest, temperature, pad, vocab)[:, inputs["input_ids"].shape[1] :]
         for (row, start, stop), text in zip(group, written, strict=True):
             first = start + kept[row, start, stop]
             text = text[: stop - first]  # shorter if all texts of the group ended early
@@ -70,7 +72,7 @@ def rewritten(
 
 
 def _rewritten_answers(
-    batch: dict[str, Tensor], student: Any, share: float, keys: Sequence[int], temperature: float, pad: int
+    batch: dict[str, Tensor], student: Any, share: float, keys: Sequence[int], temperature: float, pad: int, vocab: int
 ) -> dict[str, Tensor]:
     """An encoder-decoder's batch, about `share` of its texts rewritten."""
     labels, read = batch["labels"].clone(), batch["decoder_input_ids"].clone()  # (rows, length)
@@ -85,7 +87,7 @@ def _rewritten_answers(
         return batch
     inputs = {name: batch[name][rows] for name in ("input_ids", "attention_mask")}
     seeds = [seed_of(whole[row], *keys) for row in rows]
-    written = _written(student, inputs, seeds, max(lengths[row] for row in rows), temperature, pad)[:, 1:]
+    written = _written(student, inputs, seeds, max(lengths[row] for row in rows), temperature, pad, vocab)[:, 1:]
     for row, text in zip(rows, written, strict=True):
         text = text[: lengths[row]]
         labels[row], read[row, 1:] = IGNORED, pad
@@ -95,9 +97,16 @@ def _rewritten_answers(
 
 
 def _written(
-    student: Any, inputs: dict[str, Tensor], seeds: Sequence[int], longest: int, temperature: float, pad: int
+    student: Any,
+    inputs: dict[str, Tensor],
+    seeds: Sequence[int],
+    longest: int,
+    temperature: float,
+    pad: int,
+    vocab: int,
 ) -> Tensor:
     """What the student's `generate` returns; each row's text depends on its seed alone."""
+    foreign = range(vocab, student.config.get_text_config(decoder=True).vocab_size)
     return student.generate(
         **inputs,
         assistant=MaxGram(),
@@ -108,6 +117,7 @@ def _written(
         top_p=1.0,
         max_new_tokens=longest,
         pad_token_id=pad,
+        suppress_tokens=[*foreign] or None,
         use_cache=True,
         **FRESH,
     )

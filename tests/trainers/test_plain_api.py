@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,29 @@ def test_prompts_longer_than_the_students_context_are_decoded_and_not_compared()
     assert figures[0]["acceptance"] == pytest.approx(figures[1]["acceptance"], rel=1e-5)
     assert figures[0]["agreement"] == figures[1]["agreement"]
     assert (figures[2]["acceptance"], figures[2]["block_efficiency"]) == (0, 1)
+
+
+def test_vocabularies_may_be_padded_differently(folder, tmp_path):
+    """On-policy, a wider student wrote tokens that the target lacks; a narrower one was evaluated on what it lacks."""
+    own, names = AutoTokenizer.from_pretrained(folder / "student"), ("student", "target")
+    for name in names:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder / name)
+        model.resize_token_embeddings(len(own) + 100, mean_resizing=False)
+        with torch.no_grad():
+            model.lm_head.weight[len(own) :] = 10 * model.lm_head.weight[:100]  # likelier than all others
+        model.save_pretrained(tmp_path / name)
+        own.save_pretrained(tmp_path / name)
+    trainer = made(
+        folder, "wide-student", {"on_policy": 1.0}, model=AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    )
+    assert all(map(math.isfinite, losses(trainer)))
+    wide = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
+    assert made(folder, "wide-target", target=wide, eval_dataset=PROMPTS).evaluate()["eval_prompts"] == 2
+
+
+def test_predict_says_what_to_call(folder):
+    with pytest.raises(ValueError, match=r"predicts no labels; evaluate\(\) gives its figures"):
+        made(folder, "predict").predict(PROMPTS)
 
 
 def test_an_evaluation_alone_is_enough(folder):
