@@ -25,7 +25,7 @@ class CascadeArguments:
         metadata={"help": "Folder or Hub id of the target; its config and tokenizer are read, its weights are not."},
     )
     target_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the target."})
-    drafters: list = field(
+    drafters: Any = field(
         default_factory=lambda: ["max_gram"],
         metadata={"help": "Largest first: folders, Hub ids, types, or {type: ..., options}."},
     )

@@ -66,7 +66,7 @@ class GenerateArguments(TargetArguments):
         super().__post_init__()
         if self.engine is not None:
             checked_url(self.engine)
-        self.check_at_least(1, "begin", "max_new_tokens", *(["count"] if self.count is not None else []))
+        self.check_at_least(1, "begin", "max_new_tokens", "count")
         if not 0 <= self.sampled <= 1:
             raise ValueError(f"sampled={self.sampled} is a share of the rows: give a number from 0 to 1")
         if not self.temperature > 0:

@@ -73,6 +73,8 @@ def open_source(source: str, split: str = "train", limit: int | None = None) -> 
     Raises:
         ValueError: the source cannot be read, is empty, or has no column with a known name.
     """
+    if not source:  # as a path, it would be the folder that the command was called in
+        raise ValueError("'' is no data set; give a Hub id, a file or a folder")
     path = Path(source)
     if path.is_file() and _suffix(path) in (".json", ".jsonl"):
         examples = _objects(path, limit)

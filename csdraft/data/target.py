@@ -32,6 +32,9 @@ def option(default: Any, help: str) -> Any:
 
 def read_target(args: Any) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
     """The config and tokenizer of `args.target`, which are small; most checks need nothing else."""
+    dtype = str(getattr(args, "target_dtype", "auto")).removeprefix("torch.")
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"target_dtype={dtype!r} must be auto or a dtype of torch, such as bfloat16")
     options = {"revision": args.target_revision} if args.target_revision else {}
     return AutoConfig.from_pretrained(args.target, **options), AutoTokenizer.from_pretrained(args.target, **options)
 
@@ -83,7 +86,7 @@ class TargetArguments:
     world_size: int | None = option(None, "How many processes share the rows; none asks accelerate's environment.")
 
     def __post_init__(self) -> None:
-        self.check_at_least(1, "batch_size", *(["dataset_limit"] if self.dataset_limit is not None else []))
+        self.check_at_least(1, "batch_size", "dataset_limit", "threads")
         _ = self.chat  # raises ValueError now, before the target is loaded
         if not self.output_dir:
             raise ValueError("output_dir is missing: name a folder for the results")
@@ -92,7 +95,7 @@ class TargetArguments:
 
     def check_at_least(self, least: int, *names: str) -> None:
         for name in names:
-            if not isinstance(value := getattr(self, name), int) or value < least:
+            if (value := getattr(self, name)) is not None and (not isinstance(value, int) or value < least):
                 raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
 
     @property

@@ -130,7 +130,7 @@ class TokenizerView:
         if isinstance(tokenizer, str | Path):
             loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
         if not loaded.is_fast:
-            raise ValueError(f"{type(loaded).__name__} is a slow tokenizer; load the fast one (use_fast=True)")
+            raise ValueError(f"{type(loaded).__name__} is written in Python; Translated needs a tokenizer.json")
         self.backend = Tokenizer.from_str(loaded.backend_tokenizer.to_str())
         self.backend.no_padding()
         self.backend.no_truncation()

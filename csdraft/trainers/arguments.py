@@ -6,16 +6,19 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
 from transformers import TrainingArguments
 
 from csdraft.data.target import option
+from csdraft.stored import fit
 
 __all__ = ["RunArguments", "make_arguments", "read_arguments", "read_values"]
 
 T = TypeVar("T")
+INHERITED = {field.name: field.type for field in fields(TrainingArguments)}
+"""Keys of transformers, which takes more than some of their annotations say."""
 
 
 @dataclass
@@ -44,6 +47,14 @@ class RunArguments(TrainingArguments):
             raise ValueError(
                 f"num_train_epochs={self.num_train_epochs} leaves nothing to train: give more than 0, or max_steps"
             )
+        for name in (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "threads",
+        ):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}={value} is too small; give at least 1, or leave it out")
 
 
 def read_arguments(cls: type[T], config: str | None, overrides: list[str]) -> T:
@@ -72,10 +83,11 @@ def make_arguments(cls: type[T], values: Mapping[str, Any]) -> T:
                 raise ValueError(f'key {key!r} has a dot; give the whole of {whole}, such as "{whole}={{...}}"')
             nearest = ", ".join(difflib.get_close_matches(key, known, n=3, cutoff=0.0))
             raise ValueError(f"unknown key {key!r} for {cls.__name__}; the nearest known keys are {nearest}")
-    return cls(**{key: _typed(key, value, known[key]) for key, value in values.items()})
+    hints = get_type_hints(cls)
+    return cls(**{key: _typed(key, value, known[key], hints[key]) for key, value in values.items()})
 
 
-def _typed(key: str, value: Any, field: Field) -> Any:
+def _typed(key: str, value: Any, field: Field, hint: Any) -> Any:
     """A value with the field's type. YAML 1.1 reads `3e-4` and `none` as text and a bare `no` as false."""
     default, kind = field.default, str(field.type)
     if value is False and isinstance(default, str):
@@ -85,7 +97,8 @@ def _typed(key: str, value: Any, field: Field) -> Any:
     numeric = isinstance(default, bool | int | float) or kind in ("float", "int | None", "float | None")
     whole = "int" in kind
     if not isinstance(value, str | float if whole else str) or not numeric or "str" in kind:
-        return value
+        loose = INHERITED.get(key) == field.type and hint not in (int, float)  # annotations of transformers
+        return value if loose or value is default else fit(value, hint, key)
     if isinstance(default, bool):
         raise ValueError(f"{key}={value!r} must be true or false, such as {key}={str(default).lower()}")
     try:

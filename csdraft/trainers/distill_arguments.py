@@ -112,11 +112,6 @@ class DistillArguments(RunArguments):
     def _check_numbers(self) -> None:
         if not 0 <= self.on_policy <= 1:
             raise ValueError(f"on_policy={self.on_policy} is a share of the texts: give a number from 0 to 1")
-        if self.on_policy and self.on_policy_prompt >= self.max_length:
-            raise ValueError(
-                f"on_policy_prompt={self.on_policy_prompt} leaves nothing to write in texts of max_length="
-                f"{self.max_length} tokens; keep fewer"
-            )
         for name in ("max_length", "eval_depth", "eval_new_tokens", "eval_limit", "dataset_limit"):
             least = 2 if name == "max_length" else 1  # a text of one token has nothing to learn
             if (value := getattr(self, name)) is not None and value < least:

@@ -15,7 +15,9 @@ __all__ = ["MuonAdamW"]
 class MuonAdamW(Optimizer):
     """Two optimisers with one learning rate. AdamW takes embeddings, output layers and norms, without weight decay."""
 
-    def __init__(self, model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float]):
+    def __init__(
+        self, model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float], eps: float = 1e-8
+    ):
         known = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
         known |= {id(weight) for weight in output_layers(model)}
         matrices, others = [], []
@@ -25,7 +27,7 @@ class MuonAdamW(Optimizer):
         if matrices:
             self.parts.append(Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
         if others:
-            self.parts.append(AdamW(others, lr=lr, weight_decay=0.0, betas=betas))
+            self.parts.append(AdamW(others, lr=lr, weight_decay=0.0, betas=betas, eps=eps))
         super().__init__(self._groups(), {})
 
     def _groups(self) -> list[dict]:

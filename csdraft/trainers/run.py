@@ -65,7 +65,8 @@ def make_trainer(
     target, student = load_models(args, config, partial(counts_of, batches["train_dataset"], config))
     muon = None
     if args.muon:
-        muon = MuonAdamW(student, args.learning_rate, args.weight_decay, (args.adam_beta1, args.adam_beta2))
+        betas = args.adam_beta1, args.adam_beta2
+        muon = MuonAdamW(student, args.learning_rate, args.weight_decay, betas, args.adam_epsilon)
     trainer = DrafterTrainer(
         model=student,
         args=args,
@@ -118,6 +119,11 @@ def check(args: DistillArguments, config: PreTrainedConfig, tokenizer: PreTraine
         raise ValueError(
             f"on_policy={args.on_policy!r} with a head: it reads hidden states of the target, which are computed "
             "along the given texts; leave on_policy out"
+        )
+    if args.on_policy and args.on_policy_prompt >= args.max_length and not config.is_encoder_decoder:
+        raise ValueError(
+            f"on_policy_prompt={args.on_policy_prompt} leaves nothing to write in texts of max_length="
+            f"{args.max_length} tokens; keep fewer"
         )
     if args.max_length > (context := context_length(config)):
         raise ValueError(f"max_length={args.max_length} is longer than the target's context of {context} tokens")

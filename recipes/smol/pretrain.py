@@ -100,7 +100,8 @@ def _pretrain(args: PretrainArguments) -> BaseTrainer:
     run.say_where()
     model = make_model(args, tokenizer)
     betas = (args.adam_beta1, args.adam_beta2)
-    muon = MuonAdamW(model, args.learning_rate, args.weight_decay, betas) if args.muon else None
+    options = args.learning_rate, args.weight_decay, betas, args.adam_epsilon
+    muon = MuonAdamW(model, *options) if args.muon else None
     trainer = BaseTrainer(
         model,
         args,

@@ -304,6 +304,16 @@ WRONG = {
         {"metric_for_best_model": "loss"},
         "metric_for_best_model='loss' is not a figure .* accepted_1 to accepted_5",
     ),
+    "no rows a step": ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0 is too small"),
+    "no batches a step": ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0 is too small"),
+    "a null as data": ({"dataset": None}, "dataset=None is a NoneType; it takes str"),
+    "nothing as data": ({"dataset": ""}, "'' is no data set; give a Hub id"),
+    "a number as prompts": ({"eval_prompts": 5}, "eval_prompts=5 is an int; it takes str or NoneType"),
+    "a null as number": ({"weight_decay": None}, "weight_decay=None is a NoneType; it takes float"),
+    "a number as truth value": ({"packing": 5}, "packing=5 is an int; it takes bool"),
+    "no dtype": ({"target_dtype": "floaty"}, "target_dtype='floaty' must be auto or a dtype of torch"),
+    "a word as rank": ({"peft": {"r": "x"}}, "peft.r='x' is a str; it takes int"),
+    "no rank": ({"peft": {"r": 0}}, "peft.r=0 is a rank: give at least 1"),
     "no truth value": ({"packing": "perhaps"}, "packing='perhaps' must be true or false, such as packing=true"),
 }
 
@@ -382,8 +392,9 @@ def test_an_encoder_decoder_needs_prompts_before_it_is_loaded(folder, monkeypatc
     shape = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
     T5Config(vocab_size=300, **shape).save_pretrained(folder / "t5")
     AutoTokenizer.from_pretrained(folder / "target").save_pretrained(folder / "t5")
+    short = {"on_policy": 0.5, "on_policy_prompt": 99}  # which an encoder-decoder does not use
     with pytest.raises(ValueError, match=r"row 0 has a prompt of 0 tokens.*'prompt' and 'response'"):
-        distill(arguments(folder, "plain", target=str(folder / "t5"), student=None, init={"config": {}}))
+        distill(arguments(folder, "plain", target=str(folder / "t5"), student=None, init={"config": {}}, **short))
 
 
 def test_words_of_yaml_mean_what_the_default_says():

@@ -48,3 +48,9 @@ def test_an_adapter_has_matrices_alone():
     state = (optimizer := MuonAdamW(model, 0.01, 0.0, (0.9, 0.95))).state_dict()
     optimizer.load_state_dict(state)
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.drafts_nothing
+def test_epsilon_is_adams():
+    parts = MuonAdamW(fresh("llama"), 0.01, 0.0, (0.9, 0.95), 1e-3).parts
+    assert parts[1].defaults["eps"] == 1e-3

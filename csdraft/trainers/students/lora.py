@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_type_hints
 
 from torch import nn
 
@@ -14,6 +14,7 @@ from csdraft.heads.on_target import OnTarget
 from csdraft.heads.self_draft import adapter_state, peft_package, read_document
 from csdraft.heads.tied import TiedDraft
 from csdraft.models import base_model, load_model
+from csdraft.stored import fit
 from csdraft.trainers.students._student import Counts, Student, check_names
 
 __all__ = ["Lora", "check_lora", "stored_adapter", "with_lora"]
@@ -50,8 +51,14 @@ def check_lora(peft: Mapping[str, Any]) -> None:
             f"peft={dict(peft)} has {' and '.join(given)}, which are not options of LoRA. For self-drafting give "
             f"init: {{from_target: {{{layers or 'layers: [...]'}, shared: true}}}}, and only LoRA's options in peft"
         )
-    known = [field.name for field in fields(peft_package().LoraConfig) if field.init and field.name not in SET_HERE]
+    config = peft_package().LoraConfig
+    known = [field.name for field in fields(config) if field.init and field.name not in SET_HERE]
     spec.check_keys(peft, known, "peft (LoRA)")
+    hints = get_type_hints(config) | {"lora_alpha": float}
+    for key in (key for key in peft if hints[key] in (int, float)):
+        fit(peft[key], hints[key], f"peft.{key}")
+    if peft.get("r", 1) < 1:
+        raise ValueError(f"peft.r={peft['r']} is a rank: give at least 1")
 
 
 def with_lora(model: nn.Module, options: Mapping[str, Any]) -> nn.Module:
