@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from csdraft.data.engine import Engine, checked_url, each, up_to_end
+from csdraft.data.reader import ids_end
 from csdraft.data.shards import Place, Shard, batches, check_unchanged, finished, store, stored, write_whole
 from csdraft.data.sources import open_source, prompts_of, texts_of
 from csdraft.data.tally import Counted, Tally
@@ -111,7 +112,7 @@ def generate(args: GenerateArguments, assistant: Any) -> Any:
             else:
                 written = rows_of_engine(args, config, tokenizer, prompts, wanted)
             # A target's vocabulary may be padded: a text ends before a token that the tokenizer lacks.
-            known = ((row, takewhile(len(tokenizer).__gt__, text)) for row, text in written)
+            known = ((row, takewhile(ids_end(tokenizer).__gt__, text)) for row, text in written)
             append(args, prompts, set(wanted), known)
             places = find_rows(folder / "parts", prompts)
         if len(places) < len(prompts):

@@ -114,12 +114,16 @@ def _message(turn: Any) -> dict[str, Any]:
         raise Unusable("a turn that is not an object", kind_of(turn))
     message = {name: value for name, value in turn.items() if value is not None}
     speaker, said = message.pop("from", None), message.pop("value", None)
-    role = message.get("role", SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker)
+    speaker = message.get("role", speaker)
+    role = SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
+    if role == "tool" and "role" in message:
+        role = speaker  # GLM's templates know `observation`
     if not isinstance(role, str) or not role:
         raise Unusable("a turn without a role", kind_of(role))
     message["role"] = role
     if "content" not in message and said is not None:
         message["content"] = said
+    said = message.get("content")
     if speaker == "function_call" and isinstance(said, str) and (calls := _called(said)):
         message = {"role": role, "tool_calls": calls}
     return _with_content(_with_calls(message))

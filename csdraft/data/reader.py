@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeGuard
 
 from csdraft.data.chat import ChatFormat, scored_chat
@@ -12,7 +13,7 @@ from csdraft.data.opening import GIVEN, TOOLS, Source
 from csdraft.data.tally import Tally, Unusable, attempt
 
 __all__ = [
-    "OUTCOME", "Encoded", "RowReader", "conversation_of", "count", "text_of", "tokens_of", "with_bos",
+    "OUTCOME", "Encoded", "RowReader", "conversation_of", "count", "ids_end", "text_of", "tokens_of", "with_bos",
 ]  # fmt: skip
 
 OUTCOME = ("source_row", "cut", "left_out", "detail")
@@ -75,11 +76,11 @@ def tokens_of(example: Mapping[str, Any], number: int, source: Source, tokenizer
     ids = [_whole(token) for token in ids]
     if not _are_whole(ids):
         raise Unusable("tokens that are not whole numbers")
-    if len(ids) and not 0 <= min(ids) <= max(ids) < len(tokenizer):
+    if len(ids) and not 0 <= min(ids) <= max(ids) < (end := ids_end(tokenizer)):
         foreign = min(ids) if min(ids) < 0 else max(ids)
         raise ValueError(
-            f"row {number} of {source.name!r} has token {foreign} in {source.column!r}, and the tokenizer has "
-            f"{len(tokenizer)} tokens; the data was made with another tokenizer: make it again with this one"
+            f"row {number} of {source.name!r} has token {foreign} in {source.column!r}, and the tokenizer's ids end "
+            f"before {end}; the data was made with another tokenizer: make it again with this one"
         )
     given = {name: _whole(value) for name in GIVEN if (value := example.get(name)) is not None}
     for name in given.keys() & {"prompt_length", "index"}:
@@ -92,6 +93,16 @@ def tokens_of(example: Mapping[str, Any], number: int, source: Source, tokenizer
     if len(scored := given.get("scored", ids)) != len(ids):
         raise Unusable("a scored list that is not as long as its tokens", f"{len(scored)} for {len(ids)}")
     return Encoded(ids, given.pop("prompt_length", 0), given)
+
+
+def ids_end(tokenizer: Any) -> int:
+    """One more than the tokenizer's largest id, which is more than its number of tokens if some ids are free."""
+    return _ids_end(tokenizer, len(tokenizer))
+
+
+@lru_cache(maxsize=1)
+def _ids_end(tokenizer: Any, size: int) -> int:
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def with_bos(ids: list[int], tokenizer: Any) -> list[int]:
@@ -120,7 +131,7 @@ class RowReader:
     tokenizer: Any
     max_length: int
     chat: ChatFormat
-    version: int = 4
+    version: int = 5
     """Raise it whenever rows change: `datasets` reuses the cached rows of readers that compare equal."""
 
     @property

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import datasets
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from csdraft.data.chat import ChatFormat
 from csdraft.data.sources import read_prompts, read_rows, tally_of
@@ -242,13 +245,19 @@ SPELLINGS = {
         {"from": "observation", "value": "w4"},
         {"from": "gpt", "value": "w3"},
     ],
+    "ShareGPT's names as roles": [
+        {"role": "human", "content": "w2"},
+        {"role": "function_call", "content": json.dumps({"name": "w7", "arguments": {"w10": "w11"}})},
+        {"role": "tool", "content": "w4"},
+        {"role": "gpt", "content": "w3"},
+    ],
 }
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_other_spellings_of_tool_calls(name, tmp_path):
     turns = SPELLINGS[name]
-    turns = turns if name == "ShareGPT" else [*turns, *TOOL_TALK[2:]]
+    turns = turns if "ShareGPT" in name else [*turns, *TOOL_TALK[2:]]
     assert words(one(tmp_path, talk(*turns))["input_ids"]) == TOOL_WORDS
 
 
@@ -367,6 +376,16 @@ def test_a_template_or_option_that_cannot_work_is_refused(template, options, mes
     source = write_lines(tmp_path / "rows.jsonl", [GOOD])
     with pytest.raises(ValueError, match=message):
         read_rows(source, make_tokenizer(CALLING), 64, chat=ChatFormat.read(template, options))
+
+
+def test_a_tokenizer_may_leave_ids_free(tmp_path):
+    """Its largest id is then larger than its number of tokens."""
+    tokenizer = Tokenizer(WordLevel({"w1": 0, "w2": 9}, unk_token="w1"))
+    holed = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2")
+    source = write_lines(tmp_path / "rows.jsonl", [{"input_ids": [0, 9, 0]}])
+    assert read_rows(source, holed, 8)[0]["input_ids"] == [0, 9, 0]
+    with pytest.raises(ValueError, match="has token 10 in 'input_ids', and the tokenizer's ids end before 10"):
+        read_rows(write_lines(tmp_path / "others.jsonl", [{"input_ids": [0, 10]}]), holed, 8)
 
 
 def test_numbers_that_pandas_made_floats_are_numbers(tmp_path):
