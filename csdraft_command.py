@@ -236,7 +236,7 @@ def _add_device_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_drafting_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of drafting."""
-    parser.add_argument("--k-matrix", type=_json, metavar="JSON", help="e.g. 5, [5, 10] or [[5, 8], [0, 10]]")
+    parser.add_argument("--k-matrix", type=_json, metavar="JSON", help="e.g. 5, [5, 10], [[5, 8], [0, 10]] or auto")
     parser.add_argument("--lenience", type=float, metavar="X", help="of inner reviewers, 1 (strict, default) or more")
     parser.add_argument("--verifier", metavar="TYPE", help="acceptance rule at the target, e.g. match or rejection")
     parser.add_argument("--schedule", metavar="TYPE", help="how much to draft, e.g. fixed or cost_model")
@@ -277,7 +277,7 @@ def _count(text: str, least: int = 1) -> int:
 
 def _json(text: str) -> Any:
     try:
-        return json.loads(text)
+        return text if text == "auto" else json.loads(text)
     except json.JSONDecodeError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from error
 

@@ -4,6 +4,7 @@ pip is asked what it would install into an empty environment today. torch is the
 builds differ by machine; so do the packages of a CUDA build, which come with it.
 """
 
+import argparse
 import json
 import re
 import subprocess
@@ -15,7 +16,10 @@ WITH_TORCH = re.compile(r"(torch|triton|nvidia-.*|cuda-.*)$")
 
 
 def main() -> None:
-    torch, path = sys.argv[1], Path(sys.argv[2])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("torch", help="its version")
+    parser.add_argument("path", type=Path, help="where to write, such as requirements.lock")
+    torch, path = vars(parser.parse_args()).values()
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch, "report.json")
         asked = [f"torch=={torch}", "-e", ".[dev,train]"]

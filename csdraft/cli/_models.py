@@ -16,15 +16,17 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from csdraft import spec
 from csdraft.cascade import CascadeDrafter, drafter_model
 from csdraft.data.chat import ChatFormat, chat_prompt, check_template
+from csdraft.data.messages import is_broken
 from csdraft.data.sources import read_prompts
 from csdraft.decoding.interfaces import Drafter
 from csdraft.decoding.names import name_of
 from csdraft.drafters.model import ModelDrafter, bound
+from csdraft.heads.folder import check_place
 from csdraft.heads.on_target import OnTarget
 from csdraft.models import load_model
 
-__all__ = ["Opened", "as_inputs", "chat_of_text", "encode", "label", "open_models", "prompts_of_file", "sampling",
-           "use_machine"]  # fmt: skip
+__all__ = ["Opened", "as_inputs", "chat_of_text", "encode", "label", "open_models", "open_tokenizer",
+           "prompts_of_file", "sampling", "use_machine"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,17 @@ def open_models(args: argparse.Namespace) -> Opened:
             "model as --target, and this folder as --drafter"
         )
     target = target.to(args.device)
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.target, trust_remote_code=False)
+    tokenizer = open_tokenizer(args.tokenizer or args.target)
     if target.generation_config.pad_token_id is None:
         own = tokenizer.pad_token_id
         target.generation_config.pad_token_id = tokenizer.eos_token_id if own is None else own
     options = _given(args, "verifier", "schedule")
     return Opened(target, tokenizer, bound(_assistant(args, target, cascade_options), target), options)
+
+
+def open_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    check_place(path)
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
 def use_machine(args: argparse.Namespace) -> None:
@@ -132,6 +139,8 @@ def encode(opened: Opened, prompt: str, chat: ChatFormat | None = None) -> dict[
     Args:
         chat: if given, the prompt becomes a user's turn in this chat format.
     """
+    if is_broken(prompt):
+        raise ValueError("the prompt is not UTF-8 text; convert it")
     if chat is None:
         ids = list(opened.tokenizer(prompt)["input_ids"])
     else:

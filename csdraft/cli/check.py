@@ -6,7 +6,6 @@ import argparse
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from csdraft.cli._models import Opened, as_inputs, chat_of_text, encode, open_models, prompts_of_file
+from csdraft.data.text import read_utf8
 
 __all__ = ["chi_square", "greedy", "one_forward", "run", "single_steps"]
 
@@ -69,7 +69,7 @@ def _prompts(opened: Opened, args: argparse.Namespace) -> list[dict[str, Tensor]
     path = args.prompts
     if path is not None and path.endswith(".jsonl"):
         return [as_inputs(opened, ids) for ids in prompts_of_file(opened, path, args)]
-    lines = PROMPTS if path is None else [line for line in Path(path).read_text().splitlines() if line.strip()]
+    lines = PROMPTS if path is None else [line for line in read_utf8(path).splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"{path} holds no prompt; write one per line")
     chat = chat_of_text(args)

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from csdraft.cascade import as_drafter
 from csdraft.cli._chat import Printer, chat_with
 from csdraft.cli._models import chat_of_text, encode, open_models, sampling
+from csdraft.data.text import read_utf8
 
 __all__ = ["run"]
 
 
 def run(args: argparse.Namespace) -> int:
+    if not args.temperature and (args.top_k is not None or args.top_p is not None):
+        raise ValueError("--top-k and --top-p have no effect on greedy text: leave them out, or give --temperature")
     chat = chat_of_text(args)
     if chat is not None and args.prompt is None and args.file is None:
         return chat_with(open_models(args), chat, args)
     prompt = args.prompt
     if prompt is None:
-        prompt = Path(args.file).read_text() if args.file else sys.stdin.read()
+        prompt = read_utf8(args.file) if args.file else sys.stdin.read()
     opened = open_models(args)
     printer = Printer(opened, args.color)
     report = opened.target.generate(

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from csdraft.data.messages import Message, as_tools, in_parts, says_something, text_of_parts
 from csdraft.data.tally import Unusable
+from csdraft.data.text import read_utf8
 
 __all__ = ["ChatFormat", "chat_of", "chat_prompt", "check_template", "scored_chat"]
 
@@ -89,7 +90,7 @@ def _template_text(template: str) -> str:
         return template
     path = Path(template)
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        return read_utf8(path)
     if path.suffix or len(path.parts) != 1:
         raise ValueError(f"chat_template={template!r}: there is no such file; give the path of a Jinja template")
     return template

@@ -81,6 +81,14 @@ def _read_file(path: Path) -> Iterator[Document]:
     return (Document(f"{path.name}#{i}", part.lstrip("\n")) for i, part in enumerate(parts) if part.strip())
 
 
+def read_utf8(path: str | Path) -> str:
+    """A text file; ValueError if it is none."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"the file {str(path)!r} cannot be read as UTF-8 text: {error}") from error
+
+
 def split(documents: Iterable[Document]) -> tuple[list[Document], list[Document]]:
     """Documents to train on, and documents held out."""
     train, held_out = [], []

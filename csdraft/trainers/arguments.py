@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, fields
-from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 import yaml
 from transformers import TrainingArguments
 
 from csdraft.data.target import option
+from csdraft.data.text import read_utf8
 from csdraft.stored import fit
 
 __all__ = ["RunArguments", "make_arguments", "read_arguments", "read_values"]
@@ -64,13 +64,22 @@ def read_arguments(cls: type[T], config: str | None, overrides: list[str]) -> T:
 
 def read_values(config: str | None, overrides: list[str]) -> dict[str, Any]:
     """The keys of a flat YAML file and of `key=value` strings, unchecked."""
-    values = yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {} if config else {}
+    values = (_of_yaml(read_utf8(config), config) or {}) if config else {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ValueError(f"{config} holds other things than keys with values, such as max_steps: 100")
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise ValueError(f"override {override!r} is not of the form key=value, such as max_steps=100")
-        values[key] = yaml.safe_load(value)
+        values[key] = _of_yaml(value, f"{key}={value}")
     return values
+
+
+def _of_yaml(text: str, what: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{what} is not YAML: {' '.join(str(error).split())}") from error
 
 
 def make_arguments(cls: type[T], values: Mapping[str, Any]) -> T:

@@ -187,6 +187,10 @@ def test_bench_says_that_a_text_differs(folder, tmp_path, capsys, monkeypatch):
         (["check", "--cascade", "x", "--lenience", "1", "--k-matrix", "[1]"], "--k-matrix [1] and --lenience 1.0: a"),
         (["check", "--drafter", "max_gram", "--lenience", "0.5"], "lenience=0.5 must be 1"),
         (["generate", "--prompt", ""], "prompt is empty"),
+        (["generate", "--prompt", "caf\udce9"], "the prompt is not UTF-8 text; convert it"),
+        (["generate", "--prompt", "a", "--top-k", "4"], "--top-k and --top-p have no effect on greedy text"),
+        (["generate", "--prompt", "a", "--top-p", "0.5"], "--top-k and --top-p have no effect on greedy text"),
+        (["generate", "--prompt", "a", "--tokenizer", "/no/folder"], "there is no folder '/no/folder'"),
         (["generate", "--file", "no-such-file"], "no-such-file"),
         (["generate", "--prompt", "a", "--device", "cuba"], "--device cuba: "),
         (["generate", "--prompt", "a", "--drafter", "/no/folder"], "'/no/folder' is not a model's folder"),
@@ -229,6 +233,20 @@ def test_a_folder_that_is_no_model_is_named(capsys, tmp_path):
     assert "or as --cascade" in capsys.readouterr().err
     assert main(["doctor", saved]) == 1
     assert "is a saved cascade" in capsys.readouterr().out
+
+
+def test_a_file_that_is_not_utf_8_is_named(folder, capsys, tmp_path):
+    (latin := tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    target = ["--target", str(folder / "target")]
+    chat = ["--prompt", "a", "--chat", "--chat-template", str(latin)]
+    for arguments in (["generate", "--file", str(latin)], ["generate", *chat]):
+        assert main([*arguments, *target]) == 2
+        assert f"the file {str(latin)!r} cannot be read as UTF-8 text: 'utf-8'" in capsys.readouterr().err
+
+
+def test_a_k_matrix_may_be_auto(models, capsys):
+    assert main(["generate", *models, "--prompt", PROMPT, "--max-new-tokens", "2", "--k-matrix", "auto"]) == 0
+    assert 'k_matrix="auto" was planned for' in capsys.readouterr().err
 
 
 def test_a_k_matrix_is_json(folder, capsys):
@@ -338,6 +356,8 @@ def test_a_report_travels(models, capsys, tmp_path):
     assert "in 2 calls" in capsys.readouterr().out
     assert main(["report", saved, "--html", str(page), "--tokenizer", models[1]]) == 0
     assert "<!doctype html>" in page.read_text(encoding="utf-8")
+    assert main(["report", saved, "--tokenizer", models[1]]) == 2
+    assert "--tokenizer has no effect without --html" in capsys.readouterr().err
 
 
 def test_what_is_no_report_is_refused(capsys, tmp_path):

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from csdraft.data.feature_cache import FeatureArguments
 from csdraft.data.generate import GenerateArguments
 from csdraft.data.target_cache import CacheArguments
-from csdraft.trainers.arguments import make_arguments
+from csdraft.trainers.arguments import make_arguments, read_values
 from csdraft.trainers.command import help_of, keys_of, markdown, one_line_errors, recipe_parser
 from csdraft.trainers.distill_arguments import DistillArguments
 from csdraft.trainers.students._kind import students
@@ -78,6 +78,26 @@ def test_none_is_what_the_help_says_it_is():
         make_arguments(GenerateArguments, {"output_dir": "nowhere", "dataset_limit": -1})
     with pytest.raises(ValueError, match="dataset_limit='few' must be a number"):
         make_arguments(DistillArguments, given | {"dataset_limit": "few"})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"losses: {a: b: c}", "recipe.yaml is not YAML: while parsing a flow mapping"),
+        (b"- max_steps", "recipe.yaml holds other things than keys with values, such as max_steps: 100"),
+        (b"5: 6", "recipe.yaml holds other things than keys"),
+        (b"target: caf\xe9", "recipe.yaml' cannot be read as UTF-8 text"),
+        (None, "recipe.yaml' cannot be read .* No such file"),
+    ],
+)
+def test_a_recipe_that_cannot_be_read_is_named(text, words, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    if text is not None:
+        recipe.write_bytes(text)
+    with pytest.raises(ValueError, match=words):
+        read_values(str(recipe), [])
+    with pytest.raises(ValueError, match=r"losses=\{a: b: c\} is not YAML"):
+        read_values(None, ["losses={a: b: c}"])
 
 
 def test_a_script_says_in_one_line_what_the_user_can_put_right(tmp_path, capsys):
