@@ -218,36 +218,39 @@ _SIGNATURE = inspect.signature(_stock_generate)
 def generate(self: Any, *args: Any, assistant: Any = None, **kwargs: Any) -> Any:
     if assistant is None and all(kwargs.get(name) is None for name in OPTIONS):
         return _stock_generate(self, *args, **kwargs)
+    signature = inspect.signature(_stock_generate)
+    signature.bind_partial(self, *args, **kwargs)  # raises TypeError for an argument that is given twice
+    names = list(signature.parameters)[1:-1]
+    kwargs |= zip(names, args, strict=False)
     if kwargs.get("custom_generate") is decode:  # the unpatched spelling on a patched model
         del kwargs["custom_generate"]
     if others := [name for name in OTHER_DRAFTERS if kwargs.get(name) is not None]:
         raise ValueError(f"assistant= and {' and '.join(others)}= are two ways to draft; drop one of them")
-    bound = _SIGNATURE.bind_partial(self, *args, **kwargs).arguments
     options = {key: kwargs.pop(key) for key in OPTIONS if key in kwargs}
-    if bound.get("custom_generate") is not None:  # a saved cascade's own shim, which calls back with `assistant`
-        return _stock_generate(self, *args, assistant=assistant, **options, **kwargs)
-    extra, config = bound.get("kwargs", {}), bound.get("generation_config")
+    if kwargs.get("custom_generate") is not None:  # a saved cascade's own shim, which calls back with `assistant`
+        return _stock_generate(self, assistant=assistant, **options, **kwargs)
+    extra, config = {key: kwargs[key] for key in kwargs if key not in names}, kwargs.get("generation_config")
     check_early(extra, config, self.generation_config)
     strings = effective("stop_strings", extra, config, self.generation_config)
     tokenizer = extra.get("tokenizer")
     if strings and tokenizer is not None:  # transformers drops the tokenizer for callables
-        criteria = StoppingCriteriaList(bound.get("stopping_criteria") or [])
+        criteria = StoppingCriteriaList(kwargs.get("stopping_criteria") or [])
         criteria.append(StopStringCriteria(tokenizer, strings))
         kwargs["stopping_criteria"] = criteria
         kwargs["stop_strings"] = None  # also those of the model's own generation_config
     encoder_ids = kwargs.pop("encoder_input_ids", None)
     if self.config.is_encoder_decoder and encoder_ids is None:
-        encoder_ids = extra.get("input_ids") if bound.get("inputs") is None else bound["inputs"]
+        encoder_ids = extra.get("input_ids") if kwargs.get("inputs") is None else kwargs["inputs"]
     bound_decode = functools.partial(
         decode,
         assistant=assistant,
-        streamer=bound.get("streamer"),
-        synced_gpus=bool(bound.get("synced_gpus")),
+        streamer=kwargs.get("streamer"),
+        synced_gpus=bool(kwargs.get("synced_gpus")),
         encoder_input_ids=encoder_ids,
         given=tuple(extra),
         **options,
     )
-    return _stock_generate(self, *args, custom_generate=bound_decode, **kwargs)
+    return _stock_generate(self, **{**kwargs, "custom_generate": bound_decode})
 
 
 _enabled: WeakSet[nn.Module] = WeakSet()

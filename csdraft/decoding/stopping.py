@@ -93,4 +93,4 @@ class Stopping:
 
     def ended(self, ids: Tensor, scores: tuple[Tensor, ...] | None) -> Tensor:
         """(rows,) bool on the host: which rows of (rows, length) `ids` have ended, as in plain `generate`."""
-        return self.criteria(ids, scores).cpu()  # type: ignore[arg-type]
+        return self.criteria(ids, scores).bool().cpu()  # type: ignore[arg-type]

@@ -129,6 +129,21 @@ def test_stop_strings_end_the_text_where_they_do_in_plain_generate(where: str) -
     assert ours.shape[1] == 20 + text.index(text[7:10]) + 3
 
 
+def test_arguments_by_position(model) -> None:
+    ids, tokenizer = tiny.prompt()["input_ids"], tiny.tokenizer()
+    strings = {"stop_strings": [tokenizer.decode(model.generate(ids, **GREEDY)[0, 30:32])], "tokenizer": tokenizer}
+    for length, stops in ((25, {}), (25, strings), (60, strings)):
+        given = ids, GenerationConfig(pad_token_id=PAD, **GREEDY), None, [MaxLengthCriteria(length)]
+        wanted = model.generate(*given, **stops)
+        assert wanted.shape[1] == min(length, 32)
+        assert model.generate(*given, **stops, assistant=tiny.drafter_of("llama"), **FIXED).tolist() == wanted.tolist()
+    nothing = [None] * 5
+    with pytest.raises(ValueError, match="assistant= and assistant_model= are two ways"):
+        model.generate(ids, *nothing, tiny.drafter_of("llama"), assistant="auto")
+    with pytest.raises(TypeError, match="multiple values"):
+        model.generate(ids, inputs=ids, assistant="auto")
+
+
 def test_stop_strings_without_a_tokenizer_is_transformers_own_error(model) -> None:
     with pytest.raises(ValueError, match="could not locate a tokenizer"):
         model.generate(**tiny.prompt(), stop_strings=["x"], assistant=tiny.drafter_of("llama"))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -129,6 +131,18 @@ def test_code_that_treats_rows_differently(code: type, ends: int | None) -> None
             torch.testing.assert_close(scores, wanted.scores[step], atol=1e-4, rtol=1e-4)
         if name in ("chain", "tree") and len(wanted.scores) > 5:
             assert ours.report.target_calls < len(wanted.scores), name
+
+
+@pytest.mark.parametrize("answer", [bool, int, np.array, lambda ends: torch.tensor(ends).long()])
+def test_criteria_may_answer_in_other_types(answer: Callable[[bool], object]) -> None:
+    """Plain generate combines what a criterion answers with its own tensor, which may widen its type."""
+    model, inputs = tiny.tiny("llama"), tiny.inputs_of("llama", 2)
+    criteria = [lambda ids, scores, **_: answer(ids.shape[1] >= 27)]
+    options = {**inputs, "max_new_tokens": 12, "do_sample": False, "stopping_criteria": criteria}
+    wanted = model.generate(**options)
+    assert wanted.shape[1] == 27
+    ours = model.generate(**options, assistant=tiny.drafter_of("llama"), schedule="fixed", strict=True)
+    assert ours.tolist() == wanted.tolist()
 
 
 def test_rows_that_a_criterion_has_ended_write_on_without_an_end_token() -> None:
