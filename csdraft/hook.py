@@ -233,9 +233,11 @@ def generate(self: Any, *args: Any, assistant: Any = None, **kwargs: Any) -> Any
     check_early(extra, config, self.generation_config)
     strings = effective("stop_strings", extra, config, self.generation_config)
     tokenizer = extra.get("tokenizer")
-    if strings and tokenizer is not None:  # transformers drops the tokenizer for callables
+    if strings is not None and tokenizer is not None:  # transformers drops the tokenizer for callables
         criteria = StoppingCriteriaList(kwargs.get("stopping_criteria") or [])
-        criteria.append(StopStringCriteria(tokenizer, strings))
+        made = StopStringCriteria(tokenizer, strings)
+        if not any(type(criterion) is StopStringCriteria for criterion in criteria):  # the user's own one wins
+            criteria.append(made)
         kwargs["stopping_criteria"] = criteria
         kwargs["stop_strings"] = None  # also those of the model's own generation_config
     encoder_ids = kwargs.pop("encoder_input_ids", None)

@@ -18,6 +18,7 @@ from transformers import (
     MaxLengthCriteria,
     StaticCache,
     StoppingCriteria,
+    StopStringCriteria,
     TextIteratorStreamer,
     pipeline,
 )
@@ -127,6 +128,27 @@ def test_stop_strings_end_the_text_where_they_do_in_plain_generate(where: str) -
         ours = model.generate(**inputs, **GREEDY, **options, assistant=tiny.drafter_of("llama"), **FIXED)
     assert ours.tolist() == wanted.tolist()
     assert ours.shape[1] == 20 + text.index(text[7:10]) + 3
+
+
+def test_a_stop_string_criterion_of_ones_own_replaces_stop_strings(model) -> None:
+    inputs, tokenizer = tiny.prompt(), tiny.tokenizer()
+    text = tokenizer.decode(model.generate(**inputs, **GREEDY)[0, 20:])
+    for own, other in ((text[3:5], text[9:11]), (text[9:11], text[3:5])):
+        criteria = {"stopping_criteria": [StopStringCriteria(tokenizer, [own])]}
+        options = {**inputs, **GREEDY, **criteria, "stop_strings": [other], "tokenizer": tokenizer}
+        wanted = model.generate(**options)
+        assert wanted.shape[1] == 20 + text.index(own) + 2
+        assert model.generate(**options, assistant=tiny.drafter_of("llama"), **FIXED).tolist() == wanted.tolist()
+
+
+@pytest.mark.drafts_nothing
+def test_stop_strings_that_are_empty_do_what_they_do_in_plain_generate(model) -> None:
+    options = {**tiny.prompt(), **GREEDY, "tokenizer": tiny.tokenizer()}
+    assert model.generate(**options, stop_strings="").shape[1] == 21
+    assert model.generate(**options, stop_strings="", assistant="auto").shape[1] == 21
+    for assistant in (None, "auto"):
+        with pytest.raises(ValueError, match="Stop string preprocessing"):
+            model.generate(**options, stop_strings=[], assistant=assistant)
 
 
 def test_arguments_by_position(model) -> None:
