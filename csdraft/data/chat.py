@@ -213,7 +213,11 @@ class _Template:
         for turn, message in enumerate(messages):
             counts = turn > 0 and says_something(message)
             if message["role"] == "assistant" and (not marked or not counts):
-                before, start = end, _shared(ids, self.ids(messages[:turn], add_generation_prompt=True))
+                asked = self.ids(messages[:turn], add_generation_prompt=True)
+                before, start = end, _shared(ids, asked)
+                # The template may write the question otherwise once it is answered; only its header may differ.
+                if start < len(asked) and start < _shared(asked, self.ids(messages[:turn])) - 1:
+                    counts = False
                 end = _shared(ids, self.ids(messages[: turn + 1]))
                 # A turn that begins within the assistant's last one follows another text here than in decoding.
                 scored[start:end] = [int(counts and start > before)] * max(end - start, 0)

@@ -17,7 +17,7 @@ from csdraft.data.json_lines import read_objects
 from csdraft.data.text import LIBRARIES, TEXT_SUFFIXES, read_corpus
 from csdraft.data.text import split as parted
 
-__all__ = ["GIVEN", "TOOLS", "Kind", "Source", "open_source"]
+__all__ = ["GIVEN", "MASKS", "SHOWN", "TOOLS", "Kind", "Source", "open_source"]
 
 Kind = Literal["tokens", "chat", "prompt", "text"]
 
@@ -27,11 +27,13 @@ NAMES: dict[Kind, tuple[str, ...]] = {
     "prompt": ("prompt", "question", "query"),
     "text": ("text", "content", "code"),
 }
-RESPONSES = ("response", "completion", "answer", "output")
+RESPONSES = ("response", "completion", "answer", "output", "chosen")
 TOOLS = "tools"
 """The column with the tools that a row's conversation may call."""
 GIVEN = ("prompt_length", "scored", "index")
 """Columns that may accompany tokens."""
+SHOWN, MASKS = "attention_mask", ("labels", "completion_mask", "assistant_masks")
+"""Those of other tools: 0 where a token is padding; and -100, or 0 in a mask, where it is not scored."""
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 SAVED = ("dataset_info.json", "dataset_dict.json")
 """Files that `save_to_disk` writes into a folder."""
@@ -115,7 +117,7 @@ def _described(source: str, examples: Any) -> Source:
     kind, column = next(filled, known[0])  # if all are empty, reading the rows reports it
     turns = kind == "chat" or (kind == "prompt" and _is_turns(_first(examples, column, _is_usual)))
     response = _response(examples, columns, turns) if kind == "prompt" else None
-    others = {"tokens": GIVEN, "text": ()}.get(kind, (TOOLS,))
+    others = {"tokens": (*GIVEN, SHOWN, *MASKS), "text": ()}.get(kind, (TOOLS,))
     read = (column, *([response] if response else []), *(name for name in others if name in columns))
     features = None
     if not isinstance(examples, list):  # other columns, such as images, are never decoded

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import compress
 from typing import Any, NamedTuple, TypeGuard
 
 from csdraft.data.chat import ChatFormat, scored_chat
 from csdraft.data.messages import as_messages, as_tools, is_broken, kind_of
-from csdraft.data.opening import GIVEN, TOOLS, Source
+from csdraft.data.opening import GIVEN, MASKS, SHOWN, TOOLS, Source
 from csdraft.data.tally import Tally, Unusable, attempt
 
 __all__ = [
@@ -62,12 +63,29 @@ def _whole(number: Any) -> Any:
     return int(number) if type(number) is float and number.is_integer() else number
 
 
+def _without_padding(example: Mapping[str, Any]) -> Mapping[str, Any]:
+    shown = example.get(SHOWN)
+    if not isinstance(shown, list) or all(shown):
+        return example
+    return {name: [*compress(value, shown)] if isinstance(value, list) else value for name, value in example.items()}
+
+
+def _scored_by(example: Mapping[str, Any]) -> dict[str, Any]:
+    """What the masks of other tools say about a row of tokens; the first of them counts."""
+    name = next((name for name in MASKS if isinstance(example.get(name), list)), None)
+    if name is None:
+        return {}
+    scored = [int(mask != (-100 if name == "labels" else 0)) for mask in example[name]]
+    return {"scored": scored, "prompt_length": scored.index(1) if 1 in scored else 0}
+
+
 def tokens_of(example: Mapping[str, Any], number: int, source: Source, tokenizer: Any) -> Encoded:
     """An example that holds token ids.
 
     Raises:
         ValueError: the ids come from another tokenizer.
     """
+    example = _without_padding(example)
     ids = example.get(source.column)
     if ids is None:
         raise Unusable("no tokens")
@@ -82,7 +100,8 @@ def tokens_of(example: Mapping[str, Any], number: int, source: Source, tokenizer
             f"row {number} of {source.name!r} has token {foreign} in {source.column!r}, and the tokenizer's ids end "
             f"before {end}; the data was made with another tokenizer: make it again with this one"
         )
-    given = {name: _whole(value) for name in GIVEN if (value := example.get(name)) is not None}
+    given = _scored_by(example)
+    given |= {name: _whole(value) for name in GIVEN if (value := example.get(name)) is not None}
     for name in given.keys() & {"prompt_length", "index"}:
         if type(given[name]) is not int or not 0 <= given[name] < 1 << 63:
             raise Unusable(f"{kind_of(given[name])} as {name}", f"{given[name]}: it counts from 0")
@@ -137,9 +156,9 @@ class RowReader:
     @property
     def columns(self) -> list[str]:
         """The rows' columns, without `OUTCOME`."""
-        scored = ("scored",) if self.source.turns else ()
-        given = [name for name in ("scored", "index") if name in self.source.columns]
-        return ["input_ids", "prompt_length", *scored, *given]
+        scored = self.source.turns or {"scored", *MASKS} & {*self.source.columns}
+        index = "index" in self.source.columns
+        return ["input_ids", "prompt_length", *(["scored"] if scored else []), *(["index"] if index else [])]
 
     def __call__(self, batch: Mapping[str, list], numbers: Sequence[int]) -> dict[str, list]:
         columns = [batch[name] for name in self.source.columns]
@@ -196,11 +215,19 @@ class RowReader:
             return [Encoded(_with_eos(with_bos(ids, self.tokenizer), self.tokenizer)) for ids in texts]
         prompts, responses = map(list, zip(*values, strict=True))
         starts = self.tokenizer(prompts)["input_ids"]
-        ends = self.tokenizer(responses, add_special_tokens=False)["input_ids"]
+        ends = self._continued(responses)
         return [
             Encoded([*start, *_with_eos(end, self.tokenizer)], len(start))
             for start, end in zip(starts, ends, strict=True)
         ]
+
+    def _continued(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts that follow others; alone, sentencepiece would put a space before each."""
+        alone = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        lines = ["\n", *("\n" + text for text in texts)]
+        before, *after = self.tokenizer(lines, add_special_tokens=False)["input_ids"]
+        size = len(before)
+        return [longer[size:] if longer[:size] == before else own for longer, own in zip(after, alone, strict=True)]
 
     def _pieces(self, found: Encoded, number: int) -> Iterator[dict[str, Any]]:
         """One example's rows: texts are split into pieces, all else is cut. A row needs a token to train on."""

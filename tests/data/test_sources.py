@@ -6,9 +6,13 @@ import lzma
 
 import datasets
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Metaspace, Sequence, Split
+from transformers import PreTrainedTokenizerFast
 
 from csdraft.data.sources import read_prompts, read_rows, revision_of
-from tests.data.words import FORGETFUL, MARKED, PLAIN, WORDS, make_tokenizer, sentence, write_lines
+from tests.data.words import CLOSED, FORGETFUL, LATE, MARKED, PLAIN, WORDS, make_tokenizer, sentence, write_lines
 from tests.tiny import BOS, EOS
 
 TEXTS = [sentence(words, seed) for seed, words in enumerate([5, 40, 1, 12])]
@@ -111,7 +115,7 @@ def test_texts_open_and_close_once(tmp_path):
         assert (row["input_ids"][-1], row["input_ids"].count(EOS)) == (EOS, 1)
 
 
-@pytest.mark.parametrize("response", ["response", "completion", "answer"])
+@pytest.mark.parametrize("response", ["response", "completion", "answer", "chosen"])
 def test_responses_are_scored_and_prompts_are_not(response, tmp_path, tokenizer):
     rows = [{"prompt": pair["prompt"], response: pair["response"]} for pair in PAIRS]
     for row, pair in zip(read_rows(stored("jsonl", tmp_path, rows), tokenizer, 64), PAIRS, strict=True):
@@ -155,6 +159,15 @@ def test_what_follows_a_turn_that_was_written_anew_is_not_scored(tmp_path):
     assert words(row["input_ids"], row["scored"]) == "w8 w9 w4 </s> w10 </s> w6 w7 </s>"
 
 
+def test_a_question_that_is_written_otherwise_once_it_is_answered_is_not_scored(tmp_path):
+    """Nor its answer, which would follow another text in decoding."""
+    source = write_lines(tmp_path / "talk.jsonl", [{"messages": TALK}, {"messages": TALK[1:3]}])
+    (row,) = read_rows(source, make_tokenizer(LATE), 64)
+    assert words(row["input_ids"], row["scored"]) == "w8 w9 w4 </s>"
+    first, _ = read_rows(source, make_tokenizer(CLOSED), 64)
+    assert words(first["input_ids"], first["scored"]) == "w8 w9 w4 </s> w6 w7 </s> <pad>"
+
+
 def test_other_spellings_of_conversations(tmp_path):
     names = {"system": "system", "user": "human", "assistant": "gpt"}
     turns = [{"from": names[turn["role"]], "value": turn["content"]} for turn in TALK]
@@ -180,6 +193,45 @@ def test_rows_that_are_tokens_stay_what_they_are(tmp_path, tokenizer):
     assert read_prompts(source, tokenizer) == [[5, 6]]
     with pytest.raises(ValueError, match="made with another tokenizer"):
         read_rows(write_lines(tmp_path / "foreign.jsonl", [{"input_ids": [5, 970]}]), tokenizer, 64)
+
+
+MASKED = {
+    "labels": {"labels": [-100, -100, 7, 0, 9]},
+    "completion mask": {"completion_mask": [0, 0, 1, 1, 1]},
+    "assistant's mask": {"assistant_masks": [0, 0, 1, 1, 1]},
+    "own scores": {"scored": [0, 0, 1, 1, 1], "prompt_length": 2, "labels": [-100] * 5},
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("kind", ["jsonl", "saved"])
+def test_masks_of_other_tools_are_read(name, kind, tmp_path, tokenizer):
+    """Padding, here on both sides, is no text."""
+    ids = {"input_ids": [5, 6, 7, 0, 9], **MASKED[name]}
+    padded = {"input_ids": [0, 0, 5, 6, 0], "attention_mask": [0, 0, 1, 1, 0]}
+    longer = {key: [value[0], *value, value[-1]] for key, value in ids.items() if isinstance(value, list)}
+    both = [ids | {"attention_mask": [1] * 5}, ids | longer | {"attention_mask": [0, 1, 1, 1, 1, 1, 0]}]
+    for row in read_rows(stored(kind, tmp_path, both), tokenizer, 8):
+        assert row == {
+            "input_ids": ids["input_ids"],
+            "prompt_length": 2,
+            "scored": [0, 0, 1, 1, 1],
+            "index": row["index"],
+        }
+    source = write_lines(tmp_path / "more.jsonl", [ids, padded, {"input_ids": [5, 6], "labels": [1]}])
+    assert ids_of(read_rows(source, tokenizer, 8)) == [ids["input_ids"], [5, 6]]
+    assert read_prompts(source, tokenizer)[0] == [5, 6]
+
+
+def test_a_response_has_no_space_of_its_own(tmp_path):
+    """Sentencepiece puts one before a text that begins; a response follows its prompt."""
+    pieces = {"\u2581w1": 3, "w1": 4, "\u2581": 5, "\n": 6, "\u2581w2": 7, "</s>": 1}
+    model = Tokenizer(WordLevel(pieces, unk_token="</s>"))
+    model.pre_tokenizer = Sequence([Metaspace(prepend_scheme="first"), Split("\n", "isolated")])
+    follows = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="</s>")
+    pairs = [{"prompt": "w1\n", "response": "w1 w2"}, {"prompt": "w1", "response": " w1"}]
+    rows = read_rows(write_lines(tmp_path / "pairs.jsonl", pairs), follows, 8)
+    assert ids_of(rows) == [[3, 6, 4, 7, 1], [3, 3, 1]]
 
 
 def test_prompts_are_cut_only_from_texts(tmp_path, tokenizer):

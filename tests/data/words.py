@@ -44,6 +44,15 @@ NEEDS_CONTENT = CALLING.replace("{% if message.content is string %}", "").replac
 """Fails on a message without content."""
 PARTED = PLAIN.replace("{{ message['content'] }}", "{% for part in message['content'] %}{{ part.text }} {% endfor %}")
 """Takes content in parts alone."""
+LATE = PLAIN.replace(
+    TURN,
+    "{% if message['role'] != 'system' %}<{{ message['role'] }}> {% if loop.last and message['role'] == 'user' and "
+    "messages[0]['role'] == 'system' %}{{ messages[0]['content'] }} {% endif %}"
+    "{{ message['content'] }} </s> {% endif %}",
+)
+"""Writes the system's words into the last turn, as Mistral's: a question is written otherwise once it is answered."""
+CLOSED = PLAIN.replace("{% endif %}", "{% else %}<pad> {% endif %}")
+"""Ends whatever is not to be continued, as Phi-3's."""
 STRICT = PLAIN.replace(
     TURN,
     "{% if message['role'] not in ['user', 'assistant'] %}{{ raise_exception('no such role') }}{% endif %}" + TURN,
