@@ -213,6 +213,10 @@ def _dataset(source: str, split: str) -> Any:
     path = Path(source)
     if not path.exists() and path.suffix in BUILDERS:
         raise ValueError(f"there is no file {source!r}; give an existing file or folder, or a Hub id")
+    if (path / "parts").is_dir() and (path / "arguments.json").is_file() and not _is_saved(path):
+        raise ValueError(
+            f"{source!r} is not finished: repeat the command that writes it, or give {source}/parts, which it has"
+        )
     try:
         return _loaded(source, split, datasets)
     except (*DAMAGED, ValueError, datasets.exceptions.DatasetsError) as error:

@@ -149,6 +149,14 @@ def test_a_text_ends_before_a_token_that_the_tokenizer_lacks(folder, written):
     assert read_rows(str(folder / "of-padded"), tokenizer, 64).num_rows > 10
 
 
+def test_what_is_not_finished_is_not_read(folder):
+    """Its files are of several kinds. Those of rows may be read."""
+    assert generate(arguments(folder, "half", rank=0, world_size=2), MaxGram()) is None
+    with pytest.raises(ValueError, match=r"half' is not finished: repeat the command .* or give .*half/parts"):
+        read_rows(str(folder / "half"), make_tokenizer(), 64)
+    assert 0 < len(read_rows(str(folder / "half/parts"), make_tokenizer(), 64)) < 40
+
+
 def test_an_encoder_decoder_continues_its_source(folder):
     make_target(folder / "t5", "t5")
     rows = generate(arguments(folder, "seq2seq", target=str(folder / "t5"), count=6, sampled=0.0), MaxGram())
