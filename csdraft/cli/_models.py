@@ -17,6 +17,7 @@ from csdraft import spec
 from csdraft.cascade import CascadeDrafter, drafter_model
 from csdraft.data.chat import ChatFormat, chat_prompt, check_template
 from csdraft.data.messages import is_broken
+from csdraft.data.packing import pad_of
 from csdraft.data.sources import read_prompts
 from csdraft.decoding.interfaces import Drafter
 from csdraft.decoding.names import name_of
@@ -58,8 +59,7 @@ def open_models(args: argparse.Namespace) -> Opened:
     target = target.to(args.device)
     tokenizer = open_tokenizer(args.tokenizer or args.target)
     if target.generation_config.pad_token_id is None:
-        own = tokenizer.pad_token_id
-        target.generation_config.pad_token_id = tokenizer.eos_token_id if own is None else own
+        target.generation_config.pad_token_id = pad_of(tokenizer, target.config)
     options = _given(args, "verifier", "schedule")
     return Opened(target, tokenizer, bound(_assistant(args, target, cascade_options), target), options)
 

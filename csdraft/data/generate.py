@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from csdraft.data.engine import Engine, checked_url, each, up_to_end
+from csdraft.data.packing import pad_of
 from csdraft.data.reader import ids_end
 from csdraft.data.shards import Place, Shard, batches, check_unchanged, finished, store, stored, write_whole
 from csdraft.data.sources import open_source, prompts_of, texts_of
@@ -217,7 +218,7 @@ def rows_of_target(
     Batches are written whole, even if some of their rows are known: that keeps the others' text the same.
     """
     encoder = target.config.is_encoder_decoder
-    pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+    pad = pad_of(tokenizer, target.config)
     end = target.generation_config.eos_token_id
     ends = end if isinstance(end, list) else [end]
     for rows in plan:

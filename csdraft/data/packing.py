@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from csdraft.data.row_arrays import RowArrays, lengths_of, prompt_lengths_of
 
-__all__ = ["IGNORED", "Texts", "best_fit", "check_packing", "collate", "collate_seq2seq"]
+__all__ = ["IGNORED", "Texts", "best_fit", "check_packing", "collate", "collate_seq2seq", "pad_of"]
 
 IGNORED = -100
 """The label of a token that does not count for the loss."""
@@ -188,6 +188,16 @@ def collate_seq2seq(examples: Sequence[Mapping[str, Tensor]], pad: int = 0) -> d
         "decoder_input_ids": pad_sequence(columns["decoder_input_ids"], batch_first=True, padding_value=pad),
         "labels": pad_sequence(columns["labels"], batch_first=True, padding_value=IGNORED),
     }
+
+
+def pad_of(tokenizer: Any, config: Any) -> int:
+    """The padding token, or else the end token, if the model with this config has it; 0 otherwise.
+
+    A tokenizer may have been given a padding token that its model's vocabulary lacks.
+    """
+    tokens = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
+    vocab = config.get_text_config(decoder=True).vocab_size
+    return next((token for token in tokens if token is not None and token < vocab), 0)
 
 
 @torch.no_grad()

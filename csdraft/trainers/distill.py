@@ -18,14 +18,14 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from csdraft.data.feature_cache import FeatureCache
-from csdraft.data.packing import IGNORED, Texts, check_packing
+from csdraft.data.packing import IGNORED, Texts, check_packing, pad_of
 from csdraft.decoding.feature_session import FeatureModel
 from csdraft.models import base_model
 from csdraft.trainers.base import BaseTrainer
 from csdraft.trainers.distill_arguments import DistillArguments
 from csdraft.trainers.distillation import Distillation
 from csdraft.trainers.engines import copy_whole, is_sharded, keeps_parts, placed_here
-from csdraft.trainers.evaluation import Evaluation, pad_of
+from csdraft.trainers.evaluation import Evaluation
 from csdraft.trainers.on_policy import rewritten
 from csdraft.trainers.publish import describe
 from csdraft.trainers.split import evaluating
@@ -69,7 +69,8 @@ class DrafterTrainer(BaseTrainer):
         _check_given(train_dataset, options)
         texts = train_dataset if isinstance(train_dataset, Texts) else None
         data_collator = data_collator or (texts and texts.collator)
-        self.evaluation = evaluation or evaluation_of(args, eval_dataset, processing_class)
+        self._pad = pad_of(processing_class, target.config)
+        self.evaluation = evaluation or evaluation_of(args, eval_dataset, self._pad)
         eval_dataset = self.evaluation and self.evaluation.prompts
         args._setup_devices  # noqa: B018 - counts the GPUs
         args._n_gpu = min(args._n_gpu, 1)  # DataParallel's replicas would be on other devices than the target
@@ -161,9 +162,11 @@ class DrafterTrainer(BaseTrainer):
     def _rewritten(self, batch: dict[str, Tensor], student: nn.Module) -> dict[str, Tensor]:
         args: Any = self.args
         config: Any = self.target.config
-        keys, pad = (args.seed, self.state.global_step), pad_of(self.processing_class)
+        keys = args.seed, self.state.global_step
         vocab = config.get_text_config(decoder=True).vocab_size
-        return rewritten(batch, student, args.on_policy, keys, args.on_policy_prompt, args.temperature, pad, vocab)
+        return rewritten(
+            batch, student, args.on_policy, keys, args.on_policy_prompt, args.temperature, self._pad, vocab
+        )
 
     @contextmanager
     def decoding(self) -> Iterator[nn.Module]:
@@ -189,7 +192,7 @@ class DrafterTrainer(BaseTrainer):
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Acceptance and block efficiency on the held-out prompts, or on others; see `Evaluation.grade`."""
-        evaluation = evaluation_of(self.args, eval_dataset, self.processing_class) or self.evaluation  # type: ignore[arg-type]
+        evaluation = evaluation_of(self.args, eval_dataset, self._pad) or self.evaluation  # type: ignore[arg-type]
         if evaluation is None:
             raise ValueError("there are no prompts to evaluate on: give eval_prompts=FILE (or evaluation=)")
         # All processes must run a sharded target together, so each evaluates all prompts: the ratios stay the same.
@@ -241,10 +244,8 @@ def _check_given(texts: Any, options: Mapping[str, Any]) -> None:
         raise ValueError(f"train_dataset={type(texts).__name__}: give Texts, as csdraft.trainers.run.prepare does")
 
 
-def evaluation_of(
-    args: DistillArguments, prompts: Sequence[Sequence[int]] | None, tokenizer: Any
-) -> Evaluation | None:
-    """The evaluation on these prompts; None without prompts."""
+def evaluation_of(args: DistillArguments, prompts: Sequence[Sequence[int]] | None, pad: int) -> Evaluation | None:
+    """The evaluation on these prompts, padded with this token; None without prompts."""
     if prompts is None:
         return None
     if not prompts or any(isinstance(each, str | Mapping) or not len(each) for each in prompts):
@@ -253,7 +254,7 @@ def evaluation_of(
             "csdraft.data.sources.read_prompts gives; evaluate() takes further sets"
         )
     options = args.eval_depth, args.eval_new_tokens, args.temperature, args.eval_batch_size
-    return Evaluation(prompts, pad_of(tokenizer), *options)
+    return Evaluation(prompts, pad, *options)
 
 
 def scored(batch: dict[str, Tensor]) -> Tensor:

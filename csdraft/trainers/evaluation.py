@@ -19,7 +19,7 @@ from csdraft.models import base_model
 from csdraft.reports.report import Report
 from csdraft.schedules.fixed import Fixed
 
-__all__ = ["FRESH", "Evaluation", "check_figure", "ends_of", "left_padded", "pad_of", "seed_of", "up_to_end"]
+__all__ = ["FRESH", "Evaluation", "check_figure", "ends_of", "left_padded", "seed_of", "up_to_end"]
 
 FRESH: dict[str, Any] = {"reuse": False, "graphs": False}
 """Options of `generate` for models in training: nothing about them is kept between calls."""
@@ -189,12 +189,6 @@ def check_figure(name: str, depth: int, new_tokens: int) -> None:
             f"metric_for_best_model={name!r} is not a figure of the evaluation; give one of {', '.join(known)}, "
             f"{counted[0]} to {counted[depth - 1]}, or {', '.join(counted[depth:])}"
         )
-
-
-def pad_of(tokenizer: Any) -> int:
-    """The padding token; the end token if the tokenizer has none, and 0 if it has neither or is None."""
-    tokens = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
-    return next((token for token in tokens if token is not None), 0)
 
 
 def left_padded(texts: Sequence[Sequence[int]], pad: int, device: Any) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from csdraft.data.chat import chat_of
 from csdraft.data.feature_cache import FeatureCache
-from csdraft.data.packing import IGNORED, Texts
+from csdraft.data.packing import IGNORED, Texts, pad_of
 from csdraft.data.sources import read_prompts, read_rows
 from csdraft.data.target import check_writable, load_weights, read_target, target_name
 from csdraft.data.target_cache import TargetCache
@@ -20,7 +20,7 @@ from csdraft.hub import fingerprint
 from csdraft.trainers.distill import DrafterTrainer, evaluation_of
 from csdraft.trainers.distill_arguments import DistillArguments
 from csdraft.trainers.engines import chosen_engine, load_sharded, placed_here, uses, whole_models
-from csdraft.trainers.evaluation import Evaluation, pad_of
+from csdraft.trainers.evaluation import Evaluation
 from csdraft.trainers.muon import MuonAdamW
 from csdraft.trainers.progress import Line
 from csdraft.trainers.publish import identity
@@ -199,7 +199,7 @@ def make_evaluation(
     context = context_length(config)
     longest = context - args.eval_new_tokens - args.eval_depth
     prompts = read_prompts(args.eval_prompts, tokenizer, args.eval_limit, longest, args.eval_split, chat_of(args))
-    return evaluation_of(args, prompts, tokenizer)
+    return evaluation_of(args, prompts, pad_of(tokenizer, config))
 
 
 def make_batches(
@@ -212,7 +212,7 @@ def make_batches(
     if args.target_cache:  # the target's hidden states for a head, its logits for a model
         cache = (FeatureCache if args.kind.reads_features else TargetCache)(args.target_cache)
         cache.check_target(target_name(args))
-    texts = Texts(rows, args.max_length, pad_of(tokenizer), args.packing, start, cache)
+    texts = Texts(rows, args.max_length, pad_of(tokenizer, config), args.packing, start, cache)
     return {"train_dataset": texts, "data_collator": texts.collator}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,19 @@ def test_a_tokenizer_with_neither_padding_nor_end_token(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder / "target")
     tokenizer.pad_token = tokenizer.eos_token = None
     trainer = made(folder, "endless", {"eval_new_tokens": 4}, eval_dataset=PROMPTS, processing_class=tokenizer)
+    assert trainer.evaluate()["eval_prompts"] == 2
+
+
+def test_a_padding_token_may_be_beyond_the_models_vocabulary(folder, tmp_path):
+    """As where one was added to the tokenizer and the model stayed as it was."""
+    for name in ("target", "student"):
+        shutil.copytree(folder / name, tmp_path / name)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        tokenizer.save_pretrained(tmp_path / name)
+    places = {name: str(tmp_path / name) for name in ("target", "student")}
+    trainer = made(folder, "unpadded", places | {"on_policy": 0.5, "eval_new_tokens": 4}, eval_dataset=PROMPTS)
+    assert all(map(math.isfinite, losses(trainer)))
     assert trainer.evaluate()["eval_prompts"] == 2
 
 
