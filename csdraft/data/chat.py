@@ -213,12 +213,16 @@ class _Template:
         for turn, message in enumerate(messages):
             counts = turn > 0 and says_something(message)
             if message["role"] == "assistant" and (not marked or not counts):
-                asked = self.ids(messages[:turn], add_generation_prompt=True)
-                before, start = end, _shared(ids, asked)
+                try:
+                    asked, told = self.ids(messages[:turn], add_generation_prompt=True), self.ids(messages[: turn + 1])
+                except Unusable:
+                    if marked:
+                        raise
+                    continue  # some templates write nothing before a user's turn
+                before, start, end = end, _shared(ids, asked), _shared(ids, told)
                 # The template may write the question otherwise once it is answered; only its header may differ.
                 if start < len(asked) and start < _shared(asked, self.ids(messages[:turn])) - 1:
                     counts = False
-                end = _shared(ids, self.ids(messages[: turn + 1]))
                 # A turn that begins within the assistant's last one follows another text here than in decoding.
                 scored[start:end] = [int(counts and start > before)] * max(end - start, 0)
         return ids, scored

@@ -204,7 +204,8 @@ class RowReader:
             return turns
         if answer is None or isinstance(answer, str):
             answer = [{"role": "assistant", "content": _response_of(answer)}]
-        return [*turns, *as_messages(answer)]
+        answer = as_messages(answer)
+        return answer if answer[: len(turns)] == turns else [*turns, *answer]
 
     def _encoded(self, values: Sequence[Any]) -> Sequence[Encoded]:
         """The tokens of what `_checked` returned; all texts go to the tokenizer together, which is faster."""

@@ -47,12 +47,8 @@ class RunArguments(TrainingArguments):
             raise ValueError(
                 f"num_train_epochs={self.num_train_epochs} leaves nothing to train: give more than 0, or max_steps"
             )
-        for name in (
-            "per_device_train_batch_size",
-            "per_device_eval_batch_size",
-            "gradient_accumulation_steps",
-            "threads",
-        ):
+        counts = "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps threads"
+        for name in counts.split():
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={value} is too small; give at least 1, or leave it out")
 

@@ -162,11 +162,8 @@ class DrafterTrainer(BaseTrainer):
     def _rewritten(self, batch: dict[str, Tensor], student: nn.Module) -> dict[str, Tensor]:
         args: Any = self.args
         config: Any = self.target.config
-        keys = args.seed, self.state.global_step
-        vocab = config.get_text_config(decoder=True).vocab_size
-        return rewritten(
-            batch, student, args.on_policy, keys, args.on_policy_prompt, args.temperature, self._pad, vocab
-        )
+        options = args.on_policy, (args.seed, self.state.global_step), args.on_policy_prompt, args.temperature
+        return rewritten(batch, student, *options, self._pad, config.get_text_config(decoder=True).vocab_size)
 
     @contextmanager
     def decoding(self) -> Iterator[nn.Module]:

@@ -97,13 +97,7 @@ def _rewritten_answers(
 
 
 def _written(
-    student: Any,
-    inputs: dict[str, Tensor],
-    seeds: Sequence[int],
-    longest: int,
-    temperature: float,
-    pad: int,
-    vocab: int,
+    student: Any, inputs: Any, seeds: Sequence[int], longest: int, temperature: float, pad: int, vocab: int
 ) -> Tensor:
     """What the student's `generate` returns; each row's text depends on its seed alone."""
     foreign = range(vocab, student.config.get_text_config(decoder=True).vocab_size)

@@ -168,6 +168,25 @@ def test_a_question_that_is_written_otherwise_once_it_is_answered_is_not_scored(
     assert words(first["input_ids"], first["scored"]) == "w8 w9 w4 </s> w6 w7 </s> <pad>"
 
 
+def test_a_template_may_write_nothing_before_a_users_turn(tmp_path):
+    """What the assistant said before one is read and not scored, as that which begins a conversation."""
+    users = "{% if messages | selectattr('role', 'equalto', 'user') | list == [] %}{{ raise_exception('no user') }}"
+    for turns in ([TALK[0], TALK[4], *TALK[1:3]], [TALK[4], *TALK[1:3]]):
+        source = write_lines(tmp_path / "talk.jsonl", [{"messages": turns}])
+        (row,) = read_rows(source, make_tokenizer(users + "{% endif %}" + PLAIN), 64)
+        assert words(row["input_ids"], row["scored"]) == "w8 w9 w4 </s>"
+        assert "w6 w7" in words(row["input_ids"])
+
+
+def test_an_answer_may_repeat_its_question(tmp_path):
+    """As in data sets of preferences."""
+    repeated = {"prompt": TALK[:2], "chosen": TALK[:3]}
+    source = write_lines(tmp_path / "talk.jsonl", [repeated, {"prompt": TALK[:2], "chosen": TALK[2:3]}])
+    rows = read_rows(source, make_tokenizer(PLAIN), 64)
+    assert ids_of(rows)[0] == ids_of(rows)[1]
+    assert words(rows[0]["input_ids"]) == "<system> w1 </s> <user> w2 w3 </s> <assistant> w8 w9 w4 </s>"
+
+
 def test_other_spellings_of_conversations(tmp_path):
     names = {"system": "system", "user": "human", "assistant": "gpt"}
     turns = [{"from": names[turn["role"]], "value": turn["content"]} for turn in TALK]
