@@ -200,7 +200,8 @@ def check_row(row: Mapping[str, Any], prompts: Sequence[list[int]], where: Path)
     if row["input_ids"][: row["prompt_length"]] != prompts[row["index"]]:
         raise ValueError(
             f"row {row['index']} in {where} follows another prompt than the data has: the data, or how it is read, "
-            "has changed; give another output_dir, or remove that folder"
+            "has changed (some chat templates write today's date: set it by chat_template_options); give another "
+            "output_dir, or remove that folder"
         )
 
 
