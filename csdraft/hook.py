@@ -218,9 +218,8 @@ _SIGNATURE = inspect.signature(_stock_generate)
 def generate(self: Any, *args: Any, assistant: Any = None, **kwargs: Any) -> Any:
     if assistant is None and all(kwargs.get(name) is None for name in OPTIONS):
         return _stock_generate(self, *args, **kwargs)
-    signature = inspect.signature(_stock_generate)
-    signature.bind_partial(self, *args, **kwargs)  # raises TypeError for an argument that is given twice
-    names = list(signature.parameters)[1:-1]
+    _SIGNATURE.bind_partial(self, *args, **kwargs)  # raises TypeError for an argument that is given twice
+    names = list(_SIGNATURE.parameters)[1:-1]
     kwargs |= zip(names, args, strict=False)
     if kwargs.get("custom_generate") is decode:  # the unpatched spelling on a patched model
         del kwargs["custom_generate"]
