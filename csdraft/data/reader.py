@@ -225,8 +225,10 @@ class RowReader:
     def _continued(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts that follow others; alone, sentencepiece would put a space before each."""
         alone = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        lines = ["\n", *("\n" + text for text in texts)]
-        before, *after = self.tokenizer(lines, add_special_tokens=False)["input_ids"]
+        before = self.tokenizer("\n", add_special_tokens=False)["input_ids"]
+        if "\n" not in self.tokenizer.decode(before):  # as T5's; an encoder-decoder's text begins with its response
+            return alone
+        after = self.tokenizer(["\n" + text for text in texts], add_special_tokens=False)["input_ids"]
         size = len(before)
         return [longer[size:] if longer[:size] == before else own for longer, own in zip(after, alone, strict=True)]
 
