@@ -7,7 +7,8 @@ import lzma
 import datasets
 import pytest
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers.models import Unigram, WordLevel
+from tokenizers.normalizers import Replace
 from tokenizers.pre_tokenizers import Metaspace, Sequence, Split
 from transformers import PreTrainedTokenizerFast
 
@@ -251,6 +252,11 @@ def test_a_response_has_no_space_of_its_own(tmp_path):
     pairs = [{"prompt": "w1\n", "response": "w1 w2"}, {"prompt": "w1", "response": " w1"}]
     rows = read_rows(write_lines(tmp_path / "pairs.jsonl", pairs), follows, 8)
     assert ids_of(rows) == [[3, 6, 4, 7, 1], [3, 3, 1]]
+    single = Tokenizer(Unigram([("</s>", 0.0), ("\u2581", -1.0), ("w", -1.0)], unk_id=0))
+    single.normalizer, single.pre_tokenizer = Replace("\n", " "), Metaspace()
+    begins = PreTrainedTokenizerFast(tokenizer_object=single, eos_token="</s>")  # T5's knows no line break
+    rows = read_rows(write_lines(tmp_path / "pair.jsonl", [{"prompt": "w", "response": "w"}]), begins, 8)
+    assert ids_of(rows) == [[1, 2, 1, 2, 0]]
 
 
 def test_prompts_are_cut_only_from_texts(tmp_path, tokenizer):
