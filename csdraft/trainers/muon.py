@@ -15,7 +15,9 @@ __all__ = ["MuonAdamW"]
 class MuonAdamW(Optimizer):
     """Two optimisers with one learning rate. AdamW takes embeddings, output layers and norms, without weight decay."""
 
-    def __init__(self, model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float], eps=1e-8):
+    def __init__(
+        self, model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float], eps: float = 1e-8
+    ):
         known = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
         known |= {id(weight) for weight in output_layers(model)}
         matrices, others = [], []
