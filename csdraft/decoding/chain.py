@@ -151,9 +151,10 @@ class OnHost(Chains):
         chooser, sampler = self.chooser, self.chooser.sampler
         if sampler.greedy and chooser.processing.at_once and not chooser.processing.reads_tokens:
             places = [row.place for row in live]
-            of_all = places == list(range(len(logits)))  # all rows of the batch, in its order
-            before = Before([row.position + row.context.text.padding for row in live])
-            return argmax(chooser.processing.all_at_once(logits if of_all else logits[places], before))
+            views = logits if places == list(range(len(logits))) else logits[places]  # (live, vocab)
+            blind = chooser.processing.text_blind
+            before = None if blind else Before([row.position + row.context.text.padding for row in live])
+            return argmax(chooser.processing.all_at_once(views, before))
         tokens = []
         for row in live:
             context, drawn = row.context, row.drawn

@@ -9,8 +9,6 @@ the same name is registered. It behaves differently only within csdraft's own fo
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["grouped_heads", "logits_to_read"]
+__all__ = ["GroupedHeads", "logits_to_read"]
 
 FEW = 16
 """Up to this many queries, their logits cost less than a copy of the output layer."""
@@ -29,25 +27,27 @@ WIDEST_HEAD, OLDEST_CUDNN = 128, 91500
 _here = threading.local()
 _compiled = False
 """Whether csdraft runs a compiled forward: what torch compiles meanwhile is compiled again for other callers."""
-_lock = threading.Lock()
 
 
-@contextmanager
-def grouped_heads(compiled: bool = False) -> Iterator[None]:
+class GroupedHeads:
     """While entered, this thread's sdpa attention leaves grouped heads grouped.
 
     Args:
         compiled: whether a compiled forward runs. Compiled code cannot ask which thread it runs in, but torch compares
             `_compiled` before it runs such code: a user's own compiled model never gets this attention.
     """
-    global _compiled
-    with _lock:
+
+    def __init__(self, compiled: bool = False):
+        self.compiled = compiled
+
+    def __enter__(self) -> None:
+        global _compiled
         if ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward:  # unless another function was registered
             AttentionInterface.register("sdpa", _attention)
-    _here.grouped, _compiled = True, compiled
-    try:
-        yield
-    finally:
+        _here.grouped, _compiled = True, self.compiled
+
+    def __exit__(self, *error: object) -> None:
+        global _compiled
         _here.grouped = _compiled = False
 
 

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from csdraft.decoding import clock
 from csdraft.decoding.cache import NoCache, SlotCache, encoder_decoder_cache
 from csdraft.decoding.graphs import FEWEST_SLOTS, Forward, Graphs, Mode, bucket, forward, make_graphs, slots_bucket
-from csdraft.decoding.grouped import grouped_heads, logits_to_read
+from csdraft.decoding.grouped import GroupedHeads, logits_to_read
 from csdraft.decoding.inputs import Inputs, Plan, Shape
 from csdraft.decoding.ledger import ModelUse
 from csdraft.decoding.packed import packed
@@ -26,6 +26,8 @@ __all__ = ["Reader", "Sources"]
 
 WIDEST = 64
 """Inputs with at most this many queries are kept for the next forward of their shape, and may be of fixed shape."""
+LARGE_MASK = 1 << 15
+"""Of masks with more entries than this, those that are known are not computed; in smaller ones that takes longer."""
 _RAN: WeakKeyDictionary[nn.Module, set[tuple[int, int, int]]] = WeakKeyDictionary()
 """Model -> (rows, queries, depth) of all forwards that it has run eagerly, in any reader."""
 
@@ -210,11 +212,12 @@ class Reader:
     def _run(
         self, inputs: Inputs, keep: int, slots: int, shared: slice | None = None, unmasked: bool = False
     ) -> Tensor:
-        started = clock.now()
-        self.shape = Shape(self.rows, inputs.ids.shape[1], slots)
+        started, queries = clock.now(), inputs.ids.shape[1]
+        self.shape = Shape(self.rows, queries, slots)
         self.use.forwards += 1
         self.reserve(slots)
-        logits = self._body(inputs, keep, slots, shared, unmasked, inputs.seen_by_all)
+        told = inputs.seen_by_all if queries * slots > LARGE_MASK else 0
+        logits = self._body(inputs, keep, slots, shared, unmasked, told)
         if self.use.forwards == 1 and not self.cache.is_written:
             raise NoCache(
                 f"{type(self.model).__name__} kept no keys and values of what it read, which drafted decoding needs; "
@@ -250,7 +253,7 @@ class Reader:
             arguments["logits_to_keep"] = logits_to_read(keep, inputs.ids.shape[1], self.device, self.dtype)
         if self.taps:
             arguments["output_hidden_states"] = True
-        with grouped_heads(self.mode == "compile"):
+        with GroupedHeads(self.mode == "compile"):
             output = forward(self.runs, arguments)
         if self.taps:
             self.cache.note(self.taps, output.hidden_states)

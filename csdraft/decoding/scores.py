@@ -42,7 +42,7 @@ def argmax(logits: Tensor, along: Sequence[Choices] = (), drawn: bool = False) -
         table = values.numpy()
         if len(table) == 1:  # a short cut for every step of a drafter
             index = int(table[0].argmax())
-            _check_best(table[0, index : index + 1], drawn)
+            _check_best((table[0, index],), drawn)
             return [index]
         indices = table.argmax(-1).tolist()
         best = [table[row, index] for row, index in enumerate(indices)]

@@ -11,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from csdraft import MaxGram
 from csdraft.decoding.cache import SlotCache
-from csdraft.decoding.grouped import _has_kernel, grouped_heads
+from csdraft.decoding.grouped import GroupedHeads, _has_kernel
 from tests.tiny import drafter_of, ragged_batch, tiny
 
 WANTED = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
@@ -44,7 +44,7 @@ def test_outside_nothing_changes(repeated):
     mask = torch.ones(1, 1, 20, 20, dtype=torch.bool).tril()
     with torch.no_grad():
         before = target(ids, attention_mask=mask).logits
-        with grouped_heads():
+        with GroupedHeads():
             grouped = target(ids, attention_mask=mask).logits
         count = len(repeated)
         after = target(ids, attention_mask=mask).logits
@@ -70,7 +70,7 @@ def test_one_query_in_half_precision_is_the_same_attention(dtype, groups, kind):
     whole = [states.double().repeat_interleave(groups, 1) for states in (key, value)]
     scores = query.double() @ whole[0].transpose(2, 3) * 0.3  # (rows, heads, 1, slots)
     right = (scores if mask is None else scores.masked_fill(~seen, -torch.inf)).softmax(-1) @ whole[1]
-    with grouped_heads():
+    with GroupedHeads():
         found, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, scaling=0.3)
     assert found.shape == (2, 1, 6, 8)
     assert found.is_contiguous()
