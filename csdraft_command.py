@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import json
+import math
 import os
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from inspect import getdoc
 from pathlib import Path
 from typing import Any
@@ -45,11 +47,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         )
     args = parser.parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # not every terminal has every character
     try:
-        return importlib.import_module(f"csdraft.cli.{args.command}").run(args)
+        status = importlib.import_module(f"csdraft.cli.{args.command}").run(args)
+        print(end="", flush=True)
+        return status
     except BrokenPipeError:  # the reader has seen enough: `csdraft report FILE | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:
+        print(f"\ncsdraft {args.command}: stopped", file=sys.stderr)
+        return 130  # as shells have it
     except (ValueError, OSError) as error:  # the user can fix these: no traceback
         print(f"csdraft {args.command}: {error}", file=sys.stderr)
         return 2
@@ -65,8 +74,8 @@ def bench(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_prompts_arguments(parser)
     _add_writing_arguments(parser, length=128)
-    parser.add_argument("--batch-size", type=_count, default=1, metavar="N", help="default: %(default)s")
-    parser.add_argument("--repetitions", type=_count, default=3, metavar="N", help="default: %(default)s")
+    parser.add_argument("--batch-size", type=COUNT, default=1, metavar="N", help="default: %(default)s")
+    parser.add_argument("--repetitions", type=COUNT, default=3, metavar="N", help="default: %(default)s")
 
 
 def check(parser: argparse.ArgumentParser) -> None:
@@ -90,13 +99,15 @@ def check(parser: argparse.ArgumentParser) -> None:
         "--prompts", metavar="FILE", help="one a line; in a .jsonl file under the key `prompt` or `messages`"
     )
     add_chat_arguments(parser)
-    parser.add_argument("--max-new-tokens", type=_count, default=64, metavar="N", help="of the greedy texts")
-    parser.add_argument("--samples", type=lambda n: _count(n, 0), default=1000, metavar="N", help="0: no sampling")
+    parser.add_argument("--max-new-tokens", type=COUNT, default=64, metavar="N", help="of the greedy texts")
+    parser.add_argument("--samples", type=_number(int, 0), default=1000, metavar="N", help="0: no sampling")
     parser.add_argument(
-        "--sampled-tokens", type=_count, default=3, metavar="N", help="tokens whose joint distribution is compared"
+        "--sampled-tokens", type=COUNT, default=3, metavar="N", help="tokens whose joint distribution is compared"
     )
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of the sampling")
-    parser.add_argument("--batch", type=_count, default=100, metavar="N", help="rows sampled at once")
+    parser.add_argument(
+        "--temperature", type=_number(float, 0, above=True), default=1.0, metavar="T", help="of the sampling"
+    )
+    parser.add_argument("--batch", type=COUNT, default=100, metavar="N", help="rows sampled at once")
 
 
 def doctor(parser: argparse.ArgumentParser) -> None:
@@ -130,7 +141,7 @@ def export(parser: argparse.ArgumentParser) -> None:
         help="path or Hub id of the drafter's target; for a head only its config.json is read",
     )
     parser.add_argument(
-        "--tokens", type=int, default=3, metavar="N", help="drafted a round, in that command (default: %(default)s)"
+        "--tokens", type=COUNT, default=3, metavar="N", help="drafted a round, in that command (default: %(default)s)"
     )
 
 
@@ -150,8 +161,8 @@ def generate(parser: argparse.ArgumentParser) -> None:
     )
     add_chat_arguments(parser)
     _add_writing_arguments(parser, length=256)
-    parser.add_argument("--top-k", type=int, metavar="N")
-    parser.add_argument("--top-p", type=float, metavar="P")
+    parser.add_argument("--top-k", type=_number(int, 0), metavar="N")
+    parser.add_argument("--top-p", type=_number(float, 0, 1), metavar="P")
     parser.add_argument("--color", action="store_true", help="colour each token by the level that drafted it")
     parser.add_argument("--report", action="store_true", help="print how drafting went, on the standard error")
     parser.add_argument("--save-report", metavar="FILE", help="write it as JSON for `csdraft report`")
@@ -183,19 +194,23 @@ def tune(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_prompts_arguments(parser, limit=12)
     _add_writing_arguments(parser, length=96)
-    parser.add_argument("--finalists", type=_count, default=4, metavar="N", help="plans to time (default 4)")
-    parser.add_argument("--lenience-values", type=float, nargs="+", default=[1.0, 2.0], metavar="X")
+    parser.add_argument("--finalists", type=COUNT, default=4, metavar="N", help="plans to time (default 4)")
+    parser.add_argument("--lenience-values", type=_number(float, 1), nargs="+", default=[1.0, 2.0], metavar="X")
     parser.add_argument(
         "--tree-nodes",
-        type=_count,
+        type=COUNT,
         nargs="*",
         default=[16],
         metavar="N",
         help="sizes of trees to try with each model (default 16); no number leaves trees out",
     )
-    parser.add_argument("--repetitions", type=_count, default=2, metavar="N")
+    parser.add_argument("--repetitions", type=COUNT, default=2, metavar="N")
     parser.add_argument(
-        "--minutes", type=float, default=3.0, metavar="M", help="time for all of it (default 3); more is surer"
+        "--minutes",
+        type=_number(float, 0, above=True),
+        default=3.0,
+        metavar="M",
+        help="time for all of it (default 3); more is surer",
     )
     parser.add_argument("--save", metavar="PATH", help="save the fastest as a cascade")
 
@@ -219,7 +234,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "or mtp, the target's own next-token module; repeat for a cascade, largest first",
     )
     _add_device_arguments(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    parser.add_argument("--seed", type=_number(int, -(1 << 63), (1 << 64) - 1), default=0, help="of sampling")
 
 
 def _add_device_arguments(parser: argparse.ArgumentParser) -> None:
@@ -231,7 +246,7 @@ def _add_device_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"of all models, or {', '.join(DTYPES)}; their own by default",
     )
     parser.add_argument("--device", default="cpu", help="of all models: cpu (default), cuda, cuda:1, mps, ...")
-    parser.add_argument("--threads", type=_count, metavar="N", help="CPU threads of torch")
+    parser.add_argument("--threads", type=COUNT, metavar="N", help="CPU threads of torch")
 
 
 def add_drafting_arguments(parser: argparse.ArgumentParser) -> None:
@@ -249,7 +264,7 @@ def add_prompts_arguments(parser: argparse.ArgumentParser, limit: int | None = N
     )
     add_chat_arguments(parser)
     default = "" if limit is None else " (default: %(default)s)"
-    parser.add_argument("--limit", type=_count, default=limit, metavar="N", help=f"use at most N prompts{default}")
+    parser.add_argument("--limit", type=COUNT, default=limit, metavar="N", help=f"use at most N prompts{default}")
 
 
 def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
@@ -265,14 +280,29 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_writing_arguments(parser: argparse.ArgumentParser, length: int) -> None:
-    parser.add_argument("--max-new-tokens", type=_count, default=length, metavar="N", help="default: %(default)s")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
+    parser.add_argument("--max-new-tokens", type=COUNT, default=length, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--temperature", type=_number(float, 0), default=0.0, metavar="T", help="0 (default) is greedy"
+    )
 
 
-def _count(text: str, least: int = 1) -> int:
-    if int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text} is less than {least}")
-    return int(text)
+def _number(kind: type[float], least: float, most: float = math.inf, above: bool = False) -> Callable[[str], Any]:
+    """A type for argparse: an int or float, at least `least`, or above it. (A ValueError would show its own name.)"""
+    bounds = f"{'above' if above else 'of at least'} {least}" if most == math.inf else f"from {least} to {most}"
+
+    def read(text: str) -> float:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = math.nan
+        if not least <= number <= most or (above and number == least):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number {bounds}")
+        return number
+
+    return read
+
+
+COUNT = _number(int, 1)
 
 
 def _json(text: str) -> Any:
