@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from csdraft.cascade import CascadeDrafter
 
 __all__ = [
-    "DOCUMENT", "FORMAT", "Target", "command", "fingerprint", "run_record", "save", "upload", "vocab_size",
-    "without_folders",
+    "DOCUMENT", "FORMAT", "Target", "check_free", "command", "fingerprint", "run_record", "save", "upload",
+    "vocab_size", "without_folders",
 ]  # fmt: skip
 
 DOCUMENT, FORMAT = "cascade.json", 1
@@ -94,10 +94,7 @@ def save(
         cascade, path, tokenizer, target, copy_models: see `CascadeDrafter.save_pretrained`.
         repo_id: where the folder will be uploaded, for its model card.
     """
-    clash = [name for name in OWN_FOLDERS if (path / name).exists()]
-    if path.is_file() or (clash and not (path / DOCUMENT).exists()):
-        found = "a file" if path.is_file() else f"not a saved cascade, but has {clash}"
-        raise ValueError(f"{str(path)!r} is {found}, which saving would replace; give a new folder")
+    check_free(path)
     models: dict[str, nn.Module] = {}
     tables: dict[str, Any] = {}
     places: dict[str, Any] = {}
@@ -135,6 +132,14 @@ def save(
         (scratch / "README.md").write_text(card, encoding="utf-8")
         _write_json(scratch / DOCUMENT, document)
         _move_in(scratch, path)
+
+
+def check_free(path: Path) -> None:
+    """Raises ValueError if saving a cascade at `path` would replace what is no cascade."""
+    clash = [name for name in OWN_FOLDERS if (path / name).exists()]
+    if path.is_file() or (clash and not (path / DOCUMENT).exists()):
+        found = "a file" if path.is_file() else f"not a saved cascade, but has {clash}"
+        raise ValueError(f"{str(path)!r} is {found}, which saving would replace; give a new folder")
 
 
 def _write_model(model: nn.Module, folder: str, scratch: Path, target: Target | None, copy_models: bool) -> dict:
@@ -270,11 +275,11 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def _move_in(scratch: Path, path: Path) -> None:
     """Replaces an earlier save; cascade.json comes last. A model card that was edited by hand is kept."""
+    card = path / "README.md"
+    if card.exists() and SIGNATURE.encode() not in card.read_bytes():
+        (scratch / card.name).unlink()
     for name in OWN_FOLDERS:
         shutil.rmtree(path / name, ignore_errors=True)
-    card = path / "README.md"
-    if card.exists() and SIGNATURE not in card.read_text(encoding="utf-8"):
-        (scratch / card.name).unlink()
     for entry in sorted(scratch.iterdir(), key=lambda entry: entry.name == DOCUMENT):
         os.replace(entry, path / entry.name)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from operator import index
 from typing import Any, Literal
 
 from csdraft import spec
@@ -58,7 +59,7 @@ class Options:
                 fit(value, kind, name)
         if self.row_seeds is not None:
             try:
-                seeds = tuple(int(seed) for seed in self.row_seeds)
+                seeds = tuple(index(seed) for seed in self.row_seeds)  # type: ignore[arg-type]
             except (TypeError, ValueError) as error:
                 given = f"row_seeds={shown(self.row_seeds)} is {kind_of(self.row_seeds)}"
                 raise ValueError(f"{given}; give one whole number per row") from error

@@ -21,6 +21,7 @@ from csdraft.data.packing import pad_of
 from csdraft.data.sources import read_prompts
 from csdraft.decoding.interfaces import Drafter
 from csdraft.decoding.names import name_of
+from csdraft.decoding.traits import traits_of
 from csdraft.drafters.model import ModelDrafter, bound
 from csdraft.heads.folder import check_place
 from csdraft.heads.on_target import OnTarget
@@ -43,6 +44,11 @@ class Opened:
     tokenizer: PreTrainedTokenizerBase
     assistant: Drafter | None
     options: dict[str, Any]
+
+    def longest(self, new: int) -> int | None:
+        """The most tokens that a prompt may have if `new` ones follow; None if the target has no such limit."""
+        positions = traits_of(self.target).positions
+        return None if positions is None else max(positions - new, 0)
 
 
 def open_models(args: argparse.Namespace) -> Opened:
@@ -75,7 +81,7 @@ def use_machine(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
-        torch.empty(0, device=args.device)
+        torch.zeros((), device=args.device).item()  # "meta" holds no numbers
     except (AssertionError, RuntimeError) as error:
         raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}; try --device cpu") from error
 
@@ -112,7 +118,6 @@ def _drafter(name: str, dtype: str, device: str) -> Drafter:
 
 
 def label(drafter: Drafter) -> str:
-    """A drafter's name in tables."""
     if not isinstance(drafter, ModelDrafter):
         return type(drafter).__name__
     name = drafter.name or name_of(drafter.network)
@@ -133,10 +138,11 @@ def chat_of_text(args: argparse.Namespace) -> ChatFormat | None:
     return ChatFormat.read(args.chat_template, args.chat_template_options) if args.chat else None
 
 
-def encode(opened: Opened, prompt: str, chat: ChatFormat | None = None) -> dict[str, torch.Tensor]:
+def encode(opened: Opened, prompt: str, new: int, chat: ChatFormat | None = None) -> dict[str, torch.Tensor]:
     """A prompt as `generate` takes it, on the target's device.
 
     Args:
+        new: the most tokens that will follow.
         chat: if given, the prompt becomes a user's turn in this chat format.
     """
     if is_broken(prompt):
@@ -148,6 +154,11 @@ def encode(opened: Opened, prompt: str, chat: ChatFormat | None = None) -> dict[
         ids = chat_prompt([{"role": "user", "content": prompt}], opened.tokenizer, chat)
     if not ids:
         raise ValueError("the prompt is empty; give --prompt, --file, or text on the standard input")
+    if (longest := opened.longest(new)) is not None and len(ids) > longest:
+        raise ValueError(
+            f"the prompt has {len(ids)} tokens, but with {new} new ones the target has room for {longest}: shorten "
+            "it, or give a smaller --max-new-tokens"
+        )
     return as_inputs(opened, ids)
 
 
@@ -162,4 +173,5 @@ def prompts_of_file(
 ) -> list[list[int]]:
     """Token ids of a source's prompts. The chat template is applied to conversations; with --chat, to all prompts."""
     format = ChatFormat.read(args.chat_template, args.chat_template_options)
-    return read_prompts(source, opened.tokenizer, limit, None, "train", format, args.chat)
+    longest = opened.longest(args.max_new_tokens)
+    return read_prompts(source, opened.tokenizer, limit, longest, "train", format, args.chat)

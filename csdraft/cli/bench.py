@@ -14,6 +14,7 @@ from csdraft.bench import Cell, Method, Prompt, Run, Setup, aligned, encode, equ
 from csdraft.cascade import CascadeDrafter
 from csdraft.cli._models import Opened, label, open_models, prompts_of_file, sampling
 from csdraft.decoding.interfaces import Drafter
+from csdraft.decoding.names import distinct
 from csdraft.drafters.max_gram import MaxGram
 from csdraft.drafters.model import ModelDrafter
 from csdraft.progress import Progress
@@ -54,19 +55,21 @@ def methods(opened: Opened, rows: int) -> list[Method]:
     named: list[Drafter] = [] if assistant is None else [assistant]
     if isinstance(assistant, CascadeDrafter):
         named = list(assistant.drafters)
-    found = {"plain": {}}
+    found: list[tuple[str, dict[str, Any]]] = [("plain", {})]
     if rows == 1:
         models = [d.network for d in named if isinstance(d, ModelDrafter) and not d.taps()]
         if models and models[0].config.vocab_size == opened.target.config.vocab_size:
-            found["transformers, assistant_model"] = {"assistant_model": models[0]}
-        found["transformers, prompt lookup"] = {"prompt_lookup_num_tokens": LOOKUP_LENGTH}
-    for drafter in [*named, MaxGram()]:
-        found.setdefault(label(drafter), {"assistant": drafter})
+            found.append(("transformers, assistant_model", {"assistant_model": models[0]}))
+        found.append(("transformers, prompt lookup", {"prompt_lookup_num_tokens": LOOKUP_LENGTH}))
+    if MaxGram() not in named:
+        named.append(MaxGram())
+    found += [(label(drafter), {"assistant": drafter}) for drafter in named]
     if isinstance(assistant, CascadeDrafter):
-        found["cascade"] = {"assistant": assistant}
-    elif named and not isinstance(assistant, MaxGram):
-        found["cascade"] = {"assistant": CascadeDrafter([*named, MaxGram()])}
-    return [Method(name, options) for name, options in found.items()]
+        found.append(("cascade", {"assistant": assistant}))
+    elif len(named) > 1:
+        found.append(("cascade", {"assistant": CascadeDrafter(named)}))
+    names = distinct(name for name, _ in found)
+    return [Method(name, options) for name, (_, options) in zip(names, found, strict=True)]
 
 
 def show(run: Run, cells: Sequence[Cell], efficiency: dict[str, float], greedy: bool) -> int:

@@ -73,7 +73,7 @@ def _prompts(opened: Opened, args: argparse.Namespace) -> list[dict[str, Tensor]
     if not lines:
         raise ValueError(f"{path} holds no prompt; write one per line")
     chat = chat_of_text(args)
-    return [encode(opened, line, chat) for line in lines]
+    return [encode(opened, line, args.max_new_tokens, chat) for line in lines]
 
 
 def _bare(config: GenerationConfig) -> GenerationConfig:
@@ -154,6 +154,11 @@ def distribution(opened: Opened, inputs: dict[str, Tensor], args: argparse.Names
     plain, control, ours = (_sample(opened, inputs, args, extra) for extra in ({}, {}, drafting))
     for label, other in (("control", control), ("sampling", ours)):
         statistic, freedom, p = chi_square(plain, other)
+        if not freedom and len(plain | other) > 1:
+            raise ValueError(
+                f"--samples {args.samples}: too few to compare {len(plain | other)} different texts of "
+                f"{args.sampled_tokens} tokens; give more, or fewer --sampled-tokens"
+            )
         what = "plain against plain" if other is control else "assistant against plain"
         detail = f"{what}, {args.samples} samples: chi-square {statistic:.1f} ({freedom} df), p = {p:.3g}"
         yield Outcome(p > SMALLEST_P, f"{label}, {name}", detail)

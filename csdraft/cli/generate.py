@@ -16,6 +16,8 @@ __all__ = ["run"]
 def run(args: argparse.Namespace) -> int:
     if not args.temperature and (args.top_k is not None or args.top_p is not None):
         raise ValueError("--top-k and --top-p have no effect on greedy text: leave them out, or give --temperature")
+    if args.save_report:
+        open(args.save_report, "a").close()  # an error now, and not after the text
     chat = chat_of_text(args)
     if chat is not None and args.prompt is None and args.file is None:
         return chat_with(open_models(args), chat, args)
@@ -25,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     opened = open_models(args)
     printer = Printer(opened, args.color)
     report = opened.target.generate(
-        **encode(opened, prompt, chat),
+        **encode(opened, prompt, args.max_new_tokens, chat),
         **sampling(args.temperature, top_k=args.top_k, top_p=args.top_p),
         assistant=opened.assistant or as_drafter("auto", opened.target),
         **opened.options,

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from csdraft.cascade import CascadeDrafter
 from csdraft.cli._models import Opened, label, open_models, prompts_of_file, sampling
 from csdraft.decoding.interfaces import Drafter
+from csdraft.decoding.names import distinct
 from csdraft.drafters.model import ModelDrafter
+from csdraft.hub import check_free
 from csdraft.progress import Progress
 from csdraft.trees.best_first import BestFirst
 from csdraft.tune import Candidate, preferred, tune
@@ -18,6 +22,9 @@ __all__ = ["run"]
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.save:
+        check_free(Path(args.save))  # now, and not after minutes
+        os.makedirs(args.save, exist_ok=True)
     opened = open_models(args)
     drafters = candidates(opened, args.tree_nodes)
     prompts = [tuple(ids) for ids in prompts_of_file(opened, args.prompts, args, args.limit)]
@@ -25,11 +32,12 @@ def run(args: argparse.Namespace) -> int:
     print(f"tuning takes at most about {args.minutes:g} min (--minutes), after models are loaded", file=sys.stderr)
     limits = (args.finalists, args.lenience_values, args.repetitions)
     found = tune(opened.target, drafters, prompts, *limits, Progress(), args.minutes, **options)
-    print(table(found, [label(drafter) for drafter in drafters]))
+    names = distinct(map(label, drafters))
+    print(table(found, names))
     print(f"\n{how_sure(found, len(prompts))}")
     best = preferred(found)
     print(f"chosen: {best.k_matrix}, lenience {best.options['lenience']:g}, {best.options['schedule']}")
-    dropped = [label(drafter) for j, drafter in enumerate(drafters) if j not in best.kept]
+    dropped = [name for j, name in enumerate(names) if j not in best.kept]
     if dropped:
         print(f"left out: {', '.join(dropped)}")
     if any(one.expected.speedup > one.expected.tokens_per_round for one in found):

@@ -14,9 +14,11 @@ from math import prod
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from csdraft.decoding.interfaces import Drafter
 from csdraft.decoding.names import name_of
+from csdraft.decoding.traits import traits_of
 from csdraft.kmatrix import KMatrix
 from csdraft.planner.expect import Expectation, expect
 from csdraft.planner.trace import Measured, measure_drafters
@@ -141,9 +143,12 @@ def plan_on(
         options: options of `generate`.
     """
     started = time.perf_counter()
+    room = _fewest_positions([target, *(model for drafter in drafters for model in drafter.models())])
+    tokens = min(TOKENS, room // 2)
+    input_ids = input_ids[:, -min(room - tokens, input_ids.shape[1]) :]
     prompt = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     with torch.random.fork_rng(devices=[]):  # planning must not change the later samples
-        measured = measure_drafters(target, drafters, [prompt] * 2, max_new_tokens=TOKENS, **options)
+        measured = measure_drafters(target, drafters, [prompt] * 2, max_new_tokens=tokens, **options)
     best = search(measured)[0]
     kept, expected = [names[j] for j in best.kept], best.expected
     plain = sum(trace.plain for trace in measured.traces) / sum(trace.length for trace in measured.traces)
@@ -155,3 +160,9 @@ def plan_on(
         file=sys.stderr,
     )
     return best, planned
+
+
+def _fewest_positions(models: Sequence[object]) -> int:
+    """The most tokens that all these models can read."""
+    limits = [traits_of(model).positions for model in models if isinstance(model, PreTrainedModel)]
+    return min((limit for limit in limits if limit is not None), default=sys.maxsize)

@@ -232,8 +232,9 @@ class Report:
     @classmethod
     def load(cls, path: str | Path) -> Report:
         """The report in a file that `save` wrote; raises a ValueError that names any other file."""
+        document = read_object(path)
         with naming(path):
-            return cls.from_dict(read_object(path))
+            return cls.from_dict(document)
 
     # Showing.
 

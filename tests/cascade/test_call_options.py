@@ -64,6 +64,8 @@ def test_an_option_given_twice_has_one_value(options, keywords):
         ({"reuse": 1}, "reuse=1 .*True or False"),
         ({"verifier": "macth"}, "macth"),
         ({"row_seeds": 5}, "one whole number per row"),
+        ({"row_seeds": [1.5]}, "one whole number per row"),
+        ({"row_seeds": "12"}, "one whole number per row"),
     ],
 )
 def test_wrong_values_are_refused_at_once(wrong, message):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -91,6 +93,17 @@ def test_a_conversation_that_is_too_long_is_said(folder, monkeypatch, capsys):
     answers, err = chat(folder, monkeypatch, capsys, ["a" * 250, "thequick"])
     assert "the conversation has 252 tokens" in err
     assert answers == [plainly("UthequickA")]
+
+
+def test_control_c_at_the_prompt_leaves_and_keeps_the_report(folder, monkeypatch, tmp_path):
+    def typed() -> Iterator[str]:
+        yield "thequick\n"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: False, readline=typed().__next__))
+    asked = ["generate", "--target", str(folder / "target"), "--chat", "--max-new-tokens", "12"]
+    assert main([*asked, "--save-report", str(tmp_path / "report.json")]) == 0
+    assert Report.load(tmp_path / "report.json").calls == 1
 
 
 def test_with_a_prompt_chat_is_one_turn(folder, monkeypatch, capsys):

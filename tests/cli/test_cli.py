@@ -22,6 +22,7 @@ import csdraft_command
 from csdraft import MaxGram, cli
 from csdraft.bench import Method
 from csdraft.cli import _models, check, main
+from csdraft.cli.bench import methods
 from csdraft.decoding.cache import SlotCache
 from csdraft.decoding.interfaces import Verdict
 from csdraft.heads.engines import ENGINES
@@ -130,6 +131,32 @@ def test_a_misspelt_drafter_is_told_its_name(models, capsys):
     assert "did you mean 'max_gram'" in capsys.readouterr().err
 
 
+def test_control_c_is_no_traceback(monkeypatch, capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("csdraft.cli.doctor.run", interrupted)
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "\ncsdraft doctor: stopped\n"
+
+
+def test_a_terminal_without_a_character_shows_another(monkeypatch):
+    monkeypatch.setattr("csdraft.cli.doctor.run", lambda args: print("█", file=sys.stdout))
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    main(["doctor"])
+    assert sys.stdout.buffer.getvalue() == b"?\n"  # type: ignore[attr-defined]
+
+
+def test_a_prompt_without_room_is_said():
+    """A model with learned positions would fail inside its embedding."""
+    opened = _models.Opened(tiny("gpt2"), tokenizer(), None, {})
+    with pytest.raises(
+        ValueError, match="the prompt has 200 tokens, but with 100 new ones the target has room for 156"
+    ):
+        _models.encode(opened, "a" * 200, 100)
+    assert _models.Opened(tiny("llama"), tokenizer(), None, {}).longest(1000) is None
+
+
 def test_the_version_is_printed(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
@@ -166,6 +193,16 @@ def test_bench_times_all_methods_of_these_models(folder, tmp_path, capsys, draft
             assert 1 <= float(figures[-2]) <= 12
 
 
+def test_bench_times_two_drafters_of_one_name(opened):
+    """Folders of one name in different places, and one that has the name of a row."""
+    drafters = [copy.deepcopy(drafter_of("llama")) for _ in range(3)]
+    for drafter, path in zip(drafters, ("a/model", "b/model", "c/plain"), strict=True):
+        drafter.config._name_or_path = path
+    assistant = csdraft.CascadeDrafter(drafters)
+    found = methods(_models.Opened(opened.target, opened.tokenizer, assistant, {}), rows=4)
+    assert [method.name for method in found] == ["plain", "model", "model 2", "plain 2", "MaxGram", "cascade"]
+
+
 def test_bench_says_that_a_text_differs(folder, tmp_path, capsys, monkeypatch):
     """The status is 1 where a rule keeps every draft."""
     monkeypatch.setattr("csdraft.cli.bench.methods", lambda opened, rows: [
@@ -193,6 +230,12 @@ def test_bench_says_that_a_text_differs(folder, tmp_path, capsys, monkeypatch):
         (["generate", "--prompt", "a", "--tokenizer", "/no/folder"], "there is no folder '/no/folder'"),
         (["generate", "--file", "no-such-file"], "no-such-file"),
         (["generate", "--prompt", "a", "--device", "cuba"], "--device cuba: "),
+        (["generate", "--prompt", "a", "--device", "meta"], "--device meta: "),
+        (["generate", "--prompt", "a", "--save-report", "/no/folder/r.json"], "'/no/folder/r.json'"),
+        (
+            ["tune", "--prompts", "no-such-file", "--drafter", "max_gram", "--save", __file__],
+            "' is a file, which saving",
+        ),
         (["generate", "--prompt", "a", "--drafter", "/no/folder"], "'/no/folder' is not a model's folder"),
     ],
 )
@@ -425,7 +468,7 @@ def test_check_passes_an_encoder_decoder(folder, capsys):
 @pytest.mark.parametrize("verifier", [Gullible(), Hasty()])
 def test_check_finds_a_changed_text(opened, verifier):
     opened.options["verifier"] = verifier
-    inputs = _models.encode(opened, PROMPT)
+    inputs = _models.encode(opened, PROMPT, 4)
     assert not check.greedy(opened, inputs, 20, "greedy").passed
 
 
@@ -450,9 +493,15 @@ def test_check_passes_kernels_that_round_the_last_bit_otherwise():
 def test_check_finds_a_changed_distribution(opened):
     opened.options["verifier"] = Gullible()
     args = argparse.Namespace(samples=400, batch=100, sampled_tokens=3, temperature=1.0)
-    control, sampling = check.distribution(opened, _models.encode(opened, PROMPT), args, "prompt")
+    control, sampling = check.distribution(opened, _models.encode(opened, PROMPT, 4), args, "prompt")
     assert control.passed
     assert not sampling.passed
+
+
+def test_check_compares_no_samples_that_are_all_different(opened):
+    args = argparse.Namespace(samples=5, batch=5, sampled_tokens=30, temperature=9.0)
+    with pytest.raises(ValueError, match="--samples 5: too few to compare 10 different texts of 30 tokens"):
+        list(check.distribution(opened, _models.encode(opened, PROMPT, 30), args, "prompt"))
 
 
 def test_a_failed_check_is_the_exit_status(models, capsys, monkeypatch):
@@ -462,7 +511,7 @@ def test_a_failed_check_is_the_exit_status(models, capsys, monkeypatch):
 
 
 def test_single_steps_and_one_forward_are_the_same_logits(opened):
-    inputs = _models.encode(opened, PROMPT)
+    inputs = _models.encode(opened, PROMPT, 4)
     tokens = torch.tensor([5, 9, 33, 20])
     steps, whole = (f(opened.target, inputs, tokens) for f in (check.single_steps, check.one_forward))
     assert steps.shape == whole.shape == (4, opened.target.config.vocab_size)

@@ -176,9 +176,9 @@ def test_saving_over_what_was_loaded(tmp_path):
 def test_a_model_card_edited_by_hand_stays(tmp_path):
     cascade = csdraft.CascadeDrafter([csdraft.MaxGram()])
     cascade.save_pretrained(tmp_path / "c")
-    (tmp_path / "c" / "README.md").write_text("mine")
+    (tmp_path / "c" / "README.md").write_bytes(b"mine, \xff")
     cascade.save_pretrained(tmp_path / "c")
-    assert (tmp_path / "c" / "README.md").read_text() == "mine"
+    assert (tmp_path / "c" / "README.md").read_bytes() == b"mine, \xff"
 
 
 def test_a_failed_save_leaves_the_earlier_one(tmp_path):

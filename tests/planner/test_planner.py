@@ -186,6 +186,14 @@ def test_auto_plans_once_reports_it_and_changes_no_text(capsys, tmp_path):
     assert " x\n" in str(cascade.report)
 
 
+def test_auto_plans_on_a_text_that_fits_the_positions():
+    """Both models have 256 learned positions, and the prompt leaves 6."""
+    cascade = CascadeDrafter([tiny.drafter_of("gpt2"), MaxGram()], k_matrix="auto")
+    ids = tiny.prompt(length=250)
+    tiny.tiny("gpt2").generate(**ids, max_new_tokens=6, do_sample=False, assistant=cascade, strict=True)
+    assert cascade.plan is not None
+
+
 # Tuning in a given time.
 
 
