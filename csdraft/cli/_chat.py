@@ -15,7 +15,7 @@ from torch import Tensor
 from csdraft.cascade import as_drafter
 from csdraft.cli._models import Opened, as_inputs, sampling
 from csdraft.data.chat import ChatFormat, chat_prompt, check_template
-from csdraft.data.messages import Message
+from csdraft.data.messages import Message, is_broken
 from csdraft.data.tally import Unusable
 from csdraft.decoding.interfaces import Round
 from csdraft.decoding.output import RoundStreamer
@@ -115,10 +115,12 @@ class Chat:
         """Writes the answer to the user's line; returns one line with its speed and the number of reused tokens.
 
         Raises:
-            ValueError: the chat template cannot write the conversation, or the conversation is too long for the model.
-                In both cases it stays as it was.
+            ValueError: the line is not UTF-8, the chat template cannot write the conversation, or the conversation is
+                too long for the model. It stays as it was.
         """
         tokenizer, target = self.opened.tokenizer, self.opened.target
+        if is_broken(line):
+            raise ValueError("the line is not UTF-8 text: set the terminal to UTF-8, or convert the input")
         asked = [*self.messages, {"role": "user", "content": line}]
         ids = chat_prompt(asked, tokenizer, self.format)
         room = getattr(target.config.get_text_config(decoder=True), "max_position_embeddings", None)

@@ -95,6 +95,12 @@ def test_a_conversation_that_is_too_long_is_said(folder, monkeypatch, capsys):
     assert answers == [plainly("UthequickA")]
 
 
+def test_a_line_that_is_not_utf_8_is_said(folder, monkeypatch, capsys):
+    answers, err = chat(folder, monkeypatch, capsys, ["caf\udce9", "thequick"])
+    assert "the line is not UTF-8 text" in err
+    assert answers == [plainly("UthequickA")]
+
+
 def test_control_c_at_the_prompt_leaves_and_keeps_the_report(folder, monkeypatch, tmp_path):
     def typed() -> Iterator[str]:
         yield "thequick\n"
