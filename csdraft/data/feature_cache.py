@@ -7,8 +7,7 @@ are too large for float16.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
@@ -17,11 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from csdraft.data.row_arrays import RowArguments, RowArrays, lengths_of, write_rows
-from csdraft.data.shards import Part
+from csdraft.data.row_arrays import RowArguments, RowArrays, lengths_of
 from csdraft.data.target import target_name
 
-__all__ = ["LAST", "FeatureArguments", "FeatureCache", "cache_features", "write_features"]
+__all__ = ["LAST", "FeatureArguments", "FeatureCache", "cache_features"]
 
 FEATURES = "features.bf16"
 LAST = -1
@@ -30,7 +28,7 @@ LAST = -1
 
 @dataclass(frozen=True)
 class FeatureCache(RowArrays):
-    """Reads what `write_features` wrote. See `RowArrays`."""
+    """Hidden states by row. The description has the `taps` that are kept and the `width` of each."""
 
     what = "features"
     document = "features.json"
@@ -49,12 +47,12 @@ class FeatureCache(RowArrays):
     @staticmethod
     def compute(
         target: Any, ids: Tensor, lengths: np.ndarray, sizes: np.ndarray, description: Mapping[str, Any]
-    ) -> list[dict[str, Tensor]]:
+    ) -> Iterator[dict[str, Tensor]]:
         few = {"logits_to_keep": 1} if "logits_to_keep" in signature(target.forward).parameters else {}
         states = target(input_ids=ids, use_cache=False, output_hidden_states=True, **few).hidden_states
         kept = [states[tap].to("cpu", torch.bfloat16) for tap in description["taps"]]
         joined = torch.cat(kept, -1).view(torch.int16)  # (rows, longest, taps x width)
-        return [{FEATURES: joined[row, :size]} for row, size in enumerate(sizes.tolist())]
+        return ({FEATURES: joined[row, :size]} for row, size in enumerate(sizes.tolist()))
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -64,31 +62,6 @@ class FeatureCache(RowArrays):
     def packed(self, row: int) -> Tensor:
         """(length, taps x width) bfloat16 hidden states of each position, side by side."""
         return torch.from_numpy(self.read(FEATURES, row)).view(torch.bfloat16)
-
-
-def write_features(
-    load_target: Callable[[], Any],
-    rows: Any,
-    folder: str | os.PathLike[str],
-    name: str,
-    layers: Sequence[int],
-    width: int,
-    batch_size: int = 8,
-    part: Part | None = None,
-) -> None:
-    """Writes the cache, or what is still missing in it.
-
-    Args:
-        load_target, rows, folder, batch_size, part: see `write_rows`.
-        name: of the target.
-        layers: hidden states to keep besides the last one; k is the one after k blocks.
-        width: of the target's hidden states.
-
-    Raises:
-        ValueError: as `write_rows`.
-    """
-    description = {"target": name, "taps": [*sorted(set(layers)), LAST], "width": width}
-    write_rows(FeatureCache, load_target, rows, folder, description, batch_size, part)
 
 
 @dataclass
@@ -105,15 +78,15 @@ class FeatureArguments(RowArguments):
 
 
 def cache_features(args: FeatureArguments) -> None:
-    """`write_features` for the rows of a data set, as training reads them.
+    """Writes the cache of a data set's rows, as training reads them, or what is still missing in it.
 
     Raises:
-        ValueError: as `RowArguments.read` and `write_features`, or for layers that the target lacks; before the target
-            is loaded.
+        ValueError: as `RowArguments.read` and `RowArrays.write`, or for layers that the target lacks; before the
+            target is loaded.
     """
     config, rows = args.read("features")
-    text, name = config.get_text_config(decoder=True), target_name(args)
+    text = config.get_text_config(decoder=True)
     if wrong := [layer for layer in args.layers if not 0 <= layer <= text.num_hidden_layers]:
         raise ValueError(f"layers={args.layers}: {wrong[0]} must be from 0 to {text.num_hidden_layers}, the target's")
-    kept, width = args.layers, text.hidden_size
-    write_features(args.load_target, rows, args.output_dir, name, kept, width, args.batch_size, args.part)
+    description = {"target": target_name(args), "taps": [*sorted({*args.layers}), LAST], "width": text.hidden_size}
+    FeatureCache.write(args.load_target, rows, args.output_dir, description, args.batch_size, args.part)

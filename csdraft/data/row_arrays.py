@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,19 +28,17 @@ from csdraft.data.shards import Part, batches, check_unchanged, write_whole
 from csdraft.data.sources import read_rows
 from csdraft.data.target import TargetArguments, option
 
-__all__ = ["RowArguments", "RowArrays", "checksum", "lengths_of", "prompt_lengths_of", "write_rows"]
+__all__ = ["RowArguments", "RowArrays", "checksum", "lengths_of", "prompt_lengths_of"]
 
 DONE = "done.u8"
 
 
 @dataclass(frozen=True)
 class RowArrays:
-    """Reads what `write_rows` wrote.
-
-    Args:
-        folder: of the files.
+    """Reads what `write` wrote.
 
     Attributes:
+        folder: of the files.
         what: the name of the stored values in messages.
         document: the file that describes the others.
         smaller: what to ask for if the disk is too small.
@@ -57,8 +55,9 @@ class RowArrays:
     def __post_init__(self) -> None:
         if not Path(self.folder, self.document).is_file():
             raise ValueError(f"{self.folder} holds no cached {self.what}; write them first")
-        if missing := int((self.done == 0).sum()):
-            raise ValueError(f"{missing} of {len(self.done)} rows are missing in {self.folder}: run its writer again")
+        done = np.fromfile(Path(self.folder, DONE), np.uint8)
+        if missing := int((done == 0).sum()):
+            raise ValueError(f"{missing} of {len(done)} rows are missing in {self.folder}: run its writer again")
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -82,7 +81,7 @@ class RowArrays:
     @staticmethod
     def compute(
         target: Any, ids: Tensor, lengths: np.ndarray, sizes: np.ndarray, description: Mapping[str, Any]
-    ) -> Sequence[Mapping[str, Tensor]]:
+    ) -> Iterable[Mapping[str, Tensor]]:
         """What to store of each row, by file.
 
         Args:
@@ -99,10 +98,13 @@ class RowArrays:
 
     # Reading.
 
+    def size(self, row: int) -> int:
+        """How many positions of a row are kept."""
+        return self.ends[row + 1] - self.ends[row]
+
     def read(self, name: str, row: int) -> np.ndarray:
         """A row's entries in one file, (positions,) or (positions, width)."""
-        start, stop = self.ends[row : row + 2]
-        return np.array(self.arrays[name][start:stop])
+        return np.array(self.arrays[name][self.ends[row] : self.ends[row + 1]])
 
     def check(self, rows: Any) -> None:
         """Raises ValueError if the files belong to other rows, or to other positions of them."""
@@ -145,9 +147,99 @@ class RowArrays:
     def arrays(self) -> dict[str, np.memmap]:
         return _open(Path(self.folder), self.columns(self.description), self.ends[-1], "r")
 
-    @cached_property
-    def done(self) -> np.ndarray:
-        return np.memmap(Path(self.folder, DONE), np.uint8, "r")
+    # Writing.
+
+    @classmethod
+    @torch.no_grad()
+    def write(
+        cls,
+        load_target: Callable[[], Any],
+        rows: Any,
+        folder: str | os.PathLike[str],
+        description: Mapping[str, Any],
+        batch_size: int = 8,
+        part: Part | None = None,
+    ) -> None:
+        """Writes the files, or what is still missing in them.
+
+        Args:
+            load_target: returns a causal LM; called only if a row is missing.
+            rows: as `csdraft.data.sources.read_rows` gives them.
+            description: what the files hold, the `target` by name. Files with another description are not continued.
+            batch_size: rows read at once; what the target computes of them must fit into memory.
+            part: which process this is; None reads the environment.
+
+        Raises:
+            ValueError: the rest does not fit on the disk, or `folder` holds something else.
+        """
+        path, part = Path(folder), part or Part.of_environment()
+        lengths, sizes, columns = lengths_of(rows), cls.sizes_of(rows), cls.columns(description)
+        path.mkdir(parents=True, exist_ok=True)
+        cls._check_disk(path, sizes, columns, part)
+        cls._prepare(path, {**description, "rows": len(lengths), "texts": checksum(rows)}, lengths, sizes, columns)
+        arrays = _open(path, columns, int(sizes.sum()), "r+")
+        done, ends = np.memmap(path / DONE, np.uint8, "r+"), [0, *sizes.cumsum().tolist()]
+        missing = [batch for batch in part.of(batches(lengths.tolist(), batch_size)) if not done[batch].all()]
+        if not missing:
+            return
+        target = load_target()
+        with tqdm(total=sum(map(len, missing)), unit=" rows", desc=cls.what, disable=part.local_rank > 0) as bar:
+            for batch in missing:
+                texts = [torch.tensor(rows[row]["input_ids"]) for row in batch]
+                ids = pad_sequence(texts, batch_first=True).to(target.device)  # (rows, longest)
+                found = cls.compute(target, ids, lengths[batch], sizes[batch], description)
+                for row, values in zip(batch, found, strict=True):
+                    for file, value in values.items():
+                        arrays[file][ends[row] : ends[row + 1]] = value.cpu().numpy()
+                done[batch] = 1
+                bar.update(len(batch))
+
+    @classmethod
+    def _check_disk(cls, folder: Path, sizes: np.ndarray, columns: Mapping[str, np.dtype], part: Part) -> None:
+        """Prints the size of the files; raises ValueError if what is not yet written does not fit."""
+        each = sum(dtype.itemsize for dtype in columns.values())
+        done = np.fromfile(folder / DONE, np.uint8) if (folder / DONE).is_file() else np.zeros(len(sizes), np.uint8)
+        left = sizes[done == 0] if len(done) == len(sizes) else sizes
+        needed, free = int(left.sum()) * each, shutil.disk_usage(folder).free
+        total, needed_text, free_text = map(size_text, (int(sizes.sum()) * each + len(sizes), needed, free))
+        if part.rank == 0:
+            print(
+                f"{cls.what} of {len(sizes):,} rows, {int(sizes.sum()):,} positions: {total} in {folder}, "
+                f"{needed_text} still to write; {free_text} free"
+            )
+        if needed > free:
+            raise ValueError(
+                f"the {cls.what} take {needed_text}, but {free_text} are free in {folder}; give another folder, "
+                f"fewer rows, or {cls.smaller}"
+            )
+
+    @classmethod
+    def _prepare(
+        cls,
+        folder: Path,
+        description: dict[str, Any],
+        lengths: np.ndarray,
+        sizes: np.ndarray,
+        columns: Mapping[str, np.dtype],
+    ) -> None:
+        """Creates files of their full size, which are sparse until written; all processes create the same ones."""
+        path = folder / cls.document
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        check_unchanged(f"{folder} holds the cache of", found, description, "Give another folder, or remove it")
+        files = {name: int(sizes.sum()) * dtype.itemsize for name, dtype in columns.items()}
+        for name, size in {**files, DONE: len(sizes)}.items():
+            with open(folder / name, "ab") as file:
+                file.truncate(size)
+        for name, array in (("lengths.npy", lengths), ("sizes.npy", sizes)):
+            with write_whole(folder / name) as file:
+                np.save(file, array)
+        with write_whole(path) as file:
+            file.write(json.dumps(description).encode())
+
+
+def _open(folder: Path, columns: Mapping[str, np.dtype], positions: int, mode: Any) -> dict[str, np.memmap]:
+    """Each file as (positions,) or (positions, width); numpy appends the shape of the column's type."""
+    return {name: np.memmap(folder / name, dtype, mode, shape=(positions,)) for name, dtype in columns.items()}
 
 
 @dataclass
@@ -179,97 +271,6 @@ class RowArguments(TargetArguments):
         if context and self.max_length > context:
             raise ValueError(f"max_length={self.max_length} is longer than the target's context of {context} tokens")
         return config, read_rows(self.dataset, tokenizer, self.max_length, self.split, self.dataset_limit, self.chat)
-
-
-@torch.no_grad()
-def write_rows(
-    kind: type[RowArrays],
-    load_target: Callable[[], Any],
-    rows: Any,
-    folder: str | os.PathLike[str],
-    description: Mapping[str, Any],
-    batch_size: int = 8,
-    part: Part | None = None,
-) -> None:
-    """Writes the files, or what is still missing in them.
-
-    Args:
-        kind: the class that reads them.
-        load_target: returns a causal LM; called only if a row is missing.
-        rows: as `csdraft.data.sources.read_rows` gives them.
-        folder: for the files.
-        description: what they hold. Files with another description are not continued.
-        batch_size: rows read at once.
-        part: which process this is; None reads the environment.
-
-    Raises:
-        ValueError: the rest does not fit on the disk, or `folder` holds something else.
-    """
-    path, part = Path(folder), part or Part.of_environment()
-    lengths, sizes = lengths_of(rows), kind.sizes_of(rows)
-    path.mkdir(parents=True, exist_ok=True)
-    _check_disk(path, sizes, kind, description, part)
-    _prepare(path, kind, {**description, "rows": len(lengths), "texts": checksum(rows)}, lengths, sizes)
-    arrays = _open(path, kind.columns(description), int(sizes.sum()), "r+")
-    done, ends = np.memmap(path / DONE, np.uint8, "r+"), [0, *sizes.cumsum().tolist()]
-    missing = [batch for batch in part.of(batches(lengths.tolist(), batch_size)) if not done[batch].all()]
-    if not missing:
-        return
-    target = load_target()
-    with tqdm(total=sum(map(len, missing)), unit=" rows", desc=kind.what, disable=part.local_rank > 0) as bar:
-        for batch in missing:
-            texts = [torch.tensor(rows[row]["input_ids"]) for row in batch]
-            ids = pad_sequence(texts, batch_first=True).to(target.device)  # (rows, longest)
-            found = kind.compute(target, ids, lengths[batch], sizes[batch], description)
-            for row, values in zip(batch, found, strict=True):
-                for file, value in values.items():
-                    arrays[file][ends[row] : ends[row + 1]] = value.cpu().numpy()
-            done[batch] = 1
-            bar.update(len(batch))
-
-
-def _open(folder: Path, columns: Mapping[str, np.dtype], positions: int, mode: Any) -> dict[str, np.memmap]:
-    """Each file as (positions,) or (positions, width); numpy appends the shape of the column's type."""
-    return {name: np.memmap(folder / name, dtype, mode, shape=(positions,)) for name, dtype in columns.items()}
-
-
-def _prepare(
-    folder: Path, kind: type[RowArrays], description: dict[str, Any], lengths: np.ndarray, sizes: np.ndarray
-) -> None:
-    """Creates files of their full size, which are sparse until written; all processes create the same ones."""
-    path = folder / kind.document
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    check_unchanged(f"{folder} holds the cache of", found, description, "Give another folder, or remove it")
-    files = {name: int(sizes.sum()) * dtype.itemsize for name, dtype in kind.columns(description).items()}
-    for name, size in {**files, DONE: len(sizes)}.items():
-        with open(folder / name, "ab") as file:
-            file.truncate(size)
-    for name, array in (("lengths.npy", lengths), ("sizes.npy", sizes)):
-        with write_whole(folder / name) as file:
-            np.save(file, array)
-    with write_whole(path) as file:
-        file.write(json.dumps(description).encode())
-
-
-def _check_disk(
-    folder: Path, sizes: np.ndarray, kind: type[RowArrays], description: Mapping[str, Any], part: Part
-) -> None:
-    """Prints the size of the files; raises ValueError if what is not yet written does not fit."""
-    each = sum(dtype.itemsize for dtype in kind.columns(description).values())
-    done = np.fromfile(folder / DONE, np.uint8) if (folder / DONE).is_file() else np.zeros(len(sizes), np.uint8)
-    left = sizes[done == 0] if len(done) == len(sizes) else sizes
-    needed, free = int(left.sum()) * each, shutil.disk_usage(folder).free
-    total, needed_text, free_text = map(size_text, (int(sizes.sum()) * each + len(sizes), needed, free))
-    if part.rank == 0:
-        print(
-            f"{kind.what} of {len(sizes):,} rows, {int(sizes.sum()):,} positions: {total} in {folder}, {needed_text} "
-            f"still to write; {free_text} free"
-        )
-    if needed > free:
-        raise ValueError(
-            f"the {kind.what} take {needed_text}, but {free_text} are free in {folder}; give another folder, fewer "
-            f"rows, or {kind.smaller}"
-        )
 
 
 # Columns of rows, which are a list of dicts or a `datasets.Dataset`.

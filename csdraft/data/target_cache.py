@@ -1,58 +1,33 @@
 """A frozen target's largest logits on disk, so that training needs no forward of the target.
 
-Each position keeps its k most probable tokens: log-probabilities in float16, ids in int32, and the logsumexp of all
-logits in float32. The logsumexp gives back the logits themselves and the probability that all other tokens share.
-Log-probabilities rather than logits, because float16 is most precise near 0, where the likely tokens are.
+Each position keeps its k most probable tokens: log-probabilities in float16, ids in int32. Log-probabilities rather
+than logits, because float16 is most precise near 0, where the likely tokens are.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from csdraft.data.row_arrays import RowArguments, RowArrays, lengths_of, prompt_lengths_of, write_rows
-from csdraft.data.shards import Part
+from csdraft.data.row_arrays import RowArguments, RowArrays, lengths_of, prompt_lengths_of
 from csdraft.data.target import option, target_name
 
-__all__ = ["CacheArguments", "TargetCache", "TopK", "cache_logits", "dense", "write_target_cache"]
+__all__ = ["CacheArguments", "TargetCache", "cache_logits", "dense"]
 
-LOG_PROBS, IDS, LOGSUMEXP = "log_probs.f16", "ids.i32", "logsumexp.f32"
-
-
-class TopK(NamedTuple):
-    """The most probable next tokens after each token of a row, most probable first; nan where nothing is scored.
-
-    Attributes:
-        log_probs: (length, k) float32, at temperature 1; rounded to float16.
-        ids: (length, k) int64.
-        logsumexp: (length,) float32, of all logits; `log_probs + logsumexp[:, None]` are the logits.
-    """
-
-    log_probs: Tensor
-    ids: Tensor
-    logsumexp: Tensor
-
-    @property
-    def rest(self) -> Tensor:
-        """(length,) float32, probability of all tokens that are not listed."""
-        return (1 - self.log_probs.exp().sum(-1)).clamp(min=0)
-
-    def packed(self) -> Tensor:
-        """(length, 2 k) int32 log-probabilities (their bits) and ids, for `dense`: engines would round floats."""
-        return torch.cat([self.log_probs.view(torch.int32), self.ids.int()], -1)
+LOG_PROBS, IDS = "log_probs.f16", "ids.i32"
 
 
 def dense(packed: Tensor, vocab: int) -> Tensor:
     """Logits over all tokens; the tokens that are not listed share the rest of the probability evenly.
 
     Args:
-        packed: (positions, 2 k) from `TopK.packed`.
+        packed: (positions, 2 k) from `TargetCache.packed`.
         vocab: number of tokens.
 
     Returns:
@@ -68,7 +43,7 @@ def dense(packed: Tensor, vocab: int) -> Tensor:
 
 @dataclass(frozen=True)
 class TargetCache(RowArrays):
-    """Reads what `write_target_cache` wrote; `cache[row]` is a `TopK`. See `RowArrays`."""
+    """Logits by row. The description's `k` is the number of tokens kept at each position."""
 
     what = "logits"
     document = "target_cache.json"
@@ -77,8 +52,7 @@ class TargetCache(RowArrays):
     @staticmethod
     def columns(description: Mapping[str, Any]) -> dict[str, np.dtype]:
         k = description["k"]
-        types = {LOG_PROBS: (np.float16, (k,)), IDS: (np.int32, (k,)), LOGSUMEXP: np.float32}
-        return {name: np.dtype(of) for name, of in types.items()}
+        return {LOG_PROBS: np.dtype((np.float16, (k,))), IDS: np.dtype((np.int32, (k,)))}
 
     @staticmethod
     def sizes_of(rows: Any) -> np.ndarray:
@@ -88,59 +62,24 @@ class TargetCache(RowArrays):
     @staticmethod
     def compute(
         target: Any, ids: Tensor, lengths: np.ndarray, sizes: np.ndarray, description: Mapping[str, Any]
-    ) -> list[dict[str, Tensor]]:
-        k = description["k"]
+    ) -> Iterator[dict[str, Tensor]]:
         logits = target(input_ids=ids, use_cache=False).logits  # padding follows the texts, which do not see it
-        if k > logits.shape[-1]:
+        if (k := description["k"]) > logits.shape[-1]:
             raise ValueError(f"k={k} is more than the target's {logits.shape[-1]} tokens; give fewer")
-        found = []
         for row, (length, size) in enumerate(zip(lengths.tolist(), sizes.tolist(), strict=True)):
             scored = logits[row, length - 1 - size : length - 1].float()  # (size, vocab)
-            logsumexp = scored.logsumexp(-1)  # (size,)
             values, top = scored.topk(k, -1)  # (size, k) each
-            found.append({LOG_PROBS: values - logsumexp[:, None], IDS: top, LOGSUMEXP: logsumexp})
-        return found
-
-    def __getitem__(self, row: int) -> TopK:
-        size = self.ends[row + 1] - self.ends[row]
-        length, k = self.lengths[row], self.description["k"]
-        top = TopK(
-            log_probs=torch.full((length, k), torch.nan),
-            ids=torch.zeros(length, k, dtype=torch.long),
-            logsumexp=torch.full((length,), torch.nan),
-        )
-        for whole, name in zip(top, (LOG_PROBS, IDS, LOGSUMEXP), strict=True):
-            whole[length - 1 - size : -1] = torch.from_numpy(self.read(name, row))
-        return top
+            yield {LOG_PROBS: values - scored.logsumexp(-1, keepdim=True), IDS: top}
 
     def packed(self, row: int) -> Tensor:
-        return self[row].packed()
+        """(length, 2 k) int32 log-probabilities (their bits) and ids, for `dense`: engines would round floats.
 
-
-def write_target_cache(
-    load_target: Callable[[], Any],
-    rows: Any,
-    folder: str | os.PathLike[str],
-    name: str,
-    k: int = 64,
-    batch_size: int = 8,
-    part: Part | None = None,
-) -> None:
-    """Writes the cache, or what is still missing in it.
-
-    Args:
-        load_target, rows, folder, part: see `write_rows`.
-        name: of the target.
-        k: tokens kept at each position.
-        batch_size: rows read at once; their logits, (batch_size, longest row, vocab), must fit into memory.
-
-    Raises:
-        ValueError: as `write_rows`; or k is below 1, or no position is scored.
-    """
-    positions = TargetCache.sizes_of(rows).sum()
-    if k < 1 or not positions:
-        raise ValueError(f"k={k} tokens of {positions} scored positions are nothing to keep; give 1 or more of both")
-    write_rows(TargetCache, load_target, rows, folder, {"target": name, "k": k}, batch_size, part)
+        Most probable first; nan where nothing is scored.
+        """
+        around = (0, 0, self.lengths[row] - 1 - self.size(row), 1)  # positions before and after those that are kept
+        log_probs, ids = (torch.from_numpy(self.read(name, row)) for name in (LOG_PROBS, IDS))
+        log_probs = pad(log_probs.float(), around, value=torch.nan)
+        return torch.cat([log_probs.view(torch.int32), pad(ids, around)], -1)
 
 
 @dataclass
@@ -155,11 +94,11 @@ class CacheArguments(RowArguments):
 
 
 def cache_logits(args: CacheArguments) -> None:
-    """`write_target_cache` for the rows of a data set, as training reads them.
+    """Writes the cache of a data set's rows, as training reads them, or what is still missing in it.
 
     Raises:
-        ValueError: as `RowArguments.read` and `write_target_cache`, before the target is loaded.
+        ValueError: as `RowArguments.read` and `RowArrays.write`, before the target is loaded.
     """
     _, rows = args.read("logits")
-    name = target_name(args)
-    write_target_cache(args.load_target, rows, args.output_dir, name, args.k, args.batch_size, args.part)
+    description = {"target": target_name(args), "k": args.k}
+    TargetCache.write(args.load_target, rows, args.output_dir, description, args.batch_size, args.part)

@@ -70,7 +70,7 @@ class Distillation(nn.Module):
             labels: (rows, length) token ids where the prediction counts, else `IGNORED`; see `Student.compared`.
             total: labelled positions of the whole step, over micro-batches and processes.
             cached: (rows, length, 2 k) the target's top-k log-probabilities and ids, which replace its forward, see
-                `TopK.packed`; or (rows, length, taps x width) its hidden states, see `cached_taps`.
+                `TargetCache.packed`; or (rows, length, taps x width) its hidden states, see `cached_taps`.
             inputs: `input_ids` and `position_ids`, (rows, length); for an encoder-decoder `input_ids`,
                 `attention_mask` and `decoder_input_ids`.
         """

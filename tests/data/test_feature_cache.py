@@ -5,17 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from csdraft.data.feature_cache import LAST, FeatureArguments, FeatureCache, cache_features, write_features
+from csdraft.data.feature_cache import LAST, FeatureArguments, FeatureCache, cache_features
 from csdraft.data.packing import Texts, collate
 from tests.tiny import CAUSAL, tiny
 
 ROWS = [{"input_ids": [3 + (i * k) % 60 for i in range(5 + k)], "prompt_length": k} for k in range(1, 6)]
 
 
+def described(target: torch.nn.Module, *layers: int) -> dict:
+    return {"target": "tiny", "taps": [*layers, LAST], "width": target.config.get_text_config().hidden_size}
+
+
 @pytest.mark.parametrize("family", CAUSAL)
 def test_they_are_what_the_target_computes(tmp_path, family):
     target = tiny(family)
-    write_features(lambda: target, ROWS, tmp_path, "tiny", [1], target.config.get_text_config().hidden_size, 2)
+    FeatureCache.write(lambda: target, ROWS, tmp_path, described(target, 1), 2)
     cache = FeatureCache(tmp_path)
     assert cache.taps == (1, LAST)
     for number, row in enumerate(ROWS):
@@ -29,7 +33,7 @@ def test_they_are_what_the_target_computes(tmp_path, family):
 
 def test_batches_carry_them_beside_their_tokens(tmp_path):
     target = tiny("llama")
-    write_features(lambda: target, ROWS, tmp_path, "tiny", [0], target.config.hidden_size)
+    FeatureCache.write(lambda: target, ROWS, tmp_path, described(target, 0))
     cache = FeatureCache(tmp_path)
     texts = Texts(ROWS, 24, cache=cache)
     batch = collate([texts[i] for i in range(len(texts))])
@@ -42,10 +46,9 @@ def test_batches_carry_them_beside_their_tokens(tmp_path):
 
 def test_another_cache_is_not_continued_and_a_layer_that_is_not_there_is_refused(tmp_path):
     target = tiny("llama")
-    width = target.config.hidden_size
-    write_features(lambda: target, ROWS, tmp_path, "tiny", [1], width)
+    FeatureCache.write(lambda: target, ROWS, tmp_path, described(target, 1))
     with pytest.raises(ValueError, match="holds the cache"):
-        write_features(lambda: target, ROWS, tmp_path, "tiny", [0, 1], width)
+        FeatureCache.write(lambda: target, ROWS, tmp_path, described(target, 0, 1))
     with pytest.raises(ValueError, match=r"the features in .* of other texts"):
         Texts(ROWS[1:], 24, cache=FeatureCache(tmp_path))
     asked = {"target": "models/smol-target", "dataset": "no/such-data", "output_dir": str(tmp_path / "other")}

@@ -15,7 +15,7 @@ import torch
 
 from csdraft.data.packing import IGNORED, Texts, collate
 from csdraft.data.shards import Part
-from csdraft.data.target_cache import CacheArguments, TargetCache, cache_logits, dense, write_target_cache
+from csdraft.data.target_cache import CacheArguments, TargetCache, cache_logits, dense
 from csdraft.losses.forward_kl import forward_kl
 from tests.data.words import make_target, sentence, write_lines
 from tests.forked import Forked
@@ -24,6 +24,7 @@ from tests.tiny import VOCAB, tiny
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = ROOT / "scripts/cache_logits.py"
 K = 12
+DESCRIPTION = {"target": "tiny", "k": K}
 
 
 def make_rows(count: int = 20) -> list[dict]:
@@ -47,8 +48,14 @@ def load_target() -> torch.nn.Module:
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> TargetCache:
     folder = tmp_path_factory.mktemp("cache")
-    write_target_cache(load_target, ROWS, folder, "tiny", K, 4)
+    TargetCache.write(load_target, ROWS, folder, DESCRIPTION, 4)
     return TargetCache(folder)
+
+
+def kept(cache: TargetCache, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities and ids, (length, K)."""
+    bits, ids = cache.packed(row).chunk(2, -1)
+    return bits.view(torch.float32), ids.long()
 
 
 def scored(row: dict) -> slice:
@@ -64,41 +71,38 @@ def logits_of(row: dict) -> torch.Tensor:
 def test_the_cache_says_what_the_target_says(cache):
     assert len(cache) == len(ROWS)
     for number, row in enumerate(ROWS):
-        logits, kept, at = logits_of(row), cache[number], scored(row)
-        values, ids = logits[at].topk(K)
-        found = kept.log_probs[at] + kept.logsumexp[at, None]
-        assert kept.log_probs.shape == kept.ids.shape == (len(row["input_ids"]), K)
-        assert (found - values).abs().max() < 0.01  # float16 of log-probabilities down to -16
-        assert (logits[at].gather(-1, kept.ids[at]) - values).abs().max() < 1e-4
-        assert torch.allclose(kept.logsumexp[at], logits[at].logsumexp(-1), atol=1e-4)
-        rest = 1 - logits[at].softmax(-1).gather(-1, ids).sum(-1)
-        assert (kept.rest[at] - rest).abs().max() < 2e-3
+        said, (log_probs, ids), at = logits_of(row).log_softmax(-1), kept(cache, number), scored(row)
+        values = said[at].topk(K).values
+        assert log_probs.shape == ids.shape == (len(row["input_ids"]), K)
+        assert (log_probs[at] - values).abs().max() < 0.01  # float16 of log-probabilities down to -16
+        assert (said[at].gather(-1, ids[at]) - values).abs().max() < 1e-4
 
 
 def test_what_is_not_scored_is_not_kept(cache):
     for number, row in enumerate(ROWS):
         known = torch.zeros(len(row["input_ids"]), dtype=torch.bool)
         known[scored(row)] = True
-        assert torch.equal(~cache[number].logsumexp.isnan(), known)
+        assert torch.equal(~kept(cache, number)[0].isnan().any(-1), known)
 
 
 def test_all_tokens_kept_give_the_targets_loss(tmp_path):
-    write_target_cache(load_target, ROWS, tmp_path, "tiny", VOCAB)
+    TargetCache.write(load_target, ROWS, tmp_path, {"target": "tiny", "k": VOCAB})
     whole = TargetCache(tmp_path)
     for number, row in enumerate(ROWS[:5]):
         at = scored(row)
         student = torch.randn(len(row["input_ids"]), VOCAB)[at]
         labels = torch.zeros(len(student), dtype=torch.long)
         exact = forward_kl(student, logits_of(row)[at], labels)
-        assert torch.allclose(forward_kl(student, dense(whole[number].packed()[at], VOCAB), labels), exact, atol=0.01)
+        assert torch.allclose(forward_kl(student, dense(whole.packed(number)[at], VOCAB), labels), exact, atol=0.01)
 
 
 def test_dense_logits_are_normalised_and_spread_the_rest_evenly(cache):
-    kept, at = cache[3], scored(ROWS[3])
-    probs = dense(kept.packed()[at], VOCAB).exp()
+    at = scored(ROWS[3])
+    log_probs, ids = (values[at] for values in kept(cache, 3))
+    probs = dense(cache.packed(3)[at], VOCAB).exp()
     assert torch.allclose(probs.sum(-1), torch.ones(len(probs)))
-    assert torch.allclose(probs.gather(-1, kept.ids[at]), kept.log_probs[at].exp(), atol=2e-3)
-    others = probs.scatter(-1, kept.ids[at], torch.nan)
+    assert torch.allclose(probs.gather(-1, ids), log_probs.exp(), atol=2e-3)
+    others = probs.scatter(-1, ids, torch.nan)
     spread = others.nan_to_num(0).amax(-1) - others.nan_to_num(1).amin(-1)
     assert spread.abs().max() < 1e-6
 
@@ -123,32 +127,32 @@ def test_batches_carry_the_logits_of_their_tokens(cache, packing):
 
 def test_processes_and_batches_write_the_same(cache, tmp_path):
     for rank in range(3):
-        write_target_cache(load_target, ROWS, tmp_path, "tiny", K, 3, Part(rank, 3))
+        TargetCache.write(load_target, ROWS, tmp_path, DESCRIPTION, 3, Part(rank, 3))
     other = TargetCache(tmp_path)
     for number in range(len(ROWS)):
-        for one, two in zip(cache[number], other[number], strict=True):
+        for one, two in zip(kept(cache, number), kept(other, number), strict=True):
             assert torch.allclose(one, two, atol=0.01, equal_nan=True)
 
 
 def test_the_forecast_is_what_the_files_take(tmp_path, capsys):
     printed = []
-    write_target_cache(lambda: printed.append(capsys.readouterr().out) or load_target(), ROWS, tmp_path, "tiny", K)
+    TargetCache.write(lambda: printed.append(capsys.readouterr().out) or load_target(), ROWS, tmp_path, DESCRIPTION)
     files = [path for path in tmp_path.iterdir() if path.suffix not in (".npy", ".json")]
     taken = sum(path.stat().st_size for path in files)
     assert f"positions: {taken / 1000:.3g} KB in {tmp_path}" in printed[0]  # before the target is loaded
 
 
 def test_readers_of_other_processes_open_the_files_themselves(cache):
-    cache[0]
+    cache.packed(0)
     assert len(pickle.dumps(cache)) < 1000
-    assert torch.equal(pickle.loads(pickle.dumps(cache))[2].ids, cache[2].ids)
+    assert torch.equal(pickle.loads(pickle.dumps(cache)).packed(2), cache.packed(2))
 
 
 def test_too_small_a_disk_is_noticed_before_the_target_is_loaded(tmp_path, monkeypatch, capsys):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(1, 0, 20000))
     with pytest.raises(ValueError, match=r"take 1\S+ KB, but 20 KB are free in .*, or a smaller k"):
-        write_target_cache(lambda: pytest.fail("was loaded"), ROWS, tmp_path, "tiny", 90)
+        TargetCache.write(lambda: pytest.fail("was loaded"), ROWS, tmp_path, DESCRIPTION | {"k": 90})
     assert "logits of 20 rows, " in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
@@ -162,13 +166,11 @@ def test_another_cache_is_neither_read_nor_continued(cache, tmp_path):
     cache.check_target("tiny")
     with pytest.raises(ValueError, match="of the target tiny, not of other"):
         cache.check_target("other")
-    for rows, name, k in ((ROWS[1:], "tiny", K), (ROWS, "other", K), (ROWS, "tiny", K + 1)):
+    for rows, other in ((ROWS[1:], {}), (ROWS, {"target": "other"}), (ROWS, {"k": K + 1})):
         with pytest.raises(ValueError, match="holds the cache"):
-            write_target_cache(load_target, rows, cache.folder, name, k)
+            TargetCache.write(load_target, rows, cache.folder, DESCRIPTION | other)
     with pytest.raises(ValueError, match="holds no cached logits"):
         TargetCache(tmp_path)
-    with pytest.raises(ValueError, match="nothing to keep"):
-        write_target_cache(load_target, ROWS, tmp_path, "tiny", 0)
 
 
 @pytest.mark.slow
@@ -205,8 +207,7 @@ def test_a_killed_run_goes_on(tmp_path):
     assert sum(read) == 1000 - before.sum()
     cache = TargetCache(tmp_path / "logits")
     for row in range(1000):
-        assert (cache[row].log_probs[:-1] < 0).all()
-        assert (cache[row].logsumexp[:-1] != 0).all()
+        assert (cache.packed(row)[:-1, :8].contiguous().view(torch.float32) < 0).all()
 
 
 def test_bad_input_is_found_before_the_target_is_loaded(tmp_path, monkeypatch):

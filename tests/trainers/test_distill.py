@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, Trainer,
 
 import csdraft
 from csdraft.data.sources import read_rows
-from csdraft.data.target_cache import write_target_cache
+from csdraft.data.target_cache import TargetCache
 from csdraft.trainers import run
 from csdraft.trainers.arguments import make_arguments
 from csdraft.trainers.distill import DistillArguments, DrafterTrainer
@@ -327,7 +327,7 @@ def test_mistakes_are_found_before_the_target_is_loaded(folder, what, monkeypatc
         tokenizer = AutoTokenizer.from_pretrained(folder / "target")
         rows = read_rows(str(folder / "texts.jsonl"), tokenizer, 48)
         target = AutoModelForCausalLM.from_pretrained(folder / "target")
-        write_target_cache(lambda: target, rows, folder / "logits", "other/model", 4)
+        TargetCache.write(lambda: target, rows, folder / "logits", {"target": "other/model", "k": 4})
     changes = {
         key: value.format(folder=folder, root=ROOT) if isinstance(value, str) else value
         for key, value in changes.items()
