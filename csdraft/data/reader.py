@@ -6,16 +6,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import compress
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerFast
 
 from csdraft.data.chat import ChatFormat, scored_chat
 from csdraft.data.messages import as_messages, as_tools, is_broken, kind_of
 from csdraft.data.opening import GIVEN, MASKS, SHOWN, TOOLS, Source
-from csdraft.data.tally import Tally, Unusable, attempt
+from csdraft.data.tally import Unusable
 
-__all__ = [
-    "OUTCOME", "Encoded", "RowReader", "conversation_of", "count", "ids_end", "text_of", "tokens_of", "with_bos",
-]  # fmt: skip
+__all__ = ["OUTCOME", "RowReader", "conversation_of", "ids_end", "text_of", "tokens_of", "with_bos"]
 
 OUTCOME = ("source_row", "cut", "left_out", "detail")
 """Columns with the outcome of reading an example; see `RowReader`."""
@@ -54,10 +54,6 @@ def conversation_of(value: Any) -> list[dict[str, Any]]:
     return as_messages(value)
 
 
-def _are_whole(ids: list[Any]) -> TypeGuard[list[int]]:
-    return all(type(token) is int for token in ids)
-
-
 def _whole(number: Any) -> Any:
     """If one row has a float or a null, Arrow or pandas turn all rows' numbers into floats."""
     return int(number) if type(number) is float and number.is_integer() else number
@@ -92,9 +88,9 @@ def tokens_of(example: Mapping[str, Any], number: int, source: Source, tokenizer
     if not isinstance(ids, list):
         raise Unusable(f"{kind_of(ids)} in place of tokens")
     ids = [_whole(token) for token in ids]
-    if not _are_whole(ids):
+    if any(type(token) is not int for token in ids):
         raise Unusable("tokens that are not whole numbers")
-    if len(ids) and not 0 <= min(ids) <= max(ids) < (end := ids_end(tokenizer)):
+    if ids and not 0 <= min(ids) <= max(ids) < (end := ids_end(tokenizer)):
         foreign = min(ids) if min(ids) < 0 else max(ids)
         raise ValueError(
             f"row {number} of {source.name!r} has token {foreign} in {source.column!r}, and the tokenizer's ids end "
@@ -105,12 +101,12 @@ def tokens_of(example: Mapping[str, Any], number: int, source: Source, tokenizer
     for name in given.keys() & {"prompt_length", "index"}:
         if type(given[name]) is not int or not 0 <= given[name] < 1 << 63:
             raise Unusable(f"{kind_of(given[name])} as {name}", f"{given[name]}: it counts from 0")
-    if "scored" in given and not (
-        isinstance(given["scored"], list) and all(each in (0, 1) for each in given["scored"])
-    ):
-        raise Unusable(f"{kind_of(given['scored'])} as scored", "it is a list of 0 and 1")
-    if len(scored := given.get("scored", ids)) != len(ids):
-        raise Unusable("a scored list that is not as long as its tokens", f"{len(scored)} for {len(ids)}")
+    if "scored" in given:
+        scored = given["scored"]
+        if not isinstance(scored, list) or any(each not in (0, 1) for each in scored):
+            raise Unusable(f"{kind_of(scored)} as scored", "it is a list of 0 and 1")
+        if len(scored) != len(ids):
+            raise Unusable("a scored list that is not as long as its tokens", f"{len(scored)} for {len(ids)}")
     return Encoded(ids, given.pop("prompt_length", 0), given)
 
 
@@ -128,6 +124,16 @@ def with_bos(ids: list[int], tokenizer: Any) -> list[int]:
     """Adds the begin-of-text token if the tokenizer has one but did not add it itself."""
     start = tokenizer.bos_token_id
     return ids if start is None or ids[:1] == [start] else [start, *ids]
+
+
+def _marks_beginnings(tokenizer: Any) -> bool:
+    """Whether a tokenizer puts something before every text, as sentencepiece puts a space; true if not known."""
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return True
+    normalizer, splitter = tokenizer.backend_tokenizer.normalizer, tokenizer.backend_tokenizer.pre_tokenizer
+    text = normalizer.normalize_str("a") if normalizer else "a"
+    pieces = splitter.pre_tokenize_str(text) if splitter else [(text, (0, 1))]
+    return "".join(piece for piece, _ in pieces) != "a"
 
 
 def _with_eos(ids: list[int], tokenizer: Any) -> list[int]:
@@ -171,7 +177,7 @@ class RowReader:
         return {name: [row[name] for row in rows] for name in (*self.columns, *OUTCOME)}
 
     def _rows(self, examples: Sequence[Mapping[str, Any]], numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
-        values = [attempt(self._checked, pair) for pair in zip(examples, numbers, strict=False)]
+        values = list(map(self._checked, examples, numbers))
         encoded = iter(self._encoded([value for value in values if not isinstance(value, Unusable)]))
         for number, value in zip(numbers, values, strict=False):
             try:
@@ -181,9 +187,15 @@ class RowReader:
             except Unusable as why:
                 yield self._row(number, Encoded([]), left_out=why.what, detail=why.detail)
 
-    def _checked(self, pair: tuple[Mapping[str, Any], int]) -> Any:
+    def _checked(self, example: Mapping[str, Any], number: int) -> Any:
+        """What `_read` returns, or the `Unusable` that it raises."""
+        try:
+            return self._read(self.source.cleaned(example), number)
+        except Unusable as why:
+            return why
+
+    def _read(self, example: Mapping[str, Any], number: int) -> Any:
         """An example's tokens; or its text, or prompt and response, if these must still be tokenized."""
-        example, number = self.source.cleaned(pair[0]), pair[1]
         value = example.get(self.source.column)
         answer = example.get(self.source.response or "")
         if self.source.kind == "tokens":
@@ -223,8 +235,10 @@ class RowReader:
         ]
 
     def _continued(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of texts that follow others; alone, sentencepiece would put a space before each."""
+        """Token ids of texts that follow others, without a space that the tokenizer puts before each alone."""
         alone = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        if not _marks_beginnings(self.tokenizer):
+            return alone
         before = self.tokenizer("\n", add_special_tokens=False)["input_ids"]
         if "\n" not in self.tokenizer.decode(before):  # as T5's; an encoder-decoder's text begins with its response
             return alone
@@ -268,15 +282,3 @@ def _response_of(answer: Any) -> str:
     if not text.strip():
         raise Unusable("an empty response")
     return text
-
-
-def count(tally: Tally, outcomes: Mapping[str, Sequence[Any]]) -> None:
-    """Adds rows' `OUTCOME` to a tally.
-
-    Args:
-        outcomes: a list for each of these columns.
-    """
-    tally.cut += sum(outcomes["cut"])
-    for number, what, detail in zip(*(outcomes[name] for name in ("source_row", "left_out", "detail")), strict=True):
-        if what:
-            tally.leave_out(number, Unusable(what, detail))

@@ -13,7 +13,7 @@ from typing import Any
 from csdraft.data.chat import ChatFormat, chat_prompt, check_template
 from csdraft.data.messages import as_tools
 from csdraft.data.opening import TOOLS, Source, open_source
-from csdraft.data.reader import OUTCOME, RowReader, conversation_of, count, text_of, tokens_of, with_bos
+from csdraft.data.reader import OUTCOME, RowReader, conversation_of, text_of, tokens_of, with_bos
 from csdraft.data.tally import Counted, Tally, Unusable, tally_of
 
 __all__ = ["Source", "open_source", "prompts_of", "read_prompts", "read_rows", "revision_of", "tally_of", "texts_of"]
@@ -97,12 +97,15 @@ def _rows(examples: Any, reader: RowReader, tally: Tally) -> Any:
             features=features,
             desc=reader.source.name,
         )
-    left_out, outcome = [], [*map(str, OUTCOME)]
-    for batch in rows.select_columns(outcome).iter(10_000):
-        count(tally, batch)
-        left_out += batch["left_out"]
-    rows = rows.remove_columns(outcome)
-    rows = rows.select([i for i, what in enumerate(left_out) if not what]) if any(left_out) else rows
+    usable = []
+    for batch in rows.select_columns([*OUTCOME]).iter(10_000):
+        for number, cut, left_out, detail in zip(*(batch[name] for name in OUTCOME), strict=True):
+            usable.append(not left_out)
+            tally.cut += cut
+            if left_out:
+                tally.leave_out(number, left_out, detail)
+    rows = rows.remove_columns([*OUTCOME])
+    rows = rows if all(usable) else rows.select(np.flatnonzero(usable))
     rows = rows if "index" in reader.columns else rows.add_column("index", np.arange(len(rows)))
     rows.tally = tally
     return rows
@@ -209,7 +212,7 @@ def _usable(source: Source, ids_of: Callable[[Mapping[str, Any], int], list[int]
         try:
             found.append(ids_of(example, number))
         except Unusable as why:
-            found.tally.leave_out(number, why)
+            found.tally.leave_out(number, why.what, why.detail)
     if found:
         found.tally.show()
     return found

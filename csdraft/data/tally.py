@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from csdraft.data.shards import Part
 
-__all__ = ["Counted", "LeftOut", "Tally", "Unusable", "attempt", "tally_of"]
+__all__ = ["Counted", "Tally", "Unusable", "tally_of"]
 
-T = TypeVar("T")
 LONGEST_DETAIL = 160
 
 
@@ -26,14 +25,6 @@ class Unusable(ValueError):
     def __init__(self, what: str, detail: str = ""):
         super().__init__(f"{what}: {detail}" if detail else what)
         self.what, self.detail = what, " ".join(detail.split())[:LONGEST_DETAIL]
-
-
-def attempt(function: Callable[[Any], T], value: Any) -> T | Unusable:
-    """The function's result, or the `Unusable` that it raises."""
-    try:
-        return function(value)
-    except Unusable as error:
-        return error
 
 
 @dataclass
@@ -62,15 +53,9 @@ class Tally:
     cut: int = 0
     left_out: dict[str, LeftOut] = field(default_factory=dict)
 
-    def leave_out(self, number: int, why: Unusable) -> None:
-        """Counts row `number` of the source as left out."""
-        found = self.left_out.setdefault(why.what, LeftOut(0, number, why.detail))
-        found.rows += 1
-
-    @property
-    def missing(self) -> int:
-        """Rows left out."""
-        return sum(reason.rows for reason in self.left_out.values())
+    def leave_out(self, number: int, what: str, detail: str) -> None:
+        """Counts row `number` of the source as left out; for the others see `Unusable`."""
+        self.left_out.setdefault(what, LeftOut(0, number, detail)).rows += 1
 
     @property
     def reasons(self) -> str:
@@ -84,7 +69,7 @@ class Tally:
     def __str__(self) -> str:
         parts = [f"{self.source}: {self.read:,} {'row' if self.read == 1 else 'rows'} read"]
         if self.left_out:
-            parts.append(f"{self.missing:,} left out ({self.reasons})")
+            parts.append(f"{sum(reason.rows for reason in self.left_out.values()):,} left out ({self.reasons})")
         if self.cut:
             parts.append(f"{self.cut:,} cut to {self.max_length:,} tokens")
         return "; ".join(parts)

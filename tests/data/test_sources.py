@@ -259,6 +259,19 @@ def test_a_response_has_no_space_of_its_own(tmp_path):
     assert ids_of(rows) == [[1, 2, 1, 2, 0]]
 
 
+def test_texts_are_tokenized_once_where_a_tokenizer_puts_nothing_before_them(tmp_path):
+    read: list[str] = []
+
+    class Counting(PreTrainedTokenizerFast):
+        def __call__(self, texts, **options):
+            read.extend(texts)
+            return super().__call__(texts, **options)
+
+    counting = Counting(tokenizer_object=make_tokenizer().backend_tokenizer, eos_token="</s>")
+    assert len(read_rows(write_lines(tmp_path / "pairs.jsonl", PAIRS), counting, 64)) == len(PAIRS)
+    assert sorted(read) == sorted(text for pair in PAIRS for text in pair.values())
+
+
 def test_prompts_are_cut_only_from_texts(tmp_path, tokenizer):
     texts = write_lines(tmp_path / "texts.jsonl", [{"text": text} for text in TEXTS])
     assert [len(prompt) for prompt in read_prompts(texts, tokenizer, longest=8)] == [5, 8, 1, 8]
