@@ -8,8 +8,7 @@ The launchers of accelerate and torchrun have a status of their own after a sign
 
 from csdraft.trainers.command import run_script
 from csdraft.trainers.distill_arguments import DistillArguments
-from csdraft.trainers.run import distill
-from csdraft.trainers.run_folder import is_finished
+from csdraft.trainers.run import distill, is_finished
 
 
 def main(args: DistillArguments) -> int:

@@ -75,7 +75,7 @@ def forecast(args: DistillArguments, processes: int, tflops: float) -> list[str]
         target = AutoModelForCausalLM.from_config(config)
         head: Any = kind.new(text, asked, asked.draft_vocab or text.vocab_size)
         head.embed_tokens.requires_grad_(False)  # the target's
-        steps, _ = kind.unrolling(head)
+        steps = head.options.steps
         kept = kept_bytes(head.float(), args.per_device_train_batch_size, args.max_length, steps)
     size = getattr(torch, args.target_dtype, torch.float32).itemsize
     trained = sum(parameter.numel() for parameter in head.parameters() if parameter.requires_grad)

@@ -20,7 +20,7 @@ from csdraft.data.messages import Message, as_tools, in_parts, says_something, t
 from csdraft.data.tally import Unusable
 from csdraft.data.text import read_utf8
 
-__all__ = ["ChatFormat", "chat_of", "chat_prompt", "check_template", "scored_chat"]
+__all__ = ["ChatFormat", "chat_prompt", "check_template", "scored_chat"]
 
 T = TypeVar("T")
 Tools = Sequence[Mapping[str, Any]] | None
@@ -76,11 +76,6 @@ class ChatFormat:
     def tools_of(self, tools: Tools) -> Tools:
         """A row's own tools, or else those of the options."""
         return self.options.get("tools") if tools is None else tools
-
-
-def chat_of(args: Any) -> ChatFormat:
-    """The format that arguments describe by `chat_template` and `chat_template_options`."""
-    return ChatFormat.read(args.chat_template, args.chat_template_options)
 
 
 def _template_text(template: str) -> str:

@@ -28,8 +28,6 @@ KEY = "OPENAI_API_KEY"
 """The environment variable with the server's key, if it needs one. The key is never written anywhere."""
 PAUSES = (1, 2, 4, 8, 16, 30)
 """Seconds before each further attempt at a failed request."""
-LONGEST_PAUSE = 60
-"""The most seconds that a server's Retry-After is followed."""
 BUSY = (408, 409, 425, 429)
 """Statuses of temporary failures, besides all from 500 on."""
 LONGEST_ANSWER, QUOTED = 1 << 26, 300
@@ -56,15 +54,7 @@ class Unanswered(EngineError):
 
 
 class Failed(Exception):
-    """A request failed that may succeed if it is sent again.
-
-    Args:
-        pause: seconds that the server asks the client to wait.
-    """
-
-    def __init__(self, reason: str, pause: float = 0):
-        super().__init__(reason)
-        self.pause = pause
+    """A request failed that may succeed if it is sent again."""
 
 
 class _Direct(urllib.request.HTTPErrorProcessor):
@@ -141,12 +131,7 @@ class Engine:
         raise EngineError(f"{self.url} cannot write for {self.target}. " + "; ".join(refusals))
 
     def write(self, prompt: Sequence[int], new_tokens: int, temperature: float, seed: int) -> list[int]:
-        """The continuation of a prompt, with its end-of-text token.
-
-        Args:
-            new_tokens: the most tokens to write.
-            temperature: 0 is greedy.
-        """
+        """The continuation of a prompt, of at most `new_tokens`, with its end-of-text token; 0 is greedy."""
         in_tokens = not self.way.startswith("text")
         body = {
             "model": self.model,
@@ -173,7 +158,6 @@ class Engine:
         return up_to_end(ids, self.ends)[:new_tokens]
 
     def _ids_of(self, choice: Mapping[str, Any]) -> list[int]:
-        """A continuation's token ids."""
         found = choice.get("token_ids")
         if "logprobs" in WAYS[self.way]:
             try:
@@ -217,7 +201,7 @@ class Engine:
             try:
                 return read(self._once(where, body))
             except Failed as error:
-                if pause is None or self.stopped.wait(min(max(pause, error.pause), LONGEST_PAUSE)):
+                if pause is None or self.stopped.wait(pause):
                     raise Unanswered(
                         f"{where}: {error}. Asked {1 + len(PAUSES)} times; see the server's log. Rows that are "
                         "written are kept: the same command continues"
@@ -237,8 +221,7 @@ class Engine:
             raise Failed(f"{type(error).__name__}: {getattr(error, 'reason', error)}") from error
         said = f"status {response.status}, {_quoted(content)}"
         if response.status in BUSY or response.status >= 500:
-            pause = response.headers.get("Retry-After", "")
-            raise Failed(said, float(pause) if pause.isdecimal() else 0)
+            raise Failed(said)
         if response.status != 200:
             advice = f" It needs a key: put it into {KEY}." if response.status in (401, 403) else ""
             raise Unanswered(f"{where}: {said}.{advice}")

@@ -27,7 +27,7 @@ from csdraft.data.reader import ids_end
 from csdraft.data.shards import Place, Shard, batches, check_unchanged, finished, store, stored, write_whole
 from csdraft.data.sources import open_source, prompts_of, texts_of
 from csdraft.data.tally import Counted, Tally
-from csdraft.data.target import TargetArguments, option
+from csdraft.data.target import TargetArguments, option, read_target
 from csdraft.data.text import END
 
 __all__ = ["GenerateArguments", "beginnings", "generate"]
@@ -98,7 +98,7 @@ def generate(args: GenerateArguments, assistant: Any) -> Any:
         raise ValueError("storing what a target writes needs datasets: pip install csdraft[train]")
     if args.threads:
         torch.set_num_threads(args.threads)
-    folder, (config, tokenizer) = args.folder(), args.read_target()
+    folder, (config, tokenizer) = args.folder(), read_target(args)
     prompts = read_starts(args, config, tokenizer)
     check_same(folder / "arguments.json", args, prompts.tally)
     if stored(folder) != len(prompts):

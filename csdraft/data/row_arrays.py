@@ -26,7 +26,7 @@ from tqdm import tqdm
 from csdraft.amounts import size_text
 from csdraft.data.shards import Part, batches, check_unchanged, write_whole
 from csdraft.data.sources import read_rows
-from csdraft.data.target import TargetArguments, option
+from csdraft.data.target import TargetArguments, option, read_target
 
 __all__ = ["RowArguments", "RowArrays", "checksum", "lengths_of", "prompt_lengths_of"]
 
@@ -264,7 +264,7 @@ class RowArguments(TargetArguments):
         if self.threads:
             torch.set_num_threads(self.threads)
         self.folder()
-        config, tokenizer = self.read_target()
+        config, tokenizer = read_target(self)
         if config.is_encoder_decoder:
             raise ValueError(f"{self.target} is an encoder-decoder; {what} are cached for decoder-only targets")
         context = getattr(config, "max_position_embeddings", None)

@@ -17,10 +17,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from csdraft.data.chat import ChatFormat, chat_of
+from csdraft.data.chat import ChatFormat
 from csdraft.data.shards import Part
 
-__all__ = ["TargetArguments", "check_writable", "load_weights", "option", "read_target", "target_name"]
+__all__ = [
+    "DataArguments", "TargetArguments", "check_writable", "load_weights", "option", "read_target", "target_name",
+]  # fmt: skip
 
 
 def option(default: Any, help: str) -> Any:
@@ -65,13 +67,15 @@ def check_writable(folder: str | None) -> Path:
 
 
 @dataclass
-class TargetArguments:
-    """A target and its data, named as in `csdraft.trainers.distill.DistillArguments`."""
+class DataArguments:
+    """A target, and the data that it reads."""
 
     target: str = option("models/smol-target", "Folder or Hub id of the target.")
     target_revision: str | None = option(None, "Branch, tag or commit of the target.")
     target_dtype: str = option("auto", "dtype of the target's weights.")
-    target_device_map: str | None = option(None, "Where the target's layers go, such as 'auto'; none is one device.")
+    target_device_map: str | None = option(
+        None, "Where the target's layers go, such as 'auto'; none is one device, in training the student's."
+    )
     dataset: str = option("stdlib", "Data: a Hub id, a file, a folder, or 'stdlib'.")
     dataset_limit: int | None = option(None, "Texts, prompts or conversations that are read at most; none is all.")
     split: str = option("train", "Split of the data set.")
@@ -79,6 +83,17 @@ class TargetArguments:
     chat_template_options: dict | None = option(
         None, "What the template reads besides messages, such as {enable_thinking: false}, or tools."
     )
+
+    @property
+    def chat(self) -> ChatFormat:
+        """How conversations become tokens; ValueError if a setting is wrong."""
+        return ChatFormat.read(self.chat_template, self.chat_template_options)
+
+
+@dataclass
+class TargetArguments(DataArguments):
+    """What the scripts take that only read a target: how, and where results go."""
+
     output_dir: str = option("", "Folder for the results; a run continues from what it holds.")
     batch_size: int = option(8, "Rows that are decoded or read at once.")
     threads: int | None = option(None, "Threads of torch on the CPU; none leaves torch's default.")
@@ -99,11 +114,6 @@ class TargetArguments:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
 
     @property
-    def chat(self) -> ChatFormat:
-        """How conversations become tokens."""
-        return chat_of(self)
-
-    @property
     def part(self) -> Part:
         """Which process this is, and of how many."""
         found = Part.of_environment()
@@ -114,13 +124,9 @@ class TargetArguments:
         """`output_dir`, created and checked."""
         return check_writable(self.output_dir)
 
-    def read_target(self) -> tuple[Any, Any]:
-        """The target's config and tokenizer, without its weights."""
-        return read_target(self)
-
     def load_target(self) -> Any:
         """The target in eval mode; each process on a machine uses its own CUDA device, if there is one."""
-        config, _ = self.read_target()
+        config, _ = read_target(self)
         target = load_weights(self, config, dtype=self.target_dtype, device_map=self.target_device_map).eval()
         if self.target_device_map is not None:
             return target

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,9 @@ class Shuffled(Sampler):
         return self.size + self.missing
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self.indices())
-
-    def indices(self) -> list[int]:
-        """(len(self),) the order of this epoch."""
-        order = random.Random(f"{self.seed} {self.epoch}").sample(range(self.size), self.size)
-        return [*order, *range(self.size, len(self))]
+        """The order of this epoch."""
+        yield from random.Random(f"{self.seed} {self.epoch}").sample(range(self.size), self.size)
+        yield from range(self.size, len(self))
 
     def batch(self, number: int, rows: int) -> list[int]:
         """The items of the data set in one batch of this epoch.
@@ -59,7 +57,7 @@ class Shuffled(Sampler):
             number: of the batch, from 0, counted over all processes, which take batches in turn.
             rows: of a batch.
         """
-        return [index for index in self.indices()[number * rows : (number + 1) * rows] if index < self.size]
+        return [index for index in islice(self, number * rows, (number + 1) * rows) if index < self.size]
 
 
 class Filled(Dataset):

@@ -91,9 +91,6 @@ def _folders(output_dir: str) -> list[Path]:
     return [Path(path) for path in reversed(sort_checkpoints(output_dir)) if not path.endswith("-0")]
 
 
-# Whole or not.
-
-
 def mark_whole(folder: str | Path, noted: dict[str, Any]) -> None:
     """Writes `run.json`, with `noted` and a list of all files. Call it when all other files are written."""
     found = dict(_files(Path(folder)))
@@ -123,15 +120,14 @@ def flaw(folder: Path) -> str | None:
         return f"{MARK} is missing, which is written last"
     except UNREADABLE:
         return f"{MARK} cannot be read, or another version of csdraft wrote it"
-    found = {name: (path, path.stat()) for name, path in _files(folder)}
-    for name, (size, _) in noted.items():
+    found = dict(_files(folder))
+    for name, (size, checksum) in noted.items():
         if name not in found:
             return f"{name} is missing"
-        if (own := found[name][1].st_size) != size:
-            return f"{name} has {own:,} of {size:,} bytes"
-    for name, (size, checksum) in noted.items():
-        path, stat = found[name]
-        if _known_checksum(path, size, stat.st_mtime_ns) != checksum:
+        stat = found[name].stat()
+        if stat.st_size != size:
+            return f"{name} has {stat.st_size:,} of {size:,} bytes"
+        if _known_checksum(found[name], size, stat.st_mtime_ns) != checksum:
             return f"{name} is damaged: its checksum differs"
     return None
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 
-from csdraft.data.chat import chat_of
-from csdraft.data.target import option
+from csdraft.data.target import DataArguments, option
 from csdraft.trainers.arguments import RunArguments
 from csdraft.trainers.engines import uses
 from csdraft.trainers.evaluation import check_figure
@@ -18,15 +17,9 @@ __all__ = ["DistillArguments"]
 
 
 @dataclass
-class DistillArguments(RunArguments):
+class DistillArguments(DataArguments, RunArguments):
     """`transformers.TrainingArguments`, unchanged, and the options for distilling a drafter."""
 
-    target: str = option("models/smol-target", "Folder or Hub id of the model to draft for.")
-    target_revision: str | None = option(None, "Branch, tag or commit of the target.")
-    target_dtype: str = option("auto", "dtype of the frozen target's weights.")
-    target_device_map: str | None = option(
-        None, "Where the target's layers go, such as 'auto'; none is the student's device."
-    )
     target_quantization: dict | None = option(
         None, "How the target is quantised, such as {quant_method: bitsandbytes, load_in_8bit: true}."
     )
@@ -44,13 +37,6 @@ class DistillArguments(RunArguments):
         None, "Options of LoRA on the student, or on the target's own layers that `init` shares."
     )
 
-    dataset: str = option("stdlib", "Texts to train on: a Hub id, a file, a folder, or 'stdlib'.")
-    split: str = option("train", "Split of the data set.")
-    dataset_limit: int | None = option(None, "Most texts to use of the data set; none is all.")
-    chat_template: str | None = option(None, "Chat template: a file, its text or its name; none is the tokenizer's.")
-    chat_template_options: dict | None = option(
-        None, "What the template reads besides messages, such as {enable_thinking: false}, or tools."
-    )
     max_length: int = option(512, "Tokens of a packed block; longer texts are cut.")
     target_cache: str | None = option(
         None,
@@ -100,7 +86,7 @@ class DistillArguments(RunArguments):
             self.metric_for_best_model = "block_efficiency"
         super().__post_init__()
         self._check_numbers()
-        _ = chat_of(self)  # checks the chat template
+        _ = self.chat  # checks the chat template
         if self.target_cache and self.on_policy:
             raise ValueError(f"target_cache with on_policy={self.on_policy}: new texts are in no cache; leave one out")
         if self.target_sharded and (self.target_device_map is not None or self.target_quantization is not None):

@@ -12,8 +12,8 @@ from csdraft.data.feature_cache import LAST
 from csdraft.data.target_cache import dense
 from csdraft.decoding.feature_session import taps_of
 from csdraft.models import base_model
-from csdraft.trainers.objective import Objective, head_of
-from csdraft.trainers.split import states_of
+from csdraft.trainers.objective import Objective
+from csdraft.trainers.split import head_of, states_of
 from csdraft.trainers.students._kind import student_of
 
 __all__ = ["Distillation"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad as padded
 
 from csdraft.decoding.feature_session import FeatureModel
 from csdraft.drafters.model import ModelDrafter
@@ -119,6 +121,8 @@ class Evaluation:
         drafted, wanted = (  # (tokens, vocab) each
             logits[:, : written.shape[1]].to(written.device)[written] for logits in _logits(student, target, inputs)
         )
+        # As in decoding: a token that the student lacks is never drafted, and one that the target lacks neither.
+        drafted = padded(drafted, (0, wanted.shape[-1] - drafted.shape[-1]), value=-torch.inf)
         if not sampled:
             sums["compared_greedy"] += len(wanted)
             sums["agreed"] += int(greedy_agreement(drafted, wanted).sum())
@@ -134,7 +138,8 @@ class Evaluation:
         """Figures from sums.
 
         Returns:
-            acceptance: mean of `csdraft.metrics.measures.expected_acceptance` along sampled texts;
+            acceptance: mean of `csdraft.metrics.measures.expected_acceptance` along sampled texts; like `agreement`,
+                nan if nothing could be compared, since all prompts are longer than the student's context;
             acceptance_from_<n>: the same over each text's new tokens n to 2 n - 1, counted from 1;
             agreement: share of equal greedy choices along greedy texts;
             block_efficiency, block_efficiency_sampled: tokens per call of the target, at temperature 0 and at
@@ -142,18 +147,18 @@ class Evaluation:
             prompts: how many there were;
             accepted_<n>: how often the n-th drafted token was kept when those before it were, greedy.
         """
-        compared = {first: sums[f"compared_from_{first}"] for first in _starts(self.new_tokens)}
-        ranges = {first: count for first, count in compared.items() if count}
-        overlaps = {first: sums[f"overlap_from_{first}"] for first in ranges}
-        figures = {
-            "acceptance": sum(overlaps.values()) / max(sum(ranges.values()), 1),
-            "agreement": sums["agreed"] / max(sums["compared_greedy"], 1),
-        }
+        starts = [first for first in _starts(self.new_tokens) if sums[f"compared_from_{first}"]]
+        overlap, compared = (sum(sums[f"{what}_from_{first}"] for first in starts) for what in ("overlap", "compared"))
+        figures = {"acceptance": overlap / compared if compared else math.nan}
+        figures["agreement"] = sums["agreed"] / sums["compared_greedy"] if sums["compared_greedy"] else math.nan
         for kind, name in (("greedy", "block_efficiency"), ("sampled", "block_efficiency_sampled")):
-            emitted, rounds = (_of_prompts(sums, f"{kind}_{what}") for what in ("emitted", "rounds"))
+            measured = [place for place in range(len(self.prompts)) if sums[f"{kind}_rounds_by_{place}"]]
+            emitted = [sums[f"{kind}_emitted_by_{place}"] for place in measured]
+            rounds = [sums[f"{kind}_rounds_by_{place}"] for place in measured]
             figures[name], figures[f"{name}_low"], figures[f"{name}_high"] = bootstrap_ratio(emitted, rounds)
             figures["prompts"] = len(rounds)
-        figures |= {f"acceptance_from_{first}": overlaps[first] / ranges[first] for first in ranges}
+        for first in starts:
+            figures[f"acceptance_from_{first}"] = sums[f"overlap_from_{first}"] / sums[f"compared_from_{first}"]
         for depth in range(1, self.depth + 1):
             if tried := sums.get(f"greedy_tried_{depth}"):
                 figures[f"accepted_{depth}"] = sums[f"greedy_accepted_{depth}"] / tried
@@ -166,18 +171,14 @@ def _logits(student: Any, target: Any, inputs: dict[str, Tensor]) -> tuple[Tenso
     head = base_model(student)
     if not isinstance(head, FeatureModel):
         here = {key: value.to(student.device) for key, value in inputs.items()}
-        most = student.config.get_text_config(decoder=True).vocab_size - 1  # a target's vocabulary may be wider
+        # A token that the student lacks is read as its last one, as in decoding.
+        most = student.config.get_text_config(decoder=True).vocab_size - 1
         here |= {key: ids.clamp(max=most) for key, ids in here.items() if key.endswith("input_ids")}
         return student(**here, use_cache=False).logits, target(**there, use_cache=False).logits
     read = target(**there, use_cache=False, output_hidden_states=True)
     states = {tap: read.hidden_states[tap] for tap in head.taps}
     ids, mask, positions = (inputs[key].to(head.device) for key in ("input_ids", "attention_mask", "position_ids"))  # type: ignore[union-attr]
     return head.along(states, ids, positions, mask), read.logits
-
-
-def _of_prompts(sums: Mapping[str, float], name: str) -> list[float]:
-    """(prompts,) one sum of each prompt."""
-    return [value for key, value in sorted(sums.items()) if key.startswith(f"{name}_by_")]
 
 
 def check_figure(name: str, depth: int, new_tokens: int) -> None:

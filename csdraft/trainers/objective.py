@@ -23,9 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 import csdraft.losses
 from csdraft.spec import nearest
-from csdraft.trainers.split import head_of, hidden_of
 
-__all__ = ["Objective", "head_of", "hidden_of", "losses"]
+__all__ = ["Objective", "losses"]
 
 ToLogits = Callable[[Tensor], Tensor]
 """(positions, width) hidden states -> (positions, vocab) logits."""
@@ -94,7 +93,7 @@ class Objective:
             student_hidden: (positions, width) hidden states that the student's head reads.
             target_hidden: (positions, width of the target) hidden states that the target's head reads.
             labels: (positions,) int64, the next token at each.
-            student_head: see `head_of`; it must call the module, not multiply with its weight.
+            student_head: see `csdraft.trainers.split.head_of`; it must call the module, not multiply with its weight.
             target_head: likewise. If the two vocabularies differ by padding, the wider one is cut.
 
         Returns:

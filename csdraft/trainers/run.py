@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
-from csdraft.data.chat import chat_of
 from csdraft.data.feature_cache import FeatureCache
 from csdraft.data.packing import IGNORED, Texts, pad_of
 from csdraft.data.sources import read_prompts, read_rows
@@ -28,7 +27,21 @@ from csdraft.trainers.run_folder import RunFolder, only_run, say
 from csdraft.trainers.students import check_engine, check_student, load_student_weights, make_student
 from csdraft.trainers.students._student import Counts
 
-__all__ = ["distill"]
+__all__ = ["distill", "is_finished"]
+
+
+def is_finished(args: DistillArguments) -> bool:
+    """Whether the run is finished, on the same data; if so, prints that. No weights are read.
+
+    Raises:
+        ValueError: as `distill`.
+    """
+    with only_run(args.output_dir):
+        run = RunFolder(args)
+        if run.finished:
+            run.check_data(identity(prepare(args)[2]["train_dataset"]))
+            run.say_where()
+        return run.finished
 
 
 def distill(args: DistillArguments) -> DrafterTrainer:
@@ -99,7 +112,7 @@ def prepare(args: DistillArguments) -> tuple[PreTrainedConfig, PreTrainedTokeniz
         torch.set_num_threads(args.threads)
     config, tokenizer = read_target(args)
     check(args, config, tokenizer)
-    rows = read_rows(args.dataset, tokenizer, args.max_length, args.split, args.dataset_limit, chat_of(args))
+    rows = read_rows(args.dataset, tokenizer, args.max_length, args.split, args.dataset_limit, args.chat)
     return config, tokenizer, make_batches(args, config, tokenizer, rows)
 
 
@@ -198,7 +211,7 @@ def make_evaluation(
         return None
     context = context_length(config)
     longest = context - args.eval_new_tokens - args.eval_depth
-    prompts = read_prompts(args.eval_prompts, tokenizer, args.eval_limit, longest, args.eval_split, chat_of(args))
+    prompts = read_prompts(args.eval_prompts, tokenizer, args.eval_limit, longest, args.eval_split, args.chat)
     return evaluation_of(args, prompts, pad_of(tokenizer, config))
 
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,7 +20,7 @@ from csdraft.trainers.base import BaseTrainer
 from csdraft.trainers.checkpoints import UNREADABLE, chosen_checkpoint, last_checkpoint, passed_over, read_mark
 from csdraft.trainers.options import check_options, options_of
 
-__all__ = ["FINISHED", "RunFolder", "is_finished", "only_run", "say"]
+__all__ = ["FINISHED", "RunFolder", "only_run", "say"]
 
 LOCK = "_lock"
 """The lock's file in the run's folder. transformers does not upload files whose names begin with _."""
@@ -61,48 +59,12 @@ def only_run(folder: str | None) -> Iterator[None]:
 FINISHED = "finished.json"
 STATE = ("global_step", "max_steps", "epoch", "log_history", "best_metric", "best_global_step")
 """What FINISHED keeps of the trainer's state."""
-SOURCES = ("dataset", "corpus", "chat_template")
-"""Keys that name the files from which rows are made."""
 
 
 def say(text: str) -> None:
     """Prints on the first process."""
     if Part.of_environment().rank == 0:
         print(text, flush=True)
-
-
-def is_finished(args: TrainingArguments) -> bool:
-    """Whether the run is finished; if so, prints that. Call it before any data or model is read.
-
-    False if files of the data have changed since: the rows must then be read, to see whether they are the same.
-
-    Raises:
-        ValueError: as `RunFolder`; or another run is writing to the folder.
-    """
-    if not Path(args.output_dir or "").is_dir():
-        return False
-    with only_run(args.output_dir):
-        run = RunFolder(args)
-    if not run.finished or run.has_other_files:
-        return False
-    run.say_where()
-    return True
-
-
-def stamp_of(args: TrainingArguments) -> str | None:
-    """A checksum of the paths, sizes and times of the data's files; None if they are not on this machine."""
-    found: list[Any] = []
-    for key in SOURCES:
-        source = getattr(args, key, None)
-        if source in ("stdlib", "stdlib-tests"):
-            found.append(platform.python_version())
-        elif isinstance(source, str) and Path(source).exists():
-            path = Path(source).resolve()
-            files = sorted(path.rglob("*")) if path.is_dir() else [path]
-            found += [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
-        elif source is not None and key != "chat_template":  # a chat template may also be given as text
-            return None
-    return f"{zlib.crc32(json.dumps(found).encode()):08x}"
 
 
 class RunFolder:
@@ -121,7 +83,6 @@ class RunFolder:
 
     def __init__(self, args: TrainingArguments):
         self.args, self.folder, self.options = args, Path(args.output_dir or ""), options_of(args)
-        self._files, self._has_read_data = stamp_of(args), False
         begins_again = args.resume_from_checkpoint is False
         self._done = None if begins_again else _read(self.folder / FINISHED)
         self.finished = self._done is not None and self._is_all(self._done)
@@ -143,15 +104,8 @@ class RunFolder:
             return done["state"]["global_step"] >= args.max_steps
         return (done["state"]["epoch"] or 0) >= args.num_train_epochs
 
-    @property
-    def has_other_files(self) -> bool:
-        """Whether the data's files have changed since the run was finished; false if that is not known."""
-        before = (self._done or {}).get("files")
-        return None not in (before, self._files) and before != self._files
-
     def check_data(self, data: dict[str, Any]) -> None:
         """Raises ValueError if the run was begun with other rows; see `csdraft.trainers.publish.identity`."""
-        self._has_read_data = True
         if self._before is not None and "data" in self._before:
             check_unchanged(
                 f"{self.checkpoint or self.folder} holds a run on data with",
@@ -176,8 +130,6 @@ class RunFolder:
         """What to print about a finished run, and what can be done now."""
         assert self._done is not None
         steps = self._done["state"]["global_step"]
-        compared = self._has_read_data or None not in (self._done.get("files"), self._files)
-        doubt = "" if compared else " Its data was not read: whether it has changed is not known."
         further = "To train further raise max_steps or num_train_epochs"
         if last_checkpoint(str(self.folder)) is None:
             further += " (from the first step: no checkpoint is left)"
@@ -187,7 +139,7 @@ class RunFolder:
                     "student=FOLDER (model=FOLDER of pretrain.py) and another output_dir"
                 )
         return (
-            f"finished: {self.folder} holds the result of all {steps} steps; nothing to do.{doubt} {further}; "
+            f"finished: {self.folder} holds the result of all {steps} steps; nothing to do. {further}; "
             "to begin again give another output_dir, or resume_from_checkpoint=false"
         )
 
@@ -226,7 +178,6 @@ class RunFolder:
         checkpoints = sorted(self.folder.glob("checkpoint-*/run.json"), key=lambda path: path.stat().st_mtime)
         note = {
             **trainer.noted,
-            "files": self._files,
             "checkpoint": checkpoints[-1].parent.name if checkpoints else None,
             "state": {key: getattr(trainer.state, key) for key in STATE},
         }

@@ -28,7 +28,7 @@ from csdraft.trainers.arguments import RunArguments
 from csdraft.trainers.base import BaseTrainer
 from csdraft.trainers.command import run_script
 from csdraft.trainers.muon import MuonAdamW
-from csdraft.trainers.run_folder import RunFolder, is_finished, only_run
+from csdraft.trainers.run_folder import RunFolder, only_run
 from csdraft.trainers.students import save_tokenizer
 
 __all__ = ["Blocks", "PretrainArguments", "pretrain"]
@@ -158,7 +158,7 @@ def make_model(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase) -> P
 
 
 def main(args: PretrainArguments) -> int:
-    return 0 if is_finished(args) else pretrain(args).status
+    return pretrain(args).status
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from csdraft.losses.cross_entropy import cross_entropy
 from csdraft.losses.forward_kl import forward_kl
 from csdraft.losses.jsd import jsd
-from csdraft.trainers.objective import Objective, head_of, hidden_of, losses
-from csdraft.trainers.split import logits_of
+from csdraft.trainers.objective import Objective, losses
+from csdraft.trainers.split import head_of, hidden_of, logits_of
 from tests.tiny import COMMON, ENCODER_DECODERS, FAMILIES, REFUSED, fresh, noisy, tiny
 
 MIXED = {"forward_kl": 1.0, "cross_entropy": 0.1, "jsd": {"weight": 0.5, "beta": 0.3}}

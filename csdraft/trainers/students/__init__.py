@@ -114,9 +114,9 @@ def make_student(
             further.
         init: makes a new student instead, one of
             `{"from_target": {"layers": [0, 5, 11]}}`: a model with copies of these layers of the target. Options:
-                `encoder_layers` of a T5-like target (default: all); `hidden_size` keeps the first channels only, as a
-                start for training; `tie_to_target` keeps the target's embedding and output layer, frozen and not
-                saved; `shared` uses the target's own layers, not copies, and trains `peft` on them: self-drafting;
+                `encoder_layers` of a T5-like target (default: all); `tie_to_target` keeps the target's embedding and
+                output layer, frozen and not saved; `shared` uses the target's own layers, not copies, and trains
+                `peft` on them: self-drafting;
             `{"config": {...}}`: random weights. Options of a config; the others have the class's defaults, and
                 `model_type` is the target's by default;
             `{"kangaroo": {"layers": 2}}`: an adapter after this many of the target's own first layers;

@@ -61,7 +61,6 @@ class HeadKind(Student):
         return self.trains in found and all(issubclass(self.trains, other) for other in found)
 
     def check(self, config: Any, options: Mapping[str, Any]) -> None:
-        """Raises ValueError if no head for a target with this config can have these options."""
         asked = self._asked(options)
         if config.is_encoder_decoder:
             raise ValueError(
@@ -78,7 +77,6 @@ class HeadKind(Student):
             self.trains.fitted(asked, text, text.vocab_size)
 
     def make(self, target: Any, options: Mapping[str, Any], counts: Counts | None) -> nn.Module:
-        """A new head for a target, in float32."""
         asked, text = self._asked(options), target.config.get_text_config(decoder=True)
         drafted = self._most_frequent(asked.draft_vocab, target, counts)
         head = self.new(text, asked, len(drafted)).float()
@@ -108,34 +106,28 @@ class HeadKind(Student):
         labels: Tensor,
         inputs: Any,
     ) -> Iterator[Compared | Tensor]:
-        """The parts to compare, one for each drafting step; see `Student.compared`."""
+        """One part for each drafting step."""
         ids, positions = inputs["input_ids"], inputs["position_ids"]
-        drafted, (steps, decay) = head.drafted, self.unrolling(head)
+        drafted, steps = head.drafted, head.options.steps
         # Labels as indices into the draft vocabulary.
         numbers = torch.full((head.config.vocab_size,), IGNORED, device=labels.device)  # (vocab,)
         numbers[drafted] = torch.arange(len(drafted), device=labels.device)
         labels = torch.where(labels == IGNORED, labels, numbers[labels.clamp(min=0)])
-        weights = [decay**step for step in range(steps)]
+        weights = [head.options.decay**step for step in range(steps)]
         of_drafted = logits_of(drafted, target_logits)
         features = head.fuse(states)
-        for step, (weight, output) in enumerate(
-            zip(weights, head.unrolled(ids, positions, features, steps), strict=True)
-        ):
+        for step, output in enumerate(head.unrolled(ids, positions, features, steps)):
             # Entry i predicts token i + 2 + step, as the target does at position i + 1 + step.
             wanted = labels[:, 2 + step :]  # (rows, length - 2 - step)
             length = wanted.shape[1]
             # In one text, positions rise by 1 from token to token: the predicted token is in the entry's own text.
             same = positions[:, 2 + step :] - positions[:, :length] == 2 + step
-            counted, weight = (wanted != IGNORED) & same, weight / sum(weights)
+            counted, weight = (wanted != IGNORED) & same, weights[step] / sum(weights)
             own, theirs = output[:, :length][counted], slice(1 + step, 1 + step + length)  # (positions, width)
             at = hidden[:, theirs][counted.to(hidden.device)]  # (positions, width of the target)
             yield Compared(weight, own, at, wanted[counted], head.draft_logits, of_drafted)
             if (further := head.feature_loss(own, features[:, theirs][counted])) is not None:
                 yield weight * further
-
-    def unrolling(self, head: Any) -> tuple[int, float]:
-        """How many drafting steps training unrolls, and the weight of each relative to the one before."""
-        return head.options.steps, head.options.decay
 
     def layer_config(self, text: Any, asked: Any) -> Any:
         """The config of the head's layer: the target's shape, and the changes of the options."""

@@ -58,11 +58,6 @@ class Student:
     rate: float
     reads_features = needs_target = shares_target = False
 
-    @property
-    def name(self) -> str:
-        """The name of its file."""
-        return type(self).__module__.rpartition(".")[2]
-
     def check(self, config: Any, options: Mapping[str, Any]) -> None:
         """Raises ValueError if these options cannot make a student for a target with this config."""
 

@@ -1,4 +1,4 @@
-"""A model made from copies of some of the target's layers, optionally narrower or tied to the target's embedding.
+"""A model made from copies of some of the target's layers, optionally tied to the target's embedding.
 
 DistilBERT (arXiv 1910.01108) and Minitron (arXiv 2407.14679) start from such models.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -17,11 +16,10 @@ from csdraft import spec
 from csdraft.heads.layers import check_layers, layer_stacks, shared_layers
 from csdraft.heads.tied import tie
 from csdraft.trainers.students._student import Counts, Student
-from csdraft.trainers.students.scratch import made_config
 
 __all__ = ["Cut", "check_cut"]
 
-OPTIONS = ("layers", "encoder_layers", "hidden_size", "tie_to_target", "shared")
+OPTIONS = ("layers", "encoder_layers", "tie_to_target", "shared")
 """Keys of `init.from_target`."""
 PROBE_TOKENS = 12
 """Number of tokens on which a cut model is compared with the target's layers."""
@@ -35,12 +33,6 @@ class Cut(Student):
 
     def check(self, config: Any, options: Mapping[str, Any]) -> None:
         check_cut(config, options)
-        if options.get("hidden_size") is not None:
-            narrow_config(config, options["hidden_size"])
-            if options.get("tie_to_target"):
-                raise ValueError(
-                    "tie_to_target with hidden_size: the target's embedding has the target's width; leave one out"
-                )
 
     def make(self, target: Any, options: Mapping[str, Any], counts: Counts | None) -> nn.Module:
         return cut_out(target, **{key: value for key, value in options.items() if key != "shared"})
@@ -55,25 +47,7 @@ def check_cut(config: Any, options: Mapping[str, Any]) -> None:
     check_layers(config, options.get("layers"), options.get("encoder_layers"))
 
 
-def narrow_config(config: Any, width: int) -> Any:
-    """A copy of a config with fewer channels; ValueError if the size of attention heads would change.
-
-    Keeping the first channels is right only if heads keep their size, so the config must state it.
-    """
-    head, key = (config.attribute_map.get(name, name) for name in ("head_dim", "hidden_size"))
-    if head not in {field.name for field in fields(config)}:
-        raise ValueError(
-            f"hidden_size={width}: a {config.model_type!r} model derives the size of its heads from its width, so "
-            "channels cannot be left out; leave hidden_size out, or make a new model: init: {config: {...}}"
-        )
-    if not isinstance(width, int) or not 0 < width <= config.hidden_size:
-        raise ValueError(f"hidden_size={width!r} must be a whole number up to the target's {config.hidden_size}")
-    return made_config(f"hidden_size={width}", type(config).from_dict, config.to_dict() | {key: width})
-
-
-def cut_out(
-    target: Any, layers: Any, encoder_layers: Any = None, hidden_size: int | None = None, tie_to_target: bool = False
-) -> nn.Module:
+def cut_out(target: Any, layers: Any, encoder_layers: Any = None, tie_to_target: bool = False) -> nn.Module:
     """A new model with copies of the target's tensors, in float32.
 
     A T5-like student with fewer encoder than decoder layers can draft, but plain `generate` of transformers 5.23 fails
@@ -83,31 +57,22 @@ def cut_out(
         raise ValueError("the target is quantised: a student cannot start from its weights; load it in a float type")
     part = shared_layers(target, layers, encoder_layers).eval()
     plain = type(part.config).from_dict(part.config.to_dict())  # as config.json will give it
-    plain = plain if hidden_size is None else narrow_config(plain, hidden_size)
     plain.name_or_path = ""
     student = type(part)(plain).to(part.dtype).eval()
     student.generation_config = copy.deepcopy(target.generation_config)
-    _copy(part, student, part.config.hidden_size)
-    if hidden_size is None:
-        _check_alike(part, student)
+    _copy(part, student)
+    _check_alike(part, student)
     student = student.float()
     return tie(student, target) if tie_to_target else student
 
 
-@torch.no_grad()
-def _copy(part: nn.Module, student: nn.Module, width: int) -> None:
-    """Copies tensors by name; from wider ones the first channels."""
+def _copy(part: nn.Module, student: nn.Module) -> None:
+    """Copies the tensors; ValueError if the student has other ones."""
     theirs, own = part.state_dict(), student.state_dict()
-    name = type(part).__name__
-    if theirs.keys() != own.keys():
-        raise ValueError(f"{name} cannot be cut: with these layers it has other weights: {theirs.keys() ^ own.keys()}")
-    for key, tensor in own.items():
-        source = theirs[key]
-        if any(a != b and a != width for a, b in zip(source.shape, tensor.shape, strict=True)):
-            raise ValueError(
-                f"{name} cannot be cut: its {key} has shape {tuple(source.shape)}, the student's {tuple(tensor.shape)}"
-            )
-        tensor.copy_(source[tuple(slice(size) for size in tensor.shape)])
+    other = sorted(theirs.keys() ^ own.keys()) or [key for key in own if own[key].shape != theirs[key].shape]
+    if other:
+        raise ValueError(f"{type(part).__name__} cannot be cut: with these layers it has other weights: {other}")
+    student.load_state_dict(theirs)
 
 
 @torch.no_grad()
