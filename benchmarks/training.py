@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader
 from csdraft.data.packing import IGNORED
 from csdraft.metrics.intervals import Interval, bootstrap_median
 from csdraft.trainers.arguments import make_arguments, read_values
-from csdraft.trainers.base import Shuffled
 from csdraft.trainers.command import recipe_parser
 from csdraft.trainers.distill import DistillArguments, DrafterTrainer
 from csdraft.trainers.run import load_models, prepare
+from csdraft.trainers.steps import Shuffled
 
 __all__ = ["trainer_overhead"]
 

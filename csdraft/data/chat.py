@@ -48,11 +48,7 @@ class ChatFormat:
 
     @classmethod
     def read(cls, template: str | None = None, options: Mapping[str, Any] | None = None) -> ChatFormat:
-        """The format that a user's settings describe.
-
-        Args:
-            template: a file, Jinja text, or the name of one of the tokenizer's templates.
-            options: see above.
+        """The format that a user's settings describe; the template may be a file, too.
 
         Raises:
             ValueError: there is no such file, or the options cannot be given to a template.

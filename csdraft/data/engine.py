@@ -89,10 +89,6 @@ class Engine:
     Args:
         url: see `checked_url`.
         model: the model's name on the server; None if it is the only one there, or called `target`.
-        target: what the user calls it.
-        tokenizer: the target's.
-        vocab: number of the target's tokens.
-        ends: end-of-text tokens.
         timeout: seconds without an answer after which a request has failed.
     """
 

@@ -27,7 +27,7 @@ from csdraft.data.reader import ids_end
 from csdraft.data.shards import Place, Shard, batches, check_unchanged, finished, store, stored, write_whole
 from csdraft.data.sources import open_source, prompts_of, texts_of
 from csdraft.data.tally import Counted, Tally
-from csdraft.data.target import TargetArguments, option, read_target
+from csdraft.data.target import TargetArguments, check_at_least, check_writable, option, read_target
 from csdraft.data.text import END
 
 __all__ = ["GenerateArguments", "beginnings", "generate"]
@@ -68,7 +68,7 @@ class GenerateArguments(TargetArguments):
         super().__post_init__()
         if self.engine is not None:
             checked_url(self.engine)
-        self.check_at_least(1, "begin", "max_new_tokens", "count")
+        check_at_least(self, 1, "begin", "max_new_tokens", "count")
         if not 0 <= self.sampled <= 1:
             raise ValueError(f"sampled={self.sampled} is a share of the rows: give a number from 0 to 1")
         if not self.temperature > 0:
@@ -83,7 +83,6 @@ def generate(args: GenerateArguments, assistant: Any) -> Any:
     does not depend on the drafter, nor, except for rounding, on batches, processes and interruptions.
 
     Args:
-        args: see `GenerateArguments`.
         assistant: for `target.generate`; it changes the speed, not the text.
 
     Returns:
@@ -98,7 +97,7 @@ def generate(args: GenerateArguments, assistant: Any) -> Any:
         raise ValueError("storing what a target writes needs datasets: pip install csdraft[train]")
     if args.threads:
         torch.set_num_threads(args.threads)
-    folder, (config, tokenizer) = args.folder(), read_target(args)
+    folder, (config, tokenizer) = check_writable(args.output_dir), read_target(args)
     prompts = read_starts(args, config, tokenizer)
     check_same(folder / "arguments.json", args, prompts.tally)
     if stored(folder) != len(prompts):
@@ -149,12 +148,9 @@ def read_starts(args: GenerateArguments, config: Any, tokenizer: Any) -> Counted
 def beginnings(
     texts: Sequence[Sequence[int]], length: int, seed: int = 0, bos: int | None = None
 ) -> Iterator[list[int]]:
-    """Endlessly draws pieces of `length` tokens from anywhere in the texts.
+    """Endlessly draws pieces of `length` tokens from anywhere in the texts, which are longer.
 
     Args:
-        texts: token ids of each, longer than `length`.
-        length: tokens in a piece.
-        seed: the same seed gives the same pieces.
         bos: begin-of-text token; pieces of texts that start with it start with it, too.
     """
     weights = list(accumulate(map(len, texts)))

@@ -6,10 +6,10 @@ import bz2
 import gzip
 import json
 import lzma
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 __all__ = ["read_objects"]
 
@@ -28,41 +28,21 @@ def read_objects(path: str | Path, limit: int | None = None) -> list[dict[str, A
         ValueError: a line is not JSON, not an object or not UTF-8; it names file, line (from 1) and row (from 0).
     """
     path = Path(path)
-    values = _listed(path) if _first_line(path).startswith(b"[") else _on_lines(path)
-    return [_object(value, where, path) for where, value in islice(values, limit)]
-
-
-def _first_line(path: Path) -> bytes:
-    """The first line that is not blank; empty if there is none."""
-    with _opened(path) as file:
-        return next((line for line in _lines(file) if line), b"")
-
-
-def _opened(path: Path) -> BinaryIO:
-    return OPENERS.get(path.suffix, open)(path, "rb")  # type: ignore[return-value]
-
-
-def _lines(file: BinaryIO) -> Iterator[bytes]:
-    for number, line in enumerate(file):
-        yield (line.removeprefix(BOM) if number == 0 else line).strip()
-
-
-def _on_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each value with its place."""
-    row = 0
-    with _opened(path) as file:
-        for number, line in enumerate(_lines(file), 1):
-            if line:
-                where = f"line {number} (row {row})"
-                yield where, _parsed(line, f"{where} of {path}")
-                row += 1
-
-
-def _listed(path: Path) -> Iterable[tuple[str, Any]]:
-    """Each value with its place."""
-    with _opened(path) as file:
-        whole = _parsed(file.read().removeprefix(BOM), str(path))
-    return ((f"row {row}", value) for row, value in enumerate(whole))
+    with OPENERS.get(path.suffix, open)(path, "rb") as file:  # type: ignore[operator]
+        lines = ((number, line.removeprefix(BOM).strip()) for number, line in enumerate(file, 1))
+        filled = ((number, line) for number, line in lines if line)
+        first = next(filled, None)
+        if first is None:
+            return []
+        values: Iterable[tuple[str, Any]]
+        if first[1].startswith(b"["):
+            file.seek(0)
+            whole = _parsed(file.read().removeprefix(BOM), str(path))
+            values = ((f"row {row}", value) for row, value in enumerate(whole))
+        else:
+            places = ((f"line {at} (row {row})", line) for row, (at, line) in enumerate(chain([first], filled)))
+            values = ((where, _parsed(line, f"{where} of {path}")) for where, line in places)
+        return [_object(value, where, path) for where, value in islice(values, limit)]
 
 
 def _parsed(text: bytes, where: str) -> Any:

@@ -135,12 +135,7 @@ def _filled(example: Mapping[str, Tensor], length: int, pad: int) -> dict[str, T
 
 
 def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Which texts share a block: the longest text first, each in the fullest block that has room.
-
-    Args:
-        lengths: each text's number of tokens, at most `size`.
-        size: tokens in a block.
-    """
+    """Which texts share a block of `size` tokens: the longest first, each in the fullest block that has room."""
     blocks: list[list[int]] = []
     with_room: dict[int, list[int]] = {}  # room -> blocks with exactly that room
     rooms: list[int] = []  # the keys, sorted

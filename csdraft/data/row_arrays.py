@@ -26,7 +26,7 @@ from tqdm import tqdm
 from csdraft.amounts import size_text
 from csdraft.data.shards import Part, batches, check_unchanged, write_whole
 from csdraft.data.sources import read_rows
-from csdraft.data.target import TargetArguments, option, read_target
+from csdraft.data.target import TargetArguments, check_at_least, check_writable, option, read_target
 
 __all__ = ["RowArguments", "RowArrays", "checksum", "lengths_of", "prompt_lengths_of"]
 
@@ -250,7 +250,7 @@ class RowArguments(TargetArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_at_least(2, "max_length")
+        check_at_least(self, 2, "max_length")
 
     def read(self, what: str) -> tuple[Any, Any]:
         """The target's config, and the rows that training reads; also sets torch's threads.
@@ -263,7 +263,7 @@ class RowArguments(TargetArguments):
         """
         if self.threads:
             torch.set_num_threads(self.threads)
-        self.folder()
+        check_writable(self.output_dir)
         config, tokenizer = read_target(self)
         if config.is_encoder_decoder:
             raise ValueError(f"{self.target} is an encoder-decoder; {what} are cached for decoder-only targets")

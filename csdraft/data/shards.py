@@ -45,7 +45,6 @@ def batches(lengths: Sequence[int], size: int, kinds: Sequence[Any] | None = Non
 
     Args:
         lengths: each row's number of tokens.
-        size: rows in a batch.
         kinds: each row's kind; a batch has rows of one kind only.
     """
     kinds = [0] * len(lengths) if kinds is None else kinds
@@ -63,8 +62,6 @@ def check_unchanged(begun: str, before: Mapping[str, Any], now: Mapping[str, Any
 
     Args:
         begun: the beginning of the message, which continues with "key=value".
-        before: the options as they were noted.
-        now: the options of this call.
         way_out: what the user can do, as a sentence without its full stop.
     """
     other = [key for key in before if key in now and before[key] != now[key]]

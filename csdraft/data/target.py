@@ -21,7 +21,8 @@ from csdraft.data.chat import ChatFormat
 from csdraft.data.shards import Part
 
 __all__ = [
-    "DataArguments", "TargetArguments", "check_writable", "load_weights", "option", "read_target", "target_name",
+    "DataArguments", "TargetArguments", "check_at_least", "check_writable", "load_weights", "option", "read_target",
+    "target_name",
 ]  # fmt: skip
 
 
@@ -53,6 +54,13 @@ def target_name(args: Any) -> str:
     if Path(args.target).is_dir():
         return str(Path(args.target).resolve())
     return f"{args.target}@{args.target_revision}" if args.target_revision else args.target
+
+
+def check_at_least(args: Any, least: int, *names: str) -> None:
+    """Raises ValueError if one of these arguments is too small; any may be none."""
+    for name in names:
+        if (value := getattr(args, name)) is not None and (not isinstance(value, int) or value < least):
+            raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
 
 
 def check_writable(folder: str | None) -> Path:
@@ -101,17 +109,12 @@ class TargetArguments(DataArguments):
     world_size: int | None = option(None, "How many processes share the rows; none asks accelerate's environment.")
 
     def __post_init__(self) -> None:
-        self.check_at_least(1, "batch_size", "dataset_limit", "threads")
+        check_at_least(self, 1, "batch_size", "dataset_limit", "threads")
         _ = self.chat  # raises ValueError now, before the target is loaded
         if not self.output_dir:
             raise ValueError("output_dir is missing: name a folder for the results")
         if not 0 <= self.part.rank < self.part.world_size:
             raise ValueError(f"rank={self.part.rank} must be from 0 to world_size - 1 = {self.part.world_size - 1}")
-
-    def check_at_least(self, least: int, *names: str) -> None:
-        for name in names:
-            if (value := getattr(self, name)) is not None and (not isinstance(value, int) or value < least):
-                raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
 
     @property
     def part(self) -> Part:
@@ -119,10 +122,6 @@ class TargetArguments(DataArguments):
         found = Part.of_environment()
         rank = found.rank if self.rank is None else self.rank
         return found._replace(rank=rank, world_size=found.world_size if self.world_size is None else self.world_size)
-
-    def folder(self) -> Path:
-        """`output_dir`, created and checked."""
-        return check_writable(self.output_dir)
 
     def load_target(self) -> Any:
         """The target in eval mode; each process on a machine uses its own CUDA device, if there is one."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from csdraft.data.row_arrays import RowArguments, RowArrays, lengths_of, prompt_lengths_of
-from csdraft.data.target import option, target_name
+from csdraft.data.target import check_at_least, option, target_name
 
 __all__ = ["CacheArguments", "TargetCache", "cache_logits", "dense"]
 
@@ -90,7 +90,7 @@ class CacheArguments(RowArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_at_least(1, "k")
+        check_at_least(self, 1, "k")
 
 
 def cache_logits(args: CacheArguments) -> None:

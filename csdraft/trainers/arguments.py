@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_type_hints
 import yaml
 from transformers import TrainingArguments
 
-from csdraft.data.target import option
+from csdraft.data.target import check_at_least, option
 from csdraft.data.text import read_utf8
 from csdraft.stored import fit
 
@@ -47,10 +47,8 @@ class RunArguments(TrainingArguments):
             raise ValueError(
                 f"num_train_epochs={self.num_train_epochs} leaves nothing to train: give more than 0, or max_steps"
             )
-        counts = "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps threads"
-        for name in counts.split():
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name}={value} is too small; give at least 1, or leave it out")
+        rows = "per_device_train_batch_size", "per_device_eval_batch_size"
+        check_at_least(self, 1, *rows, "gradient_accumulation_steps", "threads")
 
 
 def read_arguments(cls: type[T], config: str | None, overrides: list[str]) -> T:

@@ -1,84 +1,27 @@
-"""The base of all trainers here: an exact order of the data, exact resumes, and a stop at the first nan."""
+"""The base of all trainers here: exact resumes, a stop at the first nan, and checkpoints that are whole."""
 
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Iterator, Sequence
-from itertools import islice
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler
+from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
 
-from csdraft.data.packing import IGNORED
-from csdraft.trainers.checkpoints import SavingTrainer, last_checkpoint, read_mark
+from csdraft.trainers.checkpoints import last_checkpoint, mark_whole, read_mark
 from csdraft.trainers.interrupt import Interrupt
-from csdraft.trainers.options import EVALUATION
-from csdraft.trainers.stops import NonFinite, first_non_finite, shown
+from csdraft.trainers.muon import MuonAdamW
+from csdraft.trainers.options import EVALUATION, options_of
+from csdraft.trainers.steps import Filled, Shuffled, Steps
+from csdraft.trainers.stops import NonFinite, Stopped, Unwritable, first_non_finite, shown, writing
 
-__all__ = ["BaseTrainer", "Filled", "Shuffled"]
-
-
-class Shuffled(Sampler):
-    """All indices of a data set, in a new order every epoch, and then indices past its end; see `Filled`.
-
-    The trainer itself sets the epoch (`set_epoch`). accelerate (1.15) cannot: with several processes, its loader that
-    skips the batches a resumed run has read hides the sampler.
-
-    Args:
-        size: items of the data set.
-        seed: of the order.
-        multiple: rows that the processes read together. The order is filled up to a multiple of it; otherwise
-            accelerate would fill it up with rows that have been read already.
-    """
-
-    def __init__(self, size: int, seed: int, multiple: int = 1):
-        self.size, self.seed, self.epoch = size, seed, 0
-        self.missing = -size % multiple
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.size + self.missing
-
-    def __iter__(self) -> Iterator[int]:
-        """The order of this epoch."""
-        yield from random.Random(f"{self.seed} {self.epoch}").sample(range(self.size), self.size)
-        yield from range(self.size, len(self))
-
-    def batch(self, number: int, rows: int) -> list[int]:
-        """The items of the data set in one batch of this epoch.
-
-        Args:
-            number: of the batch, from 0, counted over all processes, which take batches in turn.
-            rows: of a batch.
-        """
-        return [index for index in islice(self, number * rows, (number + 1) * rows) if index < self.size]
-
-
-class Filled(Dataset):
-    """A data set with any number of extra items that have no labels to learn.
-
-    Args:
-        data: items have `labels`.
-    """
-
-    def __init__(self, data: Any):
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        if index < len(self.data):
-            return self.data[index]
-        item = self.data[0]
-        return item | {"labels": torch.full_like(item["labels"], IGNORED)}
-
+__all__ = ["BaseTrainer"]
 
 MOST_SKIPPED = 100
 """Steps in a row that fp16's loss scaling may skip while it searches for a scale."""
@@ -86,55 +29,11 @@ MOST_QUOTED = 3
 """Rows whose first words a message quotes."""
 
 
-class Steps:
-    """Collects the losses of a step's micro-batches, and keeps the mean since the last log.
-
-    The trainer of transformers keeps a sum on each process. It hides nan in it (`logging_nan_inf_filter`), and a
-    resumed run starts it at zero, so that its first logged loss differs from that of an uninterrupted run.
-
-    Attributes:
-        loss: of the last step, over all processes; nan before the first.
-        tokens: that this process read in the current step, padding included.
-        table: (processes, micro-batches) losses of the last step.
-        unlogged: sum and number of the losses since the last log; checkpoints keep it.
-    """
-
-    def __init__(self) -> None:
-        self.loss, self.tokens = math.nan, 0
-        self.table: list[list[float]] = []
-        self.unlogged = [0.0, 0]
-        self._parts: list[Tensor] = []
-
-    def begin(self, batches: Sequence[dict[str, Any]]) -> None:
-        """Begins a step of these micro-batches."""
-        self._parts.clear()
-        self.tokens = sum(
-            batch[name].numel() for batch in batches for name in ("input_ids", "decoder_input_ids") if name in batch
-        )
-
-    def add(self, loss: Tensor) -> None:
-        """Adds the loss of a micro-batch, scaled so that those of a step add up."""
-        self._parts.append(loss.detach().float())
-
-    def close(self, accelerator: Any) -> None:
-        """Ends the step: every process gets all losses. All processes must call it."""
-        own = torch.stack(self._parts)  # (micro-batches,)
-        self.table = accelerator.gather(own).view(-1, len(own)).tolist()
-        self.loss = sum(map(sum, self.table)) / len(self.table)
-        total, count = self.unlogged
-        self.unlogged = [total + self.loss, count + 1]
-
-    def mean(self) -> float:
-        """The mean loss of the steps since the last call."""
-        total, count = self.unlogged
-        self.unlogged = [0.0, 0]
-        return total / count if count else math.nan
-
-
-class BaseTrainer(SavingTrainer):
+class BaseTrainer(Trainer):
     """`transformers.Trainer` that resumes bit for bit, and stops at a loss or gradient that is not finite.
 
     Attributes:
+        noted: what every checkpoint's `run.json` says about the run; see `csdraft.trainers.run_folder`.
         interrupt: knows whether a signal has stopped the run.
         steps: losses of the last step.
         resumed_from: the checkpoint that the run continues from; None if it begins at the start.
@@ -144,6 +43,7 @@ class BaseTrainer(SavingTrainer):
         super().__init__(model, args, **options)
         if self.train_dataset is not None:
             self.train_dataset = Filled(self.train_dataset)
+        self.noted: dict[str, Any] = {"options": options_of(args)}
         self.steps, self.interrupt = Steps(), Interrupt()
         self.resumed_from: str | None = None
         self._order, self._first_step, self._skipped = Shuffled(0, 0), 0, 0
@@ -153,6 +53,13 @@ class BaseTrainer(SavingTrainer):
     def status(self) -> int:
         """The program's exit status after the run: 0 if all steps are done, else that of the signal."""
         return self.interrupt.status if self.state.global_step < self.state.max_steps else 0
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        args: Any = self.args
+        if args.muon and self.optimizer is None:
+            betas = args.adam_beta1, args.adam_beta2
+            self.optimizer = MuonAdamW(self.trained(), args.learning_rate, args.weight_decay, betas, args.adam_epsilon)
+        return super().create_optimizer(model)
 
     # The order of the data.
 
@@ -197,7 +104,9 @@ class BaseTrainer(SavingTrainer):
         return Path(self.args.output_dir or "", f"checkpoint-{step}")
 
     def note(self) -> dict[str, Any]:
-        return {**super().note(), "unlogged": self.steps.unlogged, "evaluation": self._evaluation()}
+        """What the `run.json` of a checkpoint written now says."""
+        own = {"weights_only": self.args.save_only_model, "unlogged": self.steps.unlogged}
+        return {**self.noted, **own, "evaluation": self._evaluation()}
 
     def _evaluation(self) -> dict[str, Any]:
         return {key: getattr(self.args, key) for key in EVALUATION if key in vars(self.args)}
@@ -283,3 +192,82 @@ class BaseTrainer(SavingTrainer):
     def models(self) -> list[tuple[str, nn.Module]]:
         """All models in use, each with its name in messages."""
         return [("The model", self.model)]  # type: ignore[list-item]
+
+    # Writing: whole or not at all.
+
+    def trained(self) -> nn.Module:
+        """The model that is saved."""
+        return self.model  # type: ignore[return-value]
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        def write() -> None:
+            self.check_weights()
+            super(BaseTrainer, self).save_model(output_dir, _internal_call)
+
+        self.together(output_dir or self.args.output_dir or "", write)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Older checkpoints are removed only when the new one is marked as whole."""
+        folder = self._checkpoint(self.state.global_step)
+        if self.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed or begun again
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            self.together(folder, lambda: super(BaseTrainer, self)._save_checkpoint(model, trial))
+        except Unwritable:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            self.args.save_total_limit = limit
+        if not self.args.push_to_hub:
+            self._complete(folder)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self._complete(Path(checkpoint_folder))
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _complete(self, folder: Path) -> None:
+        """Marks a checkpoint as whole once every process has written its part."""
+
+        def mark() -> None:
+            if self.args.should_save:
+                mark_whole(folder, self.note())
+                best = self.state.best_model_checkpoint
+                rotate_checkpoints(str(folder.parent), self.args.save_total_limit, best, use_mtime=True)
+
+        self.accelerator.wait_for_everyone()
+        self.together(folder, mark)
+
+    def check_weights(self) -> None:
+        """Raises NonFinite if the weights of the model to save are not finite."""
+        if name := first_non_finite(self.trained().named_parameters()):
+            raise NonFinite(
+                f"step {self.state.global_step}: weights are not finite ({name}), and nothing was saved. "
+                f"{self.last_whole()}. Try a smaller learning_rate or more warmup_steps, in another output_dir"
+            )
+
+    def last_whole(self) -> str:
+        """A sentence for messages about the last whole checkpoint."""
+        last = last_checkpoint(self.args.output_dir or "")
+        return f"The last whole checkpoint is {last}" if last else "There is no checkpoint yet"
+
+    def together(self, folder: str | Path, write: Callable[[], None]) -> None:
+        """Calls `write` on every process. If one of them cannot write, all raise its error, so that none waits.
+
+        Under DeepSpeed and FSDP the processes communicate while they write: there, the failing process raises at once.
+        """
+        stopped: Stopped | None = None
+        try:
+            with writing(folder):
+                write()
+        except Stopped as error:
+            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+                raise
+            stopped = error
+        others = gather_object([stopped and (type(stopped), str(stopped))])
+        if stopped is not None:
+            raise stopped
+        for kind, message in filter(None, others):
+            raise kind(message)

@@ -31,12 +31,8 @@ WIDTH, COLUMN = 110, 28
 def run_script(doc: str | None, kind: type[T], work: Callable[[T], int | None]) -> None:
     """Reads the arguments, calls `work`, and exits: with 0, with the status that `work` returns, or with 1 on error.
 
-    Errors that csdraft raises on purpose are printed in one line; all others have a traceback.
-
-    Args:
-        doc: the script's docstring, for its help.
-        kind: dataclass of the keys.
-        work: takes the arguments.
+    Errors that csdraft raises on purpose are printed in one line; all others have a traceback. The help is the
+    script's docstring and the keys of `kind`.
     """
     options = recipe_parser(doc, kind).parse_args()
     with one_line_errors():

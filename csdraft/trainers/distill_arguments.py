@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 
-from csdraft.data.target import DataArguments, option
+from csdraft.data.target import DataArguments, check_at_least, option
 from csdraft.trainers.arguments import RunArguments
 from csdraft.trainers.engines import uses
 from csdraft.trainers.evaluation import check_figure
@@ -76,10 +76,6 @@ class DistillArguments(DataArguments, RunArguments):
             "deepspeed"
         ) is None:
             raise ValueError("deepspeed is needed and not installed: pip install csdraft[deepspeed]")
-        if self.student is not None and self.init is not None:
-            raise ValueError(
-                "student and init are both given; start from the one (init=null) or make the other (student=null)"
-            )
         if self.learning_rate is None:
             self.learning_rate = self.kind.rate
         if self.load_best_model_at_end and self.metric_for_best_model is None:
@@ -98,10 +94,8 @@ class DistillArguments(DataArguments, RunArguments):
     def _check_numbers(self) -> None:
         if not 0 <= self.on_policy <= 1:
             raise ValueError(f"on_policy={self.on_policy} is a share of the texts: give a number from 0 to 1")
-        for name in ("max_length", "eval_depth", "eval_new_tokens", "eval_limit", "dataset_limit"):
-            least = 2 if name == "max_length" else 1  # a text of one token has nothing to learn
-            if (value := getattr(self, name)) is not None and value < least:
-                raise ValueError(f"{name}={value} is too small; give at least {least}, or leave it out")
+        check_at_least(self, 2, "max_length")  # a text of one token has nothing to learn
+        check_at_least(self, 1, "eval_depth", "eval_new_tokens", "eval_limit", "dataset_limit")
         if self.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor={self.label_smoothing_factor}: the losses compare with the target's "

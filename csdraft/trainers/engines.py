@@ -82,13 +82,7 @@ def whole_models() -> Iterator[None]:
 
 
 def load_sharded(load: Callable[[], Any], config: PreTrainedConfig, dtype: str) -> Any:
-    """A model for inference, sharded over all processes and never whole on any.
-
-    Args:
-        load: calls `from_pretrained`.
-        config: the model's.
-        dtype: of its weights; 'auto' takes the config's.
-    """
+    """The model that `load` gets by `from_pretrained`, for inference: sharded, and never whole on any process."""
     import deepspeed as engine  # type: ignore[import-not-found]
 
     kind = config.dtype if dtype == "auto" else getattr(torch, dtype)

@@ -114,9 +114,6 @@ class Objective:
         16 x (2 + number of losses) x chunk x vocab: each loss keeps up to four float32 tensors for its backward pass,
         and up to eight more exist, logits among them. A single loss other than `jsd` needs two thirds of that. Extra
         steps of a head (Gemma 2's soft cap) and the gradient of its weight are not counted.
-
-        Args:
-            vocab: tokens.
         """
         return 16 * (2 + len(self.losses)) * self.chunk * vocab
 

@@ -60,12 +60,7 @@ def options_of(args: TrainingArguments) -> dict[str, Any]:
 
 
 def check_options(folder: str, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises ValueError if the run in `folder` was begun with other options.
-
-    Args:
-        folder: a checkpoint, or the folder of a finished run.
-        before, now: from `options_of`.
-    """
+    """Raises ValueError if the run in `folder`, a checkpoint or a finished run, was begun with other options."""
     known = all(isinstance(options.get(key), int) for options in (before, now) for key in CUTS)
     if known and before.get("engine") is None and rows_per_step(before) == rows_per_step(now):
         before = {key: value for key, value in before.items() if key not in CUTS}

@@ -23,11 +23,7 @@ EVALUATED = {
 
 
 class Line(ProgressCallback):
-    """Shows every step with its own loss; the figures of an evaluation stay until the next one.
-
-    Args:
-        trainer: whose steps are shown.
-    """
+    """Shows every step with its own loss; the figures of an evaluation stay until the next one."""
 
     def __init__(self, trainer: BaseTrainer) -> None:
         super().__init__()

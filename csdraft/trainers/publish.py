@@ -58,12 +58,7 @@ def describe(trainer: DrafterTrainer, folder: Path) -> None:
 
 
 def serving(name: str, folder: Path, target: Any) -> dict[str, str]:
-    """Serving engine -> the command that drafts with the head in a folder. Empty if the folder holds a model.
-
-    Args:
-        name: of the drafter, in the command.
-        target: the model that it drafts for.
-    """
+    """Serving engine -> the command that drafts with the head in a folder. Empty if the folder holds a model."""
     if not (folder / "config.json").is_file() or (head := head_at(str(folder))) is None:
         return {}
     served = ServedTarget.of(model_name(target), target.config, lambda: embeddings(target)["input.weight"].detach())
@@ -145,12 +140,7 @@ def identity(texts: Texts) -> dict[str, Any]:
 
 
 def card(name: str, origin: dict[str, Any], served: Mapping[str, str] | None = None) -> str:
-    """README.md of a drafter, from the template `drafter_card.md`.
-
-    Args:
-        origin: see `provenance`.
-        served: see `serving`.
-    """
+    """README.md of a drafter, from its `provenance` and the commands of `serving`."""
     target = origin["target"]["name"]
     metadata: dict[str, Any] = {"library_name": "transformers", **(origin["license"] or {})}
     if ids := [model for model in (target, origin["arguments"].get("student")) if model and "/" in model]:

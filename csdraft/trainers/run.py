@@ -20,7 +20,6 @@ from csdraft.trainers.distill import DrafterTrainer, evaluation_of
 from csdraft.trainers.distill_arguments import DistillArguments
 from csdraft.trainers.engines import chosen_engine, load_sharded, placed_here, uses, whole_models
 from csdraft.trainers.evaluation import Evaluation
-from csdraft.trainers.muon import MuonAdamW
 from csdraft.trainers.progress import Line
 from csdraft.trainers.publish import identity
 from csdraft.trainers.run_folder import RunFolder, only_run, say
@@ -76,10 +75,6 @@ def make_trainer(
     """The trainer, with target and student loaded."""
     evaluation = make_evaluation(args, config, tokenizer)
     target, student = load_models(args, config, partial(counts_of, batches["train_dataset"], config))
-    muon = None
-    if args.muon:
-        betas = args.adam_beta1, args.adam_beta2
-        muon = MuonAdamW(student, args.learning_rate, args.weight_decay, betas, args.adam_epsilon)
     trainer = DrafterTrainer(
         model=student,
         args=args,
@@ -88,7 +83,6 @@ def make_trainer(
         processing_class=tokenizer,
         target=target,
         evaluation=evaluation,
-        optimizers=(muon, None),
     )
     trainer.noted["data"] = identity(batches["train_dataset"])
     if not args.disable_tqdm:

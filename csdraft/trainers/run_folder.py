@@ -70,9 +70,6 @@ def say(text: str) -> None:
 class RunFolder:
     """What the folder of a training holds.
 
-    Args:
-        args: of the training.
-
     Attributes:
         finished: whether it holds the result of all steps in `args`.
         checkpoint: where the run continues from; None is its beginning.

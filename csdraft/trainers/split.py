@@ -51,7 +51,6 @@ def hidden_of(model: nn.Module, **inputs: Tensor) -> Tensor:
     """(rows, length, width) hidden states that the model's head reads; its logits if the model cannot be split.
 
     Args:
-        model: see `head_of`.
         inputs: of the model: `input_ids`, optionally `position_ids` and `attention_mask`. Of an encoder-decoder also
             `decoder_input_ids`, whose hidden states are returned.
     """

@@ -54,11 +54,7 @@ class Examples:
 
 
 class RecordingSchedule(Schedule):
-    """Drafts to a fixed depth. Records the inputs of a stop rule for each token, and whether the token was accepted.
-
-    Args:
-        depth: draft tokens per round.
-    """
+    """Drafts to a fixed depth. Records a stop rule's inputs for each token, and whether the token was accepted."""
 
     def __init__(self, depth: int):
         self.depth = depth
@@ -121,11 +117,8 @@ def fit(
     """A head fitted to examples by weighted binary cross-entropy.
 
     Args:
-        hidden: width of the head.
         rejected_weight: weight of a rejected token; an accepted one has 1. With 1 the head predicts probabilities.
             Above 1 it predicts less and stops sooner: SpecDec++ takes 6.
-        steps: of Adam, on all examples at once.
-        seed: of the initial weights.
 
     Raises:
         ValueError: there are too few examples, or all are accepted, or all rejected.

@@ -27,7 +27,6 @@ from csdraft.data.text import END, Document, read_corpus, split
 from csdraft.trainers.arguments import RunArguments
 from csdraft.trainers.base import BaseTrainer
 from csdraft.trainers.command import run_script
-from csdraft.trainers.muon import MuonAdamW
 from csdraft.trainers.run_folder import RunFolder, only_run
 from csdraft.trainers.students import save_tokenizer
 
@@ -99,17 +98,7 @@ def _pretrain(args: PretrainArguments) -> BaseTrainer:
     run.check_data(data)
     run.say_where()
     model = make_model(args, tokenizer)
-    betas = (args.adam_beta1, args.adam_beta2)
-    options = args.learning_rate, args.weight_decay, betas, args.adam_epsilon
-    muon = MuonAdamW(model, *options) if args.muon else None
-    trainer = BaseTrainer(
-        model,
-        args,
-        train_dataset=train,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-        optimizers=(muon, None),
-    )
+    trainer = BaseTrainer(model, args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer)
     trainer.noted["data"] = data
     if run.finished:
         run.restore(trainer, load_weights)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
 from csdraft.trainers.distill import DrafterTrainer
 from csdraft.trainers.evaluation import Evaluation
+from csdraft.trainers.muon import MuonAdamW
 from csdraft.trainers.run import prepare
 from csdraft.trainers.stops import NonFinite
 from tests.tiny import fresh, tiny
@@ -98,6 +99,12 @@ def test_vocabularies_may_be_padded_differently(folder, tmp_path):
 def test_predict_says_what_to_call(folder):
     with pytest.raises(ValueError, match=r"predicts no labels; evaluate\(\) gives its figures"):
         made(folder, "predict").predict(PROMPTS)
+
+
+def test_muon_trains_the_student(folder):
+    trainer = made(folder, "muon", {"muon": True, "max_steps": 1})
+    assert losses(trainer)
+    assert type(trainer.optimizer.optimizer) is MuonAdamW
 
 
 def test_an_evaluation_alone_is_enough(folder):

@@ -145,7 +145,7 @@ def begun(folder) -> Path:
         pytest.param("torch.save", no_space, marks=pytest.mark.slow),
         ("torch.save", as_torch_says_it),
         pytest.param("transformers.TrainerState.save_to_json", no_space, marks=pytest.mark.slow),
-        pytest.param("csdraft.trainers.checkpoints.mark_whole", no_space, marks=pytest.mark.slow),
+        pytest.param("csdraft.trainers.base.mark_whole", no_space, marks=pytest.mark.slow),
     ],
 )
 def test_a_full_disk_is_one_error_and_no_half_checkpoint(folder, begun, monkeypatch, what, writer):

@@ -40,12 +40,7 @@ def check_student(
     init: Mapping[str, Any] | None = None,
     peft: Mapping[str, Any] | None = None,
 ) -> None:
-    """Raises ValueError if `make_student` cannot make this student. Needs the target's config only.
-
-    Args:
-        config: the target's.
-        student, init, peft: see `make_student`.
-    """
+    """Raises ValueError if `make_student` cannot make this student for a target with this config."""
     kind, options = _asked(student, init, peft)
     kind.check(config, options)
 
@@ -60,7 +55,7 @@ def _asked(
         raise ValueError(
             f"{'no student' if init is None else 'student and init'} given; choose one: student (a folder or Hub id), "
             "or init ({from_target: {layers: [...]}}, with shared: true for self-drafting, {config: {...}}, or a head "
-            "such as {eagle3: {}})"
+            "such as {eagle3: {}}); in a recipe the other is null"
         )
     if init is None:
         return students()["whole" if peft is None else "lora"], {"student": student, "peft": peft}
@@ -84,9 +79,6 @@ def kind_asked(student: str | None, init: Mapping[str, Any] | None, peft: Mappin
     """The kind of student that these keys make. Any stored head is a plain `HeadKind`.
 
     Without keys it is a whole model, which `check_student` refuses.
-
-    Args:
-        student, init, peft: see `make_student`.
     """
     if init is not None or peft is not None:
         return _asked(student, init, peft)[0]
@@ -140,9 +132,6 @@ def save_student(
     """Writes a student for `ModelDrafter` to load: a Transformers or PEFT folder, and drafter.json.
 
     Args:
-        student: from `make_student`.
-        folder: created if it is missing.
-        tokenizer: saved too.
         state_dict: the student's gathered weights, if its own parameters are sharded.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)

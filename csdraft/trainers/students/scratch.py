@@ -42,7 +42,6 @@ def new_config(config: Any, options: Mapping[str, Any]) -> Any:
     """A config with these options, and the target's vocabulary and special tokens.
 
     Args:
-        config: the target's.
         options: `model_type` (default: the target's), and options of a config of that type.
     """
     options = dict(options)
