@@ -79,7 +79,6 @@ def make_trainer(
         model=student,
         args=args,
         **batches,
-        eval_dataset=evaluation and evaluation.prompts,
         processing_class=tokenizer,
         target=target,
         evaluation=evaluation,

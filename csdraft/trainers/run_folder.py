@@ -79,14 +79,14 @@ class RunFolder:
     """
 
     def __init__(self, args: TrainingArguments):
-        self.args, self.folder, self.options = args, Path(args.output_dir or ""), options_of(args)
+        self.args, self.folder = args, Path(args.output_dir or "")
         begins_again = args.resume_from_checkpoint is False
         self._done = None if begins_again else _read(self.folder / FINISHED)
         self.finished = self._done is not None and self._is_all(self._done)
         self.checkpoint = None if self.finished else chosen_checkpoint(args)
         self._before = self._done if self.checkpoint is None else read_mark(self.checkpoint)
         if self._before is not None:
-            check_options(self.checkpoint or str(self.folder), self._before["options"], self.options)
+            check_options(self.checkpoint or str(self.folder), self._before["options"], options_of(args))
 
     def _is_all(self, done: dict[str, Any]) -> bool:
         """Whether a finished run has as many steps as `args` say; false if its last checkpoint is to be trained on."""

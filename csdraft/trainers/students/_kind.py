@@ -86,7 +86,8 @@ class HeadKind(Student):
             head.embed_tokens.weight.copy_(theirs["input.weight"])
             head.start(rows[drafted.to(rows.device)].cpu())
         head.d2t.copy_(drafted - torch.arange(len(drafted)))
-        head.stored_by, head.lent = stored_by(head), head.lendable()
+        head.stored_by = next(kind for kind in all_formats() if kind.__module__.endswith(f".{head.layout}"))
+        head.lent = head.lendable()
         for name in head.lent:
             head.get_parameter(name).requires_grad_(False)
         head.base = Lender.of(target, fingerprint(target))
@@ -168,11 +169,6 @@ class HeadKind(Student):
         stored = head_at(folder)
         check_names(stored.state if stored else {}, head.stored_by.of(head).state, folder)
         head.load_state_dict(stored.state, strict=False)  # type: ignore[union-attr] - else it was refused
-
-
-def stored_by(head: Head) -> Any:
-    """The class that stores such a head."""
-    return next(kind for kind in all_formats() if kind.__module__.endswith(f".{head.layout}"))
 
 
 @cache

@@ -17,7 +17,7 @@ from csdraft.models import base_model, load_model
 from csdraft.stored import fit
 from csdraft.trainers.students._student import Counts, Student, check_names
 
-__all__ = ["Lora", "check_lora", "stored_adapter", "with_lora"]
+__all__ = ["Lora", "check_lora", "with_lora"]
 
 SET_HERE = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
 SET_HERE |= {"inference_mode", "runtime_config", "layer_replication"}
@@ -65,13 +65,6 @@ def with_lora(model: nn.Module, options: Mapping[str, Any]) -> nn.Module:
     peft = peft_package()
     kind = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"  # type: ignore[union-attr]
     return peft.get_peft_model(model, peft.LoraConfig(task_type=kind, **options))
-
-
-def stored_adapter(path: str) -> nn.Module:
-    """An adapter on its base, to train further. (`load_model` loads it for decoding.)"""
-    peft = peft_package()
-    base = peft.PeftConfig.from_pretrained(path).base_model_name_or_path
-    return peft.PeftModel.from_pretrained(load_model(base, dtype="auto"), path, is_trainable=True)
 
 
 def _opened(student: Any) -> nn.Module:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from csdraft.heads.on_target import OnTarget
+from csdraft.heads.self_draft import peft_package
 from csdraft.models import load_model
 from csdraft.trainers.students._student import Counts, Student
-from csdraft.trainers.students.lora import stored_adapter
 
 __all__ = ["Whole"]
 
@@ -28,4 +28,8 @@ class Whole(Student):
         model: Any = load_model(path, dtype=torch.float32)
         if isinstance(model, OnTarget):
             return model.open(target, torch.float32)
-        return stored_adapter(path) if vars(model).get("peft_config") else model
+        if not vars(model).get("peft_config"):
+            return model
+        peft = peft_package()  # an adapter, which `load_model` loads for decoding alone
+        base = load_model(peft.PeftConfig.from_pretrained(path).base_model_name_or_path, dtype="auto")
+        return peft.PeftModel.from_pretrained(base, path, is_trainable=True)
