@@ -157,10 +157,11 @@ class Arm:
 
 
 def examine(evaluation: Evaluation, target: Any, student: Any) -> Figures:
-    graded = evaluation.grade(evaluation.run(target, student))
+    sums = evaluation.run(target, student)
+    graded = evaluation.grade(sums)
     return {
-        "greedy": evaluation.block_efficiencies(target, student, sampled=False),
-        "sampled": evaluation.block_efficiencies(target, student, sampled=True),
+        "greedy": evaluation.block_efficiencies(sums, "greedy"),
+        "sampled": evaluation.block_efficiencies(sums, "sampled"),
         "acceptance": graded["acceptance"],
         "agreement": graded["agreement"],
         "parameters": round(added_share(student, target) * target.num_parameters()),

@@ -170,13 +170,12 @@ def is_sampled(row: int, share: float) -> bool:
 def check_same(path: Path, args: GenerateArguments, tally: Tally) -> None:
     """Raises ValueError if `path` names other arguments; then writes these, and the data's counts, to it."""
     document = {name: value for name, value in asdict(args).items() if name not in OF_A_RUN}
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    check_unchanged(
-        f"{path.parent} holds rows of",
-        {name: before.get(name) for name in FIXED} if before is not None else {},
-        document,
-        "Give another output_dir, or remove that folder",
-    )
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        fixed = {name: before.get(name) for name in FIXED}
+        check_unchanged(
+            f"{path.parent} holds rows of", fixed, document, "Give another output_dir, or remove that folder"
+        )
     with write_whole(path) as file:
         file.write(json.dumps(document | {"data": tally.described()}, indent=2).encode())
 

@@ -59,9 +59,6 @@ class RowArrays:
         if missing := int((done == 0).sum()):
             raise ValueError(f"{missing} of {len(done)} rows are missing in {self.folder}: run its writer again")
 
-    def __len__(self) -> int:
-        return len(self.lengths)
-
     def __reduce__(self) -> tuple:
         """A data loader's workers open the files themselves."""
         return type(self), (self.folder,)

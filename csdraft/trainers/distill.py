@@ -43,7 +43,7 @@ class DrafterTrainer(BaseTrainer):
     Args:
         model: the student to train, from `csdraft.trainers.students.make_student`. `trainer.model` is this object.
         args: see `DistillArguments`.
-        train_dataset: `Texts`, from `csdraft.trainers.run.make_batches`.
+        train_dataset: `Texts`, from `csdraft.trainers.run.prepare`.
         data_collator: makes a batch of its items; None: as `Texts.collator`.
         eval_dataset: token ids of the prompts that `evaluate` decodes, if `evaluation` is None.
         processing_class: the tokenizer, which is saved with the student.

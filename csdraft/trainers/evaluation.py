@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,8 +55,9 @@ class Evaluation:
     def run(self, target: Any, student: nn.Module, part: slice = slice(None)) -> Counter[str]:
         """Sums over the prompts of `part`, which can be added over several processes; see `grade`."""
         sums: Any = Counter()
-        places = range(len(self.prompts))[part]
-        for number, prompts in self._batches(part):
+        places, mine = range(len(self.prompts))[part], self.prompts[part]
+        for number in range(0, len(mine), self.rows):
+            prompts = mine[number : number + self.rows]
             for sampled in (False, True):
                 report, texts = self._decode(target, student, prompts, sampled)
                 kind = "sampled" if sampled else "greedy"
@@ -70,19 +71,10 @@ class Evaluation:
                 self._compare(sums, target, student, prompts, texts, sampled)
         return sums
 
-    @torch.no_grad()
-    def block_efficiencies(self, target: Any, student: nn.Module, sampled: bool) -> list[float]:
-        """(prompts,) tokens per call of the target, for each prompt."""
-        found = []
-        for _, prompts in self._batches(slice(None)):
-            report, _ = self._decode(target, student, prompts, sampled)
-            found += [sum(lengths) / len(lengths) for lengths in report.lengths]
-        return found
-
-    def _batches(self, part: slice) -> Iterator[tuple[int, Sequence[Sequence[int]]]]:
-        mine = self.prompts[part]
-        for start in range(0, len(mine), self.rows):
-            yield start, mine[start : start + self.rows]
+    def block_efficiencies(self, sums: Mapping[str, float], kind: str) -> list[float]:
+        """(prompts,) tokens per call of the target for each prompt, from sums; `kind` is 'greedy' or 'sampled'."""
+        places = range(len(self.prompts))
+        return [sums[f"{kind}_emitted_by_{place}"] / sums[f"{kind}_rounds_by_{place}"] for place in places]
 
     def _decode(self, target: Any, student: nn.Module, prompts: Any, sampled: bool) -> tuple[Report, Tensor]:
         """The report of the decoding, and the texts, (rows, prompt + new)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from importlib.util import find_spec
@@ -79,7 +80,11 @@ def provenance(trainer: DrafterTrainer) -> dict[str, Any]:
     chosen = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
               "learning_rate", "lr_scheduler_type", "weight_decay", "seed")  # fmt: skip
     target = trainer.target
-    measured = [entry for entry in trainer.state.log_history if "eval_block_efficiency" in entry]
+    measured = [  # without figures for which nothing could be compared: JSON has no nan
+        {name: value for name, value in entry.items() if math.isfinite(value)}
+        for entry in trainer.state.log_history
+        if "eval_block_efficiency" in entry
+    ]
     start = measured[0] if measured and measured[0].get("step") == 0 else None
     if args.load_best_model_at_end and trainer.state.best_global_step is not None:
         measured = [entry for entry in measured if entry.get("step") == _kept_step(trainer)]

@@ -100,13 +100,22 @@ def save_result(trainer: DrafterTrainer) -> None:
 
 
 def prepare(args: DistillArguments) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase, dict[str, Any]]:
-    """The target's config and tokenizer, and the trainer's data. Raises ValueError for what cannot work."""
+    """The target's config and tokenizer, and the trainer's `train_dataset` and `data_collator`.
+
+    Raises:
+        ValueError: the arguments or the data cannot work.
+    """
     if args.threads:
         torch.set_num_threads(args.threads)
     config, tokenizer = read_target(args)
     check(args, config, tokenizer)
     rows = read_rows(args.dataset, tokenizer, args.max_length, args.split, args.dataset_limit, args.chat)
-    return config, tokenizer, make_batches(args, config, tokenizer, rows)
+    start, cache = config.decoder_start_token_id if config.is_encoder_decoder else None, None
+    if args.target_cache:  # the target's hidden states for a head, its logits for a model
+        cache = (FeatureCache if args.kind.reads_features else TargetCache)(args.target_cache)
+        cache.check_target(target_name(args))
+    texts = Texts(rows, args.max_length, pad_of(tokenizer, config), args.packing, start, cache)
+    return config, tokenizer, {"train_dataset": texts, "data_collator": texts.collator}
 
 
 def check(args: DistillArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -131,6 +140,8 @@ def check(args: DistillArguments, config: PreTrainedConfig, tokenizer: PreTraine
             f"on_policy_prompt={args.on_policy_prompt} leaves nothing to write in texts of max_length="
             f"{args.max_length} tokens; keep fewer"
         )
+    if args.target_cache and config.is_encoder_decoder:
+        raise ValueError("target_cache is for decoder-only targets; leave it out")
     if args.max_length > (context := context_length(config)):
         raise ValueError(f"max_length={args.max_length} is longer than the target's context of {context} tokens")
     check_writable(args.output_dir)
@@ -194,9 +205,6 @@ def check_tokenizers(student: str, target: str, tokenizer: PreTrainedTokenizerBa
         )
 
 
-# Data.
-
-
 def make_evaluation(
     args: DistillArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> Evaluation | None:
@@ -206,20 +214,6 @@ def make_evaluation(
     longest = context - args.eval_new_tokens - args.eval_depth
     prompts = read_prompts(args.eval_prompts, tokenizer, args.eval_limit, longest, args.eval_split, args.chat)
     return evaluation_of(args, prompts, pad_of(tokenizer, config))
-
-
-def make_batches(
-    args: DistillArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, rows: Any
-) -> dict[str, Any]:
-    """The trainer's `train_dataset` and `data_collator`."""
-    start, cache = config.decoder_start_token_id if config.is_encoder_decoder else None, None
-    if args.target_cache and config.is_encoder_decoder:
-        raise ValueError("target_cache is for decoder-only targets; leave it out")
-    if args.target_cache:  # the target's hidden states for a head, its logits for a model
-        cache = (FeatureCache if args.kind.reads_features else TargetCache)(args.target_cache)
-        cache.check_target(target_name(args))
-    texts = Texts(rows, args.max_length, pad_of(tokenizer, config), args.packing, start, cache)
-    return {"train_dataset": texts, "data_collator": texts.collator}
 
 
 def counts_of(texts: Texts, config: PreTrainedConfig) -> Tensor:

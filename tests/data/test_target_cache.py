@@ -69,7 +69,7 @@ def logits_of(row: dict) -> torch.Tensor:
 
 
 def test_the_cache_says_what_the_target_says(cache):
-    assert len(cache) == len(ROWS)
+    assert len(cache.lengths) == len(ROWS)
     for number, row in enumerate(ROWS):
         said, (log_probs, ids), at = logits_of(row).log_softmax(-1), kept(cache, number), scored(row)
         values = said[at].topk(K).values

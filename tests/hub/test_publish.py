@@ -224,11 +224,11 @@ def test_a_card_names_licence_and_base_models(folder, hub):
 
 @pytest.mark.slow
 def test_the_interval_is_that_of_a_bootstrap_over_prompts(folder):
-    """By the counts of `Evaluation.block_efficiencies`, which decodes them once more."""
     trainer = distill(arguments(folder, "interval", max_steps=1, save_strategy="no", eval_new_tokens=12,
                                 eval_prompts=f"{folder}/prompts.jsonl", per_device_eval_batch_size=4))  # fmt: skip
     figures = trainer.evaluate()
-    found = trainer.evaluation.block_efficiencies(trainer.target, trainer.student, sampled=False)
+    evaluation = trainer.evaluation
+    found = evaluation.block_efficiencies(evaluation.run(trainer.target, trainer.student), "greedy")
     assert figures["eval_prompts"] == len(found) == 6
     assert min(found) <= figures["eval_block_efficiency_low"] <= figures["eval_block_efficiency"]
     assert figures["eval_block_efficiency"] <= figures["eval_block_efficiency_high"] <= max(found)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 from csdraft.trainers.distill import DrafterTrainer
 from csdraft.trainers.evaluation import Evaluation
 from csdraft.trainers.muon import MuonAdamW
+from csdraft.trainers.publish import provenance
 from csdraft.trainers.run import prepare
 from csdraft.trainers.stops import NonFinite
 from tests.tiny import fresh, tiny
@@ -71,6 +72,12 @@ def test_prompts_longer_than_the_students_context_are_decoded_and_not_compared()
     assert math.isnan(figures[2]["acceptance"])
     assert math.isnan(figures[2]["agreement"])
     assert figures[2]["block_efficiency"] == 1
+
+
+def test_figures_that_could_not_be_measured_are_not_published(folder):
+    trainer = made(folder, "unmeasured")
+    trainer.state.log_history.append({"eval_block_efficiency": 1.0, "eval_acceptance": math.nan, "step": 4})
+    assert provenance(trainer)["measured"] == {"eval_block_efficiency": 1.0, "step": 4}
 
 
 def test_vocabularies_may_be_padded_differently(folder, tmp_path):

@@ -35,7 +35,27 @@ class Cut(Student):
         check_cut(config, options)
 
     def make(self, target: Any, options: Mapping[str, Any], counts: Counts | None) -> nn.Module:
-        return cut_out(target, **{key: value for key, value in options.items() if key != "shared"})
+        """A new model with copies of the target's tensors, in float32.
+
+        A T5-like student with fewer encoder than decoder layers can draft, but plain `generate` of transformers 5.23
+        fails on it.
+        """
+        if getattr(target, "is_quantized", False):
+            raise ValueError(
+                "the target is quantised: a student cannot start from its weights; load it in a float type"
+            )
+        part = shared_layers(target, options["layers"], options.get("encoder_layers")).eval()
+        plain = type(part.config).from_dict(part.config.to_dict())  # as config.json will give it
+        plain.name_or_path = ""
+        student = type(part)(plain).to(part.dtype).eval()
+        student.generation_config = copy.deepcopy(target.generation_config)
+        try:
+            student.load_state_dict(part.state_dict())
+        except RuntimeError as error:
+            raise ValueError(f"{type(part).__name__} cannot be cut: {' '.join(str(error).split())}") from error
+        _check_alike(part, student)
+        student = student.float()
+        return tie(student, target) if options.get("tie_to_target") else student
 
 
 def check_cut(config: Any, options: Mapping[str, Any]) -> None:
@@ -45,34 +65,6 @@ def check_cut(config: Any, options: Mapping[str, Any]) -> None:
         if not isinstance(options.get(switch, False), bool):
             raise ValueError(f"{switch}={options[switch]!r} must be true or false")
     check_layers(config, options.get("layers"), options.get("encoder_layers"))
-
-
-def cut_out(target: Any, layers: Any, encoder_layers: Any = None, tie_to_target: bool = False) -> nn.Module:
-    """A new model with copies of the target's tensors, in float32.
-
-    A T5-like student with fewer encoder than decoder layers can draft, but plain `generate` of transformers 5.23 fails
-    on it.
-    """
-    if getattr(target, "is_quantized", False):
-        raise ValueError("the target is quantised: a student cannot start from its weights; load it in a float type")
-    part = shared_layers(target, layers, encoder_layers).eval()
-    plain = type(part.config).from_dict(part.config.to_dict())  # as config.json will give it
-    plain.name_or_path = ""
-    student = type(part)(plain).to(part.dtype).eval()
-    student.generation_config = copy.deepcopy(target.generation_config)
-    _copy(part, student)
-    _check_alike(part, student)
-    student = student.float()
-    return tie(student, target) if tie_to_target else student
-
-
-def _copy(part: nn.Module, student: nn.Module) -> None:
-    """Copies the tensors; ValueError if the student has other ones."""
-    theirs, own = part.state_dict(), student.state_dict()
-    other = sorted(theirs.keys() ^ own.keys()) or [key for key in own if own[key].shape != theirs[key].shape]
-    if other:
-        raise ValueError(f"{type(part).__name__} cannot be cut: with these layers it has other weights: {other}")
-    student.load_state_dict(theirs)
 
 
 @torch.no_grad()
@@ -86,10 +78,10 @@ def _check_alike(part: Any, student: Any) -> None:
                 raise ValueError(f"{name}: the config does not keep {other or type(b).__name__} of {type(b).__name__}")
     ids = torch.arange(PROBE_TOKENS)[None] % student.config.get_text_config(decoder=True).vocab_size
     inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if student.config.is_encoder_decoder else {})
-    logits = [
-        model(**{key: value.to(_device(model)) for key, value in inputs.items()}).logits.float().cpu()
-        for model in (part, student)
-    ]
+    logits = []
+    for model in (part, student):
+        device = model.get_input_embeddings().weight.device
+        logits.append(model(**{key: value.to(device) for key, value in inputs.items()}).logits.float().cpu())
     allowed = 1e-3 if part.dtype == torch.float32 else 0.05
     if not (logits[0] - logits[1]).abs().max() <= allowed * logits[0].abs().max():
         raise ValueError(f"{name}: a model of its cut config computes something else")
@@ -101,7 +93,3 @@ def _options(module: nn.Module) -> dict[str, Any]:
     return {
         k: v for k, v in vars(module).items() if isinstance(v, plain) and k != "training" and not k.startswith("_")
     }
-
-
-def _device(model: Any) -> torch.device:
-    return model.get_input_embeddings().weight.device
