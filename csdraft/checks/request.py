@@ -31,6 +31,8 @@ KNOWN_INPUTS = {
     "encoder_outputs",
     "decoder_attention_mask",
 }
+NOT_CALLED = ("_sample", "_prefill", "_update_model_kwargs_for_generation")
+"""Methods of a model that plain `generate` decodes with."""
 
 
 def check_request(
@@ -69,6 +71,12 @@ def _check_model(model: Any) -> None:
             f"{type(model).__name__} has a prompt-learning PEFT adapter, whose virtual tokens drafted decoding would "
             "not see; use an adapter on the weights (such as LoRA), or leave assistant= out"
         )
+    for name in NOT_CALLED:
+        if not getattr(model, name).__module__.startswith("transformers."):
+            raise ValueError(
+                f"{type(model).__name__} has a {name} of its own, which plain generate calls and drafted decoding "
+                "does not; leave assistant= out"
+            )
 
 
 def ask_model(model: Any, inputs: Mapping[str, Any]) -> None:

@@ -239,6 +239,16 @@ def test_adapters_of_virtual_tokens_are_refused(forwards) -> None:
     assert "LoRA" in refused(forwards, "virtual tokens", model=adapted)
 
 
+@pytest.mark.parametrize("name", ["_sample", "_prefill", "_update_model_kwargs_for_generation"])
+def test_a_class_that_decodes_in_a_way_of_its_own(forwards, name: str) -> None:
+    """Such as those of model repositories; drafted decoding does not call these methods."""
+    model = tiny.fresh("llama")
+    stock, inner = type(model), getattr(type(model), name)
+    model.__class__ = type("Own", (stock,), {name: lambda *args, **more: inner(*args, **more)})
+    model.generate(**tiny.prompt(), max_new_tokens=2)
+    assert "leave assistant= out" in refused(forwards, f"Own has a {name} of its own", model=model)
+
+
 # Drafters.
 
 
