@@ -119,7 +119,8 @@ def check_options(config: GenerationConfig) -> None:
     """
     for name in REFUSED:
         plain = REFUSED[name].reason == OTHER_SEARCH and config.get_generation_mode() in PLAIN
-        if not plain:  # some options, such as penalty_alpha without a top_k, do not change the search by themselves
+        unseen = REFUSED[name].reason == NOT_KEPT and not config.return_dict_in_generate
+        if not (plain or unseen):  # penalty_alpha without a top_k does not change the search, for example
             _check(name, getattr(config, name, None))
     for name in vars(GenerationConfig()).keys() - (CARRIED | WITHOUT_EFFECT | REFUSED.keys()):
         if (value := getattr(config, name, None)) not in (None, False):

@@ -30,6 +30,8 @@ KNOWN_INPUTS = {
     "logits_to_keep",
     "encoder_outputs",
     "decoder_attention_mask",
+    "output_attentions",  # these two are options, too
+    "output_hidden_states",
 }
 NOT_CALLED = ("_sample", "_prefill", "_update_model_kwargs_for_generation")
 """Methods of a model that plain `generate` decodes with."""
