@@ -130,17 +130,16 @@ def _check_length(model: Any, input_ids: Tensor, config: Any) -> None:
             f"{name} scales its attention by slots of the cache from {scale} tokens on (floor_scale), but this text "
             f"may reach {longest}: give at most max_length={scale - 1:.0f}, or leave assistant= out"
         )
-    if switch is None:
-        return
-    if switch.every_token and longest > switch.length:
+    if switch is not None and switch.every_token and longest > switch.length:
         raise ValueError(
             f"{name} changes its rotary factors with every token past {switch.length} (dynamic NTK), and they depend "
             f"on earlier calls, but this text may reach {longest} tokens: give at most max_length={switch.length}, or "
             "leave assistant= out"
         )
-    if config.prefill_chunk_size is not None:
+    if config.prefill_chunk_size is not None and (switch is not None or model.config.is_encoder_decoder):
+        what = "rotary factors" if switch is not None else "encoder's mask"
         raise ValueError(
-            f"prefill_chunk_size={config.prefill_chunk_size} changes which rotary factors {name} reads a prompt with; "
+            f"prefill_chunk_size={config.prefill_chunk_size} changes the {what} that {name} reads a prompt with; "
             "unset it, or leave assistant= out"
         )
 

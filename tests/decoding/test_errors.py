@@ -81,6 +81,7 @@ def test_flags_that_drafted_decoding_has_no_use_for(forwards) -> None:
     message = refused(forwards, "output_attentions", output_attentions=True, return_dict_in_generate=True)
     assert "unset output_attentions" in message
     assert "gather" in refused(forwards, "synced_gpus=True", synced_gpus=True)
+    assert "encoder's mask" in refused(forwards, "prefill_chunk_size=6", "t5", prefill_chunk_size=6)
 
 
 def test_two_ways_to_draft_at_once(forwards) -> None:
