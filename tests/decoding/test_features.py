@@ -5,14 +5,17 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+import transformers
 
 import csdraft
 from csdraft import CascadeDrafter, MaxGram
+from csdraft.decoding.cache_names import GENERATE_CACHE
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.graphs import RECORDERS
 from csdraft.decoding.interfaces import Budget, Context, Drafter
 from tests.decoding.tape import recorder, storages
-from tests.tiny import drafter_of, fresh, ragged_batch, tiny
+from tests.families.shrink import config_of, loud_model
+from tests.tiny import drafter_of, fresh, prompt, ragged_batch, tiny
 
 TAPS = (0, 1, 2)
 WANTED = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "schedule": "fixed", "strict": True}
@@ -99,3 +102,14 @@ def test_a_head_may_stand_anywhere_in_a_cascade():
 def test_an_encoder_decoder_has_none():
     with pytest.raises(ValueError, match=r"reads hidden states \[0, 1, 2\]"):
         tiny("t5").generate(**ragged_batch(), **WANTED, assistant=ToyHead())
+
+
+def test_images_in_a_users_cache_cannot_be_read_again():
+    """Text can, and is."""
+    llava = transformers.LlavaForConditionalGeneration
+    model = loud_model(llava, config_of(llava, llava.config_class), "sdpa", 0, 1.0)
+    inputs = {"input_ids": prompt()["input_ids"], GENERATE_CACHE: transformers.DynamicCache(config=model.config)}
+    ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    assert inputs[GENERATE_CACHE].get_seq_length() == 23
+    with pytest.raises(ValueError, match="the images that it may hold"):
+        model.generate(**inputs | {"input_ids": ids}, **WANTED, assistant=ToyHead())
