@@ -127,7 +127,7 @@ class Engine:
         raise EngineError(f"{self.url} cannot write for {self.target}. " + "; ".join(refusals))
 
     def write(self, prompt: Sequence[int], new_tokens: int, temperature: float, seed: int) -> list[int]:
-        """The continuation of a prompt, of at most `new_tokens`, with its end-of-text token; 0 is greedy."""
+        """At most `new_tokens` tokens after a prompt, with the end-of-text token; temperature 0 is greedy."""
         in_tokens = not self.way.startswith("text")
         body = {
             "model": self.model,
