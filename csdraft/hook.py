@@ -93,7 +93,7 @@ def decode(
     cache = model_kwargs.get(GENERATE_CACHE)
     past = cache if cache is not None and cache.get_seq_length() > 0 else None
     _plan(safe, model, _first_prompt(input_ids, mask, encoder_input_ids, model_kwargs), generation_config)
-    reading = _reading(model, safe, chosen, past)
+    reading = _reading(model, safe, chosen)
     rest = seeds, _sources(model, input_ids, encoder_input_ids, model_kwargs, safe), mask, past, reading
     ledger = Recorder(input_ids.shape[0], bool(chosen.diagnose))
     call = open_call(model, input_ids, logits_processor, stopping_criteria, generation_config, rule, *rest, ledger)
@@ -161,16 +161,11 @@ def report(of: Any, last: bool = False) -> Report | None:
     return found
 
 
-def _reading(model: PreTrainedModel, drafter: Drafter, options: Options, past: Any) -> ReadingOptions:
+def _reading(model: PreTrainedModel, drafter: Drafter, options: Options) -> ReadingOptions:
     """How the models read; raises ValueError if the drafter needs what the target does not have."""
     if (taps := drafter.taps()) and model.config.is_encoder_decoder:
         raise ValueError(
             f"the drafter reads hidden states {sorted(taps)} of the target, and an encoder-decoder has none"
-        )
-    if taps and past is not None and model.config.get_text_config(decoder=True) is not model.config:
-        raise ValueError(
-            f"the drafter reads hidden states of the target, which {GENERATE_CACHE} lacks, and the images that it may "
-            "hold cannot be read again; use a drafter without them, such as MaxGram(), or leave assistant= out"
         )
     graphs: Mode = "auto" if options.graphs is None else options.graphs
     return ReadingOptions(options.reuse is not False, graphs, taps)

@@ -190,6 +190,11 @@ class SlotCache(Cache):
             alike.setdefault((part.device, part.dtype, part.shape), []).append(part)
         return [torch.stack(parts) for parts in alike.values()]
 
+    def moved(self, row: int, slot: int, before: Sequence[Tensor]) -> list[Tensor]:
+        """(2, buffers) each: how far the entries of `at` have moved since `before`, and how large they were then."""
+        pairs = zip(before, self.at(row, slot), strict=True)  # (buffers, heads, head_dim)
+        return [torch.stack([new - old, old]).flatten(2).norm(dim=-1) for old, new in pairs]
+
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Drops all batch rows but `rows`, which become the first rows in this order. The memory is not moved.
 

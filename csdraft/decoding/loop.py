@@ -128,7 +128,7 @@ def open_call(
     if past is not None:
         reading = replace(reading, reuse=False)
     call = Call(model, chooser, texts, capacity, sources, together, reading, ledger)
-    if past is not None and not reading.taps:  # the user's cache has no features: then all is read again
+    if past is not None:
         kept = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
         call.session(model).preload(past, texts, kept[:, : int(past.get_seq_length())])
     return call

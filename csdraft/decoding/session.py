@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from csdraft.decoding.awaited import Awaited
 from csdraft.decoding.cache import cross_attention_cache, import_cache
+from csdraft.decoding.cache_names import GENERATE_CACHE
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.graphs import bucket
 from csdraft.decoding.inputs import Inputs, Plan
@@ -99,10 +100,7 @@ class Session:
 
     @property
     def positions(self) -> int:
-        """How many positions the model has; a large number if there is no limit.
-
-        Rotary models have none. Past their training length they draft worse, and schedules measure that.
-        """
+        """How many positions the model has; a large number for rotary models, which have no limit."""
         return self.reader.last_position + 1
 
     def left(self, context: Context) -> int:
@@ -141,6 +139,22 @@ class Session:
                 reading.long = self.factors.kept_are_long(row, len(text), kept.shape[1])
         read = [self._readings[row].read for row in range(len(texts))]
         self.reader.set_prompts([text.prompt_length for text in texts], read)
+        if self.reader.taps:
+            self._read_again(texts, read)
+
+    def _read_again(self, texts: Sequence[Text], read: Sequence[int]) -> None:
+        """Reads what a user's cache holds, which has no features: (rows,) `read` tokens of each text."""
+        held = [(row, count - 1) for row, count in enumerate(read) if count]
+        self._unproven = {row: (slot, self.reader.cache.at(row, slot)) for row, slot in held}
+        for reading in self._readings.values():
+            self.use.rolled_back += reading.read
+            reading.text, reading.read = None, 0
+        self.read({row: self.plan(Request(row, text, Draft(), (ROOT,)))[0] for row, text in enumerate(texts)}, 1)
+        if not self._prove(range(len(texts))):
+            raise ValueError(
+                f"{GENERATE_CACHE} holds something else than these tokens, such as images, and the drafter needs the "
+                "hidden states of that; use one that needs none, such as MaxGram(), or leave assistant= out"
+            )
 
     def forget(self) -> None:
         """Drops everything that the cache holds. This costs time and never changes the output."""
@@ -216,15 +230,11 @@ class Session:
 
     def _prove(self, rows: Iterable[int]) -> bool:
         """Whether the reused tokens that were read again gave the same keys and values as before."""
-        norms: list[Tensor] = []  # (2, buffers) each: of the differences, and of what was there
-        for row in rows:
-            slot, before = self._unproven.pop(row, (0, []))
-            for old, new in zip(before, self.reader.cache.at(self.place(row), slot) if before else [], strict=True):
-                both = torch.stack([new - old, old])  # (2, buffers, heads, head_dim)
-                norms.append(both.flatten(2).norm(dim=-1).to(self.reader.device))
+        again, moved = self._unproven.keys() & rows, self.reader.cache.moved
+        norms = [norm for row in again for norm in moved(self.place(row), *self._unproven.pop(row))]  # (2, buffers)
         close = 2 * torch.finfo(self.reader.dtype).eps ** 0.75
-        values = torch.cat(norms, 1).tolist() if norms else [[], []]  # one copy to the host
-        return not any(moved > close * size for moved, size in zip(*values, strict=True))
+        values = torch.cat([norm.to(self.reader.device) for norm in norms], 1).tolist() if norms else [[], []]
+        return not any(distance > close * size for distance, size in zip(*values, strict=True))
 
     def _choose(
         self, requests: Sequence[Request], views: Sequence[Tensor], chooser: TokenChooser

@@ -14,8 +14,7 @@ from csdraft.decoding.draft import Draft
 from csdraft.decoding.graphs import RECORDERS
 from csdraft.decoding.interfaces import Budget, Context, Drafter
 from tests.decoding.tape import recorder, storages
-from tests.families.shrink import config_of, loud_model
-from tests.tiny import drafter_of, fresh, prompt, ragged_batch, tiny
+from tests.tiny import drafter_of, fresh, ragged_batch, tiny
 
 TAPS = (0, 1, 2)
 WANTED = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "schedule": "fixed", "strict": True}
@@ -104,12 +103,20 @@ def test_an_encoder_decoder_has_none():
         tiny("t5").generate(**ragged_batch(), **WANTED, assistant=ToyHead())
 
 
-def test_images_in_a_users_cache_cannot_be_read_again():
-    """Text can, and is."""
-    llava = transformers.LlavaForConditionalGeneration
-    model = loud_model(llava, config_of(llava, llava.config_class), "sdpa", 0, 1.0)
-    inputs = {"input_ids": prompt()["input_ids"], GENERATE_CACHE: transformers.DynamicCache(config=model.config)}
-    ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-    assert inputs[GENERATE_CACHE].get_seq_length() == 23
-    with pytest.raises(ValueError, match="the images that it may hold"):
-        model.generate(**inputs | {"input_ids": ids}, **WANTED, assistant=ToyHead())
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_users_cache_is_read_again_if_it_holds_the_text(family: str):
+    """A cache of other things, such as images or embeddings, is refused."""
+    model, inputs = tiny(family), ragged_batch()
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    embeddings = model.get_input_embeddings()(ids)
+    options = {"do_sample": False, "pad_token_id": 0}
+    for given in ({"input_ids": ids}, {"inputs_embeds": embeddings + torch.randn_like(embeddings)}):
+        cache = {GENERATE_CACHE: transformers.DynamicCache(config=model.config)}
+        model.generate(**given, attention_mask=mask, **cache, **options, max_new_tokens=1)
+        grown = {"input_ids": torch.cat([ids, ids[:, -2:]], 1), "attention_mask": torch.cat([mask, mask[:, -2:]], 1)}
+        if "input_ids" in given:
+            plain = model.generate(**grown, **options, max_new_tokens=24)
+            assert torch.equal(model.generate(**grown, **cache, **WANTED, assistant=ToyHead()), plain)
+        else:
+            with pytest.raises(ValueError, match="something else than these tokens"):
+                model.generate(**grown, **cache, **WANTED, assistant=ToyHead())
