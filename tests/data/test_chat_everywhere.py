@@ -20,7 +20,7 @@ from csdraft.trainers.publish import described_data
 from csdraft.trainers.run import make_evaluation, prepare
 from csdraft.trainers.steps import Filled
 from tests.data.words import CALLING, PLAIN, WORDS, make_tokenizer, write_lines
-from tests.tiny import fresh
+from tests.tiny import fresh, tiny
 
 TOOLS = [{"type": "function", "function": {"name": "w20"}}]
 QUESTION = {"role": "user", "content": "w2 w3"}
@@ -75,8 +75,9 @@ def test_every_reader_gives_the_same_prompt(folder):
     parser = argparse.ArgumentParser()
     csdraft_command.add_chat_arguments(parser)
     args = parser.parse_args(["--chat", "--chat-template-options", json.dumps(OPTIONS)])
-    opened = _models.Opened(SimpleNamespace(device="cpu"), tokenizer, None, {})
-    asked = _models.encode(opened, "w2 w3", _models.chat_of_text(args))["input_ids"].tolist()
+    args.max_new_tokens = 1
+    opened = _models.Opened(tiny("llama"), tokenizer, None, {})
+    asked = _models.encode(opened, "w2 w3", 1, _models.chat_of_text(args))["input_ids"].tolist()
     plain, chats = (
         _models.prompts_of_file(opened, str(folder / f"{name}.jsonl"), args) for name in ("plain", "chats")
     )

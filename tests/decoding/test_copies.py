@@ -31,7 +31,8 @@ class Copies(TorchFunctionMode):
 @pytest.fixture
 def far(monkeypatch):
     """All models are as on a device whose values the host does not see."""
-    monkeypatch.setattr(Reader, "on_host", property(lambda self: False, lambda self, value: None), raising=False)
+    kept = lambda self, value: vars(self).update(on_host=value)  # noqa: E731 (later calls may use the same reader)
+    monkeypatch.setattr(Reader, "on_host", property(lambda self: False, kept), raising=False)
 
 
 @pytest.fixture

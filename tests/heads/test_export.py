@@ -645,8 +645,9 @@ def test_the_command_writes_and_says_how_to_serve(verifier, tmp_path, capsys):
     assert '"num_speculative_tokens": 5' in said
     assert main([*asked, "--to", "vllm"]) == 2
     assert "is there already; give a new folder" in capsys.readouterr().err
-    assert main([*asked[:2], str(tmp_path / "new"), *asked[3:], "--to", "vllm", "--tokens", "0"]) == 2
-    assert "tokens=0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*asked[:2], str(tmp_path / "new"), *asked[3:], "--to", "vllm", "--tokens", "0"])
+    assert "--tokens: '0' is not a whole number of at least 1" in capsys.readouterr().err
     assert main(["inspect", str(tmp_path / "out"), "--target", verifier]) == 0
     assert capsys.readouterr().out.count("loads it") == 2
     edit(tmp_path / "out", {"norm_before_residual": True})
