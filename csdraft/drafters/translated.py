@@ -28,6 +28,7 @@ from csdraft.decoding.scores import TokenChooser
 from csdraft.decoding.stopping import Stopping
 from csdraft.decoding.text import Text
 from csdraft.drafters._lookup import until
+from csdraft.models import MOST_VOCABULARY_PADDING
 
 __all__ = ["Translated"]
 
@@ -108,7 +109,10 @@ class Translated(Drafter):
 
     def _open(self, call: Call) -> Call:
         models: list[Any] = self.drafter.models()
-        vocab = models[0].config.get_text_config(decoder=True).vocab_size if models else self.own.size
+        known = models[0].config.get_text_config(decoder=True).vocab_size if models else self.own.size
+        if self.own.size > known + MOST_VOCABULARY_PADDING:
+            raise ValueError(f"tokenizer has {self.own.size} tokens, the drafter {known}; give the drafter's own")
+        vocab = max(known, self.own.size)  # tokens that were added to the tokenizer alone are clamped
         stopping = Stopping([])
         stopping.eos = self.own.eos
         chooser = TokenChooser(Processing([], call.rows), stopping, Sampler(True, [0] * call.rows, vocab))

@@ -110,6 +110,19 @@ def test_a_drafter_of_other_tokens_is_accepted() -> None:
     assert reports[2] < reports[1], "the wrong tokenizer"
 
 
+def test_tokens_that_the_drafter_lacks_are_clamped_if_few_and_refused_if_many() -> None:
+    """A model's tokenizer may have been given tokens for which the model has no embedding."""
+    target, small = tiny.tiny("llama"), csdraft.ModelDrafter(tiny.fresh("llama", vocab_size=60))
+    drafter = Translated(small, tiny.tokenizer(), tiny.tokenizer())
+    plain = target.generate(**tiny.prompt(), do_sample=False, max_new_tokens=24)
+    assert int(plain.max()) >= 60
+    assert torch.equal(target.generate(**tiny.prompt(), **GREEDY, assistant=drafter), plain)
+    many = tiny.tokenizer()
+    many.add_tokens([f"<{i}>" for i in range(1024)])
+    with pytest.raises(ValueError, match="tokenizer has 1121 tokens, the drafter 60"):
+        target.generate(**tiny.prompt(), **GREEDY, assistant=Translated(small, many, tiny.tokenizer()))
+
+
 def test_wrong_targets_are_refused() -> None:
     wide = Translated(csdraft.MaxGram(), tiny.tokenizer(), bpe(30))
     with pytest.raises(ValueError, match="target_tokenizer has 288 tokens, the target 97"):
