@@ -19,6 +19,7 @@ from csdraft.decoding.traits import unwrapped
 from csdraft.heads.folder import check_place
 from csdraft.heads.kinds.kangaroo import KangarooDraft
 from csdraft.heads.kinds.mtp import OWN
+from csdraft.heads.layers import first_layer
 from csdraft.heads.on_target import OnTarget
 from csdraft.heads.self_draft import (
     KANGAROO,
@@ -159,7 +160,7 @@ def _check_sizes(path: str, config: Any) -> None:
         count, largest = count + len(shapes), max([largest, *(size for shape in shapes for size in shape)])
     limits = dict.fromkeys(LAYERS, count) | dict.fromkeys(WIDTHS, PACKED * largest)
     for key, limit in limits.items() if count else ():
-        value = getattr(config, key, None)
+        value = getattr(first_layer(config), key, None)
         if isinstance(value, int) and value > limit:
             raise ValueError(
                 f"{path!r}: its config.json has {key}={value}, but its weights are {count} tensors with sizes up to "

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
-    "check_layers", "embedding_fingerprint", "embeddings", "fingerprint", "layer_stacks", "shared_layers",
+    "check_layers", "embedding_fingerprint", "embeddings", "fingerprint", "first_layer", "layer_stacks",
+    "shared_layers",
 ]  # fmt: skip
 
 T5_LIKE = ("t5", "mt5", "umt5")
@@ -29,6 +30,11 @@ INDEX_LISTS = ("mlp_only_layers",)
 NO_LAYER_LISTS = ("architectures", "eos_token_id", "suppress_tokens", "begin_suppress_tokens")
 SAMPLES, SMALLEST = 16, 2.0**-14
 """How many values of each tensor a fingerprint reads; values below `SMALLEST` count as 0: float16 rounds them."""
+
+
+def first_layer(config: Any) -> Any:
+    """The config of a model's first layer; that of the whole model unless its layers differ in size."""
+    return config.per_layer_config[0] if config.is_heterogeneous else config
 
 
 def check_layers(config: Any, layers: Any, encoder_layers: Any = None) -> None:
@@ -47,6 +53,10 @@ def check_layers(config: Any, layers: Any, encoder_layers: Any = None) -> None:
     if not config.is_encoder_decoder and config.get_text_config(decoder=True) is not config:
         raise ValueError(
             f"layers cannot be taken out of a {name!r} model, which reads more than text; use a text-only checkpoint"
+        )
+    if config.is_heterogeneous or getattr(config, "hidden_size_per_layer_input", 0):
+        raise ValueError(
+            f"layers cannot be taken out of a {name!r} model: they differ in size, or each has an embedding"
         )
     if encoder_layers is not None and not config.is_encoder_decoder:
         raise ValueError(f"encoder_layers={encoder_layers}, but a {name!r} model has no encoder; leave them out")

@@ -446,3 +446,24 @@ def test_a_head_that_could_not_be_read_again_is_not_made(changed):
     rotary = {"rope_type": "default", "rope_theta": 1e4, **changed}
     with pytest.raises(ValueError, match=rf"init\.eagle\.config: {next(iter(changed))}="):
         make_student(tiny("llama"), init={"eagle": {"config": {"rope_parameters": rotary}}})
+
+
+def test_layers_of_several_sizes(tmp_path):
+    """As in Gemma 4, whose config has no head_dim of the whole model: it is loaded, and a head is made for it."""
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "head_dim": 8}
+    sizes |= {"global_head_dim": 16, "layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2}
+    config = transformers.Gemma4TextConfig(**sizes, num_key_value_heads=2, hidden_size_per_layer_input=0)
+    transformers.Gemma4ForCausalLM(config).save_pretrained(tmp_path)
+    target = load_model(tmp_path)
+    head = make_student(target, init={"eagle3": {"layers": [0, 1, 2]}})
+    wanted = {**prompt(), "max_new_tokens": 12, "do_sample": False, "pad_token_id": PAD}
+    assert torch.equal(target.generate(**wanted, assistant=head, strict=True), target.generate(**wanted))
+    for init in (on_target([0]), {"from_target": {"layers": [0]}}, {"kangaroo": {"layers": 1}}):
+        with pytest.raises(ValueError, match="layers cannot be taken out of a 'gemma4_text' model"):
+            check_student(config, init=init)
+
+
+def test_a_target_with_several_hidden_states_for_each_token_has_no_head():
+    config = transformers.Gemma3nTextConfig(intermediate_size=48, num_hidden_layers=4, num_kv_shared_layers=2)
+    with pytest.raises(ValueError, match=r"init\.eagle: a 'gemma3n_text' target has 4 hidden states for each token"):
+        check_student(config, init={"eagle": {}})

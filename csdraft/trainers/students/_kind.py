@@ -17,7 +17,7 @@ from csdraft.data.packing import IGNORED
 from csdraft.heads import kinds as heads
 from csdraft.heads.folder import SWITCHING, check_rotary
 from csdraft.heads.head import Head, HeadOptions
-from csdraft.heads.layers import embeddings, fingerprint
+from csdraft.heads.layers import embeddings, fingerprint, first_layer
 from csdraft.heads.stored_head import all_formats, classes_in, head_at
 from csdraft.heads.tied import Lender
 from csdraft.models import base_model
@@ -67,6 +67,11 @@ class HeadKind(Student):
                 f"init.{self.name}: a {config.model_type!r} target is an encoder-decoder, which no head reads"
             )
         text = config.get_text_config(decoder=True)
+        if getattr(text, "altup_num_inputs", 1) > 1:
+            raise ValueError(
+                f"init.{self.name}: a {config.model_type!r} target has {text.altup_num_inputs} hidden states for each "
+                "token, and a head reads one; draft with another model"
+            )
         if asked.draft_vocab is not None and not 0 < asked.draft_vocab <= text.vocab_size:
             raise ValueError(
                 f"init.{self.name}: draft_vocab={asked.draft_vocab} must be from 1 to {text.vocab_size}, the target's "
@@ -132,7 +137,8 @@ class HeadKind(Student):
 
     def layer_config(self, text: Any, asked: Any) -> Any:
         """The config of the head's layer: the target's shape, and the changes of the options."""
-        like = {key: getattr(text, key) for key in LIKE_TARGET if getattr(text, key, None) is not None}
+        first = first_layer(text)
+        like = {key: getattr(first, key) for key in LIKE_TARGET if getattr(first, key, None) is not None}
         rotary = getattr(text, "rope_parameters", None) or {}
         if "rope_theta" in rotary and rotary.get("rope_type") not in SWITCHING:
             like["rope_parameters"] = {key: rotary[key] for key in rotary if key != "partial_rotary_factor"}
