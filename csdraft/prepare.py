@@ -165,13 +165,14 @@ def measured(
         reader.features = partial(_no_features, model, reader)
     reader.begin(None, False, mode)
     reader.reserve(slots + 2 * BUCKET)  # as many as a call will reserve, so that the cache need not move
-    reader.read([_plan(2, 4)] * rows, 1)  # makes the cache's buffers
+    last = reader.last_position
+    reader.read([_plan(2, 4, last)] * rows, 1)  # makes the cache's buffers
     costs = {}
     longest_first = sorted(shapes, key=lambda shape: -shape[1])  # if there are too many, the first are dropped
     for done, (width, seen) in enumerate(longest_first):
         progress(f"{name}: {width} tokens, {seen} slots", done / len(shapes))
         seen = min(seen, reader.cache.capacity)
-        costs[Shape(rows, width, seen, 1)] = _seconds(reader, [_plan(width, seen)] * rows)
+        costs[Shape(rows, width, seen, 1)] = _seconds(reader, [_plan(width, seen, last)] * rows)
     progress(f"{name}: {len(shapes)} shapes", 1.0)
     graphs = reader.graphs
     eager = "graphs=False asks for it" if mode is False else f"no graphs on {reader.device.type}"
@@ -188,10 +189,12 @@ def _no_features(model: FeatureModel, reader: Reader, inputs: Inputs) -> Tensor:
     return torch.zeros(*inputs.ids.shape, model.feature_width, dtype=reader.dtype, device=reader.device)
 
 
-def _plan(width: int, seen: int) -> Plan:
-    """Reads the last `width` tokens of a text that fills `seen` slots; every token is 0."""
+def _plan(width: int, seen: int, last: int) -> Plan:
+    """Reads the last `width` tokens of a text that fills `seen` slots; every token is 0, no position above `last`."""
     slots = range(seen - width, seen)
-    return Plan([0] * width, slots, slots, [slot + 1 for slot in slots], None, seen, seen)
+    return Plan(
+        [0] * width, [min(slot, last) for slot in slots], slots, [slot + 1 for slot in slots], None, seen, seen
+    )
 
 
 def _doublings(first: int, last: int) -> list[int]:

@@ -233,6 +233,13 @@ def test_a_text_as_long_as_was_prepared_for_keeps_what_was_recorded(graphs):
     assert {shape.queries for shape in reader.graphs.shapes} >= {1, 2, 4, 8, 16, 32, 64}
 
 
+def test_a_model_with_fewer_positions_than_slots_is_prepared(graphs):
+    target = tiny("gpt2")  # has 256 positions
+    csdraft.prepare(target, slots=512, progress=lambda what, share: None)
+    plain = target.generate(PROMPTS[:1], **WANTED)
+    assert torch.equal(target.generate(PROMPTS[:1], **WANTED, assistant=MaxGram(), schedule="fixed"), plain)
+
+
 def test_what_a_recording_frees_is_not_taken_off_its_bytes(monkeypatch):
     """Before it records, torch gives back what it holds without need."""
     needed, held = [100], [1000]
