@@ -23,7 +23,7 @@ __all__ = [
 T5_LIKE = ("t5", "mt5", "umt5")
 TABLE_IN_FIRST_LAYER = ("t5", "mt5")
 """Families whose first layer holds the table of relative positions for all layers."""
-WRAPPED = ("base_layer", "original_module")
+WRAPPED = ("base_layer", "original_module", "token_adapter")
 """Where PEFT's layers keep the module that they wrap."""
 INDEX_LISTS = ("mlp_only_layers",)
 """Keys of configs that list numbers of layers. Other lists with as many entries as layers have one for each layer."""
@@ -154,10 +154,14 @@ def _shared_parts(model: nn.Module) -> dict[int, Any]:
             if name.endswith("_hooks") and isinstance(value, OrderedDict):
                 memo[id(value)] = OrderedDict()
     for module in reversed(modules):  # a wrapper may hold another
-        for name in WRAPPED:
-            if name in module._modules:
-                memo[id(module)] = copy.deepcopy(module._modules[name], memo)
+        if (inner := _wrapped(module)) is not None:
+            memo[id(module)] = copy.deepcopy(inner, memo)
     return memo
+
+
+def _wrapped(module: nn.Module) -> nn.Module | None:
+    """The module that a wrapper of PEFT keeps; None if it is no wrapper."""
+    return next((inner for name in WRAPPED if (inner := module._modules.get(name)) is not None), None)
 
 
 def _clean(shared: nn.Module) -> None:
@@ -214,8 +218,8 @@ def embeddings(model: Any) -> dict[str, nn.Parameter]:
     """
     found: dict[str, nn.Parameter] = {}
     for where, layer in (("input", model.get_input_embeddings()), ("output", model.get_output_embeddings())):
-        while layer is not None and (inner := [name for name in WRAPPED if name in layer._modules]):
-            layer = layer._modules[inner[0]]
+        while layer is not None and (inner := _wrapped(layer)) is not None:
+            layer = inner
         if layer is not None:
             known = {id(parameter) for parameter in found.values()}
             found |= {f"{where}.{n}": p for n, p in layer.named_parameters(recurse=False) if id(p) not in known}
@@ -248,7 +252,7 @@ def _digest(kind: str, chosen: Sequence[tuple[str, Tensor]]) -> str:
 
 def _own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The model's parameters without PEFT's own, by the names that they have without PEFT's wrappers."""
-    wrappers = [name for name, module in model.named_modules() if any(inner in module._modules for inner in WRAPPED)]
+    wrappers = [name for name, module in model.named_modules() if _wrapped(module) is not None]
     wrappers = {f"{name}." for name in wrappers}
     for name, parameter in model.named_parameters():
         parts = name.split(".")

@@ -276,6 +276,20 @@ def test_an_adapter_with_whole_modules_or_tokens(tmp_path, more):
     assert torch.equal(logits(ModelDrafter(str(tmp_path / "adapter")).network), logits(model))
 
 
+@pytest.mark.parametrize("init", [on_target([0, 2]), {"kangaroo": {"layers": 1}}, {"medusa": {}}])
+def test_a_target_whose_adapter_trains_single_tokens(init, tmp_path):
+    """PEFT wraps its embedding twice."""
+    save_student(make_student(base(), init=init, peft=LORA if "from_target" in init else None), tmp_path)
+    options = peft.LoraConfig(**LORA, trainable_token_indices=[3, 4])
+    target = peft.get_peft_model(base(), options).eval()
+    with torch.no_grad():
+        for name, parameter in target.named_parameters():
+            if "trainable_tokens" in name:
+                parameter.mul_(1.5)
+    plain = target.generate(**prompt(), **GREEDY | {"return_dict_in_generate": False})
+    assert torch.equal(target.generate(**prompt(), **GREEDY, assistant=tmp_path, strict=True).sequences, plain)
+
+
 # Memory.
 
 
