@@ -205,6 +205,7 @@ def test_a_round_of_the_tree_is_one_forward_and_keeps_a_branch():
     assert (report.rounds, report.target_calls, report.emitted) == (5, 5, 45)
 
 
+@pytest.mark.slow
 def test_the_grid_is_searched(setup, monkeypatch):
     from benchmarks import grid
 

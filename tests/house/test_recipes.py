@@ -255,6 +255,7 @@ def test_a_cascade_says_what_is_wrong(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_an_encoder_decoder_from_data_to_cascade(folder):
     """The recipes of `flan-t5-xxl` with tiny models in the place of theirs."""
     names = ("target", "base")

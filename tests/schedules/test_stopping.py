@@ -182,6 +182,7 @@ def test_harvested_labels_are_the_verdicts(tail):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_the_script_trains_a_head_that_the_schedule_takes(tmp_path, monkeypatch, capsys):
     path = tmp_path / "head.safetensors"
     words = "--target models/smol-target --drafter models/smol-drafter --prompts recipes/smol/prompts_tune.jsonl"
