@@ -171,6 +171,8 @@ class RowArrays:
         """
         path, part = Path(folder), part or Part.of_environment()
         lengths, sizes, columns = lengths_of(rows), cls.sizes_of(rows), cls.columns(description)
+        if not sizes.sum():
+            raise ValueError(f"the rows have no position whose {cls.what} could be kept; give rows with responses")
         path.mkdir(parents=True, exist_ok=True)
         cls._check_disk(path, sizes, columns, part)
         cls._prepare(path, {**description, "rows": len(lengths), "texts": checksum(rows)}, lengths, sizes, columns)

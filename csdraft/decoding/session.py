@@ -150,7 +150,7 @@ class Session:
             self.use.rolled_back += reading.read
             reading.text, reading.read = None, 0
         self.read({row: self.plan(Request(row, text, Draft(), (ROOT,)))[0] for row, text in enumerate(texts)}, 1)
-        if not self._prove(range(len(texts))):
+        if not self._prove(range(len(texts)), 4):  # read in other shapes, bfloat16 came to 0.9 of the usual distance
             raise ValueError(
                 f"{GENERATE_CACHE} holds something else than these tokens, such as images, and the drafter needs the "
                 "hidden states of that; use one that needs none, such as MaxGram(), or leave assistant= out"
@@ -228,11 +228,11 @@ class Session:
             return self.ask(requests)
         return plans, queries, logits
 
-    def _prove(self, rows: Iterable[int]) -> bool:
+    def _prove(self, rows: Iterable[int], lenience: float = 1) -> bool:
         """Whether the reused tokens that were read again gave the same keys and values as before."""
         again, moved = self._unproven.keys() & rows, self.reader.cache.moved
         norms = [norm for row in again for norm in moved(self.place(row), *self._unproven.pop(row))]  # (2, buffers)
-        close = 2 * torch.finfo(self.reader.dtype).eps ** 0.75
+        close = lenience * 2 * torch.finfo(self.reader.dtype).eps ** 0.75
         values = torch.cat([norm.to(self.reader.device) for norm in norms], 1).tolist() if norms else [[], []]
         return not any(distance > close * size for distance, size in zip(*values, strict=True))
 

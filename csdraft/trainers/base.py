@@ -56,6 +56,8 @@ class BaseTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> Any:
         args: Any = self.args
+        if args.muon and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError("muon=true needs whole matrices, which the engine splits; leave muon out, or use DDP")
         if args.muon and self.optimizer is None:
             betas = args.adam_beta1, args.adam_beta2
             self.optimizer = MuonAdamW(self.trained(), args.learning_rate, args.weight_decay, betas, args.adam_epsilon)

@@ -210,6 +210,11 @@ def test_a_killed_run_goes_on(tmp_path):
         assert (cache.packed(row)[:-1, :8].contiguous().view(torch.float32) < 0).all()
 
 
+def test_rows_without_a_response_have_nothing_to_keep(tmp_path):
+    with pytest.raises(ValueError, match="no position whose logits could be kept"):
+        TargetCache.write(pytest.fail, [{"input_ids": [3, 4], "prompt_length": 2}], tmp_path, DESCRIPTION)
+
+
 def test_bad_input_is_found_before_the_target_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(CacheArguments, "load_target", None)
     make_target(tmp_path / "target")

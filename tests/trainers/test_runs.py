@@ -71,6 +71,13 @@ def test_a_finished_run_is_left_as_it_is(folder, copied, checkpoints, capsys):
     assert (folder / f"{copied.name}-again/model.safetensors").read_bytes() == before[f"{copied}/model.safetensors"][1]
 
 
+def test_muon_is_refused_where_an_engine_splits_matrices(folder):
+    trainer = distill(arguments(folder, "muon", muon=True))
+    trainer.optimizer, trainer.is_deepspeed_enabled = None, True
+    with pytest.raises(ValueError, match="muon=true needs whole matrices"):
+        trainer.create_optimizer()
+
+
 @pytest.mark.slow
 def test_epochs_are_counted_as_well_as_steps(folder):
     """The last step of an epoch, where transformers would begin another."""
