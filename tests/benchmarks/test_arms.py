@@ -121,7 +121,7 @@ def test_what_is_wrong_with_any_arm_is_found_before_the_first_is_trained(tmp_pat
         {"no_such_key": 1},
         {"init": {"config": {}}},
     ):
-        with pytest.raises(ValueError, match=r"no_such|held-out|both given"):
+        with pytest.raises(ValueError, match=r"no_such|held-out|student and init given"):
             compare_arms(values, fine | {"wrong": wrong}, "before")
     with pytest.raises(ValueError, match=r"'absent'.*'before', 'fine'"):
         compare_arms(values, fine, "absent")
