@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from csdraft.cascade import as_drafter
@@ -17,7 +18,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.temperature and (args.top_k is not None or args.top_p is not None):
         raise ValueError("--top-k and --top-p have no effect on greedy text: leave them out, or give --temperature")
     if args.save_report:
-        open(args.save_report, "a").close()  # an error now, and not after the text
+        check_writable(args.save_report)  # an error now, and not after the text
     chat = chat_of_text(args)
     if chat is not None and args.prompt is None and args.file is None:
         return chat_with(open_models(args), chat, args)
@@ -44,6 +45,14 @@ def run(args: argparse.Namespace) -> int:
     if args.save_report:
         report.save(args.save_report)
     return 0
+
+
+def check_writable(path: str) -> None:
+    """Raises OSError if no file can be written there; a new one is removed again."""
+    is_new = not os.path.lexists(path)
+    open(path, "a").close()
+    if is_new:
+        os.remove(path)
 
 
 def explain_empty(may_chat: bool) -> None:

@@ -236,12 +236,31 @@ def test_bench_says_that_a_text_differs(folder, tmp_path, capsys, monkeypatch):
             ["tune", "--prompts", "no-such-file", "--drafter", "max_gram", "--save", __file__],
             "' is a file, which saving",
         ),
+        (
+            ["tune", "--prompts", "no-such-file", "--drafter", "max_gram", "--save", f"{__file__}/saved"],
+            "is not a folder that can be written to",
+        ),
         (["generate", "--prompt", "a", "--drafter", "/no/folder"], "'/no/folder' is not a model's folder"),
     ],
 )
 def test_what_makes_no_sense_is_said_without_a_traceback(folder, capsys, arguments, words):
     assert main([*arguments, "--target", str(folder / "target")]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command", [["generate", "--prompt", "", "--save-report"], ["tune", "--prompts", "x", "--save"]]
+)
+def test_a_command_that_fails_leaves_nothing_behind(folder, tmp_path, command):
+    assert main([*command, str(tmp_path / "new"), "--target", str(folder / "target")]) == 2
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("more", [[], ["--chat"]])
+def test_a_closed_standard_input_is_an_empty_one(folder, monkeypatch, capsys, more):
+    monkeypatch.setattr("sys.stdin", None)
+    assert main(["generate", *more, "--target", str(folder / "target")]) == 2
+    assert ("no chat template" if more else "prompt is empty") in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
