@@ -94,7 +94,10 @@ class ModelState:
         if self.busy:
             return "unknown: other work kept the machine busy and the times vary; run it again on an idle machine"
         costs = {width: time / self.milliseconds[1] for width, time in self.milliseconds.items()}
-        price = f"reading 8 tokens costs {costs[8]:.1f} times one token, 16 tokens {costs[16]:.1f} times"
+        if 8 not in costs:
+            return "unknown: the model has fewer than 8 positions"
+        price = f"reading 8 tokens costs {costs[8]:.1f} times one token"
+        price += f", 16 tokens {costs[16]:.1f} times" if 16 in costs else ""
         if costs[8] <= CHEAP:
             advice = "wide drafts pay: long drafts and trees cost little, even if few of their tokens are kept"
         elif costs[8] <= EXPENSIVE:
