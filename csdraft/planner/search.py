@@ -14,12 +14,13 @@ from math import prod
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from torch import nn
 
 from csdraft.decoding.interfaces import Drafter
 from csdraft.decoding.names import name_of
 from csdraft.decoding.traits import traits_of
 from csdraft.kmatrix import KMatrix
+from csdraft.models import base_model
 from csdraft.planner.expect import Expectation, expect
 from csdraft.planner.trace import Measured, measure_drafters
 from csdraft.reports.report import Planned
@@ -164,5 +165,5 @@ def plan_on(
 
 def _fewest_positions(models: Sequence[object]) -> int:
     """The most tokens that all these models can read."""
-    limits = [traits_of(model).positions for model in models if isinstance(model, PreTrainedModel)]
+    limits = [traits_of(base_model(model)).positions for model in models if isinstance(model, nn.Module)]
     return min((limit for limit in limits if limit is not None), default=sys.maxsize)

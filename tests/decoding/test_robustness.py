@@ -426,7 +426,7 @@ def test_a_pair_without_the_likeliest_token(target):
 
 
 def test_a_reviewer_with_learned_positions_stops_at_its_context():
-    model, small = fresh("gpt2"), fresh("gpt2", n_positions=24)
+    model, small = fresh("gpt2"), fresh("gpt2", max_position_embeddings=24)
     cascade = CascadeDrafter([small, MaxGram()], [[8, 4], [0, 8]], schedule="fixed")
     out = model.generate(PROMPT, assistant=cascade, strict=True, max_new_tokens=40, do_sample=False, pad_token_id=0)
     assert torch.equal(out, model.generate(PROMPT, max_new_tokens=40, do_sample=False, pad_token_id=0))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from csdraft import CascadeDrafter, MaxGram, ModelDrafter, Report, bench
 from csdraft import tune as tuning
@@ -192,6 +193,8 @@ def test_auto_plans_on_a_text_that_fits_the_positions():
     ids = tiny.prompt(length=250)
     tiny.tiny("gpt2").generate(**ids, max_new_tokens=6, do_sample=False, assistant=cascade, strict=True)
     assert cascade.plan is not None
+    target = get_peft_model(tiny.fresh("gpt2", max_position_embeddings=64), LoraConfig(target_modules=["c_attn"]))
+    assert cascade.planned(target, ids["input_ids"], {}).forecast is not None, "a model in a wrapper has positions too"
 
 
 # Tuning in a given time.
