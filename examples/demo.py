@@ -42,6 +42,7 @@ from csdraft.progress import Progress
 from csdraft.reports.detokenizer import Detokenizer
 from csdraft.reports.report import Report
 from csdraft.schedules.fixed import Fixed
+from csdraft_command import COUNT
 from examples.demo_distill import distilled_pair
 
 __all__ = ["main"]
@@ -76,9 +77,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--target", default=TARGET, help="path or Hub id (default: %(default)s)")
     made.add_argument("--drafter", default=DRAFTER, help="path or Hub id (default: %(default)s)")
     made.add_argument("--prompts", default=PROMPTS, help='FILE.jsonl of {"id", "prompt"} (default: %(default)s)')
-    made.add_argument("--max-new-tokens", type=int, default=96)
-    made.add_argument("--count", type=int, help=f"prompts to complete (default: what fits, {MOST_PROMPTS} at most)")
-    made.add_argument("--threads", type=int, help="of torch (default: one or all cores, whichever is faster)")
+    made.add_argument("--max-new-tokens", type=COUNT, default=96)
+    made.add_argument("--count", type=COUNT, help=f"prompts to complete (default: what fits, {MOST_PROMPTS} at most)")
+    made.add_argument("--threads", type=COUNT, help="of torch (default: one or all cores, whichever is faster)")
     made.add_argument("--color", choices=("auto", "always", "never"), default="auto")
     made.add_argument(
         "--layers",

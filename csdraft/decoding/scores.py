@@ -19,7 +19,10 @@ from csdraft.decoding.text import Text
 __all__ = ["Scores", "TokenChooser", "argmax", "entropy"]
 
 
-NAN = "the model's logits are nan; check its dtype (fp16 overflows where bf16 does not)"
+NAN = (
+    "the logits are nan: the model's own, then check its dtype (fp16 overflows where bf16 does not); or the logits "
+    "processors forbid every token, and renormalize_logits divides by 0"
+)
 NOTHING_LEFT = "no token can be drawn: the logits processors forbid every one of them; let them allow some"
 MAX_SCORE_BYTES = 1 << 28
 """The most bytes for the processed float32 scores of one step; the processors' own copies are not counted."""
