@@ -134,10 +134,11 @@ def ways_on(device: torch.device) -> tuple[bool, torch.dtype | None]:
 
 
 def cost_label(model: nn.Module) -> str:
-    """A label for measured costs: the model's name and dtype, and the accelerator or the CPU with its threads."""
+    """A label for measured costs: the model's name, size and dtype, and the accelerator or the CPU with its threads."""
     device, dtype = home(model)
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
         name = f"{device.type} {platform.machine()} with {torch.get_num_threads()} threads"
-    return f"{name_of(model)} in {str(dtype).removeprefix('torch.')} on {name}"
+    size = sum(parameter.numel() for parameter in model.parameters())  # folders of two models may have one name
+    return f"{name_of(model)} of {size} parameters in {str(dtype).removeprefix('torch.')} on {name}"
