@@ -363,7 +363,8 @@ class Reader:
         self._prompts[: self.rows] = self._prompts[index]
         if self.encoder_decoder and self.sources is not None:
             if self._past is not None:
-                self._past.cross_attention_cache.batch_select_indices(index)
+                for layer in self._past.cross_attention_cache.layers:  # a static one has no method for it
+                    layer.keys, layer.values = layer.keys[index], layer.values[index]
             sources = self.sources
             outputs = sources.encoder_outputs
             outputs = type(outputs)(last_hidden_state=outputs.last_hidden_state[index])  # type: ignore

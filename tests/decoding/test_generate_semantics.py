@@ -588,7 +588,7 @@ def test_several_texts_of_an_encoder_decoder() -> None:
 
 
 @pytest.mark.parametrize("wish", ["static", "hybrid"])
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "t5"])
 def test_a_static_cache_is_a_wish_that_changes_no_text(family: str, wish: str) -> None:
     model, inputs = tiny.tiny(family), tiny.inputs_of(family, 3)
     options = GREEDY | {"cache_implementation": wish}
