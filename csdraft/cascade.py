@@ -37,7 +37,7 @@ from csdraft.reports.report import Planned
 from csdraft.saved_costs import load_costs
 from csdraft.schedules.cost_model import CostModel
 from csdraft.schedules.fixed import Fixed
-from csdraft.stored import kind_of, naming
+from csdraft.stored import kind_of, naming, shown
 from csdraft.verifiers._lenience import check_lenience
 from csdraft.verifiers.match import Match
 
@@ -292,7 +292,7 @@ def _as_drafter(assistant: Any, target: nn.Module | None) -> Any:
         return spec.resolve("drafters", assistant)
     if not isinstance(assistant, str | os.PathLike):
         raise ValueError(
-            f"assistant={assistant!r} is {kind_of(assistant)}; pass a csdraft.Drafter, a model, the path or Hub "
+            f"assistant={shown(assistant)} is {kind_of(assistant)}; pass a csdraft.Drafter, a model, the path or Hub "
             "id of a saved cascade or model, or a drafter's type"
         )
     if assistant == AUTO:
@@ -350,6 +350,8 @@ def drafter_model(path: str, **options: Any) -> nn.Module:
     try:
         return load_model(path, **options)
     except OSError as error:
+        if path in spec.types("drafters"):  # a call takes a type, a generation config does not
+            raise OSError(f"{path!r} is a drafter's type; give the path or Hub id of a saved drafter") from error
         types = spec.nearest(path, spec.types("drafters"))
         raise OSError(f"{path!r} is not a model's folder, a reachable Hub id, or a drafter's type; {types}") from error
 

@@ -364,7 +364,7 @@ class Reader:
         if self.encoder_decoder and self.sources is not None:
             if self._past is not None:
                 for layer in self._past.cross_attention_cache.layers:  # a static one has no method for it
-                    layer.keys, layer.values = layer.keys[index], layer.values[index]
+                    layer.keys, layer.values = layer.keys[index], layer.values[index]  # type: ignore[index]
             sources = self.sources
             outputs = sources.encoder_outputs
             outputs = type(outputs)(last_hidden_state=outputs.last_hidden_state[index])  # type: ignore

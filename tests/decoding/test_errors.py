@@ -102,6 +102,7 @@ def test_names_that_do_not_exist(forwards) -> None:
     assert "match" in refused(forwards, "mach", verifier="mach")
     assert "fixed" in refused(forwards, "fixt", schedule="fixt")
     assert "csdraft.Drafter" in refused(forwards, "assistant=3 is an int", assistant=3)
+    assert len(refused(forwards, r"assistant=\[Llama(.|\n)*\.\.\. is a list", assistant=[tiny.tiny("llama")])) < 400
 
 
 # Inputs.

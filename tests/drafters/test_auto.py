@@ -239,6 +239,9 @@ def test_errors_name_the_value(tmp_path) -> None:
     setattr(target.generation_config, KEY, 5)
     with pytest.raises(ValueError, match=f"generation_config.{KEY}=5 is an int; give a path or Hub id"):
         target.generate(**tiny.inputs_of("llama"), **GREEDY, assistant="auto")
+    setattr(target.generation_config, KEY, "suffix")
+    with pytest.raises(ValueError, match="'suffix' is a drafter's type; give the path"):
+        target.generate(**tiny.inputs_of("llama"), **GREEDY, assistant="auto")
     setattr(target.generation_config, KEY, str(tmp_path / "none"))
     with pytest.raises(ValueError, match=f"generation_config.{KEY}='.*none': .*remove it"):
         target.generate(**tiny.inputs_of("llama"), **GREEDY, assistant="auto")
