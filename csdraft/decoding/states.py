@@ -134,7 +134,7 @@ def ways_on(device: torch.device) -> tuple[bool, torch.dtype | None]:
 
 
 def cost_label(model: nn.Module) -> str:
-    """A label for measured costs: the model's name, size and dtype, and the accelerator or the CPU with its threads."""
+    """A label for measured costs: the model's name, size and dtype, and its accelerator or CPU with threads."""
     device, dtype = home(model)
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
