@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class Translated(Drafter):
     def check(self, call: Call) -> None:
         if call.sources is not None:
             raise ValueError("Translated drafts for decoder-only targets; this one is an encoder-decoder")
-        if self.theirs.size > call.vocab:
+        if self.theirs.size > call.vocab + MOST_VOCABULARY_PADDING:
             raise ValueError(
                 f"target_tokenizer has {self.theirs.size} tokens, the target {call.vocab}; give the target's own"
             )
@@ -95,6 +96,7 @@ class Translated(Drafter):
             context, budget = contexts[i], budgets[i]
             new = [draft.tokens[node] for node in draft.path(draft.tip)]
             tokens = self._reading(context, inner).translate_back(context, new, len(start.draft))
+            tokens = list(takewhile(context.call.vocab.__gt__, tokens))  # the target's tokenizer may have a few more
             drafts[i] = context.draft.extend(tokens[: min(budget.depth, budget.room)], context.call.level(self))
         return drafts
 

@@ -123,9 +123,18 @@ def test_tokens_that_the_drafter_lacks_are_clamped_if_few_and_refused_if_many() 
         target.generate(**tiny.prompt(), **GREEDY, assistant=Translated(small, many, tiny.tokenizer()))
 
 
+def test_tokens_that_the_target_lacks_are_never_drafted() -> None:
+    target, ids = tiny.fresh("llama", vocab_size=60), tiny.prompt()["input_ids"] % 60
+    drafter = Translated(csdraft.ModelDrafter(tiny.tiny("llama")), tiny.tokenizer(), tiny.tokenizer())
+    plain = target.generate(ids, do_sample=False, max_new_tokens=24)
+    assert torch.equal(target.generate(ids, **GREEDY, assistant=drafter), plain)
+
+
 def test_wrong_targets_are_refused() -> None:
-    wide = Translated(csdraft.MaxGram(), tiny.tokenizer(), bpe(30))
-    with pytest.raises(ValueError, match="target_tokenizer has 288 tokens, the target 97"):
+    many = tiny.tokenizer()
+    many.add_tokens([f"<{i}>" for i in range(1025)])
+    wide = Translated(csdraft.MaxGram(), tiny.tokenizer(), many)
+    with pytest.raises(ValueError, match="target_tokenizer has 1122 tokens, the target 97"):
         tiny.tiny("llama").generate(**tiny.prompt(), **GREEDY, assistant=wide)
     fitting = Translated(csdraft.MaxGram(), tiny.tokenizer(), tiny.tokenizer())
     with pytest.raises(ValueError, match="decoder-only"):
