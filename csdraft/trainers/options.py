@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -81,10 +82,13 @@ def rows_per_step(options: dict[str, Any]) -> int:
 
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options as JSON stores them. Only the last part of an existing path is kept, because folders may be moved."""
-    return {key: json.loads(json.dumps(_name(value), default=str)) for key, value in options.items()}
+    return {
+        key: json.loads(json.dumps(_name(value, key == "target_cache"), default=str)) for key, value in options.items()
+    }
 
 
-def _name(value: Any) -> Any:
-    if isinstance(value, str) and value and Path(value).exists():
+def _name(value: Any, is_folder: bool) -> Any:
+    """The last part of a path that exists, or is known to be a folder's, which may be gone; else the value."""
+    if isinstance(value, str) and value and (is_folder or os.path.exists(value)):  # False for a long text, too
         return Path(value).resolve().name
     return value

@@ -111,7 +111,7 @@ def prepare(args: DistillArguments) -> tuple[PreTrainedConfig, PreTrainedTokeniz
     check(args, config, tokenizer)
     rows = read_rows(args.dataset, tokenizer, args.max_length, args.split, args.dataset_limit, args.chat)
     start, cache = config.decoder_start_token_id if config.is_encoder_decoder else None, None
-    if args.target_cache:  # the target's hidden states for a head, its logits for a model
+    if args.target_cache and not RunFolder(args).finished:  # hidden states for a head, logits for a model
         cache = (FeatureCache if args.kind.reads_features else TargetCache)(args.target_cache)
         cache.check_target(target_name(args))
     texts = Texts(rows, args.max_length, pad_of(tokenizer, config), args.packing, start, cache)

@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 from transformers import TrainingArguments
 
+from csdraft.data.target_cache import CacheArguments, cache_logits
 from csdraft.trainers import checkpoints
 from csdraft.trainers import run as run_module
 from csdraft.trainers.distill_arguments import DistillArguments
-from csdraft.trainers.options import FREE
+from csdraft.trainers.options import FREE, options_of
 from csdraft.trainers.run import distill, is_finished
 from csdraft.trainers.run_folder import LOCK, RunFolder, only_run
 from recipes.smol.pretrain import PretrainArguments
@@ -69,6 +70,19 @@ def test_a_finished_run_is_left_as_it_is(folder, copied, checkpoints, capsys):
     assert len([entry for entry in trainer.state.log_history if "loss" in entry]) == 4
     trainer.save_model(str(folder / f"{copied.name}-again"))
     assert (folder / f"{copied.name}-again/model.safetensors").read_bytes() == before[f"{copied}/model.safetensors"][1]
+
+
+def test_a_finished_run_whose_cache_was_removed_is_finished(folder):
+    options = {"target": f"{folder}/target", "dataset": f"{folder}/texts.jsonl", "max_length": 48, "k": 4}
+    cache_logits(CacheArguments(**options, output_dir=f"{folder}/logits"))
+    args = arguments(folder, "cached", target_cache=f"{folder}/logits")
+    distill(args)
+    shutil.rmtree(folder / "logits")
+    assert is_finished(args)
+
+
+def test_a_template_may_be_longer_than_the_name_of_a_file(folder):
+    assert options_of(arguments(folder, "long", chat_template="{{ messages }}" * 30))["chat_template"]
 
 
 def test_muon_is_refused_where_an_engine_splits_matrices(folder):
