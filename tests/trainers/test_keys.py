@@ -84,6 +84,7 @@ def test_none_is_what_the_help_says_it_is():
     ("text", "words"),
     [
         (b"losses: {a: b: c}", "recipe.yaml is not YAML: while parsing a flow mapping"),
+        (b"max_steps: 1\nmax_steps: 2", "recipe.yaml is not YAML: it has 'max_steps' twice"),
         (b"- max_steps", "recipe.yaml holds other things than keys with values, such as max_steps: 100"),
         (b"5: 6", "recipe.yaml holds other things than keys"),
         (b"target: caf\xe9", "recipe.yaml' cannot be read as UTF-8 text"),

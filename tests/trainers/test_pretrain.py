@@ -121,8 +121,9 @@ def test_override_without_value(folder):
 
 
 def test_exponents_without_a_point_are_numbers(folder):
-    args = read_arguments(PretrainArguments, None, ["learning_rate=3e-4", f"output_dir={folder}"])
-    assert args.learning_rate == 3e-4
+    given = ["learning_rate=3e-4", "lr_scheduler_kwargs={min_lr: 1e-5}", f"output_dir={folder}"]
+    args = read_arguments(PretrainArguments, None, given)
+    assert (args.learning_rate, args.lr_scheduler_kwargs) == (3e-4, {"min_lr": 1e-5})
 
 
 def test_split_depends_on_names_only(folder):
