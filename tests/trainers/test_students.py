@@ -248,7 +248,9 @@ def test_configs_that_are_refused(options, message):
         ({"student": "x", "peft": {"lora_alfa": 2}}, "did you mean 'lora_alpha'"),
         ({"init": on_target([9]), "peft": {"r": 2}}, r"layers=\[9\]: list numbers of the target's 2 layers"),
         ({"init": on_target([0]), "peft": {"bias": "all"}}, "would change the target's own"),
-        ({"init": on_target([0]), "peft": {"init_lora_weights": "pissa"}}, "would change the target's own"),
+        ({"init": on_target([0]), "peft": {"init_lora_weights": "pissa"}}, "would change the base's own weights"),
+        ({"student": "x", "peft": {"init_lora_weights": "olora"}}, "which an adapter's folder lacks"),
+        ({"student": "x", "peft": {"alora_invocation_tokens": [1]}}, "has no option 'alora_invocation_tokens'"),
     ],
 )
 def test_students_that_are_refused(given, message):
@@ -352,15 +354,16 @@ def test_a_small_adapter_adds_little():
 # Checkpoints.
 
 
-@pytest.mark.parametrize("kind", ["cut", "tied", "self_drafting", "lora"])
+@pytest.mark.parametrize("kind", ["cut", "tied", "self_drafting", "lora", "lora_embedding"])
 def test_weights_come_back(kind, tmp_path):
     """Into a student made in the same way, as a resumed run makes it."""
     target = deep("llama", tie_word_embeddings=kind == "tied")
     target.save_pretrained(tmp_path / "target")
 
     def make() -> nn.Module:
-        if kind == "lora":
-            return make_student(target, student=str(tmp_path / "target"), peft=LORA)
+        if kind.startswith("lora"):
+            peft = LORA if kind == "lora" else LORA | {"target_modules": ["q_proj", "embed_tokens"]}
+            return make_student(target, student=str(tmp_path / "target"), peft=peft)
         return self_drafting(target, [0, 2]) if kind == "self_drafting" else cut(target, [0, 2])
 
     trained = make()

@@ -20,8 +20,10 @@ from csdraft.trainers.students._student import Counts, Student, check_names
 __all__ = ["Lora", "check_lora", "with_lora"]
 
 SET_HERE = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
-SET_HERE |= {"inference_mode", "runtime_config", "layer_replication"}
-"""Options of LoRA that are not the user's to set."""
+SET_HERE |= {"inference_mode", "runtime_config", "layer_replication", "alora_invocation_tokens"}
+"""Options of LoRA that are not the user's to set. With the last, nothing would be trained."""
+STARTS = (True, False, "gaussian", "orthogonal")
+"""Values of `init_lora_weights` that do not change the base's weights."""
 
 
 class Lora(Student):
@@ -38,7 +40,8 @@ class Lora(Student):
     def load_weights(self, student: Any, folder: str) -> None:
         model, peft = base_model(student), peft_package()
         _check_base(model, folder)
-        state = peft.load_peft_weights(folder, device="cpu")
+        state = peft.load_peft_weights(folder, device="cpu")  # PEFT adds the base's embedding if it has an adapter
+        state = {key: tensor for key, tensor in state.items() if ".base_layer." not in key}
         check_names(state, adapter_state(model), folder)
         peft.set_peft_model_state_dict(student, state)
 
@@ -59,6 +62,11 @@ def check_lora(peft: Mapping[str, Any]) -> None:
         fit(peft[key], hints[key], f"peft.{key}")
     if peft.get("r", 1) < 1:
         raise ValueError(f"peft.r={peft['r']} is a rank: give at least 1")
+    if (start := peft.get("init_lora_weights", True)) not in STARTS:
+        raise ValueError(
+            f"peft.init_lora_weights={start!r} would change the base's own weights, which an adapter's folder lacks; "
+            f"use one of {STARTS}"
+        )
 
 
 def with_lora(model: nn.Module, options: Mapping[str, Any]) -> nn.Module:

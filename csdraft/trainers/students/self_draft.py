@@ -15,9 +15,6 @@ from csdraft.trainers.students.lora import with_lora
 
 __all__ = ["SelfDrafting", "check_engine"]
 
-HARMLESS_STARTS = (True, False, "gaussian", "orthogonal")
-"""Values of `init_lora_weights` that do not change the base's weights."""
-
 
 class SelfDrafting(Student):
     """See `Student`."""
@@ -47,12 +44,8 @@ def _check_shared(cut: Mapping[str, Any], peft: Mapping[str, Any] | None) -> Non
             "shared: true needs peft, such as peft: {r: 64, lora_alpha: 128}: the layers are the target's own and do "
             "not change, so an adapter on them is trained; to train copies of them, leave shared out"
         )
-    bias, start = peft.get("bias", "none"), peft.get("init_lora_weights", True)
-    if bias != "none" or start not in HARMLESS_STARTS:
-        raise ValueError(
-            f"bias={bias!r}, init_lora_weights={start!r}: on shared weights they would change the target's own; use "
-            f"bias 'none' and one of {HARMLESS_STARTS}"
-        )
+    if (bias := peft.get("bias", "none")) != "none":
+        raise ValueError(f"peft.bias={bias!r}: on shared weights it would change the target's own; leave it out")
 
 
 def check_engine(shared: bool, deepspeed: Any = None, fsdp: Any = None) -> None:
