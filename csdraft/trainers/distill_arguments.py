@@ -65,7 +65,7 @@ class DistillArguments(DataArguments, RunArguments):
         None, "Peak learning rate; none is the default for the kind of student, see docs/distilling.md."
     )
     metric_for_best_model: str | None = option(
-        None, "Figure that load_best_model_at_end compares; none is block_efficiency."
+        None, "Figure that the best checkpoint is chosen by; none is block_efficiency."
     )
     license: str | None = option(None, "Licence on the drafter's card, such as 'apache-2.0'; none is the target's.")
     use_cache: bool = option(True, "`use_cache` of the student's config; it decodes while it is trained.")
@@ -78,9 +78,14 @@ class DistillArguments(DataArguments, RunArguments):
             raise ValueError("deepspeed is needed and not installed: pip install csdraft[deepspeed]")
         if self.learning_rate is None:
             self.learning_rate = self.kind.rate
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
+        follows = self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+        if self.metric_for_best_model is None and (
+            self.load_best_model_at_end or follows or self.save_strategy == "best"
+        ):
             self.metric_for_best_model = "block_efficiency"
         super().__post_init__()
+        if follows:  # unlike a loss, every figure should rise
+            self.lr_scheduler_kwargs = {"mode": "max"} | dict(self.lr_scheduler_kwargs or {})  # type: ignore[arg-type]
         self._check_numbers()
         _ = self.chat  # checks the chat template
         if self.target_cache and self.on_policy:

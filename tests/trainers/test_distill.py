@@ -416,6 +416,16 @@ def test_words_of_yaml_mean_what_the_default_says():
     assert (args.learning_rate, args.max_steps, args.logging_steps) == (3e-4, 1000, 5)
 
 
+def test_a_rate_that_follows_a_figure_wants_it_higher(folder):
+    """transformers would lower the rate when the figure rises."""
+    given = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 2}
+    args = arguments(folder, "plateau", **given, lr_scheduler_kwargs={"patience": 0})
+    assert (args.metric_for_best_model, args.lr_scheduler_kwargs) == (
+        "block_efficiency",
+        {"mode": "max", "patience": 0},
+    )
+
+
 @pytest.mark.slow
 def test_the_start_counts_when_the_best_is_kept(folder, capsys):
     """A rate that ruins the student: no later evaluation is better than the first."""
