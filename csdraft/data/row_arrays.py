@@ -28,7 +28,7 @@ from csdraft.data.shards import Part, batches, check_unchanged, write_whole
 from csdraft.data.sources import read_rows
 from csdraft.data.target import TargetArguments, check_at_least, check_writable, option, read_target
 
-__all__ = ["RowArguments", "RowArrays", "checksum", "lengths_of", "prompt_lengths_of"]
+__all__ = ["RowArguments", "RowArrays", "checksum", "largest_of", "lengths_of", "prompt_lengths_of"]
 
 DONE = "done.u8"
 
@@ -278,6 +278,11 @@ class RowArguments(TargetArguments):
 def lengths_of(rows: Any) -> np.ndarray:
     """(rows,) int64 number of tokens in each."""
     return np.array([len(ids) for ids in _token_ids(rows)], dtype=np.int64)
+
+
+def largest_of(rows: Any) -> int:
+    """The largest token id."""
+    return max((int(np.max(ids)) for ids in _token_ids(rows) if len(ids)), default=0)
 
 
 def prompt_lengths_of(rows: Any) -> np.ndarray:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from csdraft.data.feature_cache import FeatureCache
 from csdraft.data.packing import IGNORED, Texts, check_packing, pad_of
+from csdraft.data.row_arrays import largest_of
 from csdraft.decoding.feature_session import FeatureModel
 from csdraft.models import base_model
 from csdraft.trainers.base import BaseTrainer
@@ -89,6 +90,8 @@ class DrafterTrainer(BaseTrainer):
             if not isinstance(each, FeatureModel):  # a head has a mask that separates texts
                 with evaluating(each):
                     check_packing(each)
+        if texts:
+            self._check_vocabularies(largest_of(texts.rows))
 
     @property
     def student(self) -> nn.Module:
@@ -101,6 +104,16 @@ class DrafterTrainer(BaseTrainer):
 
     def models(self) -> list[tuple[str, nn.Module]]:
         return [("The target", self.target), ("The student", self.student)]
+
+    def _check_vocabularies(self, largest: int) -> None:
+        """Raises ValueError if a model lacks a token of the texts, which it could not read."""
+        for what, model in self.models():
+            vocab = model.config.get_text_config(decoder=True).vocab_size  # type: ignore[union-attr,operator]
+            if largest >= vocab:
+                raise ValueError(
+                    f"{what} has {vocab} tokens, and the texts have token {largest}, which the tokenizer "
+                    "alone has: leave such texts out, or give the model more tokens (resize_token_embeddings)"
+                )
 
     def rows_of(self, item: int) -> list[int]:
         texts: Any = self.train_dataset.data  # type: ignore[union-attr]

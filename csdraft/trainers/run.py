@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
+from transformers.utils import find_adapter_config_file
 
 from csdraft.data.feature_cache import FeatureCache
 from csdraft.data.packing import IGNORED, Texts, pad_of
 from csdraft.data.sources import read_prompts, read_rows
 from csdraft.data.target import check_writable, load_weights, read_target, target_name
 from csdraft.data.target_cache import TargetCache
+from csdraft.heads.folder import config_at
+from csdraft.heads.self_draft import read_document
 from csdraft.hub import fingerprint
 from csdraft.trainers.distill import DrafterTrainer, evaluation_of
 from csdraft.trainers.distill_arguments import DistillArguments
@@ -183,10 +186,16 @@ def check_sharding(args: DistillArguments) -> None:
 
 
 def check_context(args: DistillArguments) -> None:
-    """Raises ValueError if the student cannot read a whole text. An adapter's folder has no config to compare."""
+    """Raises ValueError if there is no student, or it cannot read a whole text (unknown of an adapter)."""
     try:
         own = context_length(AutoConfig.from_pretrained(args.student))
     except (OSError, ValueError):
+        student = str(args.student)
+        if not (config_at(student) or find_adapter_config_file(student) or read_document(student)):
+            raise ValueError(
+                f"student={student!r} is no folder with a model or an adapter, and no Hub id that can be read; "
+                "correct it, or make the student first"
+            ) from None
         return
     if own < args.max_length:
         raise ValueError(f"max_length={args.max_length} is longer than the student's context of {own} tokens")

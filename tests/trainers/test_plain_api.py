@@ -136,6 +136,7 @@ REFUSED = {
         {"train_dataset": Dataset.from_dict({"text": ["a b"]}).to_iterable_dataset()},
         "train_dataset=IterableDataset",
     ),
+    "tokens that a model lacks": ({"model": fresh("llama", vocab_size=99)}, "The student has 99 tokens, .* token 259"),
     "figures that are not computed": ({"compute_metrics": lambda prediction: {}}, "compute_metrics= has no effect"),
     "a loss that is not used": ({"compute_loss_func": lambda *_, **__: 0}, "compute_loss_func= has no effect"),
 }
@@ -160,7 +161,7 @@ def test_without_a_tokenizer_texts_are_written_and_prompts_evaluated(folder):
 def test_packing_is_refused_where_texts_would_see_each_other(folder):
     with pytest.raises(ValueError, match="OPTForCausalLM does not keep texts apart"):
         made(folder, "mixing", {"packing": True}, target=tiny("opt"))
-    training = made(folder, "apart", {"packing": True}, model=tiny("llama").train()).model
+    training = made(folder, "apart", {"packing": True}, model=fresh("llama", vocab_size=260).train()).model
     assert training.training, "the check leaves the student as it was given"
     training.eval()
 
