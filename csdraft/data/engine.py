@@ -138,7 +138,8 @@ class Engine:
             "seed": seed,
         }
         choice = self.ask("completions", body | WAYS[self.way], _continuation)
-        ids = self._ids_of(choice) if in_tokens else self._tokens_of(choice["text"], prompt)
+        text = choice["text"].rstrip("\ufffd")  # at the end of a text that `max_tokens` cut within a character
+        ids = self._ids_of(choice) if in_tokens else self._tokens_of(text, prompt)
         read = choice.get("prompt_token_ids")
         if in_tokens and read is not None and read != list(prompt):
             raise EngineError(f"{self.url}/completions has read other tokens than were sent: {_quoted(read)}")

@@ -293,6 +293,17 @@ def test_a_text_that_stopped_ends_by_a_token(server, stop):
     assert {type(token) for token in found} == {int}
 
 
+def test_half_a_character_at_the_end_of_a_text_is_left_out(server):
+    texts = iter(["w7 w8", "w7 w8\ufffd\ufffd"])
+    choice = {"finish_reason": "length"}
+    server.fault = lambda number, body: (200, json.dumps({"choices": [choice | {"text": next(texts)}]}).encode())
+    with server.served() as url:
+        asks = engine(url)
+        asks.way = "text in and out"
+        whole, cut = (asks.write([5, 6], 4, 0.0, 0) for _ in range(2))
+    assert whole == cut != []
+
+
 def test_an_answer_that_is_nested_too_deeply_is_none(server):
     server.fault = lambda number, body: (200, b"[" * 200_000)
     with server.served() as url, pytest.raises(EngineError, match="no JSON in the answer"):
