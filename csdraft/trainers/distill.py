@@ -110,10 +110,7 @@ class DrafterTrainer(BaseTrainer):
         for what, model in self.models():
             vocab = model.config.get_text_config(decoder=True).vocab_size  # type: ignore[union-attr,operator]
             if largest >= vocab:
-                raise ValueError(
-                    f"{what} has {vocab} tokens, and the texts have token {largest}, which the tokenizer "
-                    "alone has: leave such texts out, or give the model more tokens (resize_token_embeddings)"
-                )
+                raise ValueError(f"{what} has {vocab} tokens, the texts have token {largest}: leave such texts out")
 
     def rows_of(self, item: int) -> list[int]:
         texts: Any = self.train_dataset.data  # type: ignore[union-attr]

@@ -79,9 +79,8 @@ class DistillArguments(DataArguments, RunArguments):
         if self.learning_rate is None:
             self.learning_rate = self.kind.rate
         follows = self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
-        if self.metric_for_best_model is None and (
-            self.load_best_model_at_end or follows or self.save_strategy == "best"
-        ):
+        chooses = follows or self.load_best_model_at_end or self.save_strategy == "best"
+        if chooses and self.metric_for_best_model is None:
             self.metric_for_best_model = "block_efficiency"
         super().__post_init__()
         if follows:  # unlike a loss, every figure should rise

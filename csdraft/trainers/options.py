@@ -82,13 +82,10 @@ def rows_per_step(options: dict[str, Any]) -> int:
 
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options as JSON stores them. Only the last part of an existing path is kept, because folders may be moved."""
-    return {
-        key: json.loads(json.dumps(_name(value, key == "target_cache"), default=str)) for key, value in options.items()
-    }
+    return {key: json.loads(json.dumps(_name(key, value), default=str)) for key, value in options.items()}
 
 
-def _name(value: Any, is_folder: bool) -> Any:
-    """The last part of a path that exists, or is known to be a folder's, which may be gone; else the value."""
-    if isinstance(value, str) and value and (is_folder or os.path.exists(value)):  # False for a long text, too
+def _name(key: str, value: Any) -> Any:  # a cache may be gone; os.path takes long texts, too
+    if isinstance(value, str) and value and (key == "target_cache" or os.path.exists(value)):
         return Path(value).resolve().name
     return value

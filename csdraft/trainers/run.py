@@ -192,10 +192,7 @@ def check_context(args: DistillArguments) -> None:
     except (OSError, ValueError):
         student = str(args.student)
         if not (config_at(student) or find_adapter_config_file(student) or read_document(student)):
-            raise ValueError(
-                f"student={student!r} is no folder with a model or an adapter, and no Hub id that can be read; "
-                "correct it, or make the student first"
-            ) from None
+            raise ValueError(f"student={student!r} is no folder or Hub id with a model or an adapter") from None
         return
     if own < args.max_length:
         raise ValueError(f"max_length={args.max_length} is longer than the student's context of {own} tokens")

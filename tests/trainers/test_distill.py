@@ -277,8 +277,11 @@ WRONG = {
     "an unknown loss": ({"losses": {"foward_kl": 1.0}}, "forward_kl"),
     "a share above one": ({"on_policy": 1.5}, "from 0 to 1"),
     "no texts": ({"dataset": "{folder}/nothing.jsonl"}, "nothing.jsonl"),
-    "no student": ({"student": "out/nowhere"}, "student='out/nowhere' is no folder with a model or an adapter"),
-    "no base": ({"student": "out/nowhere", "peft": {"r": 2}}, "student='out/nowhere' is no folder with a model"),
+    "no student": ({"student": "out/nowhere"}, "student='out/nowhere' is no folder or Hub id with a model"),
+    "no base": (
+        {"student": "out/nowhere", "peft": {"r": 2}},
+        "student='out/nowhere' is no folder or Hub id with a model",
+    ),
     "two starts": ({"init": {"config": {}}}, "student and init given; choose one"),
     "an unwritable folder": ({"output_dir": "/proc/nowhere"}, "/proc/nowhere"),
     "a context too long": ({"max_length": 1000}, "1000"),

@@ -249,7 +249,7 @@ def test_configs_that_are_refused(options, message):
         ({"init": on_target([9]), "peft": {"r": 2}}, r"layers=\[9\]: list numbers of the target's 2 layers"),
         ({"init": on_target([0]), "peft": {"bias": "all"}}, "would change the target's own"),
         ({"init": on_target([0]), "peft": {"init_lora_weights": "pissa"}}, "would change the base's own weights"),
-        ({"student": "x", "peft": {"init_lora_weights": "olora"}}, "which an adapter's folder lacks"),
+        ({"student": "x", "peft": {"init_lora_weights": "olora"}}, "would change the base's own weights"),
         ({"student": "x", "peft": {"alora_invocation_tokens": [1]}}, "has no option 'alora_invocation_tokens'"),
     ],
 )
