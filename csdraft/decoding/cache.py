@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -130,14 +130,9 @@ class SlotCache(Cache):
         if self.positions is not None:
             self.positions.scatter_(1, slots, positions)  # (rows, capacity)
 
-    def note(self, taps: Iterable[int], states: Sequence[Tensor]) -> None:
-        """Stores the features of the tokens that a forward has just read.
-
-        Args:
-            states: (rows, queries, hidden) each: the embeddings, then the output of every block.
-        """
-        for tap in taps:
-            state = states[tap]
+    def note(self, states: Mapping[int, Tensor]) -> None:
+        """Stores the features of the tokens that a forward has just read: by tap, (rows, queries, hidden)."""
+        for tap, state in states.items():
             if tap not in self.features:
                 self.features[tap] = state.new_zeros(state.shape[0], self.capacity, state.shape[-1])
             self.features[tap].index_put_(self.index_on(state.device), state)  # (rows, queries, hidden)

@@ -20,7 +20,7 @@ from csdraft.decoding.inputs import Inputs, Plan, Shape
 from csdraft.decoding.ledger import ModelUse
 from csdraft.decoding.packed import packed
 from csdraft.decoding.states import home, ways_on
-from csdraft.decoding.traits import Span, traits_of
+from csdraft.decoding.traits import Span, tapped, traits_of
 
 __all__ = ["Reader", "Sources"]
 
@@ -256,7 +256,7 @@ class Reader:
         with GroupedHeads(self.mode == "compile"):
             output = forward(self.runs, arguments)
         if self.taps:
-            self.cache.note(self.taps, output.hidden_states)
+            self.cache.note(tapped(self.model, output.hidden_states, self.taps))
         return output.logits[:, -keep:]
 
     def _masks(self, inputs: Inputs, slots: int, told: int) -> Tensor | dict[str | None, Tensor]:

@@ -9,19 +9,19 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from csdraft.decoding.cache import windows_of_cache
 from csdraft.decoding.cache_names import GENERATE_CACHE, cache_of_forward, forward_takes
 
-__all__ = ["Span", "Switch", "Traits", "decoder_of", "traits_of", "unwrapped"]
+__all__ = ["Span", "Switch", "Traits", "decoder_of", "tapped", "traits_of", "unwrapped"]
 
 MAKES_MASKS = re.compile(r"create_\w*mask")
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
@@ -208,3 +208,18 @@ def _switch(model: nn.Module, text: Any) -> Switch | None:
 def _changes(parameters: Mapping[str, Any]) -> bool:
     kind = parameters.get("rope_type", "default")
     return kind == "longrope" or "dynamic" in kind
+
+
+def tapped(model: Any, states: Sequence[Tensor], taps: Iterable[int]) -> dict[int, Tensor]:
+    """By tap, (rows, queries, width) of the hidden states that a forward of a model has returned.
+
+    Raises:
+        ValueError: the model has several hidden states for each token.
+    """
+    found = {tap: states[tap] for tap in taps}
+    if wrong := [tap for tap, state in found.items() if state.dim() != 3]:
+        raise ValueError(
+            f"{type(model).__name__} ({model.config.model_type}) has several hidden states for each token, of shape "
+            f"{tuple(states[wrong[0]].shape)} after block {wrong[0]}, and a head reads one; draft with another model"
+        )
+    return found

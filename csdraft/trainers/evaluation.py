@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad as padded
 
 from csdraft.decoding.feature_session import FeatureModel
+from csdraft.decoding.traits import tapped
 from csdraft.drafters.model import ModelDrafter
 from csdraft.metrics.intervals import bootstrap_ratio
 from csdraft.metrics.measures import expected_acceptance, greedy_agreement
@@ -168,7 +169,7 @@ def _logits(student: Any, target: Any, inputs: dict[str, Tensor]) -> tuple[Tenso
         here |= {key: ids.clamp(max=most) for key, ids in here.items() if key.endswith("input_ids")}
         return student(**here, use_cache=False).logits, target(**there, use_cache=False).logits
     read = target(**there, use_cache=False, output_hidden_states=True)
-    states = {tap: read.hidden_states[tap] for tap in head.taps}
+    states = tapped(target, read.hidden_states, head.taps)
     ids, mask, positions = (inputs[key].to(head.device) for key in ("input_ids", "attention_mask", "position_ids"))  # type: ignore[union-attr]
     return head.along(states, ids, positions, mask), read.logits
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from csdraft.decoding.names import name_of
+from csdraft.decoding.traits import tapped
 from csdraft.models import base_model
 
 __all__ = ["evaluating", "head_of", "hidden_of", "logits_of", "states_of"]
@@ -72,7 +73,7 @@ def states_of(model: nn.Module, taps: Collection[int], **inputs: Any) -> tuple[T
     else:
         output = model(**inputs, use_cache=False)
         hidden = output.logits
-    return hidden, {tap: output.hidden_states[tap] for tap in taps}
+    return hidden, tapped(model, output.hidden_states, taps) if taps else {}
 
 
 def logits_of(tokens: Tensor, head: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

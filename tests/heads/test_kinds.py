@@ -278,3 +278,21 @@ def test_another_text_that_an_earlier_one_begins_with_is_drafted_after(name):
         wanted, _ = naive(head, text.tolist(), [3])
     assert torch.allclose(scores.logits[0].softmax(-1), wanted.softmax(-1), atol=1e-5)
     assert session.use.fed == session.kept + session.use.rolled_back
+
+
+def test_a_target_with_several_hidden_states_for_each_token_is_named(monkeypatch):
+    """Heads of csdraft are not made for it, but a folder may come from elsewhere."""
+    wide = copy.deepcopy(target())
+    read = wide.forward
+
+    def forward(*args: Any, **inputs: Any) -> Any:
+        out = read(*args, **inputs)
+        if out.hidden_states is not None:
+            out.hidden_states = tuple(state[..., None, :].expand(-1, -1, 2, -1) for state in out.hidden_states)
+        return out
+
+    monkeypatch.setattr(wide, "forward", forward)
+    head = new("eagle")
+    head.base = None
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM \(llama\) has several hidden states for each token"):
+        wide.generate(**ragged_batch(PROMPTS), pad_token_id=0, assistant=head, **GREEDY)

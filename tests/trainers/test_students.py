@@ -466,7 +466,8 @@ def test_layers_of_several_sizes(tmp_path):
             check_student(config, init=init)
 
 
-def test_a_target_with_several_hidden_states_for_each_token_has_no_head():
-    config = transformers.Gemma3nTextConfig(intermediate_size=48, num_hidden_layers=4, num_kv_shared_layers=2)
-    with pytest.raises(ValueError, match=r"init\.eagle: a 'gemma3n_text' target has 4 hidden states for each token"):
+@pytest.mark.parametrize("model_type", ["gemma3n_text", "deepseek_v4"])
+def test_a_target_with_several_hidden_states_for_each_token_has_no_head(model_type):
+    config = transformers.CONFIG_MAPPING[model_type]()
+    with pytest.raises(ValueError, match=rf"init\.eagle: a '{model_type}' target has 4 hidden states for each token"):
         check_student(config, init={"eagle": {}})

@@ -30,6 +30,8 @@ __all__ = ["HeadKind", "kinds", "student_of", "students"]
 
 LIKE_TARGET = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "rms_norm_eps")
 """Settings of the layer that come from the target's config, if it has them."""
+STREAMS = ("altup_num_inputs", "hc_mult")
+"""What configs call the number of hidden states that a target has for each token."""
 
 
 class HeadKind(Student):
@@ -67,10 +69,11 @@ class HeadKind(Student):
                 f"init.{self.name}: a {config.model_type!r} target is an encoder-decoder, which no head reads"
             )
         text = config.get_text_config(decoder=True)
-        if getattr(text, "altup_num_inputs", 1) > 1:
+        states = max(getattr(text, key, 1) for key in STREAMS)
+        if states > 1:
             raise ValueError(
-                f"init.{self.name}: a {config.model_type!r} target has {text.altup_num_inputs} hidden states for each "
-                "token, and a head reads one; draft with another model"
+                f"init.{self.name}: a {config.model_type!r} target has {states} hidden states for each token, and a "
+                "head reads one; draft with another model"
             )
         if asked.draft_vocab is not None and not 0 < asked.draft_vocab <= text.vocab_size:
             raise ValueError(
