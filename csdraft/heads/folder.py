@@ -177,7 +177,7 @@ def check_tensors(
                 f"{path!r}: {name} has shape {tuple(tensor.shape)}; for this config and target it must have "
                 f"{tuple(own[name].shape)}"
             )
-        if tensor.is_floating_point() != own[name].is_floating_point():
+        if tensor.is_floating_point() != own[name].is_floating_point() or tensor.dtype == torch.bool:
             raise ValueError(f"{path!r}: {name} is {tensor.dtype}, not {own[name].dtype}; get unquantised weights")
 
 

@@ -228,7 +228,7 @@ class StoredHead(OnTarget):
         lendable = EMBEDDING | OUTPUT
         made.lent = {name: lendable[name] for name in lendable if name in own and name not in self.names}
         for name, source in made.lent.items():  # an output layer may be the embedding
-            set_parameter(made, name, frozen(theirs.get(source, theirs["input.weight"])))
+            set_parameter(made, name, frozen(theirs.get(source, theirs["input.weight"])[: self.config.vocab_size]))
         made.base, made.stored_by = self.base, type(self)
         made.config._name_or_path = self.config._name_or_path
         return made

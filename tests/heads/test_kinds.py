@@ -35,6 +35,7 @@ from tests.heads.kinds import NAMES, OBJECTIVE, OPTIONS, batch, learned, new, we
 from tests.heads.learned import PROMPTS, naive, target, texts
 from tests.heads.spied import (
     EVERY,
+    FIXED,
     FORMS,
     GREEDY,
     LONG,
@@ -46,7 +47,7 @@ from tests.heads.spied import (
     wrong_parent,
     wrong_target,
 )
-from tests.tiny import ragged_batch
+from tests.tiny import fresh, ragged_batch
 
 OF_EACH = pytest.mark.parametrize("name", NAMES)
 
@@ -296,3 +297,17 @@ def test_a_target_with_several_hidden_states_for_each_token_is_named(monkeypatch
     head.base = None
     with pytest.raises(ValueError, match=r"LlamaForCausalLM \(llama\) has several hidden states for each token"):
         wide.generate(**ragged_batch(PROMPTS), pad_token_id=0, assistant=head, **GREEDY)
+
+
+@pytest.mark.parametrize("name", ["eagle", "dflash"])
+def test_a_targets_embedding_may_have_rows_that_are_no_tokens(tmp_path, name):
+    """As that of Llama 3.2 Vision, which has eight for pictures; here it is the output layer, too."""
+    tall = fresh("llama", num_hidden_layers=3, tie_word_embeddings=True)
+    table = torch.nn.Embedding(105, 32)
+    table.weight.data[:97] = tall.get_input_embeddings().weight
+    tall.model.embed_tokens, tall.lm_head.weight = table, table.weight
+    tall.lm_head.register_forward_hook(lambda *called: called[-1][..., :97])
+    save_student(make_student(tall, init={name: OPTIONS.get(name, {})}), tmp_path)
+    wanted = tall.generate(**ragged_batch(PROMPTS), pad_token_id=0, **GREEDY)
+    drafted = tall.generate(**ragged_batch(PROMPTS), assistant=ModelDrafter(tmp_path), **FIXED, **GREEDY)
+    assert torch.equal(drafted, wanted)

@@ -292,6 +292,7 @@ def write_parts(folder: Path) -> None:
         (damaged("d2t", lambda old: old + 40), "d2t must hold offsets"),
         (damaged("d2t", lambda old: -torch.arange(60)), "d2t must hold offsets"),
         (damaged("d2t", lambda old: old.float()), r"d2t is torch\.float32, not torch\.int64"),
+        (damaged("d2t", lambda old: old.bool()), r"d2t is torch\.bool, not torch\.int64"),
         (damaged("fc.weight", lambda old: old.char()), r"fc\.weight is torch\.int8, not torch\.float32"),
         (
             lambda folder: edit(folder, eagle_aux_hidden_state_layer_ids=[-1, 1, 3]),

@@ -91,7 +91,7 @@ class HeadKind(Student):
         theirs = embeddings(target)
         rows = theirs.get("output.weight", theirs["input.weight"]).detach().float()
         with torch.no_grad():
-            head.embed_tokens.weight.copy_(theirs["input.weight"])
+            head.embed_tokens.weight.copy_(theirs["input.weight"][: text.vocab_size])  # it may have rows for pictures
             head.start(rows[drafted.to(rows.device)].cpu())
         head.d2t.copy_(drafted - torch.arange(len(drafted)))
         head.stored_by = next(kind for kind in all_formats() if kind.__module__.endswith(f".{head.layout}"))
@@ -141,7 +141,7 @@ class HeadKind(Student):
     def layer_config(self, text: Any, asked: Any) -> Any:
         """The config of the head's layer: the target's shape, and the changes of the options."""
         first = first_layer(text)
-        like = {key: getattr(first, key) for key in LIKE_TARGET if getattr(first, key, None) is not None}
+        like = {key: value for key in LIKE_TARGET if (value := getattr(first, key, None))}
         rotary = getattr(text, "rope_parameters", None) or {}
         if "rope_theta" in rotary and rotary.get("rope_type") not in SWITCHING:
             like["rope_parameters"] = {key: rotary[key] for key in rotary if key != "partial_rotary_factor"}
