@@ -9,6 +9,7 @@ head's output must hold everything that the head has to remember from one drafte
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -23,17 +24,17 @@ from transformers.utils import ModelOutput
 from csdraft.decoding.feature_session import FeatureModel
 
 __all__ = [
-    "EMBEDDING", "LAST", "OUTPUT", "OUTSIDE", "Head", "HeadOptions", "HeadOutput", "Steps", "compact", "regression",
+    "EMBEDDED", "LAST", "LENDABLE", "OUTSIDE", "Head", "HeadOptions", "HeadOutput", "Steps", "compact", "regression",
     "step_masks", "text_mask",
 ]  # fmt: skip
 
-LAST = -1
-"""The tap of what the target's output layer reads: the last hidden state, after the last norm."""
+EMBEDDED, LAST = 0, -1
+"""The taps of the target's embedded tokens, and of what its output layer reads: the last hidden state, after the last
+norm."""
 OUTSIDE = -1e30
 """The logit of a token outside the draft vocabulary. It is finite, so that a processor that allows only such tokens
 leaves a distribution. If one token of the draft vocabulary is allowed, the probability of all others is exactly 0."""
-EMBEDDING = {"embed_tokens.weight": "input.weight"}
-OUTPUT = {"lm_head.weight": "output.weight"}
+LENDABLE = {"embed_tokens.weight": "input.weight", "lm_head.weight": "output.weight"}
 """Parameters that the target can lend to a head -> what they are called in the target, see `embeddings`."""
 
 
@@ -59,6 +60,9 @@ class HeadOptions:
                 f"steps={self.steps}, decay={self.decay} of a head; give at least one step, and a decay above 0 and "
                 "at most 1"
             )
+        for name in ("glance", "regression", "noise"):
+            if not 0 <= (value := getattr(self, name, 0)) < math.inf:
+                raise ValueError(f"{name}={value} of a head must be 0 (to leave it out) or more")
 
 
 @dataclass
@@ -196,7 +200,7 @@ class Head(PreTrainedModel, FeatureModel):
     def lendable(self) -> dict[str, str]:
         """The parameters that the target can lend it -> what they are called in the target, see `embeddings`."""
         output = self.frozen_output and len(self.d2t) == self.config.vocab_size
-        return EMBEDDING | (OUTPUT if output else {})
+        return {name: theirs for name, theirs in LENDABLE.items() if output or name != "lm_head.weight"}
 
     @property
     def drafted(self) -> Tensor:

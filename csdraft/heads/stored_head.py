@@ -34,7 +34,7 @@ from csdraft.heads.folder import (
     write_tensors,
 )
 from csdraft.heads.formats._speculators import MODEL_TYPE
-from csdraft.heads.head import EMBEDDING, OUTPUT, Head
+from csdraft.heads.head import LENDABLE, Head
 from csdraft.heads.layers import embeddings
 from csdraft.heads.on_target import OnTarget, called, frozen, set_parameter
 from csdraft.heads.self_draft import HEAD, Lender, read_document, write_document
@@ -225,8 +225,7 @@ class StoredHead(OnTarget):
         own = dict(made.named_parameters()) | dict(made.named_buffers())
         for name, tensor in self.state.items():
             own[name].data.copy_(tensor)
-        lendable = EMBEDDING | OUTPUT
-        made.lent = {name: lendable[name] for name in lendable if name in own and name not in self.names}
+        made.lent = {name: key for name, key in LENDABLE.items() if name in own and name not in self.names}
         for name, source in made.lent.items():  # an output layer may be the embedding
             set_parameter(made, name, frozen(theirs.get(source, theirs["input.weight"])[: self.config.vocab_size]))
         made.base, made.stored_by = self.base, type(self)

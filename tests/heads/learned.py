@@ -30,7 +30,7 @@ def new_head(seed: int = 0, layers: tuple[int, ...] = LAYERS, draft_vocab: int =
     """A random head for `target()`, which drafts some of its tokens."""
     embedding = target().get_input_embeddings().weight  # a first call seeds, too
     torch.manual_seed(seed)
-    made = Eagle3(LlamaConfig(**SHAPE), Eagle3Options(layers, 32, draft_vocab, **flags)).eval()
+    made = Eagle3(LlamaConfig(**SHAPE), Eagle3Options(draft_vocab, layers=layers, target_width=32, **flags)).eval()
     with torch.no_grad():
         made.embed_tokens.weight.copy_(embedding)
         for name, parameter in made.named_parameters():

@@ -179,3 +179,8 @@ def test_other_losses_train_them_as_well(name):
         loss = Distillation(head, target(), Objective(losses))(**batch())
         loss.backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in head.parameters() if p.requires_grad)
+
+
+def test_a_negative_weight_of_the_loss_on_hidden_states_is_refused():
+    with pytest.raises(ValueError, match=r"regression=-1\.0 of a head must be 0"):
+        check_student(target().config, init={"clover2": {"regression": -1.0}})

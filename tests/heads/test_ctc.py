@@ -86,4 +86,4 @@ def test_fewer_frames_than_tokens_are_refused():
 
 def test_a_stored_head_needs_a_frame_for_each_token():
     with pytest.raises(ValueError, match="frames=3 of a CTC head that drafts steps=4"):
-        CtcOptions((0, 1, 3), 32, 4, steps=4, frames=3)
+        CtcOptions(steps=4, frames=3)

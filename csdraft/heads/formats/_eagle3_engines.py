@@ -318,7 +318,8 @@ def _wanted(seen: Seen) -> dict[str, tuple[int, ...]]:
     sizes |= {key: seen.flag(key) for key in ("attention_bias", "mlp_bias")}
     norms = {key: seen.flag(key) for key in NORMS}
     norms["fc_norm"] |= seen.engine == "sglang" and seen.flag(OLD_FLAG)
-    options = Eagle3Options((0,) * seen.count, seen.target_width, seen.rows, **norms, qk_norm=qwen)
+    layers = (0,) * seen.count
+    options = Eagle3Options(seen.rows, layers=layers, target_width=seen.target_width, **norms, qk_norm=qwen)
     try:
         with torch.device("meta"):
             head = Eagle3(LlamaConfig(**sizes), options)

@@ -199,5 +199,5 @@ def _options(config: Mapping[str, Any], state: Mapping[str, Tensor], vocab: int,
             f"mask_token_id={mask}, draft_vocab_size={rows}; blocks have a placeholder or more, layers are counted "
             f"from 0, and the mask token is below {vocab}"
         )
-    numbers = tuple(layer + 1 for layer in layers)
-    return DflashOptions(numbers, width, rows, mask, blocks, steps, from_anchor=anchor)
+    sizes = {"target_width": width, "draft_vocab": rows, "mask_token": mask, "blocks": blocks, "steps": steps}
+    return DflashOptions(layers=tuple(layer + 1 for layer in layers), from_anchor=anchor, **sizes)

@@ -25,17 +25,13 @@ from csdraft.heads.formats._eagle3_engines import (
     of_norm,
     speculators_document,
 )
-from csdraft.heads.formats._speculators import COPIES, LAYER
+from csdraft.heads.formats._speculators import COPIES, LAYER, MODEL_TYPE
 from csdraft.heads.head import HeadOptions
 from csdraft.heads.kinds.eagle3 import Eagle3, Eagle3Options, default_layers
 from csdraft.heads.stored_head import StoredHead
 from csdraft.stored import fit
 
 __all__ = ["Eagle3Head"]
-
-
-NESTED = "nested"
-"""Tells `options_of` that the keys of the layer were in a document of their own."""
 
 
 class Eagle3Head(StoredHead):
@@ -118,11 +114,11 @@ class Eagle3Head(StoredHead):
 
     @classmethod
     def recognises(cls, config: Mapping[str, Any], names: Names) -> bool:
-        if config.get("speculators_model_type", "eagle3") != "eagle3":
+        if config.get(MODEL_TYPE, "eagle3") != "eagle3":
             return False
         made_for = config.get("architectures") or ()
         named = any("eagle3" in str(name).lower() for name in made_for) if isinstance(made_for, list) else False
-        if named or "speculators_model_type" in config or "draft_vocab_size" in config:
+        if named or MODEL_TYPE in config or "draft_vocab_size" in config:
             return True
         if made_for not in (["LlamaForCausalLM"], ()) or config.get("model_type", "llama") != "llama":
             return False
@@ -136,7 +132,7 @@ class Eagle3Head(StoredHead):
         document = {**layer_keys, **{key: value for key, value in config.items() if key != LAYER}}
         state = {_own_name(name): tensor for name, tensor in read_tensors(path, **options).items()}
         state = {name: tensor for name, tensor in state.items() if name not in COPIES}
-        described = cls.options_of({**document, NESTED: LAYER in config}, state, at, assumed)
+        described = cls.options_of(document, state, at, assumed)
         layer = read_layer(as_llama(document, path), path)
         return cls.checked(path, layer, described, state, assumed, **options)
 
@@ -182,7 +178,7 @@ def _options(document: Mapping[str, Any], state: Mapping[str, Tensor], at: str, 
         raise ValueError(f"{at}: {LAYERS} names the hidden states {list(layers)}; they are counted from 0")
     flags = {key: fit(document.get(key, eagle.get(key, False)) or False, bool, f"{at}: {key}") for key in NORMS}
     flags["fc_norm"] |= fit(document.get(OLD_FLAG) or False, bool, f"{at}: {OLD_FLAG}")
-    if document.get(NESTED) and "norm_before_residual" not in document:
+    if MODEL_TYPE in document and "norm_before_residual" not in document:
         assumed.append("norm_before_residual is not set: false is assumed, as in speculators but not in vLLM")
     vocab = fit(document.get("vocab_size"), int, f"{at}: vocab_size")
     rows = document.get("draft_vocab_size")
@@ -197,4 +193,5 @@ def _options(document: Mapping[str, Any], state: Mapping[str, Tensor], at: str, 
     trained = fit(document.get(INIT) or {}, dict[str, Any], f"{at}: {INIT}").get("eagle3") or {}
     how = fit(trained, HeadOptions, f"{at}: {INIT}.eagle3")
     qwen = document.get("model_type") == "qwen3"
-    return Eagle3Options(layers, width, rows, **flags, steps=how.steps, decay=how.decay, qk_norm=qwen)
+    sizes = {"layers": layers, "target_width": width, "draft_vocab": rows, "steps": how.steps, "decay": how.decay}
+    return Eagle3Options(**sizes, **flags, qk_norm=qwen)

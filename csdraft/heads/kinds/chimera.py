@@ -24,13 +24,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from csdraft.heads.head import LAST, Head, HeadOptions
+from csdraft.heads.head import EMBEDDED, LAST, Head, HeadOptions
 from csdraft.heads.parts import CrossLayer, Numbered, Rotary
 
 __all__ = ["Chimera", "ChimeraOptions"]
-
-EMBEDDING = 0
-"""The tap of the target's embedded tokens."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,7 @@ class Chimera(Numbered, Head):
 
     @property
     def taps(self) -> tuple[int, ...]:
-        return LAST, EMBEDDING
+        return LAST, EMBEDDED
 
     def start(self, rows: Tensor) -> None:
         for output in self.outputs:

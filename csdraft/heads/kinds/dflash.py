@@ -34,32 +34,24 @@ __all__ = ["Dflash", "DflashOptions"]
 
 
 @dataclass(frozen=True)
-class DflashOptions:
-    """What distinguishes one DFlash head from another; keys of `init.dflash`.
+class DflashOptions(HeadOptions):
+    """What distinguishes one DFlash head from another; keys of `init.dflash`, with those of `HeadOptions`.
 
     Args:
         layers: the target's hidden states that are fused; k is the one after k blocks, from 1 on; None: 2, L/2, L - 3.
         target_width: their width.
-        draft_vocab: how many tokens it can draft.
         mask_token: the token whose embedding the placeholders have; None: the target's padding token, else 0.
         blocks: how many decoder layers it has.
         steps: how many tokens it drafts.
         decay: weight of a token in the loss, relative to the one before.
         from_anchor: whether the block's first token also predicts one.
-        config: see `HeadOptions`.
     """
 
     layers: tuple[int, ...] | None = None
     target_width: int = 0
-    draft_vocab: int | None = None
     mask_token: int | None = None
     blocks: int = 1
-    steps: int = 4
-    decay: float = 0.8
     from_anchor: bool = False
-    config: dict[str, Any] | None = None
-
-    __post_init__ = HeadOptions.__post_init__
 
 
 class Block(CrossLayer):

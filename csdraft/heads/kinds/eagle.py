@@ -14,7 +14,6 @@ Modules have the names of published checkpoints, which `csdraft/heads/formats/ea
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -46,12 +45,6 @@ class EagleOptions(HeadOptions):
     regression: float = 1.0
     noise: float = 0.1
     bias: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, value in (("regression", self.regression), ("noise", self.noise)):
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name}={value} of a head must be 0 (to leave it out) or more")
 
 
 class Eagle(Head):

@@ -29,34 +29,26 @@ __all__ = ["Eagle3", "Eagle3Options", "attention", "default_layers", "fused_laye
 
 
 @dataclass(frozen=True)
-class Eagle3Options:
+class Eagle3Options(HeadOptions):
     """What distinguishes one EAGLE-3 head from another; keys of `init.eagle3`, with those of `HeadOptions`.
 
     Args:
         layers: the target's hidden states that are fused; k is the one after k blocks; None: 2, L/2, L - 3.
         target_width: their width.
-        draft_vocab: how many tokens it can draft.
         norm_before_residual: whether the residual is the normed feature.
         norm_before_fc: whether the hidden states are normed together before they are fused.
         fc_norm: whether each hidden state is normed before they are fused.
         norm_output: whether the feature for the next entry is normed.
-        steps, decay, config: see `HeadOptions`.
         qk_norm: whether queries and keys are normed, as in layers of Qwen 3.
     """
 
     layers: tuple[int, ...] | None = None
     target_width: int = 0
-    draft_vocab: int | None = None
     norm_before_residual: bool = False
     norm_before_fc: bool = False
     fc_norm: bool = False
     norm_output: bool = False
-    steps: int = 4
-    decay: float = 0.8
     qk_norm: bool = False
-    config: Any = None
-
-    __post_init__ = HeadOptions.__post_init__
 
 
 def fused_layers(layers: Sequence[int] | None, count: int) -> tuple[int, ...]:

@@ -36,7 +36,6 @@ csdraft. The paper trains one pass. Its losses are `losses: {forward_kl: 0.09, c
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -46,13 +45,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from csdraft.heads.head import LAST, Head, HeadOptions, Steps, regression, step_masks, text_mask
+from csdraft.heads.head import EMBEDDED, LAST, Head, HeadOptions, Steps, regression, step_masks, text_mask
 from csdraft.heads.parts import CrossLayer, Rotary
 
 __all__ = ["Falcon", "FalconOptions"]
 
-EMBEDDED = 0
-"""The tap of the target's embedded tokens."""
 TEXT, DUE = -1, 1
 """Marks of entries. An entry of the text runs a pass if it is the text's last one; a drafted entry runs one if it
 takes the last guess of a queue. Other drafted entries are marked with how many guesses are left, with their own."""
@@ -86,9 +83,6 @@ class FalconOptions(HeadOptions):
                 f"block={self.block} of a head that trains steps={self.steps}; a block has at least 2 tokens, and "
                 "needs as many steps, so that all of them are trained"
             )
-        for name, value in (("glance", self.glance), ("regression", self.regression), ("noise", self.noise)):
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name}={value} of a head must be 0 (to leave it out) or more")
 
 
 class Recurrent(nn.Module):

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from csdraft.decoding.cache_names import cache_name
 from csdraft.decoding.traits import FULL, SLIDING
 from csdraft.heads.folder import read_chosen
-from csdraft.heads.head import EMBEDDING, OUTPUT, Head, HeadOptions
+from csdraft.heads.head import LENDABLE, Head, HeadOptions
 from csdraft.heads.layers import check_whole, embeddings
 from csdraft.heads.on_target import OnTarget, called, frozen, name_only, set_parameter
 from csdraft.heads.self_draft import MTP, write_document
@@ -222,7 +222,7 @@ class OwnModule(OnTarget):
                 made.config, list(made.layers), rotary, kind if made.has_per_layer_rope else None, window
             )
         head.d2t = torch.zeros(len(head.d2t), dtype=torch.long, device=table.device)
-        head.lent = EMBEDDING | OUTPUT
+        head.lent = dict(LENDABLE)
         for name, source in head.lent.items():
             set_parameter(head, name, frozen(theirs.get(source, table)))  # an output layer may be the embedding
         head.stored_by = OwnModule

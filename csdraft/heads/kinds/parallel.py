@@ -37,8 +37,7 @@ class ParallelOptions(Eagle3Options):
     Args:
         mask_token: the token whose embedding the placeholders have; None: the target's padding token, else 0.
         blocks: how many decoder layers it has; the first is EAGLE-3's, the others are ordinary ones.
-        steps: how many tokens it drafts.
-        decay: weight of a token in the loss, relative to the one before.
+        steps, decay: how many tokens it drafts; the weight of a token in the loss, relative to the one before.
     """
 
     mask_token: int | None = None
