@@ -316,7 +316,7 @@ def _wanted(seen: Seen) -> dict[str, tuple[int, ...]]:
     qwen = seen.family == "qwen3"
     sizes |= {"head_dim": seen.number("head_dim", QWEN["head_dim"] if qwen else seen.width // max(heads, 1))}
     sizes |= {key: seen.flag(key) for key in ("attention_bias", "mlp_bias")}
-    norms = {key: seen.flag(key) for key in NORMS}
+    norms: dict[str, Any] = {key: seen.flag(key) for key in NORMS}
     norms["fc_norm"] |= seen.engine == "sglang" and seen.flag(OLD_FLAG)
     layers = (0,) * seen.count
     options = Eagle3Options(seen.rows, layers=layers, target_width=seen.target_width, **norms, qk_norm=qwen)
