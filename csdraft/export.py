@@ -10,11 +10,10 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
 from csdraft.heads.engines import ENGINES, WHOLE, ServedTarget, context_fault, serve_command
@@ -71,11 +70,7 @@ def served_target(path: str) -> ServedTarget:
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if config.is_encoder_decoder:
         raise ValueError(f"--target {path}: {config.model_type!r} is an encoder-decoder, and no engine drafts for one")
-    return ServedTarget.of(path, config, partial(_embedding, path))
-
-
-def _embedding(path: str) -> Tensor:
-    return embeddings(load_model(path, dtype="auto"))["input.weight"].detach()
+    return ServedTarget.of(path, config, lambda: embeddings(load_model(path, dtype="auto"))["input.weight"].detach())
 
 
 def _refuse(engine: str, drafter: str, faults: list[str]) -> None:

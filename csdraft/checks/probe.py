@@ -207,14 +207,11 @@ def _logits(model: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     texts[0].append([draft.tokens[1]])  # the second branch is accepted, so its keys and values move
     later = session.score([Request(0, texts[0], Draft())], choose=False)
     found = [view.raw(node) for view in scores for node in (ROOT, 0, 3)] + [later[0].raw(ROOT)]
-    paths = [[*text, *path] for text in (tokens, [*tokens[3:], *tokens[:2]]) for path in _paths(draft)]
+    drafted = [[draft.tokens[node] for node in draft.path(end)] for end in (ROOT, 0, 3)]
+    paths = [[*text, *path] for text in (tokens, [*tokens[3:], *tokens[:2]]) for path in drafted]
     wanted = [_alone(model, path) for path in [*paths, [*tokens, draft.tokens[1]]]]
     stepped = _stepped(model, paths[STEPPED])
     return torch.stack(found).float().cpu(), torch.stack(wanted).float().cpu(), stepped
-
-
-def _paths(draft: Draft) -> list[list[int]]:
-    return [[draft.tokens[node] for node in draft.path(end)] for end in (ROOT, 0, 3)]
 
 
 def _alone(model: Any, tokens: Sequence[int]) -> Tensor:
