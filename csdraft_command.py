@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # not every terminal has every character
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed, as by `<&-`
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - open to the end
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - open until the program ends
     try:
         status = importlib.import_module(f"csdraft.cli.{args.command}").run(args)
         print(end="", flush=True)

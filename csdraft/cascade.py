@@ -84,7 +84,8 @@ class CascadeDrafter(Drafter):
         for i, drafter in enumerate(self.drafters):
             if drafter is None:
                 raise ValueError(f"drafters[{i}] is None; give a model, a path, a Hub id or a csdraft.Drafter")
-        drafters = tuple(_unwrapped(as_drafter(drafter)) for drafter in self.drafters)
+        made = map(as_drafter, self.drafters)  # of a cascade in it, verifier, schedule and report are the outer one's
+        drafters = tuple(drafter.root if isinstance(drafter, CascadeDrafter) else drafter for drafter in made)
         auto = isinstance(self.k_matrix, str) and self.k_matrix == AUTO
         matrix = first_guess(drafters) if auto and drafters else check_k_matrix(self.k_matrix, drafters)
         check_lenience(self.lenience)
@@ -254,11 +255,6 @@ def options_of(drafter: Drafter | None, call: Options) -> Options:
     return call.or_else(drafter.options) if isinstance(drafter, CascadeDrafter) else call
 
 
-def _unwrapped(drafter: Drafter) -> Drafter:
-    """The nested drafters of a cascade in a cascade: verifier, schedule and report are the outer one's."""
-    return drafter.root if isinstance(drafter, CascadeDrafter) else drafter
-
-
 def _short(drafter: Any) -> str:
     if isinstance(drafter, ModelDrafter):
         return drafter.name or name_of(drafter.network)
@@ -350,7 +346,7 @@ def drafter_model(path: str, **options: Any) -> nn.Module:
     try:
         return load_model(path, **options)
     except OSError as error:
-        if path in spec.types("drafters"):  # a call takes a type, a generation config does not
+        if path in spec.types("drafters"):  # only `assistant=` takes a type
             raise OSError(f"{path!r} is a drafter's type; give the path or Hub id of a saved drafter") from error
         types = spec.nearest(path, spec.types("drafters"))
         raise OSError(f"{path!r} is not a model's folder, a reachable Hub id, or a drafter's type; {types}") from error

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     if args.save:
         check_free(Path(args.save))  # now, and not after minutes
         above = next(place for place in (Path(args.save), *Path(args.save).absolute().parents) if place.exists())
-        if not (above.is_dir() and os.access(above, os.W_OK)):
+        if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
             raise ValueError(f"--save {args.save}: {str(above)!r} is not a folder that can be written to")
     opened = open_models(args)
     drafters = candidates(opened, args.tree_nodes)

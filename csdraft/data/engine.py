@@ -138,7 +138,8 @@ class Engine:
             "seed": seed,
         }
         choice = self.ask("completions", body | WAYS[self.way], _continuation)
-        text = choice["text"].rstrip("\ufffd")  # at the end of a text that `max_tokens` cut within a character
+        text, cut = choice["text"], choice["finish_reason"] == "length"  # perhaps within a character
+        text = text.rstrip("\ufffd") if cut else text
         ids = self._ids_of(choice) if in_tokens else self._tokens_of(text, prompt)
         read = choice.get("prompt_token_ids")
         if in_tokens and read is not None and read != list(prompt):
@@ -147,7 +148,7 @@ class Engine:
             stop = choice.get("stop_reason")
             stop = stop if type(stop) is int and stop in self.ends else self.tokenizer.eos_token_id
             ids += [] if stop is None else [stop]
-        elif choice["finish_reason"] == "length" and in_tokens and len(ids) < new_tokens:
+        elif cut and in_tokens and len(ids) < new_tokens:
             raise EngineError(
                 f"{self.url}/completions wrote {len(ids)} of {new_tokens} tokens after {len(prompt)}: the server's "
                 "context is shorter; start it with a longer one (vLLM: --max-model-len), or lower max_new_tokens"

@@ -75,7 +75,11 @@ def is_broken(text: str) -> bool:
 def in_parts(message: Message) -> bool:
     """Whether the content is a list of text parts."""
     content = message.get("content")
-    return isinstance(content, list) and bool(content) and all(_is_text_part(part) for part in content)
+    return (
+        isinstance(content, list)
+        and bool(content)
+        and all(_is_part(part) and part["type"] == "text" and isinstance(part.get("text"), str) for part in content)
+    )
 
 
 def text_of_parts(message: Message) -> dict[str, Any]:
@@ -186,10 +190,6 @@ def _with_content(message: dict[str, Any]) -> dict[str, Any]:
 
 def _is_part(value: Any) -> bool:
     return isinstance(value, Mapping) and isinstance(value.get("type"), str)
-
-
-def _is_text_part(value: Any) -> bool:
-    return _is_part(value) and value["type"] == "text" and isinstance(value.get("text"), str)
 
 
 def _text_part(part: Any) -> dict[str, str]:

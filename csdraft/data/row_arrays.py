@@ -280,9 +280,11 @@ def lengths_of(rows: Any) -> np.ndarray:
     return np.array([len(ids) for ids in _token_ids(rows)], dtype=np.int64)
 
 
-def largest_of(rows: Any) -> int:
-    """The largest token id."""
-    return max((int(np.max(ids)) for ids in _token_ids(rows) if len(ids)), default=0)
+def largest_of(rows: Any) -> tuple[int, int]:
+    """The largest token id, and the first row that has it."""
+    found = [int(max(ids) if isinstance(ids, list) else np.max(ids)) if len(ids) else 0 for ids in _token_ids(rows)]
+    row = int(np.argmax(found))
+    return found[row], row
 
 
 def prompt_lengths_of(rows: Any) -> np.ndarray:

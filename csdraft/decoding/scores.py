@@ -20,8 +20,8 @@ __all__ = ["Scores", "TokenChooser", "argmax", "entropy"]
 
 
 NAN = (
-    "the logits are nan: the model's own, then check its dtype (fp16 overflows where bf16 does not); or the logits "
-    "processors forbid every token, and renormalize_logits divides by 0"
+    "the logits are nan. Either the model's own are (check its dtype: fp16 overflows where bf16 does not), or the "
+    "logits processors forbid every token and renormalize_logits divides by 0"
 )
 NOTHING_LEFT = "no token can be drawn: the logits processors forbid every one of them; let them allow some"
 MAX_SCORE_BYTES = 1 << 28

@@ -220,6 +220,6 @@ def tapped(model: Any, states: Sequence[Tensor], taps: Iterable[int]) -> dict[in
     if wrong := [tap for tap, state in found.items() if state.dim() != 3]:
         raise ValueError(
             f"{type(model).__name__} ({model.config.model_type}) has several hidden states for each token, of shape "
-            f"{tuple(states[wrong[0]].shape)} after block {wrong[0]}, and a head reads one; draft with another model"
+            f"{tuple(states[wrong[0]].shape)}, and a head reads one; draft with another model"
         )
     return found

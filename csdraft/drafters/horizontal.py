@@ -64,6 +64,7 @@ class Horizontal(Drafter):
         call, drafts = contexts[0].call, [context.draft for context in contexts]
         outermost = call.memo(Horizontal, lambda: self)  # the first to draft in a call
         call.ledger.cut += sum(max(self.depth - budget.depth, 0) for budget in budgets)
+        ends = call.chooser.stopping.eos  # nothing follows a draft that ends the text
         limits = [[min(limit, b.depth) for limit in accumulate(self.lengths)] for b in budgets]
         for stage, drafter in enumerate(self.drafters):
             if self.lengths[stage] == 0 or stage < budgets[0].skip:
@@ -72,7 +73,7 @@ class Horizontal(Drafter):
             for i, (context, draft, budget) in enumerate(zip(contexts, drafts, budgets, strict=True)):
                 grown = draft.depth(draft.tip) - context.draft.depth(context.tip)
                 wanted, room = limits[i][stage] - grown, min(budget.room, self.depth) - grown
-                if wanted > 0 and room > 0 and not _ended(draft, context):
+                if wanted > 0 and room > 0 and not ends.intersection(draft.tokens[len(context.draft) :]):
                     start = context.after(draft) if grown else context
                     size = budget.size if stage == budget.skip else None  # meant for the first stage that drafts
                     asked[i] = start, replace(budget, depth=min(wanted, room), room=room, skip=0, size=size)
@@ -86,9 +87,3 @@ class Horizontal(Drafter):
                 if began is not None:
                     call.ledger.charge(drafter, began, call.ledger.mark(), grown)
         return drafts
-
-
-def _ended(draft: Draft, context: Context) -> bool:
-    """Whether the draft already ends the text."""
-    ends = context.call.chooser.stopping.eos
-    return any(token in ends for token in draft.tokens[len(context.draft) :])

@@ -60,7 +60,7 @@ class ServedTarget:
             text.hidden_size,
             text.num_hidden_layers,
             getattr(text, "max_position_embeddings", None),
-            embedding,
+            lambda: embedding()[: text.vocab_size],  # some have rows that are no tokens
         )
 
 

@@ -59,7 +59,7 @@ def read_arguments(cls: type[T], config: str | None, overrides: list[str]) -> T:
 
 def read_values(config: str | None, overrides: list[str]) -> dict[str, Any]:
     """The keys of a flat YAML file and of `key=value` strings, unchecked."""
-    values = (_of_yaml(read_utf8(config), config) or {}) if config else {}
+    values = (_of_yaml(read_utf8(config), config, keys=True) or {}) if config else {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ValueError(f"{config} holds other things than keys with values, such as max_steps: 100")
     for override in overrides:
@@ -73,21 +73,29 @@ def read_values(config: str | None, overrides: list[str]) -> dict[str, Any]:
 class _Loader(yaml.SafeLoader):
     """Reads 3e-4 as a number, as YAML 1.2 does (YAML 1.1 wants a point in it), and takes no key twice."""
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
-        names = [key.value for key, _ in node.value]
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        names = [(key.tag, key.value) for key, _ in node.value if not key.tag.endswith((":merge", ":map", ":seq"))]
         if twice := [name for name in names if names.count(name) > 1]:
-            raise yaml.constructor.ConstructorError(None, None, f"it has {twice[0]!r} twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+            raise yaml.composer.ComposerError(None, None, f"it has {twice[0][1]!r} twice", node.start_mark)
+        return node
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+EXPONENT = "!exponent"
+_Loader.add_implicit_resolver(EXPONENT, re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+_Loader.add_constructor(EXPONENT, lambda _, node: float(node.value))
 
 
-def _of_yaml(text: str, what: str) -> Any:
+def _of_yaml(text: str, what: str, keys: bool = False) -> Any:
+    """The value of a key, or of a file with `keys`. The key's `3e-4` stays text for `_typed`; in a list it is none."""
     try:
-        return yaml.load(text, _Loader)
+        loader = _Loader(text)
+        if (node := loader.get_single_node()) is None:
+            return None
+        values = [value for _, value in node.value] if keys and isinstance(node, yaml.MappingNode) else [node]
+        for value in values:
+            value.tag = "tag:yaml.org,2002:str" if value.tag == EXPONENT else value.tag
+        return loader.construct_document(node)
     except yaml.YAMLError as error:
         raise ValueError(f"{what} is not YAML: {' '.join(str(error).split())}") from error
 
@@ -107,7 +115,7 @@ def make_arguments(cls: type[T], values: Mapping[str, Any]) -> T:
 
 
 def _typed(key: str, value: Any, field: Field, hint: Any) -> Any:
-    """A value with the field's type. YAML 1.1 reads `3e-4` and `none` as text and a bare `no` as false."""
+    """A value with the field's type. `_of_yaml` reads `3e-4` and `none` as text and a bare `no` as false."""
     default, kind = field.default, str(field.type)
     if value is False and isinstance(default, str):
         return "none" if default == "none" else "no"

@@ -91,7 +91,7 @@ class DrafterTrainer(BaseTrainer):
                 with evaluating(each):
                     check_packing(each)
         if texts:
-            self._check_vocabularies(largest_of(texts.rows))
+            self._check_vocabularies(*largest_of(texts.rows))
 
     @property
     def student(self) -> nn.Module:
@@ -105,12 +105,15 @@ class DrafterTrainer(BaseTrainer):
     def models(self) -> list[tuple[str, nn.Module]]:
         return [("The target", self.target), ("The student", self.student)]
 
-    def _check_vocabularies(self, largest: int) -> None:
+    def _check_vocabularies(self, largest: int, row: int) -> None:
         """Raises ValueError if a model lacks a token of the texts, which it could not read."""
         for what, model in self.models():
             vocab = model.config.get_text_config(decoder=True).vocab_size  # type: ignore[union-attr,operator]
             if largest >= vocab:
-                raise ValueError(f"{what} has {vocab} tokens, the texts have token {largest}: leave such texts out")
+                raise ValueError(
+                    f"{what} has a vocabulary of {vocab}, and row {row} has token {largest}; use the tokenizer that "
+                    "belongs to the model, or resize its embedding"
+                )
 
     def rows_of(self, item: int) -> list[int]:
         texts: Any = self.train_dataset.data  # type: ignore[union-attr]

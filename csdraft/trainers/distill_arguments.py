@@ -78,6 +78,11 @@ class DistillArguments(DataArguments, RunArguments):
             raise ValueError("deepspeed is needed and not installed: pip install csdraft[deepspeed]")
         if self.learning_rate is None:
             self.learning_rate = self.kind.rate
+        if self.save_strategy == "best" and self.eval_strategy == "no":
+            raise ValueError(
+                "save_strategy='best' without evaluations saves nothing: give eval_strategy=steps and "
+                "eval_prompts=FILE, or save_strategy=steps"
+            )
         follows = self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
         chooses = follows or self.load_best_model_at_end or self.save_strategy == "best"
         if chooses and self.metric_for_best_model is None:

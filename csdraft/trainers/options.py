@@ -85,7 +85,7 @@ def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
     return {key: json.loads(json.dumps(_name(key, value), default=str)) for key, value in options.items()}
 
 
-def _name(key: str, value: Any) -> Any:  # a cache may be gone; os.path takes long texts, too
+def _name(key: str, value: Any) -> Any:  # a cache may be gone; a long text is no path, and Path raises
     if isinstance(value, str) and value and (key == "target_cache" or os.path.exists(value)):
         return Path(value).resolve().name
     return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -148,8 +149,8 @@ def check(args: DistillArguments, config: PreTrainedConfig, tokenizer: PreTraine
     if args.max_length > (context := context_length(config)):
         raise ValueError(f"max_length={args.max_length} is longer than the target's context of {context} tokens")
     check_writable(args.output_dir)
-    RunFolder(args)  # raises if the folder holds another run
-    if args.student is not None:
+    folder = RunFolder(args)  # raises if the folder holds another run
+    if args.student is not None and not folder.finished:
         check_context(args)
         check_tokenizers(args.student, args.target, tokenizer)
 
@@ -189,10 +190,15 @@ def check_context(args: DistillArguments) -> None:
     """Raises ValueError if there is no student, or it cannot read a whole text (unknown of an adapter)."""
     try:
         own = context_length(AutoConfig.from_pretrained(args.student))
-    except (OSError, ValueError):
-        student = str(args.student)
-        if not (config_at(student) or find_adapter_config_file(student) or read_document(student)):
-            raise ValueError(f"student={student!r} is no folder or Hub id with a model or an adapter") from None
+    except (OSError, ValueError) as error:
+        student, found = str(args.student), None
+        with suppress(OSError):
+            found = config_at(student) or find_adapter_config_file(student) or read_document(student)
+        if not found:
+            raise ValueError(
+                f"student={student!r} is neither a folder nor a Hub id within reach that has a model or an adapter "
+                f"({str(error).partition(chr(10))[0]}); check the name, and the connection"
+            ) from error
         return
     if own < args.max_length:
         raise ValueError(f"max_length={args.max_length} is longer than the student's context of {own} tokens")

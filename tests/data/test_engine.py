@@ -294,14 +294,19 @@ def test_a_text_that_stopped_ends_by_a_token(server, stop):
 
 
 def test_half_a_character_at_the_end_of_a_text_is_left_out(server):
-    texts = iter(["w7 w8", "w7 w8\ufffd\ufffd"])
-    choice = {"finish_reason": "length"}
-    server.fault = lambda number, body: (200, json.dumps({"choices": [choice | {"text": next(texts)}]}).encode())
+    """Where the text was cut; one that has ended is as the model wrote it."""
+    texts = iter([("w7 w8", "length"), ("w7 w8\ufffd\ufffd", "length"), ("w7 w8\ufffd\ufffd", "stop")])
+
+    def choice() -> dict:
+        return dict(zip(("text", "finish_reason"), next(texts), strict=True))
+
+    server.fault = lambda number, body: (200, json.dumps({"choices": [choice()]}).encode())
     with server.served() as url:
         asks = engine(url)
         asks.way = "text in and out"
-        whole, cut = (asks.write([5, 6], 4, 0.0, 0) for _ in range(2))
+        whole, cut, ended = (asks.write([5, 6], 9, 0.0, 0) for _ in range(3))
     assert whole == cut != []
+    assert ended[:-1] not in (cut, [])
 
 
 def test_an_answer_that_is_nested_too_deeply_is_none(server):

@@ -380,7 +380,7 @@ def test_nothing_is_left_to_draw(rows: int, options: dict) -> None:
         tiny.tiny("llama").generate(**options)
     with pytest.raises(ValueError, match=r"no token can be drawn.*let them allow some"):
         tiny.tiny("llama").generate(**options, assistant=MaxGram(), schedule="fixed")
-    with pytest.raises(ValueError, match="processors forbid every token, and renormalize_logits"):
+    with pytest.raises(ValueError, match="processors forbid every token and renormalize_logits"):
         tiny.tiny("llama").generate(**options, assistant=MaxGram(), schedule="fixed", renormalize_logits=True)
 
 

@@ -126,6 +126,8 @@ def test_tokens_that_the_drafter_lacks_are_clamped_if_few_and_refused_if_many() 
 def test_tokens_that_the_target_lacks_are_never_drafted() -> None:
     target, ids = tiny.fresh("llama", vocab_size=60), tiny.prompt()["input_ids"] % 60
     drafter = Translated(csdraft.ModelDrafter(tiny.tiny("llama")), tiny.tokenizer(), tiny.tokenizer())
+    drafted = drafter.drafter.models()[0].generate(ids, do_sample=False, max_new_tokens=24)
+    assert (drafted[:, ids.shape[1] :] >= 60).any(), "it would draft such tokens"
     plain = target.generate(ids, do_sample=False, max_new_tokens=24)
     assert torch.equal(target.generate(ids, **GREEDY, assistant=drafter), plain)
 

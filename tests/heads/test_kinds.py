@@ -25,6 +25,7 @@ from csdraft.decoding.stopping import Stopping
 from csdraft.decoding.text import Text
 from csdraft.drafters.horizontal import Horizontal
 from csdraft.drafters.vertical import Vertical
+from csdraft.heads.engines import ServedTarget
 from csdraft.heads.head import LAST
 from csdraft.models import load_model
 from csdraft.trainers.distillation import Distillation
@@ -311,3 +312,7 @@ def test_a_targets_embedding_may_have_rows_that_are_no_tokens(tmp_path, name):
     wanted = tall.generate(**ragged_batch(PROMPTS), pad_token_id=0, **GREEDY)
     drafted = tall.generate(**ragged_batch(PROMPTS), assistant=ModelDrafter(tmp_path), **FIXED, **GREEDY)
     assert torch.equal(drafted, wanted)
+    head: Any = as_drafter(ModelDrafter(tmp_path), tall).network
+    assert torch.equal(head.embed_tokens.weight, table.weight[:97])
+    served = ServedTarget.of("tall", tall.config, lambda: table.weight)
+    assert torch.equal(served.embedding(), table.weight[:97])  # what an exported head has

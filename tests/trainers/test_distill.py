@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, Trainer, TrainerCallback
 
 import csdraft
@@ -277,10 +278,10 @@ WRONG = {
     "an unknown loss": ({"losses": {"foward_kl": 1.0}}, "forward_kl"),
     "a share above one": ({"on_policy": 1.5}, "from 0 to 1"),
     "no texts": ({"dataset": "{folder}/nothing.jsonl"}, "nothing.jsonl"),
-    "no student": ({"student": "out/nowhere"}, "student='out/nowhere' is no folder or Hub id with a model"),
+    "no student": ({"student": "out/nowhere"}, "student='out/nowhere' is neither a folder nor a Hub id within reach"),
     "no base": (
         {"student": "out/nowhere", "peft": {"r": 2}},
-        "student='out/nowhere' is no folder or Hub id with a model",
+        "student='out/nowhere' is neither a folder nor a Hub id within reach",
     ),
     "two starts": ({"init": {"config": {}}}, "student and init given; choose one"),
     "an unwritable folder": ({"output_dir": "/proc/nowhere"}, "/proc/nowhere"),
@@ -421,14 +422,20 @@ def test_words_of_yaml_mean_what_the_default_says():
     assert (args.learning_rate, args.max_steps, args.logging_steps) == (3e-4, 1000, 5)
 
 
-def test_a_rate_that_follows_a_figure_wants_it_higher(folder):
+@pytest.mark.parametrize("kind", ["reduce_lr_on_plateau", "greedy"])
+def test_a_rate_that_follows_a_figure_wants_it_higher(folder, kind):
     """transformers would lower the rate when the figure rises."""
-    given = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 2}
-    args = arguments(folder, "plateau", **given, lr_scheduler_kwargs={"patience": 0})
-    assert (args.metric_for_best_model, args.lr_scheduler_kwargs) == (
-        "block_efficiency",
-        {"mode": "max", "patience": 0},
-    )
+    given = {"lr_scheduler_type": kind, "eval_strategy": "steps", "eval_steps": 2}
+    args = arguments(folder, kind, **given, lr_scheduler_kwargs={"patience": 0})
+    assert args.metric_for_best_model == "block_efficiency"
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    made = transformers.get_scheduler(kind, optimizer, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
+    assert (made.mode, made.patience) == ("max", 0)
+
+
+def test_the_best_checkpoint_is_none_without_evaluations(folder):
+    with pytest.raises(ValueError, match="save_strategy='best' without evaluations saves nothing: give eval_strategy"):
+        arguments(folder, "best", save_strategy="best")
 
 
 @pytest.mark.slow

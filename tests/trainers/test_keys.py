@@ -80,6 +80,17 @@ def test_none_is_what_the_help_says_it_is():
         make_arguments(DistillArguments, given | {"dataset_limit": "few"})
 
 
+def test_what_looks_like_a_number_is_text_for_a_key_and_a_number_within_one(tmp_path):
+    """Folders and revisions may have such names."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("output_dir: 3e-4\nlosses: {a: 1e-5}\nb: &b {x: 1e5}\nc: {<<: *b, x: 2}\nd: {<<: *b}\n")
+    read = {"output_dir": "3e-4", "losses": {"a": 1e-5}, "b": {"x": 1e5}, "c": {"x": 2}, "d": {"x": 1e5}}
+    given = ["run_name=3e-4", "student=12e4567", "layers=[1e1]", "nothing="]
+    assert read_values(str(recipe), given) == read | {
+        "run_name": "3e-4", "student": "12e4567", "layers": [10.0], "nothing": None,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

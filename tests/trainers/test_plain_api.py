@@ -138,7 +138,7 @@ REFUSED = {
     ),
     "tokens that a model lacks": (
         {"model": fresh("llama", vocab_size=99)},
-        "The student has 99 tokens, the texts have token 259",
+        r"The student has a vocabulary of 99, and row \d+ has token 259",
     ),
     "figures that are not computed": ({"compute_metrics": lambda prediction: {}}, "compute_metrics= has no effect"),
     "a loss that is not used": ({"compute_loss_func": lambda *_, **__: 0}, "compute_loss_func= has no effect"),

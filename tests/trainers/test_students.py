@@ -248,8 +248,8 @@ def test_configs_that_are_refused(options, message):
         ({"student": "x", "peft": {"lora_alfa": 2}}, "did you mean 'lora_alpha'"),
         ({"init": on_target([9]), "peft": {"r": 2}}, r"layers=\[9\]: list numbers of the target's 2 layers"),
         ({"init": on_target([0]), "peft": {"bias": "all"}}, "would change the target's own"),
-        ({"init": on_target([0]), "peft": {"init_lora_weights": "pissa"}}, "would change the base's own weights"),
-        ({"student": "x", "peft": {"init_lora_weights": "olora"}}, "would change the base's own weights"),
+        ({"init": on_target([0]), "peft": {"init_lora_weights": "pissa"}}, "may depend on the base or change it"),
+        ({"student": "x", "peft": {"init_lora_weights": "olora"}}, "may depend on the base or change it"),
         ({"student": "x", "peft": {"alora_invocation_tokens": [1]}}, "has no option 'alora_invocation_tokens'"),
     ],
 )

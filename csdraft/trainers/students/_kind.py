@@ -69,7 +69,7 @@ class HeadKind(Student):
                 f"init.{self.name}: a {config.model_type!r} target is an encoder-decoder, which no head reads"
             )
         text = config.get_text_config(decoder=True)
-        states = max(getattr(text, key, 1) for key in STREAMS)
+        states = max(getattr(text, key, None) or 1 for key in STREAMS)
         if states > 1:
             raise ValueError(
                 f"init.{self.name}: a {config.model_type!r} target has {states} hidden states for each token, and a "

@@ -21,8 +21,9 @@ __all__ = ["Lora", "check_lora", "with_lora"]
 
 SET_HERE = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
 SET_HERE |= {"inference_mode", "runtime_config", "layer_replication", "alora_invocation_tokens"}
-"""Options of LoRA that are not the user's to set. With the last, nothing would be trained."""
-STARTS = (True, False, "gaussian", "orthogonal")  # they do not change the base's weights
+"""Options of LoRA that are not the user's to set. With `alora_invocation_tokens`, nothing would be trained."""
+STARTS = (True, False, "gaussian", "orthogonal")
+"""Starts of an adapter that is saved without its base's weights: they neither change these nor are made of them."""
 
 
 class Lora(Student):
@@ -62,7 +63,7 @@ def check_lora(peft: Mapping[str, Any]) -> None:
     if peft.get("r", 1) < 1:
         raise ValueError(f"peft.r={peft['r']} is a rank: give at least 1")
     if (start := peft.get("init_lora_weights", True)) not in STARTS:
-        raise ValueError(f"peft.init_lora_weights={start!r} would change the base's own weights; use one of {STARTS}")
+        raise ValueError(f"peft.init_lora_weights={start!r} may depend on the base or change it; use one of {STARTS}")
 
 
 def with_lora(model: nn.Module, options: Mapping[str, Any]) -> nn.Module:
