@@ -49,11 +49,10 @@ def run(args: argparse.Namespace) -> int:
 
 def check_writable(path: str) -> None:
     """Raises OSError if no file can be written there; a new one is removed again."""
-    path = os.path.realpath(path)
     is_new = not os.path.exists(path)
     open(path, "a").close()
     if is_new:
-        os.remove(path)
+        os.remove(os.path.realpath(path))
 
 
 def explain_empty(may_chat: bool) -> None:
