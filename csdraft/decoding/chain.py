@@ -137,7 +137,7 @@ class OnHost(Chains):
 
     def choose(self, logits: Tensor) -> list[int]:
         live = [row for row in self.rows if not row.ended]
-        ids = [0] * len(logits)
+        ids = [0] * logits.shape[0]
         for row, token in zip(live, self._tokens(live, logits), strict=True):
             ids[row.place] = token
             if self.watched:
@@ -150,11 +150,12 @@ class OnHost(Chains):
     def _tokens(self, live: Sequence[Row], logits: Tensor) -> list[int]:
         chooser, sampler = self.chooser, self.chooser.sampler
         if sampler.greedy and chooser.processing.at_once and not chooser.processing.reads_tokens:
-            places = [row.place for row in live]
-            views = logits if places == list(range(len(logits))) else logits[places]  # (live, vocab)
-            blind = chooser.processing.text_blind
-            before = None if blind else Before([row.position + row.context.text.padding for row in live])
-            return argmax(chooser.processing.all_at_once(views, before))
+            batch, before = logits.shape[0], None
+            if batch > 1 and (places := [row.place for row in live]) != list(range(batch)):
+                logits = logits[places]  # (live, vocab)
+            if not chooser.processing.text_blind:
+                before = Before([row.position + row.context.text.padding for row in live])
+            return argmax(chooser.processing.all_at_once(logits, before))
         tokens = []
         for row in live:
             context, drawn = row.context, row.drawn

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,9 +15,6 @@ __all__ = ["Inputs", "Plan", "Shape"]
 
 IDS, POSITIONS, SLOTS, SEES, PATHS = range(5)
 """Rows of the table of an `Inputs`; from PATHS on, the extra slots that a query sees."""
-
-FAR = 1 << 29
-"""A position that no text reaches."""
 
 
 class Shape(NamedTuple):
@@ -105,7 +102,8 @@ class Inputs:
         self._host = torch.zeros(shape, dtype=torch.long, device="cpu")  # (5 + deepest, rows, queries)
         self._table = self._host.numpy()  # shares its memory
         self._there = self._host if device.type == "cpu" else torch.zeros(shape, dtype=torch.long, device=device)
-        self._here: Any = self._table if self._there is self._host else self._there  # on a CPU, NumPy is faster
+        # On a CPU, single numbers of a small table are changed fastest without torch or NumPy.
+        self._numbers = self._table.reshape(-1).data if self._there is self._host else None
         self.ids, self.positions, self.slots, self.sees = self._there[:PATHS]
         self.paths = self._there[PATHS:].permute(1, 2, 0) if deepest else None  # (rows, queries, deepest)
         self.end = self.seen_by_all = 0
@@ -125,10 +123,7 @@ class Inputs:
                 self.seen_by_all = 0
                 table[:, row, :pad] = plan.spare
                 table[IDS, row, :pad], table[POSITIONS, row, :pad], table[SEES, row, :pad] = 0, reach, 0
-            table[IDS, row, pad:] = plan.tokens
-            table[POSITIONS, row, pad:] = plan.positions
-            table[SLOTS, row, pad:] = plan.slots
-            table[SEES, row, pad:] = plan.sees
+            table[:PATHS, row, pad:] = plan.tokens, plan.positions, plan.slots, plan.sees
             if self.paths is not None:
                 table[PATHS:, row, pad:] = table[SLOTS, row, pad:]
                 for query, path in enumerate(plan.paths or (), pad):
@@ -153,18 +148,22 @@ class Inputs:
             last: the model's last position.
         """
         self.put(tokens)
-        here = self._here[POSITIONS:]
-        here += 1  # in place, without a copy back
+        if (numbers := self._numbers) is None:
+            self._there[POSITIONS:].add_(1)
+        else:
+            for i in range(POSITIONS * len(tokens), len(numbers)):
+                numbers[i] += 1
         self.end += 1
-        if last < FAR:
+        if self.end > last + 1:  # no position is above its slot
             self.positions.clamp_(max=last)
 
     def put(self, tokens: Tensor | Sequence[int]) -> None:
         """Replaces the (rows,) tokens of inputs with one query."""
-        if self._here is self._table:
-            self._here[IDS, :, 0] = tokens
-        else:
+        if self._numbers is None or isinstance(tokens, Tensor):
             self.ids[:, 0] = torch.as_tensor(tokens, device=self.ids.device)  # (rows,)
+        else:
+            for row, token in enumerate(tokens):
+                self._numbers[row] = token
 
     def _fetch(self, drafts: Sequence[Awaited | None]) -> None:
         """Copies tokens that are still on the device to the end of each row; all at once where one chain drew them."""

@@ -257,7 +257,8 @@ class Reader:
             output = forward(self.runs, arguments)
         if self.taps:
             self.cache.note(tapped(self.model, output.hidden_states, self.taps))
-        return output.logits[:, -keep:]
+        logits = output.logits
+        return logits if logits.shape[1] == keep else logits[:, -keep:]
 
     def _masks(self, inputs: Inputs, slots: int, told: int) -> Tensor | dict[str | None, Tensor]:
         """The model's attention mask: True and False for sdpa, 0 and -inf for eager; a dict if it takes several.
