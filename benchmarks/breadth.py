@@ -45,6 +45,7 @@ from csdraft.schedules.fixed import Fixed
 from csdraft.schedules.stop_head import StopHead
 from csdraft.tables.corpus import CorpusIndex
 from csdraft.trainers.stop_head import fit, harvest
+from csdraft_command import COUNT
 
 __all__ = ["GREEDY", "SAMPLED", "breadth"]
 
@@ -138,11 +139,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--tune-prompts", default="recipes/smol/prompts_tune.jsonl", help="that the stop head learns from"
     )
-    parser.add_argument("--documents", type=int, default=150, help="to look things up in (default: %(default)s)")
-    parser.add_argument("--limit", type=int, default=12, help="prompts (default: %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--repetitions", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--documents", type=COUNT, default=150, help="to look things up in (default: %(default)s)")
+    parser.add_argument("--limit", type=COUNT, default=12, help="prompts (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=COUNT, default=64)
+    parser.add_argument("--repetitions", type=COUNT, default=2)
+    parser.add_argument("--threads", type=COUNT, default=2)
     parser.add_argument("--out", type=Path, default=Path("out/methods.json"))
     options = parser.parse_args(argv)
     logging.disable_progress_bar()

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from csdraft.prepare import measured
+from csdraft_command import COUNT
 
 WIDTHS = (1, 2, 4, 8, 16, 32, 64)
 MODES = {"own": False, "packed": "auto"}
@@ -27,9 +28,9 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--target", required=True, help="a causal model's folder")
     parser.add_argument("--dtype", default="float32", help="of the model (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s)")
-    parser.add_argument("--slots", type=int, default=256, help="tokens that it sees (default: %(default)s)")
-    parser.add_argument("--passes", type=int, default=5, help="over all widths and ways (default: %(default)s)")
+    parser.add_argument("--threads", type=COUNT, default=1, help="of torch (default: %(default)s)")
+    parser.add_argument("--slots", type=COUNT, default=256, help="tokens that it sees (default: %(default)s)")
+    parser.add_argument("--passes", type=COUNT, default=5, help="over all widths and ways (default: %(default)s)")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     target = AutoModelForCausalLM.from_pretrained(options.target, dtype=options.dtype).eval()

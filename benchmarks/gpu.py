@@ -27,6 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import csdraft
 from csdraft import CascadeDrafter, MaxGram, ModelDrafter
 from csdraft.amounts import count_text
+from csdraft_command import COUNT
 
 __all__ = ["ROWS", "Measured", "measure", "pair_of_models"]
 
@@ -171,7 +172,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--size", choices=SIZES, default="8b", help="of the target (default: %(default)s)")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--new", type=int, default=128, help="tokens to write, half of them in batches")
+    parser.add_argument("--new", type=COUNT, default=128, help="tokens to write, half of them in batches")
     parser.add_argument("--only", nargs="*", choices=ROWS, metavar="ROW", help="of: " + "; ".join(ROWS))
     parser.add_argument("--prepare", action="store_true", help="record and time all shapes first, and print them")
     parser.add_argument("--out", type=Path, default=Path("out/bench/gpu.json"))

@@ -42,6 +42,7 @@ from csdraft.tables.adjacency import KEPT, AdjacencyTable
 from csdraft.tables.corpus import CorpusIndex
 from csdraft.tables.documents import DocumentTable
 from csdraft.tables.outputs import OutputTable
+from csdraft_command import COUNT
 
 __all__ = ["Lookup", "lookup_claims", "lookup_table", "measure_lookups"]
 
@@ -237,9 +238,9 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--tokenizer", default="models/smol-target", help="default: %(default)s")
     parser.add_argument("--source", default="stdlib", help="texts, as training reads them (default: %(default)s)")
-    parser.add_argument("--limit", type=int, default=150, help="examples read (default: %(default)s)")
-    parser.add_argument("--history", type=int, default=HISTORY, help="tokens of the text (default: %(default)s)")
-    parser.add_argument("--proposals", type=int, default=PROPOSALS, help="timed (default: %(default)s)")
+    parser.add_argument("--limit", type=COUNT, default=150, help="examples read (default: %(default)s)")
+    parser.add_argument("--history", type=COUNT, default=HISTORY, help="tokens of the text (default: %(default)s)")
+    parser.add_argument("--proposals", type=COUNT, default=PROPOSALS, help="timed (default: %(default)s)")
     options = parser.parse_args(argv)
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer, trust_remote_code=False)
     rows = read_rows(options.source, tokenizer, 1 << 20, limit=options.limit)

@@ -17,6 +17,7 @@ from torch import nn
 from benchmarks.memory import PeakMemory
 from csdraft.amounts import size_text
 from csdraft.trainers.objective import Objective
+from csdraft_command import COUNT
 
 __all__ = ["LossMemory", "loss_memory"]
 
@@ -89,10 +90,12 @@ def main(argv: Sequence[str]) -> int:
         prog="python -m benchmarks memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--losses", type=json.loads, default='{"forward_kl": 1.0}', help="default: %(default)s")
-    parser.add_argument("--vocabulary", type=int, default=151936, help="tokens (default: %(default)s, Qwen3's)")
-    parser.add_argument("--positions", type=int, default=4096, help="of a micro-batch (default: %(default)s)")
-    parser.add_argument("--chunk", type=int, default=256, help="positions at once (default: %(default)s)")
-    parser.add_argument("--width", type=int, default=64, help="of hidden states; it costs time (default: %(default)s)")
+    parser.add_argument("--vocabulary", type=COUNT, default=151936, help="tokens (default: %(default)s, Qwen3's)")
+    parser.add_argument("--positions", type=COUNT, default=4096, help="of a micro-batch (default: %(default)s)")
+    parser.add_argument("--chunk", type=COUNT, default=256, help="positions at once (default: %(default)s)")
+    parser.add_argument(
+        "--width", type=COUNT, default=64, help="of hidden states; it costs time (default: %(default)s)"
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--device", default="cpu", help="such as cuda (default: %(default)s)")
     options = parser.parse_args(argv)

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from csdraft import CascadeDrafter, Drafter, MaxGram, ModelDrafter
 from csdraft.models import load_model
 from csdraft.schedules.fixed import Fixed
+from csdraft_command import COUNT
 
 FIELDS = ("turns", "prompt", "question", "problem", "article", "instruction", "text")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -108,11 +109,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--target", required=True, help="a causal model's folder")
     parser.add_argument("--drafter", help="a smaller one of the same tokenizer, or a head; else only Max-Gram drafts")
     parser.add_argument("--prompts", nargs="+", required=True, metavar="KIND=FILE", help="JSON lines, also .xz")
-    parser.add_argument("--count", type=int, default=4, help="prompts of each kind (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=64, help="new tokens a prompt (default: %(default)s)")
-    parser.add_argument("--longest", type=int, default=192, help="tokens of a prompt (default: %(default)s)")
+    parser.add_argument("--count", type=COUNT, default=4, help="prompts of each kind (default: %(default)s)")
+    parser.add_argument("--tokens", type=COUNT, default=64, help="new tokens a prompt (default: %(default)s)")
+    parser.add_argument("--longest", type=COUNT, default=192, help="tokens of a prompt (default: %(default)s)")
     parser.add_argument("--dtype", default="float32", help="of the models (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s)")
+    parser.add_argument("--threads", type=COUNT, default=1, help="of torch (default: %(default)s)")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="of the table (default: %(default)s)")
     parser.add_argument("--only", nargs="+", help="drafters, of max_gram, model and cascade")
     parser.add_argument("--busy", action="store_true", help="with a second process at work")

@@ -32,6 +32,7 @@ from benchmarks.suites import SUITES, Outcome, Work, methods_suite
 from csdraft.bench import Prompt, configured
 from csdraft.data.json_lines import read_objects
 from csdraft.progress import Progress
+from csdraft_command import COUNT
 
 __all__ = ["load_model", "main", "read_prompts"]
 
@@ -70,19 +71,21 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--tune-prompts", default=TUNE_PROMPTS, help="for the suites grid and planner (default: %(default)s)"
     )
-    made.add_argument("--limit", type=int, help="use so many prompts at most")
-    made.add_argument("--context", type=int, help="make every prompt so many tokens long, with the prompts before it")
+    made.add_argument("--limit", type=COUNT, help="use so many prompts at most")
+    made.add_argument(
+        "--context", type=COUNT, help="make every prompt so many tokens long, with the prompts before it"
+    )
     made.add_argument("--methods", default="", help="names with commas between them (default: most)")
-    made.add_argument("--depth", type=int, default=5, help="of methods of fixed length (default: %(default)s)")
+    made.add_argument("--depth", type=COUNT, default=5, help="of methods of fixed length (default: %(default)s)")
     made.add_argument("--k-matrix", type=json.loads, help="of the cascade [drafter, MaxGram], as JSON")
-    made.add_argument("--max-new-tokens", type=int, help="default: 128, suite random 256")
+    made.add_argument("--max-new-tokens", type=COUNT, help="default: 128, suite random 256")
     made.add_argument("--ignore-eos", action="store_true", help="continue to the length asked for; suites always do")
     made.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    made.add_argument("--batch-size", type=int, default=1)
-    made.add_argument("--repetitions", type=int, default=3)
+    made.add_argument("--batch-size", type=COUNT, default=1)
+    made.add_argument("--repetitions", type=COUNT, default=3)
     made.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     made.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="cpu: for trials on a busy machine")
-    made.add_argument("--threads", type=int, help="of torch on the CPU (default: all cores)")
+    made.add_argument("--threads", type=COUNT, help="of torch on the CPU (default: all cores)")
     made.add_argument("--device", default="cpu", help="such as cuda (default: %(default)s)")
     made.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for JSON and SVG")
     return made

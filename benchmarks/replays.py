@@ -27,6 +27,7 @@ from csdraft import spec
 from csdraft.decoding.interfaces import Drafter, Schedule
 from csdraft.metrics.intervals import Interval, bootstrap_ratio
 from csdraft.schedules.fixed import Fixed
+from csdraft_command import COUNT
 
 __all__ = ["CHATS", "Yield", "measure", "read_answers", "read_pairs", "read_rounds", "table"]
 
@@ -202,8 +203,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--eos", default="</s>", help="the end-of-text token of a tokenizer.json")
     parser.add_argument("--chat", help=f"chat template: {', '.join(CHATS)}, or a file; the tokenizer's own by default")
     parser.add_argument("--drafters", nargs="*", help="types or JSON")
-    parser.add_argument("--depth", type=int, help="draft tokens a round; as many as a drafter likes by default")
-    parser.add_argument("--limit", type=int, help="texts of each task")
+    parser.add_argument("--depth", type=COUNT, help="draft tokens a round; as many as a drafter likes by default")
+    parser.add_argument("--limit", type=COUNT, help="texts of each task")
     parser.add_argument("--json", help="a file for the counts of every group")
     options = parser.parse_args(argv)
 

@@ -38,6 +38,7 @@ from csdraft.drafters.model import ModelDrafter
 from csdraft.metrics.intervals import bootstrap_median
 from csdraft.progress import Progress
 from csdraft.version import __version__
+from csdraft_command import COUNT
 
 __all__ = ["WARM", "Question", "questions", "table"]
 
@@ -185,11 +186,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--target", required=True, help="a causal model's folder or Hub id")
     parser.add_argument("--drafter", help="a model's or a head's folder or Hub id, measured alone and above MaxGram")
     parser.add_argument("--prompts", nargs="+", required=True, metavar="KIND=FILE", help="JSON lines, also .xz")
-    parser.add_argument("--count", type=int, default=4, help="prompts of each task (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=80, help="new tokens at most (default: %(default)s)")
-    parser.add_argument("--longest", type=int, default=1200, help="tokens of a prompt (default: %(default)s)")
+    parser.add_argument("--count", type=COUNT, default=4, help="prompts of each task (default: %(default)s)")
+    parser.add_argument("--tokens", type=COUNT, default=80, help="new tokens at most (default: %(default)s)")
+    parser.add_argument("--longest", type=COUNT, default=1200, help="tokens of a prompt (default: %(default)s)")
     parser.add_argument("--dtype", default="float32", help="of the target (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s)")
+    parser.add_argument("--threads", type=COUNT, default=1, help="of torch (default: %(default)s)")
     parser.add_argument(
         "--clock",
         choices=CLOCKS,

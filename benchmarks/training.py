@@ -23,6 +23,7 @@ from csdraft.trainers.command import recipe_parser
 from csdraft.trainers.distill import DistillArguments, DrafterTrainer
 from csdraft.trainers.run import load_models, prepare
 from csdraft.trainers.steps import Shuffled
+from csdraft_command import COUNT
 
 __all__ = ["trainer_overhead"]
 
@@ -91,8 +92,8 @@ def main(argv: Sequence[str]) -> int:
     """Runs it; the exit status is 0 if the trainer costs at most MOST times a bare loop."""
     parser = recipe_parser(__doc__, DistillArguments, required=True)
     parser.prog = "python -m benchmarks training"
-    parser.add_argument("--steps", type=int, default=12, help="of each turn")
-    parser.add_argument("--repetitions", type=int, default=5, help="turns of each")
+    parser.add_argument("--steps", type=COUNT, default=12, help="of each turn")
+    parser.add_argument("--repetitions", type=COUNT, default=5, help="turns of each")
     options = parser.parse_args(argv)
     values = read_values(options.config, options.overrides)
     ratio, tokens = trainer_overhead(values, options.steps, options.repetitions)

@@ -27,6 +27,7 @@ from csdraft.verifiers.k_seq import KSeq
 from csdraft.verifiers.rejection import Rejection
 from csdraft.verifiers.spec_hub import SpecHub
 from csdraft.verifiers.without_replacement import WithoutReplacement
+from csdraft_command import COUNT
 
 __all__ = ["RULES", "acceptance", "bound", "compare", "drafts", "markdown", "random_distributions"]
 
@@ -168,10 +169,10 @@ def main(argv: Sequence[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--pairs", type=int, default=100, help="random pairs of a target's and a drafter's distribution"
+        "--pairs", type=COUNT, default=100, help="random pairs of a target's and a drafter's distribution"
     )
-    parser.add_argument("--vocabularies", type=int, nargs="+", default=[3, 4, 5], help="tokens, taken in turn")
-    parser.add_argument("--counts", type=int, nargs="+", default=[2, 3], help="siblings")
+    parser.add_argument("--vocabularies", type=COUNT, nargs="+", default=[3, 4, 5], help="tokens, taken in turn")
+    parser.add_argument("--counts", type=COUNT, nargs="+", default=[2, 3], help="siblings")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     for count in options.counts:

@@ -34,6 +34,7 @@ from csdraft.drafters.max_gram import MaxGram
 from csdraft.drafters.model import ModelDrafter
 from csdraft.drafters.suffix import Suffix
 from csdraft.progress import Progress
+from csdraft_command import COUNT
 from examples.demo import colours_by_default, show_text, size
 from examples.demo_chat_student import Student, distilled
 from recipes.smollm2.get_model import FOLDER, get_model
@@ -83,10 +84,10 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--model", help=f"folder of a chat model (default: {FOLDER}, made if it is not there)")
     made.add_argument("--prompts", default=PROMPTS, help='JSON lines of {"kind", "messages"} (default: %(default)s)')
-    made.add_argument("--max-new-tokens", type=int, default=64, help="default: %(default)s")
-    made.add_argument("--count", type=int, help="questions of each kind (default: what fits in three minutes)")
+    made.add_argument("--max-new-tokens", type=COUNT, default=64, help="default: %(default)s")
+    made.add_argument("--count", type=COUNT, help="questions of each kind (default: what fits in three minutes)")
     made.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 where the CPU has units")
-    made.add_argument("--threads", type=int, help="of torch (default: all cores)")
+    made.add_argument("--threads", type=COUNT, help="of torch (default: all cores)")
     made.add_argument("--color", choices=("auto", "always", "never"), default="auto")
     made.add_argument("--no-distill", action="store_true", help="leave the student out")
     made.add_argument("--out", type=Path, default=Path("out/demo-chat"), help="folder for report.html and the student")
