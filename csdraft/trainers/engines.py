@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, Trainer
 from transformers.integrations import deepspeed
 
 __all__ = [
-    "chosen_engine", "copy_whole", "is_sharded", "keeps_parts", "load_sharded", "placed_here", "uses",
+    "check_engine", "chosen_engine", "copy_whole", "is_sharded", "keeps_parts", "load_sharded", "placed_here", "uses",
     "whole_models",
 ]  # fmt: skip
 
@@ -35,6 +35,21 @@ def chosen_engine(deepspeed: Any = None, fsdp: Any = None) -> str | None:
     """The engine that `TrainingArguments.deepspeed` and `fsdp`, or `accelerate launch`, have chosen; None if none."""
     asked = {"DeepSpeed": deepspeed, "FSDP": fsdp}
     return next((engine for engine in asked if asked[engine] or uses(engine)), None)
+
+
+def check_engine(shared: bool, deepspeed: Any = None, fsdp: Any = None) -> None:
+    """Raises ValueError if a student with the target's own layers would be trained by an engine that shards it.
+
+    Args:
+        shared: whether the student has the target's own layers.
+        deepspeed, fsdp: of `TrainingArguments`. The choice of `accelerate launch` is read from the environment.
+    """
+    if shared and (engine := chosen_engine(deepspeed, fsdp)):
+        raise ValueError(
+            f"a self-drafting student cannot be trained under {engine}: its layers are the target's own tensors, "
+            "which the engine (ZeRO, FSDP) would shard or move as the student's. Use DDP or one process, or give "
+            "the student layers of its own: init: {from_target: {layers: [...]}}"
+        )
 
 
 def keeps_parts(trainer: Trainer) -> bool:

@@ -23,7 +23,7 @@ from csdraft.decoding.names import name_of
 from csdraft.decoding.traits import tapped
 from csdraft.models import base_model
 
-__all__ = ["evaluating", "head_of", "hidden_of", "logits_of", "states_of"]
+__all__ = ["close", "evaluating", "head_of", "hidden_of", "logits_of", "probe", "states_of"]
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
 """Allowed difference relative to the largest logit; 0.05 in other dtypes. A missing step in a head differs more."""
@@ -108,7 +108,7 @@ class LmHead:
         few, own = hidden[:2], tokens.to(hidden.device)
         if self.parts is None and len(few):
             parts = _rows_of_output_layer(self.model, own)
-            if parts and not _close(self(few, parts), self(few)[:, own]):
+            if parts and not close(self(few, parts), self(few)[:, own]):
                 parts.clear()
             self.parts = parts
         return self(hidden, self.parts) if self.parts else self(hidden)[:, own]
@@ -212,17 +212,17 @@ def _difference(model: nn.Module) -> str | None:
     inner: Any = base_model(model)
     if not _bodies(inner):
         return "it has no part that makes the hidden states where transformers' families have it"
-    inputs = _probe(inner)
+    inputs = probe(inner)
     with evaluating(model):
         whole = model(**inputs, use_cache=False).logits
         try:
             parts = LmHead(inner)(_run_body(inner, **inputs).last_hidden_state[0])[None]
         except Exception as error:  # any family's code may fail in its own way
             return f"its body and head cannot be run separately ({type(error).__name__}: {error})"
-    return None if _close(parts, whole) else "its body and head, run separately, give other logits than the model"
+    return None if close(parts, whole) else "its body and head, run separately, give other logits than the model"
 
 
-def _close(found: Tensor, wanted: Tensor) -> bool:
+def close(found: Tensor, wanted: Tensor) -> bool:
     """Whether the logits are the same up to rounding."""
     tolerance = TOLERANCE.get(wanted.dtype, 0.05)
     found, wanted = found.detach().float().to(wanted.device), wanted.detach().float()
@@ -232,9 +232,9 @@ def _close(found: Tensor, wanted: Tensor) -> bool:
     )
 
 
-def _probe(model: Any) -> dict[str, Tensor]:
-    """A short input, (1, 7) tokens."""
-    ids = torch.arange(1, 8, device=model.device)[None] % model.config.get_text_config(decoder=True).vocab_size
+def probe(model: Any) -> dict[str, Tensor]:
+    """A short input, (1, 12) tokens."""
+    ids = torch.arange(1, 13, device=model.device)[None] % model.config.get_text_config(decoder=True).vocab_size
     if not model.config.is_encoder_decoder:
         return {"input_ids": ids}
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": ids[:, :5]}

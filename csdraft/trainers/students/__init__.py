@@ -1,4 +1,4 @@
-"""Students are the models that are distilled. Each kind is a file of this folder, or a head; see `Student`."""
+"""Students are the models that are distilled. Each kind is a subclass of `Student`; every head is one."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from csdraft.heads.self_draft import KANGAROO, SELF_DRAFT, TIED, read_document, 
 from csdraft.heads.stored_head import kind_at
 from csdraft.heads.tied import borrowed
 from csdraft.models import base_model, load_model
+from csdraft.trainers.engines import check_engine
 from csdraft.trainers.students._kind import HeadKind, kinds, student_of, students
 from csdraft.trainers.students._student import Counts, Student
-from csdraft.trainers.students.lora import check_lora
-from csdraft.trainers.students.self_draft import check_engine
+from csdraft.trainers.students.existing import check_lora
 
 __all__ = [
     "added_share", "check_engine", "check_student", "kind_asked", "load_student_weights", "make_student",
@@ -39,10 +39,16 @@ def check_student(
     student: nn.Module | str | None = None,
     init: Mapping[str, Any] | None = None,
     peft: Mapping[str, Any] | None = None,
-) -> None:
-    """Raises ValueError if `make_student` cannot make this student for a target with this config."""
+) -> tuple[Student, Mapping[str, Any]]:
+    """The kind of student that these keys make, and its options.
+
+    Raises:
+        ValueError: `make_student` cannot make this student for a target with this config.
+    """
     kind, options = _asked(student, init, peft)
+    check_engine(kind.shares_target)
     kind.check(config, options)
+    return kind, options
 
 
 def _asked(
@@ -121,8 +127,7 @@ def make_student(
         ValueError: see `check_student`; or models of the target's family cannot be cut.
     """
     target = load_model(target, dtype="auto") if isinstance(target, str) else base_model(target)
-    kind, options = _asked(student, init, peft)
-    kind.check(target.config, options)
+    kind, options = check_student(target.config, student, init, peft)
     return kind.make(target, options, counts)
 
 

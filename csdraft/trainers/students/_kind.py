@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import pkgutil
 from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
@@ -24,7 +21,9 @@ from csdraft.models import base_model
 from csdraft.stored import fit, naming
 from csdraft.trainers.split import logits_of
 from csdraft.trainers.students._student import Compared, Counts, Logits, Student, check_names
-from csdraft.trainers.students.scratch import new_config
+from csdraft.trainers.students.existing import Lora, Whole
+from csdraft.trainers.students.from_target import Cut, Kangaroo, SelfDrafting
+from csdraft.trainers.students.scratch import Scratch, new_config
 
 __all__ = ["HeadKind", "kinds", "student_of", "students"]
 
@@ -57,32 +56,22 @@ class HeadKind(Student):
     def name(self) -> str:
         return self.trains.__module__.rpartition(".")[2]
 
-    def is_of(self, model: nn.Module) -> bool:
-        """True for the most derived kind: one kind may be a subclass of another."""
-        found = [kind.trains for kind in kinds().values() if isinstance(model, kind.trains)]
-        return self.trains in found and all(issubclass(self.trains, other) for other in found)
-
     def check(self, config: Any, options: Mapping[str, Any]) -> None:
-        asked = self._asked(options)
-        if config.is_encoder_decoder:
-            raise ValueError(
-                f"init.{self.name}: a {config.model_type!r} target is an encoder-decoder, which no head reads"
-            )
-        text = config.get_text_config(decoder=True)
-        states = max(getattr(text, key, None) or 1 for key in STREAMS)
-        if states > 1:
-            raise ValueError(
-                f"init.{self.name}: a {config.model_type!r} target has {states} hidden states for each token, and a "
-                "head reads one; draft with another model"
-            )
-        if asked.draft_vocab is not None and not 0 < asked.draft_vocab <= text.vocab_size:
-            raise ValueError(
-                f"init.{self.name}: draft_vocab={asked.draft_vocab} must be from 1 to {text.vocab_size}, the target's "
-                "tokens"
-            )
-        self.layer_config(text, asked)
+        asked, text = self._asked(options), config.get_text_config(decoder=True)
         with naming(f"init.{self.name}"):
+            if config.is_encoder_decoder:
+                raise ValueError(f"a {config.model_type!r} target is an encoder-decoder, which no head reads")
+            if (states := max(getattr(text, key, None) or 1 for key in STREAMS)) > 1:
+                raise ValueError(
+                    f"a {config.model_type!r} target has {states} hidden states for each token, and a head reads one; "
+                    "draft with another model"
+                )
+            if asked.draft_vocab is not None and not 0 < asked.draft_vocab <= text.vocab_size:
+                raise ValueError(
+                    f"draft_vocab={asked.draft_vocab} must be from 1 to {text.vocab_size}, the target's tokens"
+                )
             self.trains.fitted(asked, text, text.vocab_size)
+        self.layer_config(text, asked)
 
     def make(self, target: Any, options: Mapping[str, Any], counts: Counts | None) -> nn.Module:
         asked, text = self._asked(options), target.config.get_text_config(decoder=True)
@@ -182,16 +171,13 @@ class HeadKind(Student):
 
 @cache
 def students() -> dict[str, Student]:
-    """Every kind of student by the name of its file, here or among the kinds of heads."""
+    """Every kind of student by name; a head's is that of its file."""
     found: dict[str, Student] = {}
     for name, made in classes_in(heads, Head):
         if (kind := HeadKind(made)).options is not HeadOptions:
             found[name] = kind
-    for file in pkgutil.iter_modules([os.path.dirname(__file__)]):
-        if not file.name.startswith("_"):
-            module = importlib.import_module(f"{__package__}.{file.name}")
-            found[file.name] = getattr(module, module.__all__[0])()
-    return found
+    own = {"cut": Cut(), "kangaroo": Kangaroo(), "lora": Lora(), "scratch": Scratch(), "self_draft": SelfDrafting()}
+    return found | own | {"whole": Whole()}
 
 
 def kinds() -> dict[str, HeadKind]:
@@ -200,5 +186,8 @@ def kinds() -> dict[str, HeadKind]:
 
 
 def student_of(model: Any) -> Student:
-    """The kind of a student in training."""
-    return next((kind for kind in students().values() if kind.is_of(base_model(model))), students()["whole"])
+    """How a student in training is compared and loaded: as a head, as an adapter, or as a whole model."""
+    model = base_model(model)
+    if isinstance(model, Head):
+        return HeadKind(type(model))
+    return students()["lora" if vars(model).get("peft_config") else "whole"]

@@ -1,4 +1,4 @@
-"""The interface of a kind of student. Every file of this folder is a kind, and so is every head without a file here.
+"""The interface of a kind of student. `existing`, `from_target` and `scratch` have the kinds, and `_kind` the heads.
 
 A kind defines which options it refuses, how it is made for a target, what a training step compares, and how its stored
 weights are loaded again. The defaults are those of a whole model. `csdraft/heads` stores students that need their
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from csdraft.data.packing import IGNORED
 from csdraft.heads.folder import read_chosen
@@ -64,10 +64,6 @@ class Student:
     def make(self, target: Any, options: Mapping[str, Any], counts: Counts | None) -> Any:
         """A student for this target, ready to train. Call `check` first."""
         raise NotImplementedError
-
-    def is_of(self, model: nn.Module) -> bool:
-        """Whether a student in training is of this kind. If it is of no kind, it is a whole model."""
-        return False
 
     # In training.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2S
 from csdraft import spec
 from csdraft.trainers.students._student import Counts, Student
 
-__all__ = ["Scratch", "made_config", "new_config"]
+__all__ = ["Scratch", "new_config"]
 
 FROM_TARGET = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
 LONGEST = 2048
@@ -56,18 +56,13 @@ def new_config(config: Any, options: Mapping[str, Any]) -> Any:
     given = {key: getattr(text, key, None) for key in FROM_TARGET}
     if "max_position_embeddings" in own:
         given["max_position_embeddings"] = getattr(text, "max_position_embeddings", None) or LONGEST
-    result = made_config("init.config", made, **(given | options))
+    try:
+        result = made(**(given | options))
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise ValueError(f"init.config: {' '.join(str(error).split())}") from error
     if result.is_encoder_decoder != config.is_encoder_decoder:
         raise ValueError(
             f"init.config: {kind!r} is {'an encoder-decoder' if result.is_encoder_decoder else 'decoder-only'}, the "
             f"target {config.model_type!r} is not; both must be alike"
         )
     return result
-
-
-def made_config(key: str, make: Callable[..., Any], *given: Any, **options: Any) -> Any:
-    """Calls `make`, a config's class or method; if it refuses the options, raises a ValueError that names the key."""
-    try:
-        return make(*given, **options)
-    except (StrictDataclassError, ValueError, TypeError) as error:
-        raise ValueError(f"{key}: {' '.join(str(error).split())}") from error

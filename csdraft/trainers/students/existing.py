@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685) on an existing model: the adapter is trained, the model does not change."""
+"""Existing models, trained further: a whole one, or a LoRA adapter (arXiv 2106.09685) on one that does not change."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, get_type_hints
 
+import torch
 from torch import nn
 
 from csdraft import spec
@@ -17,7 +18,7 @@ from csdraft.models import base_model, load_model
 from csdraft.stored import fit
 from csdraft.trainers.students._student import Counts, Student, check_names
 
-__all__ = ["Lora", "check_lora", "with_lora"]
+__all__ = ["Lora", "Whole", "check_lora", "with_lora"]
 
 SET_HERE = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
 SET_HERE |= {"inference_mode", "runtime_config", "layer_replication", "alora_invocation_tokens"}
@@ -26,13 +27,29 @@ STARTS = (True, False, "gaussian", "orthogonal")
 """Starts of an adapter that is saved without its base's weights: they neither change these nor are made of them."""
 
 
+class Whole(Student):
+    """A whole model, or a stored student of any kind. See `Student`."""
+
+    rate = 2e-5
+
+    def make(self, target: Any, options: Mapping[str, Any], counts: Counts | None) -> Any:
+        if not isinstance(student := options["student"], str | os.PathLike):
+            return student
+        path = os.fspath(student)
+        model: Any = load_model(path, dtype=torch.float32)
+        if isinstance(model, OnTarget):
+            return model.open(target, torch.float32)
+        if not vars(model).get("peft_config"):
+            return model
+        peft = peft_package()  # an adapter, which `load_model` loads for decoding alone
+        base = load_model(peft.PeftConfig.from_pretrained(path).base_model_name_or_path, dtype="auto")
+        return peft.PeftModel.from_pretrained(base, path, is_trainable=True)
+
+
 class Lora(Student):
     """See `Student`. Also loads the weights of an adapter on the target's own layers."""
 
     rate = 2e-4
-
-    def is_of(self, model: nn.Module) -> bool:
-        return bool(vars(model).get("peft_config"))
 
     def make(self, target: Any, options: Mapping[str, Any], counts: Counts | None) -> nn.Module:
         return with_lora(_opened(options["student"]), options["peft"])
