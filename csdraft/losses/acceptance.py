@@ -25,5 +25,4 @@ def acceptance(student_logits: Tensor, target_logits: Tensor, labels: Tensor) ->
     Returns:
         (positions,) float32, >= 0 up to rounding, 0 where the two agree; finite even where they share no token.
     """
-    del labels
     return -torch.minimum(log_probs(student_logits), log_probs(target_logits)).logsumexp(-1)

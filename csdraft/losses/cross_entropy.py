@@ -26,5 +26,4 @@ def cross_entropy(student_logits: Tensor, target_logits: Tensor, labels: Tensor)
     Returns:
         (positions,) float32, >= 0.
     """
-    del target_logits
     return -log_probs(student_logits).gather(-1, labels[:, None]).squeeze(-1)

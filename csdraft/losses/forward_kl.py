@@ -25,6 +25,5 @@ def forward_kl(student_logits: Tensor, target_logits: Tensor, labels: Tensor) ->
         (positions,) float32, >= 0 and 0 where the two agree. If the student has a logit of -inf for a token and the
         target does not, that token costs 1e4 times its target probability, not infinity.
     """
-    del labels
     student, target = log_probs(student_logits), log_probs(target_logits)  # (positions, vocab) each
     return (target.exp() * (target - student)).sum(-1)

@@ -28,7 +28,6 @@ def jsd(student_logits: Tensor, target_logits: Tensor, labels: Tensor, *, beta: 
     Returns:
         (positions,) float32 in nats, >= 0, 0 where the two agree, at most log 2.
     """
-    del labels
     if not 0 < beta < 1:
         raise ValueError(f"beta={beta} must lie between 0 and 1; for the two ends use forward_kl and reverse_kl")
     student, target = log_probs(student_logits), log_probs(target_logits)  # (positions, vocab) each

@@ -26,6 +26,5 @@ def reverse_kl(student_logits: Tensor, target_logits: Tensor, labels: Tensor) ->
         student does not, that token costs 1e4 times its student probability, not infinity: cut such logits off, or
         use `jsd`.
     """
-    del labels
     student, target = log_probs(student_logits), log_probs(target_logits)  # (positions, vocab) each
     return (student.exp() * (student - target)).sum(-1)

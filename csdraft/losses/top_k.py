@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from csdraft.losses._log_probs import log_probs
+from csdraft.losses._log_probs import log_probs, top_tokens
 
 __all__ = ["top_k"]
 
@@ -30,9 +30,6 @@ def top_k(student_logits: Tensor, target_logits: Tensor, labels: Tensor, *, k: i
     Returns:
         (positions,) float32, >= 0.
     """
-    del labels
-    if k < 1:
-        raise ValueError(f"k={k} must be 1 or more: the number of the target's tokens that count")
     student, target = log_probs(student_logits), log_probs(target_logits)  # (positions, vocab) each
-    target_top, top = target.topk(min(k, target.shape[-1]), sorted=False)  # (positions, k) each
+    target_top, top = top_tokens(target, k)  # (positions, k) each
     return -(target_top.exp() * student.gather(-1, top)).sum(-1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from csdraft.losses._log_probs import FLOOR, log_probs
+from csdraft.losses._log_probs import FLOOR, log_probs, top_tokens
 
 __all__ = ["top_k_kl"]
 
@@ -27,11 +27,8 @@ def top_k_kl(student_logits: Tensor, target_logits: Tensor, labels: Tensor, *, k
     Returns:
         (positions,) float32, >= 0 and 0 where the two agree.
     """
-    del labels
-    if k < 1:
-        raise ValueError(f"k={k} must be 1 or more: the number of the target's tokens to tell apart")
     student, target = log_probs(student_logits), log_probs(target_logits)  # (positions, vocab) each
-    target_top, top = target.topk(min(k, target.shape[-1]), sorted=False)  # (positions, k) each
+    target_top, top = top_tokens(target, k)  # (positions, k) each
     student_top = student.gather(-1, top)  # (positions, k)
     target_rest, student_rest = (
         logs.scatter(-1, top, FLOOR).logsumexp(-1) for logs in (target, student)

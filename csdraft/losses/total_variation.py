@@ -23,5 +23,4 @@ def total_variation(student_logits: Tensor, target_logits: Tensor, labels: Tenso
     Returns:
         (positions,) float32 from 0, where the two agree, to 1.
     """
-    del labels
     return 0.5 * (target_logits.float().softmax(-1) - student_logits.float().softmax(-1)).abs().sum(-1)
