@@ -158,9 +158,8 @@ def loaded(path: str) -> ModuleType:
 
 def keys_of_scripts() -> dict[str, type]:
     """Scripts that take a recipe, and the dataclass of its keys."""
-    from csdraft.data.feature_cache import FeatureArguments
     from csdraft.data.generate import GenerateArguments
-    from csdraft.data.target_cache import CacheArguments
+    from csdraft.data.target_cache import CacheArguments, FeatureArguments
     from csdraft.trainers.distill_arguments import DistillArguments
 
     return {

@@ -3,7 +3,7 @@
 accelerate launch scripts/cache_features.py dataset=out/smol/written max_length=512 output_dir=out/features
 """
 
-from csdraft.data.feature_cache import FeatureArguments, cache_features
+from csdraft.data.target_cache import FeatureArguments, cache_features
 from csdraft.trainers.command import run_script
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from csdraft.amounts import size_text
 from csdraft.data.shards import Part, batches, check_unchanged, write_whole
 from csdraft.data.sources import read_rows
-from csdraft.data.target import TargetArguments, check_at_least, check_writable, option, read_target
+from csdraft.data.target import TargetArguments, check_at_least, check_context, check_writable, option, read_target
 
 __all__ = ["RowArguments", "RowArrays", "checksum", "largest_of", "lengths_of", "prompt_lengths_of"]
 
@@ -266,9 +266,7 @@ class RowArguments(TargetArguments):
         config, tokenizer = read_target(self)
         if config.is_encoder_decoder:
             raise ValueError(f"{self.target} is an encoder-decoder; {what} are cached for decoder-only targets")
-        context = getattr(config, "max_position_embeddings", None)
-        if context and self.max_length > context:
-            raise ValueError(f"max_length={self.max_length} is longer than the target's context of {context} tokens")
+        check_context(self.max_length, config)
         return config, read_rows(self.dataset, tokenizer, self.max_length, self.split, self.dataset_limit, self.chat)
 
 

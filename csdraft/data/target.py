@@ -21,14 +21,14 @@ from csdraft.data.chat import ChatFormat
 from csdraft.data.shards import Part
 
 __all__ = [
-    "DataArguments", "TargetArguments", "check_at_least", "check_writable", "load_weights", "option", "read_target",
-    "target_name",
+    "DataArguments", "TargetArguments", "check_at_least", "check_context", "check_writable", "load_weights", "option",
+    "read_target", "target_name",
 ]  # fmt: skip
 
 
 def option(default: Any, help: str) -> Any:
     """A field of a dataclass of arguments; `help` goes into the script's `--help` and the docs."""
-    if isinstance(default, dict):
+    if isinstance(default, dict | list):
         return field(default_factory=default.copy, metadata={"help": help})
     return field(default=default, metadata={"help": help})
 
@@ -61,6 +61,13 @@ def check_at_least(args: Any, least: int, *names: str) -> None:
     for name in names:
         if (value := getattr(args, name)) is not None and (not isinstance(value, int) or value < least):
             raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+
+
+def check_context(max_length: int, config: Any, whose: str = "target") -> None:
+    """Raises ValueError if rows of `max_length` tokens do not fit into the context of a model with this config."""
+    context = getattr(config, "max_position_embeddings", None)
+    if context and max_length > context:
+        raise ValueError(f"max_length={max_length} is longer than the {whose}'s context of {context} tokens")
 
 
 def check_writable(folder: str | None) -> Path:

@@ -14,12 +14,10 @@ from torch.utils.data import Sampler
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
-from csdraft.trainers.checkpoints import last_checkpoint, mark_whole, read_mark
-from csdraft.trainers.interrupt import Interrupt
+from csdraft.trainers.checkpoints import EVALUATION, last_checkpoint, mark_whole, options_of, read_mark
 from csdraft.trainers.muon import MuonAdamW
-from csdraft.trainers.options import EVALUATION, options_of
 from csdraft.trainers.steps import Filled, Shuffled, Steps
-from csdraft.trainers.stops import NonFinite, Stopped, Unwritable, first_non_finite, shown, writing
+from csdraft.trainers.stops import Interrupt, NonFinite, Stopped, Unwritable, first_non_finite, shown, writing
 
 __all__ = ["BaseTrainer"]
 

@@ -17,9 +17,9 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from csdraft.data.feature_cache import FeatureCache
 from csdraft.data.packing import IGNORED, Texts, check_packing, pad_of
 from csdraft.data.row_arrays import largest_of
+from csdraft.data.target_cache import FeatureCache
 from csdraft.decoding.feature_session import FeatureModel
 from csdraft.models import base_model
 from csdraft.trainers.base import BaseTrainer

@@ -8,8 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from csdraft.data.feature_cache import LAST
-from csdraft.data.target_cache import dense
+from csdraft.data.target_cache import LAST, dense
 from csdraft.decoding.feature_session import taps_of
 from csdraft.models import base_model
 from csdraft.trainers.objective import Objective
@@ -30,7 +29,7 @@ class Distillation(nn.Module):
         target: frozen. Not a submodule: it is neither wrapped, nor optimised, nor saved with the student.
         objective: the mixed loss, applied in chunks of positions.
         cached_taps: which hidden states of the target a batch's `cached` holds, concatenated, for a head; see
-            `csdraft.data.feature_cache`.
+            `csdraft.data.target_cache`.
     """
 
     def __init__(self, student: nn.Module, target: nn.Module, objective: Objective, cached_taps: Sequence[int] = ()):

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 from transformers.utils import find_adapter_config_file
 
-from csdraft.data.feature_cache import FeatureCache
 from csdraft.data.packing import IGNORED, Texts, pad_of
 from csdraft.data.sources import read_prompts, read_rows
-from csdraft.data.target import check_writable, load_weights, read_target, target_name
-from csdraft.data.target_cache import TargetCache
+from csdraft.data.target import check_context, check_writable, load_weights, read_target, target_name
+from csdraft.data.target_cache import FeatureCache, TargetCache
 from csdraft.heads.folder import config_at
 from csdraft.heads.self_draft import read_document
 from csdraft.hub import fingerprint
@@ -80,12 +79,7 @@ def make_trainer(
     evaluation = make_evaluation(args, config, tokenizer)
     target, student = load_models(args, config, partial(counts_of, batches["train_dataset"], config))
     trainer = DrafterTrainer(
-        model=student,
-        args=args,
-        **batches,
-        processing_class=tokenizer,
-        target=target,
-        evaluation=evaluation,
+        model=student, args=args, **batches, processing_class=tokenizer, target=target, evaluation=evaluation
     )
     trainer.noted["data"] = identity(batches["train_dataset"])
     if not args.disable_tqdm:
@@ -146,12 +140,11 @@ def check(args: DistillArguments, config: PreTrainedConfig, tokenizer: PreTraine
         )
     if args.target_cache and config.is_encoder_decoder:
         raise ValueError("target_cache is for decoder-only targets; leave it out")
-    if args.max_length > (context := context_length(config)):
-        raise ValueError(f"max_length={args.max_length} is longer than the target's context of {context} tokens")
+    check_context(args.max_length, config)
     check_writable(args.output_dir)
     folder = RunFolder(args)  # raises if the folder holds another run
     if args.student is not None and not folder.finished:
-        check_context(args)
+        check_start(args)
         check_tokenizers(args.student, args.target, tokenizer)
 
 
@@ -186,10 +179,10 @@ def check_sharding(args: DistillArguments) -> None:
         )
 
 
-def check_context(args: DistillArguments) -> None:
+def check_start(args: DistillArguments) -> None:
     """Raises ValueError if there is no student, or it cannot read a whole text (unknown of an adapter)."""
     try:
-        own = context_length(AutoConfig.from_pretrained(args.student))
+        own = AutoConfig.from_pretrained(args.student)
     except (OSError, ValueError) as error:
         student, found = str(args.student), None
         with suppress(OSError):
@@ -200,8 +193,7 @@ def check_context(args: DistillArguments) -> None:
                 f"({str(error).partition(chr(10))[0]}); check the name, and the connection"
             ) from error
         return
-    if own < args.max_length:
-        raise ValueError(f"max_length={args.max_length} is longer than the student's context of {own} tokens")
+    check_context(args.max_length, own, "student")
 
 
 def check_tokenizers(student: str, target: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -222,8 +214,8 @@ def make_evaluation(
 ) -> Evaluation | None:
     if args.eval_prompts is None:
         return None
-    context = context_length(config)
-    longest = context - args.eval_new_tokens - args.eval_depth
+    context = getattr(config, "max_position_embeddings", None)
+    longest = context and context - args.eval_new_tokens - args.eval_depth
     prompts = read_prompts(args.eval_prompts, tokenizer, args.eval_limit, longest, args.eval_split, args.chat)
     return evaluation_of(args, prompts, pad_of(tokenizer, config))
 
@@ -235,10 +227,6 @@ def counts_of(texts: Texts, config: PreTrainedConfig) -> Tensor:
         labels = texts[index]["labels"]  # (length,)
         counts += torch.bincount(labels[labels != IGNORED], minlength=len(counts))
     return counts
-
-
-def context_length(config: PreTrainedConfig) -> int:
-    return getattr(config, "max_position_embeddings", None) or 1 << 20
 
 
 # Models.

@@ -17,8 +17,15 @@ from transformers import TrainerState, TrainingArguments
 
 from csdraft.data.shards import Part, check_unchanged, write_whole
 from csdraft.trainers.base import BaseTrainer
-from csdraft.trainers.checkpoints import UNREADABLE, chosen_checkpoint, last_checkpoint, passed_over, read_mark
-from csdraft.trainers.options import check_options, options_of
+from csdraft.trainers.checkpoints import (
+    UNREADABLE,
+    check_options,
+    chosen_checkpoint,
+    last_checkpoint,
+    options_of,
+    passed_over,
+    read_mark,
+)
 
 __all__ = ["FINISHED", "RunFolder", "only_run", "say"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from csdraft.data.feature_cache import LAST, FeatureArguments, FeatureCache, cache_features
 from csdraft.data.packing import Texts, collate
+from csdraft.data.target_cache import LAST, FeatureArguments, FeatureCache, cache_features
 from tests.tiny import CAUSAL, tiny
 
 ROWS = [{"input_ids": [3 + (i * k) % 60 for i in range(5 + k)], "prompt_length": k} for k in range(1, 6)]

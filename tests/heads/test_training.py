@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from csdraft import CascadeDrafter, MaxGram, ModelDrafter
 from csdraft.cascade import as_drafter
 from csdraft.cli import main
-from csdraft.data.feature_cache import FeatureArguments, cache_features
+from csdraft.data.target_cache import FeatureArguments, cache_features
 from csdraft.heads.formats.eagle3 import Eagle3Head
 from csdraft.models import load_model
 from csdraft.trainers.run import distill

@@ -24,8 +24,8 @@ from csdraft.trainers import run
 from csdraft.trainers.arguments import make_arguments
 from csdraft.trainers.distill import DistillArguments, DrafterTrainer
 from csdraft.trainers.evaluation import Evaluation, left_padded
-from csdraft.trainers.interrupt import Interrupt
 from csdraft.trainers.run import distill
+from csdraft.trainers.stops import Interrupt
 from tests.tiny import on_target
 from tests.trainers.pair import arguments, make_pair
 
@@ -152,8 +152,8 @@ def test_one_signal_may_come_twice(monkeypatch):
     No signal is sent, which Python may handle later: the handler is called instead.
     """
     clock, sent, before = [10.0], [], signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr("csdraft.trainers.interrupt.time", SimpleNamespace(monotonic=lambda: clock[0]))
-    monkeypatch.setattr("csdraft.trainers.interrupt.signal.raise_signal", sent.append)
+    monkeypatch.setattr("csdraft.trainers.stops.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr("csdraft.trainers.stops.signal.raise_signal", sent.append)
     interrupt = Interrupt()
     interrupt.on_train_begin(None, None, None)
     try:

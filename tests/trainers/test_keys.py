@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 from transformers import TrainingArguments
 
-from csdraft.data.feature_cache import FeatureArguments
 from csdraft.data.generate import GenerateArguments
-from csdraft.data.target_cache import CacheArguments
+from csdraft.data.target_cache import CacheArguments, FeatureArguments
 from csdraft.trainers.arguments import make_arguments, read_values
 from csdraft.trainers.command import help_of, keys_of, markdown, one_line_errors, recipe_parser
 from csdraft.trainers.distill_arguments import DistillArguments

@@ -18,8 +18,8 @@ from transformers import TrainingArguments
 from csdraft.data.target_cache import CacheArguments, cache_logits
 from csdraft.trainers import checkpoints
 from csdraft.trainers import run as run_module
+from csdraft.trainers.checkpoints import FREE, options_of
 from csdraft.trainers.distill_arguments import DistillArguments
-from csdraft.trainers.options import FREE, options_of
 from csdraft.trainers.run import distill, is_finished
 from csdraft.trainers.run_folder import LOCK, RunFolder, only_run
 from recipes.smol.pretrain import PretrainArguments

@@ -21,7 +21,7 @@ from csdraft.models import base_model, load_model
 from csdraft.trainers.engines import check_engine
 from csdraft.trainers.students._kind import HeadKind, kinds, student_of, students
 from csdraft.trainers.students._student import Counts, Student
-from csdraft.trainers.students.existing import check_lora
+from csdraft.trainers.students.models import check_lora
 
 __all__ = [
     "added_share", "check_engine", "check_student", "kind_asked", "load_student_weights", "make_student",

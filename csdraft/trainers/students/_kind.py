@@ -21,9 +21,8 @@ from csdraft.models import base_model
 from csdraft.stored import fit, naming
 from csdraft.trainers.split import logits_of
 from csdraft.trainers.students._student import Compared, Counts, Logits, Student, check_names
-from csdraft.trainers.students.existing import Lora, Whole
 from csdraft.trainers.students.from_target import Cut, Kangaroo, SelfDrafting
-from csdraft.trainers.students.scratch import Scratch, new_config
+from csdraft.trainers.students.models import Lora, Scratch, Whole, new_config
 
 __all__ = ["HeadKind", "kinds", "student_of", "students"]
 

@@ -22,7 +22,7 @@ from csdraft.heads.tied import tie
 from csdraft.stored import fit
 from csdraft.trainers.split import close, probe
 from csdraft.trainers.students._student import Counts, Student
-from csdraft.trainers.students.existing import with_lora
+from csdraft.trainers.students.models import with_lora
 
 __all__ = ["Cut", "Kangaroo", "SelfDrafting"]
 
