@@ -17,7 +17,8 @@ import resource
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -78,50 +79,44 @@ def examined(name: str, model_type: str, changes: dict[str, Any]) -> dict[str, A
 def work(entry: tuple[str, str, dict[str, Any]], answer: Connection) -> None:
     """The child: one class."""
     resource.setrlimit(resource.RLIMIT_AS, (GIGABYTES << 30, GIGABYTES << 30))
+    torch.set_num_threads(1)
     silent = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):
         os.dup2(silent, descriptor)
     answer.send(examined(*entry))
 
 
-def sweep(names: Sequence[str], workers: int) -> Iterable[dict[str, Any]]:
-    """Examines these classes; yields a row for each as it is done, and prints how it goes."""
-    context, known = multiprocessing.get_context("fork"), classes()
-    running: dict[Connection, tuple[str, Any, float]] = {}
-    waiting, done, began = list(names), 0, time.time()
-    while waiting or running:
-        while waiting and len(running) < workers:
-            name = waiting.pop(0)
-            mine, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=work, args=(known[name], theirs))
-            process.start()
-            theirs.close()
-            running[mine] = (name, process, time.time())
-        ready = wait(list(running), timeout=1.0)
-        for pipe, (name, process, started) in list(running.items()):
-            if pipe not in ready and time.time() - started < SECONDS:
-                continue
-            row = {"name": name, "model_type": known[name][1], **answer_of(pipe, process, pipe in ready)}
-            row |= {"seconds": round(time.time() - started, 1), "transformers": transformers.__version__}
-            yield row | {"torch": torch.__version__.partition("+")[0]}
-            del running[pipe]
-            done += 1
-            left = (time.time() - began) / done * (len(names) - done) / 60
-            print(f"{done}/{len(names)} {row['result']:9} {name} {row['seconds']} s; {left:.0f} min left", flush=True)
-
-
-def answer_of(pipe: Connection, process: Any, ready: bool) -> dict[str, Any]:
-    """What the child said, or how it ended."""
+def examined_apart(name: str) -> dict[str, Any]:
+    """The row of a class, from a process of its own: what it said, or how it ended."""
+    entry, started = classes()[name], time.time()
+    context = multiprocessing.get_context("forkserver")
+    mine, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=work, args=(entry, theirs))
+    process.start()
+    theirs.close()
     row: dict[str, Any] = {"result": "error", "reason": f"no answer within {SECONDS} s"}
-    if ready:
-        try:
-            row = pipe.recv()
-        except EOFError:
-            process.join()
-            row["reason"] = f"the process ended by itself with {process.exitcode}"
+    try:
+        if mine.poll(SECONDS):
+            row = mine.recv()
+    except EOFError:
+        process.join()
+        row["reason"] = f"the process ended by itself with {process.exitcode}"
     process.kill()
     process.join()
-    return row
+    row = {"name": name, "model_type": entry[1], **row, "seconds": round(time.time() - started, 1)}
+    return row | {"transformers": transformers.__version__, "torch": torch.__version__.partition("+")[0]}
+
+
+def sweep(names: Sequence[str], workers: int) -> Iterable[dict[str, Any]]:
+    """Examines these classes; yields a row for each as it is done, and prints how it goes."""
+    multiprocessing.set_forkserver_preload(["tests.families.compare"])
+    began = time.time()
+    with ThreadPool(workers) as pool:
+        for done, row in enumerate(pool.imap_unordered(examined_apart, names), 1):
+            yield row
+            left = (time.time() - began) / done * (len(names) - done) / 60
+            said = f"{row['result']:9} {row['name']} {row['seconds']} s; {left:.0f} min left"
+            print(f"{done}/{len(names)} {said}", flush=True)
 
 
 def page(rows: Sequence[dict[str, Any]]) -> str:

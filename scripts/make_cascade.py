@@ -3,44 +3,37 @@
 python scripts/make_cascade.py --config recipes/smol/cascade.yaml push_to_hub=me/my-cascade
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from csdraft import CascadeDrafter, ModelDrafter
+from csdraft.data.target import check_writable, option, read_target
 from csdraft.models import load_model
 from csdraft.spec import resolve, types
 from csdraft.trainers.command import run_script
-from csdraft.trainers.run import check_tokenizers, check_writable, read_target
+from csdraft.trainers.run import check_tokenizers
 
 
 @dataclass
 class CascadeArguments:
     """What `csdraft.CascadeDrafter` takes, for which target, and where the cascade goes."""
 
-    target: str = field(
-        default="models/smol-target",
-        metadata={"help": "Folder or Hub id of the target; its config and tokenizer are read, its weights are not."},
+    target: str = option(
+        "models/smol-target", "Folder or Hub id of the target; its config and tokenizer are read, its weights are not."
     )
-    target_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the target."})
-    drafters: Any = field(
-        default_factory=lambda: ["max_gram"],
-        metadata={"help": "Largest first: folders, Hub ids, types, or {type: ..., options}."},
-    )
-    k_matrix: Any = field(default=5, metadata={"help": "Tokens that each drafter gives: a matrix, list or number."})
-    lenience: Any = field(default=1.0, metadata={"help": "Of reviewing drafters; 1 is strict."})
-    verifier: Any = field(default="match", metadata={"help": "Acceptance rule: a type or {type: ..., options}."})
-    schedule: Any = field(
-        default="cost_model", metadata={"help": "When to stop drafting: a type or {type: ..., options}."}
-    )
-    dtype: str = field(default="auto", metadata={"help": "dtype of the drafters' weights; auto is as stored."})
-    output_dir: str = field(default="out/cascade", metadata={"help": "Folder for the cascade."})
-    copy_models: bool = field(
-        default=True, metadata={"help": "Save the drafters' weights; false notes those of the Hub by id and revision."}
-    )
-    push_to_hub: str | None = field(default=None, metadata={"help": "Hub id to upload to."})
+    target_revision: str | None = option(None, "Branch, tag or commit of the target.")
+    drafters: Any = option(["max_gram"], "Largest first: folders, Hub ids, types, or {type: ..., options}.")
+    k_matrix: Any = option(5, "Tokens that each drafter gives: a matrix, list or number.")
+    lenience: Any = option(1.0, "Of reviewing drafters; 1 is strict.")
+    verifier: Any = option("match", "Acceptance rule: a type or {type: ..., options}.")
+    schedule: Any = option("cost_model", "When to stop drafting: a type or {type: ..., options}.")
+    dtype: str = option("auto", "dtype of the drafters' weights; auto is as stored.")
+    output_dir: str = option("out/cascade", "Folder for the cascade.")
+    copy_models: bool = option(True, "Save the drafters' weights; false notes those of the Hub by id and revision.")
+    push_to_hub: str | None = option(None, "Hub id to upload to.")
 
     def __post_init__(self) -> None:
         if not isinstance(self.drafters, list):
