@@ -24,9 +24,10 @@ OUTCOME = ("source_row", "cut", "left_out", "detail")
 class Encoded(NamedTuple):
     """An example's tokens, before they are cut."""
 
-    ids: list[int]
+    input_ids: list[int]
     prompt_length: int = 0
-    more: Mapping[str, Any] = {}
+    scored: list[int] | None = None
+    index: int | None = None
 
 
 # One example's values, checked.
@@ -96,18 +97,17 @@ def tokens_of(example: Mapping[str, Any], number: int, source: Source, tokenizer
             f"row {number} of {source.name!r} has token {foreign} in {source.column!r}, and the tokenizer's ids end "
             f"before {end}; the data was made with another tokenizer: make it again with this one"
         )
-    given = _scored_by(example)
-    given |= {name: _whole(value) for name in GIVEN if (value := example.get(name)) is not None}
+    own = {name: _whole(value) for name in GIVEN if (value := example.get(name)) is not None}
+    given = _scored_by(example) | own
     for name in given.keys() & {"prompt_length", "index"}:
         if type(given[name]) is not int or not 0 <= given[name] < 1 << 63:
             raise Unusable(f"{kind_of(given[name])} as {name}", f"{given[name]}: it counts from 0")
-    if "scored" in given:
-        scored = given["scored"]
+    if (scored := given.get("scored")) is not None:
         if not isinstance(scored, list) or any(each not in (0, 1) for each in scored):
             raise Unusable(f"{kind_of(scored)} as scored", "it is a list of 0 and 1")
         if len(scored) != len(ids):
             raise Unusable("a scored list that is not as long as its tokens", f"{len(scored)} for {len(ids)}")
-    return Encoded(ids, given.pop("prompt_length", 0), given)
+    return Encoded(ids, **given)
 
 
 def ids_end(tokenizer: Any) -> int:
@@ -203,7 +203,7 @@ class RowReader:
         if self.source.turns:
             turns = self._turns(conversation_of(value), answer)
             ids, scored = scored_chat(turns, self.tokenizer, self.chat, as_tools(example.get(TOOLS)))
-            return Encoded(ids, scored.index(1), {"scored": scored})
+            return Encoded(ids, scored.index(1), scored)
         text = text_of(value, "prompt" if self.source.kind == "prompt" else "text")
         if self.source.response is not None:
             return text, _response_of(answer)
@@ -248,7 +248,7 @@ class RowReader:
 
     def _pieces(self, found: Encoded, number: int) -> Iterator[dict[str, Any]]:
         """One example's rows: texts are split into pieces, all else is cut. A row needs a token to train on."""
-        ids, size = found.ids, self.max_length
+        ids, scored, size = found.input_ids, found.scored, self.max_length
         if len(ids) < 2:
             raise Unusable("fewer than 2 tokens")
         if self.source.kind in ("text", "prompt") and self.source.response is None and not self.source.turns:
@@ -262,18 +262,15 @@ class RowReader:
                 f"the prompt of row {number} has {found.prompt_length} tokens, which leaves no room in "
                 f"max_length={size}",
             )
-        scored = found.more.get("scored")
-        if len(ids) <= found.prompt_length or (
-            scored is not None and 1 not in scored[max(found.prompt_length, 1) : size]
-        ):
+        if len(ids) <= found.prompt_length or (scored and 1 not in scored[max(found.prompt_length, 1) : size]):
             raise Unusable("no token to train on")
-        more = found.more if scored is None else {**found.more, "scored": list(scored)[:size]}
-        yield self._row(number, Encoded(ids[:size], found.prompt_length, more), cut=len(ids) > size)
+        kept = found._replace(input_ids=ids[:size], scored=scored and scored[:size])
+        yield self._row(number, kept, cut=len(ids) > size)
 
     def _row(self, number: int, found: Encoded, **outcome: Any) -> dict[str, Any]:
-        rest = {"scored": None, "index": number, **found.more, "source_row": number}
-        said = {"cut": False, "left_out": "", "detail": "", **outcome}
-        whole = {"input_ids": found.ids, "prompt_length": found.prompt_length, **rest, **said}
+        index = number if found.index is None else found.index
+        said = {"source_row": number, "cut": False, "left_out": "", "detail": "", **outcome}
+        whole = {**found._asdict(), "index": index, **said}
         return {name: whole[name] for name in (*self.columns, *OUTCOME)}
 
 

@@ -174,7 +174,7 @@ def _prompt_ids(
 ) -> list[int]:
     if source.kind == "tokens":
         tokens = tokens_of(example, number, source, tokenizer)
-        return tokens.ids[: tokens.prompt_length or None]
+        return tokens.input_ids[: tokens.prompt_length or None]
     example = source.cleaned(example)
     value = example.get(source.column)
     if source.turns:
