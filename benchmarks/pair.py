@@ -30,7 +30,7 @@ from benchmarks.methods import K_MATRIX, METHODS, Setup
 from benchmarks.render import machine, plot, save, table
 from benchmarks.suites import SUITES, Outcome, Work, methods_suite
 from csdraft.bench import Prompt, configured
-from csdraft.data.json_lines import read_objects
+from csdraft.data.text import read_objects
 from csdraft.progress import Progress
 from csdraft_command import COUNT
 

@@ -31,7 +31,7 @@ from benchmarks.never_loses import FIELDS, encode
 from benchmarks.replays import TALK
 from csdraft.bench import Prompt
 from csdraft.cascade import CascadeDrafter
-from csdraft.data.json_lines import read_objects
+from csdraft.data.text import read_objects
 from csdraft.decoding import clock
 from csdraft.drafters.max_gram import MaxGram
 from csdraft.drafters.model import ModelDrafter

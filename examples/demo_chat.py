@@ -29,7 +29,7 @@ from benchmarks.tasks import WARM
 from csdraft.bench import Prompt, aligned
 from csdraft.cascade import CascadeDrafter
 from csdraft.data.chat import chat_prompt
-from csdraft.data.json_lines import read_objects
+from csdraft.data.text import read_objects
 from csdraft.drafters.max_gram import MaxGram
 from csdraft.drafters.model import ModelDrafter
 from csdraft.drafters.suffix import Suffix

@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from csdraft.data.json_lines import read_objects
-from csdraft.data.text import LIBRARIES, TEXT_SUFFIXES, read_corpus
+from csdraft.data.text import LIBRARIES, TEXT_SUFFIXES, read_corpus, read_objects
 from csdraft.data.text import split as parted
 
 __all__ = ["GIVEN", "MASKS", "SHOWN", "TOOLS", "Kind", "Source", "open_source"]

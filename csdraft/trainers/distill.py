@@ -24,9 +24,9 @@ from csdraft.decoding.feature_session import FeatureModel
 from csdraft.models import base_model
 from csdraft.trainers.base import BaseTrainer
 from csdraft.trainers.distill_arguments import DistillArguments
-from csdraft.trainers.distillation import Distillation
 from csdraft.trainers.engines import copy_whole, is_sharded, keeps_parts, placed_here
 from csdraft.trainers.evaluation import Evaluation
+from csdraft.trainers.objective import Distillation
 from csdraft.trainers.on_policy import rewritten
 from csdraft.trainers.publish import describe
 from csdraft.trainers.split import evaluating

@@ -20,7 +20,7 @@ import csdraft
 from csdraft import ModelDrafter
 from csdraft.decoding.graphs import RECORDERS, check_on_device
 from csdraft.decoding.ledger import Ledger
-from csdraft.trainers.distillation import Distillation
+from csdraft.trainers.objective import Distillation
 from csdraft.trainers.students import save_student
 from csdraft.trees.best_first import BestFirst
 from tests import tiny

@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from csdraft.trainers.distillation import Distillation
-from csdraft.trainers.objective import Objective
+from csdraft.trainers.objective import Distillation, Objective
 from csdraft.trainers.students import make_student
 from csdraft.trainers.students._kind import kinds
 from tests.heads.learned import target, texts

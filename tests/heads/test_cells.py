@@ -14,8 +14,7 @@ from csdraft import ModelDrafter
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context
 from csdraft.heads.kinds.chimera import Chimera
-from csdraft.trainers.distillation import Distillation
-from csdraft.trainers.objective import Objective
+from csdraft.trainers.objective import Distillation, Objective
 from csdraft.trainers.students import check_student
 from csdraft.trees.best_first import BestFirst
 from tests.heads import test_kinds

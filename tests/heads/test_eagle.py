@@ -9,8 +9,7 @@ import torch
 from transformers import LlamaModel
 
 from csdraft import ModelDrafter
-from csdraft.trainers.distillation import Distillation
-from csdraft.trainers.objective import Objective
+from csdraft.trainers.objective import Distillation, Objective
 from csdraft.trainers.students import check_student, make_student
 from csdraft.trainers.students._kind import student_of
 from tests.heads.kinds import OBJECTIVE, batch, new

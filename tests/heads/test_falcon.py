@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from csdraft.heads.kinds.falcon import FalconOptions
-from csdraft.trainers.distillation import Distillation
+from csdraft.trainers.objective import Distillation
 from csdraft.trainers.students import check_student
 from csdraft.trees.best_first import BestFirst
 from tests.heads import spied as spied_module

@@ -22,7 +22,7 @@ from csdraft.export import export_drafter
 from csdraft.heads.layers import layer_stacks
 from csdraft.models import load_model
 from csdraft.schedules.confidence import Confidence
-from csdraft.trainers.distillation import Distillation
+from csdraft.trainers.objective import Distillation
 from csdraft.trainers.run import distill
 from csdraft.trainers.students import (
     added_share,

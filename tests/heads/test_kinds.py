@@ -28,7 +28,7 @@ from csdraft.drafters.vertical import Vertical
 from csdraft.heads.engines import ServedTarget
 from csdraft.heads.head import LAST
 from csdraft.models import load_model
-from csdraft.trainers.distillation import Distillation
+from csdraft.trainers.objective import Distillation
 from csdraft.trainers.students import check_student, make_student, save_student
 from csdraft.trees.best_first import BestFirst
 from csdraft.trees.sampled import Sampled

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from csdraft import ModelDrafter
 from csdraft.export import export_drafter
-from csdraft.trainers.distillation import Distillation
-from csdraft.trainers.objective import Objective
+from csdraft.trainers.objective import Distillation, Objective
 from csdraft.trainers.students import make_student, save_student
 from tests.tiny import VOCAB, fresh, noisy, tokenizer
 
