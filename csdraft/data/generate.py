@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import GenerationConfig
 
 from csdraft.data.engine import Engine, checked_url, each, up_to_end
-from csdraft.data.packing import pad_of
+from csdraft.data.packing import ends_of, pad_of, padded_prompts
 from csdraft.data.reader import ids_end
 from csdraft.data.shards import Place, Shard, batches, check_unchanged, finished, store, stored, write_whole
 from csdraft.data.sources import open_source, prompts_of, texts_of
@@ -215,17 +214,13 @@ def rows_of_target(
     """
     encoder = target.config.is_encoder_decoder
     pad = pad_of(tokenizer, target.config)
-    end = target.generation_config.eos_token_id
-    ends = end if isinstance(end, list) else [end]
+    ends = ends_of(target.generation_config)
     for rows in plan:
-        texts = [torch.tensor(prompts[row]) for row in rows]
-        side = "right" if encoder else "left"
-        ids = pad_sequence(texts, batch_first=True, padding_value=pad, padding_side=side)  # (rows, longest)
-        mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True, padding_side=side)
+        texts, side = [prompts[row] for row in rows], "right" if encoder else "left"
+        inputs = padded_prompts(texts, pad, target.device, side)
         sampled = is_sampled(rows[0], args.sampled)  # as all rows of a batch
         written = target.generate(
-            ids.to(target.device),
-            attention_mask=mask.to(target.device),
+            **inputs,
             max_new_tokens=args.max_new_tokens,
             assistant=assistant,
             row_seeds=[(args.seed << 32) + row for row in rows],
@@ -235,7 +230,7 @@ def rows_of_target(
             reuse=False,
             **({"temperature": args.temperature, "top_k": 0, "top_p": 1.0} if sampled else {}),
         )
-        new = written[:, 1 if encoder else ids.shape[1] :].tolist()  # (rows, new tokens)
+        new = written[:, 1 if encoder else inputs["input_ids"].shape[1] :].tolist()  # (rows, new tokens)
         yield from ((row, up_to_end(text, ends)) for row, text in zip(rows, new, strict=True))
 
 
@@ -246,9 +241,11 @@ def rows_of_engine(
     if config.is_encoder_decoder:
         raise ValueError(f"engine={args.engine!r} cannot write for a {config.model_type!r} target; leave engine out")
     vocab = config.get_text_config(decoder=True).vocab_size
-    engine = Engine(
-        str(args.engine), args.engine_model, args.target, tokenizer, vocab, ends_at(args, config), args.engine_timeout
-    )
+    try:
+        ends = ends_of(GenerationConfig.from_pretrained(args.target, revision=args.target_revision or "main"))
+    except OSError:  # it has no generation_config.json
+        ends = ends_of(config.get_text_config(decoder=True))
+    engine = Engine(str(args.engine), args.engine_model, args.target, tokenizer, vocab, set(ends), args.engine_timeout)
     print(engine.open(prompts[wanted[0]]))
 
     def write(row: int) -> list[int]:
@@ -256,15 +253,6 @@ def rows_of_engine(
         return engine.write(prompts[row], args.max_new_tokens, temperature, (args.seed * 1_000_003 + row) % (1 << 31))
 
     return each(write, wanted, args.batch_size, engine.stopped)
-
-
-def ends_at(args: GenerateArguments, config: Any) -> set[int]:
-    """The target's end-of-text tokens, read without its weights."""
-    try:
-        found = GenerationConfig.from_pretrained(args.target, revision=args.target_revision or "main").eos_token_id
-    except OSError:  # it has no generation_config.json
-        found = config.get_text_config(decoder=True).eos_token_id
-    return set(found) if isinstance(found, list) else set() if found is None else {found}
 
 
 def append(

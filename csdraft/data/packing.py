@@ -20,7 +20,10 @@ from torch.utils.data import Dataset
 
 from csdraft.data.row_arrays import RowArrays, lengths_of, prompt_lengths_of
 
-__all__ = ["IGNORED", "Texts", "best_fit", "check_packing", "collate", "collate_seq2seq", "pad_of"]
+__all__ = [
+    "IGNORED", "Texts", "best_fit", "check_packing", "collate", "collate_seq2seq", "ends_of", "pad_of",
+    "padded_prompts",
+]  # fmt: skip
 
 IGNORED = -100
 """The label of a token that does not count for the loss."""
@@ -176,13 +179,25 @@ def collate_seq2seq(examples: Sequence[Mapping[str, Tensor]], pad: int = 0) -> d
         The decoder needs no mask, because its padding follows its text.
     """
     columns = {name: [example[name] for example in examples] for name in examples[0]}
-    seen = [torch.ones_like(source) for source in columns["input_ids"]]
-    return {
-        "input_ids": pad_sequence(columns["input_ids"], batch_first=True, padding_value=pad),
-        "attention_mask": pad_sequence(seen, batch_first=True),
-        "decoder_input_ids": pad_sequence(columns["decoder_input_ids"], batch_first=True, padding_value=pad),
-        "labels": pad_sequence(columns["labels"], batch_first=True, padding_value=IGNORED),
-    }
+    read, labels = (
+        pad_sequence(columns[name], batch_first=True, padding_value=fill)
+        for name, fill in (("decoder_input_ids", pad), ("labels", IGNORED))
+    )
+    return padded_prompts(columns["input_ids"], pad, side="right") | {"decoder_input_ids": read, "labels": labels}
+
+
+def padded_prompts(texts: Sequence[Any], pad: int, device: Any = None, side: str = "left") -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` of token ids, (rows, longest) int64."""
+    rows = [torch.as_tensor(text, dtype=torch.long) for text in texts]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side=side)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def ends_of(config: Any) -> list[int]:
+    """The end tokens in a config or a generation config."""
+    ends = config.eos_token_id
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
 def pad_of(tokenizer: Any, config: Any) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad as padded
 
+from csdraft.data.packing import ends_of, padded_prompts
 from csdraft.decoding.feature_session import FeatureModel
 from csdraft.decoding.traits import tapped
 from csdraft.drafters.model import ModelDrafter
@@ -22,7 +23,7 @@ from csdraft.models import base_model
 from csdraft.reports.report import Report
 from csdraft.schedules.fixed import Fixed
 
-__all__ = ["FRESH", "Evaluation", "check_figure", "ends_of", "left_padded", "seed_of", "up_to_end"]
+__all__ = ["FRESH", "Evaluation", "check_figure", "seed_of", "up_to_end"]
 
 FRESH: dict[str, Any] = {"reuse": False, "graphs": False}
 """Options of `generate` for models in training: nothing about them is kept between calls."""
@@ -80,7 +81,7 @@ class Evaluation:
     def _decode(self, target: Any, student: nn.Module, prompts: Any, sampled: bool) -> tuple[Report, Tensor]:
         """The report of the decoding, and the texts, (rows, prompt + new)."""
         output = target.generate(
-            **left_padded(prompts, self.pad, target.device),
+            **padded_prompts(prompts, self.pad, target.device),
             assistant=ModelDrafter(student),  # type: ignore[arg-type]
             schedule=Fixed(self.depth),
             row_seeds=[seed_of(prompt) for prompt in prompts],
@@ -98,18 +99,18 @@ class Evaluation:
     ) -> None:
         """Compares both models along the target's texts: their overlap if sampled, their agreement if greedy."""
         if target.config.is_encoder_decoder:
-            inputs = left_padded(prompts, self.pad, target.device) | {"decoder_input_ids": texts[:, :-1]}
+            inputs = padded_prompts(prompts, self.pad, target.device) | {"decoder_input_ids": texts[:, :-1]}
             width, fits = 1, True
         else:
             width = max(map(len, prompts))
             mask = torch.ones_like(texts)  # (rows, prompt + new)
-            mask[:, :width] = left_padded(prompts, self.pad, texts.device)["attention_mask"]
+            mask[:, :width] = padded_prompts(prompts, self.pad, texts.device)["attention_mask"]
             positions = (mask.cumsum(1) - 1).clamp(min=0)
             context = getattr(student.config, "max_position_embeddings", None) or texts.shape[1]
             fits = positions[:, :-1] < context  # where the student can read
             inputs = {"input_ids": texts, "attention_mask": mask, "position_ids": positions.clamp(max=context - 1)}
         written = torch.zeros_like(texts[:, 1:], dtype=torch.bool)  # (rows, prompt + new - 1), True at new tokens
-        written[:, width - 1 :] = up_to_end(texts[:, width:], ends_of(target))
+        written[:, width - 1 :] = up_to_end(texts[:, width:], ends_of(target.generation_config))
         written &= fits
         drafted, wanted = (  # (tokens, vocab) each
             logits[:, : written.shape[1]].to(written.device)[written] for logits in _logits(student, target, inputs)
@@ -183,20 +184,6 @@ def check_figure(name: str, depth: int, new_tokens: int) -> None:
             f"metric_for_best_model={name!r} is not a figure of the evaluation; give one of {', '.join(known)}, "
             f"{counted[0]} to {counted[depth - 1]}, or {', '.join(counted[depth:])}"
         )
-
-
-def left_padded(texts: Sequence[Sequence[int]], pad: int, device: Any) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask`, (rows, longest)."""
-    width = max(map(len, texts))
-    ids = [[pad] * (width - len(text)) + list(text) for text in texts]
-    mask = [[0] * (width - len(text)) + [1] * len(text) for text in texts]
-    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
-
-
-def ends_of(model: Any) -> list[int]:
-    """The model's end tokens."""
-    ends = model.generation_config.eos_token_id
-    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
 def up_to_end(tokens: Tensor, ends: Sequence[int]) -> Tensor:

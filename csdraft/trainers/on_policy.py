@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csdraft.data.packing import IGNORED
+from csdraft.data.packing import IGNORED, ends_of, padded_prompts
 from csdraft.drafters.max_gram import MaxGram
-from csdraft.trainers.evaluation import FRESH, ends_of, left_padded, seed_of, up_to_end
+from csdraft.trainers.evaluation import FRESH, seed_of, up_to_end
 
 __all__ = ["rewritten"]
 
@@ -58,7 +58,7 @@ def rewritten(
     kept = {span: max(_prompt_length(labels, span), prompt) for span in spans}
     for group in _groups(spans, kept, getattr(student.config, "max_position_embeddings", None)):
         prompts = [ids[row, start : start + kept[row, start, stop]].tolist() for row, start, stop in group]
-        inputs = left_padded(prompts, pad, ids.device)
+        inputs = padded_prompts(prompts, pad, ids.device)
         seeds = [seed_of(tokens, *keys) for tokens in prompts]
         longest = max(stop - start - kept[row, start, stop] for row, start, stop in group)
         written = _written(student, inputs, seeds, longest, temperature, pad, vocab)[:, inputs["input_ids"].shape[1] :]
@@ -119,7 +119,7 @@ def _written(
 
 def _labels(text: Tensor, student: Any) -> Tensor:
     """(length,) the tokens of a new text up to its first end, then `IGNORED`."""
-    return text.masked_fill(~up_to_end(text, ends_of(student)), IGNORED)
+    return text.masked_fill(~up_to_end(text, ends_of(student.generation_config)), IGNORED)
 
 
 def _groups(spans: list[Span], kept: dict[Span, int], context: int | None) -> list[list[Span]]:

@@ -18,12 +18,13 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, Trainer, TrainerCallback
 
 import csdraft
+from csdraft.data.packing import padded_prompts
 from csdraft.data.sources import read_rows
 from csdraft.data.target_cache import TargetCache
 from csdraft.trainers import run
 from csdraft.trainers.arguments import make_arguments
 from csdraft.trainers.distill import DistillArguments, DrafterTrainer
-from csdraft.trainers.evaluation import Evaluation, left_padded
+from csdraft.trainers.evaluation import Evaluation
 from csdraft.trainers.run import distill
 from csdraft.trainers.stops import Interrupt
 from tests.tiny import on_target
@@ -189,7 +190,7 @@ def test_texts_that_end_early_count_up_to_their_end(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder / "target")
     prompts = [tokenizer(text)["input_ids"] for text in ("x1 = y", "x2 = y + 3\n")]
     target.generation_config.eos_token_id = None
-    inputs = left_padded(prompts, tokenizer.pad_token_id, target.device)
+    inputs = padded_prompts(prompts, tokenizer.pad_token_id, target.device)
     third = target.generate(**inputs, max_new_tokens=3, do_sample=False, pad_token_id=0)[:, -1].tolist()
     target.generation_config.eos_token_id = third  # both rows end after three tokens, or before
     sums = Evaluation(prompts, tokenizer.pad_token_id, depth=2, new_tokens=24).run(target, target)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from csdraft import spec
-from csdraft.data.packing import IGNORED
+from csdraft.data.packing import IGNORED, ends_of
 from csdraft.heads import kinds as heads
 from csdraft.heads.folder import SWITCHING, check_rotary
 from csdraft.heads.head import Head, HeadOptions
@@ -157,8 +157,7 @@ class HeadKind(Student):
                 f"init.{self.name}: draft_vocab={count} is chosen by the training text; give that, or leave it out"
             )
         found = counts().clone()  # (vocab,)
-        if (ends := target.generation_config.eos_token_id) is not None:
-            found[ends] = 1 << 60
+        found[ends_of(target.generation_config)] = 1 << 60
         return found.argsort(descending=True, stable=True)[:count].sort().values
 
     def load_weights(self, student: Any, folder: str) -> None:
