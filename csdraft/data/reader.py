@@ -15,7 +15,7 @@ from csdraft.data.messages import as_messages, as_tools, is_broken, kind_of
 from csdraft.data.opening import GIVEN, MASKS, SHOWN, TOOLS, Source
 from csdraft.data.tally import Unusable
 
-__all__ = ["OUTCOME", "RowReader", "conversation_of", "ids_end", "text_of", "tokens_of", "with_bos"]
+__all__ = ["OUTCOME", "Encoded", "RowReader", "content_of", "ids_end", "text_of", "with_bos"]
 
 OUTCOME = ("source_row", "cut", "left_out", "detail")
 """Columns with the outcome of reading an example; see `RowReader`."""
@@ -48,8 +48,13 @@ def text_of(value: Any, what: str) -> str:
     return value
 
 
-def conversation_of(value: Any) -> list[dict[str, Any]]:
-    """A conversation's messages; `Unusable` if it is null."""
+def content_of(example: Mapping[str, Any], number: int, source: Source, tokenizer: Any) -> Any:
+    """An example's tokens (`Encoded`), a conversation's messages, or a text; `Unusable` if something is wrong."""
+    if source.kind == "tokens":
+        return tokens_of(example, number, source, tokenizer)
+    value = example.get(source.column)
+    if not source.turns:
+        return text_of(value, "prompt" if source.kind == "prompt" else "text")
     if value is None:
         raise Unusable("a null conversation")
     return as_messages(value)
@@ -196,20 +201,19 @@ class RowReader:
 
     def _read(self, example: Mapping[str, Any], number: int) -> Any:
         """An example's tokens; or its text, or prompt and response, if these must still be tokenized."""
-        value = example.get(self.source.column)
+        value = content_of(example, number, self.source, self.tokenizer)
         answer = example.get(self.source.response or "")
-        if self.source.kind == "tokens":
-            return tokens_of(example, number, self.source, self.tokenizer)
+        if isinstance(value, Encoded):
+            return value
         if self.source.turns:
-            turns = self._turns(conversation_of(value), answer)
+            turns = self._turns(value, answer)
             ids, scored = scored_chat(turns, self.tokenizer, self.chat, as_tools(example.get(TOOLS)))
             return Encoded(ids, scored.index(1), scored)
-        text = text_of(value, "prompt" if self.source.kind == "prompt" else "text")
         if self.source.response is not None:
-            return text, _response_of(answer)
-        if not text:
+            return value, _response_of(answer)
+        if not value:
             raise Unusable(f"an empty {self.source.kind}")
-        return text
+        return value
 
     def _turns(self, turns: list[dict[str, Any]], answer: Any) -> list[dict[str, Any]]:
         if self.source.response is None:

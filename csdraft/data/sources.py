@@ -13,7 +13,7 @@ from typing import Any
 from csdraft.data.chat import ChatFormat, chat_prompt, check_template
 from csdraft.data.messages import as_tools
 from csdraft.data.opening import TOOLS, Source, open_source
-from csdraft.data.reader import OUTCOME, RowReader, conversation_of, text_of, tokens_of, with_bos
+from csdraft.data.reader import OUTCOME, Encoded, RowReader, content_of, text_of, with_bos
 from csdraft.data.tally import Counted, Tally, Unusable, tally_of
 
 __all__ = ["Source", "open_source", "prompts_of", "read_prompts", "read_rows", "revision_of", "tally_of", "texts_of"]
@@ -160,31 +160,22 @@ def prompts_of(
             )
         return ids
 
-    prompts = _usable(source, ids_of)
-    if not prompts:
-        raise ValueError(
-            f"{source.name!r} holds no prompt that can be used: {prompts.tally.read:,} rows read, "
-            f"{prompts.tally.reasons}; correct the column {source.column!r}, or give another data set"
-        )
-    return prompts
+    return _usable(source, ids_of, "no prompt that can be used")
 
 
 def _prompt_ids(
     source: Source, tokenizer: Any, chat: ChatFormat, wrapped: bool, example: Mapping[str, Any], number: int
 ) -> list[int]:
-    if source.kind == "tokens":
-        tokens = tokens_of(example, number, source, tokenizer)
-        return tokens.input_ids[: tokens.prompt_length or None]
     example = source.cleaned(example)
-    value = example.get(source.column)
-    if source.turns:
-        return chat_prompt(conversation_of(value), tokenizer, chat, as_tools(example.get(TOOLS)))
-    text = text_of(value, "text" if source.kind == "text" else "prompt")
+    value = content_of(example, number, source, tokenizer)
+    if isinstance(value, Encoded):
+        return value.input_ids[: value.prompt_length or None]
     if source.kind == "text":
-        return with_bos(tokenizer(text)["input_ids"], tokenizer)
-    if wrapped:
-        return chat_prompt([{"role": "user", "content": text}], tokenizer, chat, as_tools(example.get(TOOLS)))
-    return tokenizer(text)["input_ids"]
+        return with_bos(tokenizer(value)["input_ids"], tokenizer)
+    if not source.turns and not wrapped:
+        return tokenizer(value)["input_ids"]
+    turns = value if source.turns else [{"role": "user", "content": value}]
+    return chat_prompt(turns, tokenizer, chat, as_tools(example.get(TOOLS)))
 
 
 def texts_of(source: Source, tokenizer: Any, longer_than: int) -> Counted:
@@ -196,23 +187,27 @@ def texts_of(source: Source, tokenizer: Any, longer_than: int) -> Counted:
             raise Unusable(f"a text of no more than {longer_than} tokens")
         return ids
 
-    texts = _usable(source, ids_of)
-    if not texts:
-        raise ValueError(
-            f"{source.name!r}: no text has more than {longer_than} tokens ({texts.tally.reasons}); ask for shorter "
-            "beginnings"
-        )
-    return texts
+    return _usable(
+        source, ids_of, f"short texts (no text has more than {longer_than} tokens: ask for shorter beginnings)"
+    )
 
 
-def _usable(source: Source, ids_of: Callable[[Mapping[str, Any], int], list[int]]) -> Counted:
-    """The token ids of each example, given with its number; reports those that are `Unusable` unless all are."""
+def _usable(source: Source, ids_of: Callable[[Mapping[str, Any], int], list[int]], none: str) -> Counted:
+    """The token ids of each example, given with its number; reports those that are `Unusable`.
+
+    Args:
+        none: what a ValueError says if all are.
+    """
     found = Counted([], Tally(source.name, len(source.examples)))
     for number, example in enumerate(source.examples):
         try:
             found.append(ids_of(example, number))
         except Unusable as why:
             found.tally.leave_out(number, why.what, why.detail)
-    if found:
-        found.tally.show()
+    if not found:
+        raise ValueError(
+            f"{source.name!r} holds {none}: {found.tally.read:,} rows read, {found.tally.reasons}; correct the column "
+            f"{source.column!r}, or give another data set"
+        )
+    found.tally.show()
     return found
