@@ -10,15 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import datasets
+import evaluate
 import torch
 
 from csdraft.metrics.measures import by_position, expected_acceptance, greedy_agreement
-
-try:
-    import datasets
-    import evaluate
-except ImportError as error:
-    raise ImportError(f"{error.name} is needed and not installed: pip install csdraft[train]") from error
 
 __all__ = ["Acceptance"]
 

@@ -8,13 +8,10 @@
 
 from __future__ import annotations
 
-from csdraft.metrics.measures import tokens_per_call
+import datasets
+import evaluate
 
-try:
-    import datasets
-    import evaluate
-except ImportError as error:
-    raise ImportError(f"{error.name} is needed and not installed: pip install csdraft[train]") from error
+from csdraft.metrics.measures import tokens_per_call
 
 __all__ = ["BlockEfficiency"]
 

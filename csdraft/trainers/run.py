@@ -126,8 +126,6 @@ def check(args: DistillArguments, config: PreTrainedConfig, tokenizer: PreTraine
         )
     check_student(config, args.student, args.init, args.peft)
     check_engines(args)
-    if args.target_sharded:
-        check_sharding(args)
     if args.on_policy and args.kind.reads_features:
         raise ValueError(
             f"on_policy={args.on_policy!r} with a head: it reads hidden states of the target, which are computed "
@@ -138,8 +136,6 @@ def check(args: DistillArguments, config: PreTrainedConfig, tokenizer: PreTraine
             f"on_policy_prompt={args.on_policy_prompt} leaves nothing to write in texts of max_length="
             f"{args.max_length} tokens; keep fewer"
         )
-    if args.target_cache and config.is_encoder_decoder:
-        raise ValueError("target_cache is for decoder-only targets; leave it out")
     check_context(args.max_length, config)
     check_writable(args.output_dir)
     folder = RunFolder(args)  # raises if the folder holds another run
@@ -149,7 +145,7 @@ def check(args: DistillArguments, config: PreTrainedConfig, tokenizer: PreTraine
 
 
 def check_engines(args: DistillArguments) -> None:
-    """Raises ValueError if the chosen engine cannot train the student. Says so if only one process was started."""
+    """Raises ValueError if the chosen engine cannot train the student, or the target cannot be sharded."""
     check_engine(args.kind.shares_target, args.deepspeed, args.fsdp)
     if args.muon and (engine := chosen_engine(args.deepspeed, args.fsdp)):
         raise ValueError(f"muon=true needs whole matrices, which {engine} splits; leave muon out, or use DDP")
@@ -163,15 +159,11 @@ def check_engines(args: DistillArguments) -> None:
             "accelerate launch was asked for several processes and has started one; leave out --cpu and use "
             "recipes/accelerate/cpu.yaml"
         )
-
-
-def check_sharding(args: DistillArguments) -> None:
-    """Raises ValueError if the target cannot be sharded."""
-    if args.world_size < 2:
+    if args.target_sharded and args.world_size < 2:
         raise ValueError(
             "target_sharded=true with one process: no other process could share the weights; use accelerate launch"
         )
-    if args.kind.needs_target:
+    if args.target_sharded and args.kind.needs_target:
         raise ValueError(
             "target_sharded=true: a student that is cut out of the target, uses its layers, or is a head with its "
             "embedding needs the target's whole weights, which no process has. For a cut student: make it in a run of "
