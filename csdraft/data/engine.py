@@ -108,7 +108,10 @@ class Engine:
         """Finds the model's name, and a way to ask that works for this prompt; returns both in a sentence."""
         if self.model is None:
             served = self.ask("models")
-            known = _names(served)
+            try:
+                known = [str(model["id"]) for model in served["data"]]
+            except (KeyError, TypeError):
+                known = []
             if not known or (len(known) > 1 and self.target not in known):
                 raise EngineError(
                     f"{self.url}/models names {', '.join(known) or 'no model'} ({_quoted(served)}); say which one is "
@@ -227,14 +230,6 @@ class Engine:
             return json.loads(content)
         except (ValueError, RecursionError) as error:
             raise Failed(f"no JSON in the answer {_quoted(content)}") from error
-
-
-def _names(served: Any) -> list[str]:
-    """The names of the models in a server's list; empty if it is not such a list."""
-    try:
-        return [str(model["id"]) for model in served["data"]]
-    except (KeyError, TypeError):
-        return []
 
 
 def _continuation(answer: Any) -> dict[str, Any]:

@@ -78,15 +78,16 @@ def open_source(source: str, split: str = "train", limit: int | None = None) -> 
         raise ValueError("'' is no data set; give a Hub id, a file or a folder")
     path = Path(source)
     if path.is_file() and _suffix(path) in (".json", ".jsonl"):
-        examples = _objects(path, limit)
+        try:
+            examples: Any = read_objects(path, limit)
+        except DAMAGED as error:
+            raise _unreadable(path, error) from error
     else:
         examples = _corpus(source, split) if _is_corpus(source) else _dataset(source, split)
     if not len(examples):
         raise ValueError(f"{source!r} is empty; give a data set with at least one row")
     if limit is not None:
-        examples = (
-            examples[:limit] if isinstance(examples, list) else examples.select(range(min(limit, len(examples))))
-        )
+        examples = examples[:limit] if isinstance(examples, list) else examples.take(min(limit, len(examples)))
     return _described(source, examples)
 
 
@@ -191,13 +192,6 @@ def _corpus(source: str, split: str) -> list[dict[str, str]]:
             raise ValueError(f"{source!r} has the splits 'train' and 'test', not {split!r}")
         documents = parts[split]
     return [{"text": document.text} for document in random.Random(0).sample(documents, len(documents))]
-
-
-def _objects(path: Path, limit: int | None) -> list[dict[str, Any]]:
-    try:
-        return read_objects(path, limit)
-    except DAMAGED as error:
-        raise _unreadable(path, error) from error
 
 
 def _unreadable(path: Path, error: Exception) -> ValueError:

@@ -28,7 +28,7 @@ HELD_OUT_PERCENT = 4
 # Parts of the standard library that are not written for people, or differ between machines.
 LIBRARY = Path(sysconfig.get_path("stdlib"))
 INSTALLED = {"site-packages", "dist-packages"}
-LEFT_OUT = INSTALLED | {"test", "tests", "idle_test", "encodings", "pydoc_data"}
+LEFT_OUT = {*INSTALLED, "test", "tests", "idle_test", "encodings", "pydoc_data"}
 LEFT_OUT_PREFIXES = ("_sysconfigdata", "config-")
 
 
@@ -49,9 +49,9 @@ def read_corpus(corpus: str) -> list[Document]:
     """
     path = Path(corpus)
     if corpus == "stdlib":
-        documents = list(_read_folder(LIBRARY, (p for p in LIBRARY.rglob("*.py") if not _left_out(p))))
+        documents = list(_read_folder(LIBRARY, _library("*.py", LEFT_OUT, LEFT_OUT_PREFIXES)))
     elif corpus == "stdlib-tests":
-        documents = list(_read_folder(LIBRARY, (p for p in LIBRARY.rglob("test_*.py") if not _installed(p))))
+        documents = list(_read_folder(LIBRARY, _library("test_*.py", INSTALLED)))
     elif path.is_dir():
         documents = list(_read_folder(path, (p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES)))
     elif path.is_file():
@@ -65,12 +65,10 @@ def read_corpus(corpus: str) -> list[Document]:
     return documents
 
 
-def _left_out(path: Path) -> bool:
-    return any(part in LEFT_OUT or part.startswith(LEFT_OUT_PREFIXES) for part in path.relative_to(LIBRARY).parts)
-
-
-def _installed(path: Path) -> bool:
-    return not INSTALLED.isdisjoint(path.relative_to(LIBRARY).parts)
+def _library(pattern: str, left_out: set[str], prefixes: tuple[str, ...] = ()) -> Iterator[Path]:
+    for path in LIBRARY.rglob(pattern):
+        if not any(part in left_out or part.startswith(prefixes) for part in path.relative_to(LIBRARY).parts):
+            yield path
 
 
 def _read_folder(root: Path, paths: Iterable[Path]) -> Iterator[Document]:

@@ -12,7 +12,7 @@ import math
 import os
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import fields
 from functools import lru_cache
 from itertools import takewhile
@@ -51,8 +51,7 @@ def chosen_checkpoint(args: TrainingArguments) -> str | None:
     if named is not None and named is not True:
         if reason := flaw(Path(named)):
             raise ValueError(
-                f"resume_from_checkpoint={named!r} holds no whole checkpoint: {reason}. Name a folder checkpoint-N, "
-                "or leave it out for the newest of output_dir"
+                f"resume_from_checkpoint={named!r} holds no whole checkpoint: {reason}. Leave it out for the newest"
             )
         return str(named)
     newest, broken = last_checkpoint(output_dir), passed_over(output_dir)
@@ -204,7 +203,8 @@ def options_of(args: TrainingArguments) -> dict[str, Any]:
     free = {key for keys in FREE.values() for key in keys.split()}
     kept = {field.name: getattr(args, field.name) for field in fields(args) if field.name not in free}
     engine = chosen_engine(args.deepspeed, args.fsdp)
-    return _plain(kept) | {"processes": args.world_size, "engine": engine}
+    plain = {key: json.loads(json.dumps(_name(key, value), default=str)) for key, value in kept.items()}
+    return plain | {"processes": args.world_size, "engine": engine}
 
 
 def check_options(folder: str, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -227,12 +227,9 @@ def rows_per_step(options: dict[str, Any]) -> int:
     return math.prod(options[key] for key in CUTS)
 
 
-def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as JSON stores them. Only the last part of an existing path is kept, because folders may be moved."""
-    return {key: json.loads(json.dumps(_name(key, value), default=str)) for key, value in options.items()}
-
-
-def _name(key: str, value: Any) -> Any:  # a cache may be gone; a long text is no path, and Path raises
+def _name(key: str, value: Any) -> Any:
+    """The last part of an existing path, because folders may be moved; any other value unchanged."""
+    # A cache may be gone; a long text is no path, and Path raises.
     if isinstance(value, str) and value and (key == "target_cache" or os.path.exists(value)):
         return Path(value).resolve().name
     return value

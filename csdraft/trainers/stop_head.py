@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -65,8 +66,13 @@ class RecordingSchedule(Schedule):
     def budgets(self, contexts: Sequence[Context], rooms: Sequence[int], drafter: Drafter) -> list[Budget]:
         self._rows = {context.row: [] for context in contexts}
         depths = [min(self.depth, room) for room in rooms]
-        stops = [_recorder(self._rows[context.row]) for context in contexts]
+        stops = [partial(self._record, context.row) for context in contexts]
         return [Budget(d, d, confidence=True, stop=stop) for d, stop in zip(depths, stops, strict=True)]
+
+    def _record(self, row: int, confidence: float, entropy: Callable[[], float]) -> bool:
+        """A stop rule that notes its inputs and never stops."""
+        self._rows[row].append((confidence, entropy(), len(self._rows[row])))
+        return False
 
     def observe(self, rounds: Sequence[Round], draft_seconds: float, score_seconds: float) -> None:
         for finished in rounds:
@@ -80,16 +86,6 @@ class RecordingSchedule(Schedule):
                 if node in accepted or node in refused:
                     self.heard.append(heard)
                     self.kept.append(node in accepted)
-
-
-def _recorder(row: list[tuple[float, float, int]]) -> Callable[[float, Callable[[], float]], bool]:
-    """A stop rule that records its inputs in `row` and never stops."""
-
-    def never(confidence: float, entropy: Callable[[], float]) -> bool:
-        row.append((confidence, entropy(), len(row)))
-        return False
-
-    return never
 
 
 def harvest(

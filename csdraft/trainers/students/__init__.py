@@ -73,9 +73,7 @@ def _asked(
         return students()["self_draft"], {"cut": options, "peft": peft}
     if peft is not None:
         raise ValueError(
-            "peft with a head: a head is trained whole; leave peft out"
-            if key in kinds()
-            else "peft with init: a new student is trained whole. For LoRA on the target's own layers "
+            "peft with init: a new student is trained whole; leave peft out. For LoRA on the target's own layers "
             "(self-drafting), say init: {from_target: {layers: [...], shared: true}}"
         )
     return students()[KEYS.get(key, key)], options or {}
