@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import lzma
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -157,15 +157,8 @@ def _is_filled(value: Any) -> bool:
 
 def _first(examples: Any, column: str, wanted: Callable[[Any], bool] = _is_filled) -> Any:
     """The first value in a column for which `wanted` is true; None if there is none."""
-    return next(filter(wanted, _values(examples, column)), None)
-
-
-def _values(examples: Any, column: str) -> Iterator[Any]:
-    if isinstance(examples, list):
-        yield from (example.get(column) for example in examples)
-    else:
-        for batch in examples.select_columns([column]).iter(256):
-            yield from batch[column]
+    values = (each.get(column) for each in examples) if isinstance(examples, list) else examples[column]
+    return next(filter(wanted, values), None)
 
 
 # Opening.
