@@ -18,9 +18,7 @@ def acceptance(student_logits: Tensor, target_logits: Tensor, labels: Tensor) ->
     """-log sum min(target, student) of each position, in nats.
 
     Args:
-        student_logits: (positions, vocab) of any float dtype, computed in float32.
-        target_logits: (positions, vocab) likewise.
-        labels: not used.
+        student_logits, target_logits: (positions, vocab) of any float dtype, computed in float32; labels are not used.
 
     Returns:
         (positions,) float32, >= 0 up to rounding, 0 where the two agree; finite even where they share no token.

@@ -19,9 +19,7 @@ def jsd(student_logits: Tensor, target_logits: Tensor, labels: Tensor, *, beta: 
     """beta KL(target || mixture) + (1 - beta) KL(student || mixture), mixture = beta target + (1 - beta) student.
 
     Args:
-        student_logits: (positions, vocab) of any float dtype, computed in float32.
-        target_logits: (positions, vocab) likewise.
-        labels: not used.
+        student_logits, target_logits: (positions, vocab) of any float dtype, computed in float32; labels are not used.
         beta: between 0 and 1. The loss / beta tends to forward KL for beta -> 0, loss / (1 - beta) to reverse KL for
             beta -> 1.
 

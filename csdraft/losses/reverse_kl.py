@@ -17,9 +17,7 @@ def reverse_kl(student_logits: Tensor, target_logits: Tensor, labels: Tensor) ->
     """KL(student || target) of each position, in nats.
 
     Args:
-        student_logits: (positions, vocab) of any float dtype, computed in float32.
-        target_logits: (positions, vocab) likewise.
-        labels: not used.
+        student_logits, target_logits: (positions, vocab) of any float dtype, computed in float32; labels are not used.
 
     Returns:
         (positions,) float32, >= 0 and 0 where the two agree. If the target has a logit of -inf for a token and the

@@ -21,9 +21,7 @@ def top_k(student_logits: Tensor, target_logits: Tensor, labels: Tensor, *, k: i
     """The sum over the target's top `k` tokens of -target * log(student), of each position, in nats.
 
     Args:
-        student_logits: (positions, vocab) of any float dtype, computed in float32.
-        target_logits: (positions, vocab) likewise.
-        labels: not used.
+        student_logits, target_logits: (positions, vocab) of any float dtype, computed in float32; labels are not used.
         k: the number of tokens that count, at least 1; with the whole vocabulary it is forward KL plus the target's
             entropy.
 

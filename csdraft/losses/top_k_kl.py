@@ -19,9 +19,7 @@ def top_k_kl(student_logits: Tensor, target_logits: Tensor, labels: Tensor, *, k
     """KL(target || student) of each position, tokens outside the target's top `k` counted as one; in nats.
 
     Args:
-        student_logits: (positions, vocab) of any float dtype, computed in float32.
-        target_logits: (positions, vocab) likewise.
-        labels: not used.
+        student_logits, target_logits: (positions, vocab) of any float dtype, computed in float32; labels are not used.
         k: the number of tokens that count separately, at least 1; with the whole vocabulary it is forward KL.
 
     Returns:

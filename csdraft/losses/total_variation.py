@@ -16,9 +16,7 @@ def total_variation(student_logits: Tensor, target_logits: Tensor, labels: Tenso
     """Total variation of each position.
 
     Args:
-        student_logits: (positions, vocab) of any float dtype, computed in float32.
-        target_logits: (positions, vocab) likewise.
-        labels: not used.
+        student_logits, target_logits: (positions, vocab) of any float dtype, computed in float32; labels are not used.
 
     Returns:
         (positions,) float32 from 0, where the two agree, to 1.

@@ -18,9 +18,6 @@ from csdraft.metrics.measures import by_position, expected_acceptance, greedy_ag
 
 __all__ = ["Acceptance"]
 
-DESCRIPTION = """How often a target accepts drafted tokens. For sampled drafts it is the sum over tokens of the smaller
-probability, for greedy drafts the share of positions where both models have the same most probable token."""
-
 INPUTS = """
 predictions: (count, vocab) logits of the drafter.
 references: (count, vocab) logits of the target.
@@ -32,14 +29,17 @@ CITATION = "Leviathan, Kalman, Matias: Fast Inference from Transformers via Spec
 
 
 class Acceptance(evaluate.Metric):
-    """See `csdraft.metrics.measures.expected_acceptance` and `greedy_agreement`."""
+    """How often a target accepts drafted tokens.
+
+    For sampled drafts it is the sum over tokens of the smaller probability (`csdraft.metrics.measures`'s
+    `expected_acceptance`), for greedy drafts the share of positions where both models have the same most probable
+    token (`greedy_agreement`).
+    """
 
     def _info(self) -> evaluate.MetricInfo:
         logits = datasets.Sequence(datasets.Value("float32"))
         features = datasets.Features({"predictions": logits, "references": logits})
-        return evaluate.MetricInfo(
-            description=DESCRIPTION, citation=CITATION, inputs_description=INPUTS, features=features
-        )
+        return evaluate.MetricInfo(str(self.__doc__), CITATION, features, INPUTS)
 
     def _compute(
         self, predictions: Any, references: Any, temperature: float = 1.0, positions: list[int] | None = None

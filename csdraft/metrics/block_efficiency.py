@@ -15,9 +15,6 @@ from csdraft.metrics.measures import tokens_per_call
 
 __all__ = ["BlockEfficiency"]
 
-DESCRIPTION = """Tokens per call of the target, over all texts together; plain decoding has 1. Papers also call it mean
-acceptance length."""
-
 INPUTS = """
 predictions: (texts,) tokens emitted.
 references: (texts,) calls of the target.
@@ -27,14 +24,15 @@ CITATION = "Leviathan, Kalman, Matias: Fast Inference from Transformers via Spec
 
 
 class BlockEfficiency(evaluate.Metric):
-    """See `csdraft.metrics.measures.tokens_per_call`."""
+    """Tokens per call of the target, over all texts together; plain decoding has 1.
+
+    Papers also call it mean acceptance length. See `csdraft.metrics.measures.tokens_per_call`.
+    """
 
     def _info(self) -> evaluate.MetricInfo:
         count = datasets.Value("int64")
         features = datasets.Features({"predictions": count, "references": count})
-        return evaluate.MetricInfo(
-            description=DESCRIPTION, citation=CITATION, inputs_description=INPUTS, features=features
-        )
+        return evaluate.MetricInfo(str(self.__doc__), CITATION, features, INPUTS)
 
     def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
         return {"block_efficiency": tokens_per_call(predictions, references)}
