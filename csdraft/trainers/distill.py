@@ -27,7 +27,7 @@ from csdraft.trainers.distill_arguments import DistillArguments
 from csdraft.trainers.engines import copy_whole, is_sharded, keeps_parts, placed_here
 from csdraft.trainers.evaluation import Evaluation
 from csdraft.trainers.objective import Distillation
-from csdraft.trainers.on_policy import rewritten
+from csdraft.trainers.on_policy import OnPolicy
 from csdraft.trainers.publish import describe
 from csdraft.trainers.split import evaluating
 from csdraft.trainers.students import load_student_weights, save_student
@@ -71,6 +71,8 @@ class DrafterTrainer(BaseTrainer):
         texts = train_dataset if isinstance(train_dataset, Texts) else None
         data_collator = data_collator or (texts and texts.collator)
         self._pad = pad_of(processing_class, target.config)
+        vocab = target.config.get_text_config(decoder=True).vocab_size  # type: ignore[union-attr,operator]
+        self._on_policy = OnPolicy(args.on_policy, args.on_policy_prompt, args.temperature, self._pad, vocab)
         self.evaluation = evaluation or evaluation_of(args, eval_dataset, self._pad)
         eval_dataset = self.evaluation and self.evaluation.prompts
         args._setup_devices  # noqa: B018 - counts the GPUs
@@ -158,8 +160,9 @@ class DrafterTrainer(BaseTrainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         batches = [self._prepare_inputs(batch) for batch in batches]
         if self.args.on_policy > 0:  # type: ignore[union-attr]
+            keys = self.args.seed, self.state.global_step
             with self.decoding() as student:
-                batches = [self._rewritten(batch, student) for batch in batches]
+                batches = [self._on_policy.rewritten(batch, student, keys) for batch in batches]
         count = sum((scored(batch).sum() for batch in batches), torch.zeros((), dtype=torch.long, device=device))
         return batches, self.accelerator.gather(count.reshape(1)).sum().clamp(min=1)  # type: ignore[union-attr]
 
@@ -171,12 +174,6 @@ class DrafterTrainer(BaseTrainer):
         if num_items_in_batch is not None:  # gradients of the processes are averaged, not summed
             loss = loss * self.accelerator.num_processes
         return (loss, {}) if return_outputs else loss
-
-    def _rewritten(self, batch: dict[str, Tensor], student: nn.Module) -> dict[str, Tensor]:
-        args: Any = self.args
-        config: Any = self.target.config
-        options = args.on_policy, (args.seed, self.state.global_step), args.on_policy_prompt, args.temperature
-        return rewritten(batch, student, *options, self._pad, config.get_text_config(decoder=True).vocab_size)
 
     @contextmanager
     def decoding(self) -> Iterator[nn.Module]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,103 +19,101 @@ from csdraft.data.packing import IGNORED, ends_of, padded_prompts
 from csdraft.drafters.max_gram import MaxGram
 from csdraft.trainers.evaluation import FRESH, seed_of, up_to_end
 
-__all__ = ["rewritten"]
+__all__ = ["OnPolicy"]
 
 Span = tuple[int, int, int]
 """A text in a batch: its row, its start and its end."""
 
 
-@torch.no_grad()
-def rewritten(
-    batch: dict[str, Tensor],
-    student: Any,
-    share: float,
-    keys: Sequence[int],
-    prompt: int,
-    temperature: float,
-    pad: int,
-    vocab: int,
-) -> dict[str, Tensor]:
-    """The batch, with about `share` of its texts rewritten by the student after their prompts.
-
-    A new text is trained on up to its first end token. No text becomes longer.
+@dataclass(frozen=True)
+class OnPolicy:
+    """Lets the student rewrite texts.
 
     Args:
-        batch: `input_ids`, `position_ids` and `labels`, (rows, length); every text starts at position 0. Or an
-            encoder-decoder's batch, see `csdraft.data.packing.collate_seq2seq`.
         share: of the texts; each is chosen independently.
-        keys: seed and step.
         prompt: tokens kept at least of each text. Of an encoder-decoder, nothing after the encoder's text is kept.
         temperature: of the student's sampling.
         pad: padding token id.
         vocab: tokens of the target; a student with a wider vocabulary does not write the others.
     """
-    if "decoder_input_ids" in batch:
-        return _rewritten_answers(batch, student, share, keys, temperature, pad, vocab)
-    spans = [span for span in texts_of(batch) if _chosen(batch, span, share, keys, prompt)]
-    if not spans:
-        return batch
-    ids, labels = batch["input_ids"].clone(), batch["labels"].clone()  # (rows, length)
-    kept = {span: max(_prompt_length(labels, span), prompt) for span in spans}
-    for group in _groups(spans, kept, getattr(student.config, "max_position_embeddings", None)):
-        prompts = [ids[row, start : start + kept[row, start, stop]].tolist() for row, start, stop in group]
-        inputs = padded_prompts(prompts, pad, ids.device)
-        seeds = [seed_of(tokens, *keys) for tokens in prompts]
-        longest = max(stop - start - kept[row, start, stop] for row, start, stop in group)
-        written = _written(student, inputs, seeds, longest, temperature, pad, vocab)[:, inputs["input_ids"].shape[1] :]
-        for (row, start, stop), text in zip(group, written, strict=True):
-            first = start + kept[row, start, stop]
-            text = text[: stop - first]  # shorter if all texts of the group ended early
-            ids[row, first:stop], labels[row, start:stop] = pad, IGNORED
-            ids[row, first : first + len(text)] = text
-            labels[row, first : first + len(text)] = _labels(text, student)
-    return batch | {"input_ids": ids, "labels": labels}
 
+    share: float
+    prompt: int
+    temperature: float
+    pad: int
+    vocab: int
 
-def _rewritten_answers(
-    batch: dict[str, Tensor], student: Any, share: float, keys: Sequence[int], temperature: float, pad: int, vocab: int
-) -> dict[str, Tensor]:
-    """An encoder-decoder's batch, about `share` of its texts rewritten."""
-    labels, read = batch["labels"].clone(), batch["decoder_input_ids"].clone()  # (rows, length)
-    scored = labels != IGNORED
-    lengths = (scored * torch.arange(1, scored.shape[1] + 1, device=scored.device)).amax(1).tolist()
-    whole = [  # source and text, without padding
-        batch["input_ids"][row][batch["attention_mask"][row].bool()].tolist() + labels[row][scored[row]].tolist()
-        for row in range(len(labels))
-    ]
-    rows = [row for row, text in enumerate(whole) if lengths[row] and _coin(text, keys) < share]
-    if not rows:
-        return batch
-    inputs = {name: batch[name][rows] for name in ("input_ids", "attention_mask")}
-    seeds = [seed_of(whole[row], *keys) for row in rows]
-    written = _written(student, inputs, seeds, max(lengths[row] for row in rows), temperature, pad, vocab)[:, 1:]
-    for row, text in zip(rows, written, strict=True):
-        text = text[: lengths[row]]
-        labels[row], read[row, 1:] = IGNORED, pad
-        labels[row, : len(text)] = _labels(text, student)
-        read[row, 1 : len(text)] = text[:-1]
-    return batch | {"labels": labels, "decoder_input_ids": read}
+    @torch.no_grad()
+    def rewritten(self, batch: dict[str, Tensor], student: Any, keys: Sequence[int]) -> dict[str, Tensor]:
+        """The batch, with about `share` of its texts rewritten by the student after their prompts.
 
+        A new text is trained on up to its first end token. No text becomes longer.
 
-def _written(
-    student: Any, inputs: Any, seeds: Sequence[int], longest: int, temperature: float, pad: int, vocab: int
-) -> Tensor:
-    """What the student's `generate` returns; each row's text depends on its seed alone."""
-    foreign = range(vocab, student.config.get_text_config(decoder=True).vocab_size)
-    return student.generate(
-        **inputs,
-        assistant=MaxGram(),
-        row_seeds=seeds,
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=longest,
-        pad_token_id=pad,
-        suppress_tokens=[*foreign] or None,
-        use_cache=True,
-        **FRESH,
-    )
+        Args:
+            batch: `input_ids`, `position_ids` and `labels`, (rows, length); every text starts at position 0. Or an
+                encoder-decoder's batch, see `csdraft.data.packing.collate_seq2seq`.
+            keys: seed and step.
+        """
+        if "decoder_input_ids" in batch:
+            return self._rewritten_answers(batch, student, keys)
+        spans = [span for span in texts_of(batch) if _chosen(batch, span, self.share, keys, self.prompt)]
+        if not spans:
+            return batch
+        ids, labels = batch["input_ids"].clone(), batch["labels"].clone()  # (rows, length)
+        kept = {span: max(_prompt_length(labels, span), self.prompt) for span in spans}
+        for group in _groups(spans, kept, getattr(student.config, "max_position_embeddings", None)):
+            prompts = [ids[row, start : start + kept[row, start, stop]].tolist() for row, start, stop in group]
+            inputs = padded_prompts(prompts, self.pad, ids.device)
+            seeds = [seed_of(tokens, *keys) for tokens in prompts]
+            longest = max(stop - start - kept[row, start, stop] for row, start, stop in group)
+            written = self._written(student, inputs, seeds, longest)[:, inputs["input_ids"].shape[1] :]
+            for (row, start, stop), text in zip(group, written, strict=True):
+                first = start + kept[row, start, stop]
+                text = text[: stop - first]  # shorter if all texts of the group ended early
+                ids[row, first:stop], labels[row, start:stop] = self.pad, IGNORED
+                ids[row, first : first + len(text)] = text
+                labels[row, first : first + len(text)] = _labels(text, student)
+        return batch | {"input_ids": ids, "labels": labels}
+
+    def _rewritten_answers(self, batch: dict[str, Tensor], student: Any, keys: Sequence[int]) -> dict[str, Tensor]:
+        """An encoder-decoder's batch, about `share` of its texts rewritten."""
+        labels, read = batch["labels"].clone(), batch["decoder_input_ids"].clone()  # (rows, length)
+        scored = labels != IGNORED
+        lengths = (scored * torch.arange(1, scored.shape[1] + 1, device=scored.device)).amax(1).tolist()
+        whole = [  # source and text, without padding
+            batch["input_ids"][row][batch["attention_mask"][row].bool()].tolist() + labels[row][scored[row]].tolist()
+            for row in range(len(labels))
+        ]
+        rows = [row for row, text in enumerate(whole) if lengths[row] and _coin(text, keys) < self.share]
+        if not rows:
+            return batch
+        inputs = {name: batch[name][rows] for name in ("input_ids", "attention_mask")}
+        seeds = [seed_of(whole[row], *keys) for row in rows]
+        written = self._written(student, inputs, seeds, max(lengths[row] for row in rows))[:, 1:]
+        for row, text in zip(rows, written, strict=True):
+            text = text[: lengths[row]]
+            labels[row], read[row, 1:] = IGNORED, self.pad
+            labels[row, : len(text)] = _labels(text, student)
+            read[row, 1 : len(text)] = text[:-1]
+        return batch | {"labels": labels, "decoder_input_ids": read}
+
+    def _written(self, student: Any, inputs: Any, seeds: Sequence[int], longest: int) -> Tensor:
+        """What the student's `generate` returns; each row's text depends on its seed alone."""
+        foreign = range(self.vocab, student.config.get_text_config(decoder=True).vocab_size)
+        return student.generate(
+            **inputs,
+            assistant=MaxGram(),
+            row_seeds=seeds,
+            do_sample=True,
+            temperature=self.temperature,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=longest,
+            pad_token_id=self.pad,
+            suppress_tokens=[*foreign] or None,
+            use_cache=True,
+            **FRESH,
+        )
 
 
 def _labels(text: Tensor, student: Any) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from csdraft.data.packing import IGNORED, Texts, collate_seq2seq
-from csdraft.trainers.on_policy import _chosen, rewritten, texts_of
+from csdraft.trainers.on_policy import OnPolicy, _chosen, texts_of
 from csdraft.trainers.run import distill
 from csdraft.trainers.students import save_student
 from tests.tiny import VOCAB, drafter_of, tiny, tokenizer
@@ -32,7 +32,7 @@ def batch_of(*rows: int) -> dict[str, Tensor]:
 
 def rewrite(batch: dict[str, Tensor], student: Any, share: float = 1.0, step: int = 0) -> list[list[int]]:
     """The new texts; `decoder_input_ids` must be the same one place later."""
-    made = rewritten(batch, student, share, (0, step), 64, 1.0, 0, VOCAB)
+    made = OnPolicy(share, 64, 1.0, 0, VOCAB).rewritten(batch, student, (0, step))
     assert made["input_ids"] is batch["input_ids"]
     texts = []
     for labels, read in zip(made["labels"], made["decoder_input_ids"], strict=True):
