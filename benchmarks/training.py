@@ -16,13 +16,12 @@ from torch import nn
 from torch.nn.functional import log_softmax
 from torch.utils.data import DataLoader
 
-from csdraft.data.packing import IGNORED
+from csdraft.data.packing import IGNORED, Shuffled
 from csdraft.metrics.intervals import Interval, bootstrap_median
 from csdraft.trainers.arguments import make_arguments, read_values
 from csdraft.trainers.command import recipe_parser
 from csdraft.trainers.distill import DistillArguments, DrafterTrainer
 from csdraft.trainers.run import load_models, prepare
-from csdraft.trainers.steps import Shuffled
 from csdraft_command import COUNT
 
 __all__ = ["trainer_overhead"]

@@ -1,4 +1,4 @@
-"""Batches of rows of token ids: several texts in a block, one text per row, or an encoder-decoder's source and text.
+"""Batches of rows of token ids, and their order: several texts in a block, one per row, or an encoder-decoder's.
 
 Positions restart at 0 with every text in a block. Without an attention mask and a cache, transformers finds the
 boundaries from the positions (`masking_utils.find_packed_sequence_indices`), so no text sees another; pass
@@ -7,22 +7,24 @@ boundaries from the positions (`masking_utils.find_packed_sequence_indices`), so
 
 from __future__ import annotations
 
+import random
 from bisect import bisect_left, insort
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad as padded
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
 from csdraft.data.row_arrays import RowArrays, lengths_of, prompt_lengths_of
 
 __all__ = [
-    "IGNORED", "Texts", "best_fit", "check_packing", "collate", "collate_seq2seq", "ends_of", "pad_of",
-    "padded_prompts",
+    "IGNORED", "Filled", "Shuffled", "Texts", "best_fit", "check_packing", "collate", "collate_seq2seq", "ends_of",
+    "pad_of", "padded_prompts",
 ]  # fmt: skip
 
 IGNORED = -100
@@ -198,6 +200,53 @@ def ends_of(config: Any) -> list[int]:
     """The end tokens in a config or a generation config."""
     ends = config.eos_token_id
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+class Shuffled(Sampler):
+    """All indices of a data set, in a new order every epoch, and then indices past its end; see `Filled`.
+
+    The trainer itself sets the epoch (`set_epoch`). accelerate (1.15) cannot: with several processes, its loader that
+    skips the batches a resumed run has read hides the sampler.
+
+    Args:
+        multiple: rows that the processes read together. The order is filled up to a multiple of it; otherwise
+            accelerate would fill it up with rows that have been read already.
+    """
+
+    def __init__(self, size: int, seed: int, multiple: int = 1):
+        self.size, self.seed, self.epoch = size, seed, 0
+        self.missing = -size % multiple
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size + self.missing
+
+    def __iter__(self) -> Iterator[int]:
+        """The order of this epoch."""
+        yield from random.Random(f"{self.seed} {self.epoch}").sample(range(self.size), self.size)
+        yield from range(self.size, len(self))
+
+    def batch(self, number: int, rows: int) -> list[int]:
+        """The items of the data set in one batch of this epoch, counted over all processes, which take turns."""
+        return [index for index in islice(self, number * rows, (number + 1) * rows) if index < self.size]
+
+
+class Filled(Dataset):
+    """A data set of items with `labels`, and any number of extra items that have no labels to learn."""
+
+    def __init__(self, data: Any):
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if index < len(self.data):
+            return self.data[index]
+        item = self.data[0]
+        return item | {"labels": torch.full_like(item["labels"], IGNORED)}
 
 
 def pad_of(tokenizer: Any, config: Any) -> int:

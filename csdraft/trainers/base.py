@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
+from csdraft.data.packing import Filled, Shuffled
 from csdraft.trainers.checkpoints import EVALUATION, last_checkpoint, mark_whole, options_of, read_mark
 from csdraft.trainers.muon import MuonAdamW
-from csdraft.trainers.steps import Filled, Shuffled, Steps
 from csdraft.trainers.stops import Interrupt, NonFinite, Stopped, Unwritable, first_non_finite, shown, writing
 
 __all__ = ["BaseTrainer"]
@@ -25,6 +26,51 @@ MOST_SKIPPED = 100
 """Steps in a row that fp16's loss scaling may skip while it searches for a scale."""
 MOST_QUOTED = 3
 """Rows whose first words a message quotes."""
+
+
+class Steps:
+    """Collects the losses of a step's micro-batches, and keeps the mean since the last log.
+
+    The trainer of transformers keeps a sum on each process. It hides nan in it (`logging_nan_inf_filter`), and a
+    resumed run starts it at zero, so that its first logged loss differs from that of an uninterrupted run.
+
+    Attributes:
+        loss: of the last step, over all processes; nan before the first.
+        tokens: that this process read in the current step, padding included.
+        table: (processes, micro-batches) losses of the last step.
+        unlogged: sum and number of the losses since the last log; checkpoints keep it.
+    """
+
+    def __init__(self) -> None:
+        self.loss, self.tokens = math.nan, 0
+        self.table: list[list[float]] = []
+        self.unlogged = [0.0, 0]
+        self._parts: list[Tensor] = []
+
+    def begin(self, batches: Sequence[dict[str, Any]]) -> None:
+        """Begins a step of these micro-batches."""
+        self._parts.clear()
+        self.tokens = sum(
+            batch[name].numel() for batch in batches for name in ("input_ids", "decoder_input_ids") if name in batch
+        )
+
+    def add(self, loss: Tensor) -> None:
+        """Adds the loss of a micro-batch, scaled so that those of a step add up."""
+        self._parts.append(loss.detach().float())
+
+    def close(self, accelerator: Any) -> None:
+        """Ends the step: every process gets all losses. All processes must call it."""
+        own = torch.stack(self._parts)  # (micro-batches,)
+        self.table = accelerator.gather(own).view(-1, len(own)).tolist()
+        self.loss = sum(map(sum, self.table)) / len(self.table)
+        total, count = self.unlogged
+        self.unlogged = [total + self.loss, count + 1]
+
+    def mean(self) -> float:
+        """The mean loss of the steps since the last call."""
+        total, count = self.unlogged
+        self.unlogged = [0.0, 0]
+        return total / count if count else math.nan
 
 
 class BaseTrainer(Trainer):

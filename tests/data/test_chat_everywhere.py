@@ -14,11 +14,11 @@ import csdraft_command
 from csdraft import MaxGram
 from csdraft.cli import _models, main
 from csdraft.data.generate import GenerateArguments, generate, read_starts
+from csdraft.data.packing import Filled
 from csdraft.data.target_cache import CacheArguments, cache_logits
 from csdraft.trainers.distill import DistillArguments
 from csdraft.trainers.publish import described_data
 from csdraft.trainers.run import make_evaluation, prepare
-from csdraft.trainers.steps import Filled
 from tests.data.words import CALLING, PLAIN, WORDS, make_tokenizer, write_lines
 from tests.tiny import fresh, tiny
 
