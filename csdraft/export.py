@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
-from csdraft.heads.engines import ENGINES, WHOLE, ServedTarget, context_fault, serve_command
+from csdraft.heads.engines import ENGINES, WHOLE, ServedTarget, context_fault, serve_command, with_embedding
 from csdraft.heads.folder import config_at, file_at
 from csdraft.heads.layers import embeddings
 from csdraft.heads.on_target import OnTarget
@@ -89,7 +89,7 @@ def _write_head(head: StoredHead, folder: str, engine: str, target: ServedTarget
             f"tokens={tokens}; {name!r} drafts at most {head.deepest} per round: use --tokens {head.deepest}"
         )
     document, tensors = head.exported(engine, target, tokens)
-    head.write(folder, document, tensors)
+    head.write(folder, document, with_embedding(tensors, target, engine in head.embedding_for))
     _refuse(engine, name, head.faults(engine, config_at(folder) or {}, head.weights(folder), target))
     return head.methods[engine]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 __all__ = [
     "EMBEDDING", "ENGINES", "SIZED_ROTARY", "WHOLE", "ServedTarget", "context_fault", "serve_command", "target_faults",
-    "tensor_faults", "with_embedding", "without_embedding",
+    "tensor_faults", "with_embedding",
 ]  # fmt: skip
 
 ENGINES = {"vllm": "vLLM", "sglang": "SGLang", "speculators": "speculators"}
@@ -88,34 +88,35 @@ def serve_command(
     )
 
 
-def with_embedding(tensors: dict[str, Tensor], target: ServedTarget) -> dict[str, Tensor]:
-    """Tensors with the target's embedding, if they have none."""
-    if EMBEDDING not in tensors:
-        tensors[EMBEDDING] = target.embedding().to(tensors["fc.weight"].dtype, copy=True)
-    return tensors
+def architecture(config: Mapping[str, Any]) -> str:
+    """The first architecture that a config.json names; '' if it names none."""
+    named = config.get("architectures")
+    return str(named[0]) if isinstance(named, list) and named else ""
 
 
-def without_embedding(tensors: dict[str, Tensor], target: ServedTarget) -> dict[str, Tensor]:
-    """Tensors without the embedding, if it equals the target's."""
-    if EMBEDDING in tensors:
-        own, theirs = tensors[EMBEDDING], target.embedding()
-        if own.shape == theirs.shape and torch.equal(own, theirs.to(own)):
-            del tensors[EMBEDDING]
+def with_embedding(tensors: dict[str, Tensor], target: ServedTarget, needed: bool) -> dict[str, Tensor]:
+    """Tensors with the target's embedding if that is needed; otherwise without an embedding that equals it."""
+    own = tensors.pop(EMBEDDING, None)
+    if own is None and not needed:
+        return tensors
+    theirs = target.embedding()
+    own = theirs.to(tensors["fc.weight"].dtype, copy=True) if own is None else own
+    if needed or own.shape != theirs.shape or not torch.equal(own, theirs.to(own)):
+        tensors[EMBEDDING] = own
     return tensors
 
 
 def tensor_faults(
     tensors: Mapping[str, Tensor],
+    optional: Collection[str],
+    ignored: Collection[str],
     wanted: Mapping[str, tuple[int, ...]],
-    optional: Collection[str] = (),
-    ignored: Collection[str] = (),
 ) -> Iterator[str]:
     """What is wrong with a folder's tensors.
 
     Args:
+        tensors, optional, ignored: see `StoredHead.as_read`.
         wanted: the shapes of the tensors that the engine reads.
-        optional: those of them that may be missing.
-        ignored: other tensors that may be in the folder.
     """
     for name, shape in wanted.items():
         if name not in tensors:

@@ -36,7 +36,7 @@ BROKEN_CONFIG = (
 """What transformers and torch raise for impossible sizes and options."""
 INIT = "csdraft_init"
 """Key of config.json: how csdraft trained a head, in the words of a recipe's `init`. Engines do not read it."""
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+WEIGHTS: tuple[str, ...] = ("model.safetensors", "pytorch_model.bin")
 QWEN = {"head_dim": 128}
 """Where the defaults of a Qwen 3 config differ from those of a Llama one."""
 NOT_READ = "rotary_emb.inv_freq"
@@ -151,11 +151,14 @@ def _unreadable(file: str, error: Exception) -> ValueError:
 
 
 def write_tensors(file: str | os.PathLike[str], state: Mapping[str, Tensor]) -> None:
-    """Writes a safetensors file; tensors may share memory."""
+    """Writes a safetensors file, or a pickled one if it ends with .pt; tensors may share memory."""
     from safetensors.torch import save_file
 
     tensors = {name: tensor.clone().contiguous() for name, tensor in state.items()}
-    save_file(tensors, file, metadata={"format": "pt"})
+    if str(file).endswith(".pt"):
+        torch.save(tensors, file)
+    else:
+        save_file(tensors, file, metadata={"format": "pt"})
 
 
 def check_tensors(

@@ -10,7 +10,7 @@ import importlib
 import json
 import pkgutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -22,9 +22,10 @@ from torch import Tensor
 
 from csdraft.amounts import count_text
 from csdraft.heads import formats
-from csdraft.heads.engines import ServedTarget, target_faults
+from csdraft.heads.engines import EMBEDDING, ServedTarget, target_faults, tensor_faults
 from csdraft.heads.folder import (
     BROKEN_CONFIG,
+    WEIGHTS,
     Names,
     check_drafted,
     check_tensors,
@@ -33,16 +34,20 @@ from csdraft.heads.folder import (
     tensor_names,
     write_tensors,
 )
-from csdraft.heads.formats._speculators import MODEL_TYPE
+from csdraft.heads.formats._speculators import COPIES, LAYER, MODEL_TYPE, layout_faults, t2d_fault
 from csdraft.heads.head import LENDABLE, Head
 from csdraft.heads.layers import embeddings
 from csdraft.heads.on_target import OnTarget, called, frozen, set_parameter
 from csdraft.heads.self_draft import HEAD, Lender, read_document, write_document
 from csdraft.stored import check_config, fit, shown
 
-__all__ = ["StoredHead", "all_formats", "classes_in", "head_at", "kind_at"]
+__all__ = ["Found", "Parts", "StoredHead", "all_formats", "classes_in", "head_at", "kind_at"]
 
 T = TypeVar("T")
+Parts = tuple[Any, Any, dict[str, Tensor], list[str]]
+"""What a folder holds: the layer's config, the kind's options, the head's own tensors, and what is assumed."""
+Found = tuple[Mapping[str, Tensor], Collection[str], Collection[str]]
+"""A folder's tensors by the names of `shapes`, as an engine finds them; names that may be missing; others."""
 
 LAYER_KEYS = (
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
@@ -65,11 +70,15 @@ class StoredHead(OnTarget):
     Attributes:
         methods: what serving engines call drafting with such a head, by keys of `ENGINES`.
         asked_of_vllm: keys that vLLM's speculative config needs beside the method, the folder, and the depth.
+        file, files: the file of its tensors; what it may be called, the preferred name first.
+        embedding_for: engines that need the target's embedding in the folder; the others take the target's own.
     """
 
     what, use = "drafting head", "reads hidden states of a target"
     methods: Mapping[str, str] = {}
     asked_of_vllm: Mapping[str, Any] = {}
+    file, files = WEIGHTS[0], WEIGHTS
+    embedding_for: Collection[str] = ()
 
     def __init__(self, config: Any, options: Any, state: Mapping[str, Tensor], base: Lender | None = None):
         super().__init__(config, state)
@@ -89,14 +98,16 @@ class StoredHead(OnTarget):
         raise NotImplementedError
 
     @classmethod
-    def load(cls, path: str, config: Mapping[str, Any], **hub: Any) -> StoredHead:
-        """Reads a folder; ValueError for tensors that are missing, unknown or of another shape."""
-        raise NotImplementedError
+    def parts(cls, path: str, config: Mapping[str, Any], state: dict[str, Tensor], base: Lender | None) -> Parts:
+        """What a folder holds.
 
-    @classmethod
-    def weights(cls, path: str) -> dict[str, Tensor]:
-        """The tensors of such a folder, by the names that they have there."""
-        return read_tensors(path)
+        Args:
+            path: the folder, for messages.
+            config: its config.json.
+            state: its tensors, by the names that they have there.
+            base: the target that its drafter.json names.
+        """
+        raise NotImplementedError
 
     def network(self, target: Any = None) -> Head:
         """A complete head without the stored weights.
@@ -126,15 +137,6 @@ class StoredHead(OnTarget):
         full = len(whole.d2t) == self.config.vocab_size
         return {name: tuple(t.shape) for name, t in whole.state_dict().items() if name != "d2t" or not full}
 
-    def refusals(self, engine: str, config: Mapping[str, Any]) -> list[str]:
-        """Why an engine would not load its folder, or load it as another head, whatever the target.
-
-        Args:
-            engine: a key of `ENGINES`.
-            config: the folder's config.json.
-        """
-        return [] if engine in self.methods else [f"it has no {self.what}s"]
-
     def exported(self, engine: str, target: ServedTarget, tokens: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The config.json and the tensors that an engine loads; by default what `save` writes.
 
@@ -145,21 +147,57 @@ class StoredHead(OnTarget):
         """
         return self.document(), self.written()
 
+    def refusals(
+        self, engine: str, config: Mapping[str, Any], names: Collection[str], target: ServedTarget | None
+    ) -> Iterator[str]:
+        """What an engine reads differently in a folder than csdraft does, beside what `faults` compares itself.
+
+        Args:
+            engine: a key of `methods`.
+            config, names: the folder's config.json, which csdraft has read without an error, and names of tensors.
+            target: see `faults`.
+        """
+        return iter(())
+
+    def as_read(self, engine: str, tensors: Mapping[str, Tensor]) -> Found:
+        """What an engine finds in a folder with these tensors."""
+        ignored = COPIES if engine == "speculators" else {"t2d"}
+        return tensors, set() if engine in self.embedding_for else {EMBEDDING}, ignored
+
     def faults(
         self, engine: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: ServedTarget | None = None
     ) -> list[str]:
-        """Why an engine would not load a folder, or load it as another head; by default what `refusals` says.
+        """Why an engine would not load a folder with this head, or load it as another head.
 
         Args:
             engine: a key of `ENGINES`.
             config, tensors: of the folder.
             target: the model that it is to draft for; without it, sizes are not compared.
         """
-        found, layers = list(self.refusals(engine, config)), list(self.read_layers)
+        nested, width, vocab = LAYER in config or MODEL_TYPE in config, self.config.hidden_size, self.config.vocab_size
+        if engine not in self.methods:
+            return [f"it does not load {self.what}s of this layout; decode with csdraft"]
+        if nested and engine == "sglang":
+            return [f"{LAYER}: it reads no folders of speculators; export with --to sglang"]
+        if not nested and engine == "speculators":
+            return [f"{LAYER} is missing: the folder has another layout; export with --to speculators"]
+        found, layers = list(self.refusals(engine, config, tensors, target)), list(self.read_layers)
+        if nested:
+            found += layout_faults(self.methods["speculators"], engine, config)
         if layers != sorted(set(layers)):
             found.append(f"the hidden states after blocks {layers} must rise: it takes them in the target's order")
+        if engine == "speculators" and self.target_width != width:
+            found.append(
+                f"target_hidden_size={self.target_width} is not hidden_size={width}, which it takes for both; use "
+                "--to vllm"
+            )
         if target is not None:
-            found += target_faults(target, self.target_width, self.config.vocab_size, self.read_layers)
+            found += target_faults(target, self.target_width, vocab, layers)
+        found += tensor_faults(*self.as_read(engine, tensors), self.shapes())
+        if engine == "speculators" and "d2t" in tensors:
+            found += t2d_fault(tensors, vocab)
+        if engine == "speculators" and not found:  # vLLM reads the same folder
+            found = [f"vLLM: {fault}" for fault in self.faults("vllm", config, tensors, target)]
         return found
 
     @property
@@ -179,8 +217,8 @@ class StoredHead(OnTarget):
 
     # Binding.
 
-    def check_shape(self, target: Any) -> None:
-        """Raises ValueError if the target's sizes are not those of the head's own target."""
+    def check(self, target: Any) -> None:
+        """Raises ValueError if the target's sizes or weights are not those of the head's own target."""
         text = target.config.get_text_config(decoder=True)
         for key, wanted in {"hidden_size": self.target_width, "vocab_size": self.config.vocab_size}.items():
             if (found := getattr(text, key)) != wanted:
@@ -193,9 +231,6 @@ class StoredHead(OnTarget):
                 f"{self._name} reads the hidden states after blocks {list(self.read_layers)}, and the target has "
                 f"{text.num_hidden_layers} blocks; decode with the head's own target"
             )
-
-    def check(self, target: Any) -> None:
-        self.check_shape(target)
         super().check(target)
 
     def open(self, target: Any, dtype: torch.dtype) -> Head:
@@ -235,20 +270,17 @@ class StoredHead(OnTarget):
     # Reading.
 
     @classmethod
-    def checked(
-        cls, path: str, layer: Any, kind: Any, state: Mapping[str, Tensor], assumed: Sequence[str] = (), **hub: Any
-    ) -> Self:
-        """A head of these parts; ValueError unless the tensors are those of such a head.
+    def load(cls, path: str, config: Mapping[str, Any], **hub: Any) -> Self:
+        """Reads a folder; ValueError unless the tensors are those of such a head. One warning lists what is assumed.
 
         Args:
-            path: where they are from.
-            layer: the config.
-            kind: the kind's options.
-            state: the tensors.
-            assumed: guesses where the folder leaves something open; one warning lists them.
+            config: its config.json.
             hub: options of the Hub: revision, token, ...
         """
-        made = cls(layer, kind, state, cls.base_of(path, **hub))
+        noted = (read_document(path, **hub) or {}).get("base")
+        base = None if noted is None else fit(noted, Lender, f"{path}/drafter.json: base")
+        layer, options, state, assumed = cls.parts(path, config, read_tensors(path, cls.files, **hub), base)
+        made = cls(layer, options, state, base)
         try:
             with torch.device("meta"):
                 whole = made.network()
@@ -258,14 +290,13 @@ class StoredHead(OnTarget):
         check_tensors(path, state, whole.state_dict(), whole.lendable().keys() | full)
         check_drafted(state, layer.vocab_size, path)
         if assumed:
-            warnings.warn(f"{path}/config.json: {'; '.join(assumed)}", stacklevel=3)
+            warnings.warn(f"{path}/config.json: {'; '.join(assumed)}", stacklevel=2)
         return made.eval()
 
-    @staticmethod
-    def base_of(path: str, **hub: Any) -> Lender | None:
-        """The target that a folder's drafter.json names, if it has one."""
-        noted = (read_document(path, **hub) or {}).get("base")
-        return None if noted is None else fit(noted, Lender, f"{path}/drafter.json: base")
+    @classmethod
+    def weights(cls, path: str) -> dict[str, Tensor]:
+        """The tensors of such a folder, by the names that they have there."""
+        return read_tensors(path, cls.files)
 
     # Writing.
 
@@ -301,14 +332,10 @@ class StoredHead(OnTarget):
     def write(self, folder: str | Path, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Writes config.json, the tensors, and a drafter.json that names the target."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        self.write_tensors(Path(folder), tensors)
+        write_tensors(Path(folder, self.file), tensors)
         text = json.dumps(document, indent=2, sort_keys=True) + "\n"
         Path(folder, "config.json").write_text(text, encoding="utf-8")
         write_document(folder, HEAD, {"base": asdict(self.base)} if self.base is not None else {})
-
-    def write_tensors(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Writes the file of its tensors."""
-        write_tensors(folder / "model.safetensors", tensors)
 
     # Describing.
 

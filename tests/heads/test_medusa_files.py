@@ -157,4 +157,4 @@ def test_inspect_says_what_it_is_and_who_loads_it(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "3 Medusa heads of 2 blocks" in printed
     assert "someone/target; width 32, 97 tokens" in printed
-    assert printed.count("would not: it has no model for Medusa heads") == 3
+    assert printed.count("would not: it does not load Medusa heads of this layout") == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def test_an_export_is_the_same_head_and_goes_back(good, tmp_path, name):
     assert same(good / f"{name}-out", good / name)
     for engine in ENGINES:
         assert found(good / f"{name}-out", engine) == ""
-    assert "reads no folders of speculators" in found(good / f"{name}-out", "sglang")
+    assert re.search("reads no folders of speculators|does not load parallel", found(good / f"{name}-out", "sglang"))
     kept = json.loads((good / f"{name}-out" / "drafter.json").read_text())
     assert kept["base"] == json.loads((good / name / "drafter.json").read_text())["base"]
     assert exported(good, good / f"{name}-out", tmp_path / "vllm", "vllm")

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from csdraft.stored import shown
 
-__all__ = ["COPIES", "LAYER", "MODEL_TYPE", "PLANS", "VERSION", "layout_faults", "plan", "t2d_fault", "value_at"]
+__all__ = [
+    "COPIES", "LAYER", "MODEL_TYPE", "PLANS", "layout_faults", "speculators_document", "t2d_fault", "value_at",
+]  # fmt: skip
 
 MODEL_TYPE, PLANS, LAYER = "speculators_model_type", "speculators_config", "transformer_layer_config"
 VERSION = "0.9.0"
@@ -31,20 +33,37 @@ OF_PACKAGE = {
 """Places that the package speculators reads as well, and what they must hold."""
 
 
-def plan(kind: str, target: str | None, architectures: Sequence[str], tokens: int) -> dict[str, Any]:
-    """What `speculators_config` holds.
+def speculators_document(
+    kind: str,
+    architecture: str,
+    layer: Mapping[str, Any],
+    target: str | None,
+    architectures: Sequence[str],
+    tokens: int,
+    **own: Any,
+) -> dict[str, Any]:
+    """A config.json in this layout.
 
     Args:
-        kind: the package's name for such heads.
-        target: its name, which vLLM and the package load.
+        kind, architecture: the package's names for such heads.
+        layer: the config of its layers.
+        target: the name of the model that it drafts for, which vLLM and the package load.
         architectures: the target's.
         tokens: how many are drafted per round.
+        own: other keys, of this kind of head.
     """
-    return {
-        "algorithm": kind,
-        "default_proposal_method": "greedy",
-        "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": tokens}],
-        "verifier": {"architectures": list(architectures), "name_or_path": target},
+    return own | {
+        "architectures": [architecture],
+        MODEL_TYPE: kind,
+        "speculators_version": VERSION,
+        "tie_word_embeddings": False,
+        LAYER: dict(layer),
+        PLANS: {
+            "algorithm": kind,
+            "default_proposal_method": "greedy",
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": tokens}],
+            "verifier": {"architectures": list(architectures), "name_or_path": target},
+        },
     }
 
 

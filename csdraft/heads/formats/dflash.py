@@ -7,25 +7,17 @@ the target's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from csdraft.heads.engines import EMBEDDING, ServedTarget, tensor_faults, without_embedding
-from csdraft.heads.folder import Names, as_llama, read_layer, read_tensors
-from csdraft.heads.formats._speculators import (
-    COPIES,
-    LAYER,
-    MODEL_TYPE,
-    PLANS,
-    VERSION,
-    layout_faults,
-    plan,
-    t2d_fault,
-)
+from csdraft.heads.engines import EMBEDDING, ServedTarget
+from csdraft.heads.folder import Names, as_llama, read_layer
+from csdraft.heads.formats._speculators import COPIES, LAYER, MODEL_TYPE, speculators_document
 from csdraft.heads.kinds.dflash import Dflash, DflashOptions
-from csdraft.heads.stored_head import LAYER_KEYS, StoredHead
+from csdraft.heads.self_draft import Lender
+from csdraft.heads.stored_head import LAYER_KEYS, Found, Parts, StoredHead
 from csdraft.stored import fit, shown
 
 __all__ = ["DflashHead"]
@@ -69,66 +61,44 @@ class DflashHead(StoredHead):
             "placeholders": f"like token {self.options.mask_token}",
         }
 
-    def refusals(self, engine: str, config: Mapping[str, Any]) -> list[str]:
-        nested, options = MODEL_TYPE in config, self.options
-        if nested and engine == "sglang":
-            return [f"{LAYER}: it reads no folders of speculators; export with --to sglang"]
-        if not nested and engine == "speculators":
-            return [f"{LAYER} is missing: the folder has another layout; export with --to speculators"]
-        widths = f"target_hidden_size={options.target_width} is not hidden_size={self.config.hidden_size}"
-        reasons = {
-            "it drafts some tokens alone, by d2t": (
-                engine == "sglang" and options.draft_vocab != self.config.vocab_size
-            ),
-            f"{widths}, which it takes for both; use --to vllm": (
-                engine != "vllm" and options.target_width != self.config.hidden_size
-            ),
-            "sample_from_anchor is true, and it drafts from placeholders alone": options.from_anchor,
-            f"{NOT_CAUSAL} is false, and it would take that for all layers; write true": (
-                nested and engine == "vllm" and not config.get(NOT_CAUSAL, True)
-            ),
-        }
-        found = list(layout_faults("dflash", engine, config)) if nested else []
-        return found + [reason for reason, applies in reasons.items() if applies]
+    def refusals(
+        self, engine: str, config: Mapping[str, Any], names: Collection[str], target: ServedTarget | None
+    ) -> Iterator[str]:
+        options = self.options
+        if engine == "sglang" and "d2t" in self.names:
+            yield "it drafts some tokens alone, by d2t"
+        if engine == "sglang" and options.target_width != self.config.hidden_size:
+            yield f"target_hidden_size={options.target_width} is not hidden_size; use --to vllm"
+        if options.from_anchor:
+            yield "sample_from_anchor is true, and it drafts from placeholders alone"
+        if engine == "vllm" and not config.get(NOT_CAUSAL, True):
+            yield f"{NOT_CAUSAL} is false, and it would take that for all layers; write true"
+        if engine != "vllm":
+            theirs = sorted(self._lent & {name.removeprefix("model.") for name in names})
+            yield from (f"{name}: it takes the target's instead; use --to vllm" for name in theirs)
 
-    def faults(
-        self, engine: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: ServedTarget | None = None
-    ) -> list[str]:
-        found, wanted = super().faults(engine, config, tensors, target), self.shapes()
-        if (MODEL_TYPE in config) != (engine == "speculators") and (engine, MODEL_TYPE in config) != ("vllm", True):
-            return found  # the layout is not the engine's
-        lent = {EMBEDDING} | ({OUTPUT_LAYER} if "d2t" not in wanted else set())
+    @property
+    def _lent(self) -> set[str]:
+        """The tensors that the target can lend it."""
+        return {EMBEDDING} if "d2t" in self.names else {EMBEDDING, OUTPUT_LAYER}
+
+    def as_read(self, engine: str, tensors: Mapping[str, Tensor]) -> Found:
         if engine == "sglang":
             tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-        found += tensor_faults(tensors, wanted, lent, COPIES if engine == "speculators" else {"t2d"})
-        if engine != "vllm":
-            theirs = sorted(lent & tensors.keys())
-            found += [f"{name}: it takes the target's instead; use --to vllm" for name in theirs]
-        if engine == "speculators" and "d2t" in wanted and "d2t" in tensors:
-            found += t2d_fault(tensors, self.config.vocab_size)
-        if engine == "speculators" and not found:  # vLLM reads the same folder
-            found = [f"vLLM: {fault}" for fault in self.faults("vllm", config, tensors, target)]
-        return found
+        return tensors, self._lent, super().as_read(engine, tensors)[2]
 
     def exported(self, engine: str, target: ServedTarget, tokens: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The published layout, or that of speculators; without an embedding that is the target's."""
-        document, tensors = self.document(), without_embedding(self.written(), target)
+        """The published layout, or that of speculators."""
+        document, options = self.document(), self.options
         if engine != "speculators":
-            return document, tensors
-        own = ("block_size", "draft_vocab_size", "target_hidden_size", "dtype", "tie_word_embeddings")
+            return document, self.written()
         layer = {key: document[key] for key in (*LAYER_KEYS, "num_hidden_layers", "layer_types")}
-        return {key: document[key] for key in own} | {
-            "architectures": ["DFlashSpeculator"],
-            MODEL_TYPE: "dflash",
-            "speculators_version": VERSION,
-            PLANS: plan("dflash", target.name, target.architectures, tokens),
-            LAYER: layer,
-            IDS: list(self.options.layers),
-            "mask_token_id": self.options.mask_token,
-            "sample_from_anchor": self.options.from_anchor,
-            # The package reads it of other layers only; to vLLM false would mean causal attention in all.
-            NOT_CAUSAL: True,
-        }, tensors
+        own = {key: document[key] for key in ("block_size", "draft_vocab_size", "target_hidden_size", "dtype")}
+        own |= {IDS: list(options.layers), "mask_token_id": options.mask_token}
+        # The package reads the last of other layers only; to vLLM false would mean causal attention in all.
+        own |= {"sample_from_anchor": options.from_anchor, NOT_CAUSAL: True}
+        serves = target.name, target.architectures, tokens
+        return speculators_document("dflash", "DFlashSpeculator", layer, *serves, **own), self.written()
 
     def document(self) -> dict[str, Any]:
         options = self.options
@@ -155,15 +125,14 @@ class DflashHead(StoredHead):
         return config.get("architectures") == ["DFlashDraftModel"] or KEYS in config
 
     @classmethod
-    def load(cls, path: str, config: Mapping[str, Any], **options: Any) -> DflashHead:
-        state = {name.removeprefix("model."): tensor for name, tensor in read_tensors(path, **options).items()}
-        ignored = {"t2d"}
+    def parts(cls, path: str, config: Mapping[str, Any], state: dict[str, Tensor], base: Lender | None) -> Parts:
+        state, ignored = {name.removeprefix("model."): tensor for name, tensor in state.items()}, {"t2d"}
         if MODEL_TYPE in config:
             config = _published(config, f"{path}/config.json")
             ignored = {*COPIES, EMBEDDING} | ({OUTPUT_LAYER} if "d2t" not in state else set())  # copies, too
         state = {name: tensor for name, tensor in state.items() if name not in ignored}
         layer = read_layer(as_llama(config, path, "qwen3"), path)
-        return cls.checked(path, layer, _options(config, state, layer.vocab_size, path), state, **options)
+        return layer, _options(config, state, layer.vocab_size, path), state, []
 
 
 def _published(config: Mapping[str, Any], at: str) -> dict[str, Any]:

@@ -8,23 +8,18 @@ Published heads leave things open: loading one warns of what it assumes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from csdraft.heads.engines import (
-    EMBEDDING,
-    ServedTarget,
-    context_fault,
-    target_faults,
-    tensor_faults,
-    without_embedding,
-)
-from csdraft.heads.folder import INIT, Names, read_layer, read_tensors
+from csdraft.heads.engines import EMBEDDING, ServedTarget, architecture, context_fault
+from csdraft.heads.folder import INIT, Names, read_layer
 from csdraft.heads.formats.own import KIND, OwnHead, head_kinds
 from csdraft.heads.kinds.eagle import EagleOptions
+from csdraft.heads.self_draft import Lender
+from csdraft.heads.stored_head import Found, Parts
 from csdraft.stored import fit, shown
 
 __all__ = ["EagleHead"]
@@ -35,7 +30,7 @@ TAKEN = {"vllm": (ORDINARY, OF_VLLM), "sglang": (OF_SGLANG,)}
 """The architectures that an engine takes, the one that is written first."""
 OUTPUT_LAYER = "lm_head.weight"
 IGNORED = {"vllm": {"d2t"}, "sglang": {OUTPUT_LAYER, "d2t", "t2d"}}
-"""Tensors that an engine does not read; `_refusals` speaks of d2t. vLLM raises an error for any others."""
+"""Tensors that an engine does not read; `refusals` speaks of d2t. vLLM raises an error for any others."""
 
 
 class EagleHead(OwnHead):
@@ -47,7 +42,7 @@ class EagleHead(OwnHead):
     def recognises(cls, config: Mapping[str, Any], names: Names) -> bool:
         if KIND in config:
             return False
-        named, trained = _architecture(config), config.get(INIT)
+        named, trained = architecture(config), config.get(INIT)
         if (isinstance(trained, Mapping) and trained.keys() & head_kinds().keys()) or named in (OF_VLLM, OF_SGLANG):
             return True
         others = {"draft_vocab_size", "speculators_model_type"} & config.keys()
@@ -57,15 +52,19 @@ class EagleHead(OwnHead):
         return "fc.weight" in found and not any("hidden_norm" in name for name in found)  # EAGLE-3 has a hidden_norm
 
     @classmethod
-    def load(cls, path: str, config: Mapping[str, Any], **options: Any) -> EagleHead:
-        at, assumed = f"{path}/config.json", []
-        state = _read(path, assumed, **options)
-        described = _options(config, state, at, assumed)
+    def parts(cls, path: str, config: Mapping[str, Any], state: dict[str, Tensor], base: Lender | None) -> Parts:
+        """Engines also read names with `model.` in front."""
+        at, assumed, ignored = f"{path}/config.json", [], {"t2d"}
+        state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+        if OUTPUT_LAYER in state and "d2t" not in state:
+            assumed.append(f"{OUTPUT_LAYER} is not read: the output layer of an EAGLE-1 head is the target's")
+            ignored.add(OUTPUT_LAYER)
+        options = _options(config, state, at, assumed)
         if (count := config.get("num_hidden_layers", 1)) != 1:
             assumed.append(f"num_hidden_layers={shown(count)} is the target's: an EAGLE-1 head has 1 layer")
         fit(config.get("vocab_size"), int, f"{at}: vocab_size")
         layer = read_layer({key: value for key, value in config.items() if key not in (INIT, "bias")}, path)
-        return cls.checked(path, layer, described, state, assumed, **options)
+        return layer, options, {name: tensor for name, tensor in state.items() if name not in ignored}, assumed
 
     def document(self) -> dict[str, Any]:
         document = super().document() | self.layer_document()
@@ -79,11 +78,8 @@ class EagleHead(OwnHead):
         return super().details() | {"embedding": "its own" if own else "the target's"}
 
     def exported(self, engine: str, target: ServedTarget, tokens: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Leaves out a bias of zeros for vLLM, which takes none, and adds one for SGLang, which wants one.
-
-        An embedding that is the target's is left out, too: SGLang takes the target's in any case.
-        """
-        document, tensors = self.document(), without_embedding(self.written(), target)
+        """Leaves out a bias of zeros for vLLM, which takes none, and adds one for SGLang, which wants one."""
+        document, tensors = self.document(), self.written()
         if engine == "vllm" and "fc.bias" in tensors and not tensors["fc.bias"].any():
             del tensors["fc.bias"]
         if engine == "sglang" and "fc.bias" not in tensors:
@@ -92,57 +88,32 @@ class EagleHead(OwnHead):
         trained = {name: {**how, "bias": biased} for name, how in document[INIT].items()}
         return document | {"architectures": [named], "bias": biased, INIT: trained}, tensors
 
-    def refusals(self, engine: str, config: Mapping[str, Any]) -> list[str]:
-        return _refusals(engine, config, self.names)
-
-    def faults(
-        self, engine: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: ServedTarget | None = None
-    ) -> list[str]:
-        found = _refusals(engine, config, tensors)
-        wanted = {name: shape for name, shape in self.shapes().items() if name not in ("d2t", OUTPUT_LAYER)}
-        bias = {"fc.bias": wanted["fc.weight"][:1]}  # `_refusals` says whether there may be one
-        if engine in TAKEN:  # which put `model.` in front of the names themselves
-            found += tensor_faults(tensors, wanted | bias, {EMBEDDING, *bias}, IGNORED[engine])
-        if target is not None:
-            sizes = (fit(config.get(key), int, key) for key in ("hidden_size", "vocab_size"))
-            found += target_faults(target, *sizes, layers=())
+    def refusals(
+        self, engine: str, config: Mapping[str, Any], names: Collection[str], target: ServedTarget | None
+    ) -> Iterator[str]:
+        count, biased = config.get("num_hidden_layers", 1), "fc.bias" in names or "model.fc.bias" in names
+        if "d2t" in names:
+            yield "it supports no draft vocabulary (d2t) in EAGLE-1 heads"
+        if count != 1:
+            yield f"num_hidden_layers={shown(count)}, and it would make that many"
+        if architecture(config) not in TAKEN[engine]:
+            yield f"architectures={shown(config.get('architectures'))}, and it must be ['{TAKEN[engine][0]}']"
+        if engine == "vllm" and biased:
+            yield "it takes no fc.bias: train with bias: false"
+        if engine == "sglang" and not biased:
+            yield "fc.bias is missing, and it would be random: `csdraft export` adds zeros"
+        if engine == "sglang" and EMBEDDING in names:
+            yield f"{EMBEDDING}: it takes the target's embedding instead; use --to vllm"
         if engine == "sglang":
-            found += [f"{EMBEDDING}: it takes the target's embedding instead; use vLLM"] * (EMBEDDING in tensors)
-            found += context_fault(config.get("max_position_embeddings"), target)
-        return found
+            yield from context_fault(config.get("max_position_embeddings"), target)
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        wanted = {name: shape for name, shape in super().shapes().items() if name not in ("d2t", OUTPUT_LAYER)}
+        return wanted | {"fc.bias": wanted["fc.weight"][:1]}  # `refusals` says whether there may be one
 
-def _refusals(engine: str, config: Mapping[str, Any], names: Collection[str]) -> list[str]:
-    """Why an engine would not load a folder with this config.json and tensors of these names."""
-    if engine == "speculators":
-        return ["it has no EAGLE-1 heads that vLLM reads"]
-    count, biased = config.get("num_hidden_layers", 1), "fc.bias" in names or "model.fc.bias" in names
-    reasons = {
-        "it supports no draft vocabulary (d2t) in EAGLE-1 heads": "d2t" in names,
-        f"num_hidden_layers={shown(count)}, and it would make that many": count != 1,
-        "it takes no fc.bias: train with bias: false": engine == "vllm" and biased,
-        "fc.bias is missing, and it would be random: `csdraft export` adds zeros": engine == "sglang" and not biased,
-        f"architectures={shown(config.get('architectures'))}, and it must be ['{TAKEN[engine][0]}']": (
-            _architecture(config) not in TAKEN[engine]
-        ),
-    }
-    return [reason for reason, applies in reasons.items() if applies]
-
-
-def _architecture(config: Mapping[str, Any]) -> str:
-    """The first architecture that config.json names; '' if it names none."""
-    named = config.get("architectures")
-    return str(named[0]) if isinstance(named, list) and named else ""
-
-
-def _read(path: str, assumed: list[str], **options: Any) -> dict[str, Tensor]:
-    """The tensors of a folder by their names in `Eagle`; engines also read names with `model.` in front."""
-    state = {name.removeprefix("model."): tensor for name, tensor in read_tensors(path, **options).items()}
-    ignored = {"t2d"}
-    if OUTPUT_LAYER in state and "d2t" not in state:
-        assumed.append(f"{OUTPUT_LAYER} is not read: the output layer of an EAGLE-1 head is the target's")
-        ignored.add(OUTPUT_LAYER)
-    return {name: tensor for name, tensor in state.items() if name not in ignored}
+    def as_read(self, engine: str, tensors: Mapping[str, Tensor]) -> Found:
+        """Engines put `model.` in front of the names themselves."""
+        return tensors, {EMBEDDING, "fc.bias"}, IGNORED[engine]
 
 
 def _options(config: Mapping[str, Any], state: Mapping[str, Tensor], at: str, assumed: list[str]) -> EagleOptions:

@@ -3,35 +3,53 @@
 csdraft writes the original layout. config.json has the keys of both engines; model.safetensors has the head alone,
 without the embedding, which is the target's. `drafter.json` beside them names the target; engines do not read it.
 Published heads leave things open: loading one warns of what it assumes.
+
+For a missing or unknown tensor vLLM raises an error. SGLang and the package speculators use random numbers, or ignore
+it. All of these count as refused here.
+
+Engines number the target's hidden states in two ways. At the top level of config.json, which vLLM and speculators
+read, k is the state after k blocks. In `eagle_config`, which SGLang reads, the same state is k - 1, the number of the
+block that computes it. So a folder for both has different numbers in the two places.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from csdraft.heads.engines import EMBEDDING, SIZED_ROTARY, ServedTarget, with_embedding, without_embedding
-from csdraft.heads.folder import INIT, Names, as_llama, read_layer, read_tensors
-from csdraft.heads.formats._eagle3_engines import (
-    FAMILIES,
-    LAYERS,
-    NORMS,
-    OLD_FLAG,
-    eagle3_faults,
-    named_layers,
-    of_norm,
-    speculators_document,
-)
-from csdraft.heads.formats._speculators import COPIES, LAYER, MODEL_TYPE
+from csdraft.heads.engines import EMBEDDING, SIZED_ROTARY, ServedTarget, architecture, context_fault
+from csdraft.heads.folder import INIT, Names, as_llama, read_layer
+from csdraft.heads.formats._speculators import COPIES, LAYER, MODEL_TYPE, speculators_document
 from csdraft.heads.head import HeadOptions
 from csdraft.heads.kinds.eagle3 import Eagle3, Eagle3Options, default_layers
-from csdraft.heads.stored_head import StoredHead
-from csdraft.stored import fit
+from csdraft.heads.self_draft import Lender
+from csdraft.heads.stored_head import Found, Parts, StoredHead
+from csdraft.stored import fit, shown
 
-__all__ = ["Eagle3Head"]
+__all__ = ["OF_HEAD", "Eagle3Head", "numbered"]
+
+T = TypeVar("T")
+
+LAYERS = "eagle_aux_hidden_state_layer_ids"
+NORMS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+OLD_FLAG, OLD_NAMES = "use_aux_norm", ("aux_norm_low.", "aux_norm_mid.", "aux_norm_high.")
+"""What `fc_norm` and its three norms were once called; SGLang reads them still."""
+FAMILIES = {"llama": "LlamaForCausalLMEagle3", "qwen3": "Eagle3Qwen3ForCausalLM"}
+"""Families of the layer -> the architecture that is written. Qwen 3 norms queries and keys."""
+TAKEN = {
+    ("vllm", "llama"): (FAMILIES["llama"], "Eagle3LlamaForCausalLM", "LlamaForCausalLM"),
+    ("vllm", "qwen3"): (FAMILIES["qwen3"], "Qwen3ForCausalLM"),
+    ("sglang", "llama"): (FAMILIES["llama"],),
+}
+"""Engine and family -> the architectures that it takes in the original layout; vLLM puts Eagle3 in front of others."""
+OF_HEAD = ("draft_vocab_size", "target_hidden_size", *NORMS, LAYERS)
+"""Keys that are outside `transformer_layer_config`."""
+NOT_OF_LAYER = (*OF_HEAD, "eagle_config", "architectures", "rope_theta", "dtype", "transformers_version")
+NOT_OF_SGLANG = ("attention_bias", "mlp_bias", "bias", "tie_word_embeddings", "norm_before_residual")
+"""Flags that SGLang ignores in such a head."""
 
 
 class Eagle3Head(StoredHead):
@@ -39,14 +57,15 @@ class Eagle3Head(StoredHead):
 
     what = "EAGLE-3 head"
     methods = {"vllm": "eagle3", "sglang": "EAGLE3", "speculators": "eagle3"}  # noqa: RUF012 - never written to
+    embedding_for = ("speculators",)  # it means to load the target's, but uses uninitialised memory
     complete = Eagle3
 
     @property
     def read_layers(self) -> tuple[int, ...]:
         return self.options.layers
 
-    def check_shape(self, target: Any) -> None:
-        super().check_shape(target)
+    def check(self, target: Any) -> None:
+        super().check(target)
         width = target.config.get_text_config(decoder=True).hidden_size
         if EMBEDDING not in self.names and self.config.hidden_size != width:
             raise ValueError(
@@ -76,18 +95,109 @@ class Eagle3Head(StoredHead):
         }
 
     def exported(self, engine: str, target: ServedTarget, tokens: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Names the paper's hidden states if the head leaves them open. For speculators it adds the embedding."""
-        document, tensors = self.document(self.options.layers or default_layers(target.layers)), self.written()
+        """Names the paper's hidden states if the head leaves them open."""
+        document = self.document(self.options.layers or default_layers(target.layers))
         if target.positions and self.config.rope_parameters.get("rope_type", "default") in SIZED_ROTARY:
             document["max_position_embeddings"] = max(document["max_position_embeddings"], target.positions)
-        if engine == "speculators":
-            return speculators_document(document, target, tokens), with_embedding(numbered(tensors), target)
-        return document, without_embedding(tensors, target)
+        if engine != "speculators":
+            return document, self.written()
+        own = {key: document[key] for key in (*OF_HEAD, "dtype")} | {"embed_requires_grad": False}
+        # It keeps num_aux_hidden_states, without which vLLM takes 3 hidden states.
+        layer = {key: value for key, value in document.items() if key not in NOT_OF_LAYER}
+        serves = target.name, target.architectures, tokens
+        return speculators_document("eagle3", "Eagle3DraftModel", layer, *serves, **own), numbered(self.written())
 
-    def faults(
-        self, engine: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: ServedTarget | None = None
-    ) -> list[str]:
-        return eagle3_faults(engine, config, tensors, target)
+    def refusals(
+        self, engine: str, config: Mapping[str, Any], names: Collection[str], target: ServedTarget | None
+    ) -> Iterator[str]:
+        nested = LAYER in config or MODEL_TYPE in config
+        layer = config.get(LAYER, {}) if nested else config
+        said = {**layer, **{key: value for key, value in config.items() if value is not None}}
+        yield from self._another_layer(engine, config, layer, nested)
+        yield from self._other_norms(engine, said)
+        if nested and "norm_before_residual" not in config:
+            yield "norm_before_residual is missing: vLLM takes true, speculators false"
+        if said.get("draft_vocab_size") is None and (engine == "sglang" or "d2t" in self.names):
+            yield "draft_vocab_size is missing: it would take another output layer; write the number of tokens"
+        yield from self._misread_states(engine, config, layer)
+        if engine == "speculators":
+            yield from self._two_norms()
+        if engine == "sglang":
+            yield from self._not_of_sglang(said, names, target)
+
+    def _another_layer(
+        self, engine: str, config: Mapping[str, Any], layer: Mapping[str, Any], nested: bool
+    ) -> Iterator[str]:
+        """Keys of which it would make another decoder layer."""
+        family = "qwen3" if self.options.qk_norm else "llama"
+        taken = TAKEN.get(("vllm" if nested else engine, family))
+        if taken is None:
+            yield f"model_type={family!r} is not 'llama'; use --to vllm"
+        elif not nested and architecture(config) not in taken:
+            yield f"architectures={shown(config.get('architectures'))} is not [{taken[0]!r}], with {family} layers"
+        read = {"hidden_act": "silu", **layer}
+        for key, wanted in {"model_type": family, "num_hidden_layers": 1, "hidden_act": "silu"}.items():
+            if read.get(key) != wanted:
+                yield f"{key}={shown(read.get(key))}, where it reads {wanted!r}"
+        theta = layer.get("rope_theta"), (layer.get("rope_parameters") or {}).get("rope_theta")
+        if None not in theta and theta[0] != theta[1]:
+            yield f"rope_theta={theta[0]}, and {theta[1]} in rope_parameters"
+
+    def _other_norms(self, engine: str, said: Mapping[str, Any]) -> Iterator[str]:
+        """Norms that it would add or leave out."""
+        eagle = said.get("eagle_config") or {}
+        for key in NORMS:
+            right, old = getattr(self.options, key), engine == "sglang" and key == "fc_norm" and said.get(OLD_FLAG)
+            if bool(said.get(key) or old) != right or eagle.get(key, right) not in (right, None):
+                yield f"{key} is {right} in this head: write that at the top level, and nothing in eagle_config"
+
+    def _two_norms(self) -> Iterator[str]:
+        if self.options.norm_before_fc and self.options.fc_norm:
+            yield "norm_before_fc and fc_norm are both true, and it takes one of them; use --to vllm"
+
+    def _misread_states(self, engine: str, config: Mapping[str, Any], layer: Mapping[str, Any]) -> Iterator[str]:
+        """Which hidden states it would fuse, if not the right ones."""
+        top, eagle = config.get(LAYERS), config.get("eagle_config") or {}
+        if eagle.get("use_aux_hidden_state", True) is not True:
+            yield f"eagle_config.use_aux_hidden_state={eagle['use_aux_hidden_state']}: it would fuse no hidden states"
+        count = None if engine == "speculators" else layer.get("num_aux_hidden_states")
+        count = len((top if engine == "speculators" else eagle.get(LAYERS)) or (0, 0, 0)) if count is None else count
+        if count != self._fused:
+            yield f"num_aux_hidden_states is {shown(count)} to it, and the head fuses {self._fused}"
+        layers = list(self.read_layers or top or ())
+        if engine == "sglang" and top and eagle.get(LAYERS) != (blocks := [k - 1 for k in layers]):
+            yield f"eagle_config.{LAYERS}={eagle.get(LAYERS)}, where it numbers blocks from 0: write {blocks}"
+        if engine != "sglang" and layers and not top:
+            yield f"{LAYERS} is missing at the top level, where it numbers from 1: write {layers}"
+
+    def _not_of_sglang(
+        self, said: Mapping[str, Any], names: Collection[str], target: ServedTarget | None
+    ) -> Iterator[str]:
+        """What SGLang cannot do, or ignores."""
+        for key in NOT_OF_SGLANG:
+            if said.get(key):
+                yield f"{key} is true, which it does not know in such a head; use --to vllm"
+        if self._fused * self.target_width == self.config.hidden_size:
+            yield (
+                f"{self._fused} hidden states of target_hidden_size={self.target_width} are as wide as hidden_size, "
+                "and then it leaves fc out; use --to vllm, or fuse more hidden states"
+            )
+        if EMBEDDING in names and self.target_width == self.config.hidden_size:
+            yield f"{EMBEDDING}: it takes the target's embedding instead; use --to vllm"
+        yield from context_fault(said.get("max_position_embeddings"), target)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return numbered(super().shapes())
+
+    def as_read(self, engine: str, tensors: Mapping[str, Tensor]) -> Found:
+        _, optional, ignored = super().as_read(engine, tensors)
+        if self.target_width != self.config.hidden_size:  # the target's embedding does not fit
+            optional = set()
+        if engine == "sglang":  # which does not look for an output layer inside of the model
+            tensors = {
+                name if "lm_head" in name else of_norm(name.removeprefix("model.")): t for name, t in tensors.items()
+            }
+        return tensors if engine == "speculators" else numbered(tensors), optional, ignored
 
     def document(self, layers: tuple[int, ...] = ()) -> dict[str, Any]:
         """config.json: every key that vLLM or SGLang reads, even if its value is the engines' default.
@@ -126,15 +236,14 @@ class Eagle3Head(StoredHead):
         return {"fc.weight", "midlayer.hidden_norm.weight"} <= found
 
     @classmethod
-    def load(cls, path: str, config: Mapping[str, Any], **options: Any) -> Eagle3Head:
+    def parts(cls, path: str, config: Mapping[str, Any], state: dict[str, Tensor], base: Lender | None) -> Parts:
         at, assumed = f"{path}/config.json", []
         layer_keys = fit(config.get(LAYER) or {}, dict[str, Any], f"{at}: {LAYER}")
         document = {**layer_keys, **{key: value for key, value in config.items() if key != LAYER}}
-        state = {_own_name(name): tensor for name, tensor in read_tensors(path, **options).items()}
+        state = {_own_name(name): tensor for name, tensor in state.items()}
         state = {name: tensor for name, tensor in state.items() if name not in COPIES}
-        described = cls.options_of(document, state, at, assumed)
-        layer = read_layer(as_llama(document, path), path)
-        return cls.checked(path, layer, described, state, assumed, **options)
+        options = cls.options_of(document, state, at, assumed)
+        return read_layer(as_llama(document, path), path), options, state, assumed
 
     @classmethod
     def options_of(
@@ -149,49 +258,67 @@ class Eagle3Head(StoredHead):
         """
         if (count := document.get("num_hidden_layers", 1)) != 1:
             assumed.append(f"num_hidden_layers={count} is the target's: an EAGLE-3 head has 1 layer")
-        return _options(document, state, at, assumed)
+        eagle = fit(document.get("eagle_config") or {}, dict[str, Any], f"{at}: eagle_config")
+        layers = named_layers(document, at)
+        if not layers:
+            assumed.append(
+                f"{LAYERS} is not set: the paper's are assumed, after blocks 2, L/2 and L - 3 of the target"
+            )
+        elif not document.get(LAYERS):
+            assumed.append(
+                f"{LAYERS} is in eagle_config alone, where SGLang and its trainers count blocks from 0: assumed are "
+                f"the hidden states after blocks {', '.join(map(str, layers))}"
+            )
+        if min(layers, default=0) < 0:  # as a tap, -1 is the last hidden state
+            raise ValueError(f"{at}: {LAYERS} names the hidden states {list(layers)}; they are counted from 0")
+        flags = {key: fit(document.get(key, eagle.get(key, False)) or False, bool, f"{at}: {key}") for key in NORMS}
+        flags["fc_norm"] |= fit(document.get(OLD_FLAG) or False, bool, f"{at}: {OLD_FLAG}")
+        if MODEL_TYPE in document and "norm_before_residual" not in document:
+            assumed.append("norm_before_residual is not set: false is assumed, as in speculators but not in vLLM")
+        vocab = fit(document.get("vocab_size"), int, f"{at}: vocab_size")
+        rows = document.get("draft_vocab_size")
+        if rows is None:
+            rows = len(state["lm_head.weight"]) if "lm_head.weight" in state else vocab
+            assumed.append(f"draft_vocab_size is not set: {rows} is assumed")
+        width = fit(
+            document.get("target_hidden_size") or document.get("hidden_size"), int, f"{at}: target_hidden_size"
+        )
+        if min(width, fit(rows, int, f"{at}: draft_vocab_size"), vocab) < 1:
+            raise ValueError(
+                f"{at}: target_hidden_size={width}, draft_vocab_size={rows}, vocab_size={vocab}; all are 1 or more"
+            )
+        trained = fit(document.get(INIT) or {}, dict[str, Any], f"{at}: {INIT}").get("eagle3") or {}
+        how = fit(trained, HeadOptions, f"{at}: {INIT}.eagle3")
+        qwen = document.get("model_type") == "qwen3"
+        sizes = {"layers": layers, "target_width": width, "draft_vocab": rows, "steps": how.steps, "decay": how.decay}
+        return Eagle3Options(**sizes, **flags, qk_norm=qwen)
 
 
-def numbered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by the names that speculators gives them."""
+def numbered(tensors: Mapping[str, T]) -> dict[str, T]:
+    """Tensors, or their shapes, by the names that speculators gives them."""
     return {name.replace("midlayer.", "layers.0."): tensor for name, tensor in tensors.items()}
+
+
+def of_norm(name: str) -> str:
+    """A tensor's name, with the old name of a norm replaced."""
+    for number, old in enumerate(OLD_NAMES):
+        name = name.replace(old, f"fc_norm.{number}.")
+    return name
+
+
+def named_layers(document: Mapping[str, Any], at: str) -> tuple[int, ...]:
+    """The hidden states that a config names, k for the one after k blocks; none if it leaves them open.
+
+    Args:
+        at: the file, for messages.
+    """
+    if top := document.get(LAYERS):
+        return fit(top, tuple[int, ...], f"{at}: {LAYERS}")
+    eagle = fit(document.get("eagle_config") or {}, dict[str, Any], f"{at}: eagle_config")
+    return tuple(k + 1 for k in fit(eagle.get(LAYERS) or (), tuple[int, ...], f"{at}: eagle_config.{LAYERS}"))
 
 
 def _own_name(name: str) -> str:
     """A tensor's name in `Eagle3`; engines also read it with `model.` in front, and the layer with its number."""
     name = of_norm(name.removeprefix("model."))
     return f"midlayer.{name.removeprefix('layers.0.')}" if name.startswith("layers.0.") else name
-
-
-def _options(document: Mapping[str, Any], state: Mapping[str, Tensor], at: str, assumed: list[str]) -> Eagle3Options:
-    """See `Eagle3Head.options_of`."""
-    eagle = fit(document.get("eagle_config") or {}, dict[str, Any], f"{at}: eagle_config")
-    layers = named_layers(document, at)
-    if not layers:
-        assumed.append(f"{LAYERS} is not set: the paper's are assumed, after blocks 2, L/2 and L - 3 of the target")
-    elif not document.get(LAYERS):
-        assumed.append(
-            f"{LAYERS} is in eagle_config alone, where SGLang and its trainers count blocks from 0: assumed are the "
-            f"hidden states after blocks {', '.join(map(str, layers))}"
-        )
-    if min(layers, default=0) < 0:  # as a tap, -1 is the last hidden state
-        raise ValueError(f"{at}: {LAYERS} names the hidden states {list(layers)}; they are counted from 0")
-    flags = {key: fit(document.get(key, eagle.get(key, False)) or False, bool, f"{at}: {key}") for key in NORMS}
-    flags["fc_norm"] |= fit(document.get(OLD_FLAG) or False, bool, f"{at}: {OLD_FLAG}")
-    if MODEL_TYPE in document and "norm_before_residual" not in document:
-        assumed.append("norm_before_residual is not set: false is assumed, as in speculators but not in vLLM")
-    vocab = fit(document.get("vocab_size"), int, f"{at}: vocab_size")
-    rows = document.get("draft_vocab_size")
-    if rows is None:
-        rows = len(state["lm_head.weight"]) if "lm_head.weight" in state else vocab
-        assumed.append(f"draft_vocab_size is not set: {rows} is assumed")
-    width = fit(document.get("target_hidden_size") or document.get("hidden_size"), int, f"{at}: target_hidden_size")
-    if min(width, fit(rows, int, f"{at}: draft_vocab_size"), vocab) < 1:
-        raise ValueError(
-            f"{at}: target_hidden_size={width}, draft_vocab_size={rows}, vocab_size={vocab}; all are 1 or more"
-        )
-    trained = fit(document.get(INIT) or {}, dict[str, Any], f"{at}: {INIT}").get("eagle3") or {}
-    how = fit(trained, HeadOptions, f"{at}: {INIT}.eagle3")
-    qwen = document.get("model_type") == "qwen3"
-    sizes = {"layers": layers, "target_width": width, "draft_vocab": rows, "steps": how.steps, "decay": how.decay}
-    return Eagle3Options(**sizes, **flags, qk_norm=qwen)

@@ -10,29 +10,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from csdraft.heads.folder import WEIGHTS, Names, read_layer, read_tensors
+from csdraft.heads.folder import WEIGHTS, Names, read_layer
 from csdraft.heads.formats import own
 from csdraft.heads.kinds.medusa import Medusa, MedusaOptions
-from csdraft.heads.stored_head import StoredHead
+from csdraft.heads.self_draft import Lender
+from csdraft.heads.stored_head import Parts, StoredHead
 from csdraft.stored import fit
 
 __all__ = ["MedusaHead"]
 
 HEADS, BLOCKS, TARGET = "medusa_num_heads", "medusa_num_layers", "base_model_name_or_path"
-FILE, PREFIX = "medusa_lm_head.pt", "medusa_head."
-FILES = (f"{Path(FILE).stem}.safetensors", FILE, *WEIGHTS)
+PREFIX = "medusa_head."
 
 
 class MedusaHead(StoredHead):
     """Medusa heads that draft all tokens, without their target."""
 
     what = "Medusa head"
+    file, files = "medusa_lm_head.pt", ("medusa_lm_head.safetensors", "medusa_lm_head.pt", *WEIGHTS)
 
     def network(self, target: Any = None) -> Medusa:
         return Medusa(self.config, self.options)
@@ -51,9 +51,6 @@ class MedusaHead(StoredHead):
     def title(self) -> str:
         return f"{self.options.steps} Medusa heads of {self.options.layers} blocks"
 
-    def refusals(self, engine: str, config: Mapping[str, Any]) -> list[str]:
-        return ["it has no model for Medusa heads"]
-
     def document(self) -> dict[str, Any]:
         sizes = {key: getattr(self.config, key) for key in ("hidden_size", "vocab_size")}
         return {HEADS: self.options.steps, BLOCKS: self.options.layers, TARGET: self.target_name, **sizes}
@@ -61,22 +58,14 @@ class MedusaHead(StoredHead):
     def written(self) -> dict[str, Tensor]:
         return {name.removeprefix(PREFIX): tensor for name, tensor in super().written().items()}
 
-    def write_tensors(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
-        torch.save({name: tensor.clone() for name, tensor in tensors.items()}, folder / FILE)
-
     @classmethod
     def recognises(cls, config: Mapping[str, Any], names: Names) -> bool:
         """True also for a config without one of the keys, but not for a whole model that was saved with its heads."""
         return bool({HEADS, BLOCKS} & config.keys()) and "num_hidden_layers" not in config
 
     @classmethod
-    def weights(cls, path: str) -> dict[str, Tensor]:
-        return read_tensors(path, FILES)
-
-    @classmethod
-    def load(cls, path: str, config: Mapping[str, Any], **options: Any) -> MedusaHead:
+    def parts(cls, path: str, config: Mapping[str, Any], state: dict[str, Tensor], base: Lender | None) -> Parts:
         at = f"{path}/config.json"
-        state = read_tensors(path, FILES, **options)
         state = {f"{PREFIX}{name.removeprefix(PREFIX)}": tensor for name, tensor in state.items()}
         heads, blocks, assumed = _counts(config, state, at)
         output = state.get(f"{PREFIX}0.{blocks}.weight", torch.empty(0))
@@ -86,11 +75,10 @@ class MedusaHead(StoredHead):
             )
         vocab, width = output.shape
         name = fit(config.get(TARGET), str | None, f"{at}: {TARGET}")
-        if name is None and cls.base_of(path, **options) is None:
+        if name is None and base is None:
             assumed.append(f"{TARGET} is not set: any target of width {width} with {vocab} tokens is accepted")
-        sizes = {"vocab_size": vocab, "hidden_size": width, "num_attention_heads": 1}
-        layer = read_layer({**sizes, TARGET: name}, path)
-        return cls.checked(path, layer, MedusaOptions(steps=heads, layers=blocks), state, assumed, **options)
+        layer = read_layer({"vocab_size": vocab, "hidden_size": width, "num_attention_heads": 1, TARGET: name}, path)
+        return layer, MedusaOptions(steps=heads, layers=blocks), state, assumed
 
 
 def _counts(config: Mapping[str, Any], state: Mapping[str, Tensor], at: str) -> tuple[int, int, list[str]]:

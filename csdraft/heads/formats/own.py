@@ -11,12 +11,14 @@ from dataclasses import asdict
 from functools import cache
 from typing import Any
 
+from torch import Tensor
 from transformers import LlamaConfig
 
 from csdraft.heads import kinds
-from csdraft.heads.folder import Names, read_layer, read_tensors
+from csdraft.heads.folder import Names, read_layer
 from csdraft.heads.head import Head, HeadOptions
-from csdraft.heads.stored_head import StoredHead, classes_in
+from csdraft.heads.self_draft import Lender
+from csdraft.heads.stored_head import Parts, StoredHead, classes_in
 from csdraft.stored import fit, shown
 
 __all__ = ["KIND", "OwnHead", "head_kinds"]
@@ -56,17 +58,15 @@ class OwnHead(StoredHead):
         return KIND in config
 
     @classmethod
-    def load(cls, path: str, config: Mapping[str, Any], **options: Any) -> OwnHead:
+    def parts(cls, path: str, config: Mapping[str, Any], state: dict[str, Tensor], base: Lender | None) -> Parts:
         at = f"{path}/config.json"
-        name = fit(config[KIND], str, f"{at}: {KIND}")
-        if name not in head_kinds():
+        if (name := fit(config[KIND], str, f"{at}: {KIND}")) not in head_kinds():
             raise ValueError(
                 f"{at}: {KIND}={shown(name)} is none of {', '.join(head_kinds())}; pip install -U csdraft"
             )
-        described = fit(config.get("options"), head_kinds()[name].Options, f"{at}: options")
+        options = fit(config.get("options"), head_kinds()[name].Options, f"{at}: options")
         layer = read_layer({key: value for key, value in config.items() if key not in (KIND, "options")}, path)
-        state = {key: tensor for key, tensor in read_tensors(path, **options).items() if key != "t2d"}
-        return cls.checked(path, layer, described, state, **options)
+        return layer, options, {key: tensor for key, tensor in state.items() if key != "t2d"}, []
 
     def document(self) -> dict[str, Any]:
         sizes = LlamaConfig.from_dict(self.config.to_dict()).to_dict()
@@ -78,6 +78,3 @@ class OwnHead(StoredHead):
 
     def details(self) -> dict[str, str]:
         return {"options": ", ".join(f"{key}={value}" for key, value in self._own_options().items())}
-
-    def refusals(self, engine: str, config: Mapping[str, Any]) -> list[str]:
-        return [f"it has no {config.get(KIND)} heads of csdraft's layout; decode with csdraft"]
