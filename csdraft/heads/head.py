@@ -146,8 +146,13 @@ class Head(PreTrainedModel, FeatureModel):
         return (LAST,)
 
     def fuse(self, states: Mapping[int, Tensor]) -> Tensor:
-        """(..., feature width) features from the target's hidden states, (..., target's width) by tap."""
-        return states[LAST].to(self.device, self.dtype)
+        """(..., feature width) features from the target's hidden states, (..., target's width) by tap.
+
+        By default the last state, and zeros if features are wider.
+        """
+        last = states[LAST].to(self.device, self.dtype)
+        more = self.feature_width - last.shape[-1]
+        return nn.functional.pad(last, (0, more)) if more else last
 
     def output(
         self, input_ids: Tensor, position_ids: Tensor, features: Tensor, mask: Tensor | None, cache: Any
@@ -171,7 +176,7 @@ class Head(PreTrainedModel, FeatureModel):
 
     def draft_logits(self, output: Tensor) -> Tensor:
         """(..., draft vocab) logits from outputs, (..., feature width)."""
-        raise NotImplementedError
+        return self.lm_head(output)
 
     def start(self, rows: Tensor) -> None:
         """Sets those weights of a new head that do not start at random.

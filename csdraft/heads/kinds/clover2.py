@@ -16,7 +16,6 @@ among the target's likely ones).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,9 +79,6 @@ class Clover2(Head):
     @property
     def feature_width(self) -> int:
         return 2 * self.config.hidden_size + 1
-
-    def fuse(self, states: Mapping[int, Tensor]) -> Tensor:
-        return nn.functional.pad(super().fuse(states), (0, self.config.hidden_size + 1))
 
     def output(
         self, input_ids: Tensor, position_ids: Tensor, features: Tensor, mask: Tensor | None, cache: Any

@@ -68,37 +68,20 @@ class Block(CrossLayer):
             keys, values: (rows, heads, slots, head size) of the text.
             mask: (rows, 1, blocks, slots) bool: which slots of the text each block sees; None: all, one block per row.
         """
-        normed = self.input_layernorm(hidden)
+        normed, blocks = self.input_layernorm(hidden), 1 if mask is None else mask.shape[2]
         queries, own = self.queries(normed, rotary), self.keys_and_values(normed, rotary)
-        blocks = 1 if mask is None else mask.shape[2]
-        mixed = _attended(queries, *own, keys, values, mask, blocks, self.self_attn.scaling)
-        return self.finished(hidden, mixed)
-
-
-def _attended(
-    queries: Tensor,
-    own_keys: Tensor,
-    own_values: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    blocks: int,
-    scaling: float,
-) -> Tensor:
-    """(rows, blocks x length, width) attention of each block to itself, and to what it sees of the text."""
-    heads = own_keys.shape[1]
-    # Einsum letters: rows, heads, group of query heads, blocks, length, slots, c = length of keys, d = head size.
-    grouped = queries.unflatten(1, (heads, -1)).unflatten(3, (blocks, -1))  # rhgbld
-    own_keys, own_values = (states.unflatten(2, (blocks, -1)) for states in (own_keys, own_values))  # rhbcd
-    to_text = torch.einsum("rhgbld,rhsd->rhgbls", grouped, keys) * scaling
-    if mask is not None:
-        to_text = to_text.masked_fill(~mask[:, :, None, :, None], float("-inf"))
-    to_own = torch.einsum("rhgbld,rhbcd->rhgblc", grouped, own_keys) * scaling
-    weights = torch.cat([to_text, to_own], -1).float().softmax(-1).to(queries.dtype)
-    of_text, of_own = weights.split([to_text.shape[-1], to_own.shape[-1]], -1)
-    mixed = torch.einsum("rhgbls,rhsd->rblhgd", of_text, values)
-    mixed = mixed + torch.einsum("rhgblc,rhbcd->rblhgd", of_own, own_values)
-    return mixed.flatten(3).flatten(1, 2)
+        own_keys, own_values = (states.unflatten(2, (blocks, -1)) for states in own)  # rhbcd
+        # Einsum letters: rows, heads, group of query heads, blocks, length, slots, c = length of keys, d = head size.
+        grouped = queries.unflatten(1, (own_keys.shape[1], -1)).unflatten(3, (blocks, -1))  # rhgbld
+        to_text = torch.einsum("rhgbld,rhsd->rhgbls", grouped, keys) * self.self_attn.scaling
+        if mask is not None:
+            to_text = to_text.masked_fill(~mask[:, :, None, :, None], float("-inf"))
+        to_own = torch.einsum("rhgbld,rhbcd->rhgblc", grouped, own_keys) * self.self_attn.scaling
+        weights = torch.cat([to_text, to_own], -1).float().softmax(-1).to(queries.dtype)
+        of_text, of_own = weights.split([to_text.shape[-1], to_own.shape[-1]], -1)
+        mixed = torch.einsum("rhgbls,rhsd->rblhgd", of_text, values)
+        mixed = mixed + torch.einsum("rhgblc,rhbcd->rblhgd", of_own, own_values)
+        return self.finished(hidden, mixed.flatten(3).flatten(1, 2))
 
 
 class Dflash(Stack, Head):

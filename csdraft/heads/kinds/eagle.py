@@ -76,9 +76,6 @@ class Eagle(Head):
         places = {"position_embeddings": self.rotary(joined, position_ids), self._cache_name: cache}
         return self.layers[0](joined, attention_mask=mask, **places)
 
-    def draft_logits(self, output: Tensor) -> Tensor:
-        return self.lm_head(output)
-
     def feature_loss(self, outputs: Tensor, features: Tensor) -> Tensor | None:
         return regression(self.options.regression, outputs, features)
 

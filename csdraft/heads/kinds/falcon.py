@@ -109,10 +109,6 @@ class Recurrent(nn.Module):
 class Layer(CrossLayer):
     """A Llama layer whose queries come from blocks of entries, and its keys from one entry each."""
 
-    def project(self, read: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-        """(rows, heads, queries, head size) keys and values of entries, (rows, queries, width)."""
-        return self.keys_and_values(self.input_layernorm(read), rotary)
-
     def forward(self, hidden: Tensor, rotary: Rotary, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         """(rows, blocks x k, width) its output, from vectors of the same shape.
 
@@ -221,7 +217,8 @@ class Falcon(Head):
         back = torch.arange(1 - block, 1, device=position_ids.device)  # the places of a block's entries, from its last
         blocks = entries * (position_ids[..., None] + back >= 0)[..., None]
         read = self._recurrent(blocks)  # (rows, queries, k, width)
-        keys, values = self.layer.project(read[..., -1, :], self.rotary(features, position_ids))
+        own = self.layer.input_layernorm(read[..., -1, :])
+        keys, values = self.layer.keys_and_values(own, self.rotary(features, position_ids))
         if cache is not None:
             keys, values = cache.update(keys, values, 0)
 
@@ -235,24 +232,13 @@ class Falcon(Head):
         if mask is None:
             queries, slots = input_ids.shape[1], keys.shape[2]
             mask = torch.ones(1, 1, queries, slots, dtype=torch.bool, device=keys.device).tril(slots - queries)
-        places = position_ids[:, -count:, None] + back  # (rows, count, k)
-        guesses = self._guesses(read[:, -count:], places, keys, values, mask[:, :, -count:])
+        places = (position_ids[:, -count:, None] + back).flatten(1)  # (rows, count x k)
+        hidden, sees = read[:, -count:].flatten(1, 2), mask[:, :, -count:].repeat_interleave(block, 2)
+        made = self.layer(hidden, self.rotary(hidden, places), keys, values, sees)  # (rows, count x k, width)
+        guesses = made.unflatten(1, (-1, block)).flatten(-2)
         full = torch.cat([torch.full_like(guesses[..., :1], block), guesses, kept[:, -count:]], -1)
         runs = (mark[:, -count:] == DUE) | (mark[:, -count:] == TEXT)
         return torch.cat([output[:, : output.shape[1] - count], torch.where(runs, full, output[:, -count:])], 1)
-
-    def _guesses(self, read: Tensor, places: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """(rows, blocks, k x width) one pass of the layer.
-
-        Args:
-            read: (rows, blocks, k, width) from the LSTM.
-            places: (rows, blocks, k) positions.
-            keys, values: (rows, heads, slots, head size).
-            mask: (rows, 1, blocks, slots) bool: what a block's last entry sees, and so what all of its entries see.
-        """
-        hidden, sees = read.flatten(1, 2), mask.repeat_interleave(self.options.block, 2)
-        made = self.layer(hidden, self.rotary(hidden, places.flatten(1)), keys, values, sees)
-        return made.unflatten(1, places.shape[1:]).flatten(-2)
 
     def _recurrent(self, entries: Tensor) -> Tensor:
         """(rows, queries, k, width) what the LSTM makes of blocks of entries, (rows, queries, k, 2 width)."""

@@ -13,7 +13,6 @@ little of the rest.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,9 +99,6 @@ class Hydra(Numbered, Head):
                 block.start()
         for output in self.outputs:
             output.weight.copy_(rows)  # type: ignore[operator,union-attr]
-
-    def fuse(self, states: Mapping[int, Tensor]) -> Tensor:
-        return nn.functional.pad(super().fuse(states), (0, self.feature_width - self.config.hidden_size))
 
     def output(
         self, input_ids: Tensor, position_ids: Tensor, features: Tensor, mask: Tensor | None, cache: Any

@@ -9,7 +9,6 @@ since then. The number chooses the head.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,9 +73,6 @@ class Medusa(Numbered, Head):
             head[-1].weight.copy_(rows)  # type: ignore[index,union-attr,operator]
             for block in head[:-1]:  # type: ignore[index]
                 block.start()
-
-    def fuse(self, states: Mapping[int, Tensor]) -> Tensor:
-        return nn.functional.pad(super().fuse(states), (0, 1))  # nothing has been drafted
 
     def output(
         self, input_ids: Tensor, position_ids: Tensor, features: Tensor, mask: Tensor | None, cache: Any

@@ -98,9 +98,6 @@ class Mtp(Head):
         places = {"position_ids": position_ids, self._cache_name: cache}
         return self.mtp[number](embedded, hidden, position_embeddings=rotary, attention_mask=mask, **places)
 
-    def draft_logits(self, output: Tensor) -> Tensor:
-        return self.lm_head(output)
-
 
 class Modules(Mtp):
     """Several modules as one head, which drafts as many tokens.
@@ -125,8 +122,7 @@ class Modules(Mtp):
         return len(self.mtp) * self.config.hidden_size + 1
 
     def fuse(self, states: Mapping[int, Tensor]) -> Tensor:
-        hidden = super().fuse(states)
-        padded = nn.functional.pad(hidden, (0, self.feature_width - hidden.shape[-1]))
+        padded = super().fuse(states)
         padded[..., -1] = TEXT
         return padded
 

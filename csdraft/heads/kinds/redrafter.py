@@ -13,7 +13,6 @@ independent draws; it is not exact, so it is left out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,9 +63,6 @@ class Redrafter(Head):
         self.join.weight[:, :width] = torch.eye(width)
         for block in self.blocks:
             block.start()  # type: ignore[operator]
-
-    def fuse(self, states: Mapping[int, Tensor]) -> Tensor:
-        return nn.functional.pad(super().fuse(states), (0, self.config.hidden_size))
 
     def output(
         self, input_ids: Tensor, position_ids: Tensor, features: Tensor, mask: Tensor | None, cache: Any
