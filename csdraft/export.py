@@ -119,19 +119,13 @@ def _write_whole(model: Any, drafter: str, folder: str, engine: str, target: Ser
     return WHOLE[engine]
 
 
-def whole_faults(engine: str, config: Any, target: ServedTarget | None = None) -> list[str]:
+def whole_faults(engine: str, config: Any, target: ServedTarget | None = None) -> Iterator[str]:
     """Why an engine would not draft with a model of this config.
 
     Args:
-        engine: a key of `ENGINES`.
+        engine: a key of `WHOLE`.
         target: the model that it is to draft for; without it, sizes are not compared.
     """
-    if engine not in WHOLE:
-        return ["it has heads only, and this is a model"]
-    return list(_whole_faults(engine, config, target))
-
-
-def _whole_faults(engine: str, config: Any, target: ServedTarget | None) -> Iterator[str]:
     if config.is_encoder_decoder:
         yield f"model_type={config.model_type!r} is an encoder-decoder, and it drafts with decoders only"
         return

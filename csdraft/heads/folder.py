@@ -22,7 +22,7 @@ from csdraft.stored import fit, is_hub_id, read_object, shown
 
 __all__ = [
     "BROKEN_CONFIG", "INIT", "QWEN", "SWITCHING", "WEIGHTS", "Names", "as_llama", "check_drafted", "check_place",
-    "check_rotary", "check_tensors", "config_at", "file_at", "read_chosen", "read_layer", "read_tensors",
+    "check_rotary", "check_tensors", "config_at", "file_at", "read_layer", "read_tensors",
     "tensor_names", "write_tensors",
 ]  # fmt: skip
 
@@ -91,63 +91,46 @@ def tensor_names(path: str, **hub: Any) -> frozenset[str]:
         return frozenset()  # loading the file says what is wrong with it
 
 
-def read_tensors(path: str, names: Sequence[str] = WEIGHTS, **hub: Any) -> dict[str, Tensor]:
+def read_tensors(
+    path: str, names: Sequence[str] = WEIGHTS, chosen: Callable[[str], bool] = lambda name: True, **hub: Any
+) -> dict[str, Tensor]:
     """The tensors of a folder or Hub id.
 
     Args:
         names: possible names of the file, the preferred one first; several safetensors files with an index will do.
+        chosen: whether a tensor of this name is wanted; no others are read from safetensors files.
 
     Raises:
         ValueError: there is no such file, or it cannot be read.
     """
-    from safetensors.torch import load_file
-
-    file = weights_at(path, names, **hub)
-    if file is None and file_at(path, INDEX, **hub):
-        return read_chosen(path, lambda name: not name.endswith(NOT_READ), **hub)
-    if file is None:
+    if (file := weights_at(path, names, **hub)) is not None:
+        return _read(file, chosen)
+    if (index := file_at(path, INDEX, **hub)) is None:
         raise ValueError(f"{path!r} has none of {', '.join(names)}; get its weights too")
-    try:
-        pickled = not file.endswith(".safetensors")
-        state = torch.load(file, map_location="cpu", weights_only=True) if pickled else load_file(file)
-    except UnpicklingError as error:  # its message advises to trust the file
-        raise ValueError(f"{file} holds other things than tensors, or is cut short; get {names[0]}") from error
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise _unreadable(file, error) from error
-    named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
-    if not named or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{file} holds other things than tensors by name; get {names[0]}")
-    return {name: tensor for name, tensor in state.items() if not name.endswith(NOT_READ)}
-
-
-def read_chosen(path: str, chosen: Callable[[str], bool], **hub: Any) -> dict[str, Tensor]:
-    """Some tensors of a folder or Hub id, which may keep them in several safetensors files; it reads no others.
-
-    Args:
-        chosen: whether a tensor of this name is wanted.
-
-    Raises:
-        ValueError: there are no safetensors files, or one cannot be read.
-    """
-    index, names = file_at(path, INDEX, **hub), {WEIGHTS[0]}
-    if index is not None:
-        parts = fit(read_object(index).get("weight_map"), dict[str, str], f"{index}: weight_map")
-        names = {part for name, part in parts.items() if chosen(name)}
+    parts = fit(read_object(index).get("weight_map"), dict[str, str], f"{index}: weight_map")
     state: dict[str, Tensor] = {}
-    for name in sorted(names):
-        file = file_at(path, name, **hub)
-        if file is None:
+    for name in sorted({part for name, part in parts.items() if chosen(name)}):
+        if (file := file_at(path, name, **hub)) is None:
             raise ValueError(f"{path!r} has no {name}; get its safetensors files too")
-        try:
-            with safe_open(file, "pt") as weights:
-                state |= {key: weights.get_tensor(key) for key in weights.keys() if chosen(key)}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise _unreadable(file, error) from error
+        state |= _read(file, chosen)
     return state
 
 
-def _unreadable(file: str, error: Exception) -> ValueError:
-    return ValueError(f"{file} cannot be read ({error}); it may be cut short: get it again")
+def _read(file: str, chosen: Callable[[str], bool]) -> dict[str, Tensor]:
+    """The chosen tensors of one file."""
+    try:
+        if file.endswith(".safetensors"):
+            with safe_open(file, "pt") as weights:
+                state = {name: weights.get_tensor(name) for name in weights.keys() if chosen(name)}  # noqa: SIM118
+        else:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:  # its message advises to trust the file
+        raise ValueError(f"{file} holds other things than tensors, or is cut short; get {WEIGHTS[0]}") from error
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{file} cannot be read ({error}); it may be cut short: get it again") from error
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise ValueError(f"{file} holds other things than tensors by name; get {WEIGHTS[0]}")
+    return {name: tensor for name, tensor in state.items() if chosen(name) and not name.endswith(NOT_READ)}
 
 
 def write_tensors(file: str | os.PathLike[str], state: Mapping[str, Tensor]) -> None:

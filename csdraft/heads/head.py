@@ -283,18 +283,24 @@ def regression(weight: float, outputs: Tensor, features: Tensor) -> Tensor | Non
 
 
 class Steps:
-    """The cache of attention in training: keys and values of all steps so far, one after the other."""
+    """The cache of attention to several readings of a text: keys and values of all so far, one after the other.
 
-    def __init__(self) -> None:
+    Args:
+        cache: keeps the first reading of each layer for later forwards; None: nothing is kept.
+    """
+
+    def __init__(self, cache: Any = None) -> None:
+        self.cache = cache
         self.held: dict[int, tuple[Tensor, Tensor]] = {}  # by layer
 
-    def update(self, keys: Tensor, values: Tensor, layer: int = 0, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """(rows, heads, steps x length, head size) keys and values."""
-        new = keys, values
+    def update(self, keys: Tensor, values: Tensor, layer: int = 0, *rest: Any, **more: Any) -> tuple[Tensor, Tensor]:
+        """(rows, heads, slots, head size) keys and values that the queries may see."""
         if layer in self.held:
-            new = torch.cat([self.held[layer][0], keys], 2), torch.cat([self.held[layer][1], values], 2)
-        self.held[layer] = new
-        return new
+            keys, values = torch.cat([self.held[layer][0], keys], 2), torch.cat([self.held[layer][1], values], 2)
+        elif self.cache is not None:
+            keys, values = self.cache.update(keys, values, layer, *rest, **more)
+        self.held[layer] = keys, values
+        return keys, values
 
 
 def text_mask(position_ids: Tensor) -> Tensor:

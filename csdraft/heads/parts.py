@@ -28,7 +28,7 @@ from transformers.models.llama.modeling_llama import (
 
 from csdraft.decoding.cache_names import cache_name
 
-__all__ = ["Beside", "CrossLayer", "Numbered", "Rotary", "Stack", "TextLayer", "beside_mask"]
+__all__ = ["CrossLayer", "Numbered", "Rotary", "Stack", "TextLayer"]
 
 TEXT, DRAFTED = 1, 2
 """Marks of entries; the mark of padding is 0."""
@@ -212,42 +212,3 @@ class Stack:
             outputs = self.read(input_ids, position_ids, self.first(features), mask, cache)
             left[:, -1] = torch.where(of_text[:, -1], self.begun(outputs), left[:, -1])
         return torch.cat([drafted, left[..., 1:]], -1)
-
-
-class Beside:
-    """A cache for attention that keeps the first reading of a layer; later readings see it and themselves.
-
-    Args:
-        cache: keeps the first reading; None: it is kept for this forward only.
-    """
-
-    def __init__(self, cache: Any = None):
-        self.cache = cache
-        self.held: dict[int, tuple[Tensor, Tensor]] = {}  # by layer
-
-    def update(self, keys: Tensor, values: Tensor, layer: int, *rest: Any, **more: Any) -> tuple[Tensor, Tensor]:
-        """(rows, heads, slots, head size) keys and values that the queries may see."""
-        if layer in self.held:
-            held = self.held[layer]
-            return torch.cat([held[0], keys], 2), torch.cat([held[1], values], 2)
-        self.held[layer] = (
-            (keys, values) if self.cache is None else self.cache.update(keys, values, layer, *rest, **more)
-        )
-        return self.held[layer]
-
-    @property
-    def slots(self) -> int:
-        """How many slots the first reading left."""
-        return next(iter(self.held.values()))[0].shape[2]
-
-
-def beside_mask(mask: Tensor | None, slots: int, count: int, device: torch.device) -> Tensor:
-    """(rows, 1, count, slots + count) bool: a placeholder sees what the last query sees, earlier ones, and itself.
-
-    Args:
-        mask: (rows, 1, queries, slots) bool of the text's queries; None: the last one sees all slots.
-    """
-    if mask is None:
-        mask = torch.ones(1, 1, 1, slots, dtype=torch.bool, device=device)
-    own = torch.ones(count, count, dtype=torch.bool, device=device).tril()
-    return torch.cat([mask[:, :, -1:].expand(-1, -1, count, -1), own.expand(len(mask), 1, -1, -1)], -1)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csdraft.heads.folder import read_chosen
+from csdraft.heads.folder import read_tensors
 from csdraft.heads.layers import embedding_fingerprint, embeddings
 from csdraft.heads.on_target import OnTarget, called, frozen, set_parameter
 from csdraft.heads.self_draft import TIED, Lender, write_document
@@ -138,7 +138,7 @@ class TiedDraft(OnTarget):
 
         check_config(PreTrainedConfig.get_config_dict(path, **hub)[0], f"{path}/config.json")
         config = AutoConfig.from_pretrained(path, **hub)
-        state = read_chosen(path, lambda name: True, **hub)
+        state = read_tensors(path, **hub)
         if isinstance(dtype, str) and dtype != "auto":
             dtype = getattr(torch, dtype)
         if isinstance(dtype, torch.dtype):

@@ -645,8 +645,7 @@ def test_encoder_decoders_are_refused(verifier, tmp_path):
 def test_a_whole_model_without_a_target_to_compare():
     config = copy.deepcopy(target().config)
     config.architectures = ["LlamaForCausalLM"]  # as `save_pretrained` sets it
-    assert whole_faults("vllm", config) == whole_faults("sglang", config) == []
-    assert whole_faults("speculators", config) == ["it has heads only, and this is a model"]
+    assert not [*whole_faults("vllm", config), *whole_faults("sglang", config)]
 
 
 # The card, and the command.

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from csdraft.decoding.cache_names import cache_name
 from csdraft.decoding.traits import FULL, SLIDING
-from csdraft.heads.folder import read_chosen
+from csdraft.heads.folder import WEIGHTS, read_tensors
 from csdraft.heads.head import LENDABLE, Head, HeadOptions
 from csdraft.heads.layers import check_whole, embeddings
 from csdraft.heads.on_target import OnTarget, called, frozen, name_only, set_parameter
@@ -253,7 +253,8 @@ def _read(target: Any, dtype: torch.dtype, device: torch.device) -> Any:
     count = text.num_hidden_layers
     if not path:
         raise ValueError(f"{called(target)} does not say where it was loaded from: load it by from_pretrained")
-    state = read_chosen(path, lambda name: _chosen(name, count), revision=getattr(target.config, "_commit_hash", None))
+    revision = getattr(target.config, "_commit_hash", None)
+    state = read_tensors(path, WEIGHTS[:1], lambda name: _chosen(name, count), revision=revision)
     if not state:
         raise ValueError(
             f"{path!r} has none of the tensors of its next-token module (mtp.* or layers.{count}.*), which copies of "

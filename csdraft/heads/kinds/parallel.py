@@ -25,7 +25,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 from csdraft.decoding.cache_names import cache_name
 from csdraft.heads.head import Steps, step_masks, text_mask
 from csdraft.heads.kinds.eagle3 import Eagle3, Eagle3Options, attention
-from csdraft.heads.parts import Beside, Stack, beside_mask
+from csdraft.heads.parts import Stack
 
 __all__ = ["Parallel", "ParallelOptions"]
 
@@ -77,13 +77,16 @@ class Parallel(Stack, Eagle3):
     def read(
         self, input_ids: Tensor, position_ids: Tensor, features: Tensor, mask: Tensor | None, cache: Any
     ) -> Tensor:
-        more, seen = self.outputs - 1, Beside(cache)
+        more, seen = self.outputs - 1, Steps(cache)
         hidden = self._run(self.embed_tokens(input_ids), features, position_ids, mask, seen)[:, -1:]
         if not more:
             return hidden
         places = position_ids[:, -1:] + torch.arange(1, 1 + more, device=position_ids.device)
-        own = beside_mask(mask, seen.slots, more, hidden.device)
-        return torch.cat([hidden, self._run(*self._placeholders(*places.shape), places, own, seen)], 1)
+        # A placeholder sees what the last entry sees, earlier placeholders, and itself.
+        of_text = hidden.new_ones(1, 1, 1, seen.held[0][0].shape[2], dtype=torch.bool) if mask is None else mask
+        own = hidden.new_ones(len(of_text), 1, more, more, dtype=torch.bool).tril()
+        sees = torch.cat([of_text[:, :, -1:].expand(-1, -1, more, -1), own], -1)  # (rows, 1, more, slots + more)
+        return torch.cat([hidden, self._run(*self._placeholders(*places.shape), places, sees, seen)], 1)
 
     def every(self, input_ids: Tensor, position_ids: Tensor, features: Tensor, mask: Tensor) -> Tensor:
         return nn.functional.pad(next(self._groups(input_ids, position_ids, features, mask, 1)), (1, 0))

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from csdraft.data.packing import IGNORED
-from csdraft.heads.folder import read_chosen
+from csdraft.heads.folder import read_tensors
 from csdraft.heads.self_draft import PREFIX
 from csdraft.heads.tied import borrowed
 from csdraft.models import base_model
@@ -101,7 +101,7 @@ class Student:
     def load_weights(self, student: Any, folder: str) -> None:
         """Loads stored weights; see `load_student_weights`."""
         model: Any = base_model(student)
-        state, own = read_chosen(folder, lambda name: True), model.state_dict()
+        state, own = read_tensors(folder), model.state_dict()
         stored = {own[key].data_ptr() for key in state if key in own}
         tied = {key for key, tensor in own.items() if key not in state and tensor.data_ptr() in stored}
         tied |= borrowed(model).keys()
