@@ -16,7 +16,15 @@ from typing import Any
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
-from csdraft.heads.engines import ENGINES, WHOLE, ServedTarget, context_fault, serve_command, with_embedding
+from csdraft.heads.engines import (
+    ENGINES,
+    SIZED_ROTARY,
+    WHOLE,
+    ServedTarget,
+    context_fault,
+    serve_command,
+    with_embedding,
+)
 from csdraft.heads.folder import config_at, file_at
 from csdraft.heads.layers import embeddings
 from csdraft.heads.on_target import OnTarget
@@ -88,6 +96,8 @@ def _write_head(head: StoredHead, folder: str, engine: str, target: ServedTarget
         raise ValueError(
             f"tokens={tokens}; {name!r} drafts at most {head.deepest} per round: use --tokens {head.deepest}"
         )
+    if target.positions and head.config.rope_parameters.get("rope_type", "default") in SIZED_ROTARY:
+        head.config.max_position_embeddings = max(head.config.max_position_embeddings, target.positions)
     document, tensors = head.exported(engine, target, tokens)
     head.write(folder, document, with_embedding(tensors, target, engine in head.embedding_for))
     _refuse(engine, name, head.faults(engine, config_at(folder) or {}, head.weights(folder), target))

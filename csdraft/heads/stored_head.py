@@ -10,7 +10,7 @@ import importlib
 import json
 import pkgutil
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from csdraft.amounts import count_text
 from csdraft.heads import formats
-from csdraft.heads.engines import EMBEDDING, ServedTarget, target_faults, tensor_faults
+from csdraft.heads.engines import ServedHead, ServedTarget
 from csdraft.heads.folder import (
     BROKEN_CONFIG,
     WEIGHTS,
@@ -34,20 +34,18 @@ from csdraft.heads.folder import (
     tensor_names,
     write_tensors,
 )
-from csdraft.heads.formats._speculators import COPIES, LAYER, MODEL_TYPE, layout_faults, t2d_fault
+from csdraft.heads.formats._speculators import MODEL_TYPE
 from csdraft.heads.head import LENDABLE, Head
 from csdraft.heads.layers import embeddings
-from csdraft.heads.on_target import OnTarget, called, frozen, set_parameter
+from csdraft.heads.on_target import called, frozen, set_parameter
 from csdraft.heads.self_draft import HEAD, Lender, read_document, write_document
 from csdraft.stored import check_config, fit, shown
 
-__all__ = ["Found", "Parts", "StoredHead", "all_formats", "classes_in", "head_at", "kind_at"]
+__all__ = ["Parts", "StoredHead", "all_formats", "classes_in", "head_at", "kind_at"]
 
 T = TypeVar("T")
 Parts = tuple[Any, Any, dict[str, Tensor], list[str]]
 """What a folder holds: the layer's config, the kind's options, the head's own tensors, and what is assumed."""
-Found = tuple[Mapping[str, Tensor], Collection[str], Collection[str]]
-"""A folder's tensors by the names of `shapes`, as an engine finds them; names that may be missing; others."""
 
 LAYER_KEYS = (
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
@@ -58,7 +56,7 @@ LAYER_KEYS = (
 """Keys of a layer's config that are written for engines; a `LlamaConfig` has defaults for the others."""
 
 
-class StoredHead(OnTarget):
+class StoredHead(ServedHead):
     """A drafting head without the tensors that its target lends; `bind` completes it.
 
     Args:
@@ -68,17 +66,11 @@ class StoredHead(OnTarget):
         base: the target that it was trained for, if that is known.
 
     Attributes:
-        methods: what serving engines call drafting with such a head, by keys of `ENGINES`.
-        asked_of_vllm: keys that vLLM's speculative config needs beside the method, the folder, and the depth.
         file, files: the file of its tensors; what it may be called, the preferred name first.
-        embedding_for: engines that need the target's embedding in the folder; the others take the target's own.
     """
 
     what, use = "drafting head", "reads hidden states of a target"
-    methods: Mapping[str, str] = {}
-    asked_of_vllm: Mapping[str, Any] = {}
     file, files = WEIGHTS[0], WEIGHTS
-    embedding_for: Collection[str] = ()
 
     def __init__(self, config: Any, options: Any, state: Mapping[str, Tensor], base: Lender | None = None):
         super().__init__(config, state)
@@ -109,33 +101,9 @@ class StoredHead(OnTarget):
         """
         raise NotImplementedError
 
-    def network(self, target: Any = None) -> Head:
-        """A complete head without the stored weights.
-
-        Args:
-            target: the model that it is for; without it, only the shapes are right.
-        """
-        raise NotImplementedError
-
     def document(self) -> dict[str, Any]:
         """The config.json that it writes."""
         raise NotImplementedError
-
-    @property
-    def title(self) -> str:
-        """What kind of head it is, for `csdraft inspect`."""
-        return self.what
-
-    def details(self) -> dict[str, str]:
-        """More of what `csdraft inspect` prints, by topic."""
-        return {}
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The tensors of the complete head that a folder may hold, by their names there."""
-        with torch.device("meta"):
-            whole = self.network()
-        full = len(whole.d2t) == self.config.vocab_size
-        return {name: tuple(t.shape) for name, t in whole.state_dict().items() if name != "d2t" or not full}
 
     def exported(self, engine: str, target: ServedTarget, tokens: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The config.json and the tensors that an engine loads; by default what `save` writes.
@@ -147,73 +115,14 @@ class StoredHead(OnTarget):
         """
         return self.document(), self.written()
 
-    def refusals(
-        self, engine: str, config: Mapping[str, Any], names: Collection[str], target: ServedTarget | None
-    ) -> Iterator[str]:
-        """What an engine reads differently in a folder than csdraft does, beside what `faults` compares itself.
-
-        Args:
-            engine: a key of `methods`.
-            config, names: the folder's config.json, which csdraft has read without an error, and names of tensors.
-            target: see `faults`.
-        """
-        return iter(())
-
-    def as_read(self, engine: str, tensors: Mapping[str, Tensor]) -> Found:
-        """What an engine finds in a folder with these tensors."""
-        ignored = COPIES if engine == "speculators" else {"t2d"}
-        return tensors, set() if engine in self.embedding_for else {EMBEDDING}, ignored
-
-    def faults(
-        self, engine: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: ServedTarget | None = None
-    ) -> list[str]:
-        """Why an engine would not load a folder with this head, or load it as another head.
-
-        Args:
-            engine: a key of `ENGINES`.
-            config, tensors: of the folder.
-            target: the model that it is to draft for; without it, sizes are not compared.
-        """
-        nested, width, vocab = LAYER in config or MODEL_TYPE in config, self.config.hidden_size, self.config.vocab_size
-        if engine not in self.methods:
-            return [f"it does not load {self.what}s of this layout; decode with csdraft"]
-        if nested and engine == "sglang":
-            return [f"{LAYER}: it reads no folders of speculators; export with --to sglang"]
-        if not nested and engine == "speculators":
-            return [f"{LAYER} is missing: the folder has another layout; export with --to speculators"]
-        found, layers = list(self.refusals(engine, config, tensors, target)), list(self.read_layers)
-        if nested:
-            found += layout_faults(self.methods["speculators"], engine, config)
-        if layers != sorted(set(layers)):
-            found.append(f"the hidden states after blocks {layers} must rise: it takes them in the target's order")
-        if engine == "speculators" and self.target_width != width:
-            found.append(
-                f"target_hidden_size={self.target_width} is not hidden_size={width}, which it takes for both; use "
-                "--to vllm"
-            )
-        if target is not None:
-            found += target_faults(target, self.target_width, vocab, layers)
-        found += tensor_faults(*self.as_read(engine, tensors), self.shapes())
-        if engine == "speculators" and "d2t" in tensors:
-            found += t2d_fault(tensors, vocab)
-        if engine == "speculators" and not found:  # vLLM reads the same folder
-            found = [f"vLLM: {fault}" for fault in self.faults("vllm", config, tensors, target)]
-        return found
-
     @property
-    def target_width(self) -> int:
-        """Width of the target's hidden states."""
-        return getattr(self.options, "target_width", self.config.hidden_size)
+    def title(self) -> str:
+        """What kind of head it is, for `csdraft inspect`."""
+        return self.what
 
-    @property
-    def read_layers(self) -> tuple[int, ...]:
-        """The target's hidden states that its options name; k is the one after k blocks."""
-        return ()
-
-    @property
-    def deepest(self) -> int | None:
-        """How many tokens it can draft per round in an engine; None: any number."""
-        return None
+    def details(self) -> dict[str, str]:
+        """More of what `csdraft inspect` prints, by topic."""
+        return {}
 
     # Binding.
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers.models.muse_glimmer_assistant.configuration_muse_glimmer_assistant import MuseGlimmerAssistantConfig
 from transformers.models.muse_glimmer_assistant.modeling_muse_glimmer_assistant import MuseGlimmerAssistantModel
 
+from csdraft.export import export_drafter, served_target
 from csdraft.heads.stored_head import head_at
 from csdraft.models import load_model
 from csdraft.trainers.students import check_student, save_student
@@ -138,3 +139,16 @@ def test_what_csdraft_does_not_know_is_refused(tmp_path, keys, says):
 def test_embeddings_are_no_layer_of_its_layout():
     with pytest.raises(ValueError, match="begin at 1"):
         check_student(target().config, init={"dflash": {"layers": [0, 1, 3]}})
+
+
+def test_a_dflash_head_for_sglang_takes_texts_as_long_as_the_targets(tmp_path):
+    """SGLang refuses a drafter of shorter ones; this kind of rotary embedding does not depend on that number."""
+    save_student(new("dflash", draft_vocab=None, layers=[1, 2]), tmp_path / "head")
+    document = json.loads((tmp_path / "head" / "config.json").read_text()) | {"max_position_embeddings": 64}
+    (tmp_path / "head" / "config.json").write_text(json.dumps(document))
+    target().save_pretrained(tmp_path / "target")
+    head: Any = load_model(str(tmp_path / "head"))
+    said = head.faults("sglang", document, head.state, served_target(str(tmp_path / "target")))
+    assert "max_position_embeddings=64 is less than the target's 256" in "".join(said)
+    export_drafter(str(tmp_path / "head"), tmp_path / "out", "sglang", str(tmp_path / "target"))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["max_position_embeddings"] == 256

@@ -275,7 +275,7 @@ def test_which_engine_loads_what_is_written(tmp_path, name, capsys):
 
 @pytest.mark.filterwarnings("ignore:.*is the target's")
 def test_which_engine_loads_a_published_folder(published):
-    assert "must be ['LlamaForCausalLMEagle']" in refusals(published)["SGLang"]
+    assert "must be 'LlamaForCausalLMEagle'" in refusals(published)["SGLang"]
     edit(published, architectures=["LlamaForCausalLMEagle"])
     assert str(refusals(published)["SGLang"]).startswith("embed_tokens.weight: it takes the target's")
     edit(published, num_hidden_layers=32)

@@ -218,7 +218,7 @@ def test_two_hidden_states_need_their_number_in_vllm(tmp_path):
     write(tmp_path, num_aux_hidden_states=None)
     assert found(tmp_path, "vllm") == found(tmp_path, "sglang") == ""
     write(tmp_path, eagle_config=None)
-    assert "num_aux_hidden_states is 3 to it" in found(tmp_path, "vllm")
+    assert "num_aux_hidden_states=None must be 2" in found(tmp_path, "vllm")
 
 
 def test_ids_that_are_null_are_the_papers(tmp_path):

@@ -134,11 +134,11 @@ def test_layers_of_qwen_3_are_kept(good, tmp_path, name):
 def test_a_qwen_3_head_in_the_original_layout_is_for_vllm(good, tmp_path):
     save_student(new_head(layers=(0, 1, 2), qk_norm=True), tmp_path / "head")
     assert found(tmp_path / "head", "vllm") == ""
-    assert "model_type='qwen3' is not 'llama'" in found(tmp_path / "head", "sglang")
+    assert "qk_norm is true" in found(tmp_path / "head", "sglang")
     assert not exported(good, tmp_path / "head", tmp_path / "out", "sglang")
     assert not (tmp_path / "out").exists()
     write(tmp_path / "head", architectures=["LlamaForCausalLMEagle3"])
-    assert "is not ['Eagle3Qwen3ForCausalLM']" in found(tmp_path / "head", "vllm")
+    assert "must be 'Eagle3Qwen3ForCausalLM'" in found(tmp_path / "head", "vllm")
 
 
 # What a folder must say.
@@ -148,18 +148,23 @@ PLAN |= {"default_proposal_method": "greedy", "verifier": {"name_or_path": "t", 
 REFUSED: list[tuple[str, str, dict[str, Any], str]] = [
     ("dflash", "vllm", {PLANS: {}}, f"{PLANS}.proposal_methods"),
     ("dflash", "vllm", {PLANS: PLAN | {"verifier": {}}}, "verifier.name_or_path is missing"),
-    ("dflash", "speculators", {PLANS: PLAN | {"algorithm": "eagle3"}}, "algorithm='eagle3' is not 'dflash'"),
+    ("dflash", "speculators", {PLANS: PLAN | {"algorithm": "eagle3"}}, "algorithm='eagle3' must be 'dflash'"),
     (
         "dflash",
         "speculators",
         {PLANS: PLAN | {"verifier": {"name_or_path": "t"}}},
         "verifier.architectures is missing",
     ),
-    ("dflash", "vllm", {"sliding_window_non_causal": False}, "sliding_window_non_causal is false"),
-    ("dflash", "speculators", {"sliding_window_non_causal": False}, "vLLM: sliding_window_non_causal is false"),
+    ("dflash", "vllm", {"sliding_window_non_causal": False}, "sliding_window_non_causal=False must be True"),
+    (
+        "dflash",
+        "speculators",
+        {"sliding_window_non_causal": False},
+        "vLLM: sliding_window_non_causal=False must be",
+    ),
     ("dflash", "vllm", {"sample_from_anchor": True}, "sample_from_anchor is true"),
     ("parallel", "vllm", {PLANS: PLAN | {"verifier": {}}}, "verifier.name_or_path is missing"),
-    ("parallel", "speculators", {PLANS: PLAN}, "algorithm='dflash' is not 'peagle'"),
+    ("parallel", "speculators", {PLANS: PLAN}, "algorithm='dflash' must be 'peagle'"),
 ]
 
 
@@ -282,7 +287,7 @@ def test_the_number_of_hidden_states_of_a_parallel_head_is_said(good, tmp_path):
     assert document[LAYER]["num_aux_hidden_states"] == 2
     layer = {key: value for key, value in document[LAYER].items() if key != "num_aux_hidden_states"}
     write(tmp_path / "out", **{LAYER: layer})
-    assert "num_aux_hidden_states is 3 to it" in found(tmp_path / "out", "vllm")
+    assert "num_aux_hidden_states=None must be 2" in found(tmp_path / "out", "vllm")
 
 
 @pytest.mark.filterwarnings("ignore:.*unauthenticated")

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csdraft.stored import shown
-
 __all__ = [
-    "COPIES", "LAYER", "MODEL_TYPE", "PLANS", "layout_faults", "speculators_document", "t2d_fault", "value_at",
+    "COPIES", "LAYER", "MODEL_TYPE", "PLANS", "layout_places", "needed_places", "speculators_document", "t2d_fault",
+    "value_at",
 ]  # fmt: skip
 
 MODEL_TYPE, PLANS, LAYER = "speculators_model_type", "speculators_config", "transformer_layer_config"
@@ -27,8 +26,8 @@ COPIES = frozenset({"t2d", "verifier_norm.weight", "verifier_lm_head.weight"})
 NEEDED = (f"{PLANS}.proposal_methods[0].speculative_tokens", f"{PLANS}.verifier.name_or_path")
 """Places in config.json that vLLM reads."""
 OF_PACKAGE = {
-    f"{PLANS}.default_proposal_method": "greedy",
-    f"{PLANS}.proposal_methods[0].proposal_type": "greedy",
+    f"{PLANS}.default_proposal_method": ["greedy"],
+    f"{PLANS}.proposal_methods[0].proposal_type": ["greedy"],
 }
 """Places that the package speculators reads as well, and what they must hold."""
 
@@ -78,27 +77,27 @@ def value_at(config: Mapping[str, Any], place: str) -> Any:
     return found
 
 
-def layout_faults(kind: str, engine: str, config: Mapping[str, Any]) -> Iterator[str]:
-    """Keys that are missing or wrong, whatever the kind.
+def layout_places(kind: str, engine: str) -> dict[str, list[str]]:
+    """Places that an engine reads, and what they must hold; see `StoredHead.places`.
 
     Args:
         kind: the package's name for such heads.
         engine: vllm or speculators.
     """
-    of_package = {f"{PLANS}.algorithm": kind} | OF_PACKAGE if engine == "speculators" else {}
-    for place, value in ({MODEL_TYPE: kind} | of_package).items():
-        if (found := value_at(config, place)) != value:
-            yield f"{place}={shown(found)} is not {value!r}"
-    yield from (f"{place} is missing" for place in NEEDED if value_at(config, place) is None)
-    if engine == "speculators":
-        if not isinstance(value_at(config, f"{PLANS}.verifier.architectures"), list):
-            yield f"{PLANS}.verifier.architectures is missing"
-        if "draft_vocab_size" not in config:
-            yield "draft_vocab_size is missing: it takes 32000"
+    of_package = {f"{PLANS}.algorithm": [kind]} | OF_PACKAGE if engine == "speculators" else {}
+    return {MODEL_TYPE: [kind]} | of_package
+
+
+def needed_places(kind: str, engine: str) -> list[str]:
+    """Places that must hold something."""
+    needed = [*NEEDED, *["norm_before_residual"] * (kind == "eagle3")]  # vLLM takes true, speculators false
+    return needed + [f"{PLANS}.verifier.architectures", "draft_vocab_size"] * (engine == "speculators")
 
 
 def t2d_fault(tensors: Mapping[str, Tensor], vocab: int) -> Iterator[str]:
     """The package reads `t2d` beside `d2t`: (vocab,) whether a token can be drafted."""
+    if "d2t" not in tensors:
+        return
     drafted, t2d = tensors["d2t"] + torch.arange(len(tensors["d2t"])), tensors.get("t2d")  # (draft vocab,), (vocab,)
     if t2d is None or t2d.shape != (vocab,) or t2d.nonzero()[:, 0].tolist() != drafted.sort().values.tolist():
         yield f"t2d must be true for the {len(drafted)} tokens of d2t, of {vocab}"

@@ -7,17 +7,17 @@ the target's.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from csdraft.heads.engines import EMBEDDING, ServedTarget
+from csdraft.heads.engines import EMBEDDING, Found, ServedTarget
 from csdraft.heads.folder import Names, as_llama, read_layer
 from csdraft.heads.formats._speculators import COPIES, LAYER, MODEL_TYPE, speculators_document
 from csdraft.heads.kinds.dflash import Dflash, DflashOptions
 from csdraft.heads.self_draft import Lender
-from csdraft.heads.stored_head import LAYER_KEYS, Found, Parts, StoredHead
+from csdraft.heads.stored_head import LAYER_KEYS, Parts, StoredHead
 from csdraft.stored import fit, shown
 
 __all__ = ["DflashHead"]
@@ -61,21 +61,20 @@ class DflashHead(StoredHead):
             "placeholders": f"like token {self.options.mask_token}",
         }
 
-    def refusals(
-        self, engine: str, config: Mapping[str, Any], names: Collection[str], target: ServedTarget | None
-    ) -> Iterator[str]:
+    def refusals(self, engine: str, names: Collection[str]) -> Iterator[str]:
         options = self.options
         if engine == "sglang" and "d2t" in self.names:
             yield "it drafts some tokens alone, by d2t"
         if engine == "sglang" and options.target_width != self.config.hidden_size:
-            yield f"target_hidden_size={options.target_width} is not hidden_size; use --to vllm"
+            yield f"target_hidden_size={options.target_width} must be hidden_size for it; use --to vllm"
         if options.from_anchor:
             yield "sample_from_anchor is true, and it drafts from placeholders alone"
-        if engine == "vllm" and not config.get(NOT_CAUSAL, True):
-            yield f"{NOT_CAUSAL} is false, and it would take that for all layers; write true"
         if engine != "vllm":
             theirs = sorted(self._lent & {name.removeprefix("model.") for name in names})
             yield from (f"{name}: it takes the target's instead; use --to vllm" for name in theirs)
+
+    def places(self, engine: str, said: Mapping[str, Any]) -> Mapping[str, Sequence[Any]]:
+        return {NOT_CAUSAL: [True, None]} if engine == "vllm" else {}  # false would be for all layers
 
     @property
     def _lent(self) -> set[str]:

@@ -8,18 +8,19 @@ Published heads leave things open: loading one warns of what it assumes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from csdraft.heads.engines import EMBEDDING, ServedTarget, architecture, context_fault
+from csdraft.heads.engines import EMBEDDING, Found, ServedTarget
 from csdraft.heads.folder import INIT, Names, read_layer
+from csdraft.heads.formats._speculators import value_at
 from csdraft.heads.formats.own import KIND, OwnHead, head_kinds
 from csdraft.heads.kinds.eagle import EagleOptions
 from csdraft.heads.self_draft import Lender
-from csdraft.heads.stored_head import Found, Parts
+from csdraft.heads.stored_head import Parts
 from csdraft.stored import fit, shown
 
 __all__ = ["EagleHead"]
@@ -42,11 +43,11 @@ class EagleHead(OwnHead):
     def recognises(cls, config: Mapping[str, Any], names: Names) -> bool:
         if KIND in config:
             return False
-        named, trained = architecture(config), config.get(INIT)
+        named, trained = value_at(config, "architectures[0]"), config.get(INIT)
         if (isinstance(trained, Mapping) and trained.keys() & head_kinds().keys()) or named in (OF_VLLM, OF_SGLANG):
             return True
         others = {"draft_vocab_size", "speculators_model_type"} & config.keys()
-        if named not in (ORDINARY, "") or config.get("model_type", "llama") != "llama" or others:
+        if named not in (ORDINARY, None) or config.get("model_type", "llama") != "llama" or others:
             return False
         found = {name.removeprefix("model.") for name in names()}
         return "fc.weight" in found and not any("hidden_norm" in name for name in found)  # EAGLE-3 has a hidden_norm
@@ -88,24 +89,19 @@ class EagleHead(OwnHead):
         trained = {name: {**how, "bias": biased} for name, how in document[INIT].items()}
         return document | {"architectures": [named], "bias": biased, INIT: trained}, tensors
 
-    def refusals(
-        self, engine: str, config: Mapping[str, Any], names: Collection[str], target: ServedTarget | None
-    ) -> Iterator[str]:
-        count, biased = config.get("num_hidden_layers", 1), "fc.bias" in names or "model.fc.bias" in names
+    def refusals(self, engine: str, names: Collection[str]) -> Iterator[str]:
+        biased = "fc.bias" in names or "model.fc.bias" in names
         if "d2t" in names:
             yield "it supports no draft vocabulary (d2t) in EAGLE-1 heads"
-        if count != 1:
-            yield f"num_hidden_layers={shown(count)}, and it would make that many"
-        if architecture(config) not in TAKEN[engine]:
-            yield f"architectures={shown(config.get('architectures'))}, and it must be ['{TAKEN[engine][0]}']"
         if engine == "vllm" and biased:
             yield "it takes no fc.bias: train with bias: false"
         if engine == "sglang" and not biased:
             yield "fc.bias is missing, and it would be random: `csdraft export` adds zeros"
         if engine == "sglang" and EMBEDDING in names:
             yield f"{EMBEDDING}: it takes the target's embedding instead; use --to vllm"
-        if engine == "sglang":
-            yield from context_fault(config.get("max_position_embeddings"), target)
+
+    def places(self, engine: str, said: Mapping[str, Any]) -> Mapping[str, Sequence[Any]]:
+        return {"num_hidden_layers": [1, None], "architectures[0]": TAKEN[engine]}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         wanted = {name: shape for name, shape in super().shapes().items() if name not in ("d2t", OUTPUT_LAYER)}

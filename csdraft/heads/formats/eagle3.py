@@ -14,20 +14,20 @@ block that computes it. So a folder for both has different numbers in the two pl
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-from csdraft.heads.engines import EMBEDDING, SIZED_ROTARY, ServedTarget, architecture, context_fault
+from csdraft.heads.engines import EMBEDDING, Found, ServedTarget
 from csdraft.heads.folder import INIT, Names, as_llama, read_layer
-from csdraft.heads.formats._speculators import COPIES, LAYER, MODEL_TYPE, speculators_document
+from csdraft.heads.formats._speculators import COPIES, LAYER, MODEL_TYPE, speculators_document, value_at
 from csdraft.heads.head import HeadOptions
 from csdraft.heads.kinds.eagle3 import Eagle3, Eagle3Options, default_layers
 from csdraft.heads.self_draft import Lender
-from csdraft.heads.stored_head import Found, Parts, StoredHead
-from csdraft.stored import fit, shown
+from csdraft.heads.stored_head import Parts, StoredHead
+from csdraft.stored import fit
 
 __all__ = ["OF_HEAD", "Eagle3Head", "numbered"]
 
@@ -48,8 +48,6 @@ TAKEN = {
 OF_HEAD = ("draft_vocab_size", "target_hidden_size", *NORMS, LAYERS)
 """Keys that are outside `transformer_layer_config`."""
 NOT_OF_LAYER = (*OF_HEAD, "eagle_config", "architectures", "rope_theta", "dtype", "transformers_version")
-NOT_OF_SGLANG = ("attention_bias", "mlp_bias", "bias", "tie_word_embeddings", "norm_before_residual")
-"""Flags that SGLang ignores in such a head."""
 
 
 class Eagle3Head(StoredHead):
@@ -97,8 +95,6 @@ class Eagle3Head(StoredHead):
     def exported(self, engine: str, target: ServedTarget, tokens: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Names the paper's hidden states if the head leaves them open."""
         document = self.document(self.options.layers or default_layers(target.layers))
-        if target.positions and self.config.rope_parameters.get("rope_type", "default") in SIZED_ROTARY:
-            document["max_position_embeddings"] = max(document["max_position_embeddings"], target.positions)
         if engine != "speculators":
             return document, self.written()
         own = {key: document[key] for key in (*OF_HEAD, "dtype")} | {"embed_requires_grad": False}
@@ -107,84 +103,47 @@ class Eagle3Head(StoredHead):
         serves = target.name, target.architectures, tokens
         return speculators_document("eagle3", "Eagle3DraftModel", layer, *serves, **own), numbered(self.written())
 
-    def refusals(
-        self, engine: str, config: Mapping[str, Any], names: Collection[str], target: ServedTarget | None
-    ) -> Iterator[str]:
-        nested = LAYER in config or MODEL_TYPE in config
-        layer = config.get(LAYER, {}) if nested else config
-        said = {**layer, **{key: value for key, value in config.items() if value is not None}}
-        yield from self._another_layer(engine, config, layer, nested)
-        yield from self._other_norms(engine, said)
-        if nested and "norm_before_residual" not in config:
-            yield "norm_before_residual is missing: vLLM takes true, speculators false"
-        if said.get("draft_vocab_size") is None and (engine == "sglang" or "d2t" in self.names):
-            yield "draft_vocab_size is missing: it would take another output layer; write the number of tokens"
-        yield from self._misread_states(engine, config, layer)
-        if engine == "speculators":
-            yield from self._two_norms()
-        if engine == "sglang":
-            yield from self._not_of_sglang(said, names, target)
-
-    def _another_layer(
-        self, engine: str, config: Mapping[str, Any], layer: Mapping[str, Any], nested: bool
-    ) -> Iterator[str]:
-        """Keys of which it would make another decoder layer."""
-        family = "qwen3" if self.options.qk_norm else "llama"
-        taken = TAKEN.get(("vllm" if nested else engine, family))
-        if taken is None:
-            yield f"model_type={family!r} is not 'llama'; use --to vllm"
-        elif not nested and architecture(config) not in taken:
-            yield f"architectures={shown(config.get('architectures'))} is not [{taken[0]!r}], with {family} layers"
-        read = {"hidden_act": "silu", **layer}
-        for key, wanted in {"model_type": family, "num_hidden_layers": 1, "hidden_act": "silu"}.items():
-            if read.get(key) != wanted:
-                yield f"{key}={shown(read.get(key))}, where it reads {wanted!r}"
-        theta = layer.get("rope_theta"), (layer.get("rope_parameters") or {}).get("rope_theta")
-        if None not in theta and theta[0] != theta[1]:
-            yield f"rope_theta={theta[0]}, and {theta[1]} in rope_parameters"
-
-    def _other_norms(self, engine: str, said: Mapping[str, Any]) -> Iterator[str]:
-        """Norms that it would add or leave out."""
-        eagle = said.get("eagle_config") or {}
-        for key in NORMS:
-            right, old = getattr(self.options, key), engine == "sglang" and key == "fc_norm" and said.get(OLD_FLAG)
-            if bool(said.get(key) or old) != right or eagle.get(key, right) not in (right, None):
-                yield f"{key} is {right} in this head: write that at the top level, and nothing in eagle_config"
-
-    def _two_norms(self) -> Iterator[str]:
-        if self.options.norm_before_fc and self.options.fc_norm:
+    def refusals(self, engine: str, names: Collection[str]) -> Iterator[str]:
+        options, width = self.options, self.config.hidden_size
+        if engine == "speculators" and options.norm_before_fc and options.fc_norm:
             yield "norm_before_fc and fc_norm are both true, and it takes one of them; use --to vllm"
-
-    def _misread_states(self, engine: str, config: Mapping[str, Any], layer: Mapping[str, Any]) -> Iterator[str]:
-        """Which hidden states it would fuse, if not the right ones."""
-        top, eagle = config.get(LAYERS), config.get("eagle_config") or {}
-        if eagle.get("use_aux_hidden_state", True) is not True:
-            yield f"eagle_config.use_aux_hidden_state={eagle['use_aux_hidden_state']}: it would fuse no hidden states"
-        count = None if engine == "speculators" else layer.get("num_aux_hidden_states")
-        count = len((top if engine == "speculators" else eagle.get(LAYERS)) or (0, 0, 0)) if count is None else count
-        if count != self._fused:
-            yield f"num_aux_hidden_states is {shown(count)} to it, and the head fuses {self._fused}"
-        layers = list(self.read_layers or top or ())
-        if engine == "sglang" and top and eagle.get(LAYERS) != (blocks := [k - 1 for k in layers]):
-            yield f"eagle_config.{LAYERS}={eagle.get(LAYERS)}, where it numbers blocks from 0: write {blocks}"
-        if engine != "sglang" and layers and not top:
-            yield f"{LAYERS} is missing at the top level, where it numbers from 1: write {layers}"
-
-    def _not_of_sglang(
-        self, said: Mapping[str, Any], names: Collection[str], target: ServedTarget | None
-    ) -> Iterator[str]:
-        """What SGLang cannot do, or ignores."""
-        for key in NOT_OF_SGLANG:
-            if said.get(key):
-                yield f"{key} is true, which it does not know in such a head; use --to vllm"
-        if self._fused * self.target_width == self.config.hidden_size:
+        if engine != "sglang":
+            return
+        flags = {key: getattr(self.config, key) for key in ("attention_bias", "mlp_bias")}
+        flags |= {key: getattr(options, key) for key in ("norm_before_residual", "qk_norm")}
+        yield from (f"{key} is true, and it knows no such heads; use --to vllm" for key in flags if flags[key])
+        if self._fused * self.target_width == width:
             yield (
                 f"{self._fused} hidden states of target_hidden_size={self.target_width} are as wide as hidden_size, "
                 "and then it leaves fc out; use --to vllm, or fuse more hidden states"
             )
-        if EMBEDDING in names and self.target_width == self.config.hidden_size:
+        if EMBEDDING in names and self.target_width == width:
             yield f"{EMBEDDING}: it takes the target's embedding instead; use --to vllm"
-        yield from context_fault(said.get("max_position_embeddings"), target)
+
+    def places(self, engine: str, said: Mapping[str, Any]) -> Mapping[str, Sequence[Any]]:
+        options, layers, of_sglang = self.options, list(self.options.layers), engine == "sglang"
+        family, inner = "qwen3" if options.qk_norm else "llama", f"eagle_config.{LAYERS}"
+        named = value_at(said, inner)
+        counted = (len(named) if named and isinstance(named, list) else 3) == self._fused
+        right: dict[str, Any] = {
+            "model_type": [family],
+            "num_hidden_layers": [1],
+            "hidden_act": ["silu", None],
+            "rope_theta": [self.config.rope_parameters["rope_theta"], None],
+            "draft_vocab_size": [options.draft_vocab, *[None] * (not of_sglang and "d2t" not in self.names)],
+            "num_aux_hidden_states": [self._fused, *[None] * counted],
+            "eagle_config.use_aux_hidden_state": [True, None],
+        }
+        for key in NORMS:
+            flag, old = getattr(options, key), of_sglang and key == "fc_norm" and said.get(OLD_FLAG)
+            right |= {key: [flag] if flag and not old else [flag, False, None], f"eagle_config.{key}": [flag, None]}
+        if of_sglang:
+            right |= {key: [False, None] for key in ("bias", "tie_word_embeddings")}  # it ignores them
+        if layers:
+            right |= {inner: [[k - 1 for k in layers]]} if of_sglang else {LAYERS: [layers]}
+        if MODEL_TYPE not in said and LAYER not in said:
+            right |= {"architectures[0]": TAKEN[engine, family]} if (engine, family) in TAKEN else {}
+        return right
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return numbered(super().shapes())

@@ -5,19 +5,19 @@ csdraft writes them without the embedding, which is the target's; folders of oth
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 from torch import Tensor
 
-from csdraft.heads.engines import ServedTarget
+from csdraft.heads.engines import Found, ServedTarget
 from csdraft.heads.folder import Names
 from csdraft.heads.formats._speculators import COPIES, LAYER, MODEL_TYPE, PLANS, speculators_document
 from csdraft.heads.formats.eagle3 import OF_HEAD, Eagle3Head, numbered
 from csdraft.heads.kinds.eagle3 import Eagle3Options, default_layers
 from csdraft.heads.kinds.parallel import Parallel, ParallelOptions
-from csdraft.heads.stored_head import LAYER_KEYS, Found
+from csdraft.heads.stored_head import LAYER_KEYS
 from csdraft.stored import fit
 
 __all__ = ["ParallelHead"]
@@ -43,16 +43,13 @@ class ParallelHead(Eagle3Head):
         options = self.options
         return super().details() | {"layers": f"{options.blocks}, token {options.mask_token} as placeholder"}
 
-    def refusals(
-        self, engine: str, config: Mapping[str, Any], names: Collection[str], target: ServedTarget | None
-    ) -> Iterator[str]:
-        layer = config.get(LAYER, {})
+    def places(self, engine: str, said: Mapping[str, Any]) -> Mapping[str, Sequence[Any]]:
+        right: dict[str, Sequence[Any]] = {}
         if engine == "vllm" and not self.options.qk_norm:
-            yield from self._misread_states(engine, config, layer)
-        if engine == "vllm" and self.options.fc_norm and layer.get("fc_norm") is not True:
-            yield f"{LAYER}.fc_norm is missing, where it looks for it: write true"
-        if engine == "speculators":
-            yield from self._two_norms()
+            right[f"{LAYER}.num_aux_hidden_states"] = [self._fused, *[None] * (self._fused == 3)]
+        if engine == "vllm" and self.options.fc_norm:  # it looks for it there
+            right[f"{LAYER}.fc_norm"] = [True]
+        return right
 
     def as_read(self, engine: str, tensors: Mapping[str, Tensor]) -> Found:
         return (*super().as_read(engine, tensors)[:2], COPIES)
