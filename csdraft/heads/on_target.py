@@ -58,12 +58,15 @@ class OnTarget(nn.Module):
 
     def check(self, target: Any) -> None:
         """Raises ValueError if `target` is not the model that it was trained on."""
-        if self.base is not None and (found := fingerprint(target)) != self.base.fingerprint:
+        if self.base is not None and (found := self._fingerprint(target)) != self.base.fingerprint:
             raise ValueError(
                 f"{self._name} {self._trained_on} {self.base.name}, whose weights have fingerprint "
                 f"{self.base.fingerprint}; the target {called(target)} has {found}. Decode with that target, or "
                 "train one for this target"
             )
+
+    def _fingerprint(self, target: Any) -> str:
+        return fingerprint(target)
 
     def bind(self, target: Any) -> Any:
         """The complete model, over the target's tensors.

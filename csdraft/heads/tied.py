@@ -18,9 +18,9 @@ from torch import Tensor
 
 from csdraft.heads.folder import read_tensors
 from csdraft.heads.layers import embedding_fingerprint, embeddings
-from csdraft.heads.on_target import OnTarget, called, frozen, set_parameter
-from csdraft.heads.self_draft import TIED, Lender, write_document
-from csdraft.stored import check_config
+from csdraft.heads.on_target import OnTarget, frozen, set_parameter
+from csdraft.heads.self_draft import DOCUMENT, TIED, Lender, write_document
+from csdraft.stored import check_config, fit
 
 __all__ = ["Lender", "TiedDraft", "borrowed", "tie"]
 
@@ -28,54 +28,47 @@ __all__ = ["Lender", "TiedDraft", "borrowed", "tie"]
 def tie(student: Any, target: Any) -> Any:
     """Freezes the student's copies of the target's embedding and output layer and records whose they are."""
     student.tied_to = Lender.of(target, embedding_fingerprint(target, target.config.vocab_size))
+    names = {id(parameter): name for name, parameter in embeddings(student).items()}
+    every = student.named_parameters(remove_duplicate=False)
+    student.lent = {name: names[id(parameter)] for name, parameter in every if id(parameter) in names}
     student.stored_by = TiedDraft
     for parameter in embeddings(student).values():
         parameter.requires_grad_(False)
     return student
 
 
-def borrowed(model: Any) -> dict[str, str]:
+def borrowed(model: Any) -> Mapping[str, str]:
     """The parameters that the target lends to a tied student or a head -> their names in `embeddings`."""
-    if "lent" in vars(model):
-        return dict(model.lent)
-    if "tied_to" not in vars(model):
-        return {}
-    names = {id(parameter): name for name, parameter in embeddings(model).items()}
-    every = model.named_parameters(remove_duplicate=False)
-    return {name: names[id(parameter)] for name, parameter in every if id(parameter) in names}
+    return vars(model).get("lent", {})
 
 
 class TiedDraft(OnTarget):
     """A tied drafter without the target's tensors; `bind` completes it.
 
     Args:
-        lender: the model whose embedding and output layer it uses; its fingerprint is `embedding_fingerprint`.
+        base: the model whose embedding and output layer it uses; its fingerprint is `embedding_fingerprint`.
         config: of the whole model.
         state: its own tensors.
-        names: of the target's tensors, see `borrowed`.
+        lent: names of the target's tensors, see `borrowed`.
     """
 
     what, use = "tied drafter", "uses a target's embedding and output layer"
 
-    def __init__(self, lender: Lender, config: Any, state: Mapping[str, Tensor], names: Mapping[str, str]):
-        super().__init__(config, state)
-        self.lender, self.borrowed = lender, dict(names)
+    _trained_on = "uses the embedding and output layer of"
 
-    def check(self, target: Any) -> None:
+    def __init__(self, base: Lender, config: Any, state: Mapping[str, Tensor], lent: Mapping[str, str]):
+        super().__init__(config, state)
+        self.base, self.lent = base, dict(lent)
+
+    def _fingerprint(self, target: Any) -> str:
         kind = getattr(target.config, "model_type", None)
-        found = embedding_fingerprint(target, self.lender.vocab_size) if kind == self.config.model_type else kind
-        if found != self.lender.fingerprint:
-            raise ValueError(
-                f"{self._name} uses the embedding and output layer of {self.lender.name}, with fingerprint "
-                f"{self.lender.fingerprint}; those of the target {called(target)} have {found}. Decode with that "
-                "target, or train a drafter for this one"
-            )
+        return embedding_fingerprint(target, self.base.vocab_size) if kind == self.config.model_type else str(kind)
 
     def open(self, target: Any, dtype: torch.dtype) -> Any:
         """See `OnTarget.open`; it holds copies of the target's tensors."""
         self.check(target)
         theirs = embeddings(target)
-        copies = {name: theirs[key].detach().to(dtype, copy=True) for name, key in self.borrowed.items()}
+        copies = {name: theirs[key].detach().to(dtype, copy=True) for name, key in self.lent.items()}
         model = self._made(target, copies, dtype)
         model.tie_weights()
         return tie(model, target)
@@ -91,12 +84,12 @@ class TiedDraft(OnTarget):
                 f"{dtype} on {', '.join(sorted(map(str, places)))}. Load the target that way, or train a drafter "
                 "without tie_to_target"
             )
-        empty = {name: torch.zeros((), dtype=dtype).expand(theirs[key].shape) for name, key in self.borrowed.items()}
+        empty = {name: torch.zeros((), dtype=dtype).expand(theirs[key].shape) for name, key in self.lent.items()}
         model = self._made(target, empty, dtype)
         shared = {key: frozen(parameter) for key, parameter in theirs.items()}  # of tied weights both names get one
-        for name, key in self.borrowed.items():
+        for name, key in self.lent.items():
             set_parameter(model, name, shared[key])
-        model.tied_to, model.stored_by = self.lender, TiedDraft
+        model.tied_to, model.lent, model.stored_by = self.base, self.lent, TiedDraft
         return model.to(places.pop()).requires_grad_(False).eval()
 
     def _made(self, target: Any, lent: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
@@ -123,7 +116,7 @@ class TiedDraft(OnTarget):
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.config.save_pretrained(folder)
         save_torch_state_dict(self.state, str(folder))
-        write_document(folder, TIED, {"base": asdict(self.lender), "borrowed": self.borrowed})
+        write_document(folder, TIED, {"base": asdict(self.base), "borrowed": self.lent})
 
     @classmethod
     def load(cls, path: str, document: Mapping[str, Any], dtype: Any = None, **hub: Any) -> TiedDraft:
@@ -143,4 +136,6 @@ class TiedDraft(OnTarget):
             dtype = getattr(torch, dtype)
         if isinstance(dtype, torch.dtype):
             state = {name: tensor.to(dtype) for name, tensor in state.items()}
-        return cls(Lender(**document["base"]), config, state, document["borrowed"]).eval()
+        at = f"{path}/{DOCUMENT}"
+        base, lent = fit(document.get("base"), Lender, f"{at}: base"), document.get("borrowed")
+        return cls(base, config, state, fit(lent, dict[str, str], f"{at}: borrowed")).eval()
