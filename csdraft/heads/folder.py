@@ -21,15 +21,15 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from csdraft.stored import fit, is_hub_id, read_object, shown
 
 __all__ = [
-    "BROKEN_CONFIG", "INIT", "QWEN", "SWITCHING", "WEIGHTS", "Names", "as_llama", "check_drafted", "check_place",
+    "BROKEN_CONFIG", "INIT", "QWEN", "SWITCHING", "WEIGHTS", "Names", "check_drafted", "check_place",
     "check_rotary", "check_tensors", "config_at", "file_at", "read_layer", "read_tensors",
     "tensor_names", "write_tensors",
 ]  # fmt: skip
 
 SWITCHING = ("dynamic", "longrope")
 """Kinds of rotary embedding that change with the length of a text."""
-OF_WEIGHTS = {"dtype", "torch_dtype", "quantization_config"}
-"""Keys that say how weights are stored; a head takes the target's dtype."""
+NOT_OF_LAYER = {"dtype", "torch_dtype", "quantization_config", "layer_types"}
+"""Keys that say how weights are stored, since a head takes the target's dtype, or what kind each layer is."""
 BROKEN_CONFIG = (
     StrictDataclassError, ValueError, TypeError, ZeroDivisionError, AttributeError, LookupError, RuntimeError,
 )  # fmt: skip
@@ -178,44 +178,31 @@ def check_drafted(state: Mapping[str, Tensor], vocab: int, path: str) -> None:
             f"{vocab}; they lead to {int(ids.min())} to {int(ids.max())}, {len(ids.unique())} of {len(ids)} different"
         )
     if len(ids) == vocab and state["d2t"].any():
-        raise ValueError(
-            f"{path!r}: d2t reorders all {vocab} tokens: sort the rows of the output layer, leave d2t out"
-        )
+        raise ValueError(f"{path!r}: d2t reorders all {vocab} tokens: sort the output layer's rows, leave d2t out")
 
 
-def as_llama(document: Mapping[str, Any], path: str, default: str = "llama") -> dict[str, Any]:
-    """A head's config.json with its layers' family and kinds taken out, as `read_layer` reads it.
-
-    Layers of Qwen 3 are those of Llama with normed queries and keys, and have another default.
-
-    Args:
-        default: the family if config.json names none.
-
-    Raises:
-        ValueError: layers of another family, or with another attention than that to all earlier tokens.
-    """
-    at, family = f"{path}/config.json", document.get("model_type", default)
-    if family not in ("llama", "qwen3"):
-        raise ValueError(f"{at}: model_type={shown(family)}; csdraft reads heads with layers of llama and qwen3")
-    kinds = fit(document.get("layer_types") or [], list[Any], f"{at}: layer_types")
-    if any(kind != "full_attention" for kind in kinds):
-        raise ValueError(f"{at}: layer_types={shown(kinds)}; csdraft reads full_attention alone")
-    keys = {key: value for key, value in document.items() if key != "layer_types"}  # which has one entry per layer
-    return {**(QWEN if family == "qwen3" else {}), **keys, "model_type": "llama"}
-
-
-def read_layer(document: Mapping[str, Any], path: str) -> Any:
+def read_layer(document: Mapping[str, Any], path: str, families: Sequence[str] = ("llama",)) -> Any:
     """The `LlamaConfig` of a head's layer, from a config.json; it ignores keys that such a config does not know.
 
     Args:
         path: the folder or Hub id.
+        families: those that the head may have. Layers of Qwen 3 are those of Llama with normed queries and keys, and
+            have another default.
+
+    Raises:
+        ValueError: layers of another family, or that compute something else.
     """
-    at = f"{path}/config.json"
-    if document.get("model_type", "llama") != "llama":
-        raise ValueError(f"{at}: model_type={document['model_type']!r}; csdraft reads heads with a llama layer")
+    at, family = f"{path}/config.json", document.get("model_type", "llama")
+    if family not in families:
+        raise ValueError(f"{at}: model_type={shown(family)}; csdraft reads layers of {' and '.join(families)} here")
+    kinds = fit(document.get("layer_types") or [], list[Any], f"{at}: layer_types")
+    if any(kind != "full_attention" for kind in kinds):
+        raise ValueError(f"{at}: layer_types={shown(kinds)}; csdraft reads full_attention alone")
+    if family == "qwen3":
+        document = QWEN | {**document}
     if quantised := document.get("quantization_config"):
         raise ValueError(f"{at}: quantization_config={shown(quantised)}; csdraft reads heads that are not quantised")
-    known = {key: value for key, value in document.items() if key not in OF_WEIGHTS}
+    known = {key: value for key, value in document.items() if key not in NOT_OF_LAYER}
     try:
         config: Any = LlamaConfig.from_dict({**known, "num_hidden_layers": 1, "model_type": "llama"})
         LlamaRotaryEmbedding(config)  # it fails if a key is missing or wrong

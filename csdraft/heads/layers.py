@@ -45,19 +45,16 @@ def check_layers(config: Any, layers: Any, encoder_layers: Any = None) -> None:
         layers: numbers of (decoder) layers, in rising order.
         encoder_layers: the same for a T5-like model's encoder; None: all of them.
     """
-    name = config.model_type
-    if config.is_encoder_decoder and name not in T5_LIKE:
-        raise ValueError(
-            f"layers cannot be taken out of a {name!r} model: of encoder-decoders only {T5_LIKE} can be cut"
-        )
-    if not config.is_encoder_decoder and config.get_text_config(decoder=True) is not config:
-        raise ValueError(
-            f"layers cannot be taken out of a {name!r} model, which reads more than text; use a text-only checkpoint"
-        )
-    if config.is_heterogeneous or getattr(config, "hidden_size_per_layer_input", 0):
-        raise ValueError(
-            f"layers cannot be taken out of a {name!r} model: they differ in size, or each has an embedding"
-        )
+    name, text_only = config.model_type, config.is_encoder_decoder or config.get_text_config(decoder=True) is config
+    reasons = {
+        f"of encoder-decoders only {T5_LIKE} can be cut": config.is_encoder_decoder and name not in T5_LIKE,
+        "it reads more than text; use a text-only checkpoint": not text_only,
+        "its layers differ in size, or each has an embedding": (
+            config.is_heterogeneous or getattr(config, "hidden_size_per_layer_input", 0)
+        ),
+    }
+    for reason in (reason for reason, applies in reasons.items() if applies):
+        raise ValueError(f"layers cannot be taken out of a {name!r} model: {reason}")
     if encoder_layers is not None and not config.is_encoder_decoder:
         raise ValueError(f"encoder_layers={encoder_layers}, but a {name!r} model has no encoder; leave them out")
     _check_numbers(

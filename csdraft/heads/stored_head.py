@@ -22,7 +22,7 @@ from torch import Tensor
 
 from csdraft.amounts import count_text
 from csdraft.heads import formats
-from csdraft.heads.engines import ServedHead, ServedTarget
+from csdraft.heads.engines import EMBEDDING, ServedHead, ServedTarget
 from csdraft.heads.folder import (
     BROKEN_CONFIG,
     WEIGHTS,
@@ -262,6 +262,7 @@ class StoredHead(ServedHead):
             "kind": f"{self.title}, {count_text(numbers)} parameters",
             "target": f"{self.target_name or 'not said'}{known}; width {self.target_width}, {vocab} tokens",
             "draft vocabulary": "all tokens" if rows == vocab else f"{rows} tokens",
+            "embedding": "its own" if EMBEDDING in self.names else "the target's",
         } | self.details()
 
 

@@ -400,7 +400,7 @@ def test_what_a_folder_holds_is_printed(stored, capsys):
     assert said.count("loads it") == 2
     edit(stored, architectures=["LlamaForCausalLM"], eagle_config=None)
     main(["inspect", str(stored)])
-    assert "architectures=['LlamaForCausalLM']" in capsys.readouterr().out
+    assert "architectures[0]='LlamaForCausalLM'" in capsys.readouterr().out
     assert main(["inspect", "models/smol-target"]) == 2
     assert "holds no head that csdraft knows" in capsys.readouterr().err
     assert main(["inspect", str(stored / "nowhere")]) == 2

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from csdraft.heads.engines import EMBEDDING, Found, ServedTarget
-from csdraft.heads.folder import Names, as_llama, read_layer
+from csdraft.heads.folder import Names, read_layer
 from csdraft.heads.formats._speculators import COPIES, LAYER, MODEL_TYPE, speculators_document
 from csdraft.heads.kinds.dflash import Dflash, DflashOptions
 from csdraft.heads.self_draft import Lender
@@ -130,7 +130,7 @@ class DflashHead(StoredHead):
             config = _published(config, f"{path}/config.json")
             ignored = {*COPIES, EMBEDDING} | ({OUTPUT_LAYER} if "d2t" not in state else set())  # copies, too
         state = {name: tensor for name, tensor in state.items() if name not in ignored}
-        layer = read_layer(as_llama(config, path, "qwen3"), path)
+        layer = read_layer({"model_type": "qwen3", **config}, path, ("llama", "qwen3"))
         return layer, _options(config, state, layer.vocab_size, path), state, []
 
 

@@ -74,10 +74,6 @@ class EagleHead(OwnHead):
         named = {"architectures": [TAKEN[engine][0]], "num_hidden_layers": 1, "bias": self.options.bias}
         return document | named | {INIT: trained}
 
-    def details(self) -> dict[str, str]:
-        own = EMBEDDING in self.names
-        return super().details() | {"embedding": "its own" if own else "the target's"}
-
     def exported(self, engine: str, target: ServedTarget, tokens: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Leaves out a bias of zeros for vLLM, which takes none, and adds one for SGLang, which wants one."""
         document, tensors = self.document(), self.written()

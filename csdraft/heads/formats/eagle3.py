@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from csdraft.heads.engines import EMBEDDING, Found, ServedTarget
-from csdraft.heads.folder import INIT, Names, as_llama, read_layer
+from csdraft.heads.folder import INIT, Names, read_layer
 from csdraft.heads.formats._speculators import COPIES, LAYER, MODEL_TYPE, speculators_document, value_at
 from csdraft.heads.head import HeadOptions
 from csdraft.heads.kinds.eagle3 import Eagle3, Eagle3Options, default_layers
@@ -89,7 +89,6 @@ class Eagle3Head(StoredHead):
         return {
             "norms": ", ".join([*flags, *["queries and keys"] * self.options.qk_norm]) or "as in the paper",
             "hidden states": f"after blocks {', '.join(map(str, layers))}" if layers else "the paper's (not said)",
-            "embedding": "its own" if EMBEDDING in self.names else "the target's",
         }
 
     def exported(self, engine: str, target: ServedTarget, tokens: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -153,9 +152,8 @@ class Eagle3Head(StoredHead):
         if self.target_width != self.config.hidden_size:  # the target's embedding does not fit
             optional = set()
         if engine == "sglang":  # which does not look for an output layer inside of the model
-            tensors = {
-                name if "lm_head" in name else of_norm(name.removeprefix("model.")): t for name, t in tensors.items()
-            }
+            names = {name: name if "lm_head" in name else of_norm(name.removeprefix("model.")) for name in tensors}
+            tensors = {names[name]: tensor for name, tensor in tensors.items()}
         return tensors if engine == "speculators" else numbered(tensors), optional, ignored
 
     def document(self, layers: tuple[int, ...] = ()) -> dict[str, Any]:
@@ -202,7 +200,7 @@ class Eagle3Head(StoredHead):
         state = {_own_name(name): tensor for name, tensor in state.items()}
         state = {name: tensor for name, tensor in state.items() if name not in COPIES}
         options = cls.options_of(document, state, at, assumed)
-        return read_layer(as_llama(document, path), path), options, state, assumed
+        return read_layer(document, path, tuple(FAMILIES)), options, state, assumed
 
     @classmethod
     def options_of(
@@ -220,9 +218,7 @@ class Eagle3Head(StoredHead):
         eagle = fit(document.get("eagle_config") or {}, dict[str, Any], f"{at}: eagle_config")
         layers = named_layers(document, at)
         if not layers:
-            assumed.append(
-                f"{LAYERS} is not set: the paper's are assumed, after blocks 2, L/2 and L - 3 of the target"
-            )
+            assumed.append(f"{LAYERS} is not set: those after blocks 2, L/2 and L - 3 of the target are assumed")
         elif not document.get(LAYERS):
             assumed.append(
                 f"{LAYERS} is in eagle_config alone, where SGLang and its trainers count blocks from 0: assumed are "
@@ -244,7 +240,7 @@ class Eagle3Head(StoredHead):
         )
         if min(width, fit(rows, int, f"{at}: draft_vocab_size"), vocab) < 1:
             raise ValueError(
-                f"{at}: target_hidden_size={width}, draft_vocab_size={rows}, vocab_size={vocab}; all are 1 or more"
+                f"{at}: target_hidden_size={width}, draft_vocab_size={rows}, vocab_size={vocab}; give 1 or more"
             )
         trained = fit(document.get(INIT) or {}, dict[str, Any], f"{at}: {INIT}").get("eagle3") or {}
         how = fit(trained, HeadOptions, f"{at}: {INIT}.eagle3")

@@ -70,9 +70,7 @@ class MedusaHead(StoredHead):
         heads, blocks, assumed = _counts(config, state, at)
         output = state.get(f"{PREFIX}0.{blocks}.weight", torch.empty(0))
         if output.ndim != 2:
-            raise ValueError(
-                f"{path!r} lacks {PREFIX}0.{blocks}.weight, the output layer of head 0 after {blocks} blocks"
-            )
+            raise ValueError(f"{path!r} lacks {PREFIX}0.{blocks}.weight, head 0's output layer after {blocks} blocks")
         vocab, width = output.shape
         name = fit(config.get(TARGET), str | None, f"{at}: {TARGET}")
         if name is None and base is None:

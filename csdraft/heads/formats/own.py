@@ -19,7 +19,7 @@ from csdraft.heads.folder import Names, read_layer
 from csdraft.heads.head import Head, HeadOptions
 from csdraft.heads.self_draft import Lender
 from csdraft.heads.stored_head import Parts, StoredHead, classes_in
-from csdraft.stored import fit, shown
+from csdraft.stored import fit
 
 __all__ = ["KIND", "OwnHead", "head_kinds"]
 
@@ -61,9 +61,7 @@ class OwnHead(StoredHead):
     def parts(cls, path: str, config: Mapping[str, Any], state: dict[str, Tensor], base: Lender | None) -> Parts:
         at = f"{path}/config.json"
         if (name := fit(config[KIND], str, f"{at}: {KIND}")) not in head_kinds():
-            raise ValueError(
-                f"{at}: {KIND}={shown(name)} is none of {', '.join(head_kinds())}; pip install -U csdraft"
-            )
+            raise ValueError(f"{at}: {KIND}={name!r} is none of {', '.join(head_kinds())}; pip install -U csdraft")
         options = fit(config.get("options"), head_kinds()[name].Options, f"{at}: options")
         layer = read_layer({key: value for key, value in config.items() if key not in (KIND, "options")}, path)
         return layer, options, {key: tensor for key, tensor in state.items() if key != "t2d"}, []

@@ -42,9 +42,7 @@ class HydraOptions(HeadOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.layers < 1:
-            raise ValueError(
-                f"layers={self.layers} of a Hydra head; give at least 1: the first layer joins all vectors into one"
-            )
+            raise ValueError(f"layers={self.layers} of a Hydra head; give at least 1: the first joins all vectors")
 
 
 class Joining(nn.Module):

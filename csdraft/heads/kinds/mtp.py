@@ -190,15 +190,10 @@ class OwnModule(OnTarget):
                 f"num_mtp_layers; draft with another drafter than {MTP!r}"
             )
         kinds = getattr(config, "mtp_layer_types", None) or [FULL] * count
-        if len(set(kinds)) > 1 or len(kinds) != count:
+        if len(kinds) != count or len({*kinds}) > 1 or kinds[0] not in (FULL, SLIDING):
             raise ValueError(
                 f"{called(target)} has num_mtp_layers={count} and mtp_layer_types={list(kinds)}; csdraft drafts with "
-                "modules that are all of one kind"
-            )
-        if (kind := _kind(config)) not in (FULL, SLIDING):
-            raise ValueError(
-                f"{called(target)} has a next-token module of kind {kind}; csdraft drafts with those of kinds "
-                f"{FULL} and {SLIDING}"
+                f"modules that are all of one kind, {FULL} or {SLIDING}"
             )
 
     @torch.inference_mode(False)
@@ -210,13 +205,11 @@ class OwnModule(OnTarget):
         made = _read(target, dtype, table.device)
         # The target's own rotary embedding may lack the module's kind of layer.
         rotary = type(made.rotary_emb)(made.config).to(table.device)
-        kind = _kind(target.config.get_text_config(decoder=True))
+        kind = (getattr(target.config.get_text_config(decoder=True), "mtp_layer_types", None) or (FULL,))[0]
         window = made.config.sliding_window if kind == SLIDING else None
+        of_layer, several = kind if made.has_per_layer_rope else None, len(made.layers) > 1
         with torch.device("meta"):
-            kind_of_head = Mtp if len(made.layers) == 1 else Modules
-            head = kind_of_head(
-                made.config, list(made.layers), rotary, kind if made.has_per_layer_rope else None, window
-            )
+            head = (Modules if several else Mtp)(made.config, list(made.layers), rotary, of_layer, window)
         head.d2t = torch.zeros(len(head.d2t), dtype=torch.long, device=table.device)
         head.lent = dict(LENDABLE)
         for name, source in head.lent.items():
@@ -277,11 +270,6 @@ def _read(target: Any, dtype: torch.dtype, device: torch.device) -> Any:
         if names:
             raise ValueError(f"{path!r} {says} {', '.join(sorted(names)[:SOME])} (next-token module)")
     return made
-
-
-def _kind(config: Any) -> str:
-    """The module's kind of attention, from a target's config."""
-    return (getattr(config, "mtp_layer_types", None) or (FULL,))[0]
 
 
 def _chosen(name: str, count: int) -> bool:
