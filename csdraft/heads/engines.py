@@ -128,6 +128,7 @@ class ServedHead(OnTarget):
     """What serving engines make of a stored head; `StoredHead` is the rest of it.
 
     Attributes:
+        complete: the class of the complete head.
         methods: what engines call drafting with such a head, by keys of `ENGINES`.
         asked_of_vllm: keys that vLLM's speculative config needs beside the method, the folder, and the depth.
         embedding_for: engines that need the target's embedding in the folder; the others take the target's own.
@@ -136,6 +137,7 @@ class ServedHead(OnTarget):
     methods: Mapping[str, str] = {}
     asked_of_vllm: Mapping[str, Any] = {}
     embedding_for: Collection[str] = ()
+    complete: Any
     options: Any
 
     def network(self, target: Any = None) -> Any:
@@ -144,7 +146,7 @@ class ServedHead(OnTarget):
         Args:
             target: the model that it is for; without it, only the shapes are right.
         """
-        raise NotImplementedError
+        return self.complete(self.config, self.options)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The tensors of the complete head that a folder may hold, by their names there."""

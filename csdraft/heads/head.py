@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import smooth_l1_loss
 from transformers import LlamaConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-from transformers.utils import ModelOutput
 
 from csdraft.decoding.feature_session import FeatureModel
 
 __all__ = [
-    "EMBEDDED", "LAST", "LENDABLE", "OUTSIDE", "Head", "HeadOptions", "HeadOutput", "Steps", "compact", "regression",
+    "EMBEDDED", "LAST", "LENDABLE", "OUTSIDE", "Head", "HeadOptions", "Steps", "compact", "regression",
     "step_masks", "text_mask",
 ]  # fmt: skip
 
@@ -63,14 +63,6 @@ class HeadOptions:
         for name in ("glance", "regression", "noise"):
             if not 0 <= (value := getattr(self, name, 0)) < math.inf:
                 raise ValueError(f"{name}={value} of a head must be 0 (to leave it out) or more")
-
-
-@dataclass
-class HeadOutput(ModelOutput):
-    """Logits of all of the target's tokens; the only hidden state is the head's own output."""
-
-    logits: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
 
 
 class Head(PreTrainedModel, FeatureModel):
@@ -229,15 +221,15 @@ class Head(PreTrainedModel, FeatureModel):
         output_hidden_states: bool = False,
         logits_to_keep: int = 0,
         **_: Any,
-    ) -> HeadOutput:
-        """Reads entries; see `output` and `FeatureSession`.
+    ) -> CausalLMOutput:
+        """Reads entries; see `output` and `FeatureSession`. The only hidden state is the head's own output.
 
         Args:
             logits_to_keep: how many of the last queries get logits; 0: all.
         """
         output = self.output(input_ids, position_ids, features, attention_mask, cache)
         logits = self.spread(self.draft_logits(compact(output[:, -logits_to_keep:])))
-        return HeadOutput(logits=logits, hidden_states=(output,))
+        return CausalLMOutput(logits=logits, hidden_states=(output,))
 
     def unrolled(self, input_ids: Tensor, position_ids: Tensor, features: Tensor, steps: int) -> Iterator[Tensor]:
         """What it computes at each step of a draft, for drafts that start at every entry (training-time test).

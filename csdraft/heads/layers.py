@@ -105,21 +105,15 @@ def shared_layers(model: Any, layers: Sequence[int], encoder_layers: Sequence[in
     memo = _shared_parts(model)
     for stack, numbers in zip(stacks, kept, strict=True):
         memo[id(stack)] = taken = nn.ModuleList(copy.deepcopy(stack[number], memo) for number in numbers)
-        _renumber(taken)
+        for position, layer in enumerate(taken):  # by which caches find them
+            for module in (module for module in layer.modules() if "layer_idx" in vars(module)):
+                vars(module)["layer_idx"] = position
         if model.config.model_type in TABLE_IN_FIRST_LAYER and numbers[0] != 0:
             _give_table(taken[0], stack[0], memo)
     shared = copy.deepcopy(model, memo).train(model.training)
     _cut_configs(shared, kept)
     _clean(shared)
     return shared
-
-
-def _renumber(stack: nn.ModuleList) -> None:
-    """Numbers layers by their new positions, by which caches find them."""
-    for position, layer in enumerate(stack):
-        for module in layer.modules():
-            if "layer_idx" in vars(module):
-                vars(module)["layer_idx"] = position
 
 
 def _give_table(layer: Any, first: Any, memo: dict[int, Any]) -> None:
@@ -172,19 +166,15 @@ def _clean(shared: nn.Module) -> None:
 
 
 def _cut_configs(shared: Any, kept: list[list[int]]) -> None:
-    config = shared.config
-    if not config.is_encoder_decoder:
-        _cut_config(config, kept[0])
+    """Changes the model's configs, with their lists of one entry per layer, to the layers that are kept."""
+    config, layers = shared.config, kept[0]
+    if config.is_encoder_decoder:
+        for stack, numbers in zip((shared.get_decoder(), shared.get_encoder()), kept, strict=True):
+            stack.config.num_layers = len(numbers)
+        for one in (config, shared.get_decoder().config, shared.get_encoder().config):
+            one.num_decoder_layers = len(layers)
+        config.num_layers = len(kept[1])
         return
-    for stack, numbers in zip((shared.get_decoder(), shared.get_encoder()), kept, strict=True):
-        stack.config.num_layers = len(numbers)
-    for one in (config, shared.get_decoder().config, shared.get_encoder().config):
-        one.num_decoder_layers = len(kept[0])
-    config.num_layers = len(kept[1])
-
-
-def _cut_config(config: Any, layers: Sequence[int]) -> None:
-    """Changes a decoder-only config, with its lists of one entry per layer, to these layers."""
     count = config.num_hidden_layers
     for key, value in list(vars(config).items()):
         if key in INDEX_LISTS and value:

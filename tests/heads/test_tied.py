@@ -126,7 +126,7 @@ def test_another_target_is_refused(tmp_path):
     target = target_of("llama")
     save_student(tied_to(target), tmp_path / "tied")
     for other in (target_of("llama", seed=1), noisy(target), target_of("qwen3")):
-        with pytest.raises(ValueError, match="embedding and output layer of LlamaForCausalLM, whose .* sha256"):
+        with pytest.raises(ValueError, match=r"embedding and output layer of LlamaForCausalLM, whose .* sha256"):
             other.generate(**prompt(), assistant=str(tmp_path / "tied"), max_new_tokens=4)
         with pytest.raises(ValueError, match="Decode with that target, or train one for this target"):
             make_student(other, str(tmp_path / "tied"))

@@ -37,7 +37,7 @@ WRITTEN = {"causal": False, "use_swa": False}
 class DflashHead(StoredHead):
     """A DFlash head without its target."""
 
-    what = "DFlash head"
+    what, complete = "DFlash head", Dflash
     methods = {"vllm": "dflash", "sglang": "DFLASH", "speculators": "dflash"}  # noqa: RUF012 - never written to
 
     @property
@@ -47,9 +47,6 @@ class DflashHead(StoredHead):
     @property
     def deepest(self) -> int:
         return self.options.steps
-
-    def network(self, target: Any = None) -> Dflash:
-        return Dflash(self.config, self.options)
 
     @property
     def title(self) -> str:

@@ -53,10 +53,9 @@ NOT_OF_LAYER = (*OF_HEAD, "eagle_config", "architectures", "rope_theta", "dtype"
 class Eagle3Head(StoredHead):
     """An EAGLE-3 head without its target; `layers` of its options is empty if its config does not name them."""
 
-    what = "EAGLE-3 head"
+    what, complete = "EAGLE-3 head", Eagle3
     methods = {"vllm": "eagle3", "sglang": "EAGLE3", "speculators": "eagle3"}  # noqa: RUF012 - never written to
     embedding_for = ("speculators",)  # it means to load the target's, but uses uninitialised memory
-    complete = Eagle3
 
     @property
     def read_layers(self) -> tuple[int, ...]:

@@ -31,11 +31,8 @@ PREFIX = "medusa_head."
 class MedusaHead(StoredHead):
     """Medusa heads that draft all tokens, without their target."""
 
-    what = "Medusa head"
+    what, complete = "Medusa head", Medusa
     file, files = "medusa_lm_head.pt", ("medusa_lm_head.safetensors", "medusa_lm_head.pt", *WEIGHTS)
-
-    def network(self, target: Any = None) -> Medusa:
-        return Medusa(self.config, self.options)
 
     @classmethod
     def of(cls, head: Any, state_dict: Mapping[str, Tensor] | None = None) -> Any:

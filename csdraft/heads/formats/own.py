@@ -38,7 +38,7 @@ class OwnHead(StoredHead):
 
     def network(self, target: Any = None) -> Head:
         rows = len(self.state["d2t"]) if "d2t" in self.names else self.config.vocab_size
-        return self.kind(self.config, self.options, rows)
+        return self.complete(self.config, self.options, rows)
 
     @property
     def name(self) -> str:
@@ -46,7 +46,7 @@ class OwnHead(StoredHead):
         return next(name for name, kind in head_kinds().items() if kind.Options is type(self.options))
 
     @property
-    def kind(self) -> type[Head]:
+    def complete(self) -> type[Head]:  # type: ignore[override]
         return head_kinds()[self.name]
 
     @property
@@ -69,7 +69,7 @@ class OwnHead(StoredHead):
     def document(self) -> dict[str, Any]:
         sizes = LlamaConfig.from_dict(self.config.to_dict()).to_dict()
         sizes = {key: value for key, value in sizes.items() if key not in NOT_WRITTEN}
-        return sizes | {KIND: self.name, "architectures": [self.kind.__name__], "options": self._own_options()}
+        return sizes | {KIND: self.name, "architectures": [self.complete.__name__], "options": self._own_options()}
 
     def _own_options(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self.options).items() if key != "config"}

@@ -29,11 +29,10 @@ OF_LAYER = ("num_aux_hidden_states", "fc_norm", "norm_output")
 class ParallelHead(Eagle3Head):
     """A parallel head without its target."""
 
-    what = "parallel head"
+    what, complete = "parallel head", Parallel
     methods = {"vllm": "eagle3", "speculators": "peagle"}  # noqa: RUF012 - never written to
     # vLLM finds it out by itself only where the folder is served in place of the target (`vllm serve FOLDER`).
     asked_of_vllm = {"parallel_drafting": True}  # noqa: RUF012 - never written to
-    complete = Parallel
 
     @property
     def title(self) -> str:
