@@ -87,10 +87,8 @@ def _counts(config: Mapping[str, Any], state: Mapping[str, Tensor], at: str) -> 
     heads, blocks = (fit(config.get(key), int | None, f"{at}: {key}") for key in (HEADS, BLOCKS))
     assumed = []
     if heads is None or heads <= last:
-        if heads != last + 1:
-            said = "not set" if heads is None else heads
-            assumed.append(f"{HEADS} is {said}: all {last + 1} of the file are read")
-        heads = last + 1
+        said, heads = "not set" if heads is None else heads, last + 1
+        assumed.append(f"{HEADS} is {said}: all {heads} of the file are read")
     if blocks is None:
         assumed.append(f"{BLOCKS} is not set: {deep} is assumed")
         blocks = deep
