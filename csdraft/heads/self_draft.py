@@ -194,7 +194,7 @@ def put_adapter(network: Any, options: Any, state: dict[str, Tensor], name: str)
     if result.unexpected_keys:
         raise ValueError(f"{name} has tensors for modules that its base lacks: {result.unexpected_keys[:4]}")
     if missing := [key for key, parameter in network.named_parameters() if parameter.is_meta]:
-        raise ValueError(f"{name} lacks {len(missing)} weights, such as {', '.join(missing[:4])}; save it whole")
+        raise ValueError(f"{name} lacks {len(missing)} of its weights, such as {', '.join(missing[:4])}: save all")
 
 
 def adapter_state(network: nn.Module, name: str = "default") -> dict[str, Tensor]:
