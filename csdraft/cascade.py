@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import tempfile
 import threading
-import warnings
 from collections.abc import Hashable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -35,13 +33,11 @@ from csdraft.options import SCHEDULE, VERIFIER, Options, split
 from csdraft.planner.search import plan_on
 from csdraft.reports.report import Planned
 from csdraft.saved_costs import load_costs
-from csdraft.schedules.cost_model import CostModel
 from csdraft.schedules.fixed import Fixed
 from csdraft.stored import kind_of, naming, shown
 from csdraft.verifiers._lenience import check_lenience
-from csdraft.verifiers.match import Match
 
-__all__ = ["CascadeDrafter", "as_drafter", "choose_schedule", "choose_verifier", "options_of"]
+__all__ = ["CascadeDrafter", "as_drafter", "drafter_model", "options_of"]
 
 _LOCK = threading.Lock()
 
@@ -251,8 +247,11 @@ class _Plans(WeakKeyDictionary):
 
 
 def options_of(drafter: Drafter | None, call: Options) -> Options:
-    """The options of a call, completed with those of its cascade."""
-    return call.or_else(drafter.options) if isinstance(drafter, CascadeDrafter) else call
+    """A call's options, else its cascade's; for verifier and schedule, else the defaults. No drafter: no drafts."""
+    if isinstance(drafter, CascadeDrafter):
+        call = call.or_else(replace(drafter.options, verifier=drafter.verifier, schedule=drafter.schedule))
+    call = call.or_else(Options(verifier=VERIFIER, schedule=SCHEDULE))
+    return call if drafter is not None else replace(call, schedule=Fixed(0))
 
 
 def _short(drafter: Any) -> str:
@@ -350,33 +349,3 @@ def drafter_model(path: str, **options: Any) -> nn.Module:
             raise OSError(f"{path!r} is a drafter's type; give the path or Hub id of a saved drafter") from error
         types = spec.nearest(path, spec.types("drafters"))
         raise OSError(f"{path!r} is not a model's folder, a reachable Hub id, or a drafter's type; {types}") from error
-
-
-def choose_verifier(verifier: Verifier | str | Mapping[str, Any] | None, drafter: Drafter | None) -> Verifier:
-    """The user's verifier, else the cascade's, else match; warns once if it is not lossless."""
-    if verifier is not None:
-        rule = spec.resolve("verifiers", verifier)
-    else:
-        rule: Any = drafter.verifier if isinstance(drafter, CascadeDrafter) else Match()
-    if not rule.lossless:
-        _warn_of_loss(repr(rule))
-    return rule
-
-
-@functools.cache
-def _warn_of_loss(rule: str) -> None:
-    warnings.warn(
-        f"verifier {rule} is not lossless: the text may differ from what the target alone would write; "
-        "use 'match' for the target's own text",
-        UserWarning,
-        stacklevel=4,
-    )
-
-
-def choose_schedule(schedule: Schedule | str | Mapping[str, Any] | None, drafter: Drafter | None) -> Schedule:
-    """The user's schedule, else the cascade's, else the cost model; without a drafter, one that drafts nothing."""
-    if schedule is not None:
-        schedule = spec.resolve("schedules", schedule)
-    elif isinstance(drafter, CascadeDrafter):
-        schedule = drafter.schedule
-    return Fixed(0) if drafter is None else schedule or CostModel()  # type: ignore[return-value]

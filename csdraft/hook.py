@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Collection, Sequence
 from typing import Any
 from weakref import WeakSet
@@ -14,7 +15,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.stopping_criteria import StopStringCriteria
 
-from csdraft.cascade import CascadeDrafter, as_drafter, choose_schedule, choose_verifier, options_of
+from csdraft.cascade import CascadeDrafter, as_drafter, options_of
 from csdraft.checks.generate_options import check_early, effective
 from csdraft.checks.request import ask_model, check_processors, check_request
 from csdraft.decoding.cache import cross_attention_cache, export_cache
@@ -81,9 +82,10 @@ def decode(
     own = Options.of(options, **single, diagnose=diagnose, reuse=reuse, graphs=graphs)
     input_ids = input_ids.long()  # as plain `generate` returns them
     drafter = as_drafter(assistant, model)
-    chosen = options_of(drafter, own)
-    rule = choose_verifier(chosen.verifier, drafter)
-    policy = choose_schedule(chosen.schedule, drafter)
+    chosen: Any = options_of(drafter, own)
+    rule = chosen.verifier
+    if not rule.lossless:
+        _warn_of_loss(repr(rule))
     safe, seeds = SafeDrafter(drafter, rule, bool(chosen.strict)), chosen.row_seeds
     check_request(
         model, input_ids, generation_config, model_kwargs, given, stopping_criteria, streamer, synced_gpus, seeds
@@ -106,7 +108,7 @@ def decode(
     call.chooser.stopping.kept = output.scores
     target = call.session(model)
     target.pinned = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
-    run(call, safe, rule, safe.start(policy, call), output)
+    run(call, safe, rule, safe.start(chosen.schedule, call), output)
 
     report = _reported(ledger.report(call), assistant, drafter, safe.drafter, model)
     sequences = output.sequences(input_ids, call.texts)
@@ -114,6 +116,17 @@ def decode(
         _fill(cache, target, call.texts, sequences, mask)
     call.close(failed=safe.failure is not None)
     return output.pack(sequences, report, cache, model_kwargs.get("encoder_outputs"))
+
+
+@functools.cache
+def _warn_of_loss(rule: str) -> None:
+    """Warns once."""
+    warnings.warn(
+        f"verifier {rule} is not lossless: the text may differ from what the target alone would write; "
+        "use 'match' for the target's own text",
+        UserWarning,
+        stacklevel=3,
+    )
 
 
 def _first_prompt(input_ids: Tensor, mask: Tensor | None, encoder_input_ids: Tensor | None, inputs: dict) -> Tensor:

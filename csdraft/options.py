@@ -125,10 +125,7 @@ def split(options: Any, verifier: Any, schedule: Any) -> tuple[Verifier, Schedul
         raise ValueError(
             f"options.row_seeds={options.row_seeds} in a cascade: seeds belong to one call, so give them to generate"
         )
-    merged = Options.of(
-        options,
-        verifier=None if verifier == VERIFIER else verifier,
-        schedule=None if schedule == SCHEDULE else schedule,
-    )
-    found = Options(verifier=merged.verifier or VERIFIER, schedule=merged.schedule or SCHEDULE)
-    return found.verifier, found.schedule, replace(merged, verifier=None, schedule=None)  # type: ignore[return-value]
+    verifier, schedule = None if verifier == VERIFIER else verifier, None if schedule == SCHEDULE else schedule
+    given = Options.of(options, verifier=verifier, schedule=schedule)
+    found: Any = given.or_else(Options(verifier=VERIFIER, schedule=SCHEDULE))
+    return found.verifier, found.schedule, replace(given, verifier=None, schedule=None)

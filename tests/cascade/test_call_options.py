@@ -85,7 +85,8 @@ def test_options_of_another_kind_are_refused():
 def test_a_cascade_has_options_that_a_call_may_change():
     cascade = CascadeDrafter([MaxGram()], 4, options=Options(strict=True, reuse=False, verifier="rejection"))
     assert (cascade.verifier, cascade.options) == (Rejection(), Options(strict=True, reuse=False))
-    assert options_of(cascade, Options(strict=False)) == Options(strict=False, reuse=False)
+    own = {"verifier": "rejection", "schedule": "cost_model"}
+    assert options_of(cascade, Options(strict=False)) == Options(strict=False, reuse=False, **own)
     with pytest.raises(ValueError, match=r"verifier=.* and options\.verifier="):
         CascadeDrafter([MaxGram()], 4, verifier="block", options=Options(verifier="rejection"))
     with pytest.raises(ValueError, match="seeds belong to one call"):

@@ -6,6 +6,7 @@ import pickle
 import threading
 import warnings
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ from torch import nn
 from transformers import LlamaConfig
 
 import csdraft
-from csdraft.cascade import as_drafter, choose_schedule, choose_verifier
+from csdraft import Options
+from csdraft.cascade import as_drafter, options_of
 from csdraft.decoding.call import Call
-from csdraft.decoding.interfaces import Budget, Context, Drafter, Request, Verifier
+from csdraft.decoding.interfaces import Budget, Context, Drafter, Request
 from csdraft.decoding.processing import Processing
 from csdraft.decoding.reported import keep
 from csdraft.decoding.rounds import run_round
@@ -322,32 +324,28 @@ def test_a_cascade_in_a_cascade_is_its_nest():
     assert shape(outer.root) == ([9, 4], [shape(inner.root), "copier"])
 
 
-@dataclass(frozen=True)
-class Lossy(Verifier):
-    name: str = "lossy"
-
-
 def test_a_calls_choice_wins_over_the_cascades_and_that_over_the_default():
     cascade = csdraft.CascadeDrafter([Copier()], verifier="rejection", schedule={"type": "fixed", "depth": 3})
-    assert type(choose_verifier(None, cascade)).__name__ == "Rejection"
-    assert choose_verifier("match", cascade) == Match()
-    assert choose_verifier(None, Copier()) == choose_verifier(None, None) == Match()
-    assert choose_schedule(None, cascade) == Fixed(3)
-    assert choose_schedule("heuristic", cascade).depth is None
-    assert choose_schedule(None, Copier()) == CostModel()
-    assert choose_schedule("cost_model", None) == choose_schedule(None, None) == Fixed(0)
+    assert options_of(cascade, Options()) == Options(verifier="rejection", schedule=Fixed(3))
+    assert options_of(cascade, Options(verifier="match")) == Options(verifier=Match(), schedule=Fixed(3))
+    assert options_of(cascade, Options(schedule="heuristic")) == Options(verifier="rejection", schedule="heuristic")
+    assert options_of(Copier(), Options()) == Options(verifier=Match(), schedule=CostModel())
+    for given in (Options(), Options(schedule="cost_model")):
+        assert options_of(None, given) == Options(verifier=Match(), schedule=Fixed(0))
     with pytest.raises(ValueError, match="did you mean 'match'"):
-        choose_verifier("macth", None)
+        Options(verifier="macth")
     with pytest.raises(ValueError, match=r"known: .*fixed"):
-        choose_schedule("none of them", None)
+        Options(schedule="none of them")
 
 
 def test_a_lossy_verifier_warns_once():
+    draft = partial(tiny("llama").generate, **prompt(), max_new_tokens=24, assistant=csdraft.MaxGram())
+    lossy = {"type": "lenient", "lenience": 1.625}
     with pytest.warns(UserWarning, match="not lossless"):
-        choose_verifier(Lossy(), None)
+        draft(verifier=lossy)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        choose_verifier(Lossy(), None)
+        draft(verifier=lossy)
 
 
 def test_models_and_drafters_become_drafters():
