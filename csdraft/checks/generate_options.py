@@ -7,7 +7,6 @@ config. An option that is in none of the lists here comes from a newer transform
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from transformers import GenerationConfig, __version__
@@ -47,66 +46,38 @@ WITHOUT_EFFECT = _names(
 """Options that do not change the text that csdraft writes."""
 
 
-@dataclass(frozen=True)
-class Refused:
-    """An option for something that csdraft does not do.
-
-    Attributes:
-        neutral: values with which the option is off.
-        reason: why other values are refused.
-    """
-
-    neutral: tuple[Any, ...]
-    reason: str
-
-
 OTHER_DRAFTING = "asks transformers to draft, and assistant= is another way to draft"
 OTHER_SEARCH = "asks for another search, and csdraft does greedy search and sampling only"
 NOT_KEPT = "asks for tensors that drafted decoding does not keep"
-REFUSED = {
-    "use_mtp": Refused((None, False), OTHER_DRAFTING),
-    "prompt_lookup_num_tokens": Refused((None,), OTHER_DRAFTING),
-    "assistant_early_exit": Refused((None,), OTHER_DRAFTING),
-    "num_beams": Refused((None, 1), OTHER_SEARCH),
-    "penalty_alpha": Refused((None, 0, 0.0), OTHER_SEARCH),
-    "dola_layers": Refused((None,), OTHER_SEARCH),
-    "constraints": Refused((None,), OTHER_SEARCH),
-    "force_words_ids": Refused((None,), OTHER_SEARCH),
-    "token_healing": Refused(
-        (None, False),
-        "needs the tokenizer, which transformers does not pass on: call model.heal_tokens(input_ids, tokenizer) first",
-    ),
-    "use_cache": Refused((None, True), "leaves nothing to speed up: csdraft keeps its own KV cache"),
-    "output_attentions": Refused((None, False), NOT_KEPT),
-    "output_hidden_states": Refused((None, False), NOT_KEPT),
-    "cache_implementation": Refused(
-        (None, "dynamic", "static", "hybrid", "sliding_window", "hybrid_chunked"),
-        "asks for a cache of another kind, and csdraft has its own preallocated one",
-    ),
-    "cache_config": Refused((None,), "configures another cache, and csdraft has its own preallocated one"),
+HEALED = "needs the tokenizer, which transformers does not pass on: call model.heal_tokens(input_ids, tokenizer) first"
+OWN_CACHE = "asks for a cache of another kind, and csdraft has its own preallocated one"
+CACHES = ("dynamic", "static", "hybrid", "sliding_window", "hybrid_chunked")
+REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "use_mtp": (OTHER_DRAFTING, (None, False)),
+    "prompt_lookup_num_tokens": (OTHER_DRAFTING, (None,)),
+    "assistant_early_exit": (OTHER_DRAFTING, (None,)),
+    "num_beams": (OTHER_SEARCH, (None, 1)),
+    "penalty_alpha": (OTHER_SEARCH, (None, 0)),
+    "dola_layers": (OTHER_SEARCH, (None,)),
+    "constraints": (OTHER_SEARCH, (None,)),
+    "force_words_ids": (OTHER_SEARCH, (None,)),
+    "token_healing": (HEALED, (None, False)),
+    "use_cache": ("leaves nothing to speed up: csdraft keeps its own KV cache", (None, True)),
+    "output_attentions": (NOT_KEPT, (None, False)),
+    "output_hidden_states": (NOT_KEPT, (None, False)),
+    "cache_implementation": (OWN_CACHE, (None, *CACHES)),
+    "cache_config": (OWN_CACHE, (None,)),
 }
-"""Options that are refused unless their value is neutral."""
+"""Options for what csdraft does not do -> why they are refused, and the values with which they are off."""
 
 PLAIN = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-BEFORE_DECODING = (
-    "use_mtp",
-    "prompt_lookup_num_tokens",
-    "assistant_early_exit",
-    "token_healing",
-    "cache_implementation",
-    "cache_config",
-)
+BEFORE_DECODING = ("use_mtp", "prompt_lookup_num_tokens", "assistant_early_exit", "token_healing",
+                   "cache_implementation", "cache_config")  # fmt: skip
 """Refused options that `generate` acts on before csdraft is called."""
 
 
 def check_early(keywords: Mapping[str, Any], config: GenerationConfig | None, own: GenerationConfig) -> None:
-    """Raises ValueError for a refused option with which `generate` itself would fail with a misleading message.
-
-    Args:
-        keywords: of the call.
-        config: the generation config that was passed, if any.
-        own: the model's generation config.
-    """
+    """Raises ValueError for a refused option with which `generate` itself would fail with a misleading message."""
     for name in BEFORE_DECODING:
         _check(name, effective(name, keywords, config, own))
 
@@ -117,9 +88,9 @@ def check_options(config: GenerationConfig) -> None:
     Args:
         config: the options of a call, completed from the model's own generation config.
     """
-    for name in REFUSED:
-        plain = REFUSED[name].reason == OTHER_SEARCH and config.get_generation_mode() in PLAIN
-        unseen = REFUSED[name].reason == NOT_KEPT and not config.return_dict_in_generate
+    for name, (reason, _) in REFUSED.items():
+        plain = reason == OTHER_SEARCH and config.get_generation_mode() in PLAIN
+        unseen = reason == NOT_KEPT and not config.return_dict_in_generate
         if not (plain or unseen):  # penalty_alpha without a top_k does not change the search, for example
             _check(name, getattr(config, name, None))
     for name in vars(GenerationConfig()).keys() - (CARRIED | WITHOUT_EFFECT | REFUSED.keys()):
@@ -139,9 +110,9 @@ def effective(name: str, keywords: Mapping[str, Any], config: GenerationConfig |
 
 
 def _check(name: str, value: Any) -> None:
-    refused = REFUSED[name]
-    if not any(value is neutral or value == neutral for neutral in refused.neutral):
-        raise ValueError(f"{name}={value!r} {refused.reason}; {_way_out(name)}")
+    reason, off = REFUSED[name]
+    if not any(value is neutral or value == neutral for neutral in off):
+        raise ValueError(f"{name}={value!r} {reason}; {_way_out(name)}")
 
 
 def _way_out(name: str) -> str:

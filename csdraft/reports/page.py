@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from csdraft.reports.report import Report
 
-__all__ = ["fragment", "page"]
+__all__ = ["page"]
 
 TEMPLATE = Path(__file__).with_name("page.html")
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
@@ -30,33 +30,26 @@ IN_A_NOTEBOOK = 400
 """Tokens of a row that a notebook shows. It stores what it shows, so all of a long text would make its file large."""
 
 
-def fragment(report: Report) -> str:
-    """The part of a page that a notebook shows: token ids instead of text, and only the beginning of a long text."""
-    return _rendered(report, None, IN_A_NOTEBOOK, whole=False)
+def page(report: Report, tokenizer: PreTrainedTokenizerBase | None = None, notebook: bool = False) -> str:
+    """A whole page with all of the last call's text; or the part that a notebook shows, with a long text's beginning.
 
-
-def page(report: Report, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
-    """A whole page, with all of the last call's text."""
-    return _rendered(report, tokenizer, None, whole=True)
-
-
-def _rendered(report: Report, tokenizer: PreTrainedTokenizerBase | None, most: int | None, whole: bool) -> str:
+    Args:
+        tokenizer: turns tokens into text; if None, the page shows their ids.
+    """
     from jinja2 import Environment
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     written = range(len(report.tokens)) if any(report.tokens) else ()
     used = {level for row in report.levels for level in row}
     rounds = list(islice(_rounds(report), MOST_ROUNDS)) if any(report.rejected) else []
+    looks = zip(cycle(PALETTE), cycle(LINES), report.level_names[1:], strict=False)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         report=report,
-        whole=whole,
+        whole=not notebook,
         sentence=sentence(report),
-        levels=[
-            {"number": level, "colour": PALETTE[(level - 1) % len(PALETTE)], "line": LINES[(level - 1) % len(LINES)]}
-            for level in range(1, len(report.level_names))
-        ],
+        levels=[(level, colour, line) for level, (colour, line, _) in enumerate(looks, 1)],
         used=[(level, name) for level, name in enumerate(report.level_names) if level in used],
-        rows=[_row(report, row, tokenizer, most) for row in written],
+        rows=[_row(report, row, tokenizer, IN_A_NOTEBOOK if notebook else None) for row in written],
         rounds=rounds,
         rounds_left=sum(map(len, report.lengths)) - len(rounds),
         headlines=headlines(report),

@@ -244,9 +244,9 @@ class Report:
         return terminal(self)
 
     def _repr_html_(self) -> str:
-        from csdraft.reports.page import fragment
+        from csdraft.reports.page import page
 
-        return fragment(self)
+        return page(self, notebook=True)
 
     def to_html(self, path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Writes a web page: a sentence, the last call's text coloured by level, its rounds, and the tables.

@@ -9,7 +9,7 @@ import pytest
 
 from csdraft import CascadeDrafter, MaxGram, ModelDrafter, Report, decode
 from csdraft.reports import page as page_module
-from csdraft.reports.page import fragment, page
+from csdraft.reports.page import page
 from csdraft.reports.report import Planned
 from csdraft.reports.tally import Tally
 from csdraft.reports.view import endings, sentence
@@ -76,7 +76,7 @@ def test_a_long_text_has_a_short_strip_and_says_what_is_left_out(report, monkeyp
 
 def test_the_first_words_are_the_sentence(report):
     """Before any other text, in the page and in a notebook."""
-    for shown in (page(report, tokenizer()), fragment(report)):
+    for shown in (page(report, tokenizer()), page(report, notebook=True)):
         body = re.sub(r"<(style|title)>.*?</\1>", "", shown, flags=re.DOTALL)
         words = re.findall(r">([^<>]+)<", body)
         assert unescape(next(word for word in words if word.strip())) == sentence(report)
@@ -159,7 +159,7 @@ def test_the_page_fits_a_phone_and_the_dark(report):
 
 def test_a_notebook_keeps_little_of_a_long_text(report, monkeypatch):
     monkeypatch.setattr(page_module, "IN_A_NOTEBOOK", 5)
-    assert f"and {report.emitted - 5} more tokens" in fragment(report)
+    assert f"and {report.emitted - 5} more tokens" in page(report, notebook=True)
     assert "more tokens" not in page(report)
 
 
