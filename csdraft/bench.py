@@ -18,8 +18,8 @@ from transformers.generation.streamers import BaseStreamer
 from csdraft.metrics.intervals import Interval, bootstrap_median
 
 __all__ = [
-    "Cell", "Method", "Prompt", "Result", "Run", "Sample", "Setup", "Text", "aligned", "configured", "encode",
-    "equality", "generate", "measure", "ratio", "synchronize",
+    "Cell", "Method", "Prompt", "Result", "Run", "Sample", "Setup", "Text", "TokenTimes", "aligned", "configured",
+    "encode", "equality", "generate", "measure", "ratio", "synchronize",
 ]  # fmt: skip
 
 Prompt = tuple[int, ...]
@@ -125,16 +125,14 @@ class Result:
     text: Text
 
 
-class Stopwatch(BaseStreamer):
-    """A streamer that notes when the first new token arrives."""
+class TokenTimes(BaseStreamer):
+    """A streamer that notes the time of each token. The prompt, which comes first, counts as one token."""
 
-    def __init__(self, clock: Callable[[], float]):
-        self.clock, self.first, self._prompt_seen = clock, 0.0, False
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        self.clock, self.marks = clock, list[float]()
 
     def put(self, value: torch.Tensor) -> None:
-        if self._prompt_seen and not self.first:
-            self.first = self.clock()
-        self._prompt_seen = True
+        self.marks.append(self.clock())
 
     def end(self) -> None:
         pass
@@ -190,18 +188,18 @@ def generate(setup: Setup, cell: Cell, group: Sequence[Prompt]) -> Result:
     seconds, firsts, rows = 0.0, [], []
     for i in range(0, len(group), cell.rows):
         inputs = encode(setup, group[i : i + cell.rows])
-        stopwatch = Stopwatch(clock) if cell.rows == 1 else None
+        times = TokenTimes(clock) if cell.rows == 1 else None
         if method.before is not None:
             method.before()
         fresh = {"reuse": False} if method.drafted else {}  # reads prompts again, as plain `generate` does
         torch.manual_seed(0)
         synchronize(target.device)
         started = clock()
-        output = target.generate(**inputs, **setup.options, **method.options, **fresh, streamer=stopwatch)
+        output = target.generate(**inputs, **setup.options, **method.options, **fresh, streamer=times)
         synchronize(target.device)
         seconds += clock() - started
-        if stopwatch is not None:
-            firsts.append(stopwatch.first - started)
+        if times is not None:
+            firsts.append(times.marks[1] - started)
         start = 1 if target.config.is_encoder_decoder else inputs["input_ids"].shape[1]
         rows += [_trimmed(row, target) for row in output[:, start:].tolist()]
     return Result(seconds, sum(firsts) / len(firsts) if firsts else None, tuple(rows))

@@ -110,7 +110,10 @@ def decode(
     target.pinned = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
     run(call, safe, rule, safe.start(chosen.schedule, call), output)
 
-    report = _reported(ledger.report(call), assistant, drafter, safe.drafter, model)
+    report, used = ledger.report(call), safe.drafter  # the drafter, or the cascade that the planner chose instead
+    report.planned = used.forecast if isinstance(used, CascadeDrafter) else None
+    models = [base_model(assistant)] if isinstance(assistant, nn.Module) else []
+    keep(report, assistant, *models, drafter, used, model)
     sequences = output.sequences(input_ids, call.texts)
     if target.pinned and cache is not None:  # the user may continue from it
         _fill(cache, target, call.texts, sequences, mask)
@@ -142,20 +145,6 @@ def _plan(safe: SafeDrafter, model: PreTrainedModel, prompt: Tensor, config: Any
     if isinstance(safe.drafter, CascadeDrafter):
         options = {key: getattr(config, key) for key in PLANNED_FOR}
         safe.drafter = safe.attempt(lambda cascade: cascade.planned(model, prompt, options), safe.drafter)
-
-
-def _reported(report: Report, assistant: Any, drafter: Any, used: Any, target: nn.Module) -> Report:
-    """Keeps a call's report for everything that took part in it.
-
-    Args:
-        assistant: what the user passed.
-        drafter: what was made of it.
-        used: the drafter itself, or the cascade that the planner chose instead.
-    """
-    report.planned = used.forecast if isinstance(used, CascadeDrafter) else None
-    models = [base_model(assistant)] if isinstance(assistant, nn.Module) else []
-    keep(report, assistant, *models, drafter, used, target)
-    return report
 
 
 def report(of: Any, last: bool = False) -> Report | None:

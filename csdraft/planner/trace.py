@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation.streamers import BaseStreamer
 
+from csdraft.bench import TokenTimes
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.feature_session import taps_of
@@ -151,19 +151,6 @@ def measure_drafters(
         if enough(i + 1):
             break
     return Measured(traces, own, costs, [*map(writes, drafters)], [*map(lengths, drafters)])
-
-
-class TokenTimes(BaseStreamer):
-    """A streamer that records the time of each token. The prompt, which comes first, counts as one token."""
-
-    def __init__(self) -> None:
-        self.marks: list[float] = []
-
-    def put(self, value: Tensor) -> None:
-        self.marks.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
 
 
 def plain_seconds(target: Any, prompt: Mapping[str, Tensor], options: Mapping[str, Any]) -> float:
