@@ -125,9 +125,7 @@ def _load_whole(path: str, options: dict[str, Any]) -> nn.Module:
         _check_sizes(path, config.get_text_config(decoder=True))
         model, found = auto.from_pretrained(path, **options, output_loading_info=True)
     except SafetensorError as error:
-        raise ValueError(
-            f"{_broken_file(path)} cannot be read ({error}); it may be cut short: get it again"
-        ) from error
+        raise ValueError(f"{path!r}: {error}; it may be cut short: get it again") from error
     except ImportError as error:
         if not isinstance(quantised := document.get("quantization_config"), dict):
             raise
@@ -155,8 +153,11 @@ def _check_sizes(path: str, config: Any) -> None:
     """
     count, largest = 0, 1
     for file in sorted(Path(path).glob("*.safetensors")):
-        with safe_open(file, "pt") as weights:
-            shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118 - no dictionary
+        try:
+            with safe_open(file, "pt") as weights:
+                shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118 - no dict
+        except SafetensorError as error:
+            raise SafetensorError(f"{file} cannot be read ({error})") from error
         count, largest = count + len(shapes), max([largest, *(size for shape in shapes for size in shape)])
     limits = dict.fromkeys(LAYERS, count) | dict.fromkeys(WIDTHS, PACKED * largest)
     for key, limit in limits.items() if count else ():
@@ -166,17 +167,6 @@ def _check_sizes(path: str, config: Any) -> None:
                 f"{path!r}: its config.json has {key}={value}, but its weights are {count} tensors with sizes up to "
                 f"{largest}; get the files again, or correct the key"
             )
-
-
-def _broken_file(path: str) -> str:
-    """The first weight file in a folder that cannot be read; the folder or Hub id if there is none."""
-    for file in sorted(Path(path).glob("*.safetensors")):
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except (SafetensorError, OSError):
-            return str(file)
-    return repr(path)
 
 
 def base_model(model: nn.Module) -> nn.Module:
