@@ -21,7 +21,7 @@ from csdraft.heads.on_target import OnTarget
 from csdraft.hub import DOCUMENT, FORMAT, fingerprint, vocab_size
 from csdraft.models import MOST_VOCABULARY_PADDING, base_model, load_model
 from csdraft.options import Options
-from csdraft.stored import Folder, fit, is_hub_id, naming, read_object, shown
+from csdraft.stored import fit, is_hub_id, naming, path_inside, read_object, shown
 from csdraft.version import __version__
 
 if TYPE_CHECKING:
@@ -100,14 +100,14 @@ def load(
     check_target(document.target, target, tokenizer)
     options.pop("revision", None)
     try:
-        return _Reader(Folder(folder), target, {**options, "local_base": local_bases}).arguments(document)
+        return _Reader(folder, target, {**options, "local_base": local_bases}).arguments(document)
     except RecursionError as error:
         raise ValueError(f"{DOCUMENT}: its drafters are nested too deeply") from error
 
 
 def read(folder: Path) -> Document:
     """The content of cascade.json, after checks of its format, its keys and their types."""
-    Folder(folder).find(DOCUMENT)
+    path_inside(folder, DOCUMENT)
     document = read_object(folder / DOCUMENT, DOCUMENT)
     found = document.get("format")
     if not isinstance(found, int) or isinstance(found, bool) or found < 1:
@@ -153,7 +153,7 @@ class _Reader:
         options: of `load_model`.
     """
 
-    folder: Folder
+    folder: Path
     target: nn.Module | None
     options: dict[str, Any]
 
@@ -177,9 +177,9 @@ class _Reader:
 
     def _inside(self, name: str, pattern: str) -> dict[str, Path]:
         """The files in a subfolder, by the names that cascade.json uses for them."""
-        found = sorted(self.folder.path.glob(f"{name}/{pattern}"))
+        found = sorted(self.folder.glob(f"{name}/{pattern}"))
         with naming(DOCUMENT):
-            return {f"{name}/{path.name}": _closed(self.folder.find(f"{name}/{path.name}")) for path in found}
+            return {f"{name}/{path.name}": _closed(path_inside(self.folder, f"{name}/{path.name}")) for path in found}
 
     def _model(self, name: str, value: Any) -> nn.Module:
         """A model of cascade.json, on the target's device unless there is a device_map."""
@@ -201,12 +201,12 @@ class _Reader:
         return model
 
     def _loaded(self, entry: ModelEntry, at: str) -> nn.Module:
-        options, path = self.options, self.folder.path
+        options, path = self.options, self.folder
         with naming(at):
             if entry.id is not None and not is_hub_id(entry.id):
                 raise ValueError(f"{shown(entry.id)} is not a Hub id; for a folder of the cascade use the key folder")
             if entry.folder is not None:
-                path = _closed(self.folder.find(entry.folder))
+                path = _closed(path_inside(self.folder, entry.folder))
                 if not path.is_dir():
                     raise ValueError(f"there is no folder {shown(entry.folder)}")
         try:

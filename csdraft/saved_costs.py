@@ -11,7 +11,7 @@ from typing import Any
 
 from csdraft.decoding.memory import Memory
 from csdraft.decoding.states import cost_label
-from csdraft.stored import Folder, check_keys, naming, read_object
+from csdraft.stored import check_keys, naming, path_inside, read_object
 from csdraft.tables.costs import Learned, check_costs
 
 __all__ = ["NAME", "load_costs", "save_costs"]
@@ -40,7 +40,7 @@ def load_costs(folder: Path) -> dict[str, Any]:
         ValueError: the file is not a cost table; the message names the file and the key.
     """
     with naming(NAME):
-        path = Folder(folder).find(NAME)
+        path = path_inside(folder, NAME)
     if not path.is_file():
         return {}
     document = read_object(path, NAME)

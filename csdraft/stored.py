@@ -1,7 +1,7 @@
 """Reads files and folders that strangers may have written. If something is wrong with one, a ValueError names it.
 
 It reads JSON objects (`read_object`), compares values with an annotation (`fit`), and opens nothing outside a folder
-(`Folder`). It imports nothing of csdraft, so every part may use it.
+(`path_inside`). It imports nothing of csdraft, so every part may use it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path, PurePath
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 __all__ = [
-    "UNFIT", "Folder", "check_config", "check_keys", "fit", "is_hub_id", "kind_of", "naming", "nearest",
+    "UNFIT", "check_config", "check_keys", "fit", "is_hub_id", "kind_of", "naming", "nearest", "path_inside",
     "read_object", "shown",
 ]  # fmt: skip
 
@@ -257,30 +257,26 @@ def is_hub_id(path: str) -> bool:
     return named and not os.path.exists(path)
 
 
-@dataclass(frozen=True)
-class Folder:
-    """A cascade's folder. Its documents may only name files inside it, and symbolic links must not lead out of it.
+def path_inside(folder: Path, name: str) -> Path:
+    """The path of a file in a cascade's folder, whose documents may only name what is inside.
 
     A snapshot in the Hub's cache consists of links to the `blobs` beside `snapshots`; these count as inside.
+
+    Raises:
+        ValueError: it, or anything below it, lies outside, also by a symbolic link.
     """
+    root = Path(os.path.realpath(folder))
+    roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
 
-    path: Path
+    def leads_out(path: Path) -> bool:
+        return not any(Path(os.path.realpath(path)).is_relative_to(one) for one in roots)
 
-    def find(self, name: str) -> Path:
-        """The path of `name`, a relative path; ValueError if it, or anything below it, lies outside the folder."""
-        found = self.path / name
-        if Path(name).is_absolute() or not self._holds(found):
-            raise ValueError(f"{shown(name)} lies outside the cascade's folder; give a relative path inside it")
-        for below in found.rglob("*") if found.is_dir() else ():
-            if not self._holds(below):
-                raise ValueError(
-                    f"{str(below.relative_to(self.path))!r} is a link to a place outside the cascade's folder; put "
-                    "the file itself there"
-                )
-        return found
-
-    def _holds(self, path: Path) -> bool:
-        root = Path(os.path.realpath(self.path))
-        roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
-        inside = os.path.realpath(path)
-        return any(Path(inside).is_relative_to(one) for one in roots)
+    found = folder / name
+    if Path(name).is_absolute() or leads_out(found):
+        raise ValueError(f"{shown(name)} lies outside the cascade's folder; give a relative path inside it")
+    if out := next(filter(leads_out, found.rglob("*") if found.is_dir() else ()), None):
+        raise ValueError(
+            f"{str(out.relative_to(folder))!r} is a link to a place outside the cascade's folder; put the file "
+            "itself there"
+        )
+    return found
