@@ -274,30 +274,24 @@ def as_drafter(assistant: Any, target: nn.Module | None = None) -> Any:
         ValueError: `assistant` is something else.
         OSError: there is no model at this path or Hub id.
     """
-    drafter = _as_drafter(assistant, target)
-    return drafter if target is None else bound(drafter, target)
-
-
-def _as_drafter(assistant: Any, target: nn.Module | None) -> Any:
     if assistant is None or isinstance(assistant, Drafter):
-        return assistant
-    if isinstance(assistant, nn.Module):
-        return ModelDrafter(assistant)
-    if isinstance(assistant, Mapping):
-        return spec.resolve("drafters", assistant)
-    if not isinstance(assistant, str | os.PathLike):
+        drafter = assistant
+    elif isinstance(assistant, nn.Module):
+        drafter = ModelDrafter(assistant)
+    elif isinstance(assistant, Mapping):
+        drafter = spec.resolve("drafters", assistant)
+    elif not isinstance(assistant, str | os.PathLike):
         raise ValueError(
             f"assistant={shown(assistant)} is {kind_of(assistant)}; pass a csdraft.Drafter, a model, the path or Hub "
             "id of a saved cascade or model, or a drafter's type"
         )
-    if assistant == AUTO:
-        return auto_for(target, _load)
-    if not os.path.exists(assistant):
-        if assistant == MTP:
-            return ModelDrafter(MTP)
-        if assistant in spec.types("drafters"):
-            return spec.resolve("drafters", assistant)
-    return _stored(os.fspath(assistant), target)
+    elif assistant == AUTO:
+        drafter = auto_for(target, _load)
+    elif not os.path.exists(assistant) and assistant in (MTP, *spec.types("drafters")):
+        drafter = ModelDrafter(MTP) if assistant == MTP else spec.resolve("drafters", assistant)
+    else:
+        drafter = _stored(os.fspath(assistant), target)
+    return drafter if target is None else bound(drafter, target)
 
 
 _LAST: list[tuple[Hashable, Drafter]] = []

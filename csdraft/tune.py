@@ -18,7 +18,6 @@ from csdraft.bench import Cell, Method, Prompt, Run, Setup, encode, measure, rat
 from csdraft.cascade import CascadeDrafter
 from csdraft.decoding.interfaces import Drafter
 from csdraft.metrics.intervals import Interval
-from csdraft.planner.expect import Expectation
 from csdraft.planner.search import Plan, alternatives, search
 from csdraft.planner.trace import Measured, measure_drafters
 
@@ -48,10 +47,8 @@ class Candidate:
     """A cascade that was planned and timed.
 
     Attributes:
-        kept: indices of the drafters it uses.
-        k_matrix: the matrix for these drafters.
+        plan: its K matrix, and figures for the whole matrix every round, at lenience 1.
         options: lenience and schedule.
-        expected: figures for the whole matrix every round, at lenience 1.
         measured: speed-up over plain `generate`: the median over pairs of the same prompt and repetition.
         cascade: the cascade, with a report of the timed calls.
         prompts: how many were timed.
@@ -60,10 +57,8 @@ class Candidate:
         behind: its time over the fastest candidate's, paired in the same way; 1 for the fastest itself.
     """
 
-    kept: Sequence[int]
-    k_matrix: list[list[int]]
+    plan: Plan
     options: Mapping[str, Any]
-    expected: Expectation
     measured: Interval
     cascade: CascadeDrafter
     prompts: int
@@ -242,8 +237,7 @@ def ranked(
     found = []
     for name, (plan, extra, cascade) in made.items():
         behind = Interval(1.0, 1.0, 1.0) if name == fastest else ratio(run, fastest, name)
-        own = (plan.kept, plan.trimmed(), extra, plan.expected, measured[name], cascade)
-        found.append(Candidate(*own, prompts, repetitions, tokens, behind))
+        found.append(Candidate(plan, extra, measured[name], cascade, prompts, repetitions, tokens, behind))
     return sorted(found, key=lambda candidate: -candidate.measured.median)
 
 

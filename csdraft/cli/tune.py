@@ -38,11 +38,11 @@ def run(args: argparse.Namespace) -> int:
     print(table(found, names))
     print(f"\n{how_sure(found, len(prompts))}")
     best = preferred(found)
-    print(f"chosen: {best.k_matrix}, lenience {best.options['lenience']:g}, {best.options['schedule']}")
-    dropped = [name for j, name in enumerate(names) if j not in best.kept]
+    print(f"chosen: {best.plan.trimmed()}, lenience {best.options['lenience']:g}, {best.options['schedule']}")
+    dropped = [name for j, name in enumerate(names) if j not in best.plan.kept]
     if dropped:
         print(f"left out: {', '.join(dropped)}")
-    if any(one.expected.speedup > one.expected.tokens_per_round for one in found):
+    if any(one.plan.expected.speedup > one.plan.expected.tokens_per_round for one in found):
         print("some expected speed-ups are above tokens a round: the machine was busy, so they are wrong")
     if best.measured.median <= 1:
         print("nothing beats plain generate on these prompts: leave assistant= out")
@@ -92,10 +92,10 @@ def table(found: Sequence[Candidate], labels: Sequence[str]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for one in found:
-        names = ", ".join(labels[j] for j in one.kept)
-        options, expected = one.options, one.expected
+        names = ", ".join(labels[j] for j in one.plan.kept)
+        options, expected = one.options, one.plan.expected
         lines.append(
-            f"| {names} | {one.k_matrix} | {options['lenience']:g} | {options['schedule']} "
+            f"| {names} | {one.plan.trimmed()} | {options['lenience']:g} | {options['schedule']} "
             f"| {expected.tokens_per_round:.2f} | {expected.speedup:.2f} | {one.measured} |"
         )
     return "\n".join(lines)
