@@ -11,7 +11,7 @@ import pkgutil
 import re
 from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import nullcontext
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from pathlib import PurePath
 from typing import Any, get_args, get_type_hints
@@ -20,7 +20,7 @@ from torch import nn
 
 from csdraft.decoding.interfaces import Drafter, Schedule, Tree, Verifier
 from csdraft.decoding.names import name_of
-from csdraft.stored import UNFIT, check_keys, fit, is_hub_id, kind_of, naming, nearest, shown
+from csdraft.stored import UNFIT, check_keys, is_hub_id, kind_of, naming, nearest, read_fields, shown
 
 __all__ = ["FAMILIES", "Names", "check_keys", "find", "from_json", "nearest", "resolve", "to_json", "type_of", "types"]
 
@@ -111,16 +111,8 @@ def from_json(family: str, spec: Any, names: Names = Names(), at: str = "") -> A
         )
     with naming(f"{at}.type") if at else nullcontext():
         method, where = find(family, spec["type"]), f"{prefix}{family[:-1]} {spec['type']!r}"
-    known = [f for f in fields(method) if f.init]
     options = {key: value for key, value in spec.items() if key != "type"}
-    check_keys(options, [f.name for f in known], where)
-    required = {f.name for f in known if f.default is MISSING and f.default_factory is MISSING}
-    if missing := sorted(required - options.keys()):
-        given = f"; it has {', '.join(sorted(options))}" if options else ""
-        raise ValueError(f"{where} needs {', '.join(missing)}, which it was not given{given}")
-    hints, inside = get_type_hints(method), at or spec["type"]
-    reader = partial(_named, names, bool(at))
-    read = {key: fit(value, hints[key], f"{inside}.{key}", reader) for key, value in options.items()}
+    read = read_fields(options, method, at or spec["type"], partial(_named, names, bool(at)), where)
     with naming(at) if at else nullcontext():
         return method(**read)
 

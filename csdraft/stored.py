@@ -20,7 +20,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 __all__ = [
     "UNFIT", "check_config", "check_keys", "fit", "is_hub_id", "kind_of", "naming", "nearest", "path_inside",
-    "read_object", "shown",
+    "read_fields", "read_object", "shown",
 ]  # fmt: skip
 
 LARGEST = 1 << 63
@@ -186,7 +186,7 @@ def _as(value: Any, arm: Any, at: str, reader: Reader) -> Any:
     if inner and isinstance(value, Mapping) and kind in (dict, Mapping):
         return {key: fit(item, inner[1], f"{at}.{key}", reader) for key, item in value.items()}
     if is_dataclass(kind) and isinstance(value, Mapping):
-        return _made(value, kind, at, reader)
+        return kind(**read_fields(value, kind, at, reader, at))
     return _plain(value, kind)
 
 
@@ -198,14 +198,21 @@ def _sequence(value: Sequence[Any], kind: Any, inner: tuple[Any, ...], at: str, 
     return list(items) if kind is list else tuple(items)
 
 
-def _made(value: Mapping[str, Any], kind: Any, at: str, reader: Reader) -> Any:
-    """A dataclass from its fields."""
+def read_fields(given: Mapping[str, Any], kind: Any, at: str, reader: Reader, owner: str) -> dict[str, Any]:
+    """The values of a dataclass's fields.
+
+    Args:
+        at: where the values stand, for messages.
+        reader: as in `fit`.
+        owner: what has an unknown key, or lacks one, in messages.
+    """
     known, hints = [field for field in fields(kind) if field.init], get_type_hints(kind)
-    check_keys(value, [field.name for field in known], at)
-    for field in known:
-        if field.default is MISSING and field.default_factory is MISSING and field.name not in value:
-            raise ValueError(f"{at} lacks {field.name}")
-    return kind(**{key: fit(item, hints[key], f"{at}.{key}", reader) for key, item in value.items()})
+    check_keys(given, [field.name for field in known], owner)
+    required = [field.name for field in known if field.default is MISSING and field.default_factory is MISSING]
+    if missing := [name for name in required if name not in given]:
+        has = f"; it has {', '.join(given)}" if given else ""
+        raise ValueError(f"{owner} needs {', '.join(missing)}, which it was not given{has}")
+    return {key: fit(value, hints[key], f"{at}.{key}", reader) for key, value in given.items()}
 
 
 def _plain(value: Any, kind: Any) -> Any:
