@@ -38,14 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
         text = getdoc(command) or ""
-        command(
-            subparsers.add_parser(
-                command.__name__,
-                help=text.partition("\n")[0],
-                description=text,
-                formatter_class=argparse.RawDescriptionHelpFormatter,
-            )
-        )
+        summary, raw = text.partition("\n")[0], argparse.RawDescriptionHelpFormatter
+        command(subparsers.add_parser(command.__name__, help=summary, description=text, formatter_class=raw))
     args = parser.parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # not every terminal has every character
@@ -104,12 +98,9 @@ def check(parser: argparse.ArgumentParser) -> None:
     add_chat_arguments(parser)
     parser.add_argument("--max-new-tokens", type=COUNT, default=64, metavar="N", help="of the greedy texts")
     parser.add_argument("--samples", type=_number(int, 0), default=1000, metavar="N", help="0: no sampling")
-    parser.add_argument(
-        "--sampled-tokens", type=COUNT, default=3, metavar="N", help="tokens whose joint distribution is compared"
-    )
-    parser.add_argument(
-        "--temperature", type=_number(float, 0, above=True), default=1.0, metavar="T", help="of the sampling"
-    )
+    joint = "tokens whose joint distribution is compared"
+    parser.add_argument("--sampled-tokens", type=COUNT, default=3, metavar="N", help=joint)
+    parser.add_argument("--temperature", type=POSITIVE, default=1.0, metavar="T", help="of the sampling")
     parser.add_argument("--batch", type=COUNT, default=100, metavar="N", help="rows sampled at once")
 
 
@@ -137,15 +128,10 @@ def export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("drafter", metavar="DRAFTER", help="path or Hub id of a head, a model or an adapter")
     parser.add_argument("folder", metavar="FOLDER", help="where to write: a new folder")
     parser.add_argument("--to", required=True, choices=ENGINES, help="the engine; vLLM loads speculators too")
-    parser.add_argument(
-        "--target",
-        required=True,
-        metavar="MODEL",
-        help="path or Hub id of the drafter's target; for a head only its config.json is read",
-    )
-    parser.add_argument(
-        "--tokens", type=COUNT, default=3, metavar="N", help="drafted a round, in that command (default: %(default)s)"
-    )
+    read = "path or Hub id of the drafter's target; for a head only its config.json is read"
+    parser.add_argument("--target", required=True, metavar="MODEL", help=read)
+    drafted = "drafted a round, in that command (default: %(default)s)"
+    parser.add_argument("--tokens", type=COUNT, default=3, metavar="N", help=drafted)
 
 
 def generate(parser: argparse.ArgumentParser) -> None:
@@ -199,21 +185,11 @@ def tune(parser: argparse.ArgumentParser) -> None:
     _add_writing_arguments(parser, length=96)
     parser.add_argument("--finalists", type=COUNT, default=4, metavar="N", help="plans to time (default 4)")
     parser.add_argument("--lenience-values", type=_number(float, 1), nargs="+", default=[1.0, 2.0], metavar="X")
-    parser.add_argument(
-        "--tree-nodes",
-        type=COUNT,
-        nargs="*",
-        default=[16],
-        metavar="N",
-        help="sizes of trees to try with each model (default 16); no number leaves trees out",
-    )
+    sizes = "sizes of trees to try with each model (default 16); no number leaves trees out"
+    parser.add_argument("--tree-nodes", type=COUNT, nargs="*", default=[16], metavar="N", help=sizes)
     parser.add_argument("--repetitions", type=COUNT, default=2, metavar="N")
     parser.add_argument(
-        "--minutes",
-        type=_number(float, 0, above=True),
-        default=3.0,
-        metavar="M",
-        help="time for all of it (default 3); more is surer",
+        "--minutes", type=POSITIVE, default=3.0, metavar="M", help="time for all of it (default 3); more is surer"
     )
     parser.add_argument("--save", metavar="PATH", help="save the fastest as a cascade")
 
@@ -274,12 +250,8 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the chat template and its options."""
     parser.add_argument("--chat", action="store_true", help="put prompts that are text into the chat template")
     parser.add_argument("--chat-template", metavar="FILE", help="a Jinja template; the tokenizer's own by default")
-    parser.add_argument(
-        "--chat-template-options",
-        type=_json,
-        metavar="JSON",
-        help="""what the template reads besides messages, e.g. '{"enable_thinking": false}'""",
-    )
+    read = """what the template reads besides messages, e.g. '{"enable_thinking": false}'"""
+    parser.add_argument("--chat-template-options", type=_json, metavar="JSON", help=read)
 
 
 def _add_writing_arguments(parser: argparse.ArgumentParser, length: int) -> None:
@@ -305,7 +277,7 @@ def _number(kind: type[float], least: float, most: float = math.inf, above: bool
     return read
 
 
-COUNT = _number(int, 1)
+COUNT, POSITIVE = _number(int, 1), _number(float, 0, above=True)
 
 
 def _json(text: str) -> Any:

@@ -41,20 +41,9 @@ __all__ = ["difference", "padding_difference"]
 Question = Callable[[nn.Module], str | None]
 
 KNOWN_EXACT = {
-    "Gemma2ForCausalLM",
-    "Gemma3ForCausalLM",
-    "GPT2LMHeadModel",
-    "GPTNeoXForCausalLM",
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "OlmoForCausalLM",
-    "Olmo2ForCausalLM",
-    "OPTForCausalLM",
-    "Phi3ForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "StableLmForCausalLM",
-    "Starcoder2ForCausalLM",
+    *("Gemma2ForCausalLM", "Gemma3ForCausalLM", "GPT2LMHeadModel", "GPTNeoXForCausalLM", "LlamaForCausalLM"),
+    *("MistralForCausalLM", "OlmoForCausalLM", "Olmo2ForCausalLM", "OPTForCausalLM", "Phi3ForCausalLM"),
+    *("Qwen2ForCausalLM", "Qwen3ForCausalLM", "StableLmForCausalLM", "Starcoder2ForCausalLM"),
 }
 """Widely used classes of transformers that `make families` finds exact. They are only tested if they were changed."""
 

@@ -23,15 +23,8 @@ from csdraft.stored import kind_of
 __all__ = ["ask_model", "check_processors", "check_request"]
 
 KNOWN_INPUTS = {
-    "attention_mask",
-    "position_ids",
-    GENERATE_CACHE,
-    "use_cache",
-    "logits_to_keep",
-    "encoder_outputs",
-    "decoder_attention_mask",
-    "output_attentions",  # these two are options, too
-    "output_hidden_states",
+    *("attention_mask", "position_ids", GENERATE_CACHE, "use_cache", "logits_to_keep", "encoder_outputs"),
+    *("decoder_attention_mask", "output_attentions", "output_hidden_states"),  # the last two are options, too
 }
 NOT_CALLED = ("_sample", "_prefill", "_update_model_kwargs_for_generation")
 """Methods of a model that plain `generate` decodes with."""

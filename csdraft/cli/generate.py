@@ -37,7 +37,9 @@ def run(args: argparse.Namespace) -> int:
         return_dict_in_generate=True,
     ).report
     if not opened.tokenizer.decode(report.tokens[0], skip_special_tokens=True):
-        explain_empty(opened.tokenizer.chat_template is not None and chat is None)
+        advice = "; the model has a chat template, which --chat applies"
+        may_chat = opened.tokenizer.chat_template is not None and chat is None
+        print(f"the target ended the text at once: no text was written{advice * may_chat}", file=sys.stderr)
     if printer.legend:
         print(f"\ntokens by level: {printer.legend}")
     if args.report:
@@ -53,9 +55,3 @@ def check_writable(path: str) -> None:
     open(path, "a").close()
     if is_new:
         os.remove(os.path.realpath(path))
-
-
-def explain_empty(may_chat: bool) -> None:
-    """Explains an empty text on the standard error."""
-    advice = "; the model has a chat template, which --chat applies" if may_chat else ""
-    print(f"the target ended the text at once: no text was written{advice}", file=sys.stderr)
