@@ -30,8 +30,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from csdraft import spec
 from csdraft.card import SHIM, SIGNATURE, model_card
 from csdraft.decoding.names import name_of
+from csdraft.heads.folder import write_tensors
 from csdraft.heads.on_target import stored_form
-from csdraft.heads.self_draft import model_name
+from csdraft.heads.self_draft import adapter_state, model_name
 from csdraft.models import base_model
 from csdraft.saved_costs import save_costs
 from csdraft.stored import is_hub_id, read_object
@@ -184,9 +185,6 @@ def _cached_revision(repo: str) -> str | None:
 
 def _write_adapter(model: nn.Module, adapters: dict[str, Any], folder: Path) -> None:
     """Saves an adapter as a PEFT folder, which names its base model but does not contain it."""
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
     if len(adapters) != 1:
         raise ValueError(
             f"drafter {name_of(model)} has adapters {sorted(adapters)}, but only one per model can be saved: delete "
@@ -210,9 +208,7 @@ def _write_adapter(model: nn.Module, adapters: dict[str, Any], folder: Path) -> 
         )
     options.base_model_name_or_path, options.inference_mode = base, True
     options.save_pretrained(folder)
-    state = get_peft_model_state_dict(model, adapter_name=name)
-    tensors = {f"base_model.model.{key}": value.detach().clone().contiguous() for key, value in state.items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_tensors(folder / "adapter_model.safetensors", adapter_state(model, name))
 
 
 def _provenance(models: dict[str, nn.Module], cascade: CascadeDrafter) -> dict[str, Any]:
