@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from csdraft.decoding.call import Call
@@ -22,20 +23,19 @@ class Recorder(Ledger):
     """Counts the rounds of one call; `report` sums them up.
 
     Args:
-        rows: batch size.
         diagnose: whether to compare the target's and the draft's distribution at every token that is verified.
     """
 
     def __init__(self, rows: int, diagnose: bool = False):
         super().__init__()
         self.tallies: defaultdict[int, Tally] = defaultdict(Tally)  # by the reviewer's level
-        self.rejections = Rejections() if diagnose else None
-        self.target_calls = 0
-        self.tokens, self.levels, self.lengths, self.rejected = ([[] for _ in range(rows)] for _ in range(4))
+        tokens, levels, lengths, rejected = ([[] for _ in range(rows)] for _ in range(4))
+        self.counted = Report(tokens=tokens, levels=levels, lengths=lengths, rejected=rejected)
+        self.counted.rejections = Rejections() if diagnose else None
 
     def check(self, sampler: Sampler) -> None:
         """Raises ValueError if the call's draws cannot be diagnosed."""
-        if self.rejections is not None and (sampler.greedy or sampler.coupled):
+        if self.counted.rejections is not None and (sampler.greedy or sampler.coupled):
             raise ValueError(
                 "diagnose=True compares distributions, and greedy and coupled draws have none; pass do_sample=True "
                 "and a verifier of independent draws, such as 'rejection'"
@@ -46,35 +46,31 @@ class Recorder(Ledger):
         self.tallies[level].add(rounds)
         if level:
             return
-        self.target_calls += 1
-        if self.rejections is not None:
-            self.rejections.add(rounds)
+        counted = self.counted
+        counted.target_calls += 1
+        if counted.rejections is not None:
+            counted.rejections.add(rounds)
         for finished in rounds:
             row, tokens = finished.context.row, finished.tokens
-            self.tokens[row] += tokens
-            self.levels[row] += finished.levels
-            self.lengths[row].append(len(tokens))
+            counted.tokens[row] += tokens
+            counted.levels[row] += finished.levels
+            counted.lengths[row].append(len(tokens))
             kept_whole = len(finished.draft.levels) == len(finished.verdict.accepted)
-            self.rejected[row].append([] if kept_whole else _rejected(finished))
+            counted.rejected[row].append([] if kept_whole else _rejected(finished))
 
     def report(self, call: Call) -> Report:
         """The report of a finished call."""
         names, plain_seconds = call.level_names, self._plain_seconds()
-        return Report(
-            target_calls=self.target_calls,
+        return replace(
+            self.counted,
             cut=self.cut,
             seconds=self.seconds,
+            drafting=self.drafting,
             reviews={names[level]: self.tallies[level].named(names) for level in sorted(self.tallies)},
             models={_model_name(call, session.model): session.use for session in call.sessions},
             failures=Counter([self.failure] if self.failure else ()),
-            rejections=self.rejections,
             why=self.why,
-            tokens=self.tokens,
-            levels=self.levels,
-            lengths=self.lengths,
             level_names=names,
-            rejected=self.rejected,
-            drafting=self.drafting,
             plain_seconds=plain_seconds,
             compared_seconds=self.seconds if plain_seconds else 0.0,
         )
@@ -84,9 +80,9 @@ class Recorder(Ledger):
 
         0 if there is more than one row, or no plain step was measured.
         """
-        if len(self.tokens) > 1 or not self.plain_step or self.first is None:
+        if len(self.counted.tokens) > 1 or not self.plain_step or self.first is None:
             return 0.0
-        return self.first + self.plain_step * (len(self.tokens[0]) - 1)
+        return self.first + self.plain_step * (len(self.counted.tokens[0]) - 1)
 
 
 def _rejected(finished: Round) -> list[tuple[int, int]]:
