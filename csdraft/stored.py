@@ -56,10 +56,7 @@ def naming(where: object) -> Iterator[None]:
 
 
 def read_object(path: str | os.PathLike[str], name: object = None) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Args:
-        name: the file's name in messages; its path if None.
+    """The JSON object in a file, which messages call `name`, or by its path.
 
     Raises:
         ValueError: it is not UTF-8, not JSON or not an object, or has a key twice or a number that is not finite.
@@ -119,12 +116,7 @@ COUNTS = (
 
 
 def check_config(document: Mapping[str, Any], name: str) -> None:
-    """Raises ValueError if a model's config names code to download, or has sizes that no model has.
-
-    Args:
-        document: its JSON object, with nested ones.
-        name: the file's name in messages.
-    """
+    """Raises ValueError if a model's config names code to download, or has sizes that no model has, also in a part."""
     for key, value in document.items():
         if isinstance(value, Mapping) and key not in HEEDED:
             check_config(value, f"{name}: {key}")
@@ -185,7 +177,7 @@ def _as(value: Any, arm: Any, at: str, reader: Reader) -> Any:
         return _sequence(value, kind, inner, at, reader)
     if inner and isinstance(value, Mapping) and kind in (dict, Mapping):
         return {key: fit(item, inner[1], f"{at}.{key}", reader) for key, item in value.items()}
-    if is_dataclass(kind) and isinstance(value, Mapping):
+    if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, Mapping):
         return kind(**read_fields(value, kind, at, reader, at))
     return _plain(value, kind)
 
