@@ -30,12 +30,9 @@ Text = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class Setup:
-    """What all methods of a run have in common.
+    """What all methods of a run have in common: the target, and keywords of every `generate` (length, temperature).
 
-    Attributes:
-        target: the loaded model.
-        options: keywords of every `generate` (length, temperature).
-        clock: wall time, or the process's CPU time, which other programs disturb less.
+    The clock gives wall time, or the process's CPU time, which other programs disturb less.
     """
 
     target: PreTrainedModel
@@ -45,13 +42,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Method:
-    """One way to generate.
-
-    Attributes:
-        name: its name in tables.
-        options: keywords of `generate`.
-        before: called before each call; it is not timed.
-    """
+    """One way to generate: its name in tables, keywords of `generate`, and what is called, untimed, before a call."""
 
     name: str
     options: dict[str, Any]

@@ -43,10 +43,9 @@ CHEAP, EXPENSIVE = 1.5, 3.0
 
 @dataclass(frozen=True)
 class Package:
-    """A package that csdraft needs.
+    """A package that csdraft needs, or Python.
 
     Attributes:
-        name: of the package, or "python".
         version: the installed one; None if the package is missing.
         bounds: the versions that csdraft supports, such as "<5.25,>=5.23"; empty for any.
         fits: whether the version is within the bounds.
@@ -182,13 +181,7 @@ def _accelerators() -> list[str]:
 
 
 def examine(name: str, model: nn.Module, progress: Callable[[str, float], None]) -> ModelState:
-    """What csdraft can do with a model. Runs short forwards and times four shapes.
-
-    Args:
-        name: as the user gave it.
-        model: on its device, in its dtype.
-        progress: called with the current task and the share that is done.
-    """
+    """What csdraft can do with a model, which has its device and dtype. Runs short forwards and times four shapes."""
     model = model.eval()
     if isinstance(model, OnTarget):
         incomplete = f"it {model.use} and cannot run alone; name that target here, and this folder as its drafter"

@@ -145,13 +145,7 @@ def check_target(saved: SavedTarget, target: nn.Module | None, tokenizer: PreTra
 
 @dataclass(frozen=True)
 class _Reader:
-    """Makes the parts of a cascade.
-
-    Args:
-        folder: of the cascade.
-        target: the model to draft for.
-        options: of `load_model`.
-    """
+    """Makes the parts of a cascade; the options are those of `load_model`."""
 
     folder: Path
     target: nn.Module | None

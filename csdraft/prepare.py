@@ -35,7 +35,6 @@ class Ready:
     """A prepared model.
 
     Attributes:
-        name: of the model.
         costs: seconds of a forward, by shape.
         recorded: number of these shapes that are replayed from a recording.
         why_not: why forwards are not recorded; None if they are.
@@ -51,12 +50,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` did.
-
-    Attributes:
-        models: the target, then the drafters' models.
-        seconds: how long it took.
-    """
+    """What `prepare` did with the target, then with the drafters' models, and how long it took."""
 
     models: list[Ready] = field(default_factory=list)
     seconds: float = 0.0
@@ -146,11 +140,8 @@ def measured(
     """Times forwards of one model, and records or compiles them.
 
     Args:
-        name: of the model, for `progress`.
-        rows: batch size.
         shapes: (tokens that a forward reads, slots of the cache that it sees).
         mode: how forwards run, see `csdraft.decoding.graphs`.
-        progress: called with the current task and the share that is done.
         taps: hidden states of the model that drafters will read.
     """
     if model.config.is_encoder_decoder:  # type: ignore[union-attr]

@@ -117,22 +117,16 @@ def tune(
 ) -> list[Candidate]:
     """Plans on all prompts, then times the best plan of each set of drafters against plain `generate`, interleaved.
 
+    Returns the candidates, the fastest first. Raises ValueError if `minutes` is not above 0.
+
     Args:
-        target: the model.
         drafters: largest first; drafters that do not pay are left out.
-        prompts: token ids.
         finalists: the most plans to time, each with the cost model and with the whole matrix every round.
         leniences: values to try for plans with inner reviewers.
         repetitions: the most timed passes.
         progress: called with the current task and the share of the time that has passed.
         minutes: the time limit; at least one prompt is observed and timed, even if that takes longer.
-        options: options of `generate`.
-
-    Returns:
-        The candidates, the fastest first.
-
-    Raises:
-        ValueError: `minutes` is not above 0.
+        options: of `generate`.
     """
     if minutes <= 0:
         raise ValueError(f"minutes={minutes} leaves no time to tune in; give a number above 0, such as 3")

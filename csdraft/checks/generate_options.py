@@ -83,7 +83,7 @@ def check_early(keywords: Mapping[str, Any], config: GenerationConfig | None, ow
 
 
 def check_options(config: GenerationConfig) -> None:
-    """Raises a ValueError that names the option, for an option that csdraft does not support.
+    """Raises a ValueError that names an option that csdraft does not support.
 
     Args:
         config: the options of a call, completed from the model's own generation config.

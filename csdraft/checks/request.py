@@ -101,11 +101,7 @@ def _check_inputs(model: Any, input_ids: Tensor, inputs: Mapping[str, Any], give
 
 
 def _is_empty(value: Any, zeros: bool) -> bool:
-    """Whether an input has no content.
-
-    Args:
-        zeros: whether zeros are no content, as in token types that tell images from text.
-    """
+    """Whether an input has no content. `zeros`: zeros are no content, as in token types that tell images from text."""
     if value is None or value is False:
         return True
     if isinstance(value, Tensor):

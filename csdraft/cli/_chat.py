@@ -29,11 +29,7 @@ COLOURS = (("36", "cyan"), ("33", "yellow"), ("35", "magenta"), ("32", "green"),
 
 
 class Printer(RoundStreamer):
-    """Writes text to the standard output while it is generated.
-
-    Args:
-        opened: its tokenizer turns tokens into text.
-        colour: whether to colour tokens by level.
+    """Writes text to the standard output while it is generated, each token in the colour of its level if wanted.
 
     Attributes:
         reused: prompt tokens that the target did not read in this call, since it had read them in an earlier one.
@@ -95,14 +91,7 @@ COMMANDS = "/reset begins a new conversation, /quit leaves"
 
 @dataclass
 class Chat:
-    """A conversation with a model.
-
-    Args:
-        opened: the models.
-        format: how conversations become tokens.
-        options: of `generate`.
-        colour: whether tokens are coloured by level.
-    """
+    """A conversation with a model; the options are those of `generate`."""
 
     opened: Opened
     format: ChatFormat

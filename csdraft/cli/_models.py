@@ -139,12 +139,7 @@ def chat_of_text(args: argparse.Namespace) -> ChatFormat | None:
 
 
 def encode(opened: Opened, prompt: str, new: int, chat: ChatFormat | None = None) -> dict[str, torch.Tensor]:
-    """A prompt as `generate` takes it, on the target's device.
-
-    Args:
-        new: the most tokens that will follow.
-        chat: if given, the prompt becomes a user's turn in this chat format.
-    """
+    """A prompt as `generate` takes it, which at most `new` tokens follow; with a chat format, as a user's turn."""
     if is_broken(prompt):
         raise ValueError("the prompt is not UTF-8 text; convert it")
     if chat is None:

@@ -67,12 +67,7 @@ def candidates(opened: Opened, tree_nodes: Sequence[int]) -> list[Drafter]:
 
 
 def how_sure(found: Sequence[Candidate], prompts: int) -> str:
-    """A line that says what was timed, and which rows of the table may be as fast as the first.
-
-    Args:
-        found: the fastest first.
-        prompts: number of all prompts.
-    """
+    """A line that says what was timed of how many prompts, and which rows of the table may be as fast as the first."""
     first, *others = found
     times = "once" if first.repetitions == 1 else f"up to {first.repetitions} times"
     timed = f"timed on {first.prompts} of {prompts} prompts, {times} each, up to {first.tokens} tokens"

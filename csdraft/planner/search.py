@@ -58,7 +58,6 @@ def search(measured: Measured, over: Callable[[], bool] = lambda: False) -> list
     three drafters would need a million.
 
     Args:
-        measured: the measurements.
         over: whether the time is up; then the search ends with what it has found.
     """
     seen: dict[KMatrix, Expectation] = {}
@@ -137,11 +136,9 @@ def plan_on(
     """The best plan for a target on one prompt, and its expected figures; prints one line about it on stderr.
 
     Args:
-        target: the model.
-        drafters: largest first.
-        names: the drafters' names, for the printed line.
+        drafters, names: largest first.
         input_ids: (1, length) token ids of the prompt, without padding.
-        options: options of `generate`.
+        options: of `generate`.
     """
     started = time.perf_counter()
     room = _fewest_positions([target, *(model for drafter in drafters for model in drafter.models())])

@@ -125,11 +125,10 @@ def measure_drafters(
     """Lets the target write, times it and the drafters, and compares their choices.
 
     Args:
-        target: the model.
         drafters: largest first.
         prompts: encoded prompts of one row each.
         enough: called after each prompt with the number of prompts that are done; True skips the rest.
-        options: options of `generate`: max_new_tokens, do_sample, temperature, ...
+        options: of `generate`: max_new_tokens, do_sample, temperature, ...
     """
     own, costs, traces = Costs(), [Costs() for _ in drafters], []
     fresh = {"strict": True, "reuse": False, **options}

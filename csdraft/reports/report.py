@@ -251,8 +251,7 @@ class Report:
     def to_html(self, path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Writes a web page: a sentence, the last call's text coloured by level, its rounds, and the tables.
 
-        Args:
-            tokenizer: turns tokens into text; if None, the page shows their ids.
+        Without a tokenizer, the page shows the ids of tokens.
         """
         from csdraft.reports.page import page
 

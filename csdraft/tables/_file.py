@@ -32,12 +32,8 @@ def read_arrays(
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The arrays of a table's file, and its metadata. Arrays are mapped: a page is read when it is used.
 
-    Args:
-        format: what the metadata must call the format.
-        way_out: for messages: how to get a valid file.
-
     Raises:
-        ValueError: the file is of another kind; the message names it.
+        ValueError: the file is of another kind; the message names it, and ends with the way out.
         FileNotFoundError: there is no file.
     """
     try:
@@ -63,11 +59,7 @@ def read_arrays(
 
 @dataclass(frozen=True, eq=False)
 class ArrayTable:
-    """A table whose fields are arrays. It never changes, so threads may share it; equal tables have equal hashes.
-
-    Attributes:
-        format, stored, way_out: of its files, as in `read_arrays`.
-    """
+    """A table whose fields are arrays. It never changes, so threads may share it; equal tables have equal hashes."""
 
     format: ClassVar[str]
     stored: ClassVar[Stored]

@@ -74,7 +74,7 @@ class SuccessorTable(ArrayTable):
         """Runs a causal LM on every token of its vocabulary.
 
         Args:
-            rows: how many likeliest successors to keep for each token.
+            rows: likeliest successors to keep for each token.
             length: tokens of a continuation. Each after the first costs `rows` sequences for each vocabulary token.
             prefix: tokens before each token, such as a begin-of-text token if the model always expects one.
             batch: sequences per forward.
