@@ -8,7 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 from statistics import median
@@ -104,9 +104,6 @@ class ModelState:
         else:
             advice = "wide drafts do not pay: keep drafts short, or try another --dtype or more --threads"
         return f"{price}; {advice}"
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self) | {"expected": self.expected}
 
     def __str__(self) -> str:
         head = f"{self.name}: {self.described}"

@@ -150,11 +150,6 @@ def tune(
     return ranked(made, run, setup.options["max_new_tokens"])
 
 
-def passes(drafters: Sequence[Drafter]) -> int:
-    """Estimated time to observe one prompt with all drafters, in times of plain `generate`."""
-    return 3 + sum(2 * len(drafter.models()) for drafter in drafters)
-
-
 def affordable_length(
     setup: Setup, drafters: Sequence[Drafter], prompts: Sequence[Prompt], allowance: Allowance
 ) -> int:
@@ -171,7 +166,8 @@ def affordable_length(
     each = (allowance.passed - began) / few
     if math.isinf(allowance.seconds):
         return wanted
-    fits = OBSERVING * allowance.seconds / (2 * passes(drafters) * each)
+    passes = 3 + sum(2 * len(drafter.models()) for drafter in drafters)  # of plain `generate`, to observe one prompt
+    fits = OBSERVING * allowance.seconds / (2 * passes * each)
     return max(min(wanted, int(fits)), few)
 
 

@@ -103,10 +103,8 @@ def check_options(config: GenerationConfig) -> None:
 
 def effective(name: str, keywords: Mapping[str, Any], config: GenerationConfig | None, own: GenerationConfig) -> Any:
     """The value of a call's option: the keyword, else the given config's, else that of the model's own config."""
-    for value in (keywords.get(name), getattr(config, name, None), getattr(own, name, None)):
-        if value is not None:
-            return value
-    return None
+    values = keywords.get(name), getattr(config, name, None), getattr(own, name, None)
+    return next((value for value in values if value is not None), None)
 
 
 def _check(name: str, value: Any) -> None:

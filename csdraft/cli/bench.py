@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +18,7 @@ from csdraft.decoding.names import distinct
 from csdraft.drafters.max_gram import MaxGram
 from csdraft.drafters.model import ModelDrafter
 from csdraft.progress import Progress
+from csdraft.reports.report import Report
 
 __all__ = ["run"]
 
@@ -34,18 +35,15 @@ def run(args: argparse.Namespace) -> int:
     options = sampling(args.temperature, top_k=0, top_p=1.0) | {"max_new_tokens": args.max_new_tokens}
     setup = Setup(opened.target, options)
     cells = [Cell(method, args.batch_size) for method in methods(opened, args.batch_size)]
-    rounds: Counter[str] = Counter()
-    emitted: Counter[str] = Counter()
+    reports: defaultdict[str, Report] = defaultdict(lambda: Report(calls=0))
 
     def look(cell: Cell, group: Sequence[Prompt], index: int) -> None:
         if cell.method.drafted:
             asked = options | cell.method.options | {"reuse": False, "return_dict_in_generate": True}
-            report = opened.target.generate(**encode(setup, group), **asked).report
-            rounds[cell.name] += report.rounds
-            emitted[cell.name] += report.emitted
+            reports[cell.name] += opened.target.generate(**encode(setup, group), **asked).report
 
     found = measure(setup, cells, prompts, args.repetitions, Progress(), look)
-    efficiency = {name: emitted[name] / count for name, count in rounds.items()}
+    efficiency = {name: report.block_efficiency for name, report in reports.items()}
     return show(found, cells, efficiency, greedy=not args.temperature)
 
 

@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
         document = {
             "machine": here,
             "versions": [asdict(package) for package in versions],
-            "models": [model.as_json() for model in models],
+            "models": [asdict(model) | {"expected": model.expected} for model in models],
         }
         print(json.dumps(document, indent=2))
     else:

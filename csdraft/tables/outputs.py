@@ -50,6 +50,7 @@ class OutputTable:
 
     Attributes:
         lock: held while it changes.
+        largest: the largest token id that was ever added; -1 if there was none.
     """
 
     def __init__(self, max_tokens: int = 1 << 18):
@@ -58,7 +59,7 @@ class OutputTable:
         self.max_tokens = max_tokens
         self.lock = threading.Lock()
         self._generations: list[tuple[SuffixAutomaton, list[int]]] = []  # the newest first, two at most
-        self._largest = -1
+        self.largest = -1
 
     @classmethod
     def of(cls, target: Any) -> OutputTable:
@@ -69,11 +70,6 @@ class OutputTable:
         """Tokens held, plus one for the end of each output."""
         with self.lock:
             return sum(len(tokens) for _, tokens in self._generations)
-
-    @property
-    def largest(self) -> int:
-        """The largest token id that was ever added; -1 if there was none."""
-        return self._largest
 
     @property
     def outputs(self) -> list[list[int]]:
@@ -97,7 +93,7 @@ class OutputTable:
         if min(output) < 0:
             raise ValueError(f"an output has token {min(output)}; token ids are 0 or more")
         with self.lock:
-            self._largest = max(self._largest, *output)
+            self.largest = max(self.largest, *output)
             if not self._generations or len(self._generations[0][1]) + len(tokens) > half:
                 self._generations = [(SuffixAutomaton(), []), *self._generations[:1]]
             automaton, known = self._generations[0]
@@ -180,4 +176,4 @@ class OutputTable:
         automaton = SuffixAutomaton()
         automaton.extend(tokens)
         self._generations.insert(0, (automaton, tokens))
-        self._largest = max(self._largest, *tokens)
+        self.largest = max(self.largest, *tokens)
