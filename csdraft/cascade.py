@@ -29,7 +29,7 @@ from csdraft.heads.self_draft import MTP
 from csdraft.hub import upload
 from csdraft.kmatrix import AUTO, build, check_k_matrix, first_guess, spread_lenience
 from csdraft.models import HUB_OPTIONS, load_model
-from csdraft.options import SCHEDULE, VERIFIER, Options, split
+from csdraft.options import DEFAULTS, SCHEDULE, VERIFIER, Options, split
 from csdraft.planner.search import plan_on
 from csdraft.reports.report import Planned
 from csdraft.saved_costs import load_costs
@@ -250,7 +250,7 @@ def options_of(drafter: Drafter | None, call: Options) -> Options:
     """A call's options, else its cascade's; for verifier and schedule, else the defaults. No drafter: no drafts."""
     if isinstance(drafter, CascadeDrafter):
         call = call.or_else(replace(drafter.options, verifier=drafter.verifier, schedule=drafter.schedule))
-    call = call.or_else(Options(verifier=VERIFIER, schedule=SCHEDULE))
+    call = call.or_else(DEFAULTS)
     return call if drafter is not None else replace(call, schedule=Fixed(0))
 
 

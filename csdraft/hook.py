@@ -78,8 +78,8 @@ def decode(
             the patched `generate`.
         given: names of the keywords that the user passed to `generate`; passed by the patched `generate`.
     """
-    single = {"verifier": verifier, "schedule": schedule, "row_seeds": row_seeds, "strict": strict}
-    own = Options.of(options, **single, diagnose=diagnose, reuse=reuse, graphs=graphs)
+    single = {"verifier": verifier, "schedule": schedule, "row_seeds": row_seeds, "strict": strict, "reuse": reuse}
+    own = Options.of(options, **single, diagnose=diagnose, graphs=graphs)
     input_ids = input_ids.long()  # as plain `generate` returns them
     drafter = as_drafter(assistant, model)
     chosen: Any = options_of(drafter, own)
@@ -90,9 +90,7 @@ def decode(
     check_request(
         model, input_ids, generation_config, model_kwargs, given, stopping_criteria, streamer, synced_gpus, seeds
     )
-    mask = model_kwargs.get("decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask")
-    mask = None if mask is None or bool(mask.all()) else mask
-    cache = model_kwargs.get(GENERATE_CACHE)
+    mask, cache = _padding(model, model_kwargs), model_kwargs.get(GENERATE_CACHE)
     past = cache if cache is not None and cache.get_seq_length() > 0 else None
     _plan(safe, model, _first_prompt(input_ids, mask, encoder_input_ids, model_kwargs), generation_config)
     reading = _reading(model, safe, chosen)
@@ -112,8 +110,8 @@ def decode(
 
     report, used = ledger.report(call), safe.drafter  # the drafter, or the cascade that the planner chose instead
     report.planned = used.forecast if isinstance(used, CascadeDrafter) else None
-    models = [base_model(assistant)] if isinstance(assistant, nn.Module) else []
-    keep(report, assistant, *models, drafter, used, model)
+    inner = base_model(assistant) if isinstance(assistant, nn.Module) else drafter
+    keep(report, assistant, inner, drafter, used, model)
     sequences = output.sequences(input_ids, call.texts)
     if target.pinned and cache is not None:  # the user may continue from it
         _fill(cache, target, call.texts, sequences, mask)
@@ -130,6 +128,12 @@ def _warn_of_loss(rule: str) -> None:
         UserWarning,
         stacklevel=3,
     )
+
+
+def _padding(model: PreTrainedModel, inputs: dict) -> Tensor | None:
+    """(rows, prompt) 0 where a text is padded; None if none is."""
+    mask = inputs.get("decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask")
+    return None if mask is None or bool(mask.all()) else mask
 
 
 def _first_prompt(input_ids: Tensor, mask: Tensor | None, encoder_input_ids: Tensor | None, inputs: dict) -> Tensor:

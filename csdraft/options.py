@@ -12,7 +12,7 @@ from csdraft.decoding.graphs import Mode
 from csdraft.decoding.interfaces import Schedule, Verifier
 from csdraft.stored import check_keys, fit, kind_of, shown
 
-__all__ = ["NAMES", "SCHEDULE", "VERIFIER", "Options", "split"]
+__all__ = ["DEFAULTS", "NAMES", "SCHEDULE", "VERIFIER", "Options", "split"]
 
 VERIFIER, SCHEDULE = "match", "cost_model"
 """The defaults of a cascade."""
@@ -113,6 +113,7 @@ NAMES = tuple(field.name for field in fields(Options))
 Switch = Literal[True, False]
 SAVED: dict[str, Any] = {"graphs": Mode, "reuse": Switch, "strict": Switch, "diagnose": Switch}
 """The fields that are saved with a cascade under `options`, and their types. Seeds belong to one call."""
+DEFAULTS = Options(verifier=VERIFIER, schedule=SCHEDULE)
 
 
 def split(options: Any, verifier: Any, schedule: Any) -> tuple[Verifier, Schedule, Options]:
@@ -127,5 +128,5 @@ def split(options: Any, verifier: Any, schedule: Any) -> tuple[Verifier, Schedul
         )
     verifier, schedule = None if verifier == VERIFIER else verifier, None if schedule == SCHEDULE else schedule
     given = Options.of(options, verifier=verifier, schedule=schedule)
-    found: Any = given.or_else(Options(verifier=VERIFIER, schedule=SCHEDULE))
+    found: Any = given.or_else(DEFAULTS)
     return found.verifier, found.schedule, replace(given, verifier=None, schedule=None)
