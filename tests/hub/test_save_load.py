@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -363,7 +364,7 @@ def adapted(base: Path, **more):
     peft = pytest.importorskip("peft")
     torch.manual_seed(1)
     model = type(tiny("llama")).from_pretrained(base)
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **more)
+    config = peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False} | more)
     return peft.get_peft_model(model, config).eval()
 
 
@@ -389,6 +390,17 @@ def test_an_adapter_is_saved_without_its_base_and_comes_back(tmp_path):
         second.save_pretrained(tmp_path / "again")  # a model that transformers itself gave the adapter
     third = csdraft.CascadeDrafter.from_pretrained(tmp_path / "again", local_bases=True)
     assert torch.equal(third.models()[0](**inputs).logits, logits[0])
+
+
+@pytest.mark.filterwarnings("ignore:adapter 'default' needs its base")
+def test_an_adapter_on_the_embedding_takes_no_copy_of_it_along(tmp_path):
+    noisy(tiny("llama")).save_pretrained(tmp_path / "base")
+    first = csdraft.CascadeDrafter([adapted(tmp_path / "base", target_modules=["q_proj", "embed_tokens"])], 3)
+    first.save_pretrained(tmp_path / "c")
+    (file,) = (tmp_path / "c" / "models").rglob("adapter_model.safetensors")
+    assert all("lora_" in name for name in load_file(file))
+    second = csdraft.CascadeDrafter.from_pretrained(tmp_path / "c", local_bases=True)
+    assert torch.equal(*(cascade.models()[0](**prompt()).logits for cascade in (first, second)))
 
 
 def test_adapters_that_are_refused(tmp_path):
