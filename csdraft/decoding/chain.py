@@ -72,7 +72,7 @@ def draft_chain(
     result = [Drawn([], [] if confidence else None, [] if independent else None) for _ in contexts]
     for context, number, stop, drawn in zip(contexts, wanted, stops or [None] * len(contexts), result, strict=True):
         if number > 0:
-            chain = context.draft.only(context.draft.path(context.tip))
+            chain = context.draft.main_branch
             requests.append(Request(context.row, context.text, chain, (chain.tip,)))
             rows.append(Row(context, session.place(context.row), number, stop, drawn))
     if not rows:

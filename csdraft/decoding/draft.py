@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -156,10 +156,20 @@ class Draft:
         """Number of draft tokens on the path to `node`: 0 for `ROOT`."""
         return node + 1 if self.is_chain else 0 if node == ROOT else self.depths[node] + 1
 
-    @property
+    @cached_property
     def tip(self) -> int:
-        """The last node, from which a chain continues; `ROOT` if the draft is empty."""
-        return len(self.tokens) - 1
+        """The node to continue from: where the branch of first children ends; `ROOT` if the draft is empty."""
+        if self.is_chain:
+            return len(self.tokens) - 1
+        tip = ROOT
+        while children := self._children.get(tip):
+            tip = children[0]
+        return tip
+
+    @property
+    def main_branch(self) -> Draft:
+        """The chain from the root to `tip`."""
+        return self.only(self.path(self.tip))
 
     def only(self, nodes: Sequence[int]) -> Draft:
         """The chain made of `nodes`, a path from the root."""
@@ -177,7 +187,7 @@ class Draft:
         confidence: Sequence[float] | None = None,
         draft_probs: Sequence[Tensor | None] | None = None,
     ) -> Draft:
-        """This draft with a chain of `tokens` appended below its last node.
+        """This draft with a chain of `tokens` below its `tip`.
 
         Args:
             tokens: (new,) token ids.
@@ -186,7 +196,22 @@ class Draft:
             draft_probs: (new,) the (vocab,) distributions that they were drawn from; point masses if not given.
         """
         old = len(self.tokens)
-        return self.attach(tokens, range(old - 1, old + len(tokens) - 1), level, confidence, draft_probs)
+        return self.attach(tokens, [self.tip, *range(old, old + len(tokens) - 1)], level, confidence, draft_probs)
+
+    def graft(self, tokens: Sequence[int], parents: Sequence[int], level: int) -> Draft:
+        """This draft with a tree of point masses below its `tip`; in `parents` the tip is -1, the first new node 0."""
+        if old := len(self.tokens):
+            parents = [self.tip if parent == ROOT else old + parent for parent in parents]
+        return self.attach(tokens, parents, level)
+
+    def continued(self, chain: Draft) -> Draft:
+        """This draft with the rest of `chain`, which begins with the main branch, below its `tip`."""
+        if self.is_chain:
+            return chain
+        start, probs = self.depth(self.tip), chain.probs
+        rows = None if probs is None else probs.rows[start:]
+        whole = self.extend(chain.tokens[start:], 0, chain.confidence[start:], rows)
+        return replace(whole, levels=self.levels + chain.levels[start:])
 
     def attach(
         self,

@@ -30,7 +30,7 @@ __all__ += ["Stop", "Tree", "Verdict", "Verifier"]
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """Where a drafter starts: after a row's text and the draft that already follows it, at that draft's last node."""
+    """Where a drafter starts: after a row's text and the draft that already follows it, at that draft's `tip`."""
 
     row: int
     text: Text
@@ -39,7 +39,7 @@ class Context:
 
     @property
     def tip(self) -> int:
-        """The node to continue from: the draft's last node, or `ROOT` if the draft is empty."""
+        """The node to continue from: the draft's `tip`."""
         return self.draft.tip
 
     def after(self, draft: Draft) -> Context:
@@ -105,7 +105,7 @@ class Verdict:
 class Request:
     """Asks a session for the logits after some nodes of a draft.
 
-    `after` lists the nodes in draft order, the draft's last node last; None means `ROOT` and every node.
+    `after` lists the nodes in draft order; None means `ROOT` and every node.
     """
 
     row: int

@@ -128,8 +128,7 @@ def draft_tree(
         confidence: whether the tokens' softmax probabilities will be read by a reviewer above.
 
     Returns:
-        One draft for each context, the context's own nodes first. Its last node is the end of the likeliest branch, or
-        a sibling of it, so that another drafter can continue there.
+        One draft for each context, the context's own nodes first.
 
     Raises:
         ValueError: the tree asked for, or returned, something that `Tree` forbids.
@@ -153,8 +152,7 @@ def draft_tree(
 
 
 def _begin(tree: Tree, context: Context, depth: int) -> Row:
-    chain = context.draft.only(context.draft.path(context.tip))
-    growth = Growth()
+    chain, growth = context.draft.main_branch, Growth()
     return Row(context, growth, tree.grow(growth, depth), chain, {ROOT: chain.tip})
 
 
@@ -192,7 +190,6 @@ def _draft(row: Row, tree: Tree, level: int, confidence: bool) -> Draft:
     drawn = any(probs is not None for probs in growth.draft_probs)
     if drawn:
         _check_drawn(growth, nodes, tree)
-    nodes = _lead_last(growth, nodes, drawn)
     places = {ROOT: context.tip} | {n: len(context.draft) + i for i, n in enumerate(nodes)}  # candidate -> draft node
     if missing := [node for node in nodes if growth.parents[node] not in places]:
         raise ValueError(f"a tree kept nodes {missing} without their parents")
@@ -216,23 +213,3 @@ def _check_drawn(growth: Growth, nodes: list[int], tree: Tree) -> None:
                 f"{type(tree).__name__} kept child {growth.ranks[node]} of node {growth.parents[node]} and not the "
                 f"one drawn before it; of children drawn as {tree.draws!r} keep the first few, or set draws = None"
             )
-
-
-def _lead_last(growth: Growth, nodes: list[int], drawn: bool) -> list[int]:
-    """The same nodes, reordered so that the end of the likeliest branch comes last: a chain can continue from it.
-
-    Drawn siblings must stay in order. So among drawn nodes all siblings of that end move, and the last drawn is last.
-    """
-    children: dict[int, list[int]] = {}  # parent -> children
-    for node in nodes:
-        children.setdefault(growth.parents[node], []).append(node)
-    lead = ROOT
-    while lead in children:
-        lead = children[lead][0]
-    if lead == ROOT:
-        return nodes
-    last = children[growth.parents[lead]] if drawn else [lead]
-    if any(node in children for node in last):
-        return nodes
-    moved = set(last)
-    return [node for node in nodes if node not in moved] + last

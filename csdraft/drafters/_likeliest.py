@@ -12,7 +12,6 @@ from heapq import heappop, heappush
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Context
 from csdraft.drafters._history import history
-from csdraft.drafters._trie import Trie
 from csdraft.tables.adjacency import AdjacencyTable
 from csdraft.tables.outputs import OutputTable, Place
 from csdraft.tables.rates import Copy, SourceRates
@@ -103,16 +102,10 @@ class LikeliestTree:
 
     def draft(self, context: Context, depth: int, nodes: int, level: int) -> Draft:
         """The context's draft with the first `nodes` nodes of the tree, but at most `depth` levels."""
-        trie, best, places = Trie(), ROOT, {ROOT: ROOT}
-        for node in range(min(nodes, len(self.tokens))):
-            if self.depths[node] < depth:
-                places[node] = len(trie.tokens)
-                above = places[self.parents[node]]
-                if above == best:  # a node's first child is its likeliest
-                    best = places[node]
-                trie.tokens.append(self.tokens[node])
-                trie.parents.append(above)
-        return trie.below(context, best, level) if trie.tokens else context.draft
+        kept = [node for node in range(min(nodes, len(self.tokens))) if self.depths[node] < depth]
+        places = {ROOT: ROOT} | {node: place for place, node in enumerate(kept)}
+        tokens, parents = [self.tokens[node] for node in kept], [places[self.parents[node]] for node in kept]
+        return context.draft.graft(tokens, parents, level)
 
     def learn(self, tokens: Sequence[int]) -> None:
         """Counts which guesses were right, drafted or not. The target wrote `tokens` where the tree begins."""

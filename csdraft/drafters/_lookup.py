@@ -42,12 +42,6 @@ class Lookup(Drafter):
         call = context.call
         return context.draft.extend(until(call.chooser.stopping.eos, tokens), call.level(self))
 
-    def tree(self, context: Context, tokens: Sequence[int], parents: Sequence[int]) -> Draft:
-        """The context's draft and a tree below its tip; in `parents` the tip is -1 and the first new node 0."""
-        if old := len(context.draft):
-            parents = [old + parent for parent in parents]
-        return context.draft.attach(tokens, parents, context.call.level(self))
-
     def load_option(self, name: str, table: Any) -> None:
         """If the option `name` is a path, replaces it by the table that is stored there."""
         if isinstance(path := getattr(self, name), str | Path):

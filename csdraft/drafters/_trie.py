@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from csdraft.decoding.draft import ROOT, Draft
-from csdraft.decoding.interfaces import Context
+from csdraft.decoding.draft import ROOT
 
 __all__ = ["Trie"]
 
 
 class Trie:
-    """A tree under construction, numbered as a `Draft`."""
+    """A tree under construction, numbered as for `Draft.graft`. Add the likeliest sequence first: see `Draft.tip`."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -29,17 +28,3 @@ class Trie:
                 self.parents.append(node)
             node = child
         return node
-
-    def below(self, context: Context, best: int, level: int) -> Draft:
-        """The context's draft with this tree below its tip. Its last node is `best`, or a leaf below `best`."""
-        tokens, parents, tip = self.tokens, self.parents, context.tip
-        for node in range(best + 1, len(tokens)):  # the newest child of the newest child, and so on
-            if parents[node] == best:
-                best = node
-        if best != len(tokens) - 1:
-            tokens = [*tokens[:best], *tokens[best + 1 :], tokens[best]]
-            above = [parent - (parent > best) for parent in parents]
-            parents = [*above[:best], *above[best + 1 :], above[best]]
-        if tip != ROOT:
-            parents = [tip + 1 + parent for parent in parents]
-        return context.draft.attach(tokens, parents, level)

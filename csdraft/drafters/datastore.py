@@ -75,7 +75,8 @@ class Datastore(Lookup):
             return context.draft
         ends = context.call.chooser.stopping.eos
         ahead = [until(ends, tokens) for tokens in self._corpus.continuations(first, last, depth, self.matches)]
-        return self.tree(context, *_merged(ahead, min(budget.size or self.nodes, self.nodes)))
+        tokens, parents = _merged(ahead, min(budget.size or self.nodes, self.nodes))
+        return context.draft.graft(tokens, parents, context.call.level(self))
 
 
 def _merged(sequences: Sequence[Sequence[int]], nodes: int) -> tuple[list[int], list[int]]:

@@ -22,7 +22,7 @@ class Horizontal(Drafter):
     """Lets each drafter in turn lengthen the draft up to its limit.
 
     If a stage drafts more than it was asked for, because of a reviewer's own token, later stages draft less. If it
-    drafts less, they draft more. After a tree, the next stage continues from the tree's last node.
+    drafts less, they draft more. After a tree, the next stage continues from its `tip`.
 
     Args:
         drafters: best first.

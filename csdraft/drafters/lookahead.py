@@ -70,12 +70,11 @@ class Lookahead(Lookup):
         if not last or last[0] in ends:
             return context.draft
         row, trie = self._state(context), Trie()
-        best = ROOT
+        for phrase in row.pool.after(last[0], self.guesses):
+            trie.add(until(ends, phrase[:depth]))
         if not (len(context.draft) or row.inner):
-            best = row.offer(trie, context, budget.room)
-        for phrase in reversed(row.pool.after(last[0], self.guesses)):
-            best = trie.add(until(ends, phrase[:depth]))
-        return trie.below(context, best, context.call.level(self))
+            row.offer(trie, context, budget.room)
+        return context.draft.graft(trie.tokens, trie.parents, context.call.level(self))
 
     def observe(self, rounds: Sequence[Round]) -> None:
         for finished in rounds:
@@ -100,19 +99,16 @@ class _Row:
         if self.options.prompt:
             self.pool.read(self.prompt)
 
-    def offer(self, trie: Trie, context: Context, room: int) -> int:
-        """Adds as many of the window's columns as there is room for; returns the end of the first column."""
+    def offer(self, trie: Trie, context: Context, room: int) -> None:
+        """Adds as many of the window's columns as there is room for."""
         self._slide(len(context.text))
-        first, best = ROOT, ROOT
-        self.offered = []
+        first, self.offered = ROOT, []
         for place, (start, column) in enumerate(self.columns.items()):
             if place + len(column) > room:
                 break
             first = trie.add(column[:1], first)
-            end = trie.add(column[1:], first)
-            best = best if place else end
+            trie.add(column[1:], first)
             self.offered.append(start)
-        return best
 
     def _slide(self, base: int) -> None:
         """Moves the window to `base`, the text's end: cuts columns, keeps the longest at a position, adds new ones."""

@@ -72,7 +72,7 @@ class Merged(Drafter):
 
     def _merged(self, context: Context, drafts: Sequence[Draft]) -> Draft:
         self._check_draws(context, drafts)
-        start, ends = len(context.draft), []
+        start = len(context.draft)
         nodes, chosen = _nodes(context.draft), {}  # chosen: (parent, token) -> node, for tokens that were not drawn
         for draft in drafts:
             places = {node: node for node in range(ROOT, start)}  # node of the draft -> node of the tree
@@ -81,13 +81,12 @@ class Merged(Drafter):
                 places[i] = place = new if probs is not None else chosen.setdefault((above, token), new)
                 if place == new:
                     nodes.append((token, above, level, confidence, probs))
-            ends.append(places[draft.tip])
         if len(nodes) == start:
             return context.draft
-        kinds: set[Kind] = {
-            draft.probs.kind for draft in drafts if draft.probs is not None and draft.has_drawn_siblings
-        }
-        return _draft(nodes, start, _end(nodes, ends[0]), kinds.pop() if kinds else "iid")
+        tokens, parents, levels, confidence, rows = zip(*nodes, strict=True)
+        kinds: list[Kind] = [draft.probs.kind for draft in drafts if draft.probs and draft.has_drawn_siblings]
+        probs = DraftProbs(kinds[0] if kinds else "iid", rows) if any(row is not None for row in rows) else None
+        return Draft(tokens, parents, levels, confidence, probs)
 
     def _check_draws(self, context: Context, drafts: Sequence[Draft]) -> None:
         """Raises ValueError if siblings that depend on each other would be mixed with another drafter's draws."""
@@ -115,21 +114,3 @@ Node = tuple[int, int, int, float, Tensor | None]
 def _nodes(draft: Draft) -> list[Node]:
     rows = draft.probs.rows if draft.probs is not None else (None,) * len(draft)
     return list(zip(draft.tokens, draft.parents, draft.levels, draft.confidence, rows, strict=True))
-
-
-def _end(nodes: Sequence[Node], node: int) -> int:
-    """A leaf below `node`: follows first children; among drawn ones, the last draw from the first distribution."""
-    while below := [child for child, (_, parent, _, _, _) in enumerate(nodes) if parent == node]:
-        probs = nodes[below[0]][-1]
-        node = below[0] if probs is None else [child for child in below if nodes[child][-1] is probs][-1]
-    return node
-
-
-def _draft(nodes: Sequence[Node], start: int, last: int, kind: Kind) -> Draft:
-    """The draft of these nodes, where the node `last` comes last unless it is one of the first `start`."""
-    order = [node for node in range(len(nodes)) if node != last or last < start]
-    order += [last] if last >= start else []
-    number = {ROOT: ROOT} | {node: place for place, node in enumerate(order)}
-    tokens, parents, levels, confidence, rows = zip(*[nodes[node] for node in order], strict=True)
-    probs = DraftProbs(kind, rows) if any(row is not None for row in rows) else None
-    return Draft(tokens, tuple(number[parent] for parent in parents), levels, confidence, probs)

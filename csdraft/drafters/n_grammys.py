@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from csdraft.decoding.call import Call
-from csdraft.decoding.draft import ROOT, Draft
+from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context
 from csdraft.decoding.limits import MOST_BRANCHES, check_range
 from csdraft.drafters._lookup import Lookup, check_vocabulary, until
@@ -68,10 +68,10 @@ class NGrammys(Lookup):
         rows = self._continuations(context).after(tail, self.rows, depth)
         if isinstance(self.table, SuccessorTable) and len(rows) < self.rows and tail[-1] < len(self.table):
             rows += self.table.after(tail[-1], self.rows - len(rows), depth)
-        trie, best = Trie(), ROOT
-        for row in reversed(rows):
-            best = trie.add(until(ends, row))
-        return trie.below(context, best, context.call.level(self))
+        trie = Trie()
+        for row in rows:
+            trie.add(until(ends, row))
+        return context.draft.graft(trie.tokens, trie.parents, context.call.level(self))
 
 
 class _Continuations:

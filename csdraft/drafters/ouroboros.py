@@ -70,13 +70,13 @@ class Ouroboros(Drafter):
     def _lengthen(self, context: Context, draft: Draft, depth: int) -> Draft:
         ends = context.call.chooser.stopping.eos
         left = depth - (draft.depth(draft.tip) - context.draft.depth(context.tip))
-        last = draft.tokens[-1:] or context.text.tail(1)
+        last = context.after(draft).path[-1:] or context.text.tail(1)
         if left <= 0 or not last or last[0] in ends:
             return draft
-        trie, best = Trie(), ROOT
-        for phrase in reversed(self._pool(context.call).after(last[0], self.phrases)):
-            best = trie.add(until(ends, phrase[:left]))
-        return trie.below(context.after(draft), best, context.call.level(self))
+        trie = Trie()
+        for phrase in self._pool(context.call).after(last[0], self.phrases):
+            trie.add(until(ends, phrase[:left]))
+        return draft.graft(trie.tokens, trie.parents, context.call.level(self))
 
     def _pool(self, call: Call) -> PhrasePool:
         length = self.ngram - 1

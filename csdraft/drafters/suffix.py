@@ -94,7 +94,7 @@ class Suffix(Lookup):
                 return context.draft
         if found.parents is None:
             return context.draft.extend(found.tokens, context.call.level(self))
-        return self.tree(context, found.tokens, found.parents)
+        return context.draft.graft(found.tokens, found.parents, context.call.level(self))
 
     def observe(self, rounds: Sequence[Round]) -> None:
         """Adds each text that has ended to the table, once."""

@@ -93,9 +93,11 @@ class TokenRecycling(Lookup):
         for start, end, above, ranks in tree.layers:
             tokens[start:end] = matrix.follow(tokens[above], ranks)
         new, parents = tokens[1:].tolist(), tree.parents
-        if min(new) < 0:
-            new, parents = _known(new, parents, [end - 2 for _, end, _, _ in tree.layers])
-        return self.tree(context, new, parents)
+        if min(new) < 0:  # the matrix knows either all successors of a token or none
+            known = [node for node, token in enumerate(new) if token >= 0]
+            number = {node: i for i, node in enumerate(known)} | {-1: -1}
+            new, parents = [new[node] for node in known], [number[parents[node]] for node in known]
+        return context.draft.graft(new, parents, context.call.level(self))
 
     def observe(self, rounds: Sequence[Round]) -> None:
         matrix = self.matrix(rounds[0].context.call)
@@ -121,7 +123,7 @@ class Template(NamedTuple):
     Attributes:
         parents: (nodes,) as in a `Draft`.
         layers: (first, end, parents, ranks) of each layer: its nodes are first to end - 1, with the root as node 0;
-            then the parent and the rank of each of its nodes. The ranks on the path to a layer's last node are all 0.
+            then the parent and the rank of each of its nodes.
     """
 
     parents: tuple[int, ...]
@@ -138,7 +140,7 @@ def template(nodes: int, depth: int) -> Template:
         paths += layer
     odds = {path: float(np.prod([2.0 + 2 * rank for rank in path])) for path in paths}
     kept = [path for path in sorted(paths, key=odds.__getitem__)[:nodes] if len(path) <= depth]
-    kept.sort(key=lambda path: (len(path), not any(path), odds[path]))
+    kept.sort(key=lambda path: (len(path), odds[path]))
     number = {(): 0} | {path: i + 1 for i, path in enumerate(kept)}
     layers = []
     for size in range(1, max(map(len, kept)) + 1):
@@ -147,14 +149,3 @@ def template(nodes: int, depth: int) -> Template:
         ranks = np.array([path[-1] for path in paths])
         layers.append((number[paths[0]], number[paths[-1]] + 1, above, ranks))
     return Template(tuple(number[path[:-1]] - 1 for path in kept), tuple(layers))
-
-
-def _known(tokens: list[int], parents: Sequence[int], best: Sequence[int]) -> tuple[list[int], list[int]]:
-    """The known nodes, with the end of the likeliest path last: the deepest known node of the chain `best`.
-
-    No known node is below it: the matrix knows either all successors of a token or none.
-    """
-    end = max(node for node in best if tokens[node] >= 0)
-    order = [node for node, token in enumerate(tokens) if token >= 0 and node != end] + [end]
-    number = {node: i for i, node in enumerate(order)} | {-1: -1}
-    return [tokens[node] for node in order], [number[parents[node]] for node in order]

@@ -107,16 +107,13 @@ def counted(value: Any, arms: Sequence[Any], at: str) -> Any:
 
 
 def _ranks(finished: Round) -> list[tuple[int, int]]:
-    """(number of children, rank of the kept one or -1) for each node of a tree at which the reviewer had to choose.
-
-    The tip and its siblings are left out if they were reordered so that a chain can continue from the tip.
-    """
+    """(number of children, rank of the kept one or -1) for each node of a tree at which the reviewer had to choose."""
     draft, verdict = finished.draft, finished.verdict
     nodes = [finished.context.tip, *verdict.accepted]
     found = []
     for node, kept in zip_longest(nodes, verdict.accepted):
         children = draft.children(node)
         wanted = kept is not None or verdict.next_token is not None
-        if wanted and children and (draft.tip not in children or len(children) == 1 or draft.has_drawn_siblings):
+        if wanted and children:
             found.append((len(children), -1 if kept is None else children.index(kept)))
     return found

@@ -93,11 +93,11 @@ def test_guesses_become_right() -> None:
     assert rounds <= 40, "2 tokens a round"
 
 
-def test_n_grams_are_drafted_newest_last() -> None:
+def test_n_grams_are_drafted_newest_first() -> None:
     drafter, call = Lookahead(0, 3, 2), StandInCall([[5, 1, 1, 5, 2, 2, 5, 3, 3, 5]])
     (draft,) = drafter.propose([call.context()], [ROOM])
     assert paths(draft) == [[2, 2], [3, 3]], "G=2: the oldest is forgotten"
-    assert draft.tokens[-2:] == (3, 3)
+    assert draft.tokens[:2] == (3, 3)
     call = StandInCall([[5, 1, 1, 5, 2, 2, 5]], eos=[2])
     assert paths(drafter.propose([call.context()], [ROOM])[0]) == [[1, 1], [2]]
 

@@ -46,15 +46,15 @@ def test_equal_tokens_become_one_node_and_the_first_drafter_keeps_the_tip() -> N
     third = Draft.chain((6, 7), 3)
     draft = merged(first, second, third)
     assert sorted(paths(draft)) == [(5,), (5, 7), (5, 8), (5, 8, 9), (6,), (6, 7)]
-    assert paths(draft)[-1] == (5, 7)
+    assert draft.main_branch.tokens == (5, 7)
     assert dict(zip(paths(draft), draft.levels, strict=True))[5,] == 1
     assert dict(zip(paths(draft), draft.levels, strict=True))[5, 8] == 2
 
 
 def test_the_tip_is_where_another_drafter_has_gone_on() -> None:
     draft = merged(Draft.chain((5,), 1), Draft.chain((5, 6, 7), 2), Draft.chain((4, 4), 3))
-    assert paths(draft)[-1] == (5, 6, 7)
-    assert paths(merged(Draft(), Draft.chain((5, 6), 2), Draft.chain((4,), 3)))[-1] == (5, 6)
+    assert draft.main_branch.tokens == (5, 6, 7)
+    assert merged(Draft(), Draft.chain((5, 6), 2), Draft.chain((4,), 3)).main_branch.tokens == (5, 6)
     assert len(merged(Draft(), Draft())) == 0
 
 
@@ -63,7 +63,7 @@ def test_a_context_of_its_own_is_handed_back_first() -> None:
     draft = merged(before.extend((3, 4), 1), before.extend((3, 5), 2), before, before=before)
     assert draft.tokens[:2] == (1, 2)
     assert sorted(paths(draft)) == [(1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), (1, 2, 3, 5)]
-    assert paths(draft)[-1] == (1, 2, 3, 4)
+    assert draft.main_branch.tokens == (1, 2, 3, 4)
 
 
 def drawn(tokens: tuple[int, ...], kind: Kind, distribution: torch.Tensor) -> Draft:

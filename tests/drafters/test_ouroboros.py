@@ -57,7 +57,7 @@ def test_phrases_of_the_text_are_branches_below_the_draft() -> None:
     judge(drafter, call, [0, 0, 0], [], 1)
     draft = propose(drafter, call.context())
     assert paths(draft) == [[7, 5, 2, 3], [7, 5, 4, 6]]
-    assert draft.tokens[-2:] == (4, 6), "the newest phrase ends the draft"
+    assert draft.main_branch.tokens == (7, 5, 4, 6), "the newest phrase comes first"
     assert draft.parents[:2] == (ROOT, 0)
     assert max(propose(drafter, call.context(), room=3).depths) == 2
     assert propose(drafter, call.context(), depth=1).tokens == (7,)

@@ -51,7 +51,7 @@ def test_the_tree_that_the_matrix_implies() -> None:
     assert Counter(map(len, ranks)) == {1: 8, 2: 21, 3: 25, 4: 15, 5: 8, 6: 3}, "the paper's layers"
     assert {r for r in ranks if len(r) == 6} == {(0,) * 6, (0, 0, 0, 0, 0, 1), (0, 0, 0, 1, 0, 0)}
     assert {(1, 3), (0, 2, 1), (3, 0, 0, 0), (0, 1, 0, 0, 0)} <= set(ranks)
-    assert ranks[-1] == (0,) * 6, "the likeliest path ends the draft"
+    assert ranks[draft.tip] == (0,) * 6, "another drafter continues after the likeliest path"
 
 
 @pytest.mark.parametrize(("depth", "nodes"), [(1, 80), (3, 80), (6, 8), (6, 20), (2, 1)])
@@ -62,8 +62,8 @@ def test_smaller_trees(depth: int, nodes: int) -> None:
     assert set(ranks) <= set(whole)
     assert len(draft) == drafter.width(depth) == min(nodes, sum(len(r) <= depth for r in whole), len(draft))
     assert max(map(len, ranks)) <= depth
-    assert not any(ranks[-1])
-    assert len(ranks[-1]) == max(map(len, ranks))
+    assert not any(ranks[draft.tip])
+    assert len(ranks[draft.tip]) == max(map(len, ranks))
 
 
 def test_what_follows_an_unknown_token_is_not_drafted() -> None:
@@ -73,7 +73,7 @@ def test_what_follows_an_unknown_token_is_not_drafted() -> None:
     draft = proposal(TokenRecycling(table=table), [3])
     below = [draft.tokens[p] if p >= 0 else 3 for p in draft.parents]
     assert 25 not in below
-    assert draft.tokens[-1] == 25, "the likeliest path is shorter now"
+    assert draft.tokens[draft.tip] == 25, "the likeliest path is shorter now"
     assert all(child in table.successors[parent] for child, parent in zip(draft.tokens, below, strict=True))
     table.successors[3] = -1
     assert not len(proposal(TokenRecycling(table=table), [3]))
@@ -101,7 +101,7 @@ def test_every_scored_node_is_learned_and_the_text_wins() -> None:
     known = {token: table.successors[token].tolist() for token in range(VOCAB) if table.known(token)}
     assert known == {3: tops[0], 7: tops[1], 8: tops[2]}, "nothing follows the end of a text, token 1"
     call.texts[0].append([7])
-    assert drafter.propose([call.context()], [Budget(1, 1)])[0].tokens == (*tops[1][1:], tops[1][0])
+    assert drafter.propose([call.context()], [Budget(1, 1)])[0].tokens == tuple(tops[1])
     drafter.observe([finished(call, Draft(), [], [[50] * KEPT])])
     assert table.successors[7].tolist() == [50] * KEPT, "the last that was seen counts"
 

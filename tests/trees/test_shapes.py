@@ -15,7 +15,7 @@ from csdraft.decoding.children import Children, _drawn
 from csdraft.decoding.draft import ROOT
 from csdraft.decoding.interfaces import Tree
 from csdraft.decoding.sampling import Sampler
-from csdraft.decoding.tree import Growth, _lead_last
+from csdraft.decoding.tree import Growth
 from csdraft.drafters.model import ModelDrafter
 from csdraft.reports.report import Report
 from csdraft.reports.tally import Tally, counted
@@ -261,15 +261,6 @@ def test_gsd_keeps_to_its_caps() -> None:
 
 
 # All of them.
-
-
-def test_the_lead_comes_last_and_drawn_siblings_stay_in_order() -> None:
-    growth = Growth()
-    growth.add([ROOT], [Children([5, 6], [-0.1, -2.0])])
-    growth.add([0, 1], [Children([7, 8], [-0.1, -2.0]), Children([9], [-0.1])])
-    assert _lead_last(growth, [0, 1, 2, 3, 4], drawn=False) == [0, 1, 3, 4, 2]
-    assert _lead_last(growth, [0, 1, 2, 3, 4], drawn=True) == [0, 1, 4, 2, 3]
-    assert _lead_last(growth, [0, 1, 4], drawn=True) == [0, 1, 4]  # node 1 has a child, its family cannot be last
 
 
 @pytest.mark.parametrize("type_", spec.types("trees"))
