@@ -74,12 +74,13 @@ class Vertical(Drafter):
         verifier = self._verifier(call, level)
         confidence = any(budget.confidence or budget.stop for budget in budgets)
         coupled = call.sampler.coupled or call.sampler.greedy
-        drafts = [context.draft for context in contexts]
+        before = [context.draft.main_branch for context in contexts]  # all that the reviewer reads of it
+        drafts = list(before)
         limits = [min(b.room, session.left(c)) for b, c in zip(budgets, contexts, strict=True)]
         live = [i for i, b in enumerate(budgets) if b.depth > 0 and limits[i] > 0]
         while live:
             inner = [contexts[i] if drafts[i] is contexts[i].draft else contexts[i].after(drafts[i]) for i in live]
-            rooms = [limits[i] - (len(drafts[i]) - len(contexts[i].draft)) for i in live]
+            rooms = [limits[i] - (len(drafts[i]) - len(before[i])) for i in live]
             # One less than the room, since the reviewer adds a token itself.
             asked = [self._inner_budget(room - 1, coupled) for room in rooms]
             proposed = self.drafter.propose(inner, asked)
@@ -88,12 +89,12 @@ class Vertical(Drafter):
             unfinished = []
             for i, finished in zip(live, rounds, strict=True):
                 drafts[i] = finished.extended
-                grown = len(drafts[i]) - len(contexts[i].draft)
+                grown = len(drafts[i]) - len(before[i])
                 ended = finished.verdict.ended or _stops(budgets[i], finished)
                 if grown < min(budgets[i].depth, limits[i]) and not ended:
                     unfinished.append(i)
             live = unfinished
-        return drafts
+        return [context.draft.continued(draft) for context, draft in zip(contexts, drafts, strict=True)]
 
     def _verifier(self, call: Call, level: int) -> Verifier:
         """The inner levels draw as the outermost verifier does."""

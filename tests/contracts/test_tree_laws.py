@@ -113,22 +113,20 @@ def test_independent_draws_or_a_refusal_that_names_both(type: str) -> None:
 
 @pytest.mark.parametrize("type", TREES)
 def test_a_tail_goes_on_from_a_branch_that_was_expected(type: str) -> None:
-    """The last node is the end of the likeliest branch, or, where the order of draws counts, of its family."""
+    """The tip is the end of the branch of first children, and the tail is below it."""
     seen = []
 
     def look(contexts: Sequence[Context]) -> None:
         seen.extend(context.draft for context in contexts if len(context.draft))
 
-    tail = Watched(MaxGram(), look)
-    decode(Horizontal((branching(type), tail), (3, 2)), prompts(3), **GREEDY)
-    assert seen
+    for tail in (MaxGram(), Vertical(tiny.drafter_of("llama"), MaxGram(), depth=2, inner_length=1)):
+        watched = Watched(tail, look)
+        decode(Horizontal((branching(type), watched), (3, 2)), prompts(3), **GREEDY)
+    assert sum(not draft.is_chain for draft in seen) > 10
     for draft in seen:
-        lead = -1
-        while children := [n for n in draft.children(lead) if n != draft.tip]:
-            lead = draft.tip if draft.parents[draft.tip] == lead else children[0]
-            if lead == draft.tip:
-                break
-        assert draft.tip in (lead, *draft.children(lead))
+        path = draft.path(draft.tip)
+        assert path == [draft.children(node)[0] for node in (-1, *path[:-1])]
+        assert not draft.children(draft.tip)
 
 
 @pytest.mark.parametrize("type", TREES)
