@@ -11,7 +11,7 @@ from torch import Tensor
 
 from csdraft.decoding.awaited import Awaited, Choices
 from csdraft.decoding.interfaces import Context, Request, Stop
-from csdraft.decoding.processing import Before, Place
+from csdraft.decoding.processing import Before
 from csdraft.decoding.scores import NAN as NAN_LOGITS
 from csdraft.decoding.scores import TokenChooser, argmax, entropy
 from csdraft.decoding.session import Session
@@ -211,7 +211,7 @@ class OnDevice(Chains):
         if self._seen is None:
             self._seen = torch.zeros(batch, vocab + 1, dtype=torch.bool, device=logits.device)
             for row in self.rows:
-                tip = Place(row.context.row, row.context.text, row.context.draft, [row.context.tip])
+                tip = Request(row.context.row, row.context.text, row.context.draft, [row.context.tip])
                 self._seen[row.place, :-1] = processing.seen(tip, logits)[0]
         return Before(lengths, self._seen[:, :-1])
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from csdraft.decoding.draft import Kind
-from csdraft.decoding.processing import Place
+from csdraft.decoding.interfaces import Step
 from csdraft.decoding.sampling import Sampler
 from csdraft.decoding.scores import NAN, Scores
 
-__all__ = ["Children", "Question", "find_children"]
+__all__ = ["Children", "find_children"]
 
 
 @dataclass(eq=False)
@@ -32,83 +32,69 @@ class Children:
     probs: Tensor | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Question:
-    """The nodes that one row's tree expands in a step.
-
-    Attributes:
-        scores: scores of one forward, after exactly these nodes.
-        nodes: the nodes to expand.
-        width: the most children of each node.
-        above: (nodes,) log probability of each node's path; needed for `most`.
-        most: keep only this many children in all, those with the likeliest paths (ties with the last one stay too).
-    """
-
-    scores: Scores
-    nodes: Sequence[int]
-    width: int
-    above: Sequence[float] = ()
-    most: int | None = None
-
-
-def find_children(questions: Sequence[Question], draws: Kind | None, confidence: bool = False) -> list[list[Children]]:
-    """For each question, the children of each of its nodes: chosen, or drawn under independent draws.
+def find_children(
+    views: Sequence[Scores],
+    steps: Sequence[Step],
+    above: Sequence[Sequence[float]],
+    draws: Kind | None,
+    confidence: bool = False,
+) -> list[list[Children]]:
+    """For each row, the children of each node that was scored: chosen, or drawn under independent draws.
 
     Chosen children come to the host in one copy for all rows.
 
     Args:
+        views: the scores after the nodes that each row expands.
+        steps: how many children each row wants. If `most` drops some, ties with the last one stay too.
+        above: for each row (nodes,) log probability of each node's path; needed for `most`.
         draws: how to draw under independent draws; see `Tree.draws`.
         confidence: whether to compute the children's softmax probabilities at the call's temperature.
     """
-    chooser = questions[0].scores.chooser
+    chooser = views[0].chooser
     if draws is None or chooser.sampler.greedy or chooser.sampler.coupled:
-        soft = torch.cat([chooser.soft(question.scores.logits) for question in questions]) if confidence else None
-        return _likeliest(torch.cat([_noisy(question) for question in questions]), questions, soft)
+        soft = torch.cat([chooser.soft(view.logits) for view in views]) if confidence else None
+        return _likeliest(torch.cat([_noisy(view) for view in views]), steps, above, soft)
     found = []
-    for question in questions:
-        if question.most is not None:
+    for view, step in zip(views, steps, strict=True):
+        if step.most is not None:
             raise ValueError(
-                f"most={question.most} drops children because of their tokens; a tree that draws {draws!r} must not "
-                "set it"
+                f"most={step.most} drops children because of their tokens; a tree that draws {draws!r} must not set it"
             )
-        scores = question.scores
-        children = [
-            _drawn(scores.row, chooser.sampler, row, question.width, draws)
-            for row in _values(question).log_softmax(-1)
-        ]
+        rows = _values(view).log_softmax(-1)
+        children = [_drawn(view.row, chooser.sampler, row, step.width, draws) for row in rows]
         if confidence:
-            for own, row in zip(children, chooser.soft(scores.logits), strict=True):
+            for own, row in zip(children, chooser.soft(view.logits), strict=True):
                 own.confidence = row[own.tokens].tolist()
         found.append(children)
     return found
 
 
-def _values(question: Question) -> Tensor:
+def _values(view: Scores) -> Tensor:
     """(nodes, vocab) float32 scores after each node, after the level's processors."""
-    scores, processing = question.scores, question.scores.chooser.processing
+    processing = view.chooser.processing
     if processing.at_once:
-        place = Place(scores.row, scores.text, scores.draft, question.nodes)
-        return processing.all_at_once(scores.logits, processing.before([place], scores.logits)).float()
-    return torch.stack([scores.processed(node) for node in question.nodes]).float()
+        return processing.all_at_once(view.logits, processing.before([view.request], view.logits)).float()
+    return torch.stack([view.processed(node) for node in view.request.after]).float()
 
 
-def _noisy(question: Question) -> Tensor:
+def _noisy(view: Scores) -> Tensor:
     """(nodes, vocab) scores minus the noise of the position after each node; nodes of one depth share a position."""
-    scores, values = question.scores, _values(question)
-    sampler = scores.chooser.sampler
+    values, sampler = _values(view), view.chooser.sampler
     if sampler.greedy or not sampler.coupled:
         return values
-    return values - sampler.noise([(scores.row, scores.position(node)) for node in question.nodes], values.device)
+    return values - sampler.noise([(view.row, view.position(node)) for node in view.request.after], values.device)
 
 
-def _likeliest(values: Tensor, questions: Sequence[Question], soft: Tensor | None = None) -> list[list[Children]]:
+def _likeliest(
+    values: Tensor, steps: Sequence[Step], above: Sequence[Sequence[float]], soft: Tensor | None = None
+) -> list[list[Children]]:
     """The likeliest children of all rows' nodes, in one copy to the host.
 
     Args:
-        values: (all nodes, vocab) scores of all questions, one after the other.
+        values: (all nodes, vocab) scores of all rows, one after the other.
         soft: (all nodes, vocab) probabilities, if the children's confidence is wanted.
     """
-    widest = min(max(question.width for question in questions), values.shape[-1])
+    widest = min(max(step.width for step in steps), values.shape[-1])
     top = values.log_softmax(-1).topk(widest, -1)  # (all nodes, widest)
     columns = [top.indices.double(), top.values.double()]  # (all nodes, widest) each
     if soft is not None:
@@ -117,19 +103,19 @@ def _likeliest(values: Tensor, questions: Sequence[Question], soft: Tensor | Non
     if np.isnan(table[1]).any():
         raise ValueError(NAN)
     found, first = [], 0
-    for question in questions:
-        found.append(_kept(question, table[:, first : first + len(question.nodes), : question.width]))
-        first += len(question.nodes)
+    for step, own in zip(steps, above, strict=True):
+        found.append(_kept(step.most, own, table[:, first : first + len(own), : step.width]))
+        first += len(own)
     return found
 
 
-def _kept(question: Question, table: np.ndarray) -> list[Children]:
-    """The children that a question keeps, from (2 or 3, nodes, width) tokens, log probabilities and confidence."""
+def _kept(most: int | None, above: Sequence[float], table: np.ndarray) -> list[Children]:
+    """The children that a row keeps, from (2 or 3, nodes, width) tokens, log probabilities and confidence."""
     logs = table[1]  # (nodes, width)
     kept = logs > -np.inf
-    if question.most is not None and question.most < logs.size:
-        paths = logs + np.array(question.above)[:, None]  # (nodes, width)
-        kept &= paths >= np.partition(paths, -question.most, None)[-question.most]
+    if most is not None and most < logs.size:
+        paths = logs + np.array(above)[:, None]  # (nodes, width)
+        kept &= paths >= np.partition(paths, -most, None)[-most]
     children = []
     for node, count in enumerate(kept.sum(1).tolist()):  # children are sorted, so the kept ones are the first
         tokens, log_probs, *confidence = (column[node, :count].tolist() for column in table)

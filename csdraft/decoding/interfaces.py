@@ -103,15 +103,19 @@ class Verdict:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """Asks a session for the logits after some nodes of a draft.
+    """Asks a session for the logits after some nodes of a row's draft: `after`, in draft order, by default all nodes.
 
-    `after` lists the nodes in draft order; None means `ROOT` and every node.
+    Then `after` begins with `ROOT`.
     """
 
     row: int
     text: Text
     draft: Draft
-    after: Sequence[int] | None = None
+    after: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        if not self.after:
+            object.__setattr__(self, "after", range(ROOT, len(self.draft)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,17 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.generation import logits_process as hf
 
 from csdraft.decoding.awaited import Awaited
-from csdraft.decoding.draft import Draft
+from csdraft.decoding.interfaces import Request
 from csdraft.decoding.text import Text
 
-__all__ = ["Before", "Place", "Processing"]
+__all__ = ["Before", "Processing"]
 
 TEXT_BLIND = (
     hf.TemperatureLogitsWarper,
@@ -78,43 +77,6 @@ class Before:
     seen: Tensor | None = None
 
 
-class Place(NamedTuple):
-    """Some nodes of a row's draft, after each of which there are logits."""
-
-    row: int
-    text: Text
-    draft: Draft
-    nodes: Sequence[int]
-
-    def part(self, start: int, stop: int) -> Place:
-        """Only its nodes from `start` to `stop`."""
-        return self._replace(nodes=self.nodes[start:stop])
-
-    @property
-    def lengths(self) -> list[int]:
-        """(nodes,) tokens up to each node, with the text's padding."""
-        return [len(self.text) + self.text.padding + self.draft.depth(node) for node in self.nodes]
-
-    def seen(self, vocab: int, device: torch.device, skipped: int = 0) -> Tensor:
-        """(nodes, vocab) bool: the tokens up to each node. Drafted tokens that are still on the device stay there.
-
-        Args:
-            skipped: leading tokens of the row, padding included, that do not count.
-        """
-        drafted, host = self.draft.tokens, {"dtype": torch.long, "device": "cpu"}
-        known = drafted.on_device if isinstance(drafted, Awaited) else torch.tensor(drafted, **host)
-        known = known.to(device, non_blocking=True).clamp(max=vocab)
-        known = torch.nn.functional.pad(known, (0, 1), value=vocab)  # (drafted + 1,)
-        short = max(skipped - len(self.text) - self.text.padding, 0)  # drafted tokens that do not count either
-        paths = [self.draft.path(node)[short:] for node in self.nodes]
-        deepest = max(map(len, paths))
-        index = torch.tensor([[*path, *[len(drafted)] * (deepest - len(path))] for path in paths], **host)
-        table = torch.zeros(vocab + 1, dtype=torch.bool, device=device)  # the last entry is for ids beyond `vocab`
-        table.scatter_(0, self.text.padded()[0, skipped:].to(device).clamp(max=vocab), True)
-        table = table.repeat(len(paths), 1)  # (nodes, vocab + 1)
-        return table.scatter_(1, known[index.to(device, non_blocking=True)], True)[:, :-1]
-
-
 class Processing:
     """The logits processors of one level: the whole list, in order, for every row of a batch.
 
@@ -148,22 +110,37 @@ class Processing:
         """The processors that drafters may apply: the text-blind and the stateless ones of transformers."""
         return Processing([p for p in self.processors if type(p) in TEXT_BLIND + STATELESS], self.rows)
 
-    def before(self, places: Sequence[Place], logits: Tensor) -> Before | None:
-        """What `all_at_once` needs to know about the places that (n, vocab) logits belong to."""
+    def before(self, requests: Sequence[Request], logits: Tensor) -> Before | None:
+        """What `all_at_once` needs to know, for (n, vocab) logits after the n nodes of some requests."""
         if self.text_blind:
             return None
-        lengths = [length for place in places for length in place.lengths]
+        lengths = [len(r.text) + r.text.padding + r.draft.depth(node) for r in requests for node in r.after]
         if not self.reads_tokens:
             return Before(lengths)
-        return Before(lengths, torch.cat([self.seen(place, logits) for place in places]))
+        return Before(lengths, torch.cat([self.seen(request, logits) for request in requests]))
 
     def ignores_new(self, row: int, text: Text) -> bool:
         """Whether the next token of a row will not count as seen: the row is shorter than what a penalty skips."""
         return self.reads_tokens and self.skipped[row] > len(text) + text.padding
 
-    def seen(self, place: Place, logits: Tensor) -> Tensor:
-        """(nodes, vocab) bool: `Before.seen` of one place, as wide as (..., vocab) logits and on their device."""
-        return place.seen(logits.shape[-1], logits.device, self.skipped[place.row])
+    def seen(self, request: Request, logits: Tensor) -> Tensor:
+        """(nodes, vocab) bool: `Before.seen` of one request, as wide as (..., vocab) logits and on their device.
+
+        Drafted tokens that are still on the device stay there.
+        """
+        text, draft, vocab, device = request.text, request.draft, logits.shape[-1], logits.device
+        drafted, skipped, host = draft.tokens, self.skipped[request.row], {"dtype": torch.long, "device": "cpu"}
+        known = drafted.on_device if isinstance(drafted, Awaited) else torch.tensor(drafted, **host)
+        known = known.to(device, non_blocking=True).clamp(max=vocab)
+        known = torch.nn.functional.pad(known, (0, 1), value=vocab)  # (drafted + 1,)
+        short = max(skipped - len(text) - text.padding, 0)  # drafted tokens that do not count either
+        paths = [draft.path(node)[short:] for node in request.after]
+        deepest = max(map(len, paths))
+        index = torch.tensor([[*path, *[len(drafted)] * (deepest - len(path))] for path in paths], **host)
+        table = torch.zeros(vocab + 1, dtype=torch.bool, device=device)  # the last entry is for ids beyond `vocab`
+        table.scatter_(0, text.padded()[0, skipped:].to(device).clamp(max=vocab), True)
+        table = table.repeat(len(paths), 1)  # (nodes, vocab + 1)
+        return table.scatter_(1, known[index.to(device, non_blocking=True)], True)[:, :-1]
 
     def all_at_once(self, logits: Tensor, before: Before | None = None) -> Tensor:
         """(n, vocab) processed scores of (n, vocab) raw logits of any rows and positions; only if `at_once`.

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import islice
 
 import torch
 from torch import Tensor
 
 from csdraft.decoding.awaited import Choices
-from csdraft.decoding.draft import ROOT, Draft
-from csdraft.decoding.processing import Before, Place, Processing
+from csdraft.decoding.draft import ROOT
+from csdraft.decoding.interfaces import Request
+from csdraft.decoding.processing import Before, Processing
 from csdraft.decoding.sampling import Sampler
 from csdraft.decoding.stopping import Stopping
 from csdraft.decoding.text import Text
@@ -102,34 +104,31 @@ class TokenChooser:
         return self.processing.one(row, text.padded(path), logits)
 
     def choose_all(
-        self, places: Sequence[Place], views: Sequence[Tensor], along: Sequence[Choices] = ()
+        self, requests: Sequence[Request], views: Sequence[Tensor], along: Sequence[Choices] = ()
     ) -> list[list[int]]:
-        """The choices after the nodes of each place; only if `Processing.at_once`, and greedy or coupled.
+        """The choices after the nodes of each request; only if `Processing.at_once`, and greedy or coupled.
 
         One copy to the host; if the scores would take more than MAX_SCORE_BYTES, several copies of fewer rows.
 
         Args:
-            views: for each place, (nodes, vocab) raw logits after its nodes.
+            views: for each request, (nodes, vocab) raw logits after its nodes.
             along: choices of earlier steps that the one copy also brings to the host.
         """
         most = max(MAX_SCORE_BYTES // (4 * views[0].shape[-1]), 1)
         if sum(map(len, views)) > most:
-            return [
-                [
-                    token
-                    for first in range(0, len(view), most)
-                    for token in self._best([place.part(first, first + most)], view[first : first + most])
-                ]
-                for place, view in zip(places, views, strict=True)
-            ]
-        chosen = iter(self._best(places, torch.cat(list(views)) if len(views) > 1 else views[0], along))
+            found: list[list[int]] = [[] for _ in requests]
+            for request, view, tokens in zip(requests, views, found, strict=True):
+                for part in (slice(first, first + most) for first in range(0, len(view), most)):
+                    tokens += self._best([replace(request, after=request.after[part])], view[part])
+            return found
+        chosen = iter(self._best(requests, torch.cat(list(views)) if len(views) > 1 else views[0], along))
         return [list(islice(chosen, len(view))) for view in views]
 
-    def _best(self, places: Sequence[Place], logits: Tensor, along: Sequence[Choices] = ()) -> list[int]:
-        """The choices from the (n, vocab) raw logits after the n nodes of some places."""
-        scores = self.processing.all_at_once(logits, self.processing.before(places, logits))
+    def _best(self, requests: Sequence[Request], logits: Tensor, along: Sequence[Choices] = ()) -> list[int]:
+        """The choices from the (n, vocab) raw logits after the n nodes of some requests."""
+        scores = self.processing.all_at_once(logits, self.processing.before(requests, logits))
         if not self.sampler.greedy:
-            at = [(place.row, len(place.text) + place.draft.depth(node)) for place in places for node in place.nodes]
+            at = [(r.row, len(r.text) + r.draft.depth(node)) for r in requests for node in r.after]
             scores = scores.float() - self.sampler.noise(at, scores.device)
         return argmax(scores, along, self.drawn)
 
@@ -146,24 +145,14 @@ class Scores:
 
     Args:
         chooser: turns the level's logits into tokens.
-        row, text, draft: what was scored.
-        after: (scored,) the nodes that have logits.
-        logits: (scored, vocab) raw logits after those nodes.
+        request: what was scored.
+        logits: (scored, vocab) raw logits after the nodes of the request.
         choices: (scored,) the token after each, if all choices of the batch were made at once.
     """
 
-    def __init__(
-        self,
-        chooser: TokenChooser,
-        row: int,
-        text: Text,
-        draft: Draft,
-        after: Sequence[int],
-        logits: Tensor,
-        choices: Sequence[int] | None = None,
-    ):
-        self.chooser, self.row, self.text, self.draft = chooser, row, text, draft
-        self.logits, self.choices, self._after = logits, choices, after
+    def __init__(self, chooser: TokenChooser, request: Request, logits: Tensor, choices: Sequence[int] | None = None):
+        self.chooser, self.request, self.logits, self.choices = chooser, request, logits, choices
+        self.row, self.text, self.draft, after = request.row, request.text, request.draft, request.after
         self._first = after[0] if isinstance(after, range) else None
         self._row_of = {} if isinstance(after, range) else {node: i for i, node in enumerate(after)}
         self._soft: dict[tuple[int, int], float] | None = None  # by node and token; None: not on the host yet
@@ -224,8 +213,8 @@ class Scores:
 
     def _soft_of_all(self) -> dict[tuple[int, int], float]:
         """`soft` of every drafted token and every choice, in one copy from the device."""
-        scored, drafted = set(self._after), zip(self.draft.parents, self.draft.tokens, strict=True)
-        asked = [*(pair for pair in drafted if pair[0] in scored), *zip(self._after, self.choices or (), strict=False)]
+        scored, drafted = self.request.after, zip(self.draft.parents, self.draft.tokens, strict=True)
+        asked = [*(pair for pair in drafted if pair[0] in scored), *zip(scored, self.choices or (), strict=False)]
         if not asked:
             return {}
         places = [(self._index(node), token) for node, token in asked]

@@ -16,7 +16,6 @@ from csdraft.decoding.inputs import Inputs, Plan
 from csdraft.decoding.interfaces import Context, Request
 from csdraft.decoding.ledger import ModelUse
 from csdraft.decoding.plans import Reading, plan_of, shared_nodes
-from csdraft.decoding.processing import Place
 from csdraft.decoding.reader import Sources
 from csdraft.decoding.readers import ALONE, ReadingOptions, borrow, take_back
 from csdraft.decoding.rotary import RotaryFactors
@@ -208,7 +207,7 @@ class Session:
             views.append(own[at[0] : at[-1] + 1] if at == list(range(at[0], at[-1] + 1)) else own[at])
         choices = self._choose(requests, views, chooser) if choose else [None] * len(requests)
         return [
-            Scores(chooser, request.row, request.text, request.draft, _wanted(request), view, chosen)
+            Scores(chooser, request, view, chosen)
             for request, view, chosen in zip(requests, views, choices, strict=True)
         ]
 
@@ -253,7 +252,7 @@ class Session:
             return [argmax(view) for view in views]  # without a copy of all logits
         drafted = [request.draft.tokens for request in requests]
         along = {tokens.choices: None for tokens in drafted if isinstance(tokens, Awaited) and tokens.waiting}
-        return chooser.choose_all([Place(r.row, r.text, r.draft, _wanted(r)) for r in requests], views, list(along))
+        return chooser.choose_all(requests, views, list(along))
 
     def features(self, row: int, text: Text, stop: int) -> dict[int, Tensor]:
         """By tap, the model's (stop, hidden) hidden states of the first `stop` tokens of a row's text.
@@ -292,7 +291,7 @@ class Session:
         Returns: the plan, and which queries of the plan are the wanted nodes.
         """
         row, text, draft = request.row, request.text, request.draft
-        reading, length, wanted = self._readings[row], len(request.text), _wanted(request)
+        reading, length, wanted = self._readings[row], len(request.text), request.after
         if reading.text is not text:
             self._restart(reading, text)
         self._check_factors(row, reading, length)
@@ -392,7 +391,3 @@ class Session:
         if missing > 0:
             return torch.nn.functional.pad(logits, (0, missing), value=float("-inf"))
         return logits[..., : self.vocab] if missing else logits
-
-
-def _wanted(request: Request) -> Sequence[int]:
-    return range(ROOT, len(request.draft)) if request.after is None else request.after

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from csdraft.decoding.children import Children, Question, find_children
+from csdraft.decoding.children import Children, find_children
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Context, Request, Step, Tree
 from csdraft.decoding.session import Session
@@ -141,11 +141,9 @@ def draft_tree(
             _read(row, level)
             after = [row.places[node] for node in row.asked]
             requests.append(Request(row.context.row, row.context.text, row.read, after))
-        questions = [
-            Question(scores, request.after or (), row.step.width, list(map(row.growth.path, row.asked)), row.step.most)
-            for row, request, scores in zip(live, requests, session.score(requests, choose=False), strict=True)
-        ]
-        for row, found in zip(live, find_children(questions, tree.draws, confidence), strict=True):
+        views, steps = session.score(requests, choose=False), [row.step for row in live]
+        above = [list(map(row.growth.path, row.asked)) for row in live]
+        for row, found in zip(live, find_children(views, steps, above, tree.draws, confidence), strict=True):
             row.growth.add(row.asked, found)
         live = [row for row in live if _next(row, session)]
     return [_draft(row, tree, level, confidence) for row in rows]

@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from csdraft.decoding.draft import ROOT, Draft
-from csdraft.decoding.processing import Before, Place, Processing
+from csdraft.decoding.interfaces import Request
+from csdraft.decoding.processing import Before, Processing
 from csdraft.decoding.text import Text
 
 VOCAB = 40
@@ -37,16 +38,16 @@ KINDS = {
 }
 
 
-def places() -> list[Place]:
+def requests() -> list[Request]:
     """A chain, a tree and an empty draft; padding in front of one text, and ids beyond the vocabulary."""
     padded = Text(torch.tensor([0, 0, 9, 2]), torch.tensor([0, 0, 1, 1]))
     grown = Text(torch.tensor([4, 4, 7, VOCAB + 3]))
     grown.append([11, 3])
     tree = Draft().attach([5, 6, 7, 8], [ROOT, ROOT, 1, 2], 0)
     return [
-        Place(0, padded, Draft.chain([12, 9, VOCAB + 1]), range(ROOT, 3)),
-        Place(1, grown, tree, [ROOT, 1, 3]),
-        Place(2, Text(torch.tensor([1, 2, 3, 4])), Draft(), [ROOT]),
+        Request(0, padded, Draft.chain([12, 9, VOCAB + 1]), range(ROOT, 3)),
+        Request(1, grown, tree, [ROOT, 1, 3]),
+        Request(2, Text(torch.tensor([1, 2, 3, 4])), Draft(), [ROOT]),
     ]
 
 
@@ -56,14 +57,14 @@ def test_at_once_gives_the_same_bits_as_one_by_one(kind: str) -> None:
     logits = torch.randn(8, VOCAB, generator=torch.Generator().manual_seed(0))
     assert processing.at_once
     assert not processing.text_blind
-    found = processing.all_at_once(logits, processing.before(places(), logits))
+    found = processing.all_at_once(logits, processing.before(requests(), logits))
     rows = iter(logits)
     wanted = [
         processing.one(
-            place.row, place.text.padded([place.draft.tokens[i] for i in place.draft.path(node)]), next(rows)
+            request.row, request.text.padded([request.draft.tokens[i] for i in request.draft.path(node)]), next(rows)
         )
-        for place in places()
-        for node in place.nodes
+        for request in requests()
+        for node in request.after
     ]
     assert torch.equal(found, torch.stack(wanted))
     assert not torch.equal(found, logits), "the processors must have changed something"

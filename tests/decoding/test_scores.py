@@ -9,8 +9,9 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper
 
 from csdraft import MaxGram, ModelDrafter
 from csdraft.decoding import scores
-from csdraft.decoding.draft import ROOT, Draft
-from csdraft.decoding.processing import Before, Place, Processing
+from csdraft.decoding.draft import Draft
+from csdraft.decoding.interfaces import Request
+from csdraft.decoding.processing import Before, Processing
 from csdraft.decoding.sampling import Sampler
 from csdraft.decoding.scores import TokenChooser
 from csdraft.decoding.stopping import Stopping
@@ -26,9 +27,9 @@ def chooser() -> TokenChooser:
     return TokenChooser(processing, Stopping([]), Sampler(True, [0] * 3, VOCAB))
 
 
-def place(view: Tensor) -> Place:
-    """Where a (n, vocab) view stands: after a text and n - 1 drafted tokens."""
-    return Place(0, Text(torch.tensor([1, 2])), Draft.chain(range(len(view) - 1)), range(ROOT, len(view) - 1))
+def request(view: Tensor) -> Request:
+    """What a (n, vocab) view answers: after a text and n - 1 drafted tokens."""
+    return Request(0, Text(torch.tensor([1, 2])), Draft.chain(range(len(view) - 1)))
 
 
 @pytest.fixture
@@ -50,7 +51,9 @@ def widest(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_no_more_rows_than_the_limit_allows(rows_at_once, lengths, widest, monkeypatch):
     monkeypatch.setattr(scores, "MAX_SCORE_BYTES", 4 * VOCAB * rows_at_once)
     views = [torch.randn(length, VOCAB) for length in lengths]
-    assert chooser().choose_all([place(view) for view in views], views) == [view.argmax(-1).tolist() for view in views]
+    assert chooser().choose_all([request(view) for view in views], views) == [
+        view.argmax(-1).tolist() for view in views
+    ]
     assert max(widest) <= rows_at_once
     if rows_at_once == 1000:
         assert widest == [sum(lengths)], "one step where there is room"
@@ -59,7 +62,7 @@ def test_no_more_rows_than_the_limit_allows(rows_at_once, lengths, widest, monke
 def test_one_row_is_always_possible(widest, monkeypatch):
     monkeypatch.setattr(scores, "MAX_SCORE_BYTES", 1)
     view = torch.randn(4, VOCAB)
-    assert chooser().choose_all([place(view)], [view]) == [view.argmax(-1).tolist()]
+    assert chooser().choose_all([request(view)], [view]) == [view.argmax(-1).tolist()]
     assert set(widest) == {1}
 
 
@@ -68,7 +71,7 @@ def test_nan_is_noticed_in_any_part(monkeypatch):
     view = torch.randn(5, VOCAB)
     view[4, 7] = float("nan")
     with pytest.raises(ValueError, match="nan"):
-        chooser().choose_all([place(view)], [view])
+        chooser().choose_all([request(view)], [view])
 
 
 @pytest.mark.parametrize("options", [{}, {"renormalize_logits": True}])

@@ -101,14 +101,14 @@ def walk(session: Session, steps: int, seed: int, retire: bool = True) -> float:
                 common = grown
             new = random_tree(rng, rng.randrange(7), draft if common else Draft(), common)
             nodes = list(range(ROOT, len(new)))
-            after = None if rng.random() < 0.5 else sorted(rng.sample(nodes, rng.randint(1, len(nodes))))
+            after = () if rng.random() < 0.5 else sorted(rng.sample(nodes, rng.randint(1, len(nodes))))
             requests.append(Request(row, text, new, after))
             drafts[row] = new
         if rng.random() < 0.2:
             worst = max(worst, rolled_error(session, requests, rng))
         for request, scores in zip(requests, session.score(requests), strict=True):
             right = truth(session, request.row, request.text, request.draft)
-            for node in request.after if request.after is not None else right:
+            for node in request.after:
                 worst = max(worst, float((scores.raw(node) - right[node]).abs().max()))
                 assert scores.choice(node) == int(scores.raw(node).argmax())
     return worst

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from csdraft import spec
-from csdraft.decoding.children import Children, Question, _drawn, _likeliest
+from csdraft.decoding.children import Children, _drawn, _likeliest
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Context, Tree
 from csdraft.decoding.sampling import Sampler
@@ -42,8 +42,7 @@ def grown(tree: Tree, drafter: Model, place: Place, sampler: Branching | Sampler
             distributions = [drafter.probs(place.text + branch(growth, node)) for node in nodes]
             if sampler is None or tree.draws is None:
                 above = [growth.path(node) for node in nodes]
-                asked = Question(None, nodes, step.width, above, step.most)  # type: ignore[arg-type]
-                growth.add(nodes, _likeliest(torch.stack(distributions).log(), [asked])[0])
+                growth.add(nodes, _likeliest(torch.stack(distributions).log(), [step], [above])[0])
             else:
                 assert step.most is None
                 growth.add(
