@@ -16,35 +16,35 @@ from csdraft.decoding.scores import NAN as NAN_LOGITS
 from csdraft.decoding.scores import TokenChooser, argmax, entropy
 from csdraft.decoding.session import Session
 
-__all__ = ["Drawn", "draft_chain"]
+__all__ = ["Chain", "draft_chain"]
 
 NAN = float("nan")
 
 
-@dataclass
-class Drawn:
-    """The draft of one row: (drafted,) tokens and, if asked for, their confidence and (vocab,) distributions."""
-
-    tokens: list[int] | Awaited = field(default_factory=list)
-    confidence: list[float] | None = None
-    draft_probs: list[Tensor | None] | None = None
-
-
 @dataclass(eq=False)
-class Row:
-    """One row while its chain is drafted: its batch index, the number of tokens wanted, and the tokens so far."""
+class Chain:
+    """The chain of one row.
+
+    Attributes:
+        place: the row's batch index.
+        wanted: number of tokens to draft.
+        tokens: (drafted,) so far.
+        confidence, draft_probs: (drafted,) softmax probabilities and (vocab,) distributions, if asked for.
+    """
 
     context: Context
     place: int
     wanted: int
     stop: Stop | None
-    drawn: Drawn
+    confidence: list[float] | None
+    draft_probs: list[Tensor | None] | None
+    tokens: list[int] | Awaited = field(default_factory=list)
     ended: bool = False
 
     @property
     def position(self) -> int:
         """Position of the next token, counting only tokens that the host has seen."""
-        return len(self.context.text) + self.context.draft.depth(self.context.tip) + len(self.drawn.tokens)
+        return len(self.context.text) + self.context.draft.depth(self.context.tip) + len(self.tokens)
 
 
 def draft_chain(
@@ -53,7 +53,7 @@ def draft_chain(
     wanted: Sequence[int],
     confidence: bool = False,
     stops: Sequence[Stop | None] | None = None,
-) -> list[Drawn]:
+) -> list[Chain]:
     """Drafts `wanted[i]` tokens after context i. They equal those of `wanted[i]` calls of `score` and `choice`.
 
     On an accelerator, unless a processor reads the text, tokens stay on the device until the end of the chain. Tokens
@@ -67,20 +67,22 @@ def draft_chain(
         confidence: whether to compute each token's softmax probability.
         stops: (rows,) called after each drafted token; see `Budget`.
     """
-    chooser, requests, rows = session.chooser, [], []
+    chooser = session.chooser
     independent = not chooser.sampler.greedy and not chooser.sampler.coupled
-    result = [Drawn([], [] if confidence else None, [] if independent else None) for _ in contexts]
-    for context, number, stop, drawn in zip(contexts, wanted, stops or [None] * len(contexts), result, strict=True):
-        if number > 0:
-            chain = context.draft.main_branch
-            requests.append(Request(context.row, context.text, chain, (chain.tip,)))
-            rows.append(Row(context, session.place(context.row), number, stop, drawn))
+    result = [
+        Chain(
+            context, session.place(context.row), number, stop, [] if confidence else None, [] if independent else None
+        )
+        for context, number, stop in zip(contexts, wanted, stops or [None] * len(contexts), strict=True)
+    ]
+    rows = [row for row in result if row.wanted > 0]
     if not rows:
         return result
     on_host = session.reader.on_host or not chooser.processing.at_once
     on_host = on_host or any(chooser.processing.ignores_new(row.context.row, row.context.text) for row in rows)
     chains: Chains = OnHost(chooser, rows) if on_host else OnDevice(chooser, rows)
-    plans, _, logits = session.ask(requests)
+    begun = [(row.context, row.context.draft.main_branch) for row in rows]
+    plans, _, logits = session.ask([Request(c.row, c.text, draft, (draft.tip,)) for c, draft in begun])
     logits, inputs, steps = logits[:, -1], None, 1  # (batch, vocab)
     while True:
         tokens = chains.choose(logits)  # (batch,)
@@ -94,8 +96,8 @@ def draft_chain(
         steps += 1
     chains.finish()
     for row in rows:
-        fed = len(row.drawn.tokens) - 1  # the model never read the last one
-        session.drafted(row.context.row, row.drawn.tokens[:fed], steps - 1 - fed)
+        fed = len(row.tokens) - 1  # the model never read the last one
+        session.drafted(row.context.row, row.tokens[:fed], steps - 1 - fed)
     return result
 
 
@@ -107,9 +109,9 @@ class Chains:
         rows: the rows that draft.
     """
 
-    def __init__(self, chooser: TokenChooser, rows: Sequence[Row]):
+    def __init__(self, chooser: TokenChooser, rows: Sequence[Chain]):
         self.chooser, self.rows = chooser, rows
-        self.watched = any(row.stop is not None or row.drawn.confidence is not None for row in rows)
+        self.watched = any(row.stop is not None or row.confidence is not None for row in rows)
 
     def choose(self, logits: Tensor) -> Tensor | list[int]:
         """(batch,) the next token of every row, from (batch, vocab) logits; 0 for rows that do not draft.
@@ -119,15 +121,15 @@ class Chains:
         raise NotImplementedError
 
     def finish(self) -> None:
-        """Called once at the end; it must complete `Row.drawn`."""
+        """Called once at the end; it must complete the rows."""
 
-    def take(self, row: Row, token: int, sure: float = NAN, unsure: Callable[[], float] = lambda: NAN) -> None:
+    def take(self, row: Chain, token: int, sure: float = NAN, unsure: Callable[[], float] = lambda: NAN) -> None:
         """Adds a token to a row, with its confidence and entropy if `watched`, and decides whether the row ends."""
-        assert isinstance(row.drawn.tokens, list)
-        row.drawn.tokens.append(token)
-        if row.drawn.confidence is not None:
-            row.drawn.confidence.append(sure)
-        row.ended = token in self.chooser.stopping.eos or len(row.drawn.tokens) >= row.wanted
+        assert isinstance(row.tokens, list)
+        row.tokens.append(token)
+        if row.confidence is not None:
+            row.confidence.append(sure)
+        row.ended = token in self.chooser.stopping.eos or len(row.tokens) >= row.wanted
         if row.stop is not None:
             row.ended |= row.stop(sure, unsure)
 
@@ -147,7 +149,7 @@ class OnHost(Chains):
                 self.take(row, token)
         return ids
 
-    def _tokens(self, live: Sequence[Row], logits: Tensor) -> list[int]:
+    def _tokens(self, live: Sequence[Chain], logits: Tensor) -> list[int]:
         chooser, sampler = self.chooser, self.chooser.sampler
         if sampler.greedy and chooser.processing.at_once and not chooser.processing.reads_tokens:
             batch, before = logits.shape[0], None
@@ -158,14 +160,13 @@ class OnHost(Chains):
             return argmax(chooser.processing.all_at_once(logits, before))
         tokens = []
         for row in live:
-            context, drawn = row.context, row.drawn
-            path = [*context.path, *drawn.tokens]
+            context, path = row.context, [*row.context.path, *row.tokens]
             scores = chooser.processed(context.row, context.text, path, logits[row.place])
-            if drawn.draft_probs is None:
+            if row.draft_probs is None:
                 tokens.append(chooser.choose(context.row, row.position, scores))
             else:
-                drawn.draft_probs.append(scores.float().softmax(-1))
-                tokens.append(sampler.draw(context.row, drawn.draft_probs[-1]))  # type: ignore[arg-type]
+                row.draft_probs.append(scores.float().softmax(-1))
+                tokens.append(sampler.draw(context.row, row.draft_probs[-1]))  # type: ignore[arg-type]
         return tokens
 
 
@@ -175,7 +176,7 @@ class OnDevice(Chains):
     If only tokens are wanted, they stay on the device as `Awaited`.
     """
 
-    def __init__(self, chooser: TokenChooser, rows: Sequence[Row]):
+    def __init__(self, chooser: TokenChooser, rows: Sequence[Chain]):
         super().__init__(chooser, rows)
         self._columns: list[Tensor] = []  # per step (4, batch): token, its score, confidence, entropy
         self._seen: Tensor | None = None  # (batch, vocab + 1) bool: the tokens before the next one, where it matters
@@ -225,15 +226,15 @@ class OnDevice(Chains):
             return noise
         for row in self.rows:
             noise[row.place] = sampler.fresh_log_exponential(row.context.row, scores.device)
-            row.drawn.draft_probs.append(scores[row.place].softmax(-1))  # type: ignore[union-attr]
+            row.draft_probs.append(scores[row.place].softmax(-1))  # type: ignore[union-attr]
         return noise
 
     def finish(self) -> None:
         table = torch.stack(self._columns)  # (steps, 2 or 4, batch)
-        if not self.watched and all(row.drawn.draft_probs is None for row in self.rows):
+        if not self.watched and all(row.draft_probs is None for row in self.rows):
             choices = Choices(table)
             for row in self.rows:
-                row.drawn.tokens = Awaited(choices, row.place, min(row.wanted, len(table)))
+                row.tokens = Awaited(choices, row.place, min(row.wanted, len(table)))
             return
         columns = table.tolist()  # the one copy
         for row in self.rows:
@@ -243,5 +244,5 @@ class OnDevice(Chains):
                     raise ValueError(NAN_LOGITS)
                 if not row.ended:
                     self.take(row, int(token), *sure[:1], *(partial(float, value) for value in sure[1:]))
-            if row.drawn.draft_probs is not None:
-                del row.drawn.draft_probs[len(row.drawn.tokens) :]
+            if row.draft_probs is not None:
+                del row.draft_probs[len(row.tokens) :]
