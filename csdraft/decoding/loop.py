@@ -78,9 +78,10 @@ def run(
         # Scores are large, and the next forward needs as much room.
         del contexts, unpadded, allowed, rounds, of_text, context, finished
     call.note_memory()
-    safe.finish(schedule)
+    safe.attempt(lambda _: schedule.finish(), None)
     ledger.stop()
-    ledger.plain_step, ledger.why, ledger.failure = safe.plain_seconds(schedule), safe.why(schedule), safe.failure
+    ledger.plain_step = safe.attempt(lambda _: schedule.plain_seconds(), 0.0)
+    ledger.why, ledger.failure = safe.attempt(lambda _: schedule.why(), ""), safe.failure
 
 
 def _room(call: Call, target: Session, row: int) -> int:

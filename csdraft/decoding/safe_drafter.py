@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from csdraft.decoding.awaited import Awaited
 from csdraft.decoding.call import Call
-from csdraft.decoding.draft import ROOT, Draft, DraftProbs
+from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import NOTHING, Budget, Context, Drafter, Round, Schedule, Verifier
 from csdraft.decoding.scores import NAN
 from csdraft.decoding.text import Text
@@ -97,7 +97,9 @@ class SafeDrafter(Drafter):
 
         def checked(drafter: Drafter) -> list[Draft]:
             drafts = drafter.propose(contexts, budgets)
-            self._check(drafts, budgets, contexts[0].call)
+            for draft, budget in zip(drafts, budgets, strict=True):
+                if flaw := self._flaw(draft, budget.room, contexts[0].call) or self.verifier.refusal(draft):
+                    raise ValueError(flaw)
             return drafts
 
         return self.attempt(checked, nothing)
@@ -116,20 +118,6 @@ class SafeDrafter(Drafter):
         """Gives the schedule the results of a round."""
         self.attempt(lambda drafter: schedule.observe(rounds, draft_seconds, score_seconds), None)
 
-    # After the last round.
-
-    def finish(self, schedule: Schedule) -> None:
-        """Tells the schedule that the call is over."""
-        self.attempt(lambda drafter: schedule.finish(), None)
-
-    def plain_seconds(self, schedule: Schedule) -> float:
-        """The schedule's measured seconds of a plain step, for the report."""
-        return self.attempt(lambda drafter: schedule.plain_seconds(), 0.0)
-
-    def why(self, schedule: Schedule) -> str:
-        """The schedule's reasons, for the report."""
-        return self.attempt(lambda drafter: schedule.why(), "")
-
     # Checks of drafts.
 
     def _check_texts(self) -> None:
@@ -146,13 +134,8 @@ class SafeDrafter(Drafter):
                 "draft chains, or use another verifier"
             )
 
-    def _check(self, drafts: Sequence[Draft], budgets: Sequence[Budget], call: Call) -> None:
-        """Raises ValueError for a draft that would raise later in the round, where the text would be lost."""
-        for draft, budget in zip(drafts, budgets, strict=True):
-            if flaw := self._flaw(draft, budget.room, call) or self.verifier.refusal(draft):
-                raise ValueError(flaw)
-
     def _flaw(self, draft: Draft, room: int, call: Call) -> str | None:
+        """Why a draft would raise later in the round, where the text would be lost; None if it would not."""
         size, levels = len(draft.tokens), len(call.level_owners)
         columns = (draft.parents, draft.levels, draft.confidence)
         awaited = isinstance(draft.tokens, Awaited)  # choices of a model, made of the target's vocabulary
@@ -169,12 +152,10 @@ class SafeDrafter(Drafter):
             return f"a draft is {max(draft.depths) + 1} tokens deep, but its room was {room}"
         if self.verifier.reads_confidence and (odd := [c for c in draft.confidence if not _is_confidence(c)]):
             return f"confidence {odd[0]!r} of a drafted token must be a probability, or nan where there is none"
-        return None if draft.probs is None else self._flaw_of_probs(draft.probs, size, call.vocab)
-
-    def _flaw_of_probs(self, probs: DraftProbs, size: int, vocab: int) -> str | None:
-        if len(probs.rows) != size:
-            return f"a draft of {size} tokens has distributions for {len(probs.rows)}"
-        return probs.flaw(vocab) if self.verifier.draws == "independent" else None  # otherwise it is not read
+        if draft.probs is not None and len(draft.probs.rows) != size:
+            return f"a draft of {size} tokens has distributions for {len(draft.probs.rows)}"
+        read = draft.probs is not None and self.verifier.draws == "independent"
+        return draft.probs.flaw(call.vocab) if read else None  # type: ignore[union-attr]
 
     def _give_up(self, error: Exception) -> None:
         """Leaves the drafter out for the rest of the call, or raises when strict."""
