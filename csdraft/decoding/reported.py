@@ -1,4 +1,4 @@
-"""Keeps the reports of drafters, models and names in tables here, so that no attribute is set on a user's model.
+"""Keeps the reports of drafters, models and names in a table here, so that no attribute is set on a user's model.
 
 Reports are kept as long as the drafter or model lives. They are not copied with it and not saved.
 """
@@ -11,34 +11,24 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from csdraft.reports.report import Report
 
-__all__ = ["Reported", "forget", "keep", "last_report_of", "report_of", "unreported"]
+__all__ = ["Reported", "keep", "last_report_of", "report_of", "unreported"]
 
 MOST_NAMES = 16
-"""How many names and paths keep their reports; the least recently used is dropped."""
+"""How many names and paths keep their reports; the one that was drafted with longest ago is dropped."""
 
-
-@dataclass
-class Reports:
-    """All calls together, and the last one."""
-
-    total: Report | None = None
-    last: Report | None = None
-
-    def add(self, report: Report) -> None:
-        self.total = report if self.total is None else self.total.merged(report)
-        self.last = report
-
-
-_LOCK = threading.RLock()  # reentrant: an owner may be freed while this thread holds it
-_by_object: dict[int, tuple[weakref.ref[Any], Reports]] = {}  # by id, since two drafters may be equal
-_by_name: dict[str, Reports] = {}
+_LOCK = threading.Lock()
+_kept: dict[int | str, tuple[Report, Report]] = {}
+"""Name, or id of a drafter or model (two may be equal) -> the report of all its calls together, and of the last."""
 _silent: ContextVar[bool] = ContextVar("_silent", default=False)
+
+
+def _key(owner: Any) -> int | str:
+    return os.fspath(owner) if isinstance(owner, str | os.PathLike) else id(owner)
 
 
 def keep(report: Report, *owners: Any) -> None:
@@ -46,30 +36,26 @@ def keep(report: Report, *owners: Any) -> None:
     if _silent.get():
         return
     with _LOCK:
-        for kept in {id(kept): kept for owner in owners if (kept := _find(owner, make=True)) is not None}.values():
-            kept.add(report)
+        for key, owner in {_key(owner): owner for owner in owners}.items():
+            before = _kept.pop(key, None)
+            if before is None and not isinstance(key, str):
+                try:
+                    weakref.finalize(owner, _kept.pop, key, None).atexit = False
+                except TypeError:  # such as None or a dict
+                    continue
+            _kept[key] = (report if before is None else before[0].merged(report), report)
+        for name in [key for key in list(_kept) if isinstance(key, str)][:-MOST_NAMES]:
+            del _kept[name]
 
 
 def report_of(owner: Any) -> Report | None:
     """The merged report of all calls of a drafter, model or name; None if there were none."""
-    with _LOCK:
-        kept = _find(owner)
-        return None if kept is None else kept.total
+    return _kept.get(_key(owner), (None, None))[0]
 
 
 def last_report_of(owner: Any) -> Report | None:
     """The report of the last call; None if there was none."""
-    with _LOCK:
-        kept = _find(owner)
-        return None if kept is None else kept.last
-
-
-def forget(owner: Any) -> None:
-    """Drops an owner's reports."""
-    with _LOCK:
-        kept = _find(owner)
-        if kept is not None:
-            kept.total = kept.last = None
+    return _kept.get(_key(owner), (None, None))[1]
 
 
 class Reported:
@@ -87,7 +73,7 @@ class Reported:
 
     def reset_report(self) -> None:
         """Drops all reports."""
-        forget(self)
+        _kept.pop(id(self), None)
 
 
 @contextmanager
@@ -98,38 +84,3 @@ def unreported() -> Iterator[None]:
         yield
     finally:
         _silent.reset(token)
-
-
-def _find(owner: Any, make: bool = False) -> Reports | None:
-    """The reports of an owner; None if it has none, or cannot be weakly referenced.
-
-    Args:
-        make: whether to add an empty entry if there is none.
-    """
-    if isinstance(owner, str | os.PathLike):
-        name = os.fspath(owner)
-        kept = _by_name.pop(name, Reports() if make else None)
-        if kept is not None:
-            _by_name[name] = kept  # moves it to the end
-            if len(_by_name) > MOST_NAMES:
-                del _by_name[next(iter(_by_name))]
-        return kept
-    known = _by_object.get(id(owner))
-    if known is not None and known[0]() is owner:
-        return known[1]
-    if not make:
-        return None
-    try:
-        reference = weakref.ref(owner, _drop)
-    except TypeError:  # such as None or a dict
-        return None
-    made = Reports()
-    _by_object[id(owner)] = reference, made
-    return made
-
-
-def _drop(gone: weakref.ref[Any]) -> None:
-    """Called when an owner is freed: drops its reports."""
-    with _LOCK:
-        for key in [key for key, (reference, _) in _by_object.items() if reference is gone]:
-            del _by_object[key]

@@ -90,10 +90,10 @@ def test_of_many_names_the_last_are_kept() -> None:
 def test_who_is_gone_has_no_report() -> None:
     made = MaxGram()
     decoded(made)
-    known = len(reported._by_object)
+    known = len(reported._kept)
     del made
     gc.collect()
-    assert len(reported._by_object) < known
+    assert len(reported._kept) < known
 
 
 @dataclass(frozen=True)
