@@ -103,10 +103,7 @@ class Verdict:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """Asks a session for the logits after some nodes of a row's draft: `after`, in draft order, by default all nodes.
-
-    Then `after` begins with `ROOT`.
-    """
+    """Asks for the logits after some nodes of a row's draft, in draft order; by default `ROOT` and every node."""
 
     row: int
     text: Text

@@ -19,7 +19,7 @@ def halvings(nodes: int) -> tuple[int, ...]:
     return tuple(size for size in (nodes, nodes // 2, nodes // 4) if size >= min(nodes, FEWEST_NODES))
 
 
-def check_range(name: str, options: object, least: int = 1, **most: int | None) -> None:
+def check_range(name: str, options: object, least: int = 1, /, **most: int | None) -> None:
     """Raises ValueError if an option is below `least` or above its own limit.
 
     Args:

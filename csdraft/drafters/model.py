@@ -19,7 +19,7 @@ from csdraft.decoding.chain import draft_chain
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.feature_session import taps_of
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Tree
-from csdraft.decoding.limits import halvings
+from csdraft.decoding.limits import check_range, halvings
 from csdraft.decoding.tree import draft_tree
 from csdraft.heads.on_target import OnTarget
 from csdraft.models import base_model, check_reviewer, load_model
@@ -45,8 +45,7 @@ class ModelDrafter(Drafter):
     name: str = field(default="", kw_only=True)
 
     def __post_init__(self) -> None:
-        if self.depth < 1:
-            raise ValueError(f"depth={self.depth} of a ModelDrafter must be at least 1; leave it out to draft nothing")
+        check_range("a ModelDrafter", self, depth=None)
         if self.tree is not None and not isinstance(self.tree, Tree):
             raise ValueError(
                 f"tree={self.tree!r} of a ModelDrafter is {kind_of(self.tree)}; give an object of "

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Schedule
+from csdraft.decoding.limits import check_range
 
 __all__ = ["Confidence"]
 
@@ -30,10 +31,8 @@ class Confidence(Schedule):
     depth: int = 20
 
     def __post_init__(self) -> None:
-        if not 0 <= self.threshold <= 1:
-            raise ValueError(f"threshold={self.threshold} must be a probability between 0 and 1")
-        if self.depth < 1:
-            raise ValueError(f"depth={self.depth} must be at least 1")
+        check_range("a confidence schedule", self, depth=None)
+        check_range("a confidence schedule", self, 0, threshold=1)
 
     def _unsure(self, confidence: float, entropy: Callable[[], float]) -> bool:
         return confidence < self.threshold

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 
 from csdraft.decoding.call import Call
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Schedule
+from csdraft.decoding.limits import check_range
 from csdraft.decoding.states import cost_label
 from csdraft.schedules._plans import MARGIN, Group, Plan, plans_by_depth, reason
 from csdraft.schedules._prices import UNREAD, Prices
@@ -73,8 +74,8 @@ class CostModel(Schedule):
     remember: bool = True
 
     def __post_init__(self) -> None:
-        if self.most is not None and self.most < 1:
-            raise ValueError(f"most={self.most} must be at least 1, or None to leave it to the drafter")
+        if self.most is not None:
+            check_range("a cost_model schedule", self, most=None)
 
     def start(self, call: Call, drafter: Drafter) -> Schedule:
         return CostModelRun(self, call, drafter)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from csdraft.decoding.call import Call
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Schedule
+from csdraft.decoding.limits import check_range
 
 __all__ = ["Entropy"]
 
@@ -44,12 +45,8 @@ class Entropy(Schedule):
     def __post_init__(self) -> None:
         if not self.gamma > 0:
             raise ValueError(f"gamma={self.gamma} must be above 0; to never stop early, use the schedule 'fixed'")
-        for name in ("threshold", "rate"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{name}={value} must lie between 0 and 1")
-        if self.depth < 1:
-            raise ValueError(f"depth={self.depth} must be at least 1")
+        check_range("an entropy schedule", self, depth=None)
+        check_range("an entropy schedule", self, 0, threshold=1, **({} if self.rate is None else {"rate": 1}))
 
     def start(self, call: Call, drafter: Drafter) -> Schedule:
         return self if self.rate is None else EntropyRun(self, self.rate)

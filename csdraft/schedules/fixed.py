@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Schedule
+from csdraft.decoding.limits import check_range
 
 __all__ = ["Fixed"]
 
@@ -21,8 +22,8 @@ class Fixed(Schedule):
     depth: int | None = None
 
     def __post_init__(self) -> None:
-        if self.depth is not None and self.depth < 0:
-            raise ValueError(f"depth={self.depth} must be 0 (plain decoding) or more")
+        if self.depth is not None:
+            check_range("a fixed schedule", self, 0, depth=None)
 
     def budgets(self, contexts: Sequence[Context], rooms: Sequence[int], drafter: Drafter) -> list[Budget]:
         depth = drafter.depth if self.depth is None else self.depth

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from csdraft.decoding.call import Call
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Schedule
+from csdraft.decoding.limits import check_range
 
 __all__ = ["Heuristic"]
 
@@ -28,10 +29,9 @@ class Heuristic(Schedule):
     most: int = 64
 
     def __post_init__(self) -> None:
-        if self.most < 1:
-            raise ValueError(f"most={self.most} must be at least 1")
-        if self.depth is not None and not 1 <= self.depth <= self.most:
-            raise ValueError(f"depth={self.depth} must lie between 1 and most={self.most}")
+        check_range("a heuristic schedule", self, most=None)
+        if self.depth is not None:
+            check_range("a heuristic schedule", self, depth=self.most)
 
     def start(self, call: Call, drafter: Drafter) -> Schedule:
         return HeuristicRun(self, drafter.depth if self.depth is None else self.depth)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Schedule
+from csdraft.decoding.limits import check_range
 from csdraft.tables.acceptance_head import AcceptanceHead
 
 __all__ = ["StopHead"]
@@ -34,10 +35,8 @@ class StopHead(Schedule):
     depth: int = 20
 
     def __post_init__(self) -> None:
-        if not 0 <= self.threshold <= 1:
-            raise ValueError(f"threshold={self.threshold} must be a probability between 0 and 1")
-        if self.depth < 1:
-            raise ValueError(f"depth={self.depth} must be at least 1")
+        check_range("a stop_head schedule", self, depth=None)
+        check_range("a stop_head schedule", self, 0, threshold=1)
         if isinstance(self.head, (str, Path)):
             object.__setattr__(self, "head", AcceptanceHead.load(self.head))
 

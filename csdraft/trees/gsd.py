@@ -44,10 +44,7 @@ class Gsd(Tree):
 
     def __post_init__(self) -> None:
         check_range("a gsd tree", self, branches=MOST_BRANCHES, nodes=MOST_NODES)
-        check_range("a gsd tree", self, 0, context=None)
-        for name in ("sibling_share", "least"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} of a gsd tree is a probability, 0 to 1")
+        check_range("a gsd tree", self, 0, context=None, sibling_share=1, least=1)
 
     def width(self, depth: int) -> int:
         return self.nodes if depth else 0

@@ -35,8 +35,7 @@ class OptTree(Tree):
 
     def __post_init__(self) -> None:
         check_range("an opt_tree", self, nodes=MOST_NODES)
-        if not self.threshold >= 0:
-            raise ValueError(f"threshold={self.threshold} of an opt_tree must be tokens, 0 or more")
+        check_range("an opt_tree", self, 0, threshold=None)
 
     def width(self, depth: int) -> int:
         return self.nodes if depth else 0

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import ScoresView, Verifier
+from csdraft.decoding.limits import check_range
 from csdraft.decoding.sampling import Sampler
 from csdraft.verifiers._stepwise import Stepwise, drawn_from
 from csdraft.verifiers.match import Match
@@ -52,8 +53,7 @@ class Deferral(Stepwise):
     def __post_init__(self) -> None:
         if self.rule not in get_args(Rule):
             raise ValueError(f"rule={self.rule!r} must be one of {', '.join(get_args(Rule))}")
-        if not 0 <= self.margin <= 1:
-            raise ValueError(f"margin={self.margin} must be in [0, 1]: a difference of probabilities")
+        check_range("a deferral verifier", self, 0, margin=1)
 
     @property
     def greedy_rule(self) -> Verifier:
