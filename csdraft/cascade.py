@@ -35,7 +35,7 @@ from csdraft.reports.report import Planned
 from csdraft.saved_costs import load_costs
 from csdraft.schedules.fixed import Fixed
 from csdraft.stored import kind_of, naming, shown
-from csdraft.verifiers._lenience import check_lenience
+from csdraft.verifiers.lenient import check_lenience
 
 __all__ = ["CascadeDrafter", "as_drafter", "drafter_model", "options_of"]
 

@@ -11,20 +11,22 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 from torch import nn
 
 from csdraft.decoding.call import Call
-from csdraft.decoding.draft import Draft
+from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.feature_session import taps_of
-from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Verifier
+from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, ScoresView, Verdict, Verifier
 from csdraft.decoding.rounds import review
+from csdraft.decoding.sampling import Sampler
 from csdraft.drafters._check_parts import check_parts
 from csdraft.models import base_model, check_reviewer, load_model
-from csdraft.verifiers._by_draws import ByDraws
-from csdraft.verifiers._lenience import check_lenience
-from csdraft.verifiers.lenient import Lenient
+from csdraft.verifiers.lenient import Lenient, check_lenience
 from csdraft.verifiers.rejection import Rejection
+from csdraft.verifiers.spec_hub import SpecHub
+from csdraft.verifiers.without_replacement import WithoutReplacement
 
 __all__ = ["Vertical"]
 
@@ -105,6 +107,26 @@ class Vertical(Drafter):
     def _inner_budget(self, room: int, coupled: bool) -> Budget:
         length = self.drafter.depth if self.inner_length is None else self.inner_length
         return Budget(min(length, room), room, confidence=coupled and self.lenience > 1)
+
+
+@dataclass(frozen=True)
+class ByDraws(Verifier):
+    """Verifies each draft by the rule that is exact for the way its siblings were drawn."""
+
+    lossless = True  # type: ignore[assignment]
+    draws: ClassVar = "independent"
+    kinds: ClassVar = frozenset({"iid", "without_replacement", "pair"})
+
+    def verify(self, draft: Draft, scores: ScoresView, sampler: Sampler, root: int = ROOT) -> Verdict:
+        return self._rule(draft).verify(draft, scores, sampler, root)
+
+    def refusal(self, draft: Draft) -> str | None:
+        return self._rule(draft).refusal(draft)
+
+    @staticmethod
+    def _rule(draft: Draft) -> Verifier:
+        kind = "iid" if draft.probs is None else draft.probs.kind
+        return {"iid": Rejection, "without_replacement": WithoutReplacement, "pair": SpecHub}[kind]()
 
 
 def _check_probs(contexts: Sequence[Context], drafts: Sequence[Draft], verifier: Verifier) -> None:

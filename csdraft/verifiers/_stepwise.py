@@ -1,8 +1,8 @@
-"""The base of rules that decide node by node: the walk down the draft, and the residual distributions."""
+"""What rules share: the walk down the draft, node by node or along a chosen branch, and residual distributions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from torch import Tensor
@@ -14,6 +14,7 @@ from csdraft.verifiers.match import Match
 
 __all__ = [
     "Stepwise",
+    "accept_branch",
     "check_draft",
     "drawn_from",
     "in_turn",
@@ -89,6 +90,18 @@ class Stepwise(Verifier):
     ) -> tuple[int | None, Tensor]:
         """The same for two or more siblings drawn from one distribution; they may supply `left` (vocab,)."""
         return in_turn(draft, group, left, row, sampler)
+
+
+def accept_branch(draft: Draft, scores: ScoresView, root: int, end: int, draw: Callable[[], int]) -> Verdict:
+    """Accepts the nodes from `root` down to `end`, or to a token that ends the text; `draw` gives the next token."""
+    accepted, node = [], root
+    for kept in draft.path(end)[draft.depth(root) :]:
+        accepted.append(kept)
+        if scores.ends(node, draft.tokens[kept]):
+            return Verdict(accepted, None, True)
+        node = kept
+    token = draw()
+    return Verdict(accepted, token, scores.ends(node, token))
 
 
 def check_draft(verifier: Verifier, draft: Draft) -> None:

@@ -14,8 +14,7 @@ from typing import ClassVar
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import ScoresView, Verdict, Verifier
 from csdraft.decoding.sampling import Sampler
-from csdraft.verifiers._branch import accept_branch
-from csdraft.verifiers._stepwise import check_draft, ratio, residual, unexplained
+from csdraft.verifiers._stepwise import accept_branch, check_draft, ratio, residual, unexplained
 
 __all__ = ["Block"]
 

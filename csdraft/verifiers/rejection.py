@@ -19,9 +19,8 @@ from torch import Tensor
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Verifier
 from csdraft.decoding.sampling import Sampler
-from csdraft.verifiers._lenience import check_lenience
 from csdraft.verifiers._stepwise import Stepwise, drawn_from, in_turn, residual
-from csdraft.verifiers.lenient import Lenient
+from csdraft.verifiers.lenient import Lenient, check_lenience
 
 __all__ = ["Rejection"]
 

@@ -20,8 +20,15 @@ from torch import Tensor
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import ScoresView, Verdict, Verifier
 from csdraft.decoding.sampling import Sampler
-from csdraft.verifiers._branch import accept_branch
-from csdraft.verifiers._stepwise import TINY, check_draft, drawn_from, left_over, probs_without, unshared_probs
+from csdraft.verifiers._stepwise import (
+    TINY,
+    accept_branch,
+    check_draft,
+    drawn_from,
+    left_over,
+    probs_without,
+    unshared_probs,
+)
 from csdraft.verifiers.match import Match
 
 __all__ = ["Traversal"]

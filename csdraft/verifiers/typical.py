@@ -18,7 +18,7 @@ from torch import Tensor
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import ScoresView, Verdict, Verifier
 from csdraft.decoding.sampling import Sampler
-from csdraft.verifiers._branch import accept_branch
+from csdraft.verifiers._stepwise import accept_branch
 
 __all__ = ["Typical"]
 
