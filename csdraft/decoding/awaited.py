@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import overload
 
+import numpy as np
 from torch import Tensor
 
 __all__ = ["Awaited", "Choices"]
@@ -24,7 +25,7 @@ class Choices:
     def __init__(self, table: Tensor):
         self.table = table
         self.tokens = table[:, 0].long()  # (steps, batch)
-        self._seen: list[list[list[float]]] | None = None
+        self._seen: np.ndarray | None = None
 
     @property
     def waiting(self) -> bool:
@@ -33,21 +34,14 @@ class Choices:
 
     def receive(self, values: Sequence[float]) -> None:
         """Stores the flat values of `table`, which came to the host with another copy."""
-        steps, columns, batch = self.table.shape
-        numbers = iter(values)
-        self._seen = [[[next(numbers) for _ in range(batch)] for _ in range(columns)] for _ in range(steps)]
+        self._seen = np.reshape(values, self.table.shape)
 
-    def column(self, place: int, steps: int) -> tuple[int, ...]:
-        """(steps,) the first `steps` tokens of one row of the batch, on the host."""
+    @property
+    def seen(self) -> np.ndarray:
+        """`table` on the host."""
         if self._seen is None:
-            self._seen = self.table.tolist()
-        return tuple(int(step[0][place]) for step in self._seen[:steps])
-
-    def has_nan(self, place: int) -> bool:
-        """Whether a score of a row is nan, which means that the model has failed."""
-        self.column(place, 0)
-        assert self._seen is not None
-        return any(step[1][place] != step[1][place] for step in self._seen)
+            self._seen = self.table.cpu().numpy()
+        return self._seen
 
 
 class Awaited(Sequence[int]):
@@ -70,7 +64,7 @@ class Awaited(Sequence[int]):
     @property
     def have_nan(self) -> bool:
         """Whether the model that chose them has failed; call it when they are on the host."""
-        return self.choices.has_nan(self.place)
+        return bool(np.isnan(self.choices.seen[:, 1, self.place]).any())
 
     @property
     def on_device(self) -> Tensor:
@@ -93,10 +87,10 @@ class Awaited(Sequence[int]):
     def __getitem__(self, index: int | slice) -> int | Sequence[int]:
         if isinstance(index, slice) and not index.start and index.step is None and (index.stop or 0) >= 0:
             return Awaited(self.choices, self.place, range(self._count)[index].stop)  # still needs no copy
-        return self.choices.column(self.place, self._count)[index]
+        return tuple(self)[index]
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self.choices.column(self.place, self._count))
+        return iter(self.choices.seen[: self._count, 0, self.place].astype(int).tolist())
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence) or len(other) != self._count:

@@ -47,11 +47,9 @@ class DraftProbs:
         if not rows:
             return None
         for row in rows:
-            if not isinstance(row, Tensor) or not row.is_floating_point():
-                kind = row.dtype if isinstance(row, Tensor) else type(row).__name__
-                return f"a draft's distribution is of type {kind}; give a tensor of probabilities"
-            if row.shape != (vocab,):
-                return f"a draft's distribution has shape {tuple(row.shape)}, the target's distributions ({vocab},)"
+            if not isinstance(row, Tensor) or not row.is_floating_point() or row.shape != (vocab,):
+                made = f"{row.dtype} of shape {tuple(row.shape)}" if isinstance(row, Tensor) else type(row).__name__
+                return f"a draft's distribution is {made}, the target's distributions ({vocab},); give probabilities"
         stacked = torch.stack(rows)  # (distinct rows, vocab)
         sums, least = stacked.sum(-1, dtype=torch.float32), stacked.amin(-1)
         found = torch.stack([sums, least.float()]).tolist()  # (2, distinct rows)
@@ -230,16 +228,19 @@ class Draft:
         """
         if not tokens:
             return self
-        old, new = len(self.tokens), len(tokens)
-        probs = None
-        if self.probs is not None or draft_probs is not None:
-            rows = self.probs.rows if self.probs else (None,) * old
+        old, new, probs = len(self.tokens), len(tokens), self.probs
+        if probs is not None or draft_probs is not None:
             kinds: set[Kind] = {kind} if draft_probs is not None and _branches(parents) else set()
-            if self.probs is not None and _branches(self.parents):
-                kinds.add(self.probs.kind)
-            probs = DraftProbs(
-                _one_kind(kinds), rows + (tuple(draft_probs) if draft_probs is not None else (None,) * new)
-            )
+            if probs is not None and _branches(self.parents):
+                kinds.add(probs.kind)
+            if len(kinds) > 1:
+                raise ValueError(
+                    f"a draft must not mix siblings that were drawn in different ways, {sorted(kinds)}; use one kind "
+                    "of tree"
+                )
+            rows = probs.rows if probs is not None else (None,) * old
+            rows += (None,) * new if draft_probs is None else tuple(draft_probs)
+            probs = DraftProbs(kinds.pop() if kinds else "iid", rows)  # without siblings the kind does not matter
         return Draft(
             tokens if isinstance(tokens, Awaited) and not old else (*self.tokens, *tokens),
             self.parents + tuple(parents),
@@ -262,12 +263,3 @@ class Draft:
 
 def _branches(parents: Sequence[int]) -> bool:
     return len(set(parents)) < len(parents)
-
-
-def _one_kind(kinds: set[Kind]) -> Kind:
-    """The common kind of a draft's branching parts; without siblings the kind does not matter."""
-    if len(kinds) > 1:
-        raise ValueError(
-            f"a draft must not mix siblings that were drawn in different ways, {sorted(kinds)}; use one kind of tree"
-        )
-    return kinds.pop() if kinds else "iid"

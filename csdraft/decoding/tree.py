@@ -84,15 +84,8 @@ class Growth:
 
         For trees with `draws` None only. The copy can be kept, but not expanded.
         """
-        self.tokens.append(self.tokens[node])
-        self.parents.append(parent)
-        self.log_probs.append(self.log_probs[node])
-        self.paths.append(self.path(parent) + self.log_probs[node])
-        self.depths.append(0 if parent == ROOT else self.depths[parent] + 1)
-        self.ranks.append(self.ranks[node])
-        self.draft_probs.append(None)
-        if self.confidence:
-            self.confidence.append(self.confidence[node])
+        confidence = self.confidence[node : node + 1]  # none if there is none
+        self.add([parent], [Children([self.tokens[node]], [self.log_probs[node]], [], confidence)])
         return len(self) - 1
 
 
