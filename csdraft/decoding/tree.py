@@ -8,7 +8,7 @@ point masses. `Tree.draws` says which drawn candidates it may leave out.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -89,21 +89,17 @@ class Growth:
         return len(self) - 1
 
 
-NOTHING = Step((), 0)
-
-
-@dataclass(eq=False)
 class Row:
     """One row's tree while it is drafted. The model reads only the candidates that are expanded."""
 
-    context: Context
-    growth: Growth  # all candidates
-    steps: Generator[Step, None, Sequence[int]]
-    read: Draft  # the context's path and the candidates that were expanded
-    places: dict[int, int]  # candidate -> node of `read`
-    step: Step = NOTHING
-    asked: Sequence[int] = ()  # candidates that this step expands
-    kept: Sequence[int] = ()  # candidates that the finished tree returned
+    def __init__(self, context: Context, tree: Tree, depth: int):
+        self.context, self.tree, self.growth = context, tree, Growth()
+        self.steps = tree.grow(self.growth, depth)
+        self.read = context.draft.main_branch  # then the candidates that were expanded
+        self.places = {ROOT: self.read.tip}  # candidate -> node of `read`
+        self.step = Step((), 0)
+        self.asked: Sequence[int] = ()  # candidates that this step expands
+        self.kept: Sequence[int] = ()  # candidates that the finished tree returned
 
 
 def draft_tree(
@@ -126,7 +122,7 @@ def draft_tree(
     Raises:
         ValueError: the tree asked for, or returned, something that `Tree` forbids.
     """
-    rows = [_begin(tree, context, depth) for context, depth in zip(contexts, depths, strict=True)]
+    rows = [Row(context, tree, depth) for context, depth in zip(contexts, depths, strict=True)]
     live = [row for row, depth in zip(rows, depths, strict=True) if depth > 0 and _next(row, session)]
     while live:
         requests = []
@@ -139,12 +135,7 @@ def draft_tree(
         for row, found in zip(live, find_children(views, steps, above, tree.draws, confidence), strict=True):
             row.growth.add(row.asked, found)
         live = [row for row in live if _next(row, session)]
-    return [_draft(row, tree, level, confidence) for row in rows]
-
-
-def _begin(tree: Tree, context: Context, depth: int) -> Row:
-    chain, growth = context.draft.main_branch, Growth()
-    return Row(context, growth, tree.grow(growth, depth), chain, {ROOT: chain.tip})
+    return [_draft(row, level, confidence) for row in rows]
 
 
 def _next(row: Row, session: Session) -> bool:
@@ -175,12 +166,12 @@ def _read(row: Row, level: int) -> None:
     row.read = row.read.attach([growth.tokens[n] for n in new], [places[growth.parents[n]] for n in new], level)
 
 
-def _draft(row: Row, tree: Tree, level: int, confidence: bool) -> Draft:
+def _draft(row: Row, level: int, confidence: bool) -> Draft:
     """The context's own nodes, then the candidates that the tree keeps."""
     growth, context, nodes = row.growth, row.context, sorted(row.kept)
     drawn = any(probs is not None for probs in growth.draft_probs)
     if drawn:
-        _check_drawn(growth, nodes, tree)
+        _check_drawn(growth, nodes, row.tree)
     places = {ROOT: context.tip} | {n: len(context.draft) + i for i, n in enumerate(nodes)}  # candidate -> draft node
     if missing := [node for node in nodes if growth.parents[node] not in places]:
         raise ValueError(f"a tree kept nodes {missing} without their parents")
@@ -191,7 +182,7 @@ def _draft(row: Row, tree: Tree, level: int, confidence: bool) -> Draft:
         level,
         pick(growth.confidence) if confidence else None,
         pick(growth.draft_probs) if drawn else None,
-        tree.draws or "iid",
+        row.tree.draws or "iid",
     )
 
 

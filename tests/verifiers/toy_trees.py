@@ -32,9 +32,8 @@ def small(type: str) -> Tree:
 
 def grown(tree: Tree, drafter: Model, place: Place, sampler: Branching | Sampler | None, depth: int = 2) -> Draft:
     """The draft of one row, as the driver would grow it with a model."""
-    growth = Growth()
-    steps = tree.grow(growth, min(depth, place.depth))
-    row = Row(Context(0, place.text, None, place.draft), growth, steps, place.draft, {ROOT: ROOT})  # type: ignore[arg-type]
+    row = Row(Context(0, place.text, None, place.draft), tree, min(depth, place.depth))  # type: ignore[arg-type]
+    growth, steps = row.growth, row.steps
     try:
         step = next(steps)
         while True:
@@ -51,7 +50,7 @@ def grown(tree: Tree, drafter: Model, place: Place, sampler: Branching | Sampler
             step = next(steps)
     except StopIteration as end:
         row.kept = end.value
-    return _draft(row, tree, 2, False)
+    return _draft(row, 2, False)
 
 
 def branch(growth: Growth, node: int) -> tuple[int, ...]:
