@@ -17,17 +17,8 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-__all__ = [
-    "NoCache",
-    "SlotCache",
-    "cross_attention_cache",
-    "encoder_decoder_cache",
-    "export_cache",
-    "holds",
-    "import_cache",
-    "slots_of",
-    "windows_of_cache",
-]
+__all__ = ["NoCache", "SlotCache", "cross_attention_cache", "encoder_decoder_cache", "export_cache", "holds"]
+__all__ += ["import_cache", "slots_of", "windows_of_cache"]
 
 
 class NoCache(ValueError):
@@ -72,14 +63,6 @@ class SlotLayer(DynamicLayer):
             values.transpose(1, 2).index_put_(index, value_states.transpose(1, 2))
         self.keys, self.values = keys.narrow(2, 0, visible), values.narrow(2, 0, visible)
         return self.keys, self.values
-
-    def grow(self) -> None:
-        """Makes the buffers as long as the cache's new capacity."""
-        for name in ("key_buffer", "value_buffer"):
-            old = getattr(self, name)
-            new = old.new_zeros(*old.shape[:2], self.cache.capacity, old.shape[3])  # (rows, heads, capacity, head_dim)
-            new[:, :, : old.shape[2]] = old
-            setattr(self, name, new)
 
     def get_seq_length(self) -> int:
         return self.cache.start
@@ -147,11 +130,15 @@ class SlotCache(Cache):
             more[:, : self.positions.shape[1]] = self.positions
             self.positions = more
         for layer in self._filled():
-            layer.grow()
-        for tap, old in self.features.items():
-            self.features[tap] = old.new_zeros(old.shape[0], self.capacity, old.shape[2])
-            self.features[tap][:, : old.shape[1]] = old
+            layer.key_buffer, layer.value_buffer = self._longer(layer.key_buffer), self._longer(layer.value_buffer)
+        self.features = {tap: self._longer(buffer) for tap, buffer in self.features.items()}
         return True
+
+    def _longer(self, old: Tensor) -> Tensor:
+        """(..., capacity, width) a buffer's contents, with the cache's new capacity."""
+        new = old.new_zeros(*old.shape[:-2], self.capacity, old.shape[-1])
+        new[..., : old.shape[-2], :] = old
+        return new
 
     def index_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """(rows, queries) row and slot of each query, made once for each forward and device."""

@@ -86,15 +86,9 @@ class Prices:
             widths.append(widths[start] + (width if size is None or stage > skip else min(width, size)))
         return widths
 
-    # Text that drafter models must still read.
-
-    def unread(self, skip: int, contexts: Sequence[Context]) -> int:
-        """Tokens of text that the drafter models have not read yet, the first `skip` stages left out."""
-        return unread(self.call, self.stages[skip:], contexts)
-
     def reading(self, skip: int, contexts: Sequence[Context]) -> float:
-        """Seconds that the drafter models take to read that text, once."""
-        return READING_COST * max(self.unread(skip, contexts) - 2, 0) * max(self.token[skip:])
+        """Seconds for drafter models to read the text that they have not read yet, without the first `skip` stages."""
+        return READING_COST * max(unread(self.call, self.stages[skip:], contexts) - 2, 0) * max(self.token[skip:])
 
 
 def unread(call: Call, stages: Sequence[tuple[Drafter, int]], contexts: Sequence[Context]) -> int:

@@ -9,7 +9,7 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Schedule
@@ -34,8 +34,6 @@ class Confidence(Schedule):
         check_range("a confidence schedule", self, depth=None)
         check_range("a confidence schedule", self, 0, threshold=1)
 
-    def _unsure(self, confidence: float, entropy: Callable[[], float]) -> bool:
-        return confidence < self.threshold
-
     def budgets(self, contexts: Sequence[Context], rooms: Sequence[int], drafter: Drafter) -> list[Budget]:
-        return [Budget(min(self.depth, room), min(self.depth, room), stop=self._unsure) for room in rooms]
+        unsure = lambda confidence, entropy: confidence < self.threshold  # noqa: E731
+        return [Budget(min(self.depth, room), min(self.depth, room), stop=unsure) for room in rooms]

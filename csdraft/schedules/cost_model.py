@@ -29,7 +29,7 @@ from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, Schedul
 from csdraft.decoding.limits import check_range
 from csdraft.decoding.states import cost_label
 from csdraft.schedules._plans import MARGIN, Group, Plan, plans_by_depth, reason
-from csdraft.schedules._prices import UNREAD, Prices
+from csdraft.schedules._prices import UNREAD, Prices, unread
 from csdraft.tables.costs import STREAK, Costs, Learned, Survival, Way
 
 __all__ = ["CostModel"]
@@ -143,7 +143,7 @@ class CostModelRun(Schedule):
             holds = min(1 + self.learned.rounds // LEARNING, SETTLED_FOR) if settled else 1
         self._settled[kind] = (self.way, self.depth, holds - 1)
         skip, size = self.way
-        self.reads_much = self.depth > 0 and self.prices.unread(skip, contexts) > UNREAD
+        self.reads_much = self.depth > 0 and unread(self.call, self.stages[skip:], contexts) > UNREAD
         self.asked = [min(self.depth, room) for room in rooms]
         if len(self.stages) == 1:  # a single drafter may return more than `depth`, such as a window of guesses
             both = zip(self.asked, rooms, strict=True)

@@ -24,5 +24,3 @@ class Recursive(Branching):
     """
 
     draws: ClassVar = "without_replacement"
-
-    branching: tuple[int, ...] = (3, 2)

@@ -24,5 +24,3 @@ class Sampled(Branching):
     """
 
     draws: ClassVar = "iid"
-
-    branching: tuple[int, ...] = (3, 2)

@@ -12,19 +12,8 @@ from csdraft.decoding.interfaces import ScoresView, Verdict, Verifier
 from csdraft.decoding.sampling import Sampler
 from csdraft.verifiers.match import Match
 
-__all__ = [
-    "Stepwise",
-    "accept_branch",
-    "check_draft",
-    "drawn_from",
-    "in_turn",
-    "left_over",
-    "probs_without",
-    "ratio",
-    "residual",
-    "unexplained",
-    "unshared_probs",
-]
+__all__ = ["TINY", "Stepwise", "accept_branch", "check_draft", "drawn_from", "in_turn", "left_over", "probs_without"]
+__all__ += ["ratio", "residual", "unexplained", "unshared_probs"]
 
 TINY = 1e-38
 """Stands for a draft probability that was rounded to zero."""
@@ -67,12 +56,10 @@ class Stepwise(Verifier):
 
     def aim(self, draft: Draft, node: int, target_probs: Tensor) -> Tensor:
         """(vocab,) distribution that the token after `node` must have; the target's by default."""
-        del draft, node
         return target_probs
 
     def emitted_probs(self, draft: Draft, node: int, aim: Tensor) -> Tensor:
         """(vocab,) distribution that the token after `node` actually has; `aim` by default."""
-        del draft, node
         return aim
 
     def keeps(self, draft: Draft, node: int, aim: Tensor, row: int, sampler: Sampler) -> tuple[int | None, Tensor]:

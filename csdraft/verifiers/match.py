@@ -37,5 +37,4 @@ class Match(Verifier):
 
     def keeps(self, draft: Draft, node: int, scores: ScoresView, sampler: Sampler) -> int | None:
         """The child of `node` to step into; None if no child carries the reviewer's token."""
-        del sampler
         return draft.child(node, scores.choice(node))

@@ -47,7 +47,6 @@ class Typical(Verifier):
                 )
 
     def verify(self, draft: Draft, scores: ScoresView, sampler: Sampler, root: int = ROOT) -> Verdict:
-        del sampler
         end = self.best(draft, scores, root)
         return accept_branch(draft, scores, root, end, lambda: scores.choice(end))
 
