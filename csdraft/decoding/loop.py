@@ -20,7 +20,6 @@ from csdraft.decoding.rounds import run_round
 from csdraft.decoding.safe_drafter import SafeDrafter
 from csdraft.decoding.sampling import Sampler
 from csdraft.decoding.scores import TokenChooser
-from csdraft.decoding.session import Session
 from csdraft.decoding.stopping import Stopping
 from csdraft.decoding.text import Text
 from csdraft.decoding.together import Together, check_rule, names_of_custom_code
@@ -50,7 +49,7 @@ def run(
         output: takes the emitted tokens (streamer, scores).
         strict: raise when a drafter fails instead of continuing without it.
     """
-    target, ledger = call.session(call.target), call.ledger
+    target, ledger, stopping = call.session(call.target), call.ledger, call.chooser.stopping
     safe = drafter if isinstance(drafter, SafeDrafter) else SafeDrafter(drafter, verifier, strict)
     live = list(range(call.rows))
     ledger.start(target.reader.device)
@@ -58,7 +57,8 @@ def run(
         ledger.begin()
         contexts = [Context(row, call.texts[row], call) for row in live]
         unpadded = [context for context in contexts if context.row not in call.rows_of_padding]
-        rooms = [_room(call, target, context.row) for context in unpadded]
+        # One drafted token less than may follow, since the target adds one itself.
+        rooms = [min(stopping.remaining(c.text) - 1, target.room(c.row, c.text)) for c in unpadded]
         allowed = dict(zip(unpadded, safe.budgets(schedule, unpadded, rooms), strict=True))
         budgets = [allowed.get(context, NOTHING) for context in contexts]
         rounds = run_round(contexts, target, safe, verifier, budgets)
@@ -82,12 +82,6 @@ def run(
     ledger.stop()
     ledger.plain_step = safe.attempt(lambda _: schedule.plain_seconds(), 0.0)
     ledger.why, ledger.failure = safe.attempt(lambda _: schedule.why(), ""), safe.failure
-
-
-def _room(call: Call, target: Session, row: int) -> int:
-    """How many drafted tokens a row has room for: one less than may follow, since the target adds one itself."""
-    text = call.texts[row]
-    return min(call.chooser.stopping.remaining(text) - 1, target.room(row, text))
 
 
 def open_call(
@@ -116,7 +110,9 @@ def open_call(
     rows = input_ids.shape[0]
     texts = [Text(ids, None if mask is None else mask[row]) for row, ids in enumerate(input_ids)]
     vocab = model.config.get_text_config(decoder=True).vocab_size  # type: ignore[union-attr,operator]
-    sampler = Sampler(not config.do_sample, row_seeds or _row_seeds(rows, config), vocab, verifier.draws)
+    if not row_seeds:  # from torch's global generator, so that `torch.manual_seed` governs sampling
+        row_seeds = torch.randint(0, 2**62, (rows,), device="cpu").tolist() if config.do_sample else [0] * rows
+    sampler = Sampler(not config.do_sample, row_seeds, vocab, verifier.draws)
     stopping = Stopping(criteria)
     longest = max(len(text) for text in texts)
     ahead = min(max(stopping.remaining(text) for text in texts), CAPACITY_AHEAD)
@@ -133,10 +129,3 @@ def open_call(
         kept = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
         call.session(model).preload(past, texts, kept[:, : int(past.get_seq_length())])
     return call
-
-
-def _row_seeds(rows: int, config: GenerationConfig) -> list[int]:
-    """From torch's global CPU generator, so that `torch.manual_seed` governs sampling; greedy draws nothing."""
-    if not config.do_sample:
-        return [0] * rows
-    return torch.randint(0, 2**62, (rows,), device="cpu").tolist()

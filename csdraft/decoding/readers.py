@@ -148,14 +148,9 @@ def take_back(reader: Reader, texts: Sequence[Sequence[int]]) -> None:
     with _LOCK:
         _waiting.append(waiting)
         del _waiting[:-MOST]
-        _make_room(reader.device)
-
-
-def _make_room(device: torch.device) -> None:
-    """Drops the oldest waiting readers until the others fit into `SHARE` of the memory; always keeps the newest."""
-    there = [w for w in _waiting if w.reader.device == device]
-    while len(there) > 1 and sum(w.reader.cache.bytes for w in there) > SHARE * memory_of(device):
-        _waiting.remove(there.pop(0))
+        there = [w for w in _waiting if w.reader.device == reader.device]
+        while len(there) > 1 and sum(w.reader.cache.bytes for w in there) > SHARE * memory_of(reader.device):
+            _waiting.remove(there.pop(0))  # the oldest; the newest is always kept
 
 
 def release(model: nn.Module | None = None) -> int:

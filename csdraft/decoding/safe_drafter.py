@@ -69,7 +69,11 @@ class SafeDrafter(Drafter):
             if self.drafter is not None and not self.failure:
                 self._texts = [(text, []) for text in call.texts]
                 self.drafter.check(call)
-                self._check_form(self.drafter)
+                if self.verifier.chains_only and self.drafter.width(self.drafter.depth) > self.drafter.depth:
+                    raise ValueError(
+                        f"{type(self.drafter).__name__} may draft trees, but {type(self.verifier).__name__} verifies "
+                        "only chains; draft chains, or use another verifier"
+                    )
         except ValueError:
             raise
         except Exception as error:  # as above
@@ -125,14 +129,6 @@ class SafeDrafter(Drafter):
         for text, kept in self._texts:
             if len(text.tokens) != len(kept) or text.tokens[-TAIL:] != kept[-TAIL:]:
                 raise ValueError("it changed the text's own list of tokens; let it copy the list first")
-
-    def _check_form(self, drafter: Drafter) -> None:
-        """Raises ValueError if the drafter may draft trees and the verifier takes only chains."""
-        if self.verifier.chains_only and drafter.width(drafter.depth) > drafter.depth:
-            raise ValueError(
-                f"{type(drafter).__name__} may draft trees, but {type(self.verifier).__name__} verifies only chains; "
-                "draft chains, or use another verifier"
-            )
 
     def _flaw(self, draft: Draft, room: int, call: Call) -> str | None:
         """Why a draft would raise later in the round, where the text would be lost; None if it would not."""

@@ -74,20 +74,16 @@ class Session:
         self.pinned = False  # whether ended rows must stay, since the caller gets the cache
         self.imported = 0
         for row, count in enumerate(held):
-            if count:
-                self._take_over(row, texts[row], count)
-
-    def _take_over(self, row: int, text: Text, count: int) -> None:
-        """Uses the first `count` tokens of an earlier call's cache. The last one is read again to check the others."""
-        self._readings[row] = Reading(text, count - 1)
-        self._unproven[row] = count - 1, self.reader.cache.at(row, count - 1)
-        self.imported += count
-        self.use.rolled_back += 1
+            if count:  # tokens of an earlier call's cache; the last one is read again to check the others
+                self._readings[row] = Reading(texts[row], count - 1)
+                self._unproven[row] = count - 1, self.reader.cache.at(row, count - 1)
+                self.imported += count
+                self.use.rolled_back += 1
 
     def close(self) -> None:
         """Called when a call ends without an error: keeps the cache for the model's next call."""
         readings = list(self._readings.values())
-        if self._batch == list(self._readings) and all(reading.text for reading in readings) and self._reuse:
+        if self._reuse and self._batch == list(self._readings) and all(reading.text for reading in readings):
             take_back(self.reader, [reading.text.tokens[: reading.read] for reading in readings])  # type: ignore
         elif self.reader.graphs is not None:
             take_back(self.reader, [()] * len(readings))  # no text to reuse, but its recorded graphs

@@ -75,16 +75,17 @@ class Vertical(Drafter):
         session, level = call.session(self.reviewer), call.level(self.reviewer)  # type: ignore[arg-type]
         verifier = self._verifier(call, level)
         confidence = any(budget.confidence or budget.stop for budget in budgets)
-        coupled = call.sampler.coupled or call.sampler.greedy
+        sure = verifier.draws == "coupled" and verifier.reads_confidence  # whether the inner drafter's is read
         before = [context.draft.main_branch for context in contexts]  # all that the reviewer reads of it
         drafts = list(before)
         limits = [min(b.room, session.left(c)) for b, c in zip(budgets, contexts, strict=True)]
         live = [i for i, b in enumerate(budgets) if b.depth > 0 and limits[i] > 0]
+        length = self.drafter.depth if self.inner_length is None else self.inner_length
         while live:
-            inner = [contexts[i] if drafts[i] is contexts[i].draft else contexts[i].after(drafts[i]) for i in live]
-            rooms = [limits[i] - (len(drafts[i]) - len(before[i])) for i in live]
+            inner = [contexts[i].after(drafts[i]) for i in live]
             # One less than the room, since the reviewer adds a token itself.
-            asked = [self._inner_budget(room - 1, coupled) for room in rooms]
+            rooms = [limits[i] - (len(drafts[i]) - len(before[i])) - 1 for i in live]
+            asked = [Budget(min(length, room), room, confidence=sure) for room in rooms]
             proposed = self.drafter.propose(inner, asked)
             _check_probs(inner, proposed, verifier)
             rounds = review(inner, proposed, session, level, verifier, confidence)
@@ -103,10 +104,6 @@ class Vertical(Drafter):
         if call.sampler.coupled or call.sampler.greedy:
             return Lenient(self.lenience, level)
         return Rejection(self.lenience) if self.lenience > 1 else ByDraws()
-
-    def _inner_budget(self, room: int, coupled: bool) -> Budget:
-        length = self.drafter.depth if self.inner_length is None else self.inner_length
-        return Budget(min(length, room), room, confidence=coupled and self.lenience > 1)
 
 
 @dataclass(frozen=True)
