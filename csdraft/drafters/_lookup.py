@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from csdraft.decoding.call import Call
-from csdraft.decoding.draft import Draft
+from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter
 
-__all__ = ["Lookup", "check_vocabulary", "match_evidence", "until"]
+__all__ = ["Lookup", "Trie", "check_vocabulary", "match_evidence", "until"]
 
 LONG_MATCHES = (2, 4, 8)
 """Each of these lengths that a match reaches raises its evidence by one."""
@@ -46,6 +46,27 @@ class Lookup(Drafter):
         """If the option `name` is a path, replaces it by the table that is stored there."""
         if isinstance(path := getattr(self, name), str | Path):
             object.__setattr__(self, name, table.load(path))
+
+
+class Trie:
+    """A tree under construction, numbered as for `Draft.graft`. Add the likeliest sequence first: see `Draft.tip`."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.parents: list[int] = []
+        self._children: dict[tuple[int, int], int] = {}
+
+    def add(self, tokens: Iterable[int], node: int = ROOT) -> int:
+        """Adds the new part of a sequence below `node`; returns the node where the sequence ends."""
+        children = self._children
+        for token in tokens:
+            child = children.get((node, token))
+            if child is None:
+                child = children[node, token] = len(self.tokens)
+                self.tokens.append(token)
+                self.parents.append(node)
+            node = child
+        return node
 
 
 def check_vocabulary(call: Call, table: str, largest: int, way_out: str) -> None:

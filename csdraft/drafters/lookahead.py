@@ -19,8 +19,7 @@ from dataclasses import dataclass, field
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Budget, Context, Round
 from csdraft.decoding.limits import MOST_BRANCHES, check_range
-from csdraft.drafters._lookup import Lookup, until
-from csdraft.drafters._trie import Trie
+from csdraft.drafters._lookup import Lookup, Trie, until
 from csdraft.tables.phrases import PhrasePool
 
 __all__ = ["Lookahead"]

@@ -15,8 +15,7 @@ from csdraft.decoding.call import Call
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context
 from csdraft.decoding.limits import MOST_BRANCHES, check_range
-from csdraft.drafters._lookup import Lookup, check_vocabulary, until
-from csdraft.drafters._trie import Trie
+from csdraft.drafters._lookup import Lookup, Trie, check_vocabulary, until
 from csdraft.tables.successors import SuccessorTable
 
 __all__ = ["NGrammys"]

@@ -16,8 +16,7 @@ from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Round
 from csdraft.decoding.limits import MOST_BRANCHES, check_range
 from csdraft.drafters._check_parts import check_parts
-from csdraft.drafters._lookup import until
-from csdraft.drafters._trie import Trie
+from csdraft.drafters._lookup import Trie, until
 from csdraft.tables.phrases import PhrasePool
 
 __all__ = ["Ouroboros"]
