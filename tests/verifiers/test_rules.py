@@ -10,6 +10,7 @@ import torch
 
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.sampling import Sampler
+from csdraft.verifiers import _stepwise
 from csdraft.verifiers.block import Block
 from csdraft.verifiers.deferral import Deferral
 from csdraft.verifiers.k_seq import KSeq
@@ -83,12 +84,35 @@ def test_blocks_example_of_the_paper():
     assert mean(accepted(Block(), target, chain(drafter, "dd"))) == pytest.approx(11 / 9)
 
 
+class BlockOfThePaper(Block):
+    """Algorithm 2 of arXiv 2403.10444: all running ratios first, then one trial for each length."""
+
+    def verify(self, draft, scores, sampler, root=ROOT):
+        target_probs, weights = [scores.probs(node) for node in range(ROOT, len(draft))], [1.0]
+        for node in range(len(draft)):
+            weights.append(min(1.0, weights[-1] * _stepwise.ratio(target_probs[node], draft, node)))
+        chances = weights[1:]
+        for i in range(1, len(draft)):
+            if weights[i] < 1:
+                left = float(_stepwise.unexplained(weights[i] * target_probs[i], draft, i).sum())
+                chances[i - 1] = left / (left + 1 - weights[i])
+        kept = next((n for n in range(len(draft), 0, -1) if sampler.accepts(scores.row, chances[n - 1])), 0)
+        left = target_probs[kept]
+        if kept < len(draft):
+            left = _stepwise.residual(weights[kept] * left, draft, kept)
+        return _stepwise.accept_branch(draft, scores, root, kept - 1, lambda: sampler.draw(scores.row, left))
+
+
 @pytest.mark.parametrize("kinds", ["d", "dd", "ddd", "dcd", "ccc"])
-def test_traversal_of_a_chain_is_block(kinds):
+def test_traversal_of_a_chain_is_the_papers_block(kinds):
     for seed in range(3):
         target, propose = Tables(seed), chain(Tables(100 + seed), kinds)
-        block, traversal = (accepted(verifier, target, propose) for verifier in (Block(), Traversal()))
-        assert total_variation(block, traversal) < 1e-12
+        rules = Block(), Traversal(), BlockOfThePaper()
+        block, traversal, paper = (accepted(verifier, target, propose) for verifier in rules)
+        assert total_variation(block, paper) < 1e-12
+        assert total_variation(traversal, paper) < 1e-12
+        block, paper = (text_distribution(verifier, target, propose, 3) for verifier in (Block(), BlockOfThePaper()))
+        assert total_variation(block, paper) < 1e-12
 
 
 @pytest.mark.parametrize(
