@@ -27,20 +27,21 @@ class Stopping:
 
     Args:
         criteria: the criteria that `generate` prepared.
+        eos: tokens that end a text, beside those of the criteria.
 
     Attributes:
         max_length: the most tokens of a row, with its padding; None: no limit.
-        eos: tokens that end a text.
+        eos: all tokens that end a text.
         pads: whether an ended row is filled up with padding while others continue. Without a criterion for end-of-text
             tokens, plain `generate` lets such a row continue.
         known, custom: the other criteria: those in `KNOWN`, and the rest.
         kept: by row, the (vocab,) processed scores of its tokens so far; criteria get them if the call returns scores.
     """
 
-    def __init__(self, criteria: Sequence[StoppingCriteria]):
+    def __init__(self, criteria: Sequence[StoppingCriteria], eos: frozenset[int] = frozenset()):
         self.criteria = StoppingCriteriaList(criteria)
         self.max_length: int | None = None
-        self.eos: frozenset[int] = frozenset()
+        self.eos = eos
         self.known: list[StoppingCriteria] = []
         self.custom: list[StoppingCriteria] = []
         for criterion in criteria:
@@ -55,9 +56,7 @@ class Stopping:
 
     def for_drafters(self) -> Stopping:
         """End-of-text tokens only, which is all that a drafter needs."""
-        inner = Stopping([])
-        inner.eos = self.eos
-        return inner
+        return Stopping([], self.eos)
 
     @property
     def reads_text(self) -> bool:

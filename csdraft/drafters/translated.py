@@ -115,9 +115,8 @@ class Translated(Drafter):
         if self.own.size > known + MOST_VOCABULARY_PADDING:
             raise ValueError(f"tokenizer has {self.own.size} tokens, the drafter {known}; give the drafter's own")
         vocab = max(known, self.own.size)  # tokens that were added to the tokenizer alone are clamped
-        stopping = Stopping([])
-        stopping.eos = self.own.eos
-        chooser = TokenChooser(Processing([], call.rows), stopping, Sampler(True, [0] * call.rows, vocab))
+        sampler = Sampler(True, [0] * call.rows, vocab)
+        chooser = TokenChooser(Processing([], call.rows), Stopping([], self.own.eos), sampler)
         texts = [Text(torch.tensor(self.own.opening, dtype=torch.long, device="cpu")) for _ in range(call.rows)]
         return Call(models[0] if models else call.target, chooser, texts, call.capacity, None)
 

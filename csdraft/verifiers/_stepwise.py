@@ -13,7 +13,7 @@ from csdraft.decoding.sampling import Sampler
 from csdraft.verifiers.match import Match
 
 __all__ = ["TINY", "Stepwise", "accept_branch", "check_draft", "drawn_from", "in_turn", "left_over", "probs_without"]
-__all__ += ["ratio", "residual", "unexplained", "unshared_probs"]
+__all__ += ["ratio", "residual", "unshared_probs"]
 
 TINY = 1e-38
 """Stands for a draft probability that was rounded to zero."""
@@ -135,19 +135,14 @@ def ratio(target_probs: Tensor, draft: Draft, node: int) -> float:
     return float(target_probs[token]) / max(float(draft_probs[token]), TINY)
 
 
-def unexplained(target_probs: Tensor, draft: Draft, node: int) -> Tensor:
-    """(vocab,) max(target - draft, 0): the part of the target that the node's distribution does not supply."""
+def residual(target_probs: Tensor, draft: Draft, node: int) -> Tensor:
+    """(vocab,) distribution after the node is rejected: max(target - draft, 0), normalised."""
     draft_probs = drawn_from(draft, node)
     if draft_probs is not None:
-        return (target_probs - draft_probs.to(target_probs)).clamp_(min=0)
+        return left_over((target_probs - draft_probs.to(target_probs)).clamp_(min=0), target_probs)
     rest = target_probs.clone()
     rest[draft.tokens[node]] = 0
-    return rest
-
-
-def residual(target_probs: Tensor, draft: Draft, node: int) -> Tensor:
-    """(vocab,) distribution after the node is rejected: `unexplained`, normalised."""
-    return left_over(unexplained(target_probs, draft, node), target_probs)
+    return left_over(rest, target_probs)
 
 
 def left_over(rest: Tensor, target_probs: Tensor) -> Tensor:

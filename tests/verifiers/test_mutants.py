@@ -65,17 +65,17 @@ def test_no_residual_is_found(monkeypatch):
 
 
 def test_residual_subtracts_the_draft_twice(monkeypatch):
-    once = _stepwise.unexplained
-    monkeypatch.setattr(
-        _stepwise, "unexplained", lambda probs, draft, node: once(once(probs, draft, node), draft, node)
-    )
+    def twice(probs, draft, node):
+        return _stepwise.left_over((probs - 2 * _stepwise.drawn_from(draft, node)).clamp(min=0), probs)
+
+    monkeypatch.setattr(_stepwise, "residual", twice)
     assert error(Rejection()) > CAUGHT
 
 
 def test_residual_removes_the_refused_token_only(monkeypatch):
-    honest = _stepwise.unexplained
+    honest = _stepwise.residual
     as_point = lambda probs, draft, node: honest(probs, replace(draft, probs=None), node)  # noqa: E731
-    monkeypatch.setattr(_stepwise, "unexplained", as_point)
+    monkeypatch.setattr(_stepwise, "residual", as_point)
     assert error(Rejection()) > CAUGHT
 
 

@@ -94,7 +94,11 @@ class BlockOfThePaper(Block):
         chances = weights[1:]
         for i in range(1, len(draft)):
             if weights[i] < 1:
-                left = float(_stepwise.unexplained(weights[i] * target_probs[i], draft, i).sum())
+                probs = _stepwise.drawn_from(draft, i)
+                if probs is None:
+                    probs = torch.zeros_like(target_probs[i])
+                    probs[draft.tokens[i]] = 1.0
+                left = float((weights[i] * target_probs[i] - probs).clamp(min=0).sum())
                 chances[i - 1] = left / (left + 1 - weights[i])
         kept = next((n for n in range(len(draft), 0, -1) if sampler.accepts(scores.row, chances[n - 1])), 0)
         left = target_probs[kept]
