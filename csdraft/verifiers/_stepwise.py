@@ -12,7 +12,7 @@ from csdraft.decoding.interfaces import ScoresView, Verdict, Verifier
 from csdraft.decoding.sampling import Sampler
 from csdraft.verifiers.match import Match
 
-__all__ = ["TINY", "Stepwise", "accept_branch", "check_draft", "drawn_from", "in_turn", "left_over", "probs_without"]
+__all__ = ["TINY", "Stepwise", "accept_branch", "check_draft", "drawn_from", "left_over", "probs_without"]
 __all__ += ["ratio", "residual", "unshared_probs"]
 
 TINY = 1e-38
@@ -28,6 +28,8 @@ class Stepwise(Verifier):
     """
 
     draws: ClassVar = "independent"
+    lenience: float = 1.0
+    """Multiplies the chance to accept a drawn token."""
 
     def refusal(self, draft: Draft) -> str | None:
         return super().refusal(draft) or unshared_probs(self, draft)
@@ -66,17 +68,27 @@ class Stepwise(Verifier):
         """The child of `node` to step into, or None; and the (vocab,) distribution of the correction."""
         left = aim
         for group in groups(draft, node):
-            rule = in_turn if len(group) == 1 else self.tries
-            kept, left = rule(draft, group, left, row, sampler)
+            kept, left = (self.tries if len(group) > 1 else self.in_turn)(draft, group, left, row, sampler)
             if kept is not None:
                 return kept, left
         return None, left
 
-    def tries(
+    def in_turn(
         self, draft: Draft, group: Sequence[int], left: Tensor, row: int, sampler: Sampler
     ) -> tuple[int | None, Tensor]:
-        """The same for two or more siblings drawn from one distribution; they may supply `left` (vocab,)."""
-        return in_turn(draft, group, left, row, sampler)
+        """The same for siblings drawn independently, which may supply `left` (vocab,).
+
+        Each is accepted with left / draft probability, or removed from `left`.
+        """
+        for child in group:
+            chance = ratio(left, draft, child)
+            if sampler.accepts(row, chance if drawn_from(draft, child) is None else self.lenience * chance):
+                return child, left
+            left = residual(left, draft, child)
+        return None, left
+
+    tries = in_turn
+    """The same for two or more siblings drawn from one distribution, in the way of the rule's `kinds`."""
 
 
 def accept_branch(draft: Draft, scores: ScoresView, root: int, end: int, draw: Callable[[], int]) -> Verdict:
@@ -104,22 +116,6 @@ def groups(draft: Draft, node: int) -> list[list[int]]:
         probs = drawn_from(draft, child)
         found.setdefault((False, child) if probs is None else (True, id(probs)), []).append(child)
     return list(found.values())
-
-
-def in_turn(
-    draft: Draft, group: Sequence[int], left: Tensor, row: int, sampler: Sampler, lenience: float = 1.0
-) -> tuple[int | None, Tensor]:
-    """Tries siblings drawn independently: each is accepted with left / draft probability, or removed from `left`.
-
-    Args:
-        lenience: multiplies that probability, but not for point masses.
-    """
-    for child in group:
-        chance = ratio(left, draft, child)
-        if sampler.accepts(row, chance if drawn_from(draft, child) is None else lenience * chance):
-            return child, left
-        left = residual(left, draft, child)
-    return None, left
 
 
 def drawn_from(draft: Draft, node: int) -> Tensor | None:

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Verifier
-from csdraft.decoding.sampling import Sampler
-from csdraft.verifiers._stepwise import Stepwise, drawn_from, in_turn, residual
+from csdraft.verifiers._stepwise import Stepwise, drawn_from, residual
 from csdraft.verifiers.lenient import Lenient, check_lenience
 
 __all__ = ["Rejection"]
@@ -56,9 +55,6 @@ class Rejection(Stepwise):
     @property
     def greedy_rule(self) -> Verifier:
         return Lenient(self.lenience)
-
-    def keeps(self, draft: Draft, node: int, aim: Tensor, row: int, sampler: Sampler) -> tuple[int | None, Tensor]:
-        return in_turn(draft, draft.children(node), aim, row, sampler, self.lenience)
 
     def emitted_probs(self, draft: Draft, node: int, aim: Tensor) -> Tensor:
         """(vocab,) `aim`; with lenience min(draft, lenience * aim), and the rest of the mass from the residual."""
