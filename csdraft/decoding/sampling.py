@@ -82,9 +82,7 @@ class Sampler:
 
     def fresh_log_exponential(self, row: int, device: torch.device) -> Tensor:
         """(vocab,) log E as above, but new each time, like `uniform`."""
-        self._drawn[row] += 1
-        key = mix64(self.row_seeds[row] + 0xD1B54A32D192ED03 * self._drawn[row])
-        return _log_exponential(self._hashed([key], device))[0]
+        return _log_exponential(self._hashed([self._new_key(row)], device))[0]
 
     def hashed(self, places: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
         """(places, vocab) the v of `log_exponential`: the same bits on every device, unlike logarithms."""
@@ -116,8 +114,11 @@ class Sampler:
 
     def uniform(self, row: int) -> float:
         """A new uniform number in [0, 1). It depends on the row's seed and on how many numbers it drew before."""
+        return (self._new_key(row) >> 11) * 2.0**-53
+
+    def _new_key(self, row: int) -> int:
         self._drawn[row] += 1
-        return (mix64(self.row_seeds[row] + 0xD1B54A32D192ED03 * self._drawn[row]) >> 11) * 2.0**-53
+        return mix64(self.row_seeds[row] + 0xD1B54A32D192ED03 * self._drawn[row])
 
     def accepts(self, row: int, probability: float) -> bool:
         """True with this probability (above 1: always), by a new uniform number."""

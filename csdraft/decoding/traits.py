@@ -116,10 +116,8 @@ def decoder_of(model: nn.Module) -> nn.Module:
     """The module that makes the masks: the innermost module around the token embedding with mask code."""
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     name = next(name for name, module in model.named_modules() if module is embedding)
-    around = [model.get_submodule(name.rpartition(".")[0])]
-    while around[-1] is not model:
-        name = name.rpartition(".")[0]
-        around.append(model.get_submodule(name.rpartition(".")[0]))
+    parts = name.split(".")[:-1]
+    around = [model.get_submodule(".".join(parts[:end])) for end in range(len(parts), -1, -1)]
     return next((module for module in around if MAKES_MASKS.search(_source(type(module)))), around[0])
 
 

@@ -6,6 +6,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
+from typing import ClassVar
 
 from csdraft.decoding.draft import ROOT
 from csdraft.decoding.interfaces import Step, Tree
@@ -24,17 +25,18 @@ class Branching(Tree):
         branching: children of the root, of each of its children, and so on; on deeper levels a node has one child.
     """
 
+    most: ClassVar[int] = MOST_BRANCHES
+    """The most children of a node."""
+
     branching: tuple[int, ...] = (3, 2)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "branching", tuple(self.branching))
-        name = type(self).__name__
-        if min(self.branching, default=1) < 1:
-            raise ValueError(f"branching={shown(list(self.branching))} of a {name} tree must be numbers of at least 1")
-        if max(self.branching, default=1) > MOST_BRANCHES or self.width(len(self.branching)) > MOST_NODES:
+        each = all(1 <= count <= self.most for count in self.branching)
+        if not each or self.width(len(self.branching)) > MOST_NODES:
             raise ValueError(
-                f"branching={shown(list(self.branching))} of a {name} tree must be at most {MOST_BRANCHES} each, and "
-                f"{MOST_NODES} nodes together"
+                f"branching={shown(list(self.branching))} of a {type(self).__name__} tree must be numbers from 1 to "
+                f"{self.most}, and at most {MOST_NODES} nodes together"
             )
 
     def children(self, depth: int) -> list[int]:

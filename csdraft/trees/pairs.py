@@ -23,12 +23,6 @@ class Pairs(Branching):
     """
 
     draws: ClassVar = "pair"
+    most: ClassVar = 2
 
     branching: tuple[int, ...] = (2, 2)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if max(self.branching, default=1) > 2:
-            raise ValueError(
-                f"branching={list(self.branching)} of a Pairs tree must be 1 or 2; for more use Recursive"
-            )

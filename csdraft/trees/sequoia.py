@@ -19,6 +19,7 @@ import numpy as np
 from csdraft.decoding.interfaces import Step, Tree
 from csdraft.decoding.limits import MOST_NODES, check_range
 from csdraft.decoding.tree import Growth
+from csdraft.stored import shown
 from csdraft.trees.template import Path, Template
 
 if TYPE_CHECKING:
@@ -47,12 +48,11 @@ class Sequoia(Tree):
     def __post_init__(self) -> None:
         object.__setattr__(self, "acceptance", tuple(self.acceptance))
         check_range("a sequoia tree", self, nodes=MOST_NODES)
-        if not 0 < len(self.acceptance) <= MOST_RANKS:
-            raise ValueError(f"acceptance of a sequoia tree has {len(self.acceptance)} ranks; give 1 to {MOST_RANKS}")
-        if not min(self.acceptance) >= 0 or not sum(self.acceptance) <= 1 + 1e-9:
+        known = 0 < len(self.acceptance) <= MOST_RANKS
+        if not known or not min(self.acceptance) >= 0 or not sum(self.acceptance) <= 1 + 1e-9:
             raise ValueError(
-                f"acceptance={list(self.acceptance)} of a sequoia tree must be probabilities with a sum of at most 1, "
-                "since at most one sibling is accepted; measure it with Sequoia.measured"
+                f"acceptance={shown(list(self.acceptance))} of a sequoia tree must be 1 to {MOST_RANKS} probabilities "
+                "with a sum of at most 1, since at most one sibling is accepted; measure it with Sequoia.measured"
             )
 
     @classmethod

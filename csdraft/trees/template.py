@@ -41,12 +41,12 @@ class Template(Tree):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "paths", tuple(tuple(path) for path in self.paths))
-        if not any(self.paths) or min((rank for path in self.paths for rank in path), default=0) < 0:
-            raise ValueError(f"paths={shown(self.paths)} of a template tree must be paths of ranks >= 0, at least one")
-        if max(map(max, filter(None, self.paths))) >= MOST_BRANCHES or sum(map(len, self.shape.values())) > MOST_NODES:
+        ranks = {rank for path in self.paths for rank in path}
+        fits = all(0 <= rank < MOST_BRANCHES for rank in ranks) and sum(map(len, self.shape.values())) <= MOST_NODES
+        if not ranks or not fits:
             raise ValueError(
-                f"paths={shown(self.paths)} of a template tree must have ranks below {MOST_BRANCHES}, and at most "
-                f"{MOST_NODES} nodes"
+                f"paths={shown(self.paths)} of a template tree must be one or more paths of ranks from 0 to "
+                f"{MOST_BRANCHES - 1}, with at most {MOST_NODES} nodes together"
             )
 
     @cached_property
