@@ -187,16 +187,15 @@ def texts_of(source: Source, tokenizer: Any, longer_than: int) -> Counted:
             raise Unusable(f"a text of no more than {longer_than} tokens")
         return ids
 
-    return _usable(
-        source, ids_of, f"short texts (no text has more than {longer_than} tokens: ask for shorter beginnings)"
-    )
+    none = f"no long text (no text has more than {longer_than} tokens; ask for shorter beginnings)"
+    return _usable(source, ids_of, none)
 
 
 def _usable(source: Source, ids_of: Callable[[Mapping[str, Any], int], list[int]], none: str) -> Counted:
     """The token ids of each example, given with its number; reports those that are `Unusable`.
 
     Args:
-        none: what a ValueError says if all are.
+        none: what a ValueError says that the source holds if all are.
     """
     found = Counted([], Tally(source.name, len(source.examples)))
     for number, example in enumerate(source.examples):
