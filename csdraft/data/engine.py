@@ -2,8 +2,8 @@
 
 Token ids are sent and received if the server supports it; otherwise text is, and the target's tokenizer turns it into
 tokens. `WAYS` are tried in order on one token, and the first that the server accepts is used for all rows. A request
-that fails is sent again a few times, after growing pauses; a request that the server refuses is an error at once.
-Errors name the URL and quote the answer.
+that fails is sent again a few times, after growing pauses; a request that the server refuses is an error at once, and
+`Refused` if another prompt may be accepted. Errors name the URL and quote the answer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from csdraft.data.messages import is_broken
 
-__all__ = ["KEY", "Engine", "EngineError", "checked_url", "each", "up_to_end"]
+__all__ = ["KEY", "Engine", "EngineError", "Refused", "checked_url", "each", "up_to_end"]
 
 KEY = "OPENAI_API_KEY"
 """The environment variable with the server's key, if it needs one. The key is never written anywhere."""
@@ -30,6 +30,8 @@ PAUSES = (1, 2, 4, 8, 16, 30)
 """Seconds before each further attempt at a failed request."""
 BUSY = (408, 409, 425, 429)
 """Statuses of temporary failures, besides all from 500 on."""
+REFUSALS = (400, 413, 422)
+"""Statuses of a request that is wrong in itself, such as a prompt that is longer than the server's context."""
 LONGEST_ANSWER, QUOTED = 1 << 26, 300
 """Bytes of an answer that are read, and characters of it that messages quote."""
 NUMBERED = re.compile(r"(?:token_id:)?(\d{1,18})")
@@ -51,6 +53,10 @@ class EngineError(ValueError):
 
 class Unanswered(EngineError):
     """The server cannot answer a request, or not in this way."""
+
+
+class Refused(Unanswered):
+    """The server refuses this request; it may answer others."""
 
 
 class Failed(Exception):
@@ -225,7 +231,7 @@ class Engine:
             raise Failed(said)
         if response.status != 200:
             advice = f" It needs a key: put it into {KEY}." if response.status in (401, 403) else ""
-            raise Unanswered(f"{where}: {said}.{advice}")
+            raise (Refused if response.status in REFUSALS else Unanswered)(f"{where}: {said}.{advice}")
         try:
             return json.loads(content)
         except (ValueError, RecursionError) as error:

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from csdraft.data.engine import Engine, checked_url, each, up_to_end
+from csdraft.data.engine import Engine, EngineError, Refused, checked_url, each, up_to_end
 from csdraft.data.packing import ends_of, pad_of, padded_prompts
 from csdraft.data.reader import ids_end
 from csdraft.data.shards import Place, Shard, batches, check_unchanged, finished, store, stored, write_whole
@@ -37,6 +37,9 @@ FIXED = ("target", "target_revision", "chat_template", "chat_template_options", 
 
 OF_A_RUN = ("rank", "world_size", "threads", "engine", "engine_timeout")
 """Arguments that do not describe the data set."""
+
+FIRST = 8
+"""If a server refuses so many rows at the start, and no row is written, the run ends."""
 
 
 @dataclass
@@ -79,7 +82,8 @@ def generate(args: GenerateArguments, assistant: Any) -> Any:
 
     Rows go to `output_dir/parts`, one file for each process. The process that finishes last stores them all as a data
     set in `output_dir`, in the order of their prompts. Row i is sampled with row seed i (if `seed` is 0), so its text
-    does not depend on the drafter, nor, except for rounding, on batches, processes and interruptions.
+    does not depend on the drafter, nor, except for rounding, on batches, processes and interruptions. Rows that a
+    server refuses are left out, and noted in `output_dir/refused`.
 
     Args:
         assistant: for `target.generate`; it changes the speed, not the text.
@@ -90,7 +94,8 @@ def generate(args: GenerateArguments, assistant: Any) -> Any:
 
     Raises:
         ValueError: before the target is loaded, if the data cannot be read, prompts do not fit, or `output_dir` cannot
-            be written or holds rows of other prompts or of another target.
+            be written or holds rows of other prompts or of another target. Or the server does not answer, or it
+            refuses all of the first rows.
     """
     if importlib.util.find_spec("datasets") is None:
         raise ValueError("storing what a target writes needs datasets: pip install csdraft[train]")
@@ -99,25 +104,33 @@ def generate(args: GenerateArguments, assistant: Any) -> Any:
     folder, (config, tokenizer) = check_writable(args.output_dir), read_target(args)
     prompts = read_starts(args, config, tokenizer)
     check_same(folder / "arguments.json", args, prompts.tally)
-    if stored(folder) != len(prompts):
+    refused = find_rows(folder / "refused", prompts)
+    if stored(folder) + len(refused) != len(prompts):
         places = find_rows(folder / "parts", prompts)
         kinds = [is_sampled(row, args.sampled) for row in range(len(prompts))]
         plan = batches([len(prompt) for prompt in prompts], args.batch_size, kinds)
-        missing = [rows for rows in args.part.of(plan) if not places.keys() >= set(rows)]
+        known = places.keys() | refused.keys()
+        missing = [rows for rows in args.part.of(plan) if not known >= set(rows)]
         if missing:
-            wanted = [row for rows in missing for row in rows if row not in places]
+            wanted = sorted(row for rows in missing for row in rows if row not in known)
             if args.engine is None:
                 written = rows_of_target(args, args.load_target(), tokenizer, assistant, prompts, missing)
             else:
-                written = rows_of_engine(args, config, tokenizer, prompts, wanted)
+                answers = rows_of_engine(args, config, tokenizer, prompts, wanted)
+                written = without_refused(answers, args, prompts, wanted, bool(places))
             # A target's vocabulary may be padded: a text ends before a token that the tokenizer lacks.
-            known = ((row, takewhile(ids_end(tokenizer).__gt__, text)) for row, text in written)
-            append(args, prompts, set(wanted), known)
-            places = find_rows(folder / "parts", prompts)
-        if len(places) < len(prompts):
-            print(f"other processes still have {len(prompts) - len(places):,} rows to write")
+            texts = ((row, takewhile(ids_end(tokenizer).__gt__, text)) for row, text in written)
+            append(args, prompts, set(wanted), texts)
+            places, refused = (find_rows(folder / name, prompts) for name in ("parts", "refused"))
+        if left := len(prompts) - len(places) - len(refused):
+            print(f"other processes still have {left:,} rows to write")
             return None
-        store(folder, [places[row] for row in range(len(prompts))])
+        store(folder, [places[row] for row in sorted(places)])
+    if refused:
+        print(
+            f"{len(refused):,} of {len(prompts):,} rows are left out: the server refuses their prompts, first row "
+            f"{min(refused)}: {refused[min(refused)].read()['refused']} To ask again, remove {folder / 'refused'}"
+        )
     return load(args, folder, prompts, tokenizer)
 
 
@@ -236,7 +249,7 @@ def rows_of_target(
 
 def rows_of_engine(
     args: GenerateArguments, config: Any, tokenizer: Any, prompts: Sequence[list[int]], wanted: Sequence[int]
-) -> Iterator[tuple[int, list[int]]]:
+) -> Iterator[tuple[int, list[int] | Refused]]:
     """The wanted rows with what a server writes after their prompts, in the order in which they finish."""
     if config.is_encoder_decoder:
         raise ValueError(f"engine={args.engine!r} cannot write for a {config.model_type!r} target; leave engine out")
@@ -246,13 +259,51 @@ def rows_of_engine(
     except OSError:  # it has no generation_config.json
         ends = ends_of(config.get_text_config(decoder=True))
     engine = Engine(str(args.engine), args.engine_model, args.target, tokenizer, vocab, set(ends), args.engine_timeout)
-    print(engine.open(prompts[wanted[0]]))
+    print(engine.open(min(prompts, key=len)))
 
-    def write(row: int) -> list[int]:
+    def write(row: int) -> list[int] | Refused:
         temperature = args.temperature if is_sampled(row, args.sampled) else 0.0
-        return engine.write(prompts[row], args.max_new_tokens, temperature, (args.seed * 1_000_003 + row) % (1 << 31))
+        seed = (args.seed * 1_000_003 + row) % (1 << 31)
+        try:
+            return engine.write(prompts[row], args.max_new_tokens, temperature, seed)
+        except Refused as error:
+            return error
 
     return each(write, wanted, args.batch_size, engine.stopped)
+
+
+def without_refused(
+    answers: Iterable[tuple[int, list[int] | Refused]],
+    args: GenerateArguments,
+    prompts: Sequence[list[int]],
+    wanted: Sequence[int],
+    begun: bool,
+) -> Iterator[tuple[int, list[int]]]:
+    """The rows that a server has written. Those that it refuses are noted once it has written another one.
+
+    Args:
+        begun: whether other rows have been written before. Then the last few rows may all be refused.
+
+    Raises:
+        EngineError: it refuses all of the first `FIRST` rows.
+    """
+    first, held, works = set(wanted[:FIRST]), [], begun and len(wanted) < FIRST
+    for row, answer in answers:
+        if isinstance(answer, Refused):
+            first.discard(row)
+            if not first and not works:
+                raise EngineError(
+                    f"{answer} All of the first rows are refused. Start the server with a longer context (vLLM: "
+                    "--max-model-len), lower max_new_tokens, or give other prompts"
+                )
+            held.append(noted(row, prompts[row], []) | {"refused": str(answer)})
+        else:
+            works = True
+            yield row, answer
+        if works and held:
+            with Shard(Path(args.output_dir, "refused", f"{args.part.rank:05}.jsonl")) as shard:
+                shard.append(held)
+            held.clear()
 
 
 def append(
@@ -265,9 +316,13 @@ def append(
     with Shard(path) as shard, tqdm(total=len(wanted), unit=" rows", desc=title, disable=part.local_rank > 0) as bar:
         for row, text in rows:
             if row in wanted:
-                ids = [*prompts[row], *text]
-                shard.append([{"index": row, "prompt_length": len(prompts[row]), "input_ids": ids}])
+                shard.append([noted(row, prompts[row], text)])
                 bar.update()
+
+
+def noted(row: int, prompt: Sequence[int], text: Iterable[int]) -> dict[str, Any]:
+    """A row as it is stored."""
+    return {"index": row, "prompt_length": len(prompt), "input_ids": [*prompt, *text]}
 
 
 def load(args: GenerateArguments, folder: Path, prompts: Sequence[list[int]], tokenizer: Any) -> Any:

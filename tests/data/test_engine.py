@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import socket
 import struct
@@ -174,6 +175,52 @@ def test_what_fails_for_good_is_an_error_that_quotes_the_answer(folder, here, se
     server.fault = lambda number, body: None
     assert [row["input_ids"] for row in written(folder, name, server)] == here
     assert len(server.bodies) == ROWS - len(kept) + 1
+
+
+def refusing(*wrong: list[int]) -> Any:
+    """A fault: these prompts are too long for the server's context."""
+    return lambda number, body: (400, b"maximum context length") if body["prompt"] in wrong else None
+
+
+def test_rows_that_the_server_refuses_are_left_out_and_counted(folder, here, server, tmp_path, capsys):
+    """And not asked for again, until the note of them is removed."""
+    prompts = [row["input_ids"][: row["prompt_length"]] for row in generate(arguments(folder, "here"), None)]
+    out = [3, 7, 23]
+    server.fault = refusing(*(prompts[row] for row in out))
+    kept = [ids for row, ids in enumerate(here) if row not in out]
+    for requests in (ROWS + 1, 0):
+        rows = written(folder, str(tmp_path / "rows"), server)
+        assert [row["input_ids"] for row in rows] == kept
+        assert rows["index"][:] == [row for row in range(ROWS) if row not in out]
+        assert len(server.bodies) == requests
+        said = capsys.readouterr().out
+        assert "3 of 24 rows are left out: the server refuses their prompts, first row 3: http" in said
+        assert f"status 400, 'maximum context length'. To ask again, remove {tmp_path / 'rows/refused'}\n" in said
+    shutil.rmtree(tmp_path / "rows/refused")
+    server.fault = lambda number, body: None
+    assert [row["input_ids"] for row in written(folder, str(tmp_path / "rows"), server)] == here
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_a_server_that_refuses_all_of_the_first_rows_is_an_error_at_once(folder, here, server, tmp_path):
+    """Its context is too short for the new tokens; nothing is noted of these rows."""
+    server.fault = lambda number, body: (400, b"too long") if body["max_tokens"] > 1 else None
+    with pytest.raises(ValueError, match=r"status 400, 'too long'\. All of the first rows are refused\. Start the"):
+        written(folder, str(tmp_path / "rows"), server)
+    assert len(server.bodies) < ROWS
+    assert not (tmp_path / "rows/refused").exists()
+    server.fault = lambda number, body: None
+    assert [row["input_ids"] for row in written(folder, str(tmp_path / "rows"), server)] == here
+
+
+def test_the_last_rows_may_all_be_refused(folder, here, server, tmp_path):
+    """When a run continues with few rows; those that it has refused before are not asked for again."""
+    prompts = [row["input_ids"][: row["prompt_length"]] for row in generate(arguments(folder, "here"), None)]
+    server.fault = refusing(prompts[3], *prompts[20:])
+    for count, requests in ((20, 21), (ROWS, 5)):
+        rows = written(folder, str(tmp_path / "rows"), server, count=count)
+        assert rows["input_ids"][:] == here[:3] + here[4:20]
+        assert len(server.bodies) == requests
 
 
 def test_a_silent_server_is_given_up(folder, server, tmp_path):
