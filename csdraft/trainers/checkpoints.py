@@ -51,7 +51,8 @@ def chosen_checkpoint(args: TrainingArguments) -> str | None:
     if named is not None and named is not True:
         if reason := flaw(Path(named)):
             raise ValueError(
-                f"resume_from_checkpoint={named!r} holds no whole checkpoint: {reason}. Leave it out for the newest"
+                f"resume_from_checkpoint={named!r} holds no whole checkpoint: {reason}. Name a folder checkpoint-N, "
+                "or leave it out for the newest"
             )
         return str(named)
     newest, broken = last_checkpoint(output_dir), passed_over(output_dir)

@@ -300,7 +300,7 @@ WRONG = {
     "a target shared with no other process": ({"target_sharded": True}, "no other process could share the weights"),
     "a target shared and on one device": ({"target_sharded": True, "target_device_map": "auto"}, "leave out"),
     "Muon on parts": ({"muon": True, "fsdp": True}, "which FSDP splits"),
-    "no checkpoint": ({"resume_from_checkpoint": "{folder}/texts.jsonl"}, "holds no whole checkpoint"),
+    "no checkpoint": ({"resume_from_checkpoint": "{folder}/texts.jsonl"}, "no whole .* Name a folder checkpoint-N,"),
     "no number": ({"learning_rate": "fast"}, "learning_rate='fast' must be a number, such as learning_rate=2e-5"),
     "no steps": ({"max_steps": 0}, "max_steps=0 leaves nothing to train: give at least 1"),
     "no epochs": ({"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs=0 leaves nothing to train"),
