@@ -1,4 +1,4 @@
-"""Students are the models that are distilled. Each kind is a subclass of `Student`; every head is one."""
+"""Students are the models that are distilled. Each kind is a file of this folder, or a head; see `Student`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from csdraft.models import base_model, load_model
 from csdraft.trainers.engines import check_engine
 from csdraft.trainers.students._kind import HeadKind, kinds, student_of, students
 from csdraft.trainers.students._student import Counts, Student
-from csdraft.trainers.students.models import check_lora
+from csdraft.trainers.students.lora import check_lora
 
 __all__ = [
     "added_share", "check_engine", "check_student", "kind_asked", "load_student_weights", "make_student",

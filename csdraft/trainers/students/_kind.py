@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import pkgutil
 from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
@@ -21,8 +24,7 @@ from csdraft.models import base_model
 from csdraft.stored import fit, naming
 from csdraft.trainers.split import logits_of
 from csdraft.trainers.students._student import Compared, Counts, Logits, Student, check_names
-from csdraft.trainers.students.from_target import Cut, Kangaroo, SelfDrafting
-from csdraft.trainers.students.models import Lora, Scratch, Whole, new_config
+from csdraft.trainers.students.scratch import new_config
 
 __all__ = ["HeadKind", "kinds", "student_of", "students"]
 
@@ -169,13 +171,16 @@ class HeadKind(Student):
 
 @cache
 def students() -> dict[str, Student]:
-    """Every kind of student by name; a head's is that of its file."""
+    """Every kind of student by the name of its file, here or among the kinds of heads."""
     found: dict[str, Student] = {}
     for name, made in classes_in(heads, Head):
         if (kind := HeadKind(made)).options is not HeadOptions:
             found[name] = kind
-    own = {"cut": Cut(), "kangaroo": Kangaroo(), "lora": Lora(), "scratch": Scratch(), "self_draft": SelfDrafting()}
-    return found | own | {"whole": Whole()}
+    for file in pkgutil.iter_modules([os.path.dirname(__file__)]):
+        if not file.name.startswith("_"):
+            module = importlib.import_module(f"{__package__}.{file.name}")
+            found[file.name] = getattr(module, module.__all__[0])()
+    return found
 
 
 def kinds() -> dict[str, HeadKind]:

@@ -1,4 +1,4 @@
-"""The interface of a kind of student. `models` and `from_target` have the kinds, and `_kind` the heads.
+"""The interface of a kind of student. Every file of this folder is a kind, and so is every head without a file here.
 
 A kind defines which options it refuses, how it is made for a target, what a training step compares, and how its stored
 weights are loaded again. The defaults are those of a whole model. `csdraft/heads` stores students that need their

@@ -1,8 +1,6 @@
-"""Students made of the target's own layers: copies of them, LoRA on the layers themselves, and Kangaroo's adapter.
+"""A model made from copies of some of the target's layers, optionally tied to the target's embedding.
 
-DistilBERT (arXiv 1910.01108) and Minitron (arXiv 2407.14679) start from copies of some layers. Self-drafting is LoRA
-(arXiv 2106.09685) on layers that are in memory anyway. Kangaroo (arXiv 2404.18911) is an adapter after the first ones,
-trained like a whole small model.
+DistilBERT (arXiv 1910.01108) and Minitron (arXiv 2407.14679) start from such models.
 """
 
 from __future__ import annotations
@@ -15,16 +13,13 @@ import torch
 from torch import nn
 
 from csdraft import spec
-from csdraft.heads.kinds.kangaroo import KangarooDraft, KangarooOptions, check_exit
 from csdraft.heads.layers import check_layers, layer_stacks, shared_layers
-from csdraft.heads.self_draft import own_layers
 from csdraft.heads.tied import tie
-from csdraft.stored import fit
 from csdraft.trainers.split import close, probe
 from csdraft.trainers.students._student import Counts, Student
-from csdraft.trainers.students.models import with_lora
 
-__all__ = ["Cut", "Kangaroo", "SelfDrafting"]
+__all__ = ["Cut"]
+
 
 OPTIONS = ("layers", "encoder_layers", "tie_to_target", "shared")
 """Keys of `init.from_target`."""
@@ -86,43 +81,3 @@ def _options(module: nn.Module) -> dict[str, Any]:
     return {
         k: v for k, v in vars(module).items() if isinstance(v, plain) and k != "training" and not k.startswith("_")
     }
-
-
-class SelfDrafting(Student):
-    """LoRA on the target's own layers. See `Student`."""
-
-    rate = 4e-4
-    needs_target = shares_target = True
-
-    def check(self, config: Any, options: Mapping[str, Any]) -> None:
-        cut, peft = options["cut"], options["peft"]
-        Cut().check(config, cut)
-        if cut.get("tie_to_target"):
-            raise ValueError(
-                "shared: true with tie_to_target: shared layers are the target's own, and tie_to_target is for copies "
-                "of them; leave one out"
-            )
-        if not peft:
-            raise ValueError(
-                "shared: true needs peft, such as peft: {r: 64, lora_alpha: 128}: the layers are the target's own and "
-                "do not change, so an adapter on them is trained; to train copies of them, leave shared out"
-            )
-        if (bias := peft.get("bias", "none")) != "none":
-            raise ValueError(f"peft.bias={bias!r}: on shared weights it would change the target's own; leave it out")
-
-    def make(self, target: Any, options: Mapping[str, Any], counts: Counts | None) -> nn.Module:
-        cut = options["cut"]
-        return with_lora(own_layers(target, cut["layers"], cut.get("encoder_layers")), options["peft"])
-
-
-class Kangaroo(Student):
-    """An adapter after the target's first layers. See `Student`."""
-
-    rate = 5e-5
-    needs_target = shares_target = True
-
-    def check(self, config: Any, options: Mapping[str, Any]) -> None:
-        check_exit(config, fit(options, KangarooOptions, "init.kangaroo").layers)
-
-    def make(self, target: Any, options: Mapping[str, Any], counts: Counts | None) -> nn.Module:
-        return KangarooDraft.new(target, fit(options, KangarooOptions, "init.kangaroo").layers)
