@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from csdraft.stored import fit, is_hub_id, read_object, shown
 
 __all__ = [
-    "BROKEN_CONFIG", "INIT", "QWEN", "SWITCHING", "WEIGHTS", "Names", "check_drafted", "check_place",
+    "BROKEN_CONFIG", "INDEX", "INIT", "QWEN", "SWITCHING", "WEIGHTS", "Names", "check_drafted", "check_place",
     "check_rotary", "check_tensors", "config_at", "file_at", "read_layer", "read_tensors",
     "tensor_names", "write_tensors",
 ]  # fmt: skip
@@ -41,6 +41,8 @@ QWEN = {"head_dim": 128}
 """Where the defaults of a Qwen 3 config differ from those of a Llama one."""
 NOT_READ = "rotary_emb.inv_freq"
 """The end of the name of a tensor that old folders hold: it follows from the config, and no engine reads it."""
+BROKEN_FILE = (SafetensorError, EOFError, OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError)
+"""What reading a file of tensors raises if it holds something else, beside `UnpicklingError`."""
 INDEX = "model.safetensors.index.json"
 """Says which of several files holds which weights."""
 QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
@@ -87,7 +89,7 @@ def tensor_names(path: str, **hub: Any) -> frozenset[str]:
             with safe_open(file, "pt") as weights:
                 return frozenset(weights.keys())
         return frozenset(map(str, torch.load(file, map_location="cpu", weights_only=True, mmap=True)))
-    except (UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, TypeError, ValueError):
+    except (UnpicklingError, *BROKEN_FILE):
         return frozenset()  # loading the file says what is wrong with it
 
 
@@ -126,7 +128,7 @@ def _read(file: str, chosen: Callable[[str], bool]) -> dict[str, Tensor]:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except UnpicklingError as error:  # its message advises to trust the file
         raise ValueError(f"{file} holds other things than tensors, or is cut short; get {WEIGHTS[0]}") from error
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+    except BROKEN_FILE as error:
         raise ValueError(f"{file} cannot be read ({error}); it may be cut short: get it again") from error
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise ValueError(f"{file} holds other things than tensors by name; get {WEIGHTS[0]}")

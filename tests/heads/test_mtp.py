@@ -373,6 +373,22 @@ def test_one_file_is_read_too(tmp_path):
         assert torch.equal(mine, theirs)
 
 
+def test_a_module_in_a_file_of_its_own_beside_the_one_file_of_the_rest(tmp_path):
+    """The index names both; transformers alone reads `model.safetensors`."""
+    family = "glm4_moe"
+    state = tensors_of(folder(family))
+    own = {key for key in state if key.startswith(f"model.layers.{LAYERS}.")}
+    files = {"model.safetensors": state.keys() - own | {max(own)}, "mtp.safetensors": own - {max(own)}}
+    for name, keys in files.items():
+        save_file({key: state[key] for key in keys}, tmp_path / name, metadata={"format": "pt"})
+    names = {key: name for name, keys in files.items() for key in keys}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    (tmp_path / "config.json").write_text((folder(family) / "config.json").read_text())
+    head = OWN.bind(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32))
+    for mine, theirs in zip(head.parameters(), OWN.bind(target(family)).parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def test_all_ways_to_name_it_are_one():
     for drafter in (ModelDrafter("mtp"), as_drafter("mtp"), _drafter("mtp", "float32", "cpu")):
         assert drafter.network is OWN

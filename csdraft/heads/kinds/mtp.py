@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from csdraft.decoding.cache_names import cache_name
 from csdraft.decoding.traits import FULL, SLIDING
-from csdraft.heads.folder import WEIGHTS, read_tensors
+from csdraft.heads.folder import INDEX, WEIGHTS, file_at, read_tensors
 from csdraft.heads.head import LENDABLE, Head, HeadOptions
 from csdraft.heads.layers import check_whole, embeddings
 from csdraft.heads.on_target import OnTarget, called, frozen, name_only, set_parameter
@@ -247,7 +247,9 @@ def _read(target: Any, dtype: torch.dtype, device: torch.device) -> Any:
     if not path:
         raise ValueError(f"{called(target)} does not say where it was loaded from: load it by from_pretrained")
     revision = getattr(target.config, "_commit_hash", None)
-    state = read_tensors(path, WEIGHTS[:1], lambda name: _chosen(name, count), revision=revision)
+    # A module may lie in a file of its own, which the index names even where the rest is one file.
+    files = () if file_at(path, INDEX, revision=revision) else WEIGHTS[:1]
+    state = read_tensors(path, files, lambda name: _chosen(name, count), revision=revision)
     if not state:
         raise ValueError(
             f"{path!r} has none of the tensors of its next-token module (mtp.* or layers.{count}.*), which copies of "
