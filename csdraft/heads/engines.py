@@ -20,7 +20,7 @@ from csdraft.heads.formats._speculators import (
     LAYER,
     MODEL_TYPE,
     layout_places,
-    needed_places,
+    missing_places,
     t2d_fault,
     value_at,
 )
@@ -198,7 +198,7 @@ class ServedHead(OnTarget):
             config, tensors: of the folder.
             target: the model that it is to draft for; without it, sizes are not compared.
         """
-        nested = LAYER in config or MODEL_TYPE in config
+        nested = self._nested(config)
         if engine not in self.methods:
             return [f"it does not load {self.what}s of this layout; decode with csdraft"]
         if nested and engine == "sglang":
@@ -217,14 +217,18 @@ class ServedHead(OnTarget):
             found = [f"vLLM: {fault}" for fault in self.faults("vllm", config, tensors, target)]
         return found
 
+    def _nested(self, config: Mapping[str, Any]) -> bool:
+        """Whether a config.json has the layout of speculators; other formats do not read its keys."""
+        return "speculators" in self.methods and (MODEL_TYPE in config or isinstance(config.get(LAYER), Mapping))
+
     def _differences(self, engine: str, config: Mapping[str, Any]) -> Iterator[str]:
         """Of what a config.json says, and the engine reads, all that is not so of this head."""
-        said = {**(config.get(LAYER) or {}), **{key: value for key, value in config.items() if value is not None}}
-        right, kind = dict(self.places(engine, said)), self.methods.get("speculators", "")
-        if LAYER in config or MODEL_TYPE in config:
-            right |= layout_places(kind, engine)
-            needed = needed_places(kind, engine)
-            yield from (f"{place} is missing" for place in needed if value_at(config, place) is None)
+        said, nested = {key: value for key, value in config.items() if value is not None}, self._nested(config)
+        said = {**(said.get(LAYER) or {}), **said} if nested else said
+        right = dict(self.places(engine, said))
+        if nested:
+            right |= layout_places(kind := self.methods["speculators"], engine)
+            yield from (f"{place} is missing" for place in missing_places(kind, engine, config))
         for place, values in right.items():
             if (value := value_at(said, place)) not in values:
                 yield f"{place}={shown(value)} must be {values[0]!r} for this head: `csdraft export` writes that"

@@ -247,3 +247,10 @@ def test_a_scale_of_logits_is_refused(stored):
     write(stored, logit_scale=0.5)
     with pytest.raises(ValueError, match=r"logit_scale=0\.5"):
         load_model(str(stored))
+
+
+@pytest.mark.parametrize("value", [None, "A", {"hidden_size": 64}])
+def test_a_key_of_another_layout_in_an_eagle_folder_says_nothing(eagle, tmp_path, value):
+    for engine in HERE:
+        folder = Path(shutil.copytree(eagle / engine, tmp_path / engine))
+        assert found(write(folder, transformer_layer_config=value), engine) == ""

@@ -315,6 +315,7 @@ KEYS: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     (("sglang",), {"bias": True}, "bias=True must be False"),
     (("sglang",), {"tie_word_embeddings": True}, "tie_word_embeddings=True must be False"),
     (("sglang",), {"norm_before_residual": True}, "norm_before_residual is true"),
+    (BOTH, {"target_hidden_size": 0}, "target_hidden_size=0 must be 32"),
     (("sglang",), {"max_position_embeddings": 128}, "max_position_embeddings=128 is less than the target's 256"),
     ((FORMAT, "vllm"), {"speculators_model_type": None}, "speculators_model_type=None"),
     ((FORMAT, "vllm"), {"speculators_config": None}, r"proposal_methods\[0\]\.speculative_tokens is missing"),
@@ -331,6 +332,18 @@ KEYS: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     ((FORMAT,), {"speculators_config.default_proposal_method": None}, "default_proposal_method=None"),
     ((FORMAT,), {"speculators_config.proposal_methods.0.proposal_type": "tree"}, "proposal_type='tree'"),
     ((FORMAT,), {"speculators_config.verifier.architectures": None}, r"verifier\.architectures is missing"),
+    ((FORMAT,), {"speculators_config.verifier.architectures": "A"}, r"verifier\.architectures is missing"),
+    *(
+        ((FORMAT, "vllm"), {key: right, f"{LAYER}.{key}": wrong}, rf"{LAYER}\.{key}={wrong!r} must be")
+        for key, right, wrong in [
+            ("model_type", "llama", "mistral"),
+            ("num_hidden_layers", 1, 2),
+            ("hidden_act", "silu", "gelu"),
+            ("rope_theta", 10000.0, 5.0),
+            ("num_aux_hidden_states", 3, 2),
+        ]
+    ),
+    ((FORMAT, "vllm"), {"hidden_act": "gelu"}, "hidden_act='gelu' must be 'silu'"),
     ((FORMAT,), {"draft_vocab_size": None}, "draft_vocab_size is missing"),
     (("sglang",), {}, "reads no folders of speculators"),
 ]

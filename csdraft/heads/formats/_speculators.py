@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "COPIES", "LAYER", "MODEL_TYPE", "PLANS", "layout_places", "needed_places", "speculators_document", "t2d_fault",
+    "COPIES", "LAYER", "MODEL_TYPE", "PLANS", "layout_places", "missing_places", "speculators_document", "t2d_fault",
     "value_at",
 ]  # fmt: skip
 
@@ -25,6 +25,8 @@ COPIES = frozenset({"t2d", "verifier_norm.weight", "verifier_lm_head.weight"})
 """Tensors that say what `d2t` says, and copies of the target's."""
 NEEDED = (f"{PLANS}.proposal_methods[0].speculative_tokens", f"{PLANS}.verifier.name_or_path")
 """Places in config.json that vLLM reads."""
+ARCHITECTURES = f"{PLANS}.verifier.architectures"
+"""Where the package reads a list."""
 OF_PACKAGE = {
     f"{PLANS}.default_proposal_method": ["greedy"],
     f"{PLANS}.proposal_methods[0].proposal_type": ["greedy"],
@@ -88,10 +90,13 @@ def layout_places(kind: str, engine: str) -> dict[str, list[str]]:
     return {MODEL_TYPE: [kind]} | of_package
 
 
-def needed_places(kind: str, engine: str) -> list[str]:
-    """Places that must hold something."""
+def missing_places(kind: str, engine: str, config: Mapping[str, Any]) -> Iterator[str]:
+    """Places that must hold something, and do not; see `layout_places`."""
     needed = [*NEEDED, *["norm_before_residual"] * (kind == "eagle3")]  # vLLM takes true, speculators false
-    return needed + [f"{PLANS}.verifier.architectures", "draft_vocab_size"] * (engine == "speculators")
+    needed += ["draft_vocab_size"] * (engine == "speculators")
+    yield from (place for place in needed if value_at(config, place) is None)
+    if engine == "speculators" and not isinstance(value_at(config, ARCHITECTURES), list):
+        yield ARCHITECTURES
 
 
 def t2d_fault(tensors: Mapping[str, Tensor], vocab: int) -> Iterator[str]:

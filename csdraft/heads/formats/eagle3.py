@@ -123,13 +123,17 @@ class Eagle3Head(StoredHead):
         family, inner = "qwen3" if options.qk_norm else "llama", f"eagle_config.{LAYERS}"
         named = value_at(said, inner)
         counted = (len(named) if named and isinstance(named, list) else 3) == self._fused
+        nested = MODEL_TYPE in said or LAYER in said
+        layer = f"{LAYER}." if nested else ""  # engines read these keys there alone
         right: dict[str, Any] = {
-            "model_type": [family],
-            "num_hidden_layers": [1],
-            "hidden_act": ["silu", None],
-            "rope_theta": [self.config.rope_parameters["rope_theta"], None],
+            f"{layer}model_type": [family],
+            f"{layer}num_hidden_layers": [1],
+            f"{layer}num_aux_hidden_states": [self._fused, *[None] * counted],
+            f"{layer}hidden_act": ["silu", None],
+            "hidden_act": ["silu", None],  # where csdraft reads it first
+            f"{layer}rope_theta": [self.config.rope_parameters["rope_theta"], None],
+            "target_hidden_size": [self.target_width, *[None] * (self.target_width == self.config.hidden_size)],
             "draft_vocab_size": [options.draft_vocab, *[None] * (not of_sglang and "d2t" not in self.names)],
-            "num_aux_hidden_states": [self._fused, *[None] * counted],
             "eagle_config.use_aux_hidden_state": [True, None],
         }
         for key in NORMS:
@@ -139,7 +143,7 @@ class Eagle3Head(StoredHead):
             right |= {key: [False, None] for key in ("bias", "tie_word_embeddings")}  # it ignores them
         if layers:
             right |= {inner: [[k - 1 for k in layers]]} if of_sglang else {LAYERS: [layers]}
-        if MODEL_TYPE not in said and LAYER not in said:
+        if not nested:
             right |= {"architectures[0]": TAKEN[engine, family]} if (engine, family) in TAKEN else {}
         return right
 
