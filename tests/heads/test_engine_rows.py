@@ -254,3 +254,14 @@ def test_a_key_of_another_layout_in_an_eagle_folder_says_nothing(eagle, tmp_path
     for engine in HERE:
         folder = Path(shutil.copytree(eagle / engine, tmp_path / engine))
         assert found(write(folder, transformer_layer_config=value), engine) == ""
+
+
+def test_no_hidden_states_of_an_eagle_3_head_are_fused_if_the_key_is_null(tmp_path):
+    """An engine takes a null for false, and a missing key for true."""
+    for eagle, says in (({"use_aux_hidden_state": None}, "use_aux_hidden_state=None must be True"), ({}, "")):
+        save_student(new_head(layers=(0, 1, 2)), tmp_path / "head")
+        document = json.loads((tmp_path / "head" / "config.json").read_text())
+        write(tmp_path / "head", eagle_config={IDS: document["eagle_config"][IDS]} | eagle)
+        for engine in HERE:
+            assert says in found(tmp_path / "head", engine)
+            assert bool(says) == bool(found(tmp_path / "head", engine))

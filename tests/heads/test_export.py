@@ -399,6 +399,9 @@ def test_two_hidden_states_and_another_vocabulary_in_the_layout_of_speculators(v
     Eagle3Head.of(new_head(layers=(0, 1), fc_norm=True)).save(tmp_path / "head")
     export_drafter(str(tmp_path / "head"), tmp_path / "out", FORMAT, verifier)
     assert faults(tmp_path / "out", FORMAT) == []
+    edit(tmp_path / "out", {IDS: None})
+    assert "it would fuse 3 hidden states" in "".join(faults(tmp_path / "out", FORMAT))
+    edit(tmp_path / "out", {IDS: [0, 1]})
     edit(tmp_path / "out", {LAYER + ".num_aux_hidden_states": None, LAYER + ".vocab_size": 98})
     file = tmp_path / "out" / "model.safetensors"
     state = load_file(file)

@@ -33,7 +33,7 @@ __all__ = ["OF_HEAD", "Eagle3Head", "numbered"]
 
 T = TypeVar("T")
 
-LAYERS = "eagle_aux_hidden_state_layer_ids"
+LAYERS, USE_AUX = "eagle_aux_hidden_state_layer_ids", "use_aux_hidden_state"
 NORMS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 OLD_FLAG, OLD_NAMES = "use_aux_norm", ("aux_norm_low.", "aux_norm_mid.", "aux_norm_high.")
 """What `fc_norm` and its three norms were once called; SGLang reads them still."""
@@ -105,6 +105,8 @@ class Eagle3Head(StoredHead):
         options, width = self.options, self.config.hidden_size
         if engine == "speculators" and options.norm_before_fc and options.fc_norm:
             yield "norm_before_fc and fc_norm are both true, and it takes one of them; use --to vllm"
+        if engine == "speculators" and not options.layers and self._fused != 3:
+            yield f"{LAYERS} is missing, and it would fuse 3 hidden states; this head fuses {self._fused}"
         if engine != "sglang":
             return
         flags = {key: getattr(self.config, key) for key in ("attention_bias", "mlp_bias")}
@@ -134,7 +136,7 @@ class Eagle3Head(StoredHead):
             f"{layer}rope_theta": [self.config.rope_parameters["rope_theta"], None],
             "target_hidden_size": [self.target_width, *[None] * (self.target_width == self.config.hidden_size)],
             "draft_vocab_size": [options.draft_vocab, *[None] * (not of_sglang and "d2t" not in self.names)],
-            "eagle_config.use_aux_hidden_state": [True, None],
+            f"eagle_config.{USE_AUX}": [True, *[None] * (USE_AUX not in (said.get("eagle_config") or {}))],
         }
         for key in NORMS:
             flag, old = getattr(options, key), of_sglang and key == "fc_norm" and said.get(OLD_FLAG)
@@ -179,7 +181,7 @@ class Eagle3Head(StoredHead):
         }
         if layers:  # vLLM reads the first, SGLang the second, which counts from 0
             numbers = [k - 1 for k in layers]
-            document |= {LAYERS: list(layers), "eagle_config": {LAYERS: numbers, "use_aux_hidden_state": True}}
+            document |= {LAYERS: list(layers), "eagle_config": {LAYERS: numbers, USE_AUX: True}}
         return document
 
     @classmethod
