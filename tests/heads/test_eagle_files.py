@@ -171,6 +171,10 @@ def test_what_a_folder_leaves_open_is_said(published):
         (lambda folder: edit(folder, csdraft_init={"eagle": {"step": 1}}), "step"),
         (pickled([1]), "other things than tensors by name"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"cut"), "cut short"),
+        (
+            lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin").write_bytes(b"hello"),
+            "pytorch_model.bin (cannot be read|holds other)",  # torch raises a KeyError
+        ),
         (lambda folder: (folder / "model.safetensors").unlink(), r"none of model\.safetensors"),
     ],
 )
