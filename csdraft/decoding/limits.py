@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 from csdraft.stored import shown
 
 __all__ = ["MOST_BRANCHES", "MOST_NODES", "check_range", "halvings"]
@@ -20,7 +22,7 @@ def halvings(nodes: int) -> tuple[int, ...]:
 
 
 def check_range(name: str, options: object, least: int = 1, /, **most: int | None) -> None:
-    """Raises ValueError if an option is below `least` or above its own limit.
+    """Raises ValueError if an option is no number, below `least`, or above its own limit.
 
     Args:
         name: the method's name in messages, with an article.
@@ -29,6 +31,6 @@ def check_range(name: str, options: object, least: int = 1, /, **most: int | Non
     """
     for key, limit in most.items():
         value = getattr(options, key)
-        if not value >= least or (limit is not None and value > limit):
+        if not isinstance(value, Real) or not value >= least or (limit is not None and value > limit):
             wanted = f"at least {least}" if limit is None else f"from {least} to {limit}"
             raise ValueError(f"{key}={shown(value)} of {name} must be {wanted}")

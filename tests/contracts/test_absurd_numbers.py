@@ -115,3 +115,10 @@ def test_a_plan_of_huge_drafters_is_bounded(monkeypatch):
     began = time.process_time()
     generated(cascade, "fixed")
     assert time.process_time() - began < 60 * SECONDS  # seconds of decoding; without a bound it never ends
+
+
+@pytest.mark.parametrize("given", ["3", None, [3], float("nan")])
+def test_what_is_no_number_is_named(given) -> None:
+    for make in (lambda: ModelDrafter(tiny.tiny("llama"), given), lambda: MaxGram(given), lambda: BestFirst(given)):
+        with pytest.raises(ValueError, match=r"(depth|branches)=.* must be"):
+            make()
