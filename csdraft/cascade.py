@@ -247,7 +247,10 @@ class _Plans(WeakKeyDictionary):
 
 
 def options_of(drafter: Drafter | None, call: Options) -> Options:
-    """A call's options, else its cascade's; for verifier and schedule, else the defaults. No drafter: no drafts."""
+    """The options of a call, completed with those of its cascade, then with the default verifier and schedule.
+
+    Without a drafter, the schedule is one that drafts nothing.
+    """
     if isinstance(drafter, CascadeDrafter):
         call = call.or_else(replace(drafter.options, verifier=drafter.verifier, schedule=drafter.schedule))
     call = call.or_else(DEFAULTS)

@@ -121,7 +121,7 @@ def decode(
 
 @functools.cache
 def _warn_of_loss(rule: str) -> None:
-    """Warns once."""
+    """Warns once for each rule."""
     warnings.warn(
         f"verifier {rule} is not lossless: the text may differ from what the target alone would write; "
         "use 'match' for the target's own text",

@@ -114,6 +114,7 @@ Switch = Literal[True, False]
 SAVED: dict[str, Any] = {"graphs": Mode, "reuse": Switch, "strict": Switch, "diagnose": Switch}
 """The fields that are saved with a cascade under `options`, and their types. Seeds belong to one call."""
 DEFAULTS = Options(verifier=VERIFIER, schedule=SCHEDULE)
+"""What a call decodes with that names neither. It is made once, since making it takes longer than a call's options."""
 
 
 def split(options: Any, verifier: Any, schedule: Any) -> tuple[Verifier, Schedule, Options]:

@@ -24,7 +24,7 @@ class Merged(Drafter):
 
     If several drafters choose the same token after the same tokens, it becomes one node. Drawn tokens stay separate
     nodes, each with its own distribution. One tree can hold draws of several drafters only if all are independent
-    ("iid"). A drafter that comes next continues from the end of the first drafter's likeliest branch.
+    ("iid"). A drafter that comes next continues from its `tip`, on the first drafter's branch.
 
     Args:
         drafters: a verifier tries the first one's tokens first.

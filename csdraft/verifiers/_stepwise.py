@@ -76,9 +76,9 @@ class Stepwise(Verifier):
     def in_turn(
         self, draft: Draft, group: Sequence[int], left: Tensor, row: int, sampler: Sampler
     ) -> tuple[int | None, Tensor]:
-        """The same for siblings drawn independently, which may supply `left` (vocab,).
+        """What `keeps` returns, from siblings that were drawn independently and tried one after the other.
 
-        Each is accepted with left / draft probability, or removed from `left`.
+        Each is accepted with left / draft probability; if it is not, `left` (vocab,) becomes the residual without it.
         """
         for child in group:
             chance = ratio(left, draft, child)
@@ -88,7 +88,7 @@ class Stepwise(Verifier):
         return None, left
 
     tries = in_turn
-    """The same for two or more siblings drawn from one distribution, in the way of the rule's `kinds`."""
+    """The same for two or more siblings drawn from one distribution. Rules with other `kinds` have their own."""
 
 
 def accept_branch(draft: Draft, scores: ScoresView, root: int, end: int, draw: Callable[[], int]) -> Verdict:
