@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Real
 
 from csdraft.stored import shown
@@ -31,6 +32,7 @@ def check_range(name: str, options: object, least: int = 1, /, **most: int | Non
     """
     for key, limit in most.items():
         value = getattr(options, key)
-        if not isinstance(value, Real) or not value >= least or (limit is not None and value > limit):
+        inside = isinstance(value, Real) and least <= value <= (math.inf if limit is None else limit)  # type: ignore[operator]
+        if not inside:
             wanted = f"at least {least}" if limit is None else f"from {least} to {limit}"
             raise ValueError(f"{key}={shown(value)} of {name} must be {wanted}")
