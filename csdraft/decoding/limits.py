@@ -32,7 +32,7 @@ def check_range(name: str, options: object, least: int = 1, /, **most: int | Non
     """
     for key, limit in most.items():
         value = getattr(options, key)
-        inside = isinstance(value, Real) and least <= value <= (math.inf if limit is None else limit)  # type: ignore[operator]
-        if not inside:
+        largest = math.inf if limit is None else limit
+        if not (isinstance(value, Real) and least <= value <= largest):  # type: ignore[operator]
             wanted = f"at least {least}" if limit is None else f"from {least} to {limit}"
             raise ValueError(f"{key}={shown(value)} of {name} must be {wanted}")
