@@ -117,7 +117,7 @@ class Result:
 
 
 class TokenTimes(BaseStreamer):
-    """A streamer that notes the time of each token. The prompt, which comes first, counts as one token."""
+    """A streamer that notes times: first that of the prompt, then that of each new token."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
         self.clock, self.marks = clock, list[float]()

@@ -178,7 +178,7 @@ def _accelerators() -> list[str]:
 
 
 def examine(name: str, model: nn.Module, progress: Callable[[str, float], None]) -> ModelState:
-    """What csdraft can do with a model, which has its device and dtype. Runs short forwards and times four shapes."""
+    """What csdraft can do with a model on its device and in its dtype. Runs short forwards and times four shapes."""
     model = model.eval()
     if isinstance(model, OnTarget):
         incomplete = f"it {model.use} and cannot run alone; name that target here, and this folder as its drafter"

@@ -93,7 +93,9 @@ def _refuse(engine: str, drafter: str, faults: list[str]) -> None:
 def _write_head(head: StoredHead, folder: str, engine: str, target: ServedTarget, tokens: int) -> str:
     name = head.config._name_or_path
     if engine in head.methods and head.deepest is not None and tokens > head.deepest:
-        raise ValueError(f"tokens={tokens}; {name!r} drafts fewer in a round: use at most --tokens {head.deepest}")
+        raise ValueError(
+            f"tokens={tokens}; {name!r} drafts at most {head.deepest} per round: use --tokens {head.deepest}"
+        )
     if target.positions and head.config.rope_parameters.get("rope_type", "default") in SIZED_ROTARY:
         head.config.max_position_embeddings = max(head.config.max_position_embeddings, target.positions)
     document, tensors = head.exported(engine, target, tokens)

@@ -56,7 +56,7 @@ def naming(where: object) -> Iterator[None]:
 
 
 def read_object(path: str | os.PathLike[str], name: object = None) -> dict[str, Any]:
-    """The JSON object in a file, which messages call `name`, or by its path.
+    """The JSON object in a file. Messages call the file `name`, or by its path if that is None.
 
     Raises:
         ValueError: it is not UTF-8, not JSON or not an object, or has a key twice or a number that is not finite.
@@ -116,7 +116,7 @@ COUNTS = (
 
 
 def check_config(document: Mapping[str, Any], name: str) -> None:
-    """Raises ValueError if a model's config names code to download, or has sizes that no model has, also in a part."""
+    """Raises ValueError if a model's config, or one in it, names code to download or has sizes that no model has."""
     for key, value in document.items():
         if isinstance(value, Mapping) and key not in HEEDED:
             check_config(value, f"{name}: {key}")

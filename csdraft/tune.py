@@ -47,7 +47,7 @@ class Candidate:
     """A cascade that was planned and timed.
 
     Attributes:
-        plan: its K matrix, and figures for the whole matrix every round, at lenience 1.
+        plan: its K matrix, and the figures expected of the whole matrix every round, at lenience 1.
         options: lenience and schedule.
         measured: speed-up over plain `generate`: the median over pairs of the same prompt and repetition.
         cascade: the cascade, with a report of the timed calls.
@@ -117,8 +117,6 @@ def tune(
 ) -> list[Candidate]:
     """Plans on all prompts, then times the best plan of each set of drafters against plain `generate`, interleaved.
 
-    Returns the candidates, the fastest first. Raises ValueError if `minutes` is not above 0.
-
     Args:
         drafters: largest first; drafters that do not pay are left out.
         finalists: the most plans to time, each with the cost model and with the whole matrix every round.
@@ -127,6 +125,12 @@ def tune(
         progress: called with the current task and the share of the time that has passed.
         minutes: the time limit; at least one prompt is observed and timed, even if that takes longer.
         options: of `generate`.
+
+    Returns:
+        The candidates, the fastest first.
+
+    Raises:
+        ValueError: `minutes` is not above 0.
     """
     if minutes <= 0:
         raise ValueError(f"minutes={minutes} leaves no time to tune in; give a number above 0, such as 3")

@@ -10,6 +10,7 @@ is in the results file already is not done again; the page is written from that 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
@@ -54,6 +55,7 @@ batch, beyond every window and chunk. {counts}
 """
 
 
+@functools.cache
 def classes() -> dict[str, tuple[str, str, dict[str, Any]]]:
     """Name in the table -> model class, model type, changes to the config; each model and config class once."""
     pairs: dict[tuple[str, str], str] = {}

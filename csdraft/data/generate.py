@@ -39,7 +39,7 @@ OF_A_RUN = ("rank", "world_size", "threads", "engine", "engine_timeout")
 """Arguments that do not describe the data set."""
 
 FIRST = 8
-"""If a server refuses so many rows at the start, and no row is written, the run ends."""
+"""The run ends if a server refuses this many rows at the start and writes none."""
 
 
 @dataclass
@@ -128,8 +128,8 @@ def generate(args: GenerateArguments, assistant: Any) -> Any:
         store(folder, [places[row] for row in sorted(places)])
     if refused:
         print(
-            f"{len(refused):,} of {len(prompts):,} rows are left out: the server refuses their prompts, first row "
-            f"{min(refused)}: {refused[min(refused)].read()['refused']} To ask again, remove {folder / 'refused'}"
+            f"{len(refused):,} of {len(prompts):,} rows are left out: the server refuses their prompts. The first is "
+            f"row {min(refused)}: {refused[min(refused)].read()['refused']} To ask again, remove {folder / 'refused'}"
         )
     return load(args, folder, prompts, tokenizer)
 
@@ -282,12 +282,12 @@ def without_refused(
     """The rows that a server has written. Those that it refuses are noted once it has written another one.
 
     Args:
-        begun: whether other rows have been written before. Then the last few rows may all be refused.
+        begun: whether other rows have been written before. Then all that are left may be refused.
 
     Raises:
         EngineError: it refuses all of the first `FIRST` rows.
     """
-    first, held, works = set(wanted[:FIRST]), [], begun and len(wanted) < FIRST
+    first, held, works = set(wanted[:FIRST]), [], begun
     for row, answer in answers:
         if isinstance(answer, Refused):
             first.discard(row)

@@ -1,4 +1,6 @@
-"""Batches of rows of token ids, and their order: several texts in a block, one per row, or an encoder-decoder's.
+"""Batches of rows of token ids, and the order in which training reads them.
+
+A batch is several texts in a block, one text per row, or an encoder-decoder's sources and texts.
 
 Positions restart at 0 with every text in a block. Without an attention mask and a cache, transformers finds the
 boundaries from the positions (`masking_utils.find_packed_sequence_indices`), so no text sees another; pass

@@ -160,7 +160,8 @@ def prompts_of(
             )
         return ids
 
-    return _usable(source, ids_of, "no prompt that can be used")
+    other = f"correct the column {source.column!r}, or give another data set"
+    return _usable(source, ids_of, "no prompt that can be used", other)
 
 
 def _prompt_ids(
@@ -187,15 +188,16 @@ def texts_of(source: Source, tokenizer: Any, longer_than: int) -> Counted:
             raise Unusable(f"a text of no more than {longer_than} tokens")
         return ids
 
-    none = f"no long text (no text has more than {longer_than} tokens; ask for shorter beginnings)"
-    return _usable(source, ids_of, none)
+    return _usable(
+        source, ids_of, f"only short texts (no text has more than {longer_than} tokens)", "ask for shorter beginnings"
+    )
 
 
-def _usable(source: Source, ids_of: Callable[[Mapping[str, Any], int], list[int]], none: str) -> Counted:
+def _usable(source: Source, ids_of: Callable[[Mapping[str, Any], int], list[int]], none: str, way_out: str) -> Counted:
     """The token ids of each example, given with its number; reports those that are `Unusable`.
 
     Args:
-        none: what a ValueError says that the source holds if all are.
+        none, way_out: what a ValueError says the source holds, and its end, if all are.
     """
     found = Counted([], Tally(source.name, len(source.examples)))
     for number, example in enumerate(source.examples):
@@ -205,8 +207,7 @@ def _usable(source: Source, ids_of: Callable[[Mapping[str, Any], int], list[int]
             found.tally.leave_out(number, why.what, why.detail)
     if not found:
         raise ValueError(
-            f"{source.name!r} holds {none}: {found.tally.read:,} rows read, {found.tally.reasons}; correct the column "
-            f"{source.column!r}, or give another data set"
+            f"{source.name!r} holds {none}: {found.tally.read:,} rows read, {found.tally.reasons}; {way_out}"
         )
     found.tally.show()
     return found

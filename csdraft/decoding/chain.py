@@ -80,7 +80,7 @@ def draft_chain(
         return result
     on_host = session.reader.on_host or not chooser.processing.at_once
     on_host = on_host or any(chooser.processing.ignores_new(row.context.row, row.context.text) for row in rows)
-    chains: Chains = OnHost(chooser, rows) if on_host else OnDevice(chooser, rows)
+    chains: ChainChooser = OnHost(chooser, rows) if on_host else OnDevice(chooser, rows)
     begun = [(row.context, row.context.draft.main_branch) for row in rows]
     plans, _, logits = session.ask([Request(c.row, c.text, draft, (draft.tip,)) for c, draft in begun])
     logits, inputs, steps = logits[:, -1], None, 1  # (batch, vocab)
@@ -101,7 +101,7 @@ def draft_chain(
     return result
 
 
-class Chains:
+class ChainChooser:
     """Chooses the next token of every row. There is one subclass for CPUs and one for accelerators.
 
     Args:
@@ -134,7 +134,7 @@ class Chains:
             row.ended |= row.stop(sure, unsure)
 
 
-class OnHost(Chains):
+class OnHost(ChainChooser):
     """The host sees every token before the next is drawn, so the chain ends when the last row does."""
 
     def choose(self, logits: Tensor) -> list[int]:
@@ -170,7 +170,7 @@ class OnHost(Chains):
         return tokens
 
 
-class OnDevice(Chains):
+class OnDevice(ChainChooser):
     """Nothing is copied to the host before the end: one copy for all steps and rows.
 
     If only tokens are wanted, they stay on the device as `Awaited`.

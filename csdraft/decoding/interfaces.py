@@ -103,7 +103,7 @@ class Verdict:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """Asks for the logits after some nodes of a row's draft, in draft order; if none are named, after all."""
+    """Asks for the logits after some nodes of a row's draft, in draft order; no `after`: after `ROOT` and all."""
 
     row: int
     text: Text

@@ -22,12 +22,13 @@ def halvings(nodes: int) -> tuple[int, ...]:
     return tuple(size for size in (nodes, nodes // 2, nodes // 4) if size >= min(nodes, FEWEST_NODES))
 
 
-def check_range(name: str, options: object, least: int = 1, /, **most: int | None) -> None:
-    """Raises ValueError if an option is no number, below `least`, or above its own limit.
+def check_range(name: str, options: object, least: int = 1, way_out: str = "", /, **most: int | None) -> None:
+    """Raises ValueError if an option is not a number, is below `least`, or is above its own limit.
 
     Args:
         name: the method's name in messages, with an article.
         options: the object that has the options as attributes.
+        way_out: the end of messages.
         most: option -> its limit; None if there is none.
     """
     for key, limit in most.items():
@@ -35,4 +36,4 @@ def check_range(name: str, options: object, least: int = 1, /, **most: int | Non
         largest = math.inf if limit is None else limit
         if not (isinstance(value, Real) and least <= value <= largest):  # type: ignore[operator]
             wanted = f"at least {least}" if limit is None else f"from {least} to {limit}"
-            raise ValueError(f"{key}={shown(value)} of {name} must be {wanted}")
+            raise ValueError(f"{key}={shown(value)} of {name} must be {wanted}{way_out}")

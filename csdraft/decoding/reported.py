@@ -22,7 +22,7 @@ MOST_NAMES = 16
 """How many names and paths keep their reports; the one that was drafted with longest ago is dropped."""
 
 _LOCK = threading.Lock()
-_kept: dict[int | str, tuple[Report, Report]] = {}
+_kept: dict[int | str, tuple[Report | None, Report | None]] = {}
 """Name, or id of a drafter or model (two may be equal) -> the report of all its calls together, and of the last."""
 _silent: ContextVar[bool] = ContextVar("_silent", default=False)
 
@@ -43,7 +43,8 @@ def keep(report: Report, *owners: Any) -> None:
                     weakref.finalize(owner, _kept.pop, key, None).atexit = False
                 except TypeError:  # such as None or a dict
                     continue
-            _kept[key] = (report if before is None else before[0].merged(report), report)
+            merged = report if before is None or before[0] is None else before[0].merged(report)
+            _kept[key] = merged, report
         for name in [key for key in list(_kept) if isinstance(key, str)][:-MOST_NAMES]:
             del _kept[name]
 
@@ -73,7 +74,8 @@ class Reported:
 
     def reset_report(self) -> None:
         """Drops all reports."""
-        _kept.pop(id(self), None)
+        if id(self) in _kept:
+            _kept[id(self)] = None, None  # the entry stays, since its finalizer does
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""The base of drafters that look up what may follow a text, in a table or in the text itself, without a model."""
+"""The base of drafters that look up what may follow a text, in a table or in the text itself, without a model.
+
+Also `Trie`, which merges their sequences into a tree.
+"""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class ModelDrafter(Drafter):
     name: str = field(default="", kw_only=True)
 
     def __post_init__(self) -> None:
-        check_range("a ModelDrafter", self, depth=None)
+        check_range("a ModelDrafter", self, 1, "; leave the drafter out to draft nothing", depth=None)
         if self.tree is not None and not isinstance(self.tree, Tree):
             raise ValueError(
                 f"tree={self.tree!r} of a ModelDrafter is {kind_of(self.tree)}; give an object of "

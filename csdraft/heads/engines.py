@@ -1,4 +1,5 @@
-"""Serving engines that drafters are exported to: their names, how they are started, and what they all need.
+"""Serving engines that drafters are exported to: their names, how they are started, and `ServedHead`, which says what
+they would refuse.
 
 The facts are read from vLLM 0.33.0, SGLang 0.5.23 and speculators 0.9.0. What an engine needs of one kind of head is
 in the file of its format, in `csdraft/heads/formats`; `ServedHead.faults` compares it with a folder.

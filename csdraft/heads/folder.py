@@ -127,11 +127,11 @@ def _read(file: str, chosen: Callable[[str], bool]) -> dict[str, Tensor]:
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except UnpicklingError as error:  # its message advises to trust the file
-        raise ValueError(f"{file} holds other things than tensors, or is cut short; get {WEIGHTS[0]}") from error
+        raise ValueError(f"{file} holds other things than tensors, or is cut short; get it as safetensors") from error
     except BROKEN_FILE as error:
         raise ValueError(f"{file} cannot be read ({error}); it may be cut short: get it again") from error
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise ValueError(f"{file} holds other things than tensors by name; get {WEIGHTS[0]}")
+        raise ValueError(f"{file} holds other things than tensors by name; get it as safetensors")
     return {name: tensor for name, tensor in state.items() if chosen(name) and not name.endswith(NOT_READ)}
 
 

@@ -140,7 +140,7 @@ class Head(PreTrainedModel, FeatureModel):
     def fuse(self, states: Mapping[int, Tensor]) -> Tensor:
         """(..., feature width) features from the target's hidden states, (..., target's width) by tap.
 
-        By default the last state, and zeros if features are wider.
+        By default the last state, followed by zeros if features are wider.
         """
         last = states[LAST].to(self.device, self.dtype)
         more = self.feature_width - last.shape[-1]
@@ -275,7 +275,7 @@ def regression(weight: float, outputs: Tensor, features: Tensor) -> Tensor | Non
 
 
 class Steps:
-    """The cache of attention to several readings of a text: keys and values of all so far, one after the other.
+    """The cache of attention that reads a text several times: each reading sees the keys and values of all before.
 
     Args:
         cache: keeps the first reading of each layer for later forwards; None: nothing is kept.

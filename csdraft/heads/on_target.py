@@ -66,6 +66,7 @@ class OnTarget(nn.Module):
             )
 
     def _fingerprint(self, target: Any) -> str:
+        """What is compared with the fingerprint of `base`."""
         return fingerprint(target)
 
     def bind(self, target: Any) -> Any:

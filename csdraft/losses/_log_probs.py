@@ -1,4 +1,4 @@
-"""Log-probabilities that are always finite, for all losses."""
+"""Log-probabilities that are always finite, and the target's most probable tokens, for all losses."""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
     acceptance = evaluate.load("csdraft/metrics/acceptance.py")
     acceptance.compute(predictions=draft_logits, references=target_logits, positions=[1, 2, 3, 1, 2, 3])
 
-The functions in `csdraft.metrics.measures` compute the same without `evaluate`.
+The functions in `csdraft.metrics.measures` compute the same without `evaluate`. This file needs
+`pip install csdraft[train]`.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ CITATION = "Leviathan, Kalman, Matias: Fast Inference from Transformers via Spec
 class Acceptance(evaluate.Metric):
     """How often a target accepts drafted tokens.
 
-    For sampled drafts it is the sum over tokens of the smaller probability (`csdraft.metrics.measures`'s
-    `expected_acceptance`), for greedy drafts the share of positions where both models have the same most probable
-    token (`greedy_agreement`).
+    For sampled drafts it is the sum over tokens of the smaller probability (`expected_acceptance`), for greedy drafts
+    the share of positions where both models have the same most probable token (`greedy_agreement`); both functions
+    are in `csdraft.metrics.measures`.
     """
 
     def _info(self) -> evaluate.MetricInfo:

@@ -3,7 +3,8 @@
     block_efficiency = evaluate.load("csdraft/metrics/block_efficiency.py")
     block_efficiency.compute(predictions=[64, 64], references=[20, 25])  # tokens, calls of the target
 
-`csdraft.metrics.measures.tokens_per_call` computes the same without `evaluate`.
+`csdraft.metrics.measures.tokens_per_call` computes the same without `evaluate`. This file needs
+`pip install csdraft[train]`.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ IN_A_NOTEBOOK = 400
 
 
 def page(report: Report, tokenizer: PreTrainedTokenizerBase | None = None, notebook: bool = False) -> str:
-    """A whole page, with all of the last call's text; or what a notebook shows, with the beginning of a long text."""
+    """A whole page with all of the last call's text; for a notebook part of a page, with the start of a long text."""
     from jinja2 import Environment
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)

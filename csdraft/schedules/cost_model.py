@@ -75,7 +75,7 @@ class CostModel(Schedule):
 
     def __post_init__(self) -> None:
         if self.most is not None:
-            check_range("a cost_model schedule", self, most=None)
+            check_range("a cost_model schedule", self, 1, "; None leaves it to the drafter", most=None)
 
     def start(self, call: Call, drafter: Drafter) -> Schedule:
         return CostModelRun(self, call, drafter)

@@ -23,7 +23,7 @@ class Fixed(Schedule):
 
     def __post_init__(self) -> None:
         if self.depth is not None:
-            check_range("a fixed schedule", self, 0, depth=None)
+            check_range("a fixed schedule", self, 0, "; 0 decodes plainly", depth=None)
 
     def budgets(self, contexts: Sequence[Context], rooms: Sequence[int], drafter: Drafter) -> list[Budget]:
         depth = drafter.depth if self.depth is None else self.depth

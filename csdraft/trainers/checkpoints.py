@@ -230,7 +230,7 @@ def rows_per_step(options: dict[str, Any]) -> int:
 
 def _name(key: str, value: Any) -> Any:
     """The last part of an existing path, because folders may be moved; any other value unchanged."""
-    # A cache may be gone; a long text is no path, and Path raises.
+    # A cache may have been removed. os.path, because Path.exists raises for a long text.
     if isinstance(value, str) and value and (key == "target_cache" or os.path.exists(value)):
         return Path(value).resolve().name
     return value

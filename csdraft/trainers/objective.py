@@ -3,6 +3,8 @@
 With a vocabulary of 150k, the logits of a 4k context take 2.5 GB in float32. A loss needs several such tensors, and a
 backward pass needs them all at once. So the models return their last hidden states, and heads, losses and their
 backward run chunk by chunk. Logits exist for one chunk only; the backward pass computes them again.
+
+`Distillation` is the student and this loss in one forward: what DDP, FSDP and DeepSpeed wrap.
 """
 
 from __future__ import annotations
@@ -169,7 +171,7 @@ def _check_positive(name: str, value: Any, expected: str) -> None:
         raise ValueError(f"{name}={value!r} must be {expected}")
 
 
-# What engines wrap.
+# The student and its loss in one forward.
 
 
 class Distillation(nn.Module):

@@ -136,6 +136,8 @@ def check(args: DistillArguments, config: PreTrainedConfig, tokenizer: PreTraine
             f"on_policy_prompt={args.on_policy_prompt} leaves nothing to write in texts of max_length="
             f"{args.max_length} tokens; keep fewer"
         )
+    if args.target_cache and config.is_encoder_decoder:
+        raise ValueError("target_cache is for decoder-only targets; leave it out")
     check_context(args.max_length, config)
     check_writable(args.output_dir)
     folder = RunFolder(args)  # raises if the folder holds another run

@@ -194,7 +194,7 @@ def test_rows_that_the_server_refuses_are_left_out_and_counted(folder, here, ser
         assert rows["index"][:] == [row for row in range(ROWS) if row not in out]
         assert len(server.bodies) == requests
         said = capsys.readouterr().out
-        assert "3 of 24 rows are left out: the server refuses their prompts, first row 3: http" in said
+        assert "3 of 24 rows are left out: the server refuses their prompts. The first is row 3: http" in said
         assert f"status 400, 'maximum context length'. To ask again, remove {tmp_path / 'rows/refused'}\n" in said
     shutil.rmtree(tmp_path / "rows/refused")
     server.fault = lambda number, body: None
@@ -213,13 +213,13 @@ def test_a_server_that_refuses_all_of_the_first_rows_is_an_error_at_once(folder,
     assert [row["input_ids"] for row in written(folder, str(tmp_path / "rows"), server)] == here
 
 
-def test_the_last_rows_may_all_be_refused(folder, here, server, tmp_path):
-    """When a run continues with few rows; those that it has refused before are not asked for again."""
+def test_all_rows_that_are_left_may_be_refused(folder, here, server, tmp_path):
+    """When a run continues; those that it has refused before are not asked for again."""
     prompts = [row["input_ids"][: row["prompt_length"]] for row in generate(arguments(folder, "here"), None)]
-    server.fault = refusing(prompts[3], *prompts[20:])
-    for count, requests in ((20, 21), (ROWS, 5)):
+    server.fault = refusing(prompts[3], *prompts[12:])
+    for count, requests in ((12, 13), (ROWS, 13)):
         rows = written(folder, str(tmp_path / "rows"), server, count=count)
-        assert rows["input_ids"][:] == here[:3] + here[4:20]
+        assert rows["input_ids"][:] == here[:3] + here[4:12]
         assert len(server.bodies) == requests
 
 

@@ -256,7 +256,10 @@ def test_bad_input_is_found_before_the_target_is_loaded(folder, written, monkeyp
         ({"count": 50}, "has 40 prompts"),
         ({"max_new_tokens": 250}, r"has \d+ tokens, of which 6 fit"),
         ({"dataset": texts_file, "begin": 250}, "do not fit into the target's context of 256"),
-        ({"dataset": texts_file, "begin": 220}, "holds no long text .no text has more than 220 tokens; ask"),
+        (
+            {"dataset": texts_file, "begin": 220},
+            "holds only short texts .no text has more than 220 tokens.: .*; ask for shorter",
+        ),
         ({"output_dir": str(folder / "written"), "temperature": 0.5}, "temperature=1.0, now it is 0.5"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -209,7 +209,7 @@ def test_another_target_of_a_head_of_several_tokens_is_refused(tmp_path, name, c
 def test_more_tokens_than_it_drafts_are_refused(verifier, tmp_path, name):
     head = new(name, **BLOCKS[name], steps=2)
     save_student(head, tmp_path / "head")
-    with pytest.raises(ValueError, match="use at most --tokens 2"):
+    with pytest.raises(ValueError, match="drafts at most 2 per round: use --tokens 2"):
         export_drafter(str(tmp_path / "head"), tmp_path / "out", "vllm", verifier, tokens=3)
     assert '"num_speculative_tokens": 2' in serving("me/head", tmp_path / "head", target())["vLLM"]
 

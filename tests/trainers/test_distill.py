@@ -408,6 +408,9 @@ def test_an_encoder_decoder_needs_prompts_before_it_is_loaded(folder, monkeypatc
     short = {"on_policy": 0.5, "on_policy_prompt": 99}  # which an encoder-decoder does not use
     with pytest.raises(ValueError, match=r"row 0 has a prompt of 0 tokens.*'prompt' and 'response'"):
         distill(arguments(folder, "plain", target=str(folder / "t5"), student=None, init={"config": {}}, **short))
+    cached = {"target": str(folder / "t5"), "target_cache": str(folder / "logits")}
+    with pytest.raises(ValueError, match="target_cache is for decoder-only targets; leave it out"):
+        distill(arguments(folder, "plain", student=None, init={"config": {}}, **cached))
 
 
 def test_words_of_yaml_mean_what_the_default_says():

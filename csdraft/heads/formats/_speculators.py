@@ -80,7 +80,7 @@ def value_at(config: Mapping[str, Any], place: str) -> Any:
 
 
 def layout_places(kind: str, engine: str) -> dict[str, list[str]]:
-    """Places that an engine reads, and what they must hold; see `StoredHead.places`.
+    """Places that an engine reads, and what they must hold; see `ServedHead.places`.
 
     Args:
         kind: the package's name for such heads.
@@ -92,7 +92,7 @@ def layout_places(kind: str, engine: str) -> dict[str, list[str]]:
 
 def missing_places(kind: str, engine: str, config: Mapping[str, Any]) -> Iterator[str]:
     """Places that must hold something, and do not; see `layout_places`."""
-    needed = [*NEEDED, *["norm_before_residual"] * (kind == "eagle3")]  # vLLM takes true, speculators false
+    needed = [*NEEDED, *["norm_before_residual"] * (kind == "eagle3")]  # without it vLLM takes true, speculators false
     needed += ["draft_vocab_size"] * (engine == "speculators")
     yield from (place for place in needed if value_at(config, place) is None)
     if engine == "speculators" and not isinstance(value_at(config, ARCHITECTURES), list):

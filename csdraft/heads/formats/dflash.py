@@ -71,7 +71,7 @@ class DflashHead(StoredHead):
             yield from (f"{name}: it takes the target's instead; use --to vllm" for name in theirs)
 
     def places(self, engine: str, said: Mapping[str, Any]) -> Mapping[str, Sequence[Any]]:
-        return {NOT_CAUSAL: [True, None]} if engine == "vllm" else {}  # false would be for all layers
+        return {NOT_CAUSAL: [True, None]} if engine == "vllm" else {}  # vLLM would take false for all layers
 
     @property
     def _lent(self) -> set[str]:

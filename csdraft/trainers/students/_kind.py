@@ -189,7 +189,7 @@ def kinds() -> dict[str, HeadKind]:
 
 
 def student_of(model: Any) -> Student:
-    """How a student in training is compared and loaded: as a head, as an adapter, or as a whole model."""
+    """The kind by which a student in training is compared and loaded: its head's, an adapter's, or a whole model's."""
     model = base_model(model)
     if isinstance(model, Head):
         return HeadKind(type(model))
