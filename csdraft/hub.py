@@ -13,7 +13,7 @@ import sys
 import tempfile
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -59,12 +59,22 @@ class Target:
     name: str
     revision: str | None
     vocab_size: int
-    model: weakref.ref[nn.Module] = field(compare=False, repr=False)
+    model: Callable[[], nn.Module | None] = field(compare=False, repr=False)
 
     @classmethod
     def of(cls, model: nn.Module) -> Target:
         model = base_model(model)
         return cls(model_name(model), _own_revision(model), vocab_size(model), weakref.ref(model))
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return Target, (self.name, self.revision, self.vocab_size, _gone)  # a process cannot refer to another's model
+
+    def __deepcopy__(self, memo: dict) -> Target:
+        return self
+
+
+def _gone() -> None:
+    """Stands for the model of a target that was pickled."""
 
 
 def vocab_size(model: nn.Module) -> int:

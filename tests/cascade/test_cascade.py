@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import threading
 import warnings
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -433,3 +434,7 @@ def test_a_cascade_is_copied_and_pickled() -> None:
         if cascade is not planned:
             ours = model.generate(**inputs, max_new_tokens=9, do_sample=False, assistant=copied, schedule="fixed")
             assert ours.tolist() == wanted.tolist()
+            again = pickle.loads(pickle.dumps(copied))  # now it knows a target
+            assert again._target == copied._target
+            assert again._target[0].model() is None
+            assert deepcopy(copied)._target[0].model() is model
