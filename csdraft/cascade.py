@@ -23,6 +23,7 @@ from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter, Schedule, Verifier
 from csdraft.decoding.names import name_of
 from csdraft.decoding.states import home
+from csdraft.drafters._check_parts import as_list
 from csdraft.drafters.horizontal import Horizontal
 from csdraft.drafters.model import ModelDrafter, bound
 from csdraft.heads.self_draft import MTP
@@ -74,13 +75,12 @@ class CascadeDrafter(Drafter):
     _plans: MutableMapping[nn.Module, CascadeDrafter] = field(init=False, default_factory=lambda: _Plans())
 
     def __post_init__(self) -> None:
-        if isinstance(self.drafters, str | Path | nn.Module | Drafter):
-            raise ValueError(f"drafters={_short(self.drafters)} is one drafter; give a list, largest first: [...]")
+        given = as_list("drafters", self.drafters, "largest first: ")
         verifier, schedule, options = split(self.options, self.verifier, self.schedule)
-        for i, drafter in enumerate(self.drafters):
+        for i, drafter in enumerate(given):
             if drafter is None:
                 raise ValueError(f"drafters[{i}] is None; give a model, a path, a Hub id or a csdraft.Drafter")
-        made = map(as_drafter, self.drafters)  # of a cascade in it, verifier, schedule and report are the outer one's
+        made = map(as_drafter, given)  # of a cascade in it, verifier, schedule and report are the outer one's
         drafters = tuple(drafter.root if isinstance(drafter, CascadeDrafter) else drafter for drafter in made)
         auto = isinstance(self.k_matrix, str) and self.k_matrix == AUTO
         matrix = first_guess(drafters) if auto and drafters else check_k_matrix(self.k_matrix, drafters)

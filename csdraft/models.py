@@ -6,6 +6,7 @@ Missing weights raise an error, where transformers would fill in random numbers.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,9 @@ from csdraft.heads.self_draft import (
 )
 from csdraft.heads.stored_head import head_at
 from csdraft.heads.tied import TiedDraft
-from csdraft.stored import check_config, is_hub_id, read_object, shown
+from csdraft.stored import check_config, is_hub_id, kind_of, read_object, shown
 
-__all__ = ["HUB_OPTIONS", "MOST_VOCABULARY_PADDING", "base_model", "check_reviewer", "load_model"]
+__all__ = ["HUB_OPTIONS", "MOST_VOCABULARY_PADDING", "base_model", "check_reviewer", "given_model", "load_model"]
 
 HUB_OPTIONS = {"revision", "token", "cache_dir", "local_files_only", "force_download"}
 LAYERS = ("num_hidden_layers", "num_decoder_layers")
@@ -174,6 +175,19 @@ def base_model(model: nn.Module) -> nn.Module:
     model = unwrapped(model)
     inner = getattr(model, "get_base_model", None)
     return unwrapped(inner()) if inner is not None else model
+
+
+def given_model(model: nn.Module | str | os.PathLike, place: str) -> nn.Module:
+    """The model that was given for an option, loaded from its path or Hub id, without its wrappers.
+
+    Raises:
+        ValueError: it is something else; `place` names the option.
+    """
+    loaded = load_model(os.fspath(model)) if isinstance(model, str | os.PathLike) else model
+    found = base_model(loaded) if isinstance(loaded, nn.Module) else None
+    if getattr(found, "config", None) is None:
+        raise ValueError(f"{place}={shown(model)} is {kind_of(model)}; give a transformers model, its path or Hub id")
+    return found  # type: ignore[return-value]
 
 
 def check_reviewer(model: nn.Module, call: Call) -> None:

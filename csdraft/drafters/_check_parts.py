@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from csdraft.decoding.interfaces import Drafter
-from csdraft.stored import kind_of
+from csdraft.stored import kind_of, shown
 
-__all__ = ["check_parts"]
+__all__ = ["as_list", "check_parts"]
 
 
-def check_parts(owner: Drafter) -> None:
-    """Raises ValueError unless each of its parts is a drafter."""
-    for part in owner.parts():
+def as_list(name: str, given: Any, order: str = "") -> tuple:
+    """An option that is a list, as a tuple; raises ValueError if it is something else, and says in which `order`."""
+    if not isinstance(given, Sequence) or isinstance(given, str | bytes):
+        raise ValueError(f"{name}={shown(given)} is {kind_of(given)}; give a list, {order}[...]")
+    return tuple(given)
+
+
+def check_parts(owner: Drafter, parts: Sequence[Drafter] | None = None) -> None:
+    """Raises ValueError unless each of its parts, or of those given, is a drafter."""
+    for part in owner.parts() if parts is None else parts:
         if not isinstance(part, Drafter):
             shown = f"{part!r}" if isinstance(part, str) else kind_of(part)
             raise ValueError(

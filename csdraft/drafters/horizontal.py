@@ -12,7 +12,7 @@ from itertools import accumulate
 
 from csdraft.decoding.draft import Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter
-from csdraft.drafters._check_parts import check_parts
+from csdraft.drafters._check_parts import as_list, check_parts
 
 __all__ = ["Horizontal"]
 
@@ -33,8 +33,8 @@ class Horizontal(Drafter):
     lengths: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "drafters", tuple(self.drafters))
-        object.__setattr__(self, "lengths", tuple(self.lengths))
+        object.__setattr__(self, "drafters", as_list("drafters", self.drafters))
+        object.__setattr__(self, "lengths", as_list("lengths", self.lengths))
         check_parts(self)
         if len(self.drafters) != len(self.lengths) or min(self.lengths, default=0) < 0:
             raise ValueError(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from csdraft.decoding.draft import ROOT, Draft, DraftProbs, Kind
 from csdraft.decoding.interfaces import Budget, Context, Drafter
-from csdraft.drafters._check_parts import check_parts
+from csdraft.drafters._check_parts import as_list, check_parts
 
 __all__ = ["Merged"]
 
@@ -33,7 +33,7 @@ class Merged(Drafter):
     drafters: tuple[Drafter, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "drafters", tuple(self.drafters))
+        object.__setattr__(self, "drafters", as_list("drafters", self.drafters))
         check_parts(self)
         if not self.drafters:
             raise ValueError("drafters=() of a Merged drafter is empty; give it at least one")

@@ -22,7 +22,7 @@ from csdraft.decoding.interfaces import Budget, Context, Drafter, Tree
 from csdraft.decoding.limits import check_range, halvings
 from csdraft.decoding.tree import draft_tree
 from csdraft.heads.on_target import OnTarget
-from csdraft.models import base_model, check_reviewer, load_model
+from csdraft.models import check_reviewer, given_model
 from csdraft.stored import kind_of
 
 __all__ = ["ModelDrafter"]
@@ -51,9 +51,7 @@ class ModelDrafter(Drafter):
                 f"tree={self.tree!r} of a ModelDrafter is {kind_of(self.tree)}; give an object of "
                 "csdraft/trees, such as BestFirst()"
             )
-        if isinstance(self.model, str | os.PathLike):
-            object.__setattr__(self, "model", load_model(os.fspath(self.model)))
-        object.__setattr__(self, "model", base_model(self.model))  # type: ignore[arg-type]
+        object.__setattr__(self, "model", given_model(self.model, "model"))
 
     @property
     def network(self) -> nn.Module:

@@ -28,8 +28,10 @@ from csdraft.decoding.sampling import Sampler
 from csdraft.decoding.scores import TokenChooser
 from csdraft.decoding.stopping import Stopping
 from csdraft.decoding.text import Text
+from csdraft.drafters._check_parts import check_parts
 from csdraft.drafters._lookup import until
 from csdraft.models import MOST_VOCABULARY_PADDING
+from csdraft.stored import kind_of, shown
 
 __all__ = ["Translated"]
 
@@ -59,6 +61,7 @@ class Translated(Drafter):
     theirs: TokenizerView = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        check_parts(self, (self.drafter,))
         object.__setattr__(self, "own", TokenizerView(self.tokenizer))
         object.__setattr__(self, "theirs", TokenizerView(self.target_tokenizer))
 
@@ -131,6 +134,9 @@ class TokenizerView:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | str | Path):
+        if not isinstance(tokenizer, str | Path | PreTrainedTokenizerBase):
+            kind = kind_of(tokenizer)
+            raise ValueError(f"tokenizer={shown(tokenizer)} is {kind}; give a tokenizer, its path or Hub id")
         loaded: Any = tokenizer
         if isinstance(tokenizer, str | Path):
             loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)

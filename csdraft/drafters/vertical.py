@@ -22,7 +22,7 @@ from csdraft.decoding.interfaces import Budget, Context, Drafter, Round, ScoresV
 from csdraft.decoding.rounds import review
 from csdraft.decoding.sampling import Sampler
 from csdraft.drafters._check_parts import check_parts
-from csdraft.models import base_model, check_reviewer, load_model
+from csdraft.models import check_reviewer, given_model
 from csdraft.verifiers.lenient import Lenient, check_lenience
 from csdraft.verifiers.rejection import Rejection
 from csdraft.verifiers.spec_hub import SpecHub
@@ -53,9 +53,7 @@ class Vertical(Drafter):
     def __post_init__(self) -> None:
         check_parts(self)
         check_lenience(self.lenience)
-        if isinstance(self.reviewer, str | os.PathLike):
-            object.__setattr__(self, "reviewer", load_model(os.fspath(self.reviewer)))
-        object.__setattr__(self, "reviewer", base_model(self.reviewer))  # type: ignore[arg-type]
+        object.__setattr__(self, "reviewer", given_model(self.reviewer, "reviewer"))
 
     def parts(self) -> Sequence[Drafter]:
         return (self.drafter,)

@@ -1,9 +1,11 @@
-"""Prompts for a longer training: questions of GSM8K, functions of Python files, paragraphs of prose.
+"""Prompts for a longer training: questions of GSM8K, functions of Python files, paragraphs of prose, and its own.
 
 python recipes/smollm2/make_prompts.py --questions gsm8k_train.jsonl --code code.txt --prose books.txt peps.txt
+python recipes/smollm2/make_prompts.py --own 1400 --target out/smollm2/target
 
 `--questions` are JSON lines with a `question`; the texts hold documents separated by a line `<|endoftext|>`. Files may
-be compressed (.xz). Rows are `{"kind": ..., "messages": [...]}`, as in prompts_train.jsonl, mixed by `--seed`.
+be compressed (.xz). `--own` are what the target writes where a user would, after one of `STARTS`, sampled at T=1
+(Magpie, arXiv 2406.08464). Rows are `{"kind": ..., "messages": [...]}`, as in prompts_train.jsonl, mixed by `--seed`.
 """
 
 from __future__ import annotations
@@ -17,9 +19,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 __all__ = ["make_prompts"]
 
 END = "<|endoftext|>"
+MARK = "PROMPT"
+SHORTEST, LONGEST = 15, 96  # characters and tokens of an own prompt
 FUNCTION = re.compile(r"^def [a-z]\w+\(.*?(?=^[^\s)]|\Z)", re.MULTILINE | re.DOTALL)
 CODE = (
     "Explain what this Python function does.\n\n{}",
@@ -33,6 +40,9 @@ PROSE = (
     "Explain this text in simple words.\n\n{}",
     "Continue this text.\n\n{}",
 )
+STARTS = ("",) * 8 + ("Who", "What", "When", "Where", "Which", "How many", "Why", "Is", "Write a Python function")
+STARTS += ("Explain", "Rewrite", "Translate this to German:", "Give me a list of", "Write a story about")
+"""How own prompts begin; eight in twenty-two with nothing."""
 
 
 def opened(path: Path) -> TextIO:
@@ -68,14 +78,49 @@ def some(found: Sequence[str], count: int, forms: Sequence[str], chosen: random.
         yield chosen.choice(forms).format(text)
 
 
+def own(target: str, count: int, seed: int, rows: int = 128) -> list[str]:
+    """`count` different prompts of at most `LONGEST` tokens that the target writes as a user, each to its end."""
+    tokenizer = AutoTokenizer.from_pretrained(target, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.bfloat16)
+    before, after = tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False).split(MARK)
+    end = tokenizer(after, add_special_tokens=False).input_ids[0]
+    chosen, found, before_these = random.Random(seed), dict[str, None](), -1
+    torch.manual_seed(seed)
+    while before_these < len(found) < count:
+        before_these = len(found)
+        starts = chosen.choices(STARTS, k=rows)
+        inputs = tokenizer(
+            [before + start for start in starts], add_special_tokens=False, padding=True, return_tensors="pt"
+        )
+        options = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "eos_token_id": end, "pad_token_id": end}
+        written = model.generate(**inputs, **options, max_new_tokens=LONGEST)[:, inputs.input_ids.shape[1] :]
+        for start, tokens in zip(starts, written.tolist(), strict=True):
+            text = start + tokenizer.decode(tokens[: tokens.index(end)]) if end in tokens else ""
+            if len(text) >= SHORTEST:
+                found[text.strip()] = None
+        print(f"{len(found):,} of {count:,} own prompts", flush=True)
+    if len(found) < count:
+        raise SystemExit(
+            f"{target} wrote {len(found)} different prompts, and none more in {rows} tries; --own={count} wants a "
+            f"chat model that writes what users ask, of at least {SHORTEST} characters and at most {LONGEST} tokens"
+        )
+    return list(found)[:count]
+
+
 def make_prompts(
-    questions: Sequence[Path], code: Sequence[Path], prose: Sequence[Path], count: int, seed: int
+    questions: Sequence[Path],
+    code: Sequence[Path],
+    prose: Sequence[Path],
+    count: int,
+    seed: int,
+    asked: int | None = None,
+    own: Sequence[str] = (),
 ) -> list[dict[str, object]]:
-    """At most `count` prompts from code and from prose each, and all questions, in random order."""
+    """At most `count` prompts from code and from prose each, `asked` questions (None: all), all of `own`; shuffled."""
     chosen = random.Random(seed)
-    asked = [json.loads(line)["question"] for path in questions for line in opened(path)]
     written = {
-        "math": asked,
+        "chat": own,
+        "math": [json.loads(line)["question"] for path in questions for line in opened(path)][:asked],
         "code": some([f for text in documents(code) for f in functions(text)], count, CODE, chosen),
         "summary": some([p for text in documents(prose) for p in paragraphs(text)], count, PROSE, chosen),
     }
@@ -85,7 +130,7 @@ def make_prompts(
         for text in texts
     ]
     if not rows:
-        raise SystemExit("no prompts: give --questions, --code or --prose, and see --help for what they hold")
+        raise SystemExit("no prompts: give --questions, --code, --prose or --own, and see --help for what they hold")
     chosen.shuffle(rows)
     return rows
 
@@ -95,10 +140,15 @@ def main() -> None:
     for name in ("questions", "code", "prose"):
         parser.add_argument(f"--{name}", type=Path, nargs="*", default=[])
     parser.add_argument("--count", type=int, default=2500, help="of code, and of prose (default: %(default)s)")
+    parser.add_argument("--asked", type=int, help="of questions (default: all)")
+    parser.add_argument("--own", type=int, default=0, help="that the target writes (default: %(default)s)")
+    parser.add_argument("--target", default="out/smollm2/target", help="who writes them (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/smollm2/prompts.jsonl"))
     options = parser.parse_args()
-    rows = make_prompts(options.questions, options.code, options.prose, options.count, options.seed)
+    written = own(options.target, options.own, options.seed) if options.own else ()
+    files = options.questions, options.code, options.prose
+    rows = make_prompts(*files, options.count, options.seed, options.asked, written)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     print(f"{len(rows):,} prompts in {options.out}")

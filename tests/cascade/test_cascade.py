@@ -276,7 +276,7 @@ def test_a_wrong_k_matrix_is_refused(k_matrix, message):
 def test_a_wrong_list_of_drafters_is_refused():
     with pytest.raises(ValueError, match="at least one drafter"):
         csdraft.CascadeDrafter([])
-    with pytest.raises(ValueError, match=r"is one drafter; give a list"):
+    with pytest.raises(ValueError, match=r"; give a list, largest first"):
         csdraft.CascadeDrafter(Stub("small"))
     with pytest.raises(ValueError, match=r"drafters\[0\] reviews, but a Copier reviews nothing"):
         csdraft.CascadeDrafter([Copier(), Stub("small")], [[1, 2], [0, 2]])

@@ -15,6 +15,7 @@ from csdraft.decoding.cache_names import GENERATE_CACHE
 from csdraft.decoding.draft import Draft
 from csdraft.drafters.merged import Merged
 from csdraft.drafters.ouroboros import Ouroboros
+from csdraft.drafters.translated import Translated
 from csdraft.schedules.fixed import Fixed
 from tests import tiny
 from tests.tiny import Scripted
@@ -314,6 +315,29 @@ def test_parts_that_are_no_drafters(make) -> None:
         make()
     with pytest.raises(ValueError, match="Merged got a LlamaForCausalLM for a drafter"):
         Merged((tiny.tiny("llama"),))  # type: ignore[arg-type]
+
+
+OTHERS = (3, None, object(), {4: 5}, b"x", float("nan"), torch.ones(2), torch.nn.Linear(2, 2))
+"""Values that are neither a model nor a list of anything."""
+
+
+@pytest.mark.parametrize("value", OTHERS, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (ModelDrafter, r"model=.* is an? \w+; give a transformers model, its path or Hub id"),
+        (lambda value: Vertical(value, MaxGram()), r"reviewer=.* is an? \w+; give a transformers model"),
+        (CascadeDrafter, r"drafters=.*; give a list"),
+        (Merged, r"drafters=.* is an? \w+; give a list"),
+        (lambda value: Horizontal(value, (2,)), r"drafters=.* is an? \w+; give a list"),
+        (lambda value: Horizontal((MaxGram(),), value), r"lengths=.* is an? \w+; give a list"),
+        (lambda value: Translated(MaxGram(), value, "unread"), r"tokenizer=.* is an? \w+; give a tokenizer"),
+        (lambda value: Translated(value, "unread", "unread"), r"Translated got an? \w+ for a drafter"),
+    ],
+)
+def test_values_of_another_kind(make, message, value) -> None:
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        make(value)
 
 
 def test_past_the_drafters_context_decoding_goes_on() -> None:

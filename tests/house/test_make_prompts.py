@@ -4,6 +4,9 @@ import importlib.util
 import json
 
 import pytest
+import torch
+from trainers.pair import make_pair
+from transformers import AutoTokenizer
 
 from tests.conftest import ROOT
 
@@ -34,3 +37,33 @@ def test_functions_are_whole_and_the_last_is_among_them(tmp_path):
 def test_nothing_to_ask_is_an_error():
     with pytest.raises(SystemExit, match="no prompts"):
         module.make_prompts([], [], [], 10, 0)
+
+
+class Writes:
+    """A target that writes the same texts each time, and ends all but the last."""
+
+    def __init__(self, words, *texts):
+        ids = words(list(texts), add_special_tokens=False).input_ids
+        length = 1 + max(len(row) for row in ids)
+        self.rows = [row + [words.eos_token_id] * (length - len(row)) for row in ids]
+        self.rows[-1] = self.rows[-1][:1] * length
+
+    def generate(self, input_ids, **options):
+        return torch.cat([input_ids, torch.tensor(self.rows)[torch.arange(len(input_ids)) % len(self.rows)]], 1)
+
+
+def test_own_prompts_differ_and_are_written_to_their_end(tmp_path, monkeypatch):
+    folder = make_pair(tmp_path) / "target"
+    words = AutoTokenizer.from_pretrained(folder)
+    words.chat_template = "{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}"
+    words.save_pretrained(folder)
+    target = Writes(words, " is a long question, is it not?", "?", " never comes to an end, and so it is left out")
+    monkeypatch.setattr(module.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: target)
+    found = module.own(str(folder), 8, seed=0, rows=64)
+    assert len(set(found)) == 8
+    assert all(any(text.startswith(start) for start in module.STARTS) for text in found)
+    assert not any((text[-1:] == "?" and len(text) < module.SHORTEST) or "never" in text for text in found)
+    assert any(text.endswith("question, is it not?") for text in found)
+    with pytest.raises(SystemExit, match=r"none more in 64 tries; --own=400"):
+        module.own(str(folder), 400, seed=0, rows=64)
+    assert {row["messages"][0]["content"] for row in module.make_prompts([], [], [], 0, 0, own=found)} == set(found)
