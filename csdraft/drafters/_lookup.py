@@ -12,6 +12,7 @@ from typing import Any
 from csdraft.decoding.call import Call
 from csdraft.decoding.draft import ROOT, Draft
 from csdraft.decoding.interfaces import Budget, Context, Drafter
+from csdraft.stored import kind_of, shown
 
 __all__ = ["Lookup", "Trie", "check_vocabulary", "match_evidence", "until"]
 
@@ -46,9 +47,17 @@ class Lookup(Drafter):
         return context.draft.extend(until(call.chooser.stopping.eos, tokens), call.level(self))
 
     def load_option(self, name: str, table: Any) -> None:
-        """If the option `name` is a path, replaces it by the table that is stored there."""
-        if isinstance(path := getattr(self, name), str | Path):
-            object.__setattr__(self, name, table.load(path))
+        """If the option `name` is a path, replaces it by the table that is stored there.
+
+        Raises:
+            ValueError: it is neither a path nor a table, nor None where that is the default.
+        """
+        given = getattr(self, name)
+        if isinstance(given, str | Path):
+            object.__setattr__(self, name, table.load(given))
+        elif not isinstance(given, table) and given is not getattr(type(self), name, table):
+            wanted = f"give csdraft.tables' {table.__name__}, or its path"
+            raise ValueError(f"{name}={shown(given)} of {type(self).__name__} is {kind_of(given)}; {wanted}")
 
 
 class Trie:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from csdraft.stored import naming
+from csdraft.stored import kind_of, naming
 from csdraft.tables._file import read_arrays, write_arrays
 from csdraft.tables.suffix_automaton import JUNCTION, SuffixAutomaton
 
@@ -30,9 +30,10 @@ class DocumentTable:
         self.tokens: list[int] = []
         self._ends: list[int] = []  # one past each document's last token
         for number, document in enumerate(documents):
-            if isinstance(document, str):
+            if isinstance(document, str) or not isinstance(document, Sized):
+                kind = "a text" if isinstance(document, str) else kind_of(document)
                 raise ValueError(
-                    f"document {number} is a text; give token ids, or DocumentTable.encode(texts, tokenizer)"
+                    f"document {number} is {kind}; give token ids, or DocumentTable.encode(texts, tokenizer)"
                 )
             if len(document):
                 if min(document) < 0:

@@ -13,8 +13,11 @@ from transformers.generation.streamers import BaseStreamer
 from csdraft import CascadeDrafter, Drafter, Horizontal, MaxGram, ModelDrafter, Vertical
 from csdraft.decoding.cache_names import GENERATE_CACHE
 from csdraft.decoding.draft import Draft
+from csdraft.drafters.auto import Auto
+from csdraft.drafters.datastore import Datastore
 from csdraft.drafters.merged import Merged
 from csdraft.drafters.ouroboros import Ouroboros
+from csdraft.drafters.reference import Reference
 from csdraft.drafters.translated import Translated
 from csdraft.schedules.fixed import Fixed
 from tests import tiny
@@ -317,7 +320,7 @@ def test_parts_that_are_no_drafters(make) -> None:
         Merged((tiny.tiny("llama"),))  # type: ignore[arg-type]
 
 
-OTHERS = (3, None, object(), {4: 5}, b"x", float("nan"), torch.ones(2), torch.nn.Linear(2, 2))
+OTHERS = (3, None, object(), {4: 5}, b"x", float("nan"), torch.ones(1), torch.nn.Linear(2, 2))
 """Values that are neither a model nor a list of anything."""
 
 
@@ -333,11 +336,23 @@ OTHERS = (3, None, object(), {4: 5}, b"x", float("nan"), torch.ones(2), torch.nn
         (lambda value: Horizontal((MaxGram(),), value), r"lengths=.* is an? \w+; give a list"),
         (lambda value: Translated(MaxGram(), value, "unread"), r"tokenizer=.* is an? \w+; give a tokenizer"),
         (lambda value: Translated(value, "unread", "unread"), r"Translated got an? \w+ for a drafter"),
+        (Datastore, r"corpus=.* of Datastore is an? \w+; give csdraft.tables' CorpusIndex, or its path"),
+        (
+            lambda value: MaxGram(bigram=value or 7),
+            r"bigram=.* of MaxGram is an? \w+; give",
+        ),
+        (lambda value: Auto(outputs=value or 7), r"outputs=.* of Auto is an? \w+; give csdraft.tables' OutputTable"),
     ],
 )
 def test_values_of_another_kind(make, message, value) -> None:
     with pytest.raises(ValueError, match=f"(?s){message}"):
         make(value)
+
+
+@pytest.mark.parametrize("documents", [3, None, [1, 2], [[1, 2], 3]])
+def test_documents_that_are_none(documents) -> None:
+    with pytest.raises(ValueError, match=r"(documents=|document \d )"):
+        Reference(documents)
 
 
 def test_past_the_drafters_context_decoding_goes_on() -> None:
