@@ -1,7 +1,7 @@
 """One target, many kinds of prompt: plain, transformers' prompt lookup, MaxGram and "auto", by task with intervals.
 
 python -m benchmarks tasks --target MODEL --prompts spec=spec_bench.jsonl math=gsm8k_test.jsonl code=humaneval.jsonl
-python -m benchmarks tasks --target MODEL --drafter HEAD --prompts code=humaneval.jsonl     # it, and MaxGram below it
+python -m benchmarks tasks --target MODEL --drafter HEAD --prompts code=humaneval.jsonl  # alone, on MaxGram, in "auto"
 
 Prompts come from JSON lines files, .xz or not; each `category` of rows is a task of its own, and all rows of several
 turns are the task "multi-turn", of which the first turn is asked. They go through the target's chat template, but for
@@ -33,6 +33,7 @@ from csdraft.bench import Prompt
 from csdraft.cascade import CascadeDrafter
 from csdraft.data.text import read_objects
 from csdraft.decoding import clock
+from csdraft.drafters.auto import Auto
 from csdraft.drafters.max_gram import MaxGram
 from csdraft.drafters.model import ModelDrafter
 from csdraft.metrics.intervals import bootstrap_median
@@ -44,8 +45,8 @@ __all__ = ["WARM", "Question", "questions", "table"]
 
 LOOKUP = "prompt lookup"
 WAYS = (LOOKUP, "MaxGram", "auto")
-ALONE, BELOW = "drafter", "drafter and MaxGram"
-"""Two more ways, with `--drafter`."""
+ALONE, BELOW, JOINED = "drafter", "drafter and MaxGram", "auto with drafter"
+"""Three more ways, with `--drafter`; the last is "auto" for a target with this drafter beside it."""
 WARM = "Say hello, and then tell me in a few words what you can do."
 Measured = dict[str, Any]
 """Of one prompt: `task`, `id`, `prompt` (its length), `tokens` of plain and auto, `wall` and `cpu` (seconds of a token
@@ -99,6 +100,7 @@ def drafted_ways(drafter: str | None) -> dict[str, dict[str, Any]]:
     if drafter is not None:
         ways[ALONE] = {"assistant": ModelDrafter(drafter), "reuse": False}
         ways[BELOW] = {"assistant": CascadeDrafter([drafter, MaxGram()]), "reuse": False}
+        ways[JOINED] = {"assistant": Auto(drafter=ModelDrafter(drafter)), "reuse": False}
     return ways
 
 
@@ -120,7 +122,7 @@ def table(found: Sequence[Measured], by: str) -> str:
     """Markdown: a line a task, and one for all; then which texts were other ones."""
     head = ("Task", "Prompts", "Plain, tokens/s", *WAYS, f"auto over {LOOKUP}", "auto, least", "auto, tokens a round")
     if found and ALONE in found[0][by]:
-        head += (ALONE, BELOW, f"{BELOW} over {ALONE}")
+        head += (ALONE, BELOW, JOINED, f"{BELOW} over {ALONE}", f"{JOINED} over {LOOKUP}")
     lines = [f"| {' | '.join(head)} | {AGAIN} over {PLAIN} |", "|---" * (len(head) + 1) + "|"]
     for task in (*dict.fromkeys(one["task"] for one in found), "all"):
         those = [one for one in found if task in (one["task"], "all")]
@@ -143,10 +145,14 @@ def cells(those: Sequence[Measured], by: str) -> list[str]:
         f"{tokens / rounds:.2f}",
         *(
             interval([p / s[way] for p, s in zip(plain, seconds, strict=True)])
-            for way in (ALONE, BELOW)
+            for way in (ALONE, BELOW, JOINED)
             if way in seconds[0]
         ),
-        *([interval([s[ALONE] / s[BELOW] for s in seconds])] if ALONE in seconds[0] else []),
+        *(
+            interval([s[slower] / s[way] for s in seconds])
+            for slower, way in ((ALONE, BELOW), (LOOKUP, JOINED))
+            if way in seconds[0]
+        ),
         interval([s[PLAIN] / s[AGAIN] for s in seconds]),
     ]
 
@@ -184,7 +190,7 @@ def main(argv: Sequence[str]) -> int:
         prog="python -m benchmarks tasks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--target", required=True, help="a causal model's folder or Hub id")
-    parser.add_argument("--drafter", help="a model's or a head's folder or Hub id, measured alone and above MaxGram")
+    parser.add_argument("--drafter", help="a model or head, by folder or Hub id: alone, above MaxGram, in auto")
     parser.add_argument("--prompts", nargs="+", required=True, metavar="KIND=FILE", help="JSON lines, also .xz")
     parser.add_argument("--count", type=COUNT, default=4, help="prompts of each task (default: %(default)s)")
     parser.add_argument("--tokens", type=COUNT, default=80, help="new tokens at most (default: %(default)s)")

