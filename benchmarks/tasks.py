@@ -36,8 +36,11 @@ from csdraft.decoding import clock
 from csdraft.drafters.auto import Auto
 from csdraft.drafters.max_gram import MaxGram
 from csdraft.drafters.model import ModelDrafter
+from csdraft.hub import vocab_size
 from csdraft.metrics.intervals import bootstrap_median
 from csdraft.progress import Progress
+from csdraft.tables.adjacency import AdjacencyTable
+from csdraft.tables.outputs import OutputTable
 from csdraft.version import __version__
 from csdraft_command import COUNT
 
@@ -93,14 +96,15 @@ def as_prompt(tokenizer: Any, kind: str, text: str, longest: int) -> Prompt:
     return tuple(encode(tokenizer, kind, text, longest)[0].tolist())
 
 
-def drafted_ways(drafter: str | None) -> dict[str, dict[str, Any]]:
+def drafted_ways(target: Any, drafter: str | None) -> dict[str, dict[str, Any]]:
     """Way -> its arguments of `generate`; each has one drafter for all prompts, which learns as "auto" does."""
     ways = {LOOKUP: {"prompt_lookup_num_tokens": LOOKUP_LENGTH}, "MaxGram": {"assistant": MaxGram(), "reuse": False}}
     ways["auto"] = AUTO
     if drafter is not None:
         ways[ALONE] = {"assistant": ModelDrafter(drafter), "reuse": False}
         ways[BELOW] = {"assistant": CascadeDrafter([drafter, MaxGram()]), "reuse": False}
-        ways[JOINED] = {"assistant": Auto(drafter=ModelDrafter(drafter)), "reuse": False}
+        own = {"adjacency": AdjacencyTable(vocab_size(target)), "outputs": OutputTable()}  # not those of "auto"
+        ways[JOINED] = {"assistant": Auto(drafter=ModelDrafter(drafter), **own), "reuse": False}
     return ways
 
 
@@ -232,7 +236,7 @@ def answered(
     target: Any, tokenizer: Any, missing: Sequence[tuple[int, Question]], options: argparse.Namespace
 ) -> list[Measured]:
     """Answers what is missing, a line of the file a prompt; every way has run before the first is timed."""
-    progress, made, drafted = Progress(), [], drafted_ways(options.drafter)
+    progress, made, drafted = Progress(), [], drafted_ways(target, options.drafter)
     warm = Question("", "", as_prompt(tokenizer, "", WARM, options.longest))
     measured(target, warm, 0, options.tokens, drafted)
     for turn, (number, question) in enumerate(missing, 1):
