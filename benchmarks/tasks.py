@@ -103,7 +103,7 @@ def drafted_ways(target: Any, drafter: str | None) -> dict[str, dict[str, Any]]:
     if drafter is not None:
         ways[ALONE] = {"assistant": ModelDrafter(drafter), "reuse": False}
         ways[BELOW] = {"assistant": CascadeDrafter([drafter, MaxGram()]), "reuse": False}
-        own = {"adjacency": AdjacencyTable(vocab_size(target)), "outputs": OutputTable()}  # not those of "auto"
+        own = {"adjacency": AdjacencyTable(vocab_size(target)), "outputs": OutputTable()}  # or it copies "auto"
         ways[JOINED] = {"assistant": Auto(drafter=ModelDrafter(drafter), **own), "reuse": False}
     return ways
 
@@ -175,6 +175,11 @@ def said_of_texts(measured: Sequence[Measured]) -> list[str]:
     return [f"{len(other)} texts are not plain generate's, {ties} of them parted at a near-tie:", *said]
 
 
+def newest(folder: Path) -> float | None:
+    """When a drafter's weights were last written; None for one of the Hub."""
+    return max((file.stat().st_mtime for file in folder.glob("*.safetensors")), default=None)
+
+
 def kept(out: Path, about: Mapping[str, Any]) -> list[Measured]:
     """The answers that an earlier run with the same settings left; starts the file if there are none."""
     lines = out.read_text(encoding="utf-8").split("\n")[:-1] if out.is_file() else []  # without half a line
@@ -217,7 +222,8 @@ def main(argv: Sequence[str]) -> int:
     files = dict(pair.split("=", 1) for pair in options.prompts)
     about = {key: getattr(options, key) for key in ("dtype", "threads", "tokens", "longest", "clock")}
     about["compared"] = "by token"
-    about |= {"drafter": options.drafter} if options.drafter else {}
+    if options.drafter:
+        about |= {"drafter": options.drafter, "weights": newest(Path(options.drafter)), "ways": [ALONE, BELOW, JOINED]}
     done = kept(options.out, {"target": Path(options.target).name, "csdraft": __version__, **about})
     tokenizer = AutoTokenizer.from_pretrained(options.target)
     asked = questions(tokenizer, files, options.count, options.longest)

@@ -75,6 +75,8 @@ class CascadeDrafter(Drafter):
     _plans: MutableMapping[nn.Module, CascadeDrafter] = field(init=False, default_factory=lambda: _Plans())
 
     def __post_init__(self) -> None:
+        if isinstance(self.drafters, str | Path | nn.Module | Drafter):
+            raise ValueError(f"drafters={_short(self.drafters)} is one drafter; give a list, largest first: [...]")
         given = as_list("drafters", self.drafters, "largest first: ")
         verifier, schedule, options = split(self.options, self.verifier, self.schedule)
         for i, drafter in enumerate(given):

@@ -186,7 +186,7 @@ def given_model(model: nn.Module | str | os.PathLike, place: str) -> nn.Module:
     loaded = load_model(os.fspath(model)) if isinstance(model, str | os.PathLike) else model
     found = base_model(loaded) if isinstance(loaded, nn.Module) else None
     if getattr(found, "config", None) is None:
-        raise ValueError(f"{place}={shown(model)} is {kind_of(model)}; give a transformers model, its path or Hub id")
+        raise ValueError(f"{place}={shown(model)} is {kind_of(loaded)}; give a transformers model, its path or Hub id")
     return found  # type: ignore[return-value]
 
 

@@ -32,8 +32,9 @@ UNFIT = object()
 
 
 def shown(value: object) -> str:
-    """A value as a message shows it, shortened."""
+    """A value as a message shows it, shortened, in one line."""
     text = repr(value)
+    text = " ".join(text.split()) if "\n" in text else text
     return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 3]}..."
 
 

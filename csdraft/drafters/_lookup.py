@@ -6,6 +6,7 @@ Also `Trie`, which merges their sequences into a tree.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class Lookup(Drafter):
         given = getattr(self, name)
         if isinstance(given, str | Path):
             object.__setattr__(self, name, table.load(given))
-        elif not isinstance(given, table) and given is not getattr(type(self), name, table):
+        elif not isinstance(given, table) and given is not getattr(type(self), name, MISSING):
             wanted = f"give csdraft.tables' {table.__name__}, or its path"
             raise ValueError(f"{name}={shown(given)} of {type(self).__name__} is {kind_of(given)}; {wanted}")
 

@@ -7,7 +7,7 @@ any match of a fixed length.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,8 +41,8 @@ class Reference(Lookup):
 
     def __post_init__(self) -> None:
         check_range("a Reference", self, depth=None, min_match=None)
-        if isinstance(self.documents, Iterable) and not isinstance(self.documents, str):
-            object.__setattr__(self, "documents", DocumentTable(self.documents))  # type: ignore[arg-type]
+        if not isinstance(self.documents, DocumentTable | str | Path):
+            object.__setattr__(self, "documents", DocumentTable(self.documents))
         self.load_option("documents", DocumentTable)
 
     @property

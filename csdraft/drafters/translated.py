@@ -63,7 +63,7 @@ class Translated(Drafter):
     def __post_init__(self) -> None:
         check_parts(self, (self.drafter,))
         object.__setattr__(self, "own", TokenizerView(self.tokenizer))
-        object.__setattr__(self, "theirs", TokenizerView(self.target_tokenizer))
+        object.__setattr__(self, "theirs", TokenizerView(self.target_tokenizer, "target_tokenizer"))
 
     @property
     def depth(self) -> int:  # type: ignore[override]
@@ -127,16 +127,19 @@ class Translated(Drafter):
 class TokenizerView:
     """A copy of a tokenizer that does not pad or truncate, and adds no special tokens.
 
+    Args:
+        name: the option that gave it, for messages.
+
     Attributes:
         size: number of tokens.
         opening: tokens that the tokenizer puts before a text.
         eos: tokens that end a text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | str | Path):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | str | Path, name: str = "tokenizer"):
         if not isinstance(tokenizer, str | Path | PreTrainedTokenizerBase):
             kind = kind_of(tokenizer)
-            raise ValueError(f"tokenizer={shown(tokenizer)} is {kind}; give a tokenizer, its path or Hub id")
+            raise ValueError(f"{name}={shown(tokenizer)} is {kind}; give a tokenizer, its path or Hub id")
         loaded: Any = tokenizer
         if isinstance(tokenizer, str | Path):
             loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence, Sized
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from operator import index
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from csdraft.stored import kind_of, naming
+from csdraft.stored import kind_of, naming, shown
 from csdraft.tables._file import read_arrays, write_arrays
 from csdraft.tables.suffix_automaton import JUNCTION, SuffixAutomaton
 
@@ -29,16 +30,17 @@ class DocumentTable:
     def __init__(self, documents: Sequence[Sequence[int]]):
         self.tokens: list[int] = []
         self._ends: list[int] = []  # one past each document's last token
-        for number, document in enumerate(documents):
-            if isinstance(document, str) or not isinstance(document, Sized):
-                kind = "a text" if isinstance(document, str) else kind_of(document)
-                raise ValueError(
-                    f"document {number} is {kind}; give token ids, or DocumentTable.encode(texts, tokenizer)"
-                )
-            if len(document):
-                if min(document) < 0:
-                    raise ValueError(f"document {number} has token {min(document)}; token ids are 0 or more")
-                self.tokens += map(int, document)
+        try:
+            given = list(documents)
+        except TypeError as error:
+            kind = kind_of(documents)
+            raise ValueError(f"documents={shown(documents)} is {kind}; give a list of token ids for each") from error
+        for number, document in enumerate(given):
+            ids = _token_ids(document, number)
+            if ids:
+                if min(ids) < 0:
+                    raise ValueError(f"document {number} has token {min(ids)}; token ids are 0 or more")
+                self.tokens += ids
                 self._ends.append(len(self.tokens))
 
     @classmethod
@@ -84,3 +86,14 @@ class DocumentTable:
             raise ValueError(f"{path}: ends, one for each document, must rise to the number of tokens, {len(tokens)}")
         with naming(path):
             return cls([part.tolist() for part in np.split(tokens, ends[:-1])])
+
+
+def _token_ids(document: Any, number: int) -> list[int]:
+    """A document's token ids; raises ValueError if it is something else."""
+    try:
+        if not isinstance(document, str | bytes | Mapping):
+            return list(map(index, document))
+    except TypeError:
+        pass
+    kind = "a text" if isinstance(document, str) else f"{kind_of(document)}, {shown(document)}"
+    raise ValueError(f"document {number} is {kind}; give token ids, or DocumentTable.encode(texts, tokenizer)")

@@ -4,8 +4,9 @@ python recipes/smollm2/make_prompts.py --questions gsm8k_train.jsonl --code code
 python recipes/smollm2/make_prompts.py --own 1400 --target out/smollm2/target
 
 `--questions` are JSON lines with a `question`; the texts hold documents separated by a line `<|endoftext|>`. Files may
-be compressed (.xz). `--own` are what the target writes where a user would, after one of `STARTS`, sampled at T=1
-(Magpie, arXiv 2406.08464). Rows are `{"kind": ..., "messages": [...]}`, as in prompts_train.jsonl, mixed by `--seed`.
+be compressed (.xz). `--own` are what the target writes where a user would, after one of `STARTS`, sampled at T=1 from
+the 50 likeliest tokens and 95 % of their chances (Magpie, arXiv 2406.08464). Rows are `{"kind": ..., "messages":
+[...]}`, as in prompts_train.jsonl, mixed by `--seed`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import TextIO
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from csdraft_command import COUNT
 
 __all__ = ["make_prompts"]
 
@@ -82,8 +85,10 @@ def own(target: str, count: int, seed: int, rows: int = 128) -> list[str]:
     """`count` different prompts of at most `LONGEST` tokens that the target writes as a user, each to its end."""
     tokenizer = AutoTokenizer.from_pretrained(target, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.bfloat16)
-    before, after = tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False).split(MARK)
-    end = tokenizer(after, add_special_tokens=False).input_ids[0]
+    asked = tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False)
+    before, _, after = asked.partition(MARK)
+    end = next(iter(tokenizer(after, add_special_tokens=False).input_ids), tokenizer.eos_token_id)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     chosen, found, before_these = random.Random(seed), dict[str, None](), -1
     torch.manual_seed(seed)
     while before_these < len(found) < count:
@@ -92,12 +97,13 @@ def own(target: str, count: int, seed: int, rows: int = 128) -> list[str]:
         inputs = tokenizer(
             [before + start for start in starts], add_special_tokens=False, padding=True, return_tensors="pt"
         )
-        options = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "eos_token_id": end, "pad_token_id": end}
+        options = {"do_sample": True, "temperature": 1.0, "top_k": 50, "top_p": 0.95}
+        options |= {"eos_token_id": end, "pad_token_id": end}
         written = model.generate(**inputs, **options, max_new_tokens=LONGEST)[:, inputs.input_ids.shape[1] :]
         for start, tokens in zip(starts, written.tolist(), strict=True):
-            text = start + tokenizer.decode(tokens[: tokens.index(end)]) if end in tokens else ""
+            text = (start + tokenizer.decode(tokens[: tokens.index(end)])).strip() if end in tokens else ""
             if len(text) >= SHORTEST:
-                found[text.strip()] = None
+                found[text] = None
         print(f"{len(found):,} of {count:,} own prompts", flush=True)
     if len(found) < count:
         raise SystemExit(
@@ -140,9 +146,9 @@ def main() -> None:
     for name in ("questions", "code", "prose"):
         parser.add_argument(f"--{name}", type=Path, nargs="*", default=[])
     parser.add_argument("--count", type=int, default=2500, help="of code, and of prose (default: %(default)s)")
-    parser.add_argument("--asked", type=int, help="of questions (default: all)")
-    parser.add_argument("--own", type=int, default=0, help="that the target writes (default: %(default)s)")
-    parser.add_argument("--target", default="out/smollm2/target", help="who writes them (default: %(default)s)")
+    parser.add_argument("--asked", type=COUNT, help="how many of the questions, the first ones (default: all)")
+    parser.add_argument("--own", type=COUNT, help="how many the target writes (default: none)")
+    parser.add_argument("--target", default="out/smollm2/target", help="who writes its own (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/smollm2/prompts.jsonl"))
     options = parser.parse_args()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from transformers import LogitsProcessor, StaticCache
@@ -20,6 +21,8 @@ from csdraft.drafters.ouroboros import Ouroboros
 from csdraft.drafters.reference import Reference
 from csdraft.drafters.translated import Translated
 from csdraft.schedules.fixed import Fixed
+from csdraft.tables.corpus import CorpusIndex
+from csdraft.tables.documents import DocumentTable
 from tests import tiny
 from tests.tiny import Scripted
 
@@ -320,7 +323,7 @@ def test_parts_that_are_no_drafters(make) -> None:
         Merged((tiny.tiny("llama"),))  # type: ignore[arg-type]
 
 
-OTHERS = (3, None, object(), {4: 5}, b"x", float("nan"), torch.ones(1), torch.nn.Linear(2, 2))
+OTHERS = (3, None, object(), {4: 5}, b"x", float("nan"), torch.tensor(1.0), torch.nn.Linear(2, 2))
 """Values that are neither a model nor a list of anything."""
 
 
@@ -349,10 +352,63 @@ def test_values_of_another_kind(make, message, value) -> None:
         make(value)
 
 
-@pytest.mark.parametrize("documents", [3, None, [1, 2], [[1, 2], 3]])
+NO_DOCUMENTS = (
+    3,
+    None,
+    [1, 2],
+    [[1, 2], 3],
+    [["a"]],
+    [[[1]]],
+    [{1: 2}],
+    [b"a"],
+    [[1.5]],
+    torch.tensor([1, 2]),
+    torch.tensor(3),
+)
+
+
+@pytest.mark.parametrize("documents", NO_DOCUMENTS, ids=str)
 def test_documents_that_are_none(documents) -> None:
-    with pytest.raises(ValueError, match=r"(documents=|document \d )"):
+    with pytest.raises(
+        ValueError, match=r"(documents=.* is an? \w+; give|document \d is an? \w+, .*; give token ids)"
+    ):
         Reference(documents)
+
+
+def test_a_class_is_no_table() -> None:
+    with pytest.raises(ValueError, match=r"corpus=.* of Datastore is a type; give"):
+        Datastore(CorpusIndex)  # type: ignore[arg-type]
+
+
+class Rows:
+    """A data set that has rows by number alone."""
+
+    def __getitem__(self, number: int) -> list[int]:
+        return [[1, 2], [3]][number]
+
+    def __len__(self) -> int:
+        return 2
+
+
+@pytest.mark.parametrize("documents", [[[1, 2], [3]], ((1, 2), (3,)), [torch.tensor([1, 2]), np.array([3])], Rows()])
+def test_documents_of_all_kinds(documents) -> None:
+    made = Reference(documents).documents
+    assert isinstance(made, DocumentTable)
+    assert made.tokens == [1, 2, 3]
+
+
+def test_lists_of_all_kinds(tmp_path) -> None:
+    model = tiny.tiny("llama")
+    parts = {"a": MaxGram(), "b": MaxGram()}
+    for given in (list(parts.values()), tuple(parts.values()), parts.values(), iter(parts.values())):
+        assert Merged(given).drafters == tuple(parts.values())  # type: ignore[arg-type]
+    for lengths in ([1, 2], (1, 2), np.array([1, 2]), range(1, 3)):
+        assert Horizontal(tuple(parts.values()), lengths).depth == 3  # type: ignore[arg-type]
+    assert CascadeDrafter(parts.values(), k_matrix=3).drafters == tuple(parts.values())  # type: ignore[arg-type]
+    assert ModelDrafter(torch.nn.DataParallel(model)).network is model
+    assert Vertical(torch.nn.DataParallel(model), MaxGram()).reviewer is model
+    DocumentTable([[1, 2]]).save(tmp_path / "table.safetensors")
+    assert Reference(tmp_path / "table.safetensors").documents.tokens == [1, 2]  # type: ignore[union-attr]
 
 
 def test_past_the_drafters_context_decoding_goes_on() -> None:

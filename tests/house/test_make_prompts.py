@@ -47,22 +47,29 @@ class Writes:
         length = 1 + max(len(row) for row in ids)
         self.rows = [row + [words.eos_token_id] * (length - len(row)) for row in ids]
         self.rows[-1] = self.rows[-1][:1] * length
+        self.words = words
 
-    def generate(self, input_ids, **options):
+    def generate(self, input_ids, attention_mask, eos_token_id, max_new_tokens, **options):
+        assert (eos_token_id, max_new_tokens) == (self.words.eos_token_id, module.LONGEST)
+        assert attention_mask[:, -1].all()  # padded on the left
+        for row in input_ids:
+            asked = self.words.decode(row, skip_special_tokens=True)
+            assert asked.startswith("asks: ")
+            assert asked.removeprefix("asks: ") in module.STARTS
         return torch.cat([input_ids, torch.tensor(self.rows)[torch.arange(len(input_ids)) % len(self.rows)]], 1)
 
 
 def test_own_prompts_differ_and_are_written_to_their_end(tmp_path, monkeypatch):
     folder = make_pair(tmp_path) / "target"
     words = AutoTokenizer.from_pretrained(folder)
-    words.chat_template = "{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}"
+    words.chat_template = "{% for message in messages %}asks: {{ message.content }}{{ eos_token }}{% endfor %}"
     words.save_pretrained(folder)
-    target = Writes(words, " is a long question, is it not?", "?", " never comes to an end, and so it is left out")
+    target = Writes(words, " is a long question, is it not?", "?", " " * 40, " never comes to an end")
     monkeypatch.setattr(module.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: target)
     found = module.own(str(folder), 8, seed=0, rows=64)
     assert len(set(found)) == 8
     assert all(any(text.startswith(start) for start in module.STARTS) for text in found)
-    assert not any((text[-1:] == "?" and len(text) < module.SHORTEST) or "never" in text for text in found)
+    assert all(text == text.strip() and len(text) >= module.SHORTEST and "never" not in text for text in found)
     assert any(text.endswith("question, is it not?") for text in found)
     with pytest.raises(SystemExit, match=r"none more in 64 tries; --own=400"):
         module.own(str(folder), 400, seed=0, rows=64)
