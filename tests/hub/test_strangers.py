@@ -137,7 +137,7 @@ def test_every_key_with_every_kind_of_wrong_value(saved, tmp_path, monkeypatch, 
     small = noisy(tiny("llama"), 0.3)
     monkeypatch.setattr(loading, "load_model", lambda path, **options: small)
     loaded = Translated(MaxGram(), tokenizer(), tokenizer())
-    monkeypatch.setattr("csdraft.drafters.translated.TokenizerView", lambda where: loaded.own)
+    monkeypatch.setattr("csdraft.drafters.translated.TokenizerView", lambda where, name="": loaded.own)
     for table in TABLES:
         monkeypatch.setattr(table, "load", functools.cache(table.load))
     for name in ("types", "get_type_hints"):  # which makes this test four times as fast
