@@ -25,6 +25,9 @@ class DocumentTable:
 
     Args:
         documents: token ids of each document; empty documents are left out.
+
+    Raises:
+        ValueError: they are not lists of whole numbers of at least 0.
     """
 
     def __init__(self, documents: Sequence[Sequence[int]]):

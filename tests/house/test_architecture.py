@@ -73,7 +73,7 @@ OUTSIDE = {"benchmarks", "examples", "recipes", "scripts", "tests"}
 
 LONGEST_FUNCTION, LONGEST_FILE = 60, 400
 
-MOST_LINES, MOST_CODE = 32_925, 20_845
+MOST_LINES, MOST_CODE = 32_926, 20_841
 """Of the wheel: all lines, and those that are not blank, comment or docstring. The aim is 15,000 and 11,000."""
 
 
